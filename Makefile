@@ -1,0 +1,45 @@
+# The two commands of the README and the chores beside them. `make help` lists them.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/python
+
+.DEFAULT_GOAL := help
+.PHONY: help env compare test lint bench gpu-check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+
+.venv/ready: pyproject.toml constraints.txt | $(BIN)/python
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/ready-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev,oracles]'
+	@touch $@ .venv/ready
+
+env: .venv/ready  ## create the virtual environment in .venv
+
+compare: .venv/ready  ## train three models at 512 bytes, measure them to 16384, write report.html
+	$(RUN) train.py -m experiment=compare
+	$(RUN) eval.py run='runs/compare/*' report=report.html
+
+test: .venv/ready-dev  ## the whole test suite
+	$(RUN) -m pytest -n 2 --dist loadfile
+
+lint: .venv/ready-dev  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: .venv/ready-dev  ## time the CPU kernels and training steps against other implementations
+	$(RUN) kernels/bench/selective_scan.py
+	$(RUN) kernels/bench/steps.py
+
+clean:  ## remove the environment and caches; runs stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,122 @@
+"""Attention over parts of the keys: every backend is the formula, and the merge is exact."""
+
+import math
+
+import pytest
+import torch
+
+from zoo.errors import UserError
+from zoo.ops import attention
+from zoo.ops.attention import Part, attend, merge
+
+D, E, H = 8, 6, 3
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(attention, "TILE", 5)
+
+
+def leaves(*lengths: int, seed: int = 0) -> list[torch.Tensor]:
+    """Random q, k, v in float64 for each (tq or tk) given as q, k, k, q, k, k, ..."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = [D, D, E]
+    return [
+        torch.randn(
+            2, t, H, widths[i % 3], generator=generator, dtype=torch.float64
+        ).requires_grad_()
+        for i, t in enumerate(lengths)
+    ]
+
+
+def dense(q, k, v, visible):
+    """softmax(q k^T / sqrt d) v, written out for one visibility matrix; (out, lse)."""
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
+    scores = scores.masked_fill(~visible, -torch.inf)
+    weights = torch.exp(scores - scores.logsumexp(-1, keepdim=True))
+    return torch.einsum("bhij,bjhe->bihe", weights, v), scores.logsumexp(-1).transpose(1, 2)
+
+
+def gradients(out, lse, inputs):
+    """Of a function of both results, so that the path through the lse counts."""
+    return torch.autograd.grad(out.sin().sum() + (lse * lse).sum(), inputs)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "flash"])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 17])
+def test_a_causal_part_is_the_dense_formula(backend, tokens):
+    q, k, v = inputs = leaves(tokens, tokens, tokens)
+    expected = dense(q, k, v, torch.ones(tokens, tokens, dtype=torch.bool).tril())
+    found = attend([Part(q, k, v, causal=True)], backend=backend)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        gradients(*found, inputs), gradients(*expected, inputs), rtol=1e-10, atol=1e-11
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "flash"])
+def test_parts_merge_to_attention_over_their_union(backend):
+    q, k, v = leaves(13, 13, 13)
+    past_k, past_v = leaves(13, 21, 21, seed=1)[1:]
+    mask = torch.rand(13, 21, generator=torch.Generator().manual_seed(2)) > 0.5
+    mask[4] = False  # a query that sees nothing of the past
+    visible = torch.cat([mask, torch.ones(13, 13, dtype=torch.bool).tril()], 1)
+    inputs = [q, k, v, past_k, past_v]
+    expected = dense(q, torch.cat([past_k, k], 1), torch.cat([past_v, v], 1), visible)
+    found = attend(
+        [Part(q, past_k, past_v, mask=mask), Part(q, k, v, causal=True)], backend=backend
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        gradients(*found, inputs), gradients(*expected, inputs), rtol=1e-10, atol=1e-11
+    )
+
+
+def test_the_merge_does_not_depend_on_the_order_of_the_parts():
+    q, k, v = leaves(4, 12, 12)
+    thirds = [Part(q, a, b) for a, b in zip(k.split(4, 1), v.split(4, 1), strict=True)]
+    torch.testing.assert_close(attend(thirds), attend(thirds[::-1]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "flash"])
+def test_a_query_that_sees_no_key_gets_zero_and_a_finite_gradient(backend):
+    q, k, v = inputs = leaves(3, 4, 4)
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    mask[1] = False
+    out, lse = attend([Part(q, k, v, mask=mask)], backend=backend)
+    assert (out[:, 1] == 0).all()
+    assert (lse[:, 1] == -torch.inf).all()
+    for grad in torch.autograd.grad(out.sum(), inputs):
+        assert grad.isfinite().all()
+    merged, total = merge([(out, lse), (out, lse)])
+    assert (merged[:, 1] == 0).all()
+    assert (total[:, 1] == -torch.inf).all()
+    for grad in torch.autograd.grad(merged.sum(), [out, lse], allow_unused=True):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "flash"])
+def test_scores_far_apart_stay_finite(backend):
+    q, k, v = (x.detach().float() for x in leaves(6, 6, 6))
+    out, lse = attend([Part(q * 1e3, k * 1e3, v, causal=True)], backend=backend)
+    assert out.isfinite().all()
+    assert lse.isfinite().all()
+
+
+def test_flash_passes_gradcheck_through_the_lse():
+    q, k, v = leaves(3, 3, 3)
+    assert torch.autograd.gradcheck(
+        lambda *x: attend([Part(*x, causal=True)], backend="flash"), (q, k, v)
+    )
+
+
+def test_an_unknown_backend_is_refused_by_name():
+    q, k, v = leaves(2, 2, 2)
+    with pytest.raises(UserError, match=r"attend.*flsh"):
+        attend([Part(q, k, v)], backend="flsh")
+
+
+def test_a_causal_part_takes_no_mask():
+    q, k, v = leaves(2, 3, 3)
+    with pytest.raises(ValueError, match="as many keys as queries"):
+        attend([Part(q, k, v, causal=True)])

@@ -1,0 +1,55 @@
+"""Against independent implementations: the same weights give the same logits."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from zoo.backbone import Backbone
+from zoo.convert import from_transformers
+from zoo.errors import UserError
+from zoo.mixers.feed_forward import SwiGLU
+from zoo.mixers.mamba import Mamba
+from zoo.mixers.softmax import SoftmaxAttention
+
+
+def test_llama_weights_give_llamas_logits():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=10000.0,
+        attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(config).double().eval()
+    ours = Backbone(
+        vocab_size=50, width=32, layers=3, norm_eps=1e-5, tied=False,
+        mixers=[partial(SoftmaxAttention, heads=4, kv_heads=2)],
+        feed_forwards=[partial(SwiGLU, hidden_width=48)],
+    ).double()  # fmt: skip
+    ours.load_state_dict(from_transformers(theirs.state_dict()))
+    tokens = torch.randint(50, (2, 37))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits.double(), rtol=0, atol=1e-5)
+
+
+def test_mamba_weights_give_mambas_logits():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(
+        vocab_size=50, hidden_size=32, state_size=16, num_hidden_layers=3, layer_norm_epsilon=1e-5,
+        use_mambapy=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.MambaForCausalLM(config).double().eval()
+    ours = Backbone(
+        vocab_size=50, width=32, layers=3, norm_eps=1e-5, mixers=[Mamba], feed_forwards=[None]
+    ).double()
+    ours.load_state_dict(from_transformers(theirs.state_dict()))
+    tokens = torch.randint(50, (2, 37))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits.double(), rtol=0, atol=1e-5)
+
+
+def test_a_foreign_checkpoint_is_refused_by_the_first_name_it_has():
+    with pytest.raises(UserError, match=r"no place for 'transformer\.wte\.weight'"):
+        from_transformers({"transformer.wte.weight": torch.zeros(1)})

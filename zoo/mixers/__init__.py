@@ -1,0 +1,1 @@
+"""One file per architecture; each keeps the contract of `zoo.mixers.base`."""

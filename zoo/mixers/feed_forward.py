@@ -1,0 +1,27 @@
+"""Feed-forward networks: the second half of a block, channel by channel."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from zoo.mixers.base import Mixer, State, linear, residual_gain
+
+
+class SwiGLU(Mixer):
+    """y = W_down (silu(W_gate x) * W_up x)   (Shazeer 2020, GLU variants, eq. 6)
+
+    `hidden_width` is 8/3 of the width unless given, so that it costs what a 4x MLP would.
+    """
+
+    def __init__(
+        self, *, width: int, hidden_width: int | None = None, layer: int = 0, layers: int = 1
+    ) -> None:
+        super().__init__()
+        hidden = hidden_width or round(8 * width / 3 / 8) * 8
+        self.gate_proj = linear(width, hidden)
+        self.up_proj = linear(width, hidden)
+        self.down_proj = linear(hidden, width, gain=residual_gain(layers))
+
+    def forward(self, x: Float[Tensor, "b t d"], state: State = None):
+        y = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y if state is None else (y, state)

@@ -1,0 +1,102 @@
+"""Mamba, the selective state space (Gu & Dao 2023, section 3, algorithm 2).
+
+    u, z        in_proj x, each `inner_width` wide; u then passes a causal convolution and silu
+    dt_r, B, C  x_proj u: what the state takes in and gives out depends on the token
+    dt          softplus(dt_proj dt_r), the step; A = -exp(A_log), the rates
+    h_t         exp(dt A) h_{t-1} + dt B_t u_t     (A by zero-order hold, B by Euler, as published)
+    y           out_proj((C_t h_t + D u_t) * silu(z))
+
+The state is the last `conv_width - 1` inputs of the convolution and h, in float32.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from zoo.mixers.base import Mixer, compute_dtype, no_weight_decay
+from zoo.ops.causal_conv import causal_conv
+from zoo.ops.selective_scan import selective_scan
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # initial steps: log-uniform, as published
+
+
+class MambaState(NamedTuple):
+    conv: Float[Tensor, "b w c"]  # the convolution's last conv_width - 1 inputs
+    h: Float[Tensor, "b c n"]
+
+
+class Mamba(Mixer):
+    def __init__(
+        self,
+        *,
+        width: int,
+        inner_width: int | None = None,
+        state_size: int = 16,
+        conv_width: int = 4,
+        dt_rank: int | None = None,
+        backend: str = "auto",
+        layer: int = 0,
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        inner = inner_width or 2 * width
+        rank = dt_rank or math.ceil(width / 16)
+        self.inner_width, self.state_size, self.conv_width = inner, state_size, conv_width
+        self.dt_rank, self.backend = rank, backend
+
+        self.in_proj = nn.Linear(width, 2 * inner, bias=False)
+        bound = conv_width**-0.5  # a depthwise convolution sees conv_width inputs
+        self.conv_weight = nn.Parameter(torch.empty(inner, conv_width).uniform_(-bound, bound))
+        self.conv_bias = nn.Parameter(torch.empty(inner).uniform_(-bound, bound))
+        self.x_proj = nn.Linear(inner, rank + 2 * state_size, bias=False)
+        self.dt_proj = nn.Linear(rank, inner)
+        nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
+        low, high = math.log(DT_MIN), math.log(DT_MAX)
+        dt = torch.empty(inner).uniform_(low, high).exp().clamp(min=DT_FLOOR)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
+        rates = torch.arange(1, state_size + 1, dtype=torch.float32)  # S4D-real
+        self.A_log = no_weight_decay(nn.Parameter(rates.log().repeat(inner, 1)))
+        self.D = no_weight_decay(nn.Parameter(torch.ones(inner)))
+        self.out_proj = nn.Linear(inner, width, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight /= layers**0.5
+
+    def forward(self, x: Float[Tensor, "b t d"], state: MambaState | None = None):
+        u, z = self.in_proj(x).split(self.inner_width, -1)
+        u, conv = causal_conv(
+            u,
+            self.conv_weight,
+            self.conv_bias,
+            state=state.conv if state else None,
+            backend=self.backend,
+        )
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], -1)
+        dt = F.linear(dt, self.dt_proj.weight)  # its bias joins inside the scan, in float32
+        y, h = selective_scan(
+            u,
+            dt,
+            -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log),
+            B,
+            C,
+            D=self.D,
+            z=z,
+            dt_bias=self.dt_proj.bias,
+            state=state.h if state else None,
+            backend=self.backend,
+        )
+        y = self.out_proj(y)
+        return y if state is None else (y, MambaState(conv, h))
+
+    def empty_state(self, batch: int) -> MambaState:
+        weight = self.in_proj.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        shape = (batch, self.conv_width - 1, self.inner_width)
+        return MambaState(
+            weight.new_zeros(shape, dtype=compute_dtype(weight)),
+            weight.new_zeros((batch, self.inner_width, self.state_size), dtype=wide),
+        )

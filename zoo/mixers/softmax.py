@@ -1,0 +1,106 @@
+"""Causal softmax attention, the baseline (Vaswani 2017; grouped keys: Ainslie 2023, GQA).
+
+    q, k, v     W_q x, W_k x, W_v x, split into heads of `head_width` channels
+    y           W_o softmax(q k^T / sqrt(head_width) + positions) v over keys 0 .. i
+
+`positions`: `rope` turns q and k (Su 2021), `alibi` biases the scores (Press 2022), `none` leaves
+the order to the causal mask (Haviv 2022; Kazemnejad 2023) or to positions added at the embedding.
+The state is every key and value so far; keys are kept as they were turned on arrival.
+"""
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from zoo.errors import choose
+from zoo.mixers.base import Mixer, State, compute_dtype, linear, residual_gain
+from zoo.ops.attention import Part, attention
+from zoo.positions.alibi import CHUNK, add_bias_channels
+from zoo.positions.rope import inverse_frequencies, rotate
+
+
+class KeyValues(NamedTuple):
+    k: Float[Tensor, "b n h d"]
+    v: Float[Tensor, "b n h d"]
+    seen: int  # tokens read so far; more than n where older keys were dropped
+
+
+class SoftmaxAttention(Mixer):
+    recurrent: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        kv_heads: int | None = None,
+        positions: str = "rope",
+        rope_base: float = 10000.0,
+        backend: str = "auto",
+        layer: int = 0,
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        kv_heads = kv_heads or heads
+        if width % heads or heads % kv_heads:
+            raise ValueError(
+                f"heads={heads} must divide width={width}, and kv_heads={kv_heads} divide the heads"
+            )
+        self.heads, self.kv_heads, self.head_width = heads, kv_heads, width // heads
+        self.positions = choose("positions", positions, ["rope", "alibi", "none"])
+        self.inv_freq = (
+            inverse_frequencies(self.head_width, rope_base) if positions == "rope" else ()
+        )
+        self.backend = backend
+        self.q_proj = linear(width, width)
+        self.k_proj = linear(width, kv_heads * self.head_width)
+        self.v_proj = linear(width, kv_heads * self.head_width)
+        self.o_proj = linear(width, width, gain=residual_gain(layers))
+
+    def forward(self, x: Float[Tensor, "b t d"], state: KeyValues | None = None):
+        start = state.seen if state else 0
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_width))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.positions == "rope":
+            q, k = rotate(q, self.inv_freq, start), rotate(k, self.inv_freq, start)
+        if state:
+            k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
+        y = self.o_proj(self._attend(q, k, v).flatten(-2))
+        return y if state is None else (y, KeyValues(k, v, start + x.shape[1]))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Each query over the keys up to its own; the queries are the last of the keys."""
+        groups = self.heads // self.kv_heads
+        k, v = (x.repeat_interleave(groups, 2) if groups > 1 else x for x in (k, v))
+        end, outs = k.shape[1] - q.shape[1], []
+        for rows in q.split(CHUNK if self.positions == "alibi" else q.shape[1], 1):
+            past, end = end, end + rows.shape[1]
+            keys, scale = k[:, :end], None
+            if self.positions == "alibi":
+                rows, keys = add_bias_channels(rows, keys, origin=past)
+                scale = 1.0
+            parts = [Part(rows, keys[:, past:], v[:, past:end], causal=True)]
+            if past:
+                parts.append(Part(rows, keys[:, :past], v[:, :past]))
+            outs.append(attention(parts, scale=scale, backend=self.backend))
+        return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+
+    def empty_state(self, batch: int) -> KeyValues:
+        weight = self.k_proj.weight
+        none = weight.new_empty(
+            (batch, 0, self.kv_heads, self.head_width), dtype=compute_dtype(weight)
+        )
+        return KeyValues(none, none, 0)
+
+    def state_bytes(self, tokens: int, batch: int = 1) -> int:
+        empty = self.empty_state(batch).k
+        return 2 * batch * tokens * self.kv_heads * self.head_width * empty.element_size()
+
+    def carry(self, state: State, window: int) -> State:
+        """The last `window` keys, as in Transformer-XL (Dai 2019, section 3.2)."""
+        k, v, seen = super().carry(state, window)
+        return KeyValues(k[:, -window:], v[:, -window:], seen)

@@ -1,0 +1,199 @@
+"""Softmax attention over parts of the keys, and the exact merge of the parts.
+
+Attention over any set of keys gives a partial result: the output `o` and the logarithm of its
+denominator `lse`. Partial results over disjoint sets of keys merge exactly, in any order:
+
+    lse = log sum_p exp(lse_p)          o = sum_p exp(lse_p - lse) o_p
+
+and the gradient flows through both (Dao 2022, FlashAttention, section 3.1; Liu 2023, Ring
+Attention, section 3). Every softmax mixer is a list of `Part`s.
+
+Backends of one part: `reference` (the formula, as it stands), `torch` (the formula in tiles of
+queries, recomputed in the backward pass: any device, any mask, memory linear in the tokens) and
+`flash` (PyTorch's fused CPU kernel under a gradient that accepts d lse).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import register_flop_formula
+
+from zoo.ops.backends import pick
+
+TILE = 512  # queries per tile of the `torch` backend
+
+
+class Part(NamedTuple):
+    """One set of keys for a set of queries, and which of them each query sees."""
+
+    q: Float[Tensor, "b tq h d"]
+    k: Float[Tensor, "b tk h d"]
+    v: Float[Tensor, "b tk h e"]
+    causal: bool = False  # query i sees keys 0..i; as many keys as queries
+    mask: Bool[Tensor, "#b #h tq tk"] | None = None  # True where the query sees the key
+
+
+def attend(
+    parts: Sequence[Part], *, scale: float | None = None, backend: str = "auto"
+) -> tuple[Float[Tensor, "b tq h e"], Float[Tensor, "b tq h"]]:
+    """Softmax attention of the same queries over the union of the parts' (disjoint) keys.
+
+    `scale` multiplies the scores; 1/sqrt(d) unless given. A query that sees no key gets output 0
+    and lse -inf. Returns the output in v's dtype and the lse in float32 or better.
+    """
+    results = [_partial(part, scale, backend) for part in parts]
+    return results[0] if len(results) == 1 else merge(results)
+
+
+def attention(
+    parts: Sequence[Part], *, scale: float | None = None, backend: str = "auto"
+) -> Float[Tensor, "b tq h e"]:
+    """`attend` without the lse, which frees one part on an accelerator to use PyTorch's SDPA."""
+    part = parts[0]
+    if len(parts) == 1 and part.q.device.type != "cpu" and backend == "auto":
+        q, k, v = (x.transpose(1, 2) for x in part[:3])
+        mask, causal = part.mask, part.causal
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale
+        ).transpose(1, 2)
+    return attend(parts, scale=scale, backend=backend)[0]
+
+
+def merge(
+    results: Sequence[tuple[Tensor, Tensor]],
+) -> tuple[Float[Tensor, "b t h e"], Float[Tensor, "b t h"]]:
+    """Merge partial results `(out, lse)` over disjoint keys; differentiable through every lse."""
+    lses = torch.stack([lse for _, lse in results])
+    top = lses.detach().amax(0)
+    top = top.masked_fill(top == -torch.inf, 0.0)  # no part sees a key: all weights become 0
+    weights = torch.exp(lses - top)
+    total = weights.sum(0)
+    seen = total > 0
+    total = total.masked_fill(~seen, 1.0)
+    out = sum(w.unsqueeze(-1) * o for w, (o, _) in zip(weights / total, results, strict=True))
+    lse = (top + torch.log(total)).masked_fill(~seen, -torch.inf)
+    return out.to(results[0][0].dtype), lse
+
+
+def _partial(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Tensor]:
+    q, k, v, causal, mask = part
+    if causal and (mask is not None or q.shape[1] != k.shape[1]):
+        raise ValueError("a causal part has as many keys as queries and no mask of its own")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    on_cpu = q.device.type == "cpu"
+    chosen = pick("attend", backend, {"flash": on_cpu, "torch": True, "reference": True})
+    form = {"flash": _flash, "torch": _tiled, "reference": _formula}[chosen]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse = form(
+        q, k, v, _causal_mask(q, k) if causal and form is _formula else mask, causal, scale
+    )
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _causal_mask(q: Tensor, k: Tensor, row: int = 0) -> Tensor:
+    rows = torch.arange(row, row + q.shape[-2], device=q.device)
+    return rows[:, None] >= torch.arange(k.shape[-2], device=q.device)
+
+
+def _formula(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """o = softmax(scale q k^T) v over the visible keys; the scores in float32 or better."""
+    del causal  # already in the mask
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.mT).to(wide) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+        blind = ~mask.any(-1, keepdim=True)
+        scores = scores.masked_fill(blind, 0.0)  # keeps softmax and its gradient finite
+    lse = torch.logsumexp(scores, -1)
+    p = torch.exp(scores - lse.unsqueeze(-1))
+    if mask is not None:
+        p = p.masked_fill(blind, 0.0)
+        lse = lse.masked_fill(blind.squeeze(-1), -torch.inf)
+    return (p.to(v.dtype) @ v), lse
+
+
+def _tiled(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The formula tile by tile of queries; each tile's scores are recomputed in the backward."""
+    results, row = [], 0
+    masks = mask.split(TILE, -2) if mask is not None else None
+    for index, tile in enumerate(q.split(TILE, -2)):
+        end = row + tile.shape[-2]
+        keys, values = (k[..., :end, :], v[..., :end, :]) if causal else (k, v)
+        visible = _causal_mask(tile, keys, row) if causal else masks[index] if masks else None
+        args = (tile, keys, values, visible, causal, scale)
+        results.append(checkpoint(_formula, *args, use_reentrant=False))
+        row = end
+    outs, lses = zip(*results, strict=True)
+    return torch.cat(outs, -2), torch.cat(lses, -1)
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's fused CPU kernel, which wants one width for queries, keys and values."""
+    width = max(q.shape[-1], v.shape[-1])
+    q, k, padded = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    bias = None
+    if mask is not None:
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    out, lse = _FlashCPU.apply(q, k, padded, bias, causal, scale)
+    if mask is not None:  # the kernel reports lse 0 for a query that sees nothing
+        lse = lse.masked_fill(~mask.any(-1), -torch.inf)
+    return out[..., : v.shape[-1]], lse
+
+
+class _FlashCPU(torch.autograd.Function):
+    """The kernel's own backward knows only d out; d lse enters as one more value channel.
+
+    The kernel forms dS = P * (dO v^T - D) with D = rowsum(dO * O), and the lse adds P * d lse.
+    Appending the channel v = 1, O = 0, dO = d lse adds exactly that and leaves D as it is.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, causal, scale):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+        )
+        ctx.save_for_backward(q, k, v, bias, out, lse)
+        ctx.causal, ctx.scale = causal, scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, d_out, d_lse):
+        q, k, v, bias, out, lse = ctx.saved_tensors
+        width = q.shape[-1]
+        if d_out is None:
+            d_out = torch.zeros_like(out)
+        if d_lse is not None:
+            q, k, out = (F.pad(x, (0, 1)) for x in (q, k, out))
+            v = F.pad(v, (0, 1), value=1.0)
+            d_out = torch.cat([d_out, d_lse.unsqueeze(-1).to(d_out.dtype)], -1)
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            d_out, q, k, v, out, lse, 0.0, ctx.causal, attn_mask=bias, scale=ctx.scale
+        )
+        return *(grad[..., :width] for grad in grads), None, None, None
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def _flash_flops(
+    q: torch.Size,
+    k: torch.Size,
+    v: torch.Size,
+    dropout: float = 0.0,
+    causal: bool = False,
+    **_: Any,
+) -> int:
+    """Two products per score, over half of the scores where the kernel skips the upper half."""
+    del dropout
+    b, h, tq, d = q
+    return 2 * b * h * tq * k[-2] * (d + v[-1]) // (2 if causal else 1)
