@@ -1,0 +1,390 @@
+"""Corpora: what is read, what is refused in which words, and that no document is in two splits."""
+
+import builtins
+import contextlib
+import importlib.machinery
+import importlib.util
+import itertools
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zoo.data import sources
+from zoo.data.corpora import open_corpus
+from zoo.data.sources import SPLITS, check_source, split_files
+from zoo.errors import UserError
+
+STDLIB = {"name": "stdlib", "tokenizer": "bytes", "eval_documents": "joined"}
+PG19 = {"name": "pg19", "tokenizer": "bytes", "eval_documents": "whole", "documents": 3}
+
+
+def text(path: Path | str | None, **changes) -> dict:
+    spec = {"name": "text", "path": path and str(path), "tokenizer": "bytes"}
+    return spec | {"eval_documents": "whole"} | changes
+
+
+def write(folder: Path, **files: str | bytes) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / f"{name}.txt").write_bytes(data.encode() if isinstance(data, str) else data)
+    return folder
+
+
+@pytest.fixture
+def flat(tmp_path) -> Path:
+    return write(tmp_path / "flat", a="alpha", b="bravo", c="charlie", d="delta")
+
+
+@pytest.fixture
+def split(tmp_path) -> Path:
+    for name in SPLITS:
+        write(tmp_path / "split" / name, one=f"first {name}", two=f"second {name} é")
+    return tmp_path / "split"
+
+
+def documents(store) -> list[bytes]:
+    return bytes(store.tokens).split(b"\0")[:-1]
+
+
+def stores(corpus) -> list:
+    return [corpus.train, corpus.valid, corpus.test]
+
+
+def test_folders_say_the_split(split, tmp_path):
+    corpus = open_corpus(text(split), tmp_path / "cache")
+    for store in stores(corpus):
+        expected = [f"first {store.name}".encode(), f"second {store.name} é".encode()]
+        assert documents(store) == expected
+    assert (corpus.vocab_size, corpus.tokenizer, corpus.bytes_per_token) == (256, "bytes", 1.0)
+
+
+def test_a_flat_folder_is_split_by_file(flat, tmp_path):
+    found = [documents(store) for store in stores(open_corpus(text(flat), tmp_path / "cache"))]
+    assert sorted(itertools.chain(*found)) == [b"alpha", b"bravo", b"charlie", b"delta"]
+    assert all(found)
+
+
+def test_folders_within_folders_are_read(flat, tmp_path):
+    write(flat / "deep" / "deeper", e="echo")
+    corpus = open_corpus(text(flat), tmp_path / "cache")
+    assert b"echo" in itertools.chain(*map(documents, stores(corpus)))
+
+
+@given(sizes=st.lists(st.integers(1, 4000), min_size=3, max_size=40), held_out=st.integers(0, 9000))
+def test_splits_are_whole_disjoint_and_as_large_as_asked(tmp_path_factory, sizes, held_out):
+    root = tmp_path_factory.mktemp("files")
+    for i, size in enumerate(sizes):
+        (root / f"{i}").write_bytes(b"x" * size)
+    files = list(root.iterdir())
+    splits = split_files(root, files, held_out)
+    assert sorted(itertools.chain(*splits.values())) == sorted(files)
+    assert all(splits.values())
+    size = {name: sum(path.stat().st_size for path in splits[name]) for name in SPLITS}
+    if len(splits["train"]) > 1:  # otherwise there was no more to give
+        assert min(size["valid"], size["test"]) >= max(held_out, 0.05 * sum(sizes))
+    assert splits == split_files(root, reversed(files), held_out)
+
+
+def test_identical_files_count_once_when_split_by_file(flat, tmp_path):
+    write(flat, twin="alpha")
+    corpus = open_corpus(text(flat), tmp_path / "cache")
+    assert sorted(itertools.chain(*map(documents, stores(corpus)))).count(b"alpha") == 1
+
+
+def test_identical_files_in_two_splits_are_refused(split, tmp_path):
+    write(split / "test", leak="first train")
+    with pytest.raises(UserError, match=r"train/one\.txt and .*test/leak\.txt are the same text"):
+        open_corpus(text(split), tmp_path / "cache")
+
+
+def test_the_standard_library_is_split_by_file(tmp_path):
+    corpus = open_corpus(STDLIB, tmp_path)
+    found = [documents(store) for store in stores(corpus)]
+    every = list(itertools.chain(*found))
+    assert len(set(every)) == len(every)  # so no document is in two splits
+    assert min(len(store) for store in stores(corpus)) >= 400_000
+    assert len(corpus.train) > 0.8 * sum(map(len, stores(corpus)))
+    names = {path.name for path in sources._stdlib_files(sources._stdlib_root())}
+    assert {"argparse.py", "dataclasses.py"} < names
+    assert not {"test_argparse.py", "idlelib.py", "cp437.py"} & names
+
+
+def test_tokens_follow_their_source(flat, tmp_path):
+    first = open_corpus(text(flat), tmp_path / "cache")
+    assert open_corpus(text(flat), tmp_path / "cache").fingerprint == first.fingerprint
+    write(flat, a="another alpha")
+    second = open_corpus(text(flat), tmp_path / "cache")
+    assert second.fingerprint != first.fingerprint
+    assert b"another alpha" in itertools.chain(*map(documents, stores(second)))
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_the_fingerprint_covers_every_split(split, tmp_path, name):
+    first = open_corpus(text(split), tmp_path / "cache")
+    write(split / name, three="more")
+    assert open_corpus(text(split), tmp_path / "cache").fingerprint != first.fingerprint
+
+
+def test_the_fingerprint_is_of_the_text_not_of_its_place(flat, tmp_path):
+    copy = write(tmp_path / "copy", **{p.stem: p.read_bytes() for p in flat.iterdir()})
+    one = open_corpus(text(flat), tmp_path / "cache")
+    other = open_corpus(text(copy), tmp_path / "cache")
+    assert one.train.folder != other.train.folder
+    assert one.fingerprint == other.fingerprint
+
+
+def test_a_damaged_store_is_built_again_from_its_source(flat, tmp_path):
+    corpus = open_corpus(text(flat), tmp_path / "cache")
+    tokens = corpus.test.folder / "tokens.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-1])
+    assert open_corpus(text(flat), tmp_path / "cache").fingerprint == corpus.fingerprint
+
+
+def refused(spec: dict, match: str, cache: Path, early: bool = True) -> None:
+    """One line, from the early check (where it can know) and from the build; nothing is left."""
+    calls = [lambda: open_corpus(spec, cache)] + [lambda: check_source(spec)] * early
+    for call in calls:
+        with pytest.raises(UserError, match=match) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    left = [path.name for path in cache.iterdir()] if cache.exists() else []
+    assert not [name for name in left if not name.endswith(".lock")]
+
+
+def test_no_path_is_refused(tmp_path):
+    refused(text(None), "needs data.path=", tmp_path / "cache")
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    refused(text(tmp_path / "nowhere"), "nowhere does not exist", tmp_path / "cache")
+
+
+def test_a_file_for_a_folder_is_refused(flat, tmp_path):
+    refused(text(flat / "a.txt"), "a.txt is not a folder", tmp_path / "cache")
+
+
+def test_a_folder_without_text_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "page.html").write_text("html")
+    refused(text(tmp_path / "empty"), r"no \.txt file in .*empty", tmp_path / "cache")
+
+
+def test_a_split_without_text_is_refused(split, tmp_path):
+    for path in (split / "valid").iterdir():
+        path.unlink()
+    refused(text(split), r"no \.txt file in .*valid", tmp_path / "cache")
+
+
+def test_a_missing_split_is_refused(split, tmp_path):
+    (split / "valid").rename(split / "validation")
+    refused(text(split), "has a folder train but lacks valid", tmp_path / "cache")
+
+
+def test_two_files_are_too_few_to_split(flat, tmp_path):
+    (flat / "a.txt").unlink()
+    (flat / "b.txt").unlink()
+    refused(text(flat), r"flat has 2 different \.txt file", tmp_path / "cache")
+
+
+def test_three_files_of_which_two_are_the_same_are_too_few(flat, tmp_path):
+    (flat / "a.txt").unlink()
+    write(flat, b="charlie")
+    refused(text(flat), r"flat has 2 different", tmp_path / "cache", early=False)
+
+
+def test_empty_files_are_no_documents(split, tmp_path):
+    write(split / "train", empty="")
+    assert len(documents(open_corpus(text(split), tmp_path / "cache").train)) == 2
+    write(split / "valid", one="", two="")
+    refused(text(split), "every .txt file in .*valid is empty", tmp_path / "other", early=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"abc\0def", "NUL at byte 3"),
+        (b"caf\xe9", "not UTF-8 at byte 3"),
+        (b"\xc3", "not UTF-8 at byte 0"),
+        ("é".encode() * 3000 + b"\xff", "not UTF-8 at byte 6000"),
+        (b"x\0\xff", "NUL at byte 1"),
+        (b"x\xff\0", "not UTF-8 at byte 1"),
+    ],
+)
+def test_binary_files_are_refused_by_name_and_offset(flat, tmp_path, data, what):
+    write(flat, bad=data)
+    match = rf"bad\.txt is not text: {what}"
+    refused(text(flat), match, tmp_path / "cache", early=len(data) < sources.HEAD_BYTES)
+
+
+def test_a_character_across_the_end_of_the_head_is_text(flat):
+    write(flat, long=b"x" * (sources.HEAD_BYTES - 1) + "é".encode())
+    check_source(text(flat))
+
+
+def test_an_unreadable_file_is_refused(flat, tmp_path, monkeypatch):
+    real = builtins.open
+
+    def guarded(path, *arguments, **options):
+        if str(path).endswith("b.txt"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", guarded)
+    refused(text(flat), r"b\.txt cannot be read: Permission denied", tmp_path / "cache")
+
+
+def test_an_unreadable_folder_is_refused(flat, tmp_path, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(sources.os, "scandir", closed)
+    refused(text(flat), "flat cannot be read: Permission denied", tmp_path / "cache")
+
+
+def test_a_dangling_link_is_refused(flat, tmp_path):
+    (flat / "link.txt").symlink_to(tmp_path / "nowhere")
+    refused(text(flat), r"link\.txt cannot be read: No such file", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"name": "txet"}, "unknown data.name 'txet': did you mean 'text'"),
+        ({"eval_documents": "hole"}, "did you mean 'whole'"),
+        ({"tokenizer": "gpt2"}, "neither 'bytes' nor a tokenizers JSON file.*nothing is downl"),
+    ],
+)
+def test_unknown_choices_are_refused(flat, tmp_path, changes, match):
+    refused(text(flat) | changes, match, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("spec", [STDLIB, "flat"])
+def test_the_early_check_needs_neither_numpy_nor_time(flat, spec):
+    spec = text(flat) if spec == "flat" else spec
+    code = (
+        "import sys, time; from zoo.data.sources import check_source; start = time.time();"
+        f"check_source({spec!r}); print(time.time() - start); assert 'numpy' not in sys.modules"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(ran.stdout) < 1
+
+
+@pytest.fixture
+def words(tmp_path) -> str:
+    library = pytest.importorskip("tokenizers")
+    model = library.models.WordLevel({"alpha": 0, "bravo": 1, "?": 2}, unk_token="?")
+    tokenizer = library.Tokenizer(model)
+    tokenizer.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=5)
+    tokenizer.save(str(tmp_path / "words.json"))
+    return str(tmp_path / "words.json")
+
+
+def test_a_tokenizer_file_gives_its_tokens_and_one_that_ends(split, tmp_path, words):
+    write(split / "train", one="alpha bravo alpha alpha", two="charlie")
+    corpus = open_corpus(text(split, tokenizer=words), tmp_path / "cache")
+    assert corpus.train.tokens.tolist() == [0, 1, 0, 0, 3, 2, 3]
+    assert corpus.train.tokens.dtype == np.uint16
+    assert corpus.vocab_size == 4
+    assert corpus.tokenizer.startswith("words.json@")
+    # text and, as for bytes, one per document for its end: bits per byte compare
+    assert corpus.train.bytes_per_token == (len("alpha bravo alpha alpha") + len("charlie") + 2) / 7
+
+
+def test_another_tokenizer_has_other_tokens_and_another_fingerprint(flat, tmp_path, words):
+    one = open_corpus(text(flat), tmp_path / "cache")
+    other = open_corpus(text(flat, tokenizer=words), tmp_path / "cache")
+    assert one.fingerprint != other.fingerprint
+    assert open_corpus(text(flat), tmp_path / "cache").fingerprint == one.fingerprint
+
+
+def test_a_file_that_is_no_tokenizer_is_refused(flat, tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "bad.json").write_text("{}")
+    spec = text(flat, tokenizer=str(tmp_path / "bad.json"))
+    refused(spec, r"bad\.json is not a tokenizers JSON", tmp_path / "cache", early=False)
+
+
+def test_a_missing_tokenizers_package_is_told(flat, tmp_path, words, monkeypatch):
+    missing(monkeypatch, "tokenizers")
+    refused(text(flat, tokenizer=words), "pip install tokenizers", tmp_path / "cache")
+
+
+def missing(monkeypatch, package: str) -> None:
+    real = importlib.util.find_spec
+    found = lambda name, *rest: None if name == package else real(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A stand-in for `datasets` and for a network that answers; its books can be changed."""
+    spec = importlib.machinery.ModuleSpec("datasets", None)
+    module = types.SimpleNamespace(__spec__=spec)
+    module.books = lambda split: ({"text": f"{split} book {i}"} for i in itertools.count())
+    module.load_dataset = lambda name, split, streaming: module.books(split)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: contextlib.nullcontext())
+    return module
+
+
+def test_pg19_takes_so_many_books_of_each_split(library, tmp_path):
+    corpus = open_corpus(PG19, tmp_path)
+    assert documents(corpus.train) == [b"train book 0", b"train book 1", b"train book 2"]
+    assert documents(corpus.valid)[0] == b"validation book 0"
+
+
+def test_pg19_once_built_needs_no_network(library, tmp_path, monkeypatch):
+    first = open_corpus(PG19, tmp_path)
+    missing(monkeypatch, "datasets")
+    check_source(PG19 | {"cache": str(tmp_path)})
+    assert open_corpus(PG19, tmp_path).fingerprint == first.fingerprint
+
+
+def test_pg19_without_its_package_is_refused(tmp_path, monkeypatch):
+    missing(monkeypatch, "datasets")
+    refused(PG19 | {"cache": str(tmp_path)}, "pip install datasets", tmp_path)
+
+
+def test_pg19_offline_is_refused(library, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused(PG19 | {"cache": str(tmp_path)}, "but HF_HUB_OFFLINE is set", tmp_path)
+
+
+@pytest.mark.parametrize("answer", ["refused", "silence"])
+def test_pg19_without_a_network_is_refused_at_once(library, tmp_path, monkeypatch, answer):
+    def unreachable(url, timeout):
+        if answer == "silence":
+            time.sleep(1)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    monkeypatch.setattr(sources, "PATIENCE", 0.1)
+    start = time.monotonic()
+    why = "no route to host" if answer == "refused" else "no answer"
+    refused(PG19 | {"cache": str(tmp_path)}, f"out of reach: {why}", tmp_path)
+    assert time.monotonic() - start < 1
+
+
+def test_pg19_that_breaks_off_leaves_nothing(library, tmp_path):
+    def broken(split):
+        yield {"text": "a book"}
+        raise RuntimeError("connection reset\nby peer")
+
+    library.books = broken
+    refused(PG19, r"\(train\) failed: RuntimeError: connection reset", tmp_path, early=False)
+
+
+@pytest.mark.parametrize("count", [0, -1, "many", 2.5, True])
+def test_a_number_of_documents_that_is_none_is_refused(tmp_path, count):
+    refused(PG19 | {"documents": count}, "data.documents must be", tmp_path)

@@ -1,0 +1,120 @@
+"""From a checked configuration to a model, sized so that arms can be compared.
+
+`match=params` makes every arm cost what the transformer of that size costs, by the knobs its YAML
+lists (`match: [layers, mixer.inner_width]`): the number of layers first, to the nearest, then a
+width to within 1 %.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoo.backbone import Backbone
+from zoo.errors import UserError
+from zoo.mixers.feed_forward import SwiGLU
+from zoo.mixers.softmax import SoftmaxAttention
+from zoo.positions.absolute import Learned, Sinusoidal
+from zoo.schema import Part, TrainConfig, target_parameters
+
+TOLERANCE = 0.01  # arms of a comparison differ by at most this share of the parameters
+STEPS = (16, 8, 4, 2, 1)  # widths are multiples of the first of these that meets the tolerance
+EMBEDDED = {"sinusoidal": Sinusoidal, "learned": Learned}
+
+
+def build_model(config: TrainConfig, vocab_size: int) -> tuple[Backbone, dict[str, int]]:
+    """The configured model, and the knobs that `match` turned: {"layers": 7, ...}.
+
+    Raises UserError where an architecture refuses an argument, or where no setting of the knobs
+    meets the reference within 1 %.
+    """
+    knobs: dict[str, int] = {}
+    try:
+        if config.match == "params":
+            knobs = _match(config, vocab_size)
+        return _assemble(config, vocab_size, knobs), knobs
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:  # an architecture's own word on its arguments
+        raise UserError(f"model={config.model.name}: {error}") from error
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trained numbers, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _assemble(config: TrainConfig, vocab_size: int, knobs: Mapping[str, int]) -> Backbone:
+    model, width = config.model, config.size.width
+    positions = None
+    if model.embedding_positions:
+        kind = EMBEDDED[model.embedding_positions]
+        positions = kind(width=width, max_length=model.max_length)
+    return Backbone(
+        vocab_size=vocab_size,
+        width=width,
+        layers=knobs.get("layers", config.size.layers),
+        mixers=[_constructor("mixer", block.mixer, knobs) for block in model.blocks],
+        feed_forwards=[
+            _constructor("feed_forward", block.feed_forward, knobs) if block.feed_forward else None
+            for block in model.blocks
+        ],
+        positions=positions,
+        checkpoint_activations=config.checkpoint_activations,
+    )
+
+
+def _constructor(slot: str, part: Part, knobs: Mapping[str, int]) -> Callable[..., Any]:
+    """The part's class with its arguments and those knobs of its slot that it takes."""
+    taken = target_parameters(part.target) or []
+    widths = {name: knobs[f"{slot}.{name}"] for name in taken if f"{slot}.{name}" in knobs}
+    return partial(part.load(), **widths)
+
+
+def _match(config: TrainConfig, vocab_size: int) -> dict[str, int]:
+    size, cycle = config.size, len(config.model.blocks)
+    with torch.device("meta"):
+        reference = Backbone(
+            vocab_size=vocab_size,
+            width=size.width,
+            layers=size.layers,
+            mixers=[partial(SoftmaxAttention, heads=size.heads)],
+            feed_forwards=[SwiGLU],
+        )
+    goal = count_parameters(reference)
+
+    def cost(knobs: Mapping[str, int]) -> int:
+        with torch.device("meta"):
+            return count_parameters(_assemble(config, vocab_size, knobs))
+
+    knobs: dict[str, int] = {}
+    for knob in config.model.match:
+        if knob == "layers":
+            at = {layers: cost({"layers": layers}) for layers in (cycle, 2 * cycle)}
+            per_layer = (at[2 * cycle] - at[cycle]) / cycle
+            layers = max(1, round(cycle + (goal - at[cycle]) / per_layer))
+            knobs["layers"] = layers
+        elif abs(cost(knobs) - goal) > TOLERANCE * goal:
+            knobs[knob] = _fit_width(lambda w, k=knob: cost({**knobs, k: w}), goal)
+    found = cost(knobs)
+    if abs(found - goal) > TOLERANCE * goal:
+        raise UserError(
+            f"model={config.model.name} cannot be sized to the reference's {goal:,} parameters "
+            f"within 1 % (nearest {found:,}): match=none trains it at its own size"
+        )
+    return knobs
+
+
+def _fit_width(cost: Callable[[int], int], goal: int) -> int:
+    """The width whose cost meets the goal, as round a number as the tolerance allows."""
+    low, slope = cost(16), (cost(32) - cost(16)) / 16  # parameters are linear in a width
+    if not slope:
+        raise UserError("match=params: no layer has the width that the model's `match` names")
+    width = 1
+    for step in STEPS:
+        width = max(step, step * round((16 + (goal - low) / slope) / step))
+        if abs(cost(width) - goal) <= TOLERANCE * goal:
+            break
+    return width

@@ -1,0 +1,76 @@
+"""A corpus: the three splits of one text under one tokeniser, built once, opened in no time."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo.data.sources import SPLITS, Source, find_source, store_folder
+from zoo.data.store import TokenStore, open_or_build, write_store
+from zoo.data.tokenizers import Tokenizer, open_tokenizer
+from zoo.errors import choose
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """`train`, `valid`, `test` share no document."""
+
+    name: str
+    train: TokenStore
+    valid: TokenStore
+    test: TokenStore
+    tokenizer: str
+    vocab_size: int
+    eval_documents: str  # "whole": evaluation never crosses a document; "joined": it may
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the name, the tokeniser and the three stores: equal means the same tokens."""
+        stores = [store.sha256 for store in (self.train, self.valid, self.test)]
+        return hashlib.sha256(json.dumps([self.name, self.tokenizer, *stores]).encode()).hexdigest()
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Over all splits; each store has its own."""
+        stores = self.train, self.valid, self.test
+        return sum(store.source_bytes for store in stores) / sum(len(store) for store in stores)
+
+
+def open_corpus(spec: Mapping[str, Any], cache: str | Path) -> Corpus:
+    """The corpus a data configuration (configs/data) names; its tokens are kept below `cache`.
+
+    The tokens are built when there are none yet, when their source has changed since, or when they
+    are damaged. Raises UserError, one line, where the source is missing, unreadable or no text.
+    """
+    documents = choose("data.eval_documents", spec["eval_documents"], ("whole", "joined"))
+    tokenizer = open_tokenizer(spec["tokenizer"])
+    source = find_source(spec)
+    train, valid, test = open_or_build(
+        store_folder(spec, cache),
+        SPLITS,
+        source.fingerprint,
+        lambda folder: _build(folder, source, tokenizer),
+    )
+    return Corpus(
+        name=spec["name"],
+        train=train,
+        valid=valid,
+        test=test,
+        tokenizer=tokenizer.name,
+        vocab_size=tokenizer.vocab_size,
+        eval_documents=documents,
+    )
+
+
+def _build(folder: Path, source: Source, tokenizer: Tokenizer) -> None:
+    for split, documents in source.documents().items():
+        write_store(
+            folder / split,
+            documents,
+            tokenizer.encode,
+            tokenizer=tokenizer.name,
+            vocab_size=tokenizer.vocab_size,
+            source=source.fingerprint,
+        )

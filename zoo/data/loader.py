@@ -1,0 +1,140 @@
+"""From a token store to what a model reads: training batches, validation and evaluation text."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from zoo.data.order import stream_restarts, window_starts
+from zoo.data.store import TokenStore
+from zoo.errors import UserError, choose
+
+
+class Steps(Dataset):
+    """Item i is what `rank` of `world` reads at step `start_step` + i; a pure function of i."""
+
+    def __init__(
+        self,
+        store: TokenStore,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        start_step: int,
+        steps: int,
+        contiguous: bool,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.store, self.contiguous = store, contiguous
+        self.shape = len(store), seq_len, batch_size, seed
+        self.start_step, self.steps = start_step, steps
+        self.rows = slice(rank, None, world)
+        window_starts(*self.shape, start_step, contiguous)  # refuses a short text at once
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.steps:
+            raise IndexError(index)
+        step, (_, seq_len, batch_size, _) = self.start_step + index, self.shape
+        starts = window_starts(*self.shape, step, self.contiguous)[self.rows]
+        if self.contiguous:
+            restart = stream_restarts(*self.shape, step)
+        else:
+            restart = np.ones(batch_size, dtype=bool)
+        return {
+            "tokens": torch.from_numpy(_windows(self.store, starts, seq_len)),
+            "restart": torch.from_numpy(restart[self.rows]),
+            "step": step,
+        }
+
+
+def train_loader(
+    store: TokenStore,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    steps: int,
+    contiguous: bool,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+) -> DataLoader:
+    """`steps` batches from `start_step` on, one per optimiser step, in the order of `order`.
+
+    A batch: "tokens" int64 (batch_size / world, seq_len + 1), of which the last seq_len are the
+    targets; "restart" bool (batch_size / world,), rows whose state begins anew (all, unless
+    `contiguous`); "step" int. Rank r takes rows r::world, so that any number of ranks and workers
+    reads the same. Raises UserError where the text is too short or the ranks do not divide the
+    batch.
+    """
+    if batch_size % world:
+        raise UserError(f"batch_size={batch_size} cannot be shared equally by {world} processes")
+    dataset = Steps(
+        store,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        start_step=start_step,
+        steps=steps,
+        contiguous=contiguous,
+        rank=rank,
+        world=world,
+    )
+    pin = torch.cuda.is_available()
+    return DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin)
+
+
+def valid_windows(store: TokenStore, seq_len: int, count: int) -> np.ndarray:
+    """int64 (count, seq_len + 1): fixed windows spread evenly over the split, without overlap.
+
+    Fewer than `count` where the split does not hold so many; UserError where it holds none.
+    """
+    return _windows(store, _spread(store, seq_len + 1, count), seq_len)
+
+
+def evaluation_text(
+    store: TokenStore, unit: int, count: int, documents: str = "whole"
+) -> np.ndarray:
+    """int64 (n, unit + 1), n <= count: disjoint stretches of text, spread evenly over the split.
+
+    "whole": each lies within one document; "joined": documents are read one after another, as in
+    training. Raises UserError where no document ("whole") or the split ("joined") is long enough.
+    """
+    choose("documents", documents, ("whole", "joined"))
+    if documents == "joined":
+        return _windows(store, _spread(store, unit + 1, count), unit)
+    lengths = np.diff(store.offsets)
+    if lengths.max() < unit + 1:
+        raise UserError(
+            f"the longest document of the {store.name} split has {lengths.max():,} tokens, fewer "
+            f"than the {unit + 1:,} asked for: evaluate shorter lengths, or read documents one "
+            "after another with data.eval_documents=joined"
+        )
+    fit = lengths // (unit + 1)
+    within = np.arange(fit.sum()) - np.repeat(np.cumsum(fit) - fit, fit)
+    starts = np.repeat(store.offsets[:-1], fit) + within * (unit + 1)
+    n = min(count, len(starts))
+    return _windows(store, starts[(2 * np.arange(n) + 1) * len(starts) // (2 * n)], unit)
+
+
+def _spread(store: TokenStore, size: int, count: int) -> np.ndarray:
+    """Starts of at most `count` disjoint stretches of `size` tokens, from one end to the other."""
+    n = min(count, len(store) // size)
+    if n < 1:
+        raise UserError(
+            f"the {store.name} split has {len(store):,} tokens, fewer than the {size:,} asked "
+            "for: use shorter lengths or more text"
+        )
+    return np.arange(n) * (len(store) - size) // max(1, n - 1)
+
+
+def _windows(store: TokenStore, starts: np.ndarray, seq_len: int) -> np.ndarray:
+    """int64 (len(starts), seq_len + 1)."""
+    rows = [store.tokens[start : start + seq_len + 1] for start in starts]
+    return np.stack(rows).astype(np.int64)

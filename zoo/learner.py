@@ -1,0 +1,287 @@
+"""The one LightningModule, and `train`, which fits it into a run folder."""
+
+import hashlib
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo.backbone import Backbone
+from zoo.build import build_model, count_parameters
+from zoo.callbacks import Checkpoints, Metrics
+from zoo.data.corpora import Corpus, open_corpus
+from zoo.data.loader import train_loader, valid_windows
+from zoo.errors import UserError
+from zoo.ops import backends
+from zoo.ops.native import tune_allocator
+from zoo.run import RunFolder
+from zoo.schema import Optim, TrainConfig
+
+FLOP_PROBES = (64, 128)
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is no longer a number; says where, and what to go back to."""
+
+
+class Learner(lightning.LightningModule):
+    """Next-token prediction with AdamW, warm-up and a cosine decay.
+
+    `state_passing="carry"` starts every window from the state that the row's previous window left
+    (truncated backpropagation through time, Williams 1990; Transformer-XL's memory for softmax),
+    detached, and from the empty state where the row's text starts anew.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Backbone,
+        optim: Optim,
+        max_steps: int,
+        seq_len: int,
+        state_passing: str = "none",
+    ) -> None:
+        super().__init__()
+        self.model, self.optim = model, optim
+        self.max_steps, self.seq_len = max_steps, seq_len
+        self.carries = state_passing == "carry"
+        self.carried: Any = None
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        tokens = self._tokens = batch["tokens"]
+        if self.carries:
+            state = self.carried
+            if state is None or bool(batch["restart"].any()):
+                state = self.model.empty_state(len(tokens))
+            loss, state = self.model.loss(tokens, state)
+            self.carried = self.model.carry(state, self.seq_len)
+        else:
+            loss = self.model.loss(tokens)
+        self._check("loss", loss)
+        self.log("train/loss", loss.detach())
+        return loss
+
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+        """Clip to the configured norm, and stop before a broken gradient reaches the weights."""
+        norm = nn.utils.clip_grad_norm_(self.parameters(), self.optim.clip)
+        self._check("gradient norm", norm)
+        self.log("train/grad_norm", norm)
+
+    def _check(self, what: str, value: Tensor) -> None:
+        if not torch.isfinite(value):
+            fingerprint = hashlib.sha256(self._tokens.cpu().numpy().tobytes()).hexdigest()[:12]
+            raise NonFiniteError(
+                f"the {what} is {value.item()} at step {self.global_step + 1}, batch {fingerprint}"
+            )
+
+    def configure_optimizers(self) -> Any:
+        """AdamW; weight decay on matrices alone, and not on those an architecture exempts."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        decayed = [p for p in trained if p.ndim >= 2 and not getattr(p, "no_weight_decay", False)]
+        kept = [p for p in trained if all(p is not other for other in decayed)]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": self.optim.weight_decay},
+                {"params": kept, "weight_decay": 0.0},
+            ],
+            lr=self.optim.lr,
+            betas=self.optim.betas,
+            eps=self.optim.eps,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Linear warm-up to 1, then a cosine down to `min_lr_ratio` at the last step."""
+        warmup, floor = self.optim.warmup_steps, self.optim.min_lr_ratio
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, self.max_steps - warmup))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.carried is not None:  # its leaves: a checkpoint holds plain containers alone
+            checkpoint["carried"] = tree_flatten(self.carried)[0]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "carried" in checkpoint:
+            leaves = checkpoint["carried"]
+            batch = next(leaf for leaf in leaves if isinstance(leaf, Tensor)).shape[0]
+            structure = tree_flatten(self.model.empty_state(batch))[1]
+            leaves = [x.to(self.device) if isinstance(x, Tensor) else x for x in leaves]
+            self.carried = tree_unflatten(leaves, structure)
+
+
+class Windows(lightning.LightningDataModule):
+    """The corpus as training windows in the order of (seed, step), from the step we are at."""
+
+    def __init__(self, corpus: Corpus, config: TrainConfig) -> None:
+        super().__init__()
+        self.corpus, self.config = corpus, config
+
+    def train_dataloader(self) -> "Windows":
+        return self
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        trainer, config = self.trainer, self.config
+        assert trainer is not None
+        accumulate = trainer.accumulate_grad_batches
+        loader = train_loader(
+            self.corpus.train,
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=trainer.global_step * accumulate,
+            steps=(trainer.max_steps - trainer.global_step) * accumulate,
+            contiguous=config.state_passing == "carry",
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            workers=config.workers,
+        )
+        return iter(loader)
+
+
+def train(config: TrainConfig, folder: RunFolder) -> None:
+    """Train the configured model in its run folder, from its last good checkpoint if it has one.
+
+    Writes metrics, checkpoints and the status as it goes. Raises UserError for what the user can
+    mend, NonFiniteError when the loss is lost, KeyboardInterrupt after a stop by signal.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.allocator == "tuned":
+        tune_allocator()
+    corpus = open_corpus(config.data.model_dump(), Path(config.data.options["cache"]))
+    lightning.seed_everything(config.seed, verbose=False)
+    model, knobs = build_model(config, corpus.vocab_size)
+    options = {**config.trainer.model_dump()}
+    tokens_per_step = config.batch_size * config.seq_len * options.get("accumulate_grad_batches", 1)
+    checkpoints = Checkpoints(folder, every=config.save_every, tokens_per_step=tokens_per_step)
+    metrics = Metrics(
+        folder,
+        windows=torch.as_tensor(valid_windows(corpus.valid, config.seq_len, config.valid_windows)),
+        valid_every=config.valid_every,
+        tokens_per_step=tokens_per_step,
+    )
+    trainer = lightning.Trainer(
+        **{
+            "max_epochs": -1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,
+            "log_every_n_steps": 10,
+            **options,
+        },
+        callbacks=[metrics, checkpoints],
+        logger=_logger(config, folder),
+        enable_checkpointing=False,
+        default_root_dir=folder.path,
+    )
+    last = folder.checkpoint()
+    folder.update(
+        parameters=count_parameters(model),
+        flops_per_token=forward_flops(model, config.seq_len),
+        sized=knobs,
+        tokens_per_step=tokens_per_step,
+        fingerprint=corpus.fingerprint,
+        tokenizer=corpus.tokenizer,
+        device=device_name(trainer.strategy.root_device),
+        threads=torch.get_num_threads(),
+    )
+    learner = Learner(
+        model=model,
+        optim=config.optim,
+        max_steps=trainer.max_steps,
+        seq_len=config.seq_len,
+        state_passing=config.state_passing,
+    )
+    try:
+        trainer.fit(
+            learner,
+            datamodule=Windows(corpus, config),
+            ckpt_path=str(last) if last else None,
+            weights_only=True,
+        )
+    except NonFiniteError as error:
+        good = folder.checkpoint()
+        raise NonFiniteError(f"{error}; last good checkpoint: {good or 'none yet'}") from None
+    finally:
+        folder.update(backends=backends.chosen())
+    if checkpoints.stopped_by:
+        raise KeyboardInterrupt(
+            f"stopped by {checkpoints.stopped_by} at step {trainer.global_step}"
+        )
+    folder.update(status="done", reason=None)
+
+
+def _logger(config: TrainConfig, folder: RunFolder) -> Any:
+    """W&B's mirror of the run, or False for none."""
+    if config.logger.name == "none":
+        return False
+    from lightning.pytorch.loggers import WandbLogger
+
+    return WandbLogger(project=config.logger.project, name=folder.name, save_dir=folder.path)
+
+
+def load(folder: RunFolder, device: torch.device | str = "cpu") -> Backbone:
+    """The model of a run, with the weights of its last good checkpoint, ready to measure."""
+    path = folder.checkpoint()
+    if path is None:
+        raise UserError(f"{folder} has no checkpoint yet")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    weights = {
+        name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()
+    }
+    model, _ = build_model(folder.config, weights["embedding.weight"].shape[0])
+    model.load_state_dict(weights)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name; `auto` is the accelerator where there is one, else the CPU."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={name} is not to be had here: {reason}") from None
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The model of an accelerator, `cpu` for the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def forward_flops(model: Backbone, tokens: int) -> float:
+    """Floating-point operations per token of reading `tokens` tokens once.
+
+    Counted at two short lengths: a causal model's cost per token is a + b * tokens.
+    """
+
+    def per_token(length: int) -> float:
+        sample = torch.zeros(1, length, dtype=torch.long)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(sample)
+        return counter.get_total_flops() / length
+
+    short, long = (per_token(length) for length in FLOP_PROBES)
+    slope = (long - short) / (FLOP_PROBES[1] - FLOP_PROBES[0])
+    return short + slope * (tokens - FLOP_PROBES[0])
+
+
+# Lightning's advertisements and notes to itself; what matters here is said by the callbacks.
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+for noise in (".*does not have many workers.*", ".*LeafSpec.*", ".*weights_only.*"):
+    warnings.filterwarnings("ignore", message=noise)
