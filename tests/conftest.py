@@ -12,16 +12,23 @@ ROOT = Path(__file__).parents[1]
 ARCHITECTURES = sorted(path.stem for path in ROOT.glob("configs/model/*.yaml"))
 
 
+def train_config(*words: str):
+    """The checked configuration of `python train.py` under these options."""
+    from zoo.config import compose
+    from zoo.schema import TrainConfig, validate
+
+    return validate(TrainConfig, compose("train", words))
+
+
 @pytest.fixture
 def tiny() -> Callable:
-    """tiny(name, **changes) -> the architecture at size tiny, vocabulary 32, in float64."""
+    """tiny(name, *options) -> the architecture at size tiny, vocabulary 32, in float64."""
     import torch
 
     from zoo.build import build_model
-    from zoo.config import compose
 
-    def build(name: str, *overrides: str, dtype=torch.float64):
-        config = compose("train", [f"model={name}", "size=tiny", "seq_len=64", *overrides])
+    def build(name: str, *options: str, dtype=torch.float64):
+        config = train_config(f"model={name}", "size=tiny", "seq_len=64", *options)
         torch.manual_seed(0)
         model, _ = build_model(config, vocab_size=32)
         return model.to(dtype)

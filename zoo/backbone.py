@@ -117,7 +117,8 @@ class Backbone(nn.Module):
     def loss(self, tokens: Int[Tensor, "b t1"], state: BackboneState | None = None):
         """Mean negative log-likelihood (nats) of tokens 1.. given those before them."""
         logits, state = self(tokens[:, :-1], state) if state else (self(tokens[:, :-1]), None)
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nll = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         return (nll, state) if state else nll
 
     def _check_length(self, tokens: int) -> None:

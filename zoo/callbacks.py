@@ -19,33 +19,27 @@ COLUMNS = ("tokens", "train_loss", "valid_loss", "learning_rate", "grad_norm", "
 
 
 class Checkpoints(Callback):
-    """Saves every so many steps and at the end; on SIGTERM or Ctrl-C saves, then stops the fit."""
+    """Saves every so many steps, at the end, and before a stop by SIGTERM or Ctrl-C."""
 
     def __init__(self, folder: RunFolder, *, every: int, tokens_per_step: int) -> None:
         self.folder, self.every, self.tokens_per_step = folder, every, tokens_per_step
-        self.stopped_by: str | None = None
-        self._before: dict[int, Any] = {}
+        self.interrupted = False
         self._saved = 0
 
-    def on_fit_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        def stop(number: int, _: Any) -> None:
-            self.stopped_by = signal.Signals(number).name
-            trainer.should_stop = True
-            signal.signal(number, self._before[number])  # a second one ends it at once
+    def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        def stop(*_: Any) -> None:
+            self.interrupted = trainer.should_stop = True
+            signal.signal(signal.SIGINT, self._before)  # a second one ends it at once
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, stop)
+        self._before = signal.signal(signal.SIGINT, stop)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        if trainer.global_step % self.every == 0 or self.stopped_by:
+        if trainer.global_step % self.every == 0 or trainer.received_sigterm or self.interrupted:
             self._save(trainer)
 
-    def on_fit_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+    def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        signal.signal(signal.SIGINT, self._before)
         self._save(trainer)
-
-    def teardown(self, *_: Any, **__: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def _save(self, trainer: lightning.Trainer) -> None:
         step = trainer.global_step

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
@@ -213,12 +214,12 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     except NonFiniteError as error:
         good = folder.checkpoint()
         raise NonFiniteError(f"{error}; last good checkpoint: {good or 'none yet'}") from None
+    except SIGTERMException:
+        raise KeyboardInterrupt(f"stopped by SIGTERM at step {trainer.global_step}") from None
     finally:
         folder.update(backends=backends.chosen())
-    if checkpoints.stopped_by:
-        raise KeyboardInterrupt(
-            f"stopped by {checkpoints.stopped_by} at step {trainer.global_step}"
-        )
+    if checkpoints.interrupted:
+        raise KeyboardInterrupt(f"stopped by Ctrl-C at step {trainer.global_step}")
     folder.update(status="done", reason=None)
 
 

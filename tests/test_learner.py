@@ -1,0 +1,257 @@
+"""Training: killed and resumed it is the unbroken run; what goes wrong is said, never hidden."""
+
+import csv
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import train_config
+
+from zoo import learner
+from zoo.backbone import Backbone
+from zoo.build import build_model, count_parameters
+from zoo.errors import UserError
+from zoo.run import RunFolder
+
+ROOT = Path(__file__).parents[1]
+TINY = ["size=tiny", "data=text", "seq_len=32", "batch_tokens=128", "logger=none", "match=none"]
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    """A little corpus: three splits of counting prose."""
+    folder = tmp_path / "text"
+    for split, start in (("train", 0), ("valid", 5000), ("test", 7000)):
+        (folder / split).mkdir(parents=True)
+        words = " ".join(f"{i} and then {i * i % 97}," for i in range(start, start + 900))
+        (folder / split / "a.txt").write_text(words)
+    return folder
+
+
+def arguments(text: Path, *more: str) -> list[str]:
+    return [*TINY, f"data.path={text}", f"data.cache={text.parent}/cache", *more]
+
+
+def program(*words: str, cwd: Path, **options) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    return subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+def losses(folder: Path) -> dict[int, tuple[str, str]]:
+    """Step -> (loss, gradient norm) as metrics.csv spells them: equal text, equal bits."""
+    with open(folder / "metrics.csv") as file:
+        return {
+            int(row["step"]): (row["train_loss"], row["grad_norm"])
+            for row in csv.DictReader(file)
+            if row["train_loss"]
+        }
+
+
+def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
+    return torch.load(folder.checkpoint(), weights_only=True)["state_dict"]
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the run never got there"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("state_passing", ["none", "carry"])
+def test_killed_and_resumed_is_bit_equal_to_unbroken(text, tmp_path, state_passing):
+    """kill -9 in the middle, then the same command again: the same losses and weights."""
+    common = arguments(
+        text,
+        "model=hybrid",
+        "model.pattern=[mamba,transformer]",
+        f"state_passing={state_passing}",
+        "trainer.max_steps=60",
+        "save_every=8",
+        "trainer.log_every_n_steps=1",
+    )
+    whole = program(*common, "name=whole", cwd=tmp_path)
+    killed = program(*common, "name=killed", cwd=tmp_path)
+    checkpoints = tmp_path / "runs/killed/checkpoints"
+    wait_for(lambda: any(checkpoints.glob("step=*[1-9]*.ckpt")), killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    output, _ = whole.communicate(timeout=120)
+    assert whole.returncode == 0, output
+    reached = max(losses(tmp_path / "runs/killed"))
+    assert 8 <= reached < 60, "killed too late to show anything"
+
+    again = program(*common, "name=killed", cwd=tmp_path)
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    a, b = (RunFolder.open(tmp_path / "runs" / name) for name in ("whole", "killed"))
+    assert losses(a.path) == losses(b.path)
+    assert len(losses(a.path)) == 60
+    assert a.info["status"] == b.info["status"] == "done"
+    assert a.info["tokens_seen"] == b.info["tokens_seen"] == 60 * 128
+    for (name, mine), theirs in zip(weights(a).items(), weights(b).values(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_sigterm_saves_first_and_says_so(text, tmp_path):
+    words = arguments(
+        text, "name=run", "trainer.max_steps=100000", "save_every=100000", "valid_every=100000"
+    )
+    running = program(*words, "trainer.log_every_n_steps=1", cwd=tmp_path)
+    metrics = tmp_path / "runs/run/metrics.csv"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5, running)
+    running.send_signal(signal.SIGTERM)
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode not in (0, 2), output
+    folder = RunFolder.open(tmp_path / "runs/run")
+    assert folder.info["status"] == "stopped"
+    assert "SIGTERM" in folder.info["reason"]
+    assert folder.info["step"] == max(losses(folder.path))
+    assert folder.checkpoint() is not None
+    assert "Traceback" not in output
+
+
+def run_here(text: Path, *more: str) -> RunFolder:
+    config = train_config(*arguments(text, f"runs={text.parent}/runs", *more))
+    folder = RunFolder.claim(config)
+    learner.train(config, folder)
+    return folder
+
+
+def test_a_loss_that_is_no_number_stops_with_step_batch_and_last_checkpoint(text, monkeypatch):
+    loss = Backbone.loss
+    calls = iter(range(100))
+
+    def broken(self, tokens, state=None):
+        value = loss(self, tokens, state)
+        return value * math.nan if self.training and next(calls) == 5 else value
+
+    monkeypatch.setattr(Backbone, "loss", broken)
+    with pytest.raises(
+        learner.NonFiniteError,
+        match=r"loss is nan at step 6, batch [0-9a-f]{12}; last good checkpoint: .*00000004\.ckpt",
+    ):
+        run_here(text, "trainer.max_steps=10", "save_every=4", "name=lost")
+
+
+def test_a_broken_gradient_never_reaches_the_weights(text, monkeypatch):
+    def poisoned(self, tokens, state=None):
+        value = loss(self, tokens, state)
+        if self.training:
+            value.register_hook(lambda g: g * math.inf)
+        return value
+
+    loss = Backbone.loss
+    monkeypatch.setattr(Backbone, "loss", poisoned)
+    with pytest.raises(learner.NonFiniteError, match=r"gradient norm is (nan|inf) at step 1"):
+        run_here(text, "trainer.max_steps=3", "name=lost")
+
+
+def test_weights_load_back_and_score_as_they_did(text):
+    folder = run_here(text, "trainer.max_steps=40", "name=good", "optim.warmup_steps=1")
+    model = learner.load(folder)
+    assert not model.training
+    assert count_parameters(model) == folder.info["parameters"]
+    with open(folder.path / "metrics.csv") as file:
+        logged = float([row["valid_loss"] for row in csv.DictReader(file)][-1])
+    from zoo.data.corpora import open_corpus
+    from zoo.data.loader import valid_windows
+
+    corpus = open_corpus(folder.config.data.model_dump(), text.parent / "cache")
+    windows = torch.as_tensor(valid_windows(corpus.valid, 32, folder.config.valid_windows))
+    assert float(model.loss(windows)) == pytest.approx(logged, rel=1e-5)
+    assert logged < math.log(256) - 1
+
+
+def test_run_json_tells_what_a_comparison_needs(text):
+    folder = run_here(text, "trainer.max_steps=2", "name=told", "model=mamba")
+    info = json.loads((folder.path / "run.json").read_text())
+    assert info["status"] == "done"
+    assert info["flops_per_token"] > 2 * info["parameters"] * 0.5
+    assert info["backends"]["selective_scan"] in ("native", "torch")
+    assert len(info["fingerprint"]) == 64
+    assert info["tokens_per_step"] == 128
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(text, monkeypatch):
+    save, writes = torch.save, iter(range(10))
+
+    def full(*words, **options):
+        if next(writes) == 1:
+            raise OSError(28, "No space left on device")
+        return save(*words, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
+        run_here(text, "trainer.max_steps=9", "save_every=3", "name=full")
+    folder = RunFolder.open(text.parent / "runs/full")
+    assert folder.checkpoint().name == "step=00000003.ckpt"
+    assert len(list((folder.path / "checkpoints").iterdir())) == 1
+
+
+def test_activations_recomputed_give_the_same_gradients(text, tiny):
+    plain, frugal = tiny("hybrid"), tiny("hybrid", "checkpoint_activations=true")
+    tokens = torch.randint(32, (2, 50))
+    for model in (plain, frugal):
+        model.loss(tokens).backward()
+    for a, b in zip(plain.parameters(), frugal.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_arms_matched_by_parameters_are_within_one_percent(size, architecture):
+    def parameters(*overrides: str) -> int:
+        with torch.device("meta"):
+            return count_parameters(build_model(train_config(*overrides), 256)[0])
+
+    reference = parameters("model=transformer", f"size={size}", "match=none")
+    found = parameters(f"model={architecture}", f"size={size}", "match=params", "seq_len=128")
+    assert abs(found - reference) <= 0.01 * reference
+
+
+def test_what_cannot_be_matched_is_refused_with_both_counts():
+    config = train_config("model=learned", "size=tiny", "seq_len=64k")
+    with pytest.raises(UserError, match=r"within 1 % \(nearest [\d,]+\): match=none"):
+        build_model(config, 256)
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine(tiny):
+    optim = train_config("optim.warmup_steps=10", "optim.min_lr_ratio=0.1").optim
+    module = learner.Learner(model=tiny("nope"), optim=optim, max_steps=110, seq_len=8)
+    factor = module.learning_rate_factor
+    assert factor(0) == pytest.approx(0.1)
+    assert factor(9) == pytest.approx(1.0)
+    assert factor(10) == pytest.approx(1.0)
+    assert factor(60) == pytest.approx(0.55)
+    assert factor(110) == pytest.approx(0.1)
+
+
+def test_weight_decay_spares_vectors_and_what_an_architecture_exempts(tiny):
+    model = tiny("mamba")
+    module = learner.Learner(model=model, optim=train_config().optim, max_steps=1, seq_len=8)
+    (optimizer,), _ = module.configure_optimizers()
+    decayed, kept = (group["params"] for group in optimizer.param_groups)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert len(decayed) + len(kept) == len(names)
+    assert all(p.ndim >= 2 for p in decayed)
+    spared = {names[id(p)].rpartition(".")[2] for p in kept if p.ndim >= 2}
+    assert spared == {"A_log"}
+
+
+def test_windows_that_carry_their_state_read_as_one_long_window(tiny):
+    """Two windows with state passing see what one window of twice the length sees."""
+    model = tiny("hybrid")
+    tokens = torch.randint(32, (2, 65))
+    whole = model.loss(tokens)
+    first, state = model.loss(tokens[:, :33], model.empty_state(2))
+    second = model.loss(tokens[:, 32:], model.carry(state, 64))[0]
+    torch.testing.assert_close((first + second) / 2, whole, rtol=1e-10, atol=1e-12)
