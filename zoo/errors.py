@@ -1,4 +1,4 @@
-"""What the user did wrong, in one line. The bottom of the import order: anything may import this."""
+"""What went wrong, in one line. The bottom of the import order: anything may import this."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,6 +7,10 @@ from typing import NoReturn
 
 class UserError(ValueError):
     """A mistake in the input, told in one line; the programs print it and exit with code 2."""
+
+
+class RunError(RuntimeError):
+    """Why a run cannot go on, told in one line; the programs print it and exit with code 1."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

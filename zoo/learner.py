@@ -18,18 +18,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.backbone import Backbone
 from zoo.build import build_model, count_parameters
 from zoo.callbacks import Checkpoints, Metrics
+from zoo.config import plain
 from zoo.data.corpora import Corpus, open_corpus
 from zoo.data.loader import train_loader, valid_windows
-from zoo.errors import UserError
+from zoo.errors import RunError, UserError
 from zoo.ops import backends
 from zoo.ops.native import tune_allocator
+from zoo.report import wandb
 from zoo.run import RunFolder
 from zoo.schema import Optim, TrainConfig
 
 FLOP_PROBES = (64, 128)
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """The loss or the gradient is no longer a number; says where, and what to go back to."""
 
 
@@ -224,12 +226,14 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
 
 
 def _logger(config: TrainConfig, folder: RunFolder) -> Any:
-    """W&B's mirror of the run, or False for none."""
+    """W&B's mirror of the run folder, or False for none."""
     if config.logger.name == "none":
         return False
     from lightning.pytorch.loggers import WandbLogger
 
-    return WandbLogger(project=config.logger.project, name=folder.name, save_dir=folder.path)
+    about = {"project": config.logger.project, "name": folder.name, "dir": str(folder.path)}
+    run = wandb.begin(config.logger.mode, config=plain(config), job_type="train", **about)
+    return WandbLogger(experiment=run)
 
 
 def load(folder: RunFolder, device: torch.device | str = "cpu") -> Backbone:

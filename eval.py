@@ -1,0 +1,52 @@
+"""Measure trained runs: `python eval.py run='runs/compare/*'`; see `--help`."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from zoo.command_line import launch, say
+from zoo.run import find_runs
+from zoo.schema import EvalConfig, validate
+
+USAGE = """
+python eval.py run=<folder or pattern> [option=value ...]    measure trained runs, write a report
+
+  python eval.py run='runs/compare/*'
+  python eval.py run=runs/my-run task=perplexity task.perplexity.lengths=[512,4k,16k]
+  python eval.py run='runs/*mamba*' task=stream task.stream.tokens=1M
+
+flags: -m sweep over values separated by commas; --cfg job show the configuration;
+  -sc install=bash TAB completion (also zsh, fish)
+"""
+
+
+def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
+    """The configuration of a composed tree, its runs found. Imports nothing heavy."""
+    del given
+    config = validate(EvalConfig, tree)
+    folders = find_runs(config.run, config.runs)
+    if len(folders) == 1:  # of several, one without weights keeps its row and says why
+        folders[0].checkpoint()
+    return config
+
+
+def job(config: EvalConfig, sweep: bool) -> int:
+    """Measure the runs one after another; the exit code tells whether every one could be."""
+    del sweep
+    folders = find_runs(config.run, config.runs)
+    say(f"measuring {', '.join(map(str, folders))}")
+    from zoo.tasks import evaluate  # heavy: seconds
+
+    return evaluate(config, folders, say=_print, fresh=config.fresh)
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return launch("eval", argv, usage=USAGE, check=check, job=job)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,327 @@
+"""The command line: what is refused, in which words, how fast; what options and YAML files mean."""
+
+import importlib.util
+import inspect
+import os
+import resource
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+from zoo.config import compose, run_name
+from zoo.errors import UserError
+from zoo.options import read_count, target_parameters, trainer_parameters
+from zoo.run import RunFolder
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"torch", "lightning", "numpy", "pandas", "wandb"}
+
+
+def load_program(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_program", ROOT / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capfd):
+    """command("train", "model=mamba") -> (exit code, stdout, stderr), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["program"])
+
+    def call(name: str, *argv: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        return load_program(name).main(argv), *capfd.readouterr()
+
+    return call
+
+
+def written(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+REFUSED = {
+    "modle=mamba": "unknown option 'modle': did you mean 'model'? allowed: model, size, data",
+    "model=mmaba": "unknown model 'mmaba': did you mean 'mamba'? allowed: alibi,",
+    "model=": "unknown model ''",
+    "logger=null": "unknown logger 'null'",
+    "seqlen=1": "unknown option 'seqlen': did you mean 'seq_len'?",
+    "seq_len=-5": "seq_len=-5: must be greater than or equal to 1",
+    "seq_len=abc": "seq_len=abc: is not a whole number",
+    "seq_len=": "seq_len=: is not a whole number",
+    "seq_len=0": "seq_len=0: must be greater than or equal to 1",
+    "seq_len=1.5": "seq_len=1.5: is not a whole number",
+    "seq_len=64q": "seq_len=64q: is not a whole number",
+    "seq_len=true": "seq_len=True: is not a whole number",
+    "seq_len=null": "seq_len=null: is not a whole number",
+    "seq_len=${nowhere}": "nowhere",
+    "seed=-1": "seed=-1",
+    "optim.lrr=1": "unknown option 'optim.lrr': did you mean 'optim.lr'? allowed: optim.lr,",
+    "lr=1": "did you mean 'optim.lr'?",
+    "+lr=1": "unknown option 'lr'",
+    "optim.lr=abc": "optim.lr=abc: must be a valid number",
+    "optim.lr=nan": "optim.lr=nan: must be a finite number",
+    "optim.lr=[1]": "optim.lr=[1]",
+    "data=nope": "unknown data 'nope'",
+    "data.pth=x": "unknown option 'data.pth'",
+    "match=foo": "match=foo: must be 'params' or 'none'",
+    "trainer.max_stepz=5": "did you mean 'trainer.max_steps'?",
+    "trainer.gradient_clip_val=1": "set by the option optim.clip",
+    "model.mixer.kv_headz=1": "did you mean 'model.mixer.kv_heads'?",
+    "model.positions=rpoe": "did you mean 'rope'?",
+    "model.mixer._target_=os.system": "'os.system' is not in zoo.mixers.",
+    "model.mixer._target_=zoo.run.os.system": "is not in zoo.mixers.",
+    "model.mixer._target_=zoo.mixers.mamba.torch": "there is no torch in",
+    "model=hybrid model.pattern=[mamba,hybrid]": "is a pattern itself",
+    "model=hybrid model.pattern=[mmaba]": "did you mean 'mamba'?",
+    "model=hybrid model.pattern=mamba": "is a list of models",
+    "mamba": "did you mean 'model=mamba'?",
+    "model=[": "cannot read 'model=['",
+    "~optim": "cannot read '~optim'",
+    "model=mamba model=alibi": "'model' is given twice",
+    "model=transformer,mamba": "add -m",
+    "experiment=compare": "add -m",
+    "-m model=transformer,mmaba": "unknown model 'mmaba': did you mean 'mamba'?",
+    "-m seed=0,1 name=same": "several runs",
+    "-m seed=0,1 optim.lr=1e-3,x": "optim.lr=x",
+    "name=../outside": "name=../outside",
+    "resume=/nowhere": "there is no run folder /nowhere",
+    "resume=empty": "empty is not a run folder: it has no config.yaml",
+    "data=text": "data.path",
+    "data=text data.path=/nowhere": "/nowhere",
+    "data=text data.path=empty": "empty",
+    "data=text data.path=binary": "NUL",
+    "--nonsense": "--nonsense",
+    "hydra/launcher=nope": "nope",
+    "runs=/proc/zoo": "cannot write /proc/zoo/",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_written(words, command, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary").mkdir()
+    for number in range(3):
+        (tmp_path / "binary" / f"{number}.txt").write_bytes(b"te\0xt" * 100 + bytes([number]))
+    before = written(tmp_path)
+    code, out, error = command("train", *words.split(" "))
+    assert code == 2
+    assert not out
+    assert error.count("\n") == 1
+    assert error.startswith("train.py: ")
+    assert REFUSED[words] in error
+    assert "+" not in error.replace("[\\w.+-]", "")  # never Hydra's advice to append with +
+    assert written(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    {
+        "": "run= is needed",
+        "run=/nowhere/*": "no run folder matches '/nowhere/*'",
+        "run=/nowhere": "there is no run folder /nowhere",
+        "run=x task=sped": "did you mean 'speed'?",
+        "run=x model=mamba": "unknown option 'model'",
+        "run=x task.perplexity.lenghts=[1]": "did you mean 'task.perplexity.lengths'?",
+        "run=x device=gpu0": "device=gpu0",
+    }.items(),
+)
+def test_eval_refuses_alike(words, told, command, tmp_path):
+    code, out, error = command("eval", *words.split())
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert error.startswith("eval.py: ")
+    assert told in error
+    assert not written(tmp_path)
+
+
+def damaged(name: str, path: Path) -> None:
+    """A run folder as it may come back from a full disk."""
+    RunFolder.create(path, compose("train", ["size=tiny"]), {})
+    if name == "checkpoint":
+        (path / "checkpoints" / "last.ckpt").write_bytes(b"PK\3\4 cut")
+    elif name == "option":
+        tree = yaml.safe_load((path / "config.yaml").read_text())
+        (path / "config.yaml").write_text(yaml.safe_dump({**tree, "sed": 1}))
+    else:
+        (path / name).write_text('{"status": [')
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "option", "config.yaml", "run.json"])
+def test_a_damaged_run_folder_is_named_and_left_alone(name, command, tmp_path):
+    damaged(name, tmp_path / "run")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for program, words in ("train", ["resume=run"]), ("eval", ["run=run"]), ("eval", ["run=r*"]):
+        if (program, words, name) == ("eval", ["run=r*"], "checkpoint"):
+            continue  # of several runs, one without weights keeps its place in the tables
+        code, _, error = command(program, *words)
+        assert (code, error.count("\n")) == (2, 1)
+        assert "damaged" in error
+        assert error.startswith(f"{program}.py: ")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_resume_takes_no_option_that_makes_it_another_run(command, tmp_path):
+    RunFolder.create(tmp_path / "run", compose("train", ["size=tiny"]), {})
+    code, _, error = command("train", "resume=run", "optim.lr=1", "seed=3", "threads=1")
+    assert code == 2
+    assert "optim.lr, seed cannot change" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    {"512": 512, "64k": 65536, "64K": 65536, "1M": 2**20, "65_536": 65536, "2**16": 65536}.items(),
+)
+def test_sizes_are_what_people_write(text, meaning):
+    assert read_count(text) == meaning
+    assert compose("train", [f"seq_len={text}"]).seq_len == meaning
+
+
+@pytest.mark.parametrize("text", ["64kk", "k", "2**", "2**2**2", "1e", "0x10", "", "_1", "1__0"])
+def test_what_only_resembles_a_size_is_refused(text):
+    with pytest.raises(ValueError, match="whole number"):
+        read_count(text)
+
+
+def test_the_meaning_of_a_size_is_told_once(command):
+    code, out, error = command("train", "--cfg", "job", "seq_len=64k", "trainer.max_steps=2**7")
+    assert code == 0
+    assert error == "seq_len=64k means 65536\ntrainer.max_steps=2**7 means 128\n"
+    shown = yaml.safe_load(out)
+    assert (shown["seq_len"], shown["trainer"]["max_steps"]) == (65536, 128)
+
+
+def test_sizes_are_read_in_lists_and_in_the_arguments_of_the_zoo():
+    lengths = ["task.perplexity.lengths=[512,4k]"]
+    part = compose("eval", ["run=x", "task=perplexity", *lengths]).task["perplexity"]
+    assert part.options["lengths"] == [512, 4096]
+    mixer = compose("train", ["model=mamba", "model.mixer.inner_width=1k"]).model.blocks[0].mixer
+    assert mixer.options["inner_width"] == 1024
+
+
+def test_any_argument_of_lightnings_trainer_passes_through():
+    from lightning import Trainer
+
+    config = compose("train", ["trainer.accumulate_grad_batches=4", "trainer.deterministic=true"])
+    assert config.trainer.options == {"accumulate_grad_batches": 4, "deterministic": True}
+    assert set(trainer_parameters()) < set(inspect.signature(Trainer).parameters)
+
+
+def test_arguments_are_read_from_the_source():
+    assert target_parameters("zoo.mixers.feed_forward.SwiGLU") == ["hidden_width"]
+    with pytest.raises(UserError, match="there is no"):
+        target_parameters("zoo.mixers.nowhere.Mixer")
+
+
+def test_batch_size_comes_from_the_tokens_unless_given():
+    assert compose("train", ["seq_len=512", "batch_tokens=8192"]).batch_size == 16
+    assert compose("train", ["seq_len=64k", "batch_tokens=8192"]).batch_size == 1
+    assert compose("train", ["seq_len=64k", "batch_size=3"]).batch_size == 3
+
+
+MODELS = sorted(path.stem for path in ROOT.glob("configs/model/*.yaml"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_composes_and_survives_its_own_record(name, tmp_path):
+    config = compose("train", [f"model={name}", "seq_len=64"])
+    assert config.model.name == name
+    assert RunFolder.create(tmp_path / "run", config, {}).config == config
+
+
+def test_positions_act_in_the_mixer_or_at_the_embedding():
+    inside, outside = compose("train", ["model=alibi"]), compose("train", ["model=learned"])
+    assert inside.model.blocks[0].mixer.options["positions"] == "alibi"
+    assert inside.model.embedding_positions is None
+    assert outside.model.blocks[0].mixer.options["positions"] == "none"
+    assert outside.model.embedding_positions == "learned"
+    assert outside.model.max_length == outside.seq_len
+
+
+def test_a_hybrid_is_its_parts_in_turn():
+    words = ["model=hybrid", "model.pattern=[mamba,alibi]", "size=tiny"]
+    mamba, alibi = compose("train", words).model.blocks
+    assert mamba == compose("train", ["model=mamba", "size=tiny"]).model.blocks[0]
+    assert alibi == compose("train", ["model=alibi", "size=tiny"]).model.blocks[0]
+
+
+def test_parts_load_with_their_arguments():
+    block = compose("train", ["size=tiny", "model.feed_forward.hidden_width=32"]).model.blocks[0]
+    assert block.feed_forward is not None
+    assert block.feed_forward.load()(width=8).down_proj.weight.shape == (8, 32)
+
+
+def test_the_same_options_give_the_same_name_wherever_they_run():
+    name = run_name(compose("train", ["model=mamba"]))
+    assert name.startswith("mamba-small-512-stdlib-s0-")
+    for same in ["threads=1", "workers=2", "logger=none", "trainer.devices=1", "runs=elsewhere"]:
+        assert run_name(compose("train", ["model=mamba", same])) == name
+    for other in ["seed=1", "optim.lr=1", "model.mixer.state_size=8", "trainer.max_steps=7"]:
+        assert run_name(compose("train", ["model=mamba", other])) != name
+
+
+def test_help_shows_groups_options_and_three_examples(command):
+    code, out, error = command("train", "--help")
+    assert (code, error) == (0, "")
+    assert all(name in out for name in ["mamba", "[small]", "stdlib", "seq_len=512", "optim.lr="])
+    assert out.count("\n  python train.py ") == 3
+    code, out, _ = command("eval", "--help")
+    assert code == 0
+    assert out.count("\n  python eval.py ") == 3
+    assert "[extrapolation]" in out
+
+
+def run_program(*words: str, cwd: Path, **more) -> tuple[subprocess.CompletedProcess, float]:
+    """The finished process and the seconds of CPU it took: the machine may be busy."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    program = [sys.executable, str(ROOT / words[0]), *words[1:]]
+    done = subprocess.run(program, cwd=cwd, capture_output=True, text=True, **more)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("train.py", "--help"), 0),
+        (("train.py", "--cfg", "job"), 0),
+        (("train.py", "model=mmaba"), 2),
+        (("train.py", "seq_len=abc"), 2),
+        (("eval.py", "run=/nowhere/*"), 2),
+    ],
+)
+def test_answers_come_in_about_a_second(words, code, tmp_path):
+    spent = []
+    while len(spent) < 3 and min(spent, default=9) > 1.5:  # the best of three
+        done, seconds = run_program(*words, cwd=tmp_path)
+        assert done.returncode == code
+        assert done.stderr.count("\n") == (code == 2)
+        spent.append(seconds)
+    assert min(spent) < 1.5
+    assert not written(tmp_path)
+
+
+def test_nothing_heavy_is_imported_before_the_configuration_is_good(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; "
+        f"print(train.main(['--cfg', 'job'])); print(sorted({HEAVY} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-2:] == ["0", "[]"]
+
+
+def test_tab_completes_names_and_options(tmp_path):
+    for line, expected in [("train.py model=ma", "model=mamba"), ("train.py optim.l", "optim.lr=")]:
+        typed = {"COMP_LINE": f"python {line}", "COMP_POINT": str(len(f"python {line}"))}
+        words = ("train.py", "-sc", "query=bash")
+        done, _ = run_program(*words, cwd=tmp_path, env={**os.environ, **typed})
+        assert done.stdout.split() == [expected]
+    assert not written(tmp_path)

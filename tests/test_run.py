@@ -1,0 +1,449 @@
+"""The run folder survives kills and full disks; train.py continues, refuses and sweeps by it."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import zoo.files
+import zoo.run
+from zoo.config import compose
+from zoo.errors import UserError
+from zoo.files import one_line, replacing
+from zoo.run import RunFolder, find_runs
+
+
+@pytest.fixture(scope="module")
+def config():
+    return compose("train", ["size=tiny", "logger=none"])
+
+
+@pytest.fixture
+def folder(tmp_path, config) -> RunFolder:
+    return RunFolder.create(tmp_path / "run", config, {"commit": "abc"})
+
+
+class Killed(BaseException):
+    """What kill -9 looks like from inside: nothing after it happens."""
+
+
+def kill(*_: object) -> None:
+    raise Killed
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def files(path: Path) -> list[str]:
+    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+
+
+def test_a_folder_holds_its_configuration_and_status(folder, config):
+    assert folder.config == config
+    assert folder.info == {
+        **{"status": "running", "reason": None, "step": 0, "tokens_seen": 0},
+        "commit": "abc",
+    }
+    folder.update(step=5)
+    assert RunFolder.open(folder.path).info["step"] == 5
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path, config, monkeypatch):
+    monkeypatch.setattr(zoo.run.os, "rename", kill)
+    with pytest.raises(Killed):
+        RunFolder.create(tmp_path / "run", config, {})
+    assert not (tmp_path / "run").exists()
+
+
+def test_who_comes_second_gets_the_first_ones_folder(folder, config):
+    again = RunFolder.create(folder.path, config, {"commit": "other"})
+    assert again.info["commit"] == "abc"
+    assert not again.created
+    assert os.listdir(folder.path.parent) == ["run"]
+
+
+def test_a_kill_while_writing_leaves_the_last_state(folder, monkeypatch):
+    folder.update(step=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(zoo.files.os, "replace", kill)
+        with pytest.raises(Killed):
+            folder.update(step=2)
+    assert folder.info["step"] == 1
+    with folder.lock():  # the next process cleans up
+        assert not list(folder.path.rglob("*.tmp"))
+
+
+def test_a_real_kill_at_any_moment_leaves_a_readable_folder(folder):
+    loop = (
+        "import sys; from pathlib import Path; from zoo.run import RunFolder\n"
+        "folder, step = RunFolder(Path(sys.argv[1])), 0\n"
+        "metrics = folder.metrics(['loss'])\n"
+        "while step := step + 1:\n"
+        "    folder.update(step=step, filling='x' * 20000)\n"
+        "    metrics.write({'step': step, 'loss': 0.5})\n"
+        "    folder.append_row({'length': step})\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", loop, str(folder.path)])
+    deadline = time.monotonic() + 20
+    while not folder.info["step"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    step = RunFolder.open(folder.path).info["step"]
+    assert step > 0
+    assert step - 1 <= len(folder.rows()) <= step
+    folder.metrics(["loss"], step=step)
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_full_disk_is_told_and_leaves_what_was_there(folder, monkeypatch, failing):
+    before = files(folder.path), folder.info
+    monkeypatch.setattr(zoo.files.os, failing, full_disk)
+    with pytest.raises(UserError, match=r"cannot write .*run\.json: No space left on device"):
+        folder.update(step=9)
+    assert (files(folder.path), folder.info) == before
+    with pytest.raises(UserError, match="No space left"):  # however a library wraps it
+        save_through_a_library(folder.path / "checkpoints" / "last.ckpt")
+    assert files(folder.path) == before[0]
+
+
+def save_through_a_library(path: Path) -> None:
+    with replacing(path):
+        try:
+            full_disk()
+        except OSError:
+            raise RuntimeError("unexpected position in file") from None
+
+
+def test_an_error_that_is_not_the_disks_passes_and_leaves_no_draft(folder):
+    with pytest.raises(ZeroDivisionError), replacing(folder.path / "run.json"):
+        _ = 1 / 0
+    assert folder.info["commit"] == "abc"
+    assert not list(folder.path.rglob("*.tmp"))
+
+
+def test_only_one_process_trains_in_a_folder(folder):
+    with folder.lock():
+        told = f"already being trained by process {os.getpid()}"
+        with pytest.raises(UserError, match=told), folder.lock():
+            pass
+    with folder.lock():
+        pass
+
+
+def checkpoint(folder: RunFolder, name: str, content: bytes = bytes(range(256)) * 64) -> Path:
+    path = folder.path / "checkpoints" / name
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+    return path
+
+
+def flip(path: Path) -> None:
+    """One wrong bit in the middle, as a bad disk leaves it."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [flip, cut, empty])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, damage, caplog):
+    assert folder.checkpoint() is None
+    older, newer = (
+        checkpoint(folder, "step=00000900.ckpt"),
+        checkpoint(folder, "step=00001000.ckpt"),
+    )
+    assert folder.checkpoint() == newer
+    last = checkpoint(folder, "last.ckpt")
+    assert folder.checkpoint() == last
+    damage(last)
+    damage(newer)
+    assert folder.checkpoint() == older
+    assert "last.ckpt, step=00001000.ckpt damaged" in caplog.text
+    damage(older)
+    with pytest.raises(UserError, match=r"no whole checkpoint: last\.ckpt, "):
+        folder.checkpoint()
+
+
+def test_of_the_same_measurement_the_last_row_counts(folder):
+    rows = [
+        {"task": "perplexity", "protocol": "blocks", "length": 512, "status": "failed"},
+        {"task": "perplexity", "protocol": "blocks", "length": 1024, "status": "ok"},
+        {"task": "perplexity", "protocol": "stride_tail", "length": 512, "status": "ok"},
+        {"task": "perplexity", "protocol": "blocks", "length": 512, "status": "ok"},
+    ]
+    assert folder.rows() == []
+    for row in rows:
+        folder.append_row(row)
+    assert sorted(map(str, folder.rows())) == sorted(map(str, rows[1:]))
+
+
+def test_a_row_cut_by_a_kill_does_not_spoil_the_next(folder, caplog):
+    folder.append_row({"length": 1})
+    with open(folder.path / "results.jsonl", "a") as file:
+        file.write('{"length": 2, "sta')
+    folder.append_row({"length": 3})
+    assert [row["length"] for row in folder.rows()] == [1, 3]
+    assert "line 2 was not written whole" in caplog.text
+
+
+def test_metrics_after_the_checkpoint_are_forgotten(folder):
+    metrics = folder.metrics(["loss", "valid"])
+    for step in (1, 2, 3, 4):
+        metrics.write({"step": step, "loss": step / 2})
+    with open(folder.path / "metrics.csv", "a") as file:
+        file.write("5,0.")  # a kill
+    folder.metrics(["loss", "valid", "more"], step=2).write({"step": 3, "valid": 7, "more": 1})
+    text = (folder.path / "metrics.csv").read_text()
+    assert text == "step,loss,valid,more\n1,0.5,,\n2,1.0,,\n3,,7,1\n"
+    with pytest.raises(ValueError, match="lost"):
+        metrics.write({"step": 9, "lost": 1})
+
+
+def test_runs_are_found_by_path_by_name_and_by_pattern(tmp_path, config, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b", "a"):
+        RunFolder.create(Path("runs") / name, config, {})
+    Path("runs/notes").mkdir()
+
+    def names(*patterns: str) -> list[str]:
+        return [folder.name for folder in find_runs(patterns, "runs")]
+
+    assert names("runs/*") == ["a", "b"]
+    assert names("b") == names("runs/b") == names(str(tmp_path / "runs/b")) == ["b"]
+    assert names("b", "*") == ["b", "a"]
+    with pytest.raises(UserError, match="notes is not a run folder"):
+        names("notes")
+    with pytest.raises(UserError, match="no run folder matches 'c"):
+        names("c*")
+
+
+def test_errors_are_one_line():
+    assert one_line(UserError("a\n  b")) == "a b"
+    assert one_line(ValueError("bad width")) == "bad width"
+    assert one_line(RuntimeError("lost")) == "RuntimeError: lost"
+    assert one_line(OSError(errno.EROFS, "Read-only file system", "/x")) == (
+        "/x: Read-only file system"
+    )
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capfd) -> Callable:
+    """train(*words, learner=...) -> (exit code, stderr); in place of learning, what is given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+
+    def call(*words: str, learner: Callable = learn) -> tuple[int, str]:
+        import train
+
+        module = types.ModuleType("zoo.learner")
+        module.train = learner  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "zoo.learner", module)
+        capfd.readouterr()
+        tiny = [] if words and words[0].startswith("resume=") else ["size=tiny", "logger=none"]
+        return train.main([*words, *tiny]), capfd.readouterr().err
+
+    return call
+
+
+def learn(config, folder: RunFolder) -> None:
+    """Trains nothing, and says it did."""
+    checkpoint(folder, "step=00001000.ckpt")
+    folder.update(status="done", step=config.trainer.max_steps)
+
+
+def stop_after_7(config, folder: RunFolder) -> None:
+    checkpoint(folder, "step=00000007.ckpt")
+    folder.update(step=7)
+    raise KeyboardInterrupt("stopped by SIGTERM at step 7")
+
+
+def refuse(config, folder: RunFolder) -> None:
+    raise ValueError("heads=3 must divide\nwidth=64")
+
+
+def only_run() -> RunFolder:
+    (path,) = Path("runs").glob("[!.]*")
+    return RunFolder.open(path)
+
+
+def test_a_run_writes_its_folder_and_nothing_else(train, tmp_path):
+    code, error = train("name=mine")
+    assert code == 0
+    assert error == "runs/mine: training transformer for 1000 steps\n"
+    assert sorted(set(os.listdir(tmp_path)) - {".data"}) == ["runs"]
+    assert os.listdir("runs") == ["mine"]
+    info = only_run().info
+    assert info["versions"]["python"] == sys.version.split()[0]
+    assert {"commit", "dirty"} <= set(info)
+
+
+def test_the_same_command_continues_then_says_it_is_done(train):
+    code, error = train(learner=stop_after_7)
+    assert (code, error.splitlines()[-1]) == (130, "train.py: stopped by SIGTERM at step 7")
+    info = only_run().info
+    assert (info["status"], info["reason"]) == ("stopped", "stopped by SIGTERM at step 7")
+    code, error = train("threads=1")
+    assert code == 0
+    assert "training transformer from step=00000007.ckpt" in error
+    assert only_run().config.threads == 1
+    code, error = train(learner=refuse)
+    assert code == 0
+    assert error == f"already trained: {only_run()} (fresh=true trains again)\n"
+    assert train("fresh=true")[0] == 0
+    assert sorted(path.name for path in Path("runs").iterdir())[1].endswith("-2")
+
+
+def test_resume_goes_on_and_changes_only_what_it_may(train):
+    train("name=mine", learner=stop_after_7)
+    code, error = train(
+        "resume=runs/mine", "trainer.max_steps=2k", "threads=2", "logger.mode=offline"
+    )
+    assert code == 0
+    assert "training transformer from step=00000007.ckpt" in error
+    config = only_run().config
+    assert (config.trainer.max_steps, config.threads, config.size.name) == (2048, 2, "tiny")
+    assert (config.logger.name, config.logger.mode, config.resume) == ("wandb", "offline", None)
+    assert train("resume=runs/mine", learner=refuse)[1].startswith("already trained: runs/mine")
+    assert train("resume=runs/mine", "trainer.max_steps=3k", learner=stop_after_7)[0] == 130
+
+
+def test_a_name_that_another_run_has_is_refused(train):
+    train("name=mine")
+    code, error = train("name=mine", "seed=1", "optim.lr=0.5")
+    assert code == 2
+    assert "another run, which differs in optim.lr, seed" in error
+    assert train("name=mine", "seed=1", "fresh=true")[0] == 0
+    assert sorted(os.listdir("runs")) == ["mine", "mine-2"]
+
+
+def test_a_run_in_progress_is_refused(train):
+    train("name=mine", learner=stop_after_7)
+    with only_run().lock():
+        code, error = train("name=mine")
+    assert code == 2
+    assert f"already being trained by process {os.getpid()}" in error
+
+
+def test_a_further_rank_neither_locks_nor_records(train, monkeypatch):
+    train("name=mine", learner=stop_after_7)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    before, seen = only_run().info, []
+    with only_run().lock():
+        assert train("resume=runs/mine", learner=lambda *given: seen.append(given))[0] == 0
+    assert len(seen) == 1
+    assert only_run().info == before
+
+
+def test_a_late_refusal_leaves_no_folder(train, tmp_path):
+    code, error = train(learner=refuse)
+    assert code == 2
+    assert error.splitlines()[-1] == "train.py: heads=3 must divide width=64"
+    assert set(os.listdir(tmp_path)) <= {".data"}
+
+
+def test_a_failure_on_the_way_is_recorded(train):
+    def learner(config, folder):
+        raise ZeroDivisionError("step 3")
+
+    with pytest.raises(ZeroDivisionError):
+        train(learner=learner)
+    info = only_run().info
+    assert (info["status"], info["reason"]) == ("failed", "ZeroDivisionError: step 3")
+
+
+def test_a_full_disk_on_the_way_is_one_line(train):
+    def learner(config, folder):
+        folder.update(step=3)
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/checkpoints/last.ckpt")
+
+    code, error = train(learner=learner)
+    assert code == 2
+    told = "runs/x/checkpoints/last.ckpt: No space left on device"
+    assert error.splitlines()[1:] == [f"train.py: {told}"]
+    assert only_run().info["reason"] == told
+
+
+def test_a_failing_arm_does_not_stop_the_sweep(train, tmp_path):
+    def learner(config, folder):
+        if config.model.name == "mamba" and config.seed == 1:
+            raise ValueError("no such width")
+        learn(config, folder)
+
+    sweep = ("-m", "model=transformer,mamba", "seed=0,1", "trainer.accumulate_grad_batches=2")
+    code, error = train(*sweep, learner=learner)
+    assert code == 1
+    *_, head, line = error.splitlines()
+    assert head == "train.py: 1 of 4 arms failed:"
+    assert "model=mamba seed=1" in line
+    assert line.endswith(": no such width")
+    runs = find_runs("runs/*", "runs")
+    assert sorted(run.info["status"] for run in runs) == ["done", "done", "done", "failed"]
+    assert [run.info["reason"] for run in runs if run.info["reason"]] == ["no such width"]
+    assert all(run.config.trainer.options == {"accumulate_grad_batches": 2} for run in runs)
+    assert sorted(set(os.listdir(tmp_path)) - {".data"}) == ["runs"]
+    assert {Path(file).name for file in files(Path("runs/.sweeps"))} == {"multirun.yaml"}
+
+
+def test_a_stopped_sweep_goes_on_by_the_same_command(train):
+    def learner(config, folder):
+        (stop_after_7 if config.seed == 1 else learn)(config, folder)
+
+    assert train("-m", "seed=0,1,2", learner=learner)[0] == 130
+    assert sorted(run.info["status"] for run in find_runs("*", "runs")) == ["done", "stopped"]
+    code, error = train("-m", "seed=0,1,2")
+    assert code == 0
+    assert error.count("already trained") == 1
+    assert "training transformer from step=00000007.ckpt" in error
+    assert {run.info["status"] for run in find_runs("*", "runs")} == {"done"}
+
+
+def test_an_experiment_runs_its_arms_under_its_options(train):
+    code, _ = train("-m", "experiment=compare", "seed=3")
+    assert code == 0
+    runs = find_runs("runs/compare/*", "runs")
+    assert [run.config.model.name for run in runs] == ["alibi", "mamba", "transformer"]
+    assert {run.config.seed for run in runs} == {3}
+    code, error = train("-m", "experiment=compare", "model=mmaba")
+    assert code == 2
+    assert error.startswith("train.py: unknown model 'mmaba'")
+
+
+def test_eval_hands_the_runs_over(tmp_path, monkeypatch, config):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    import eval as program
+
+    seen = []
+
+    def evaluate(config, folders, **_):
+        seen.append((list(config.task), [folder.name for folder in folders]))
+        return 1
+
+    module = types.ModuleType("zoo.tasks")
+    module.evaluate = evaluate  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "zoo.tasks", module)
+    for name in ("a", "b"):
+        RunFolder.create(Path("runs") / name, config, {})
+    assert program.main(["run=runs/*", "task=speed"]) == 1
+    assert seen == [(["speed"], ["a", "b"])]
+    assert program.main(["-m", "run=a,b", "task=speed"]) == 1
+    assert [names for _, names in seen[1:]] == [["a"], ["b"]]

@@ -1,0 +1,42 @@
+"""A new architecture costs one file, one YAML and one line in README's table; none is forgotten."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+MODELS = sorted(ROOT.glob("configs/model/*.yaml"))
+SHARED = {"base", "feed_forward", "__init__"}  # not architectures
+
+
+def table_lines() -> dict[str, str]:
+    """README's table of architectures: the name in its first column -> the line."""
+    lines = re.findall(r"^\| `([a-z0-9_]+)` \|.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) == len(set(lines)), "an architecture stands twice in README's table"
+    return {name: name for name in lines}
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
+def test_every_architecture_has_its_line_in_the_readme(path):
+    assert path.stem in table_lines()
+
+
+def test_every_line_of_the_table_is_an_architecture():
+    assert set(table_lines()) == {path.stem for path in MODELS}
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
+def test_every_yaml_is_headed_by_its_source_and_named_as_its_file(path):
+    text = path.read_text()
+    assert text.startswith("# "), f"{path.name}: the header says paper, section, cost"
+    assert re.search(r"\b(19|20)\d\d\b", text.split("\n\n")[0]), f"{path.name}: no paper's year"
+    assert yaml.safe_load(text)["name"] == path.stem
+
+
+def test_every_mixer_file_is_reached_by_some_yaml():
+    named = "".join(path.read_text() for path in MODELS)
+    for source in ROOT.glob("zoo/mixers/*.py"):
+        if source.stem not in SHARED:
+            assert f"zoo.mixers.{source.stem}." in named, f"no YAML names {source.name}"

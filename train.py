@@ -1,0 +1,63 @@
+"""Train a model: `python train.py model=mamba seq_len=64k`. `--help` lists what can be chosen."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from zoo.command_line import launch, say
+from zoo.config import resolve
+from zoo.data.sources import check_source
+from zoo.run import RunFolder, resumed
+from zoo.schema import TrainConfig, validate
+
+USAGE = """
+python train.py [option=value ...]    train a model; the same line again continues a stopped run
+
+  python train.py model=mamba seq_len=65536
+  python train.py -m model=transformer,mamba seed=0,1     each combination, one after another
+  python train.py resume=<run folder>                     go on where it stopped
+
+flags: -m sweep over values separated by commas; --cfg job show the configuration;
+  -sc install=bash TAB completion (also zsh, fish)
+"""
+
+
+def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
+    """The configuration of a composed tree, or of the run to resume. Imports nothing heavy."""
+    config = resumed(tree, given) if tree["resume"] else validate(TrainConfig, resolve(tree))
+    check_source(config.data.model_dump())
+    return config
+
+
+def job(config: TrainConfig, sweep: bool) -> int:
+    """Train one configuration in its run folder, from the last checkpoint where there is one."""
+    folder = RunFolder.claim(config)
+    info, last = folder.info, folder.checkpoint()
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        fit(config, folder)  # a further rank of a run that rank 0 locks and records
+    elif info["status"] == "done" and info["step"] >= config.trainer.max_steps:
+        say(f"already trained: {folder} (fresh=true trains again)")
+    else:
+        sys.argv[1:] = [f"resume={folder}"]  # what Lightning starts further ranks with
+        with folder.training(keep=sweep):
+            folder.save_config(config)
+            start = f"from {last.name}" if last else f"for {config.trainer.max_steps} steps"
+            say(f"{folder}: training {config.model.name} {start}")
+            fit(config, folder)
+    return 0
+
+
+def fit(config: TrainConfig, folder: RunFolder) -> None:
+    """Hand over to what is slow to import."""
+    from zoo.learner import train
+
+    train(config, folder)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return launch("train", argv, usage=USAGE, check=check, job=job)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

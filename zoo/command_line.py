@@ -1,0 +1,232 @@
+"""The front of both programs: help, checks and sweeps around Hydra.
+
+Every arm is composed and checked before the first one starts. A mistake is told in one line with
+exit code 2 and nothing written; an arm that fails later does not stop the others.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import hydra
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel
+
+from zoo.config import (
+    CONFIGS,
+    SCHEMAS,
+    choices,
+    compose_groups,
+    compose_tree,
+    composing,
+    groups,
+    parse,
+)
+from zoo.errors import RunError, UserError
+from zoo.files import one_line
+from zoo.options import leaves, read_sizes
+from zoo.schema import TrainConfig, plain
+
+Config = TypeVar("Config", bound=BaseModel)
+Check = Callable[[dict[str, Any], list[str]], Config]  # composed tree, options given -> config
+Job = Callable[[Config, bool], int]  # config, one of a sweep -> exit code
+
+SHOWN = {  # of the options inside groups, those that --help explains
+    "train": ("optim.lr", "trainer.max_steps", "trainer.precision", "trainer.devices"),
+    "eval": (),
+}
+
+
+def say(text: str) -> None:
+    """One line to the user, beside what the program produces."""
+    sys.stderr.write(f"{text}\n")
+
+
+def launch(program: str, argv: Sequence[str] | None, *, usage: str, check: Check, job: Job) -> int:
+    """Run `program` on command line `argv` (None: the process's own); returns its exit code.
+
+    `check` turns a composed tree into a configuration without importing anything heavy; `job`
+    carries one configuration out.
+    """
+    try:
+        return _launch(program, sys.argv[1:] if argv is None else list(argv), usage, check, job)
+    except (UserError, OSError) as error:
+        say(f"{program}.py: {one_line(error)}")
+        return 2
+    except RunError as error:
+        say(f"{program}.py: {one_line(error)}")
+        return 1
+    except KeyboardInterrupt as stop:
+        say(f"{program}.py: {stop or 'stopped'}")
+        return 130
+
+
+def _launch(program: str, argv: list[str], usage: str, check: Check, job: Job) -> int:
+    flags = _flags().parse_intermixed_args(argv)
+    if flags.help:
+        sys.stdout.write(_help(program, usage))
+        return 0
+    if flags.shell_completion or flags.info or flags.hydra_help or flags.cfg in ("hydra", "all"):
+        hydra.main(str(CONFIGS), program, version_base="1.3")(lambda _: None)()
+        return 0
+    with composing(program):
+        overrides = parse(flags.words)
+        params = _sweep_params(program, overrides, flags.multirun)
+        arms = _arms(overrides, params)
+        given = [o.key_or_group for o in overrides if not o.is_hydra_override()]
+        configs = [check(compose_tree(program, arm), given) for arm in arms]
+        _tell_sizes(arms, configs)
+        if flags.cfg:
+            sys.stdout.write("---\n".join(_yaml(config) for config in configs))
+            return 0
+        if len(arms) > 1 or flags.multirun:
+            words = [_for_hydra(program, override, params) for override in overrides]
+            return _sweep(program, words, configs, check, job)
+    return job(configs[0], False)
+
+
+class _Flags(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _flags() -> argparse.ArgumentParser:
+    flags = _Flags(add_help=False, allow_abbrev=False)
+    flags.add_argument("-h", "--help", action="store_true")
+    flags.add_argument("-m", "--multirun", action="store_true")
+    flags.add_argument("-c", "--cfg", choices=["job", "hydra", "all"])
+    for tool in (["-sc", "--shell-completion"], ["--hydra-help"]):  # answered by Hydra
+        flags.add_argument(*tool, action="store_true")
+    flags.add_argument("-i", "--info", nargs="?", const="all")
+    flags.add_argument("words", nargs="*")
+    return flags
+
+
+def _sweep_params(program: str, overrides: list[Override], multirun: bool) -> dict[str, str]:
+    """What the chosen experiment sweeps over. UserError for several values without -m."""
+    swept = [override.input_line for override in overrides if override.is_sweep_override()]
+    if swept and not multirun:
+        raise UserError(f"{swept[0]} names several values: add -m to run each")
+    single = [override for override in overrides if not override.is_sweep_override()]
+    if not any(override.key_or_group == "experiment" for override in single):
+        return {}
+    params = compose_groups(program, single, hydra=True).hydra.sweeper.get("params") or {}
+    if params and not multirun:
+        raise UserError("this experiment is a sweep: add -m to run its arms")
+    return dict(params)
+
+
+def _arms(overrides: list[Override], params: dict[str, str]) -> list[list[Override]]:
+    """The options of each arm; an interval, which other sweepers know, stays at its default."""
+    given = [override.key_or_group for override in overrides]
+    more = parse([f"{key}={value}" for key, value in params.items() if key not in given])
+    every = [*more, *overrides]
+    counted = [o for o in every if not o.is_sweep_override() or o.is_discrete_sweep()]
+    return [list(arm) for arm in itertools.product(*map(_values, counted))]
+
+
+def _values(override: Override) -> list[Override]:
+    if not override.is_sweep_override():
+        return [override]
+    key = override.key_or_group
+    return [parse([f"{key}={value}"])[0] for value in override.sweep_string_iterator()]
+
+
+def _tell_sizes(arms: list[list[Override]], configs: list[Any]) -> None:
+    """Say what 64k and 2**16 were taken for."""
+    told = {}
+    for arm, config in zip(arms, configs, strict=True):
+        values = dict(leaves(plain(config)))
+        for override in arm:
+            key, given = override.key_or_group, override.value()
+            meant = read_sizes(given)
+            if meant != given and values.get(key, meant) == meant:
+                told[f"{key}={given} means {meant}"] = None
+    for line in told:
+        say(line)
+
+
+def _sweep(program: str, words: list[str], configs: list[Any], check: Check, job: Job) -> int:
+    """Run the arms by Hydra's sweeper and launcher, then list those that failed."""
+    names = [c.name for c in configs if isinstance(c, TrainConfig) and c.name and not c.resume]
+    if len(set(names)) < len(names):
+        raise UserError("name= is one folder, and these are several runs: leave it out")
+    task = functools.partial(_arm, program, len(configs), check, job)
+    front = GlobalHydra.instance().hydra
+    assert front is not None
+    returned = front.multirun(config_name=program, task_function=task, overrides=words)
+    batches = returned if isinstance(returned, list) else []  # an optimiser's sweeper keeps them
+    results = [result for batch in batches for result in batch]
+    failed = [(_label(r.overrides), r.return_value) for r in results if r.return_value]
+    if failed:
+        say(f"{program}.py: {len(failed)} of {len(results)} arms failed:")
+        for label, reason in failed:
+            say(f"  {label}: {reason}")
+    return 1 if failed else 0
+
+
+def _for_hydra(program: str, override: Override, params: dict[str, str]) -> str:
+    """The option as Hydra takes it although the YAML files may not hold its key."""
+    line, key = (override.input_line or "").lstrip("+"), override.key_or_group
+    plain_key = override.is_hydra_override() or key in groups(program) or key in params
+    return line if plain_key else f"++{line}"
+
+
+def _label(words: Sequence[str]) -> str:
+    return " ".join(word.lstrip("+") for word in words)
+
+
+def _arm(program: str, count: int, check: Check, job: Job, composed: DictConfig) -> str | None:
+    """One arm, wherever the launcher put it; returns why it failed."""
+    words = list(HydraConfig.get().overrides.task)
+    given = [word.lstrip("+").partition("=")[0] for word in words]
+    say(f"[{HydraConfig.get().job.num + 1}/{count}] {_label(words)}")
+    HydraConfig.instance().cfg = None  # Lightning would start further ranks through Hydra's files
+    try:
+        tree: Any = OmegaConf.to_container(composed, resolve=True)
+        code = job(check(tree, given), True)
+        return f"exit code {code}" if code else None
+    except Exception as error:
+        if not isinstance(error, UserError | RunError):
+            traceback.print_exc()
+        say(f"{program}.py: {one_line(error)}")
+        return one_line(error)
+
+
+def _yaml(config: BaseModel) -> str:
+    return yaml.safe_dump(plain(config), sort_keys=False, default_flow_style=None)
+
+
+def _help(program: str, usage: str) -> str:
+    lines = [usage.strip(), "", "groups: group=name chooses a file of configs/<group>/"]
+    defaults = groups(program)
+    for group, chosen in defaults.items():
+        names = (f"[{name}]" if name == chosen else name for name in choices(group))
+        lines.append(f"  {group:<11}{' '.join(names)}")
+    more = " or argument of Lightning's Trainer" if program == "train" else ""
+    lines += ["", f"options (any other key of the YAML files{more} likewise):"]
+    tree = yaml.safe_load((CONFIGS / f"{program}.yaml").read_text())
+    for group, chosen in defaults.items():
+        file = CONFIGS / group / f"{chosen}.yaml"
+        tree[group] = yaml.safe_load(file.read_text()) if file.exists() else None
+    values = dict(leaves(tree))
+    schema = SCHEMAS[program]
+    for key in [*(k for k in schema.model_fields if k not in defaults), *SHOWN[program]]:
+        section, _, last = key.rpartition(".")
+        owner: Any = schema.model_fields[section].annotation if section else schema
+        lines.append(f"  {_option(key, values[key]):<30}{owner.model_fields[last].description}")
+    return "\n".join(lines) + "\n"
+
+
+def _option(key: str, value: Any) -> str:
+    value = json.dumps(value) if value is None or isinstance(value, bool) else value
+    return f"{key}=" if value == "???" else f"{key}={value}"

@@ -1,0 +1,233 @@
+"""The typed schema of the resolved configuration. Nothing heavy is imported."""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from zoo.errors import UserError, choose, refuse
+from zoo.options import (
+    TRAINER_OWNED,
+    is_target,
+    read_count,
+    read_sizes,
+    target_parameters,
+    trainer_parameters,
+)
+
+Positive = Annotated[int, BeforeValidator(read_count), Field(ge=1)]
+Natural = Annotated[int, BeforeValidator(read_count), Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class OpenSection(Section):
+    """A section whose further keys belong to the code that reads it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes(cls, value: Any) -> Any:
+        return read_sizes(value)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The further keys."""
+        return dict(self.model_extra or {})
+
+
+class Part(OpenSection):
+    """A constructor or function of the zoo and its arguments: `_target_` and whatever it takes."""
+
+    home: ClassVar[str] = "zoo."
+    target: str = Field(alias="_target_")
+
+    @model_validator(mode="after")
+    def _known(self) -> "Part":
+        # A run folder may come from anywhere: it names what this package defines, nothing else.
+        if not (is_target(self.target) and self.target.startswith(self.home)):
+            raise UserError(f"_target_ {self.target!r} is not in {self.home}*")
+        allowed = target_parameters(self.target)
+        for name in self.options if allowed is not None else ():
+            choose("option", name, allowed or [])
+        return self
+
+    def load(self) -> Callable[..., Any]:
+        """What it names, its arguments bound; imports the module."""
+        module, _, name = self.target.rpartition(".")
+        return functools.partial(getattr(importlib.import_module(module), name), **self.options)
+
+
+class MixerPart(Part):
+    home: ClassVar[str] = "zoo.mixers."
+
+
+class TaskPart(Part):
+    home: ClassVar[str] = "zoo.tasks."
+
+
+class Block(Section):
+    mixer: MixerPart
+    feed_forward: MixerPart | None
+
+
+Matched = Literal["feed_forward.hidden_width", "mixer.inner_width", "layers"]
+
+
+class Model(Section):
+    name: Name
+    blocks: list[Block] = Field(min_length=1)  # repeated over the layers
+    embedding_positions: Literal["sinusoidal", "learned"] | None
+    max_length: Positive | None  # of learned positions
+    match: list[Matched]  # what match=params may change, in this order
+
+
+class Size(Section):
+    name: Name
+    width: Positive
+    layers: Positive
+    heads: Positive
+
+
+class Data(OpenSection):
+    name: Name
+
+
+class Optim(Section):
+    lr: Annotated[float, Field(gt=0)] = Field(description="peak learning rate")
+    weight_decay: Annotated[float, Field(ge=0)]
+    betas: tuple[Fraction, Fraction]
+    eps: Annotated[float, Field(gt=0)]
+    warmup_steps: Natural
+    min_lr_ratio: Fraction
+    clip: Annotated[float, Field(gt=0)]
+
+
+class Trainer(OpenSection):
+    max_steps: Positive = Field(description="optimiser steps")
+    precision: Literal["32-true", "bf16-mixed"] = Field(description="32-true or bf16-mixed")
+    accelerator: str = Field(description="auto, cpu, gpu ...")
+    devices: int | str | list[int] = Field(description="auto, a number, or [0, 1]")
+
+    @model_validator(mode="after")
+    def _known(self) -> "Trainer":
+        for name in self.options:
+            if name in TRAINER_OWNED:
+                raise UserError(f"{name} is set by {TRAINER_OWNED[name]}")
+            choose("option", name, trainer_parameters())
+        return self
+
+
+class Logger(Section):
+    name: Literal["wandb", "none"]
+    project: Name = "zoo"
+    mode: Literal["auto", "online", "offline"] = "auto"
+
+
+class TrainConfig(Section):
+    """A training run. Paths are relative to the working directory."""
+
+    model: Model
+    size: Size
+    data: Data
+    optim: Optim
+    trainer: Trainer
+    logger: Logger
+    seq_len: Positive = Field(description="tokens in a training window")
+    batch_tokens: Positive = Field(description="tokens per optimiser step")
+    batch_size: Positive = Field(description="windows per step; null: batch_tokens / seq_len")
+    seed: Natural = Field(description="of weights and data order")
+    match: Literal["params", "none"] = Field(description="params: as many as the transformer's")
+    state_passing: Literal["none", "carry"] = Field(
+        description="carry: each window starts from the state the one before it left"
+    )
+    checkpoint_activations: bool = Field(description="recompute in the backward pass: less memory")
+    valid_every: Positive = Field(description="steps between validations")
+    valid_windows: Positive = Field(description="windows in a validation")
+    save_every: Positive = Field(description="steps between checkpoints")
+    runs: str = Field(min_length=1, description="folder that holds the run folders")
+    name: Name | None = Field(description="run folder's name; null: made from the options")
+    resume: str | None = Field(description="run folder to continue")
+    fresh: bool = Field(description="true: train again in a new folder")
+    allocator: Literal["tuned", "system"] = Field(description="tuned: keeps freed memory (glibc)")
+    threads: Positive | None = Field(description="CPU threads; null: all cores")
+    workers: Natural = Field(description="data loading processes")
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _fill_batch_size(cls, value: Any, info: ValidationInfo) -> Any:
+        known = info.data  # the fields above, as far as they were good
+        if value is None and "seq_len" in known and "batch_tokens" in known:
+            return max(1, known["batch_tokens"] // known["seq_len"])
+        return value
+
+
+class Extension(OpenSection):
+    name: Name
+    factor: Annotated[float, Field(ge=1)]
+
+
+class EvalConfig(Section):
+    """A measurement of trained runs. Paths are relative to the working directory."""
+
+    run: str | list[str] = Field(description="run folder, or a pattern such as 'runs/compare/*'")
+    task: dict[str, TaskPart]
+    extension: Extension
+    runs: str = Field(min_length=1, description="folder that holds the run folders")
+    split: Literal["train", "valid", "test"] = Field(description="part of the corpus to measure on")
+    fresh: bool = Field(description="true: measure again what is known")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
+        description="auto, cpu, cuda, cuda:1 ..."
+    )
+    threads: Positive | None = Field(description="CPU threads; null: all cores")
+    report: str | None = Field(description="HTML file to write; null: none")
+
+
+Config = TypeVar("Config", TrainConfig, EvalConfig)
+
+
+def validate(schema: type[Config], tree: dict[str, Any]) -> Config:
+    """The typed configuration, or one line about the first thing wrong with it."""
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error.errors(include_url=False)[0], schema)) from None
+
+
+def _explain(error: ErrorDetails, schema: type[BaseModel]) -> str:
+    path = ".".join(str(key) for key in error["loc"])
+    given, context = error["input"], error.get("ctx", {})
+    if error["type"] == "extra_forbidden":
+        parent: Any = schema
+        for key in error["loc"][:-1]:
+            field = getattr(parent, "model_fields", {}).get(key)
+            parent = field.annotation if field else None
+        refuse("option", path, list(getattr(parent, "model_fields", {})))
+    if error["type"] == "missing":
+        return f"option {path!r} is missing"
+    if isinstance(cause := context.get("error"), UserError):
+        return f"{path}: {cause}"
+    shown = f"{path}={'null' if given is None else given}"
+    return f"{shown}: {cause or error['msg'].replace('Input should be', 'must be')}"
+
+
+def plain(config: BaseModel) -> dict[str, Any]:
+    """The configuration as plain containers, as `config.yaml` holds it."""
+    return config.model_dump(mode="json", by_alias=True)
