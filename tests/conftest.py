@@ -2,21 +2,11 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from building import ARCHITECTURES, train_config
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in as many processes as cores
-
-ROOT = Path(__file__).parents[1]
-ARCHITECTURES = sorted(path.stem for path in ROOT.glob("configs/model/*.yaml"))
-
-
-def train_config(*words: str):
-    """The checked configuration of `python train.py` under these options."""
-    from zoo.config import compose
-
-    return compose("train", words)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import train_config
+from building import train_config
 
 from zoo import learner
 from zoo.backbone import Backbone

@@ -1,7 +1,7 @@
 """Embedding -> N x (norm, mixer, norm, feed-forward) -> norm -> head. Knows no mixer by name."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,7 @@ class Backbone(nn.Module):
         if tied:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Int[Tensor, "b t"], state: BackboneState | None = None):
+    def forward(self, tokens: Int[Tensor, "b t"], state: BackboneState | None = None) -> Any:
         """Logits (b, t, vocabulary), or (logits, state) exactly when a state is given.
 
         Raises ValueError where the tokens seen would exceed `max_length`.
@@ -114,7 +114,7 @@ class Backbone(nn.Module):
         logits = self.head(self.norm(x))
         return (logits, BackboneState(tuple(after), start + tokens.shape[1])) if state else logits
 
-    def loss(self, tokens: Int[Tensor, "b t1"], state: BackboneState | None = None):
+    def loss(self, tokens: Int[Tensor, "b t1"], state: BackboneState | None = None) -> Any:
         """Mean negative log-likelihood (nats) of tokens 1.. given those before them."""
         logits, state = self(tokens[:, :-1], state) if state else (self(tokens[:, :-1]), None)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

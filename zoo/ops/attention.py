@@ -14,6 +14,7 @@ queries, recomputed in the backward pass: any device, any mask, memory linear in
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +76,8 @@ def merge(
     total = weights.sum(0)
     seen = total > 0
     total = total.masked_fill(~seen, 1.0)
-    out = sum(w.unsqueeze(-1) * o for w, (o, _) in zip(weights / total, results, strict=True))
+    weighted = (w.unsqueeze(-1) * o for w, (o, _) in zip(weights / total, results, strict=True))
+    out = reduce(torch.add, weighted)
     lse = (top + torch.log(total)).masked_fill(~seen, -torch.inf)
     return out.to(results[0][0].dtype), lse
 
@@ -84,14 +86,14 @@ def _partial(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Ten
     q, k, v, causal, mask = part
     if causal and (mask is not None or q.shape[1] != k.shape[1]):
         raise ValueError("a causal part has as many keys as queries and no mask of its own")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     on_cpu = q.device.type == "cpu"
     chosen = pick("attend", backend, {"flash": on_cpu, "torch": True, "reference": True})
     form = {"flash": _flash, "torch": _tiled, "reference": _formula}[chosen]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = form(
-        q, k, v, _causal_mask(q, k) if causal and form is _formula else mask, causal, scale
-    )
+    if causal and form is _formula:
+        mask = _causal_mask(q, k)
+    out, lse = form(q, k, v, mask, causal, factor)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 

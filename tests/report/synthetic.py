@@ -1,0 +1,95 @@
+"""Rows as `eval.py` would write them, with numbers made up to look like the real ones."""
+
+import itertools
+import math
+from typing import Any
+
+TRAIN = 512
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+# arm -> (score at the training length, bits added per doubling beyond it, longest length)
+ARMS = {
+    "transformer": (1.92, 0.55, None),
+    "transformer-alibi": (1.94, -0.004, None),
+    "mamba": (1.88, 0.006, None),
+    "transformer-learned": (1.95, 0.0, 512),
+}
+
+
+def identity(arm: str, seed: int = 0, **other: Any) -> dict[str, Any]:
+    """The fields every row has."""
+    return {
+        **{"run": f"{arm}-{seed}", "arm": arm, "model": arm.split("-")[0], "size": "small"},
+        **{"seed": seed, "extension": "none", "extension_factor": None, "parameters": 1_234_567},
+        **{"flops_per_token": 7.4e6, "train_length": TRAIN, "train_tokens": 4_096_000},
+        **{"train_steps": 500, "lr": 1e-3, "match": "params", "state_passing": "none"},
+        **{"data": "stdlib", "fingerprint": "f00dfeed" * 8, "tokenizer": "bytes"},
+        **{"commit": "0123456789abcdef", "device": "cpu", "dtype": "float32", "threads": 2},
+        **{"status": "ok", "reason": None, "seconds": 1.5, "time": "2026-01-02T03:04:05"},
+        **other,
+    }
+
+
+def score_row(arm: str, length: int, bits: float, **other: Any) -> dict[str, Any]:
+    """A perplexity row with an interval of a hundredth of a bit to each side."""
+    row = identity(arm) | {
+        **{"task": "perplexity", "protocol": "stride_tail", "length": length, "units": 64},
+        **{"bits_per_byte": bits, "perplexity": 2**bits, "interval": [bits - 0.01, bits + 0.01]},
+        **{"nll_sum": bits * 1000, "count": 1000.0, "state_bytes": 65536},
+    }
+    return row | other
+
+
+def arm_rows(arm: str, seed: int, start: float, slope: float, end: int | None) -> list[dict]:
+    """Everything measured on one run."""
+    who, rows = identity(arm, seed), []
+    shift = 0.004 * math.sin(3 * seed)
+
+    def at(position: float) -> float:
+        steps = math.log2(max(position, 1) / TRAIN)
+        return start + shift + (slope * steps if steps > 0 else -0.11 * steps)
+
+    def state(length: int) -> int:
+        return 147_456 if arm == "mamba" else 4096 * length
+
+    for length in LENGTHS:
+        beyond = end is not None and length > end
+        status = {"status": "not_applicable", "reason": f"learned positions end at {end}"}
+        status = status if beyond else {"status": "ok", "reason": None}
+        for protocol, extra in (("stride_tail", 0.0), ("blocks", 0.9 * (64 / length) ** 0.7)):
+            bits = at(length) + extra
+            row = score_row(arm, length, bits) | who | {"protocol": protocol} | status
+            row |= {"state_bytes": state(length)}
+            if protocol == "blocks":
+                edges = [0] + [2**k for k in range(int(math.log2(length)) + 1)]
+                curve = [at(b) + 4.5 * (b + 1) ** -0.6 for b in edges[1:]]
+                counts = [100.0 * (b - a) for a, b in itertools.pairwise(edges)]
+                row["curve"] = {"edges": edges, "bits_per_byte": curve, "count": counts}
+            rows.append(row | ({"bits_per_byte": None, "curve": None} if beyond else {}))
+        quadratic = 0 if arm == "mamba" else length / 6000
+        for phase, rate in (("forward", 52_000), ("decode", 900)):
+            speed = {"task": "speed", "phase": phase, "length": length}
+            per_second = (0.5 if arm == "mamba" else 1) * rate / (1 + quadratic)
+            speed |= {"tokens_per_second": per_second, "milliseconds": 1000 / per_second}
+            speed |= {"peak_bytes": 30_000_000 + 9000 * length, "state_bytes": state(length)}
+            rows.append(who | speed | status)
+    if arm == "mamba":
+        edges = [2**k for k in range(21)]
+        curve = {
+            "edges": edges,
+            "bits_per_byte": [at(2**9) + 4 * (b + 1) ** -0.6 for b in edges[1:]],
+        }
+        stream = {"task": "stream", "length": 2**20, "curve": curve, "tokens_per_second": 41_000.0}
+        rows.append(who | stream | {"peak_bytes": 92_000_000, "state_bytes": 147_456})
+    return rows
+
+
+def experiment(arms: dict = ARMS, seeds: int = 1) -> list[dict[str, Any]]:
+    """All rows of all arms."""
+    return [
+        row for a, shape in arms.items() for s in range(seeds) for row in arm_rows(a, s, *shape)
+    ]
+
+
+def run_records(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The run.json of every run in the rows."""
+    return [{"run": run, "status": "done"} for run in dict.fromkeys(row["run"] for row in rows)]

@@ -1,0 +1,191 @@
+"""Tables and caveats, on rows made by hand with known answers."""
+
+import pytest
+from synthetic import experiment, run_records, score_row
+
+from zoo.report import tables
+from zoo.report.caveats import banners, failures, limits
+from zoo.report.rows import Cell, gather
+from zoo.report.tables import DASH, TIMES
+
+
+def cells_of(*values, start=512):
+    """Cells at start, 2 start, 4 start, ...: a number, (low, value, high), or a reason."""
+    made = {}
+    for i, value in enumerate(values):
+        if isinstance(value, str):
+            made[start * 2**i] = Cell(reason=value)
+        else:
+            low, point, high = value if isinstance(value, tuple) else (value, value, value)
+            made[start * 2**i] = Cell(point, low, high, 1, 1, "")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ((2.0, 2.0, 2.09), "≥ 2,048"),  # all within 5 %
+        ((2.0, 2.09, 2.11), "1,024"),  # 2.11 is beyond 2.1
+        ((2.0, 3.0, 2.0), "512"),  # a return to a good score does not count
+        ((2.0, 1.5, "n/a: ends"), "1,024"),  # cannot be measured further
+        ((2.0,), "≥ 512"),
+    ],
+)
+def test_effective_context_is_the_last_length_before_the_score_leaves_its_share(scores, expected):
+    assert str(tables.reach(cells_of(*scores), 512)) == expected
+
+
+def test_effective_context_takes_its_interval_from_those_of_the_scores():
+    mine = cells_of(2.0, (2.0, 2.08, 2.2), (2.0, 2.2, 2.4), 3.0)
+    assert tables.reach(mine, 512) == tables.Reach(1024, 512, 2048, False)
+
+
+def test_effective_context_is_unknown_without_a_score_at_the_training_length():
+    assert tables.reach(cells_of("failed", 2.0), 512) is None
+    assert tables.reach(cells_of(2.0, 2.0, start=1024), 512) is None
+
+
+def test_effective_context_says_why_it_ends():
+    assert tables.reach(cells_of(2.0, "n/a: ends at 512"), 512).then == "n/a: ends at 512"
+    assert tables.reach(cells_of(2.0, 3.0, "n/a: ends at 1024"), 512).then == ""
+
+
+def test_scores_shorter_than_the_training_length_do_not_matter():
+    assert str(tables.reach(cells_of(9.0, 2.0, 2.0, start=256), 512)) == "≥ 1,024"
+
+
+def table_of(rows, **how):
+    results = gather(rows, [])
+    cells = results.cells("perplexity", "bits_per_byte", spread=True, protocol="stride_tail")
+    return tables.grid(results, cells, "scores", tables.score, min)
+
+
+def test_the_best_is_marked_and_what_it_cannot_be_told_from():
+    bits = {"transformer": 2.0, "mamba": 1.985, "rwkv": 2.5}
+    rows = [score_row(arm, 512, value) for arm, value in bits.items()]
+    marks = {row[0].text: (row[1].text, row[1].kind) for row in table_of(rows).rows}
+    assert marks == {
+        "transformer": ("2.000", "tie"),
+        "mamba": ("1.985", "best"),
+        "rwkv": ("2.500", ""),
+    }
+
+
+def test_an_arm_alone_is_not_the_best():
+    assert table_of([score_row("mamba", 512, 2.0)]).rows[0][1].kind == ""
+
+
+def test_lengths_are_shown_as_multiples_of_the_training_length():
+    table = table_of([score_row("mamba", length, 2.0) for length in (128, 512, 16384)])
+    assert table.head[1:] == [
+        ("128", f"0.25{TIMES}"),
+        ("512", f"1{TIMES}"),
+        ("16,384", f"32{TIMES}"),
+    ]
+
+
+def test_cells_without_a_result_say_why_in_one_span():
+    learned = table_of(experiment()).rows[3]
+    assert (learned[0].text, learned[-1].text, learned[-1].span) == (
+        *("transformer-learned", "n/a: learned positions end at 512"),
+        5,
+    )
+
+
+def test_budgets_give_the_difference_in_parameters():
+    rows = [score_row("transformer", 512, 2.0, parameters=1000)]
+    rows.append(score_row("mamba", 512, 2.0, parameters=1005))
+    table = tables.budgets(gather(rows, []))
+    assert [row[1].note for row in table.rows] == ["reference", "+0.50%"]
+    assert [row[1].text for row in table.rows] == ["1,000", "1,005"]
+
+
+def test_the_text_table_numbers_its_reasons():
+    text = tables.as_text(gather(experiment(), []))
+    learned = next(line for line in text.splitlines() if line.startswith("transformer-learned"))
+    assert learned.split() == [
+        "transformer-learned",
+        *("2.170", "2.060", "1.950"),
+        *["(1)"] * 5,
+        "512",
+    ]
+    assert "(1) n/a: learned positions end at 512" in text
+    assert "≥ 16,384" in text
+
+
+def test_nothing_measured_is_said():
+    assert tables.as_text(gather([], [])) == "nothing measured yet"
+
+
+@pytest.mark.parametrize(
+    ("call", "value", "words"),
+    [
+        *((tables.short, value, words) for value, words in [(512, "512"), (2048, "2k")]),
+        *((tables.short, value, words) for value, words in [(2**20, "1M"), (1000, "1,000")]),
+        *((tables.size, value, words) for value, words in [(147456, "144 KiB"), (0, "0 B")]),
+        *(
+            (tables.count, value, words)
+            for value, words in [(12345.6, "12,300"), (0.1234, "0.123")]
+        ),
+    ],
+)
+def test_numbers_are_written_for_people(call, value, words):
+    assert call(value) == words
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("fingerprint", "beef" * 16, "differ in data"),
+        ("tokenizer", "bpe", "differ in tokenizer"),
+        ("train_tokens", 5, "differ in train tokens"),
+        ("train_length", 1024, "differ in train length"),
+        ("parameters", 1_300_000, "mamba has 1,300,000 parameters, +5.3% against transformer"),
+    ],
+)
+def test_unequal_arms_get_a_banner(field, value, words):
+    equal = [score_row(arm, 512, 2.0) for arm in ("transformer", "mamba")]
+    assert not any(words in line for line in banners(gather(equal, [])))
+    equal[1][field] = value
+    assert any(words in line for line in banners(gather(equal, [])))
+
+
+def test_parameters_within_one_percent_are_equal():
+    rows = [score_row("transformer", 512, 2.0, parameters=1000)]
+    rows.append(score_row("mamba", 512, 2.0, parameters=1009))
+    assert not any("parameters" in line for line in banners(gather(rows, [])))
+
+
+def test_one_seed_and_untuned_rates_are_admitted():
+    said = " ".join(limits(gather(experiment(), [])))
+    assert "over text, not over seeds" in said
+    assert "not tuned" in said
+    many = [score_row("mamba", 512, 2.0, seed=seed, lr=lr) for seed in (0, 1) for lr in (1, 2)]
+    said = " ".join(limits(gather(many, [])))
+    assert "over text" not in said
+    assert "not tuned" not in said
+
+
+def test_tasks_the_page_does_not_draw_are_named():
+    rows = [score_row("mamba", 512, 2.0), score_row("mamba", 512, 2.0, task="passkey")]
+    assert any("passkey" in line for line in limits(gather(rows, [])))
+
+
+def test_every_failure_is_listed_once_with_its_reason():
+    rows = experiment()
+    runs = [*run_records(rows), {"run": "rwkv-0", "status": "failed", "reason": "loss is nan"}]
+    runs[0] |= {"status": "running", "step": 40}
+    table = failures(gather(rows, runs))
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        [
+            *("transformer-learned", f"perplexity, speed at 1,024{DASH}16,384"),
+            *("n/a: learned positions end at 512", "transformer-learned-0"),
+        ],
+        ["rwkv-0", "training", "failed: loss is nan", "rwkv-0"],
+        ["transformer", "training", "running at step 40", "transformer-0"],
+    ]
+
+
+def test_no_failure_is_no_table():
+    rows = [score_row("mamba", 512, 2.0)]
+    assert failures(gather(rows, run_records(rows))) is None

@@ -1,0 +1,183 @@
+"""What each figure shows: which rows become which lines, on the page and in the PNGs."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+from zoo.report.charts import Axis, Drawing, Spec, Style, lines, themed
+from zoo.report.rows import Cells, Results, Row, finite
+from zoo.report.tables import DASH, PROTOCOLS, count, score, short, size, times
+
+INK, PAPER = "#1d1f23", "#ffffff"
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A figure before it is drawn: on the page, or as a PNG."""
+
+    name: str
+    points: list[Spec]
+    x: Axis
+    y: Axis
+    about: str
+    rules: tuple[int, ...] = ()
+
+    def draw(self, look: Mapping[str, Style], **how: Any) -> Drawing | None:
+        """The chart, or None where there is nothing to draw."""
+        return lines(self.points, look, self.x, self.y, about=self.about, rules=self.rules, **how)
+
+
+def number(value: float) -> str:
+    """Words for a tick."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def lengths(results: Results, title: str) -> Axis:
+    """The axis of test lengths: tokens, and below them multiples of the training length."""
+    train = results.train_length()
+
+    def words(length: float) -> list[str]:
+        return [short(length), times(length, train)]
+
+    return Axis(title, words, base=2, own_ticks=True)
+
+
+def trained(results: Results) -> tuple[int, ...]:
+    """The training lengths that occur."""
+    return tuple(sorted({n for label in results.arms if (n := results.train_length(label))}))
+
+
+def by_length(
+    results: Results, cells: Cells, name: str, text: Callable[[float], str]
+) -> list[Spec]:
+    """The points of a figure over length, with what the tip tells."""
+    points = []
+    for label, mine in cells.items():
+        for length, cell in mine.items():
+            if cell.value is None:
+                continue
+            about = f"{length:,} ({times(length, results.train_length())})"
+            tip = {"length": about, name: text(cell.value), "95% interval": DASH}
+            if cell.low is not None and cell.high is not None:
+                tip["95% interval"] = f"{text(cell.low)} to {text(cell.high)}"
+            where = {"x": length, "y": cell.value, "low": cell.low, "high": cell.high}
+            points.append({"arm": label, **where, **tip, "seeds": str(cell.seeds)})
+    return points
+
+
+def scores(results: Results, protocol: str) -> Lines:
+    """Bits per byte against test length."""
+    cells = results.cells("perplexity", "bits_per_byte", spread=True, protocol=protocol)
+    return Lines(
+        f"scores-{protocol}",
+        by_length(results, cells, "bits per byte", score),
+        lengths(results, "test length in tokens, and in training lengths"),
+        Axis("bits per byte (lower is better)", number, log_from=2.5),
+        f"Bits per byte by test length, {PROTOCOLS[protocol].lower()}, one line per arm.",
+        trained(results),
+    )
+
+
+def positions(results: Results, task: str) -> Lines:
+    """Bits per byte against the position in the text, at the longest length an arm could read."""
+    points = []
+    equal = {"protocol": "blocks"} if task == "perplexity" else {}
+    for label in results.arms:
+        rows = results.where(task=task, label=label, status="ok", **equal)
+        rows = [row for row in rows if isinstance(row.get("curve"), dict)]
+        longest = max((row["length"] for row in rows), default=0)
+        points += _curve(label, [row["curve"] for row in rows if row["length"] == longest])
+    about = "Bits per byte by position within the text, one line per arm."
+    x = Axis("position in the text (tokens read before)", short, base=2)
+    y = Axis("bits per byte (lower is better)", number, log_from=2.5)
+    return Lines(f"positions-{task}", points, x, y, about, trained(results))
+
+
+def _curve(label: str, curves: list[Row]) -> list[Spec]:
+    """Points at the middle of the position buckets, averaged over seeds by token count."""
+    total: dict[tuple[int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for curve in curves:
+        edges, bits = curve["edges"], curve["bits_per_byte"]
+        counts = curve.get("count") or [1] * len(bits)
+        for *bucket, value, weight in zip(edges, edges[1:], bits, counts, strict=False):
+            if finite(value) and finite(weight):
+                total[bucket[0], bucket[1]][0] += value * weight
+                total[bucket[0], bucket[1]][1] += weight
+    points = []
+    for (first, end), (bits, weight) in total.items():
+        if weight:
+            where = {
+                "x": math.sqrt((first + 1) * end),
+                "y": bits / weight,
+                "low": None,
+                "high": None,
+            }
+            tip = {"positions": f"{first:,} to {end - 1:,}", "bits per byte": score(bits / weight)}
+            points.append({"arm": label, **where, **tip})
+    return points
+
+
+def state_cells(results: Results) -> Cells:
+    """State bytes by length, from the first measurement that recorded them."""
+    places: list[dict[str, Any]] = [{"task": "perplexity", "protocol": name} for name in PROTOCOLS]
+    places += [{"task": "speed", "phase": phase} for phase in ("decode", "forward")]
+    tables = (results.cells(field="state_bytes", **place) for place in places)
+    return next((t for t in tables if any(c.seeds for m in t.values() for c in m.values())), {})
+
+
+def costs(results: Results) -> dict[str, tuple[Cells, Lines]]:
+    """Speed and memory by length: name -> (cells, figure)."""
+    known = {
+        "forward": ("forward, tokens per second (higher is better)", "tokens_per_second", number),
+        "decode": ("decoding, ms per token (lower is better)", "milliseconds", number),
+        "peak": ("peak memory of the forward pass", "peak_bytes", size),
+        "state": ("state kept between chunks", "", size),
+    }
+    found = {}
+    for name, (title, field, text) in known.items():
+        phase = "decode" if name == "decode" else "forward"
+        cells = results.cells("speed", field, phase=phase) if field else state_cells(results)
+        words = size if text is size else count
+        x = lengths(results, "prompt length" if name == "decode" else "length")
+        y = Axis(title, text, base=2 if text is size else 10)
+        about = f"{title.capitalize()}, by length, one line per arm."
+        found[name] = (
+            cells,
+            Lines(name, by_length(results, cells, title.split(" (")[0], words), x, y, about),
+        )
+    return found
+
+
+def page_spec(figure: Lines, look: Mapping[str, Style], **how: Any) -> Spec | None:
+    """The figure as it goes on the page: as wide as its box, in the colours of the theme."""
+    chart = figure.draw(look, **how)
+    return themed(chart) if chart else None
+
+
+def pngs(results: Results, look: Mapping[str, Style]) -> dict[str, bytes]:
+    """The pictures for a README, on white: file name -> PNG; what has no rows is left out."""
+    pictures = {}
+    have = [name for name in PROTOCOLS if results.where(task="perplexity", protocol=name)]
+    if have and (
+        chart := scores(results, have[0]).draw(look, width=640, height=400, named=True, ink=INK)
+    ):
+        subtitle = f"bits per byte by test length, lower is better; {PROTOCOLS[have[0]].lower()}"
+        train = results.train_length()
+        title = f"Trained at {train:,}, tested beyond" if train else "Bits per byte by test length"
+        title = alt.Title(title, subtitle=subtitle, fontSize=17, subtitlePadding=5, offset=28)
+        pictures["bits_per_byte.png"] = chart.properties(title=title)
+    drawn = [
+        figure.draw(look, width=270, height=240, legend=True, ink=INK)
+        for _, figure in costs(results).values()
+    ]
+    if panels := [chart for chart in drawn if chart]:
+        pictures["speed.png"] = alt.concat(*panels, columns=2, spacing=30)
+    return {
+        name: vl_convert.vegalite_to_png(themed(chart, INK, PAPER, padding=20), scale=2)
+        for name, chart in pictures.items()
+    }

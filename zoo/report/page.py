@@ -1,0 +1,231 @@
+"""The report: one HTML file that needs nothing else, PNGs, and a table for the terminal."""
+
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import jinja2
+import vl_convert
+
+from zoo.report import tables
+from zoo.report.caveats import banners, failures, limits
+from zoo.report.charts import Spec, Style, styles, themed
+from zoo.report.figures import Lines, costs, pngs, positions, scores
+from zoo.report.rows import Cells, Results, gather
+
+Best = Callable[[Iterable[float]], float]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A figure and the table of the same numbers; either may be missing."""
+
+    name: str
+    title: str
+    about: str
+    spec: Spec | None
+    table: tables.Table | None
+    arms: list[str]  # drawn
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A result in a few words."""
+
+    title: str
+    arm: str
+    value: str
+    detail: str
+
+
+def write_report(
+    rows: Sequence[Mapping[str, Any]],
+    runs: Sequence[Mapping[str, Any]],
+    html: Path,
+    figures: Path,
+    title: str | None = None,
+) -> str:
+    """Write the page and the PNGs from rows and run records; return the table to print.
+
+    Args:
+        rows: the rows of `results.jsonl` of every run.
+        runs: the contents of every `run.json`, with the run's name as "run".
+        html: the file to write, replaced whole.
+        figures: the folder for the PNGs.
+    """
+    results = gather(rows, runs)
+    look = styles(results)
+    _write(html, render(results, look, title).encode())
+    for name, picture in pngs(results, look).items():
+        _write(figures / name, picture)
+    return "\n".join([tables.as_text(results), *(f"! {line}" for line in banners(results))])
+
+
+def render(results: Results, look: Mapping[str, Style], title: str | None = None) -> str:
+    """The page as text."""
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    figure = functools.partial(_block, look=look)
+    return env.get_template("page.html.j2").render(
+        title=title or heading(results),
+        facts=facts(results),
+        banners=banners(results),
+        tiles=tiles(results),
+        look=look,
+        scores=score_blocks(results, look),
+        explained={f"scores-{name}": words for name, words in tables.EXPLAINED.items()},
+        contexts=tables.contexts(results),
+        curve=figure(positions(results, "perplexity")),
+        costs=cost_blocks(results, look),
+        stream=figure(positions(results, "stream"), table=tables.streams(results)),
+        budgets=tables.budgets(results),
+        failures=failures(results),
+        limits=limits(results),
+        share=f"{tables.SHARE:.0%}",
+        vega=vega(),
+    )
+
+
+@functools.cache
+def vega() -> str:
+    """The drawing scripts for the page; no text in them may close its script tag."""
+    version = ".".join(alt.SCHEMA_VERSION.split(".")[:2])
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version).replace(
+        "</script", "<\\/script"
+    )
+
+
+def heading(results: Results) -> str:
+    """A title, where none is given."""
+    train = results.train_length()
+    longest = max((row.get("length") or 0 for row in results.where(task="perplexity")), default=0)
+    if train and longest > train:
+        return f"Trained at {train:,}, tested to {longest:,}"
+    return "Length extrapolation"
+
+
+def facts(results: Results) -> list[str]:
+    """The line below the title: on what, how much, where, when."""
+    arms = len(results.arms)
+    said = [f"{arms} arm{'s' if arms != 1 else ''}"]
+    for field, words in {
+        **{"data": "data: {}", "tokenizer": "tokenizer: {}", "size": "size: {}"},
+        **{"train_tokens": "{} train tokens", "device": "{}"},
+    }.items():
+        values = dict.fromkeys(tables.plain(row[field]) for row in results.rows if row.get(field))
+        said += [words.format(" / ".join(values))] if values else []
+    if days := sorted({str(row["time"])[:10] for row in results.rows if row.get("time")}):
+        said.append(f"measured {' to '.join(dict.fromkeys([days[0], days[-1]]))}")
+    return said
+
+
+def tiles(results: Results) -> list[Tile]:
+    """The results in a few words."""
+    said: list[Tile | None] = []
+    have = [name for name in tables.PROTOCOLS if results.where(task="perplexity", protocol=name)]
+    equal = {"spread": True, "protocol": have[0]} if have else {}
+    cells = results.cells("perplexity", "bits_per_byte", **equal) if have else {}
+    if cells:
+        train, longest = results.train_length(), max(next(iter(cells.values())))
+        for length in dict.fromkeys([train or longest, longest]):
+            multiple = "" if length == train else f"{tables.times(length, train)} "
+            title = f"Best at {length:,} tokens, {multiple}the training length"
+            said.append(_best(title, cells, length, min, tables.score, "bits/byte"))
+    if reach := {label: own for label, own in tables.reaches(results).items() if own}:
+        far = max(own.length for own in reach.values())
+        who = [label for label, own in reach.items() if own.length == far]
+        arms = " and ".join(who) if len(who) < 3 else f"{len(who)} arms"
+        detail = f"{tables.times(far, results.train_length(who[0]))} the training length"
+        said.append(Tile("Longest effective context", arms, f"{reach[who[0]]} tokens", detail))
+    if decode := results.cells("speed", "milliseconds", phase="decode"):
+        longest = max(next(iter(decode.values())))
+        title = f"Fastest decoding after {longest:,} tokens"
+        said.append(_best(title, decode, longest, min, tables.count, "ms/token"))
+    return [tile for tile in said if tile]
+
+
+def _best(
+    title: str, cells: Cells, length: int, best: Best, text: Callable[[float], str], unit: str
+) -> Tile | None:
+    """The best arm of a column, what it cannot be told from, and how many arms have no result."""
+    column = {label: mine[length] for label, mine in cells.items() if length in mine}
+    values = {label: cell.value for label, cell in column.items() if cell.value is not None}
+    if not values:
+        return None
+    top = best(values.values())
+    who = next(label for label, value in values.items() if value == top)
+    others = [label for label in values if label != who]
+    close = [label for label in others if tables.overlap(column[label], column[who])]
+    detail = [f"not told apart from {', '.join(close)}"] if close else []
+    if others and not close:
+        second = next(label for label in others if values[label] == best(values[o] for o in others))
+        detail = [f"then {second}, {text(values[second])}"]
+    if len(values) < len(column):
+        detail.append(f"{len(column) - len(values)} of {len(column)} arms have no result")
+    return Tile(title, who, f"{text(top)} {unit}", "; ".join(detail))
+
+
+def score_blocks(results: Results, look: Mapping[str, Style]) -> list[Block]:
+    """Bits per byte by length, once per protocol."""
+    blocks = []
+    for protocol, words in tables.PROTOCOLS.items():
+        cells = results.cells("perplexity", "bits_per_byte", spread=True, protocol=protocol)
+        table = tables.grid(results, cells, f"Bits per byte. {words}.", tables.score, min)
+        how = {"named": True, "height": 380}
+        blocks.append(_block(scores(results, protocol), words, table, look=look, **how))
+    return [block for block in blocks if block.table]
+
+
+def cost_blocks(results: Results, look: Mapping[str, Style]) -> list[Block]:
+    """Speed and memory by length."""
+    blocks = []
+    for name, (cells, figure) in costs(results).items():
+        text = tables.size if name in ("peak", "state") else tables.count
+        best = max if name == "forward" else min
+        title = figure.y.title[0].upper() + figure.y.title[1:]
+        table = tables.grid(results, cells, f"{title}.", text, best)
+        blocks.append(_block(figure, title, table, look=look, height=230))
+    return [block for block in blocks if block.table]
+
+
+def _block(
+    figure: Lines,
+    title: str = "",
+    table: tables.Table | None = None,
+    *,
+    look: Mapping[str, Style],
+    **how: Any,
+) -> Block:
+    """A figure as it goes on the page, as wide as its box and in the theme's colours."""
+    chart = figure.draw(look, **how)
+    spec = themed(chart) if chart else None
+    arms = list(dict.fromkeys(point["arm"] for point in figure.points))
+    return Block(figure.name, title, figure.about, spec, table, arms)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace a file whole: a reader sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -1,0 +1,108 @@
+"""Weights & Biases as a mirror: the run folders stay the record, and no question is ever asked."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from zoo.errors import UserError
+from zoo.report.caveats import banners, limits
+from zoo.report.rows import finite, gather
+from zoo.report.tables import PROTOCOLS, as_text
+
+Rows = Sequence[Mapping[str, Any]]
+log = logging.getLogger("zoo")
+
+
+def mirror(
+    rows: Rows,
+    runs: Rows,
+    folder: Path,
+    mode: Literal["offline", "online"] | None = None,
+    *,
+    project: str = "zoo",
+) -> Path:
+    """Log the rows as a table and as metrics over length; return the W&B run's own folder.
+
+    Args:
+        folder: where W&B keeps its files, online or not.
+        mode: None is online where a key is known, else offline; "online" without a key is
+            offline too, and says so.
+    """
+    import wandb
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with begin(mode, project=project, job_type="report", dir=str(folder)) as run:
+        run.define_metric("length")
+        run.define_metric("*", step_metric="length")
+        for length, metrics in sorted(by_length(rows, runs).items()):
+            run.log({"length": length} | metrics)
+        columns: list[Any] = sorted({name for row in rows for name in row if name != "curve"})
+        table = wandb.Table(columns=columns, allow_mixed_types=True)
+        for row in rows:
+            table.add_data(*(_plain(row.get(column)) for column in columns))
+        run.log({"rows": table})
+        return Path(run.dir).parent
+
+
+def begin(mode: str | None, **about: Any) -> Any:
+    """Start a W&B run, online where that works: a dead network must not cost the results."""
+    import wandb
+
+    settings = wandb.Settings(console="off", silent=True, init_timeout=20, reinit="create_new")
+    try:
+        if mode != "offline" and wandb.login(prompt=False, verify=False):
+            return wandb.init(mode="online", settings=settings, **about)
+        if mode == "online":
+            log.warning("no W&B key is known: mirroring offline, under %s", about["dir"])
+    except wandb.Error as error:
+        log.warning("W&B cannot be used (%s): mirroring offline, under %s", error, about["dir"])
+    return wandb.init(mode="offline", settings=settings, **about)
+
+
+def by_length(rows: Rows, runs: Rows) -> dict[int, dict[str, float]]:
+    """length -> metric name -> value, the mean over seeds, for every measurement of every arm."""
+    results = gather(rows, runs)
+    kinds: list[tuple[str, str, dict[str, Any]]] = [
+        *(("perplexity", "bits_per_byte", {"protocol": name}) for name in PROTOCOLS),
+        ("speed", "tokens_per_second", {"phase": "forward"}),
+        ("speed", "milliseconds", {"phase": "decode"}),
+    ]
+    metrics: dict[int, dict[str, float]] = {}
+    for task, field, equal in kinds:
+        for label, mine in results.cells(task, field, **equal).items():
+            for length, cell in mine.items():
+                if cell.value is not None:
+                    name = "/".join([field, *equal.values(), label])
+                    metrics.setdefault(length, {})[name] = cell.value
+    return metrics
+
+
+def report_blocks(rows: Rows, runs: Rows) -> list[dict[str, str]]:
+    """A W&B report as plain blocks: the class of each block and its text."""
+    results = gather(rows, runs)
+    blocks = [{"block": "H1", "text": "Length extrapolation"}]
+    blocks += [{"block": "CalloutBlock", "text": line} for line in banners(results)]
+    blocks.append({"block": "CodeBlock", "code": as_text(results)})
+    blocks.append({"block": "H2", "text": "Limits"})
+    return blocks + [{"block": "P", "text": line} for line in limits(results)]
+
+
+def save_report(rows: Rows, runs: Rows, *, project: str = "zoo", entity: str = "") -> str:
+    """Publish the report on W&B and return its address; needs wandb-workspaces and a login."""
+    try:
+        import wandb_workspaces.reports.v2 as reports  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise UserError("a W&B report needs `pip install wandb-workspaces`") from error
+    blocks = report_blocks(rows, runs)
+    built = [getattr(reports, block.pop("block"))(**block) for block in blocks]
+    report = reports.Report(
+        project=project, entity=entity, title="Length extrapolation", blocks=built
+    )
+    report.save()
+    return report.url
+
+
+def _plain(value: Any) -> Any:
+    """A table cell W&B takes: numbers and words as they are, anything else in words."""
+    return value if value is None or finite(value) or isinstance(value, str) else str(value)
