@@ -1,0 +1,177 @@
+"""Selective scan and causal convolution: ours, in C and in PyTorch, against public forms.
+
+    python kernels/bench/selective_scan.py [--lengths 8192 65536] [--rounds 5] [--json FILE]
+
+float32, one sequence, width 256, state 16. All forms take turns in one process on the same
+threads, so that a ratio (median over rounds) means something on a machine that others use; the
+times are the least of the rounds. Memory is the growth of a fresh process over its inputs.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from zoo.ops.causal_conv import causal_conv
+from zoo.ops.native import tune_allocator
+from zoo.ops.selective_scan import selective_scan
+
+try:
+    from mambapy.pscan import pscan
+except ImportError:
+    pscan = None
+
+WIDTH, STATE, WINDOW = 256, 16, 4
+MAMBAPY_LIMIT = 8192  # tokens; it keeps several (t, d, n) tensors: 8.5 GB at 65536
+
+
+def scan_inputs(length: int, dtype=torch.float32) -> tuple[torch.Tensor, ...]:
+    """x, dt, A, B, C, D with the steps and rates of a fresh Mamba layer."""
+    torch.manual_seed(0)
+    x, dt = torch.randn(1, length, WIDTH), torch.randn(1, length, WIDTH) * 0.5 - 4
+    A = -torch.arange(1.0, STATE + 1).repeat(WIDTH, 1)
+    B, C = torch.randn(2, 1, length, STATE)
+    tensors = (x, dt, A, B, C, torch.ones(WIDTH))
+    return tuple(a.to(dtype).requires_grad_() for a in tensors)
+
+
+def conv_inputs(length: int) -> tuple[torch.Tensor, ...]:
+    """x, weight, bias"""
+    torch.manual_seed(0)
+    shapes = [(1, length, WIDTH), (WIDTH, WINDOW), (WIDTH,)]
+    return tuple(torch.randn(shape).requires_grad_() for shape in shapes)
+
+
+def mambapy_scan(x, dt, A, B, C, D):
+    """The scan as users of mambapy write it around its `pscan`."""
+    assert pscan is not None
+    step = F.softplus(dt)
+    decays = torch.exp(step.unsqueeze(-1) * A)
+    hs = pscan(decays, (step * x).unsqueeze(-1) * B.unsqueeze(2))
+    return (hs @ C.unsqueeze(-1)).squeeze(-1) + D * x
+
+
+def conv1d_silu(x, weight, bias):
+    y = F.conv1d(x.transpose(1, 2), weight[:, None], bias, padding=WINDOW - 1, groups=WIDTH)
+    return F.silu(y[..., : x.shape[1]]).transpose(1, 2)
+
+
+def forms(op: str, length: int) -> dict[str, Callable]:
+    if op == "causal_conv":
+        return {"native": lambda *a: causal_conv(*a, backend="native")[0], "conv1d": conv1d_silu}
+    found: dict[str, Callable] = {
+        name: lambda *a, name=name: selective_scan(*a, backend=name)[0]
+        for name in ("native", "torch")
+    }
+    if pscan is not None and length <= MAMBAPY_LIMIT:
+        found["mambapy"] = mambapy_scan
+    return found
+
+
+def seconds(form: Callable, inputs: tuple, dy: torch.Tensor | None) -> float:
+    start = time.perf_counter()
+    with torch.set_grad_enabled(dy is not None):
+        y = form(*inputs)
+    if dy is not None:
+        torch.autograd.grad(y, inputs, dy)
+    return time.perf_counter() - start
+
+
+def compare(op: str, length: int, rounds: int) -> list[dict]:
+    """A row per form: least milliseconds, and how many times longer than native it takes."""
+    inputs = (scan_inputs if op == "selective_scan" else conv_inputs)(length)
+    dy, rows = torch.randn(1, length, WIDTH), []
+    for phase, gradient in (("forward", None), ("forward+backward", dy)):
+        times: dict[str, list[float]] = {name: [] for name in forms(op, length)}
+        for _ in range(rounds + 1):  # the first only warms up
+            for name, form in forms(op, length).items():
+                times[name].append(seconds(form, inputs, gradient))
+        for name, spent in times.items():
+            pairs = zip(spent[1:], times["native"][1:], strict=True)
+            ratio = statistics.median(one / native for one, native in pairs)
+            row = {"op": op, "length": length, "phase": phase, "form": name}
+            rows.append(row | {"ms": min(spent[1:]) * 1e3, "times_native": ratio})
+    return rows
+
+
+def memory(field: str) -> int:
+    """Bytes of this process by /proc (getrusage's peak would include the parent's)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def peak_growth(length: int) -> int:
+    """Bytes that one native forward and backward add to this process at their peak."""
+    native, dy = forms("selective_scan", length)["native"], torch.randn(1, length, WIDTH)
+    seconds(native, scan_inputs(64), dy[:, :64])  # loads the library, starts the threads
+    inputs = scan_inputs(length)
+    before = memory("VmRSS")
+    seconds(native, inputs, dy)
+    return memory("VmHWM") - before
+
+
+def gradient_errors(length: int = 1024) -> dict[str, float]:
+    """||native float32 - reference float64|| / ||reference float64|| of each gradient."""
+    dy, gradients = torch.randn(1, length, WIDTH), {}
+    for backend, dtype in (("native", torch.float32), ("reference", torch.float64)):
+        inputs = scan_inputs(length, dtype)
+        y, _ = selective_scan(*inputs, backend=backend)
+        gradients[backend] = torch.autograd.grad(y, inputs, dy.to(dtype))
+    names = ["x", "dt", "A", "B", "C", "D"]
+    pairs = zip(names, gradients["native"], gradients["reference"], strict=True)
+    return {name: ((a.double() - b).norm() / b.norm()).item() for name, a, b in pairs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 65536])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)  # in the fresh process
+    options = parser.parse_args()
+    if options.peak:
+        sys.stdout.write(str(peak_growth(options.peak)))
+        return
+    tuned = tune_allocator()
+    rows = [
+        row
+        for op in ("selective_scan", "causal_conv")
+        for length in options.lengths
+        for row in compare(op, length, options.rounds)
+    ]
+    peak = None
+    if Path("/proc/self/status").exists():
+        command = [sys.executable, __file__, "--peak", str(max(options.lengths))]
+        peak = int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    errors = gradient_errors()
+    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
+    report = {"machine": machine, "threads": torch.get_num_threads(), "allocator": tuned}
+    report |= {"rows": rows, "peak_bytes": peak, "gradient_errors": errors}
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    lines = [f"{machine}, {report['threads']} threads, width {WIDTH}, state {STATE}, float32"]
+    lines += [f"{'op':15} {'tokens':>7} {'phase':17} {'form':8} {'ms':>9} {'x native':>9}"]
+    lines += [
+        f"{r['op']:15} {r['length']:7} {r['phase']:17} {r['form']:8} {r['ms']:9.1f} "
+        f"{r['times_native']:9.1f}"
+        for r in rows
+    ]
+    if peak is not None:
+        lines += [
+            f"memory of native forward+backward at {max(options.lengths)}: {peak / 1e9:.2f} GB"
+        ]
+    lines += ["gradient error: " + ", ".join(f"d{k} {v:.0e}" for k, v in errors.items())]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+/* What every CPU kernel needs: one register of channels, exp and its relatives, threads.
+ *
+ * A vector holds LANES neighbouring channels. Compile with -DDOUBLE for float64, else float32.
+ * No -ffast-math: the rounding tricks below must stay as written; contraction to FMA may happen.
+ */
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifndef _OPENMP
+#include <pthread.h>
+#endif
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define BYTES 64
+#elif defined(__AVX__)
+#define BYTES 32
+#else
+#define BYTES 16
+#endif
+#ifdef DOUBLE
+typedef double Real;
+typedef int64_t Bits;
+#define LANES (BYTES / 8)
+#else
+typedef float Real;
+typedef int32_t Bits;
+#define LANES (BYTES / 4)
+#endif
+typedef int64_t Int;
+typedef Real Vec __attribute__((vector_size(BYTES)));
+typedef Bits Mask __attribute__((vector_size(BYTES)));
+#define INLINE static inline __attribute__((always_inline))
+
+/* A (b, t, width) array whose last dimension is dense; strides count Reals. */
+typedef struct {
+    Real *data;
+    Int batch, row;
+} Rows;
+
+INLINE Int min_int(Int a, Int b) { return a < b ? a : b; }
+INLINE Int blocks_of(Int width) { return (width + LANES - 1) / LANES; }
+INLINE Real *row(Rows a, Int b, Int t) { return a.data + b * a.batch + t * a.row; }
+
+INLINE Vec splat(Real a) { return a - (Vec){}; } /* a - 0, not a + 0: keeps -0 */
+INLINE Vec choose(Mask where, Vec a, Vec b) {
+    return (Vec)(((Mask)a & where) | ((Mask)b & ~where));
+}
+INLINE Vec smaller(Vec a, Vec b) { return choose(b < a, b, a); } /* a where either is NaN */
+INLINE Vec larger(Vec a, Vec b) { return choose(b > a, b, a); }
+
+INLINE Vec blend(Mask where, Vec a, Vec b) { /* `choose` for masks not fresh from a comparison */
+    return (Vec)((Mask)b ^ (((Mask)a ^ (Mask)b) & where));
+}
+INLINE Vec if_negative(Vec v, Vec a, Vec b) { /* by the sign bit: -0 and -NaN count */
+    return blend((Mask)v >> (8 * (int)sizeof(Real) - 1), a, b);
+}
+INLINE Vec negative(Vec v) { return (Vec)((Mask)v | (Mask)splat((Real)-0.0)); } /* -|v| */
+
+/* `count` channels are left: fewer than LANES, or none, where a width ends inside the vector. */
+INLINE Vec load(const Real *from, Int count) {
+    typedef Vec Anywhere __attribute__((aligned(sizeof(Real)), may_alias));
+    if (count >= LANES) return *(const Anywhere *)from;
+    Vec v = {};
+    if (count > 0) memcpy(&v, from, count * sizeof *from);
+    return v;
+}
+INLINE void store(Real *to, Vec v, Int count) {
+    if (count >= LANES) memcpy(to, &v, sizeof v);
+    else if (count > 0) memcpy(to, &v, count * sizeof *to);
+}
+/* The same for neighbours `stride` apart, as the channels of a (d, n) matrix are. */
+INLINE Vec load_strided(const Real *from, Int stride, Int count) {
+    Vec v = {};
+    for (Int i = 0; i < min_int(count, LANES); i++) v[i] = from[i * stride];
+    return v;
+}
+INLINE void store_strided(Real *to, Vec v, Int stride, Int count) {
+    for (Int i = 0; i < min_int(count, LANES); i++) to[i * stride] = v[i];
+}
+
+/* 2^(a b), or exp(a b) for b scaled by log2 e.
+ *
+ * Adding 1.5 * 2^(mantissa bits) rounds y = a b to the nearest integer, which then stands in the
+ * low bits and goes straight to the exponent. The rest f lies in [-1/2, 1/2], where
+ *     2^f = 1 + f P(f)
+ * with constant term exactly 1, and P fitted so that (2^f - 1) / f has the least relative error:
+ * a decay 1 - e is right in e too, else slow channels drift. `clamp` is needed where y may leave
+ * the normal exponents.
+ */
+#define LOG2E 1.44269504088896340736
+#ifdef DOUBLE
+#define ROUND 6755399441055744.0
+#define MANTISSA 52
+#define LOWEST -1020.0
+#define LOG2E_LOW 2.0355273740931033e-17
+static const Real EXP2[] = {/* (ln 2)^k / k!: the series, below half a unit in the last place */
+    6.9314718055994530942e-1,  2.4022650695910071233e-1,  5.5504108664821579953e-2,
+    9.6181291076284771620e-3,  1.3333558146428443423e-3,  1.5403530393381609954e-4,
+    1.5252733804059840280e-5,  1.3215486790144309488e-6,  1.0178086009239699728e-7,
+    7.0549116208011233299e-9,  4.4455382718708114976e-10, 2.5678435993488205142e-11,
+    1.3691488853904128881e-12};
+#else
+#define ROUND 12582912.0f
+#define MANTISSA 23
+#define LOWEST -125.0f
+#define LOG2E_LOW 1.925963033500e-8
+static const Real EXP2[] = {6.931471825e-1f, 2.402234823e-1f, 5.550333112e-2f, 9.666373022e-3f,
+                            1.340043615e-3f};
+#endif
+enum { EXP2_TERMS = sizeof EXP2 / sizeof *EXP2 };
+
+/* `many` at once, step by step: independent chains side by side keep both FMA pipes busy, where one
+ * after the other they would fill the scheduler with waiting instructions. */
+#define ALL(m, many) _Pragma("GCC unroll 8") for (int m = 0; m < many; m++)
+INLINE void exp2_poly(Vec *result, const Vec *f, const Vec *rounded, int many) {
+    ALL(m, many) result[m] = f[m] * EXP2[EXP2_TERMS - 1] + EXP2[EXP2_TERMS - 2];
+#pragma GCC unroll 16
+    for (int k = EXP2_TERMS - 3; k >= 0; k--) ALL(m, many) result[m] = result[m] * f[m] + EXP2[k];
+    ALL(m, many) result[m] = result[m] * f[m] + (Real)1;
+    ALL(m, many) result[m] = (Vec)((Mask)result[m] + ((Mask)rounded[m] << MANTISSA));
+}
+INLINE void exp2_products(Vec *result, Vec a, const Vec *b, int many, int clamp) {
+    Vec y[8], rounded[8], f[8];
+    if (clamp) {
+        ALL(m, many) y[m] = smaller(larger(a * b[m], splat((Real)LOWEST)), splat((Real)-LOWEST));
+        ALL(m, many) rounded[m] = y[m] + (Real)ROUND;
+        ALL(m, many) f[m] = y[m] - (rounded[m] - (Real)ROUND);
+    } else {
+        ALL(m, many) rounded[m] = a * b[m] + (Real)ROUND;
+        ALL(m, many) f[m] = rounded[m] - (Real)ROUND;
+        ALL(m, many) f[m] = a * b[m] - f[m];
+    }
+    exp2_poly(result, f, rounded, many);
+}
+
+/* e = exp(-|v|) in (0, 1]: what softplus and sigmoid of v share without overflow. */
+INLINE void exp_minus_abs(Vec *e, const Vec *v, int many) {
+    Vec a[8], rounded[8], f[8];
+    ALL(m, many) a[m] = larger(negative(v[m]), splat((Real)(LOWEST / LOG2E)));
+    ALL(m, many) rounded[m] = a[m] * (Real)LOG2E + (Real)ROUND;
+    ALL(m, many) f[m] = rounded[m] - (Real)ROUND;
+    ALL(m, many) f[m] = a[m] * (Real)LOG2E - f[m];
+    ALL(m, many) f[m] += a[m] * (Real)LOG2E_LOW;
+    exp2_poly(e, f, rounded, many);
+}
+/* softplus(v) = max(v, 0) + log(1 + e) and its derivative sigmoid(v), by one division.
+ * log(1 + e) = 2 artanh(s), s = e / (2 + e) <= 1/3: accurate relative to itself for small e. */
+#ifdef DOUBLE
+static const Real ARTANH[] = {1,        1. / 3,  1. / 5,  1. / 7,  1. / 9,  1. / 11,
+                              1. / 13, 1. / 15, 1. / 17, 1. / 19, 1. / 21, 1. / 23,
+                              1. / 25, 1. / 27, 1. / 29, 1. / 31, 1. / 33};
+#else
+static const Real ARTANH[] = {1, 3.3333156e-1f, 2.0012558e-1f, 1.3978831e-1f, 1.4095779e-1f};
+#endif
+enum { ARTANH_TERMS = sizeof ARTANH / sizeof *ARTANH };
+
+/* The derivative is left out where `slope` is null. */
+INLINE void softplus(Vec *result, Vec *slope, const Vec *v, int many) {
+    Vec e[8], inverse[8], s[8], q[8], p[8];
+    exp_minus_abs(e, v, many);
+    ALL(m, many) inverse[m] = 1 / ((2 + e[m]) * (1 + e[m]));
+    if (slope) ALL(m, many) slope[m] = if_negative(v[m], e[m], splat(1)) * (2 + e[m]) * inverse[m];
+    ALL(m, many) s[m] = e[m] * (1 + e[m]) * inverse[m];
+    ALL(m, many) q[m] = s[m] * s[m];
+    ALL(m, many) p[m] = q[m] * ARTANH[ARTANH_TERMS - 1] + ARTANH[ARTANH_TERMS - 2];
+#pragma GCC unroll 20
+    for (int k = ARTANH_TERMS - 3; k >= 0; k--) ALL(m, many) p[m] = p[m] * q[m] + ARTANH[k];
+    ALL(m, many) result[m] = if_negative(v[m], splat(0), v[m]) + 2 * s[m] * p[m];
+}
+/* silu(v) = v sigmoid(v) and, unless null, its derivative. */
+INLINE void silu(Vec *result, Vec *slope, const Vec *v, int many) {
+    Vec e[8], s[8];
+    exp_minus_abs(e, v, many);
+    ALL(m, many) s[m] = if_negative(v[m], e[m], splat(1)) / (1 + e[m]);
+    if (slope) ALL(m, many) slope[m] = s[m] * (1 + v[m] * (1 - s[m]));
+    ALL(m, many) result[m] = v[m] * s[m];
+}
+
+/* Sums over the lanes of LANES vectors: lane j of the result is the sum of rows[j].
+ * Two rows become one by adding lanes `w` apart, the second row's sums going to the lanes with bit
+ * w set: one blend, one shuffle, one addition. */
+#if LANES == 16
+#define EACH_LANE(f, w)                                                                           \
+    f(0, w), f(1, w), f(2, w), f(3, w), f(4, w), f(5, w), f(6, w), f(7, w), f(8, w), f(9, w),     \
+        f(10, w), f(11, w), f(12, w), f(13, w), f(14, w), f(15, w)
+#elif LANES == 8
+#define EACH_LANE(f, w) f(0, w), f(1, w), f(2, w), f(3, w), f(4, w), f(5, w), f(6, w), f(7, w)
+#elif LANES == 4
+#define EACH_LANE(f, w) f(0, w), f(1, w), f(2, w), f(3, w)
+#else
+#define EACH_LANE(f, w) f(0, w), f(1, w)
+#endif
+#define HAS_BIT(i, w) (i & w ? -1 : 0)
+#define OTHER(i, w) ((i ^ w) + (i & w ? LANES : 0))
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Mask){__VA_ARGS__})
+#endif
+#define FOLD(w)                                                                                   \
+    if (LANES > w) ALL(i, w) sums[i] = blend((Mask){EACH_LANE(HAS_BIT, w)}, sums[i + w], sums[i]) \
+                                     + SHUFFLE(sums[i], sums[i + w], EACH_LANE(OTHER, w));
+INLINE Vec row_sums(Vec *sums) { /* overwrites its argument */
+    FOLD(8)
+    FOLD(4)
+    FOLD(2)
+    FOLD(1)
+    return sums[0];
+}
+
+/* Denormals cost a hundred cycles each and mean nothing in a decaying state: flush them. */
+INLINE unsigned flush_denormals(void) {
+#ifdef __SSE__
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040);
+    return before;
+#else
+    return 0;
+#endif
+}
+INLINE void restore_denormals(unsigned before) {
+#ifdef __SSE__
+    _mm_setcsr(before);
+#else
+    (void)before;
+#endif
+}
+
+/* work(job, unit) for every unit; each unit writes its own outputs, so order does not matter.
+ * OpenMP shares PyTorch's pool of threads (one libgomp in the process); without it, plain threads. */
+typedef void Work(const void *job, Int unit);
+typedef struct {
+    Work *work;
+    const void *job;
+    Int units, next;
+} Queue;
+
+static void *drain(void *queue_) {
+    Queue *queue = queue_;
+    unsigned before = flush_denormals();
+    for (Int i; (i = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED)) < queue->units;)
+        queue->work(queue->job, i);
+    restore_denormals(before);
+    return 0;
+}
+static void parallel_for(Int threads, Int units, Work *work, const void *job) {
+    Queue queue = {work, job, units, 0};
+    threads = min_int(threads, units);
+    if (threads <= 1) {
+        drain(&queue);
+        return;
+    }
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    drain(&queue);
+#else
+    pthread_t pool[threads - 1];
+    Int started = 0;
+    while (started < threads - 1 && !pthread_create(&pool[started], 0, drain, &queue)) started++;
+    drain(&queue);
+    while (started) pthread_join(pool[--started], 0);
+#endif
+}

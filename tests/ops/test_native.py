@@ -1,0 +1,174 @@
+"""Kernels are built once, never trusted when damaged, and missed aloud."""
+
+import ctypes
+import logging
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from zoo.errors import UserError
+from zoo.ops import backends, native
+from zoo.ops.causal_conv import KERNEL, causal_conv
+
+SOURCE = "causal_conv/causal_conv.c"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A process that has not built anything yet, with an empty cache."""
+
+    def forget():
+        for function in (native.load, native._compiler, native._cache_folder, KERNEL.missing):
+            function.cache_clear()
+        backends._used.clear()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    forget()
+    yield tmp_path / "cache" / "zoo"
+    forget()
+
+
+def convolve(backend: str):
+    return causal_conv(torch.ones(1, 3, 2), torch.ones(2, 2), backend=backend)[0]
+
+
+def only_library(cache: Path) -> Path:
+    (library,) = cache.glob("*.so")
+    return library
+
+
+def test_a_kernel_is_built_once(cache, monkeypatch):
+    native.load(SOURCE)
+    library = only_library(cache)
+    assert {f.suffix for f in cache.iterdir()} == {".so", ".sha256"}  # nothing is left lying about
+    native.load.cache_clear()
+    monkeypatch.setattr(native, "_build", lambda *_: pytest.fail("built again"))
+    native.load(SOURCE)
+    assert only_library(cache) == library
+
+
+def test_a_damaged_library_is_built_again(cache):
+    native.load(SOURCE)
+    library = only_library(cache)
+    good = library.read_bytes()
+    flipped = good[:-9] + bytes([good[-9] ^ 1]) + good[-8:]
+    library.unlink()  # a new file: the old one is mapped into this process
+    for damaged in (b"", b"\x7fELF", good[: len(good) // 2], flipped):
+        library.write_bytes(damaged)
+        assert not native._intact(library)
+    native.load.cache_clear()
+    native.load(SOURCE)
+    assert library.read_bytes() == good
+
+
+def test_a_cache_that_cannot_be_written_is_replaced_for_the_process(cache, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    folder = native._cache_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700  # nobody else can slip a library in
+    assert convolve("native").isfinite().all()
+    assert only_library(folder).is_file()
+
+
+def use_kernel() -> None:
+    assert ctypes.c_int64.in_dll(native.load(SOURCE), "segment").value > 0
+
+
+def test_two_processes_at_once_both_get_their_kernel(cache):
+    processes = [multiprocessing.get_context("fork").Process(target=use_kernel) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert only_library(cache).is_file()
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_without_a_compiler_auto_says_so_and_native_refuses(cache, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with caplog.at_level(logging.INFO, "zoo"):
+        convolve("auto")
+        convolve("auto")
+    (line,) = caplog.messages
+    assert "torch" in line
+    assert "no C compiler" in line
+    assert backends.chosen() == {"causal_conv": "torch"}
+    with pytest.raises(UserError, match="no C compiler"):
+        convolve("native")
+
+
+def test_a_compiler_that_fails_is_quoted(cache, monkeypatch, tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] || { echo "x.c:1: error: no" >&2; exit 1; }\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(UserError, match=r"x\.c:1: error: no"):
+        convolve("native")
+    assert not list(cache.iterdir())
+
+
+def test_other_source_is_another_library(cache, monkeypatch, tmp_path):
+    native.load(SOURCE)
+    copy = tmp_path / "kernels"
+    (copy / "causal_conv").mkdir(parents=True)
+    for name in ("common.h", SOURCE):
+        (copy / name).write_bytes((native.kernels_folder() / name).read_bytes())
+    with (copy / "common.h").open("a") as header:
+        header.write("/* changed */\n")
+    monkeypatch.setattr(native, "kernels_folder", lambda: copy)
+    native.load.cache_clear()
+    native.load(SOURCE)
+    assert len(list(cache.glob("*.so"))) == 2
+
+
+def test_sources_are_found_in_a_checkout_and_in_a_wheel(monkeypatch, tmp_path):
+    assert native.kernels_folder() == ROOT / "kernels"
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "zoo" / "ops" / "native.py"))
+    with pytest.raises(native.BuildError, match="not installed"):
+        native.kernels_folder()
+    inside = tmp_path / "zoo" / "_kernels"
+    inside.mkdir(parents=True)
+    (inside / "common.h").touch()
+    assert native.kernels_folder() == inside
+
+
+def test_a_backend_is_named_once_and_only_if_it_runs(cache, caplog):
+    asked = []
+    available = {"best": lambda: asked.append(1) or "it rains", "good": True, "other": False}
+    with caplog.at_level(logging.INFO, "zoo"):
+        assert backends.pick("op", "good", available) == "good"
+        assert not asked  # who wants another need not wait for it
+        assert backends.pick("op", "auto", available) == "good"
+    assert caplog.messages == ["op runs on its good backend"]
+    with pytest.raises(UserError, match="it rains"):
+        backends.pick("op", "best", available)
+    with pytest.raises(UserError, match="does not take these inputs"):
+        backends.pick("op", "other", available)
+    with pytest.raises(UserError, match="did you mean 'good'"):
+        backends.pick("op", "god", available)
+
+
+@pytest.mark.skipif(native.platform.libc_ver()[0] != "glibc", reason="not glibc")
+def test_tuned_glibc_recycles_large_buffers():
+    script = """
+import resource, torch
+from zoo.ops.native import tune_allocator
+assert tune_allocator()
+for _ in range(8):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    buffers = [torch.ones(16 << 20) for _ in range(2)]
+    del buffers
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 1000  # 128 MiB are 32768 fresh pages

@@ -1,0 +1,216 @@
+"""The scan is its definition: every backend, every gradient, any chunking."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.errors import UserError
+from zoo.ops import selective_scan as module
+from zoo.ops.selective_scan import selective_scan
+
+BACKENDS = ["reference", "torch", "native"]
+FAST = ["torch", "native"]
+# (b, t, d, n): one token, odd lengths, widths and states that no vector divides, many chunks
+SHAPES = [(1, 1, 1, 1), (2, 37, 19, 3), (3, 67, 40, 17), (1, 131, 16, 16), (2, 1060, 5, 2)]
+NAMES = ["x", "dt", "A", "B", "C", "D", "z", "dt_bias", "state"]
+
+
+def arguments(b: int, t: int, d: int, n: int, rate: float = 1.0, dtype=torch.float64) -> dict:
+    """Random float64 values, the same for any dtype; `rate` scales A, hence the decays."""
+    torch.manual_seed(0)
+    shapes = [(b, t, d), (b, t, d), (d, n), (b, t, n), (b, t, n), (d,), (b, t, d), (d,), (b, d, n)]
+    values = {k: torch.randn(s, dtype=torch.float64) for k, s in zip(NAMES, shapes, strict=True)}
+    values["A"] = -rate * values["A"].exp()
+    return {k: v.to(dtype).requires_grad_() for k, v in values.items()}
+
+
+def everything(args: dict, backend: str) -> dict[str, Tensor]:
+    """y, the last state and all gradients of a random function of both."""
+    y, state = selective_scan(**args, backend=backend)
+    torch.manual_seed(1)
+    weights = [torch.randn(a.shape, dtype=torch.float64).to(a.dtype) for a in (y, state)]
+    loss = (y * weights[0]).sum() + (state * weights[1]).sum()
+    gradients = torch.autograd.grad(loss, list(args.values()))
+    return {"y": y, "last": state, **dict(zip(args, gradients, strict=True))}
+
+
+def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
+    for name, value in wanted.items():
+        error = (found[name].double() - value).norm() / value.norm()
+        assert error <= tolerance, f"{name}: {error:.1e}"  # NaN fails too
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_tokens_by_hand(backend):
+    one = math.log(math.e - 1)  # softplus of it is 1; exp(1 * -ln 2) = 1/2
+    x, dt = torch.tensor([[[1.0], [2.0]]]), torch.full((1, 2, 1), one)
+    A, B, C = torch.full((1, 1), -math.log(2)), torch.ones(1, 2, 1), torch.tensor([[[1.0], [3.0]]])
+    y, state = selective_scan(x, dt, A, B, C, backend=backend)
+    torch.testing.assert_close(state, torch.tensor([[[2.5]]]))  # 1, then 1/2 + 2
+    torch.testing.assert_close(y, torch.tensor([[[1.0], [7.5]]]))  # 1 * 1, 3 * 2.5
+    z, four = torch.tensor([[[0.0], [100.0]]]), torch.full((1, 1, 1), 4.0)
+    y, state = selective_scan(x, dt, A, B, C, torch.ones(1), z, state=four, backend=backend)
+    torch.testing.assert_close(state, torch.tensor([[[3.5]]]))  # 4/2 + 1 = 3, 3/2 + 2
+    torch.testing.assert_close(y, torch.tensor([[[0.0], [1250.0]]]))  # (3 * 3.5 + 2) * 100
+
+
+@pytest.mark.parametrize("rate", [1e-4, 1.0, 100.0])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", FAST)
+def test_float64_is_the_reference(backend, shape, rate):
+    args = arguments(*shape, rate=rate)
+    assert_close(everything(args, backend), everything(args, "reference"), 2e-14)
+
+
+@pytest.mark.parametrize("rate", [0.01, 1.0, 100.0])
+def test_native_float32_gradients_are_right_to_a_millionth(rate):
+    shape = (2, 131, 40, 16)
+    wanted = everything(arguments(*shape, rate=rate), "reference")
+    assert_close(
+        everything(arguments(*shape, rate=rate, dtype=torch.float32), "native"), wanted, 1e-6
+    )
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("decay", [1 - 1e-6, 1e-30, 1e-300])
+def test_any_decay_is_exact(backend, decay):
+    args = arguments(1, 200, 3, 2)
+    args["dt"] = torch.full_like(args["dt"], math.log(math.e - 1)).requires_grad_()
+    args["dt_bias"] = torch.zeros_like(args["dt_bias"]).requires_grad_()
+    args["A"] = torch.full_like(args["A"], math.log(decay)).requires_grad_()
+    wanted = everything(args, "reference")
+    found = everything(args, backend)
+    for name in ("A", "state"):  # they vanish with the decay
+        torch.testing.assert_close(found[name], wanted.pop(name), rtol=1e-12, atol=1e-200)
+    assert_close(found, wanted, 1e-13)
+
+
+def test_native_steps_are_right_relative_to_themselves():
+    dt = torch.linspace(-40, 40, 4001).reshape(-1, 1, 1)  # one token each: y is the step
+    one = torch.ones_like(dt)
+    y, _ = selective_scan(one, dt, torch.full((1, 1), -1.0), one, one, backend="native")
+    wanted = F.softplus(dt.double(), threshold=99)
+    torch.testing.assert_close(y.double(), wanted, rtol=4e-7, atol=0)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 1000])
+def test_piece_size_of_the_torch_form_does_not_matter(piece):
+    args = arguments(2, 67, 5, 3)
+    wanted, last = selective_scan(**args, backend="reference")
+    y, state = module._torch(*args.values(), piece=piece)
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(state, last)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_with_the_state_carried_are_the_whole(backend):
+    args = arguments(2, 75, 19, 3)
+    wanted = everything(args, backend)
+    ys, state, start = [], args["state"], 0
+    for length in (1, 2, 33, 39):
+        part = {
+            k: v[:, start : start + length] if k in ("x", "dt", "B", "C", "z") else v
+            for k, v in args.items()
+        }
+        y, state = selective_scan(**(part | {"state": state}), backend=backend)
+        ys.append(y)
+        start += length
+    y = torch.cat(ys, 1)
+    torch.manual_seed(1)
+    loss = (y * torch.randn_like(y)).sum() + (state * torch.randn_like(state)).sum()
+    gradients = dict(zip(args, torch.autograd.grad(loss, list(args.values())), strict=True))
+    assert_close({"y": y, "last": state, **gradients}, wanted, 1e-14)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend):
+    args = arguments(2, 5, 3, 2)
+    assert torch.autograd.gradcheck(
+        lambda *a: selective_scan(*a, backend=backend), tuple(args.values())
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_optional_may_be_absent(backend):
+    args = arguments(2, 9, 3, 2)
+    full = {k: v.detach().clone() for k, v in args.items()}
+    for name in ("D", "dt_bias", "state"):
+        full[name].zero_()
+    full["z"].fill_(50.0)  # silu(50) = 50
+    y, state = selective_scan(**full, backend=backend)
+    short = {k: args[k] for k in ("x", "dt", "A", "B", "C")}
+    found, last = selective_scan(**short, backend=backend)
+    torch.testing.assert_close(50 * found, y)
+    torch.testing.assert_close(last, state)
+    last.sum().backward()  # nothing reaches C, and y is not used
+    assert args["x"].grad is not None
+    assert args["C"].grad is None or not args["C"].grad.any()
+
+
+def test_slices_of_a_projection_are_read_where_they_lie():
+    args = arguments(2, 37, 24, 4)
+    wanted = everything(args, "native")
+    wide = torch.cat([args["x"], args["z"], args["dt"], args["B"], args["C"]], -1)
+    parts = wide.split([24, 24, 24, 4, 4], -1)
+    y, last = selective_scan(
+        **(args | dict(zip(["x", "z", "dt", "B", "C"], parts, strict=True))), backend="native"
+    )
+    assert torch.equal(y, wanted["y"])
+    assert torch.equal(last, wanted["last"])
+    y.sum().backward()  # the gradient of a sum has no rows of its own
+    assert torch.isfinite(args["x"].grad).all()
+
+
+def test_bfloat16_comes_and_goes_while_the_state_stays_float32():
+    args = {k: v.detach() for k, v in arguments(2, 37, 19, 3, dtype=torch.bfloat16).items()}
+    args["A"], args["state"] = args["A"].float(), args["state"].float()
+    wide = {k: v.double() for k, v in args.items()}
+    wanted, last = selective_scan(**wide, backend="reference")
+    y, state = selective_scan(**args, backend="native")
+    assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    assert_close({"y": y, "last": state}, {"y": wanted}, 4e-3)
+    assert_close({"last": state}, {"last": last}, 1e-6)
+
+
+@pytest.fixture
+def poisoned():
+    """Every `torch.empty` is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_native_writes_all_of_its_outputs(shape, poisoned):
+    assert torch.isnan(torch.empty(3)).all()
+    for name, value in everything(arguments(*shape, dtype=torch.float32), "native").items():
+        assert torch.isfinite(value).all(), name
+
+
+def test_native_gives_the_same_bits_twice():
+    args = arguments(2, 300, 150, 5, dtype=torch.float32)
+    first, second = everything(args, "native"), everything(args, "native")
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_native_is_a_good_citizen_of_torch():
+    args = arguments(2, 5, 3, 2)
+    torch.library.opcheck(module.scan, (*args.values(), True))
+    short = [args[k] for k in ("x", "dt", "A", "B", "C")]
+    torch.library.opcheck(module.scan, (*short, None, None, None, None, True))
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    args = {k: v.detach() for k, v in arguments(2, 5, 3, 2).items()}
+    with pytest.raises(ValueError, match="B is"):
+        selective_scan(**(args | {"B": args["B"][:, :4]}))
+    with pytest.raises(ValueError, match="no tokens"):
+        selective_scan(
+            **{k: v[:, :0] if k in ["x", "dt", "B", "C", "z"] else v for k, v in args.items()}
+        )
+    with pytest.raises(UserError, match="did you mean 'native'"):
+        selective_scan(**args, backend="nativ")

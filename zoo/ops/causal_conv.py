@@ -1,0 +1,146 @@
+"""Depthwise causal convolution, as stands before Mamba's recurrence (Gu & Dao 2023, figure 3).
+
+    y_t = silu(bias + sum_k weight_k x_{t - width + 1 + k})        per channel
+
+The state is the last `width - 1` inputs; before the first token they are zero.
+Backends: `reference` is that sum; `torch` is `F.conv1d`; `native` is kernels/causal_conv (CPU).
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from zoo.errors import choose
+from zoo.ops import native
+from zoo.ops.backends import pick
+
+KERNEL = native.Kernel(
+    "causal_conv/causal_conv.c",
+    sizes="batch tokens width window silu",
+    rows="x state y dy dx dstate",
+    pointers="weight bias dweight dbias",
+)
+
+
+def causal_conv(
+    x: Float[Tensor, "b t d"],
+    weight: Float[Tensor, "d width"],
+    bias: Float[Tensor, " d"] | None = None,
+    activation: str | None = "silu",
+    state: Float[Tensor, "b width-1 d"] | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b width-1 d"]]:
+    """Convolve each channel of x with its own window of 2 to 8 tokens. Returns y and the state.
+
+    Both have x's dtype; sums are in float32 or better. Raises `ValueError` on shapes that do not
+    fit, `UserError` where the backend is not there.
+    """
+    choose("activation", str(activation), ["silu", "None"])
+    (b, t, d), width = x.shape, weight.shape[-1]
+    expected = {"weight": (weight, (d, width)), "bias": (bias, (d,))}
+    expected["state"] = (state, (b, width - 1, d))
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"causal_conv: {name} is {tuple(tensor.shape)}, wants {shape}")
+    if t == 0:
+        raise ValueError("causal_conv: no tokens")
+    if not 2 <= width <= 8:
+        raise ValueError(f"causal_conv: the window is 2 to 8 tokens wide, not {width}")
+    on_cpu = x.device.type == "cpu"
+    name = pick(
+        "causal_conv",
+        backend,
+        {"native": on_cpu and KERNEL.missing, "torch": True, "reference": True},
+    )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    before = x.new_zeros((b, width - 1, d)) if state is None else state
+    x_, w, before = x.to(wide), weight.to(wide), before.to(wide)
+    bias = None if bias is None else bias.to(wide)
+    if name == "native":
+        y, last = conv(x_, w, bias, before, activation == "silu")
+    else:
+        inputs = torch.cat([before, x_], 1)
+        y = (_reference if name == "reference" else _torch)(inputs, w)
+        y = y if bias is None else y + bias
+        y = y if activation is None else F.silu(y)
+        last = inputs[:, -(width - 1) :]
+    return y.to(x.dtype), last.to(x.dtype)
+
+
+def _reference(inputs: Tensor, weight: Tensor) -> Tensor:
+    windows = inputs.unfold(1, weight.shape[1], 1)  # (b, t, d, width)
+    return (windows * weight).sum(-1)
+
+
+def _torch(inputs: Tensor, weight: Tensor) -> Tensor:
+    y = F.conv1d(inputs.transpose(1, 2), weight[:, None], groups=weight.shape[0])
+    return y.transpose(1, 2)
+
+
+@torch.library.custom_op("zoo::causal_conv", mutates_args=(), device_types="cpu")
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """y and the last inputs, (b, window - 1, d)."""
+    y, window = torch.empty(x.shape, dtype=x.dtype), weight.shape[1]
+    inputs = {"x": x, "weight": weight.t(), "bias": bias, "state": state}
+    KERNEL.call("forward", (*x.shape, window, silu), **inputs, y=y)
+    tail = x[:, -(window - 1) :]
+    return y, torch.cat([state[:, tail.shape[1] :], tail], 1)
+
+
+@conv.register_fake
+def _(x, weight, bias, state, silu):
+    del weight, bias, silu
+    return x.new_empty(x.shape), state.new_empty(state.shape)
+
+
+@torch.library.custom_op("zoo::causal_conv_backward", mutates_args=(), device_types="cpu")
+def conv_backward(
+    dy: Tensor,
+    dlast: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and the incoming state."""
+    (b, t, d), window = x.shape, weight.shape[1]
+    segments = -(-t // KERNEL.constant("segment", x.dtype))
+    dx, dstate = torch.empty(x.shape, dtype=x.dtype), torch.empty(state.shape, dtype=x.dtype)
+    dweight = torch.empty((b, segments, window, d), dtype=x.dtype)
+    dbias = torch.empty((b, segments, d), dtype=x.dtype)
+    inputs = {"x": x, "weight": weight.t(), "bias": bias, "state": state, "dy": dy}
+    outputs = {"dx": dx, "dstate": dstate, "dweight": dweight, "dbias": dbias}
+    KERNEL.call("backward", (*x.shape, window, silu), **inputs, **outputs)
+    if dlast is not None:  # the last inputs are those of x, and before them of the old state
+        kept = max(window - 1 - t, 0)
+        dstate[:, window - 1 - kept :] += dlast[:, :kept]
+        dx[:, t - (window - 1 - kept) :] += dlast[:, kept:]
+    return dx, dweight.sum((0, 1)).t().contiguous(), dbias.sum((0, 1)), dstate
+
+
+@conv_backward.register_fake
+def _(dy, dlast, x, weight, bias, state, silu):
+    del dy, dlast, bias, silu
+    dbias = x.new_empty(x.shape[2])
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, state.new_empty(state.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    del output
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, dlast):
+    x, weight, bias, state = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    dx, dweight, dbias, dstate = conv_backward(dy, dlast, x, weight, bias, state, ctx.silu)
+    return dx, dweight, None if bias is None else dbias, dstate, None
+
+
+conv.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,204 @@
+"""Builds, caches and loads the C kernels; hands tensors to them; tunes the memory allocator.
+
+A kernel is one C file, built by the system's compiler the first time it is wanted (under 2 s) into
+$XDG_CACHE_HOME/zoo (or ~/.cache/zoo), under a name made of everything that could change it: source,
+flags, compiler, CPU. The library's SHA-256 stands beside it, so a damaged one is built again.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("zoo")
+
+FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-shared", "-Wno-psabi"]
+THREADS = ["-fopenmp"]  # GCC's libgomp has the soname of PyTorch's own: one pool of threads
+
+
+class BuildError(RuntimeError):
+    """The kernel cannot be built here; the message is one line that says why."""
+
+
+def kernels_folder() -> Path:
+    """The C sources: beside the package in a checkout, inside it when installed from a wheel."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package.parent / "kernels", package / "_kernels"):
+        if (folder / "common.h").is_file():
+            return folder
+    raise BuildError("the kernel sources are not installed")
+
+
+@functools.cache
+def load(source: str, dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
+    """The library of `kernels/<source>` for float32 or float64, built if need be.
+
+    Raises `BuildError` without a working compiler.
+    """
+    path = kernels_folder() / source
+    double = ["-DDOUBLE"] if dtype == torch.float64 else []
+    command = [*_compiler(), *FLAGS, *double]
+    key = hashlib.sha256()
+    for part in (path.read_bytes(), (kernels_folder() / "common.h").read_bytes(), *command, _cpu()):
+        key.update(part if isinstance(part, bytes) else part.encode())
+        key.update(b"\0")
+    name = f"{path.stem}-{'double' if double else 'float'}-{key.hexdigest()[:20]}.so"
+    library = _cache_folder() / name
+    if not _intact(library):
+        _build([*command, str(path), "-lm"], library)
+    return ctypes.CDLL(str(library))
+
+
+@functools.cache
+def _compiler() -> tuple[str, ...]:
+    """The command of the first working compiler, its own identity and machine flags included."""
+    found = [path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
+    for path in found:
+        version = subprocess.run([path, "--version"], capture_output=True, text=True)
+        if version.returncode == 0:
+            arm = platform.machine() in ("arm64", "aarch64")
+            gcc = "Free Software Foundation" in version.stdout
+            tag = hashlib.sha256(version.stdout.encode()).hexdigest()[:12]
+            machine = "-mcpu=native" if arm else "-march=native"
+            threads = THREADS if gcc else ["-pthread"]
+            return (path, machine, *threads, f"-DCOMPILER_{tag}")
+    raise BuildError("no C compiler (cc, gcc or clang) on the PATH")
+
+
+def _cpu() -> str:
+    """What -march=native depends on: a cache may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return "\n".join(x for x in lines if x.startswith(("model name", "flags", "CPU", "Features")))
+
+
+@functools.cache
+def _cache_folder() -> Path:
+    """The user's cache, or where that cannot be written a folder that lasts as long as we do."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zoo"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        log.info(
+            "kernels are built for this process only: %s cannot be written (%s)", folder, error
+        )
+        _temporary.append(tempfile.TemporaryDirectory(prefix="zoo-"))
+        return Path(_temporary[-1].name)
+
+
+_temporary: list[tempfile.TemporaryDirectory] = []  # removed at exit
+
+
+def _checksum(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _intact(library: Path) -> bool:
+    try:
+        return hashlib.sha256(library.read_bytes()).hexdigest() == _checksum(library).read_text()
+    except OSError:
+        return False
+
+
+def _build(command: list[str], library: Path) -> None:
+    """Compile beside `library` and rename: another process sees a whole file or none."""
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
+        built = Path(folder) / library.name
+        done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
+        if done.returncode != 0:
+            lines = done.stderr.splitlines()
+            error = next((line for line in lines if "error" in line), "no message")
+            raise BuildError(f"{command[0]} failed: {error}")
+        _checksum(built).write_text(hashlib.sha256(built.read_bytes()).hexdigest())
+        built.replace(library)
+        _checksum(built).replace(_checksum(library))
+
+
+class _Rows(ctypes.Structure):
+    """`Rows` of common.h: a (b, t, width) tensor with dense rows, or null."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("row", ctypes.c_int64))
+
+
+class Kernel:
+    """A C file with functions `int f(Sizes, Arrays)`, 0 for success.
+
+    `sizes` names the int64 fields of its `Sizes`, to which the number of threads is added last.
+    `rows`, then `pointers`, name the fields of its `Arrays`: sequences (b, t, width), which may be
+    slices, and contiguous tensors.
+    """
+
+    def __init__(self, source: str, *, sizes: str, rows: str, pointers: str) -> None:
+        self.source, self.rows, self.pointers = source, rows.split(), pointers.split()
+        self._sizes = _structure(dict.fromkeys([*sizes.split(), "threads"], ctypes.c_int64))
+        self._arrays = _structure(
+            dict.fromkeys(self.rows, _Rows) | dict.fromkeys(self.pointers, ctypes.c_void_p)
+        )
+        self.missing = functools.cache(self._missing)
+
+    def _missing(self) -> bool | str:
+        """True where the kernel can run, else the reason why not, for `backends.pick`."""
+        try:
+            load(self.source)
+        except (BuildError, OSError) as error:
+            return str(error)
+        return True
+
+    def constant(self, name: str, dtype: torch.dtype) -> int:
+        """An int64 that the kernel publishes."""
+        return ctypes.c_int64.in_dll(load(self.source, dtype), name).value
+
+    def call(self, function: str, sizes: tuple[int, ...], **tensors: Tensor | None) -> None:
+        """Run on float32 or float64 CPU tensors, all of one dtype; those not given are null.
+
+        Inputs that do not lie as `rows` and `pointers` say are copied, so outputs must.
+        """
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        arrays, alive = self._arrays(), []
+        for name, tensor in given.items():
+            if name in self.rows:
+                tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+                setattr(arrays, name, _Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1)))
+            else:
+                tensor = tensor.contiguous()
+                setattr(arrays, name, tensor.data_ptr())
+            alive.append(tensor)
+        (dtype,) = {tensor.dtype for tensor in alive}
+        entry = getattr(load(self.source, dtype), function)
+        entry.argtypes = [self._sizes, self._arrays]
+        if entry(self._sizes(*sizes, torch.get_num_threads()), arrays):
+            raise MemoryError(f"{self.source}: no memory for {function}")
+
+
+def _structure(fields: dict) -> type[ctypes.Structure]:
+    return type("Structure", (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+def tune_allocator() -> str | None:
+    """Let glibc keep freed memory instead of returning it to the kernel; once per process.
+
+    A training step frees and asks for the same large buffers again, and the kernel hands out
+    fresh pages slowly, zeroing each. Returns the line to log, or None where there is no glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, top_pad, mmap_threshold, mmap_max = -1, -2, -3, -4  # <malloc.h>
+    gigabyte = 1 << 30
+    kept = mallopt(mmap_threshold, gigabyte) or mallopt(mmap_max, 0)  # older ones refuse the first
+    if not (kept and mallopt(trim_threshold, 2 * gigabyte - 1) and mallopt(top_pad, 64 << 20)):
+        return None
+    return "glibc keeps freed memory for reuse (mallopt)"

@@ -1,0 +1,262 @@
+"""Selective scan: the recurrence of Mamba (Gu & Dao 2023, section 3.2, algorithm 2).
+
+    step_t = softplus(dt_t + dt_bias)
+    h_t    = exp(step_t A) h_{t-1} + step_t B_t x_t        per channel, h in R^n
+    y_t    = (C_t . h_t + D x_t) silu(z_t)
+
+Backends: `reference` is that loop; `torch` does the recurrence in blocks of tokens and keeps only
+the state before each piece; `native` is kernels/selective_scan (CPU).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from zoo.ops import native
+from zoo.ops.backends import pick
+
+KERNEL = native.Kernel(
+    "selective_scan/selective_scan.c",
+    sizes="batch tokens width states",
+    rows="x dt z B C y dy dx ddt dz dB dC",
+    pointers="A D dt_bias state last saved dA dD dbias dstate",
+)
+PIECE = 256  # tokens the torch form holds (b, t, d, n) tensors for
+
+
+def selective_scan(
+    x: Float[Tensor, "b t d"],
+    dt: Float[Tensor, "b t d"],
+    A: Float[Tensor, "d n"],
+    B: Float[Tensor, "b t n"],
+    C: Float[Tensor, "b t n"],
+    D: Float[Tensor, " d"] | None = None,
+    z: Float[Tensor, "b t d"] | None = None,
+    dt_bias: Float[Tensor, " d"] | None = None,
+    state: Float[Tensor, "b d n"] | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d n"]]:
+    """Scan x with input-dependent steps; A is negative. Returns y in x's dtype and the state.
+
+    All arithmetic and the state are float32, or float64 where x is. Raises `ValueError` on shapes
+    that do not fit, `UserError` where the backend is not there.
+    """
+    _check(x, dt, A, B, C, D, z, dt_bias, state)
+    on_cpu = x.device.type == "cpu"
+    name = pick(
+        "selective_scan",
+        backend,
+        {"native": on_cpu and KERNEL.missing, "torch": True, "reference": True},
+    )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if state is None and name != "native":
+        state = x.new_zeros((x.shape[0], *A.shape), dtype=wide)
+    form = {"native": _native, "torch": _torch, "reference": _reference}[name]
+    arguments = (x, dt, A, B, C, D, z, dt_bias, state)
+    y, last = form(*(None if a is None else a.to(wide) for a in arguments))
+    return y.to(x.dtype), last
+
+
+def _check(x, dt, A, B, C, D, z, dt_bias, state) -> None:
+    (b, t, d), n = x.shape, A.shape[-1]
+    expected = {
+        "dt": (dt, (b, t, d)),
+        "A": (A, (d, n)),
+        "B": (B, (b, t, n)),
+        "C": (C, (b, t, n)),
+        "D": (D, (d,)),
+        "z": (z, (b, t, d)),
+        "dt_bias": (dt_bias, (d,)),
+        "state": (state, (b, d, n)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"selective_scan: {name} is {tuple(tensor.shape)}, wants {shape}")
+    if t == 0:
+        raise ValueError("selective_scan: no tokens")
+
+
+def _reference(x, dt, A, B, C, D, z, dt_bias, h) -> tuple[Tensor, Tensor]:
+    """The definition, token by token."""
+    step = F.softplus(dt if dt_bias is None else dt + dt_bias)
+    ys = []
+    for x_t, step_t, B_t, C_t in zip(*(a.unbind(1) for a in (x, step, B, C)), strict=True):
+        h = torch.exp(step_t[..., None] * A) * h + (step_t * x_t)[..., None] * B_t[:, None]
+        ys.append((h * C_t[:, None]).sum(-1))
+    y = torch.stack(ys, 1)
+    if D is not None:
+        y = y + D * x
+    return (y if z is None else y * F.silu(z)), h
+
+
+def _torch(x, dt, A, B, C, D, z, dt_bias, h, piece: int = PIECE) -> tuple[Tensor, Tensor]:
+    """Piece by piece; the backward recomputes a piece from the state before it."""
+    sequences = [a.split(piece, 1) for a in (x, dt, B, C)]
+    gates = [None] * len(sequences[0]) if z is None else z.split(piece, 1)
+    ys = []
+    for *parts, gate in zip(*sequences, gates, strict=True):
+        y, h = checkpoint(
+            _piece, *parts, A, D, gate, dt_bias, h, use_reentrant=False, preserve_rng_state=False
+        )
+        ys.append(y)
+    return torch.cat(ys, 1), h
+
+
+def _piece(x, dt, B, C, A, D, z, dt_bias, h) -> tuple[Tensor, Tensor]:
+    step = F.softplus(dt if dt_bias is None else dt + dt_bias)
+    decay = torch.exp(step[..., None] * A)
+    hs = _LinearScan.apply(decay, (step * x)[..., None] * B[:, :, None], h)
+    y = (hs @ C[..., None]).squeeze(-1)
+    if D is not None:
+        y = y + D * x
+    return (y if z is None else y * F.silu(z)), hs[:, -1]
+
+
+class _LinearScan(torch.autograd.Function):
+    """h_t = a_t h_{t-1} + u_t, and its gradient, the same recurrence backwards in time."""
+
+    @staticmethod
+    def forward(ctx, a, u, h):
+        hs = _linear_scan(a, u, h)
+        ctx.save_for_backward(a, h, hs)
+        return hs
+
+    @staticmethod
+    def backward(ctx, dhs):
+        a, h, hs = ctx.saved_tensors
+        following = torch.cat(
+            [a[:, 1:], torch.zeros_like(a[:, :1])], 1
+        )  # g_t = dh_t + a_{t+1} g_{t+1}
+        g = _linear_scan(following.flip(1), dhs.flip(1), torch.zeros_like(h)).flip(1)
+        before = torch.cat([h[:, None], hs[:, :-1]], 1)
+        return g * before, g, a[:, 0] * g[:, 0]
+
+
+def _linear_scan(a: Tensor, u: Tensor, h: Tensor) -> Tensor:
+    """All states of h_t = a_t h_{t-1} + u_t over (b, t, ...), by blocks of about sqrt(t) tokens.
+
+    Every block at once from zero, then the states between blocks, then their decay into each
+    block. Decays are only ever multiplied, never divided: any decay in [0, 1] is exact.
+    """
+    t = a.shape[1]
+    size = math.isqrt(t - 1) + 1
+    short = -t % size
+    if short:
+        a = torch.cat([a, torch.ones_like(a[:, :short])], 1)
+        u = torch.cat([u, torch.zeros_like(u[:, :short])], 1)
+    a, u = (x.unflatten(1, (-1, size)) for x in (a, u))
+    hs, decays = torch.empty_like(u), torch.empty_like(a)  # from the start of each block
+    hs[:, :, 0], decays[:, :, 0] = u[:, :, 0], a[:, :, 0]
+    for i in range(1, size):
+        torch.addcmul(u[:, :, i], a[:, :, i], hs[:, :, i - 1], out=hs[:, :, i])
+        torch.mul(a[:, :, i], decays[:, :, i - 1], out=decays[:, :, i])
+    starts = []
+    for end, decay in zip(hs[:, :, -1].unbind(1), decays[:, :, -1].unbind(1), strict=True):
+        starts.append(h)
+        h = torch.addcmul(end, decay, h)
+    hs.addcmul_(decays, torch.stack(starts, 1)[:, :, None])
+    return hs.flatten(1, 2)[:, :t]
+
+
+def _native(x, dt, A, B, C, D, z, dt_bias, state) -> tuple[Tensor, Tensor]:
+    tensors = (x, dt, A, B, C, D, z, dt_bias, state)
+    save = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in tensors)
+    y, last, _ = scan(*tensors, save)
+    return y, last
+
+
+def _saved_shape(x: Tensor, A: Tensor) -> tuple[int, ...]:
+    """(b, channel blocks, chunks, n, lanes): the state before each chunk."""
+    lanes, chunk = (KERNEL.constant(name, x.dtype) for name in ("lanes", "chunk"))
+    b, t, d = x.shape
+    return b, (d + lanes - 1) // lanes, (t + chunk - 1) // chunk, A.shape[1], lanes
+
+
+@torch.library.custom_op("zoo::selective_scan", mutates_args=(), device_types="cpu")
+def scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state, and the chunk starts the backward wants (empty unless `save`)."""
+    y = torch.empty(x.shape, dtype=x.dtype)
+    last = torch.empty((x.shape[0], *A.shape), dtype=x.dtype)
+    saved = torch.empty(_saved_shape(x, A) if save else 0, dtype=x.dtype)
+    inputs = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    outputs = {"y": y, "last": last, "saved": saved if save else None}
+    KERNEL.call("forward", (*x.shape, A.shape[1]), **inputs, state=state, **outputs)
+    return y, last, saved
+
+
+@scan.register_fake
+def _(x, dt, A, B, C, D, z, dt_bias, state, save):
+    saved = x.new_empty(_saved_shape(x, A) if save else 0)
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], *A.shape)), saved
+
+
+@torch.library.custom_op("zoo::selective_scan_backward", mutates_args=(), device_types="cpu")
+def scan_backward(
+    dy: Tensor,
+    dlast: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    saved: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C, D, z (empty without z), dt_bias and the incoming state."""
+    b, _, d = x.shape
+    dx, ddt, dB, dC = (torch.empty(a.shape, dtype=a.dtype) for a in (x, dt, B, C))
+    dz = torch.empty(0 if z is None else z.shape, dtype=x.dtype)
+    dA = torch.zeros((b, *A.shape), dtype=x.dtype)
+    dD, dbias = torch.zeros((b, d), dtype=x.dtype), torch.zeros((b, d), dtype=x.dtype)
+    dstate = torch.zeros_like(dA) if dlast is None else dlast.contiguous().clone()
+    inputs = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    outputs = {"dx": dx, "ddt": ddt, "dA": dA, "dB": dB, "dC": dC, "dD": dD, "dbias": dbias}
+    outputs |= {"dz": None if z is None else dz, "dstate": dstate}
+    KERNEL.call("backward", (*x.shape, A.shape[1]), **inputs, dy=dy, saved=saved, **outputs)
+    return dx, ddt, dA.sum(0), dB, dC, dD.sum(0), dz, dbias.sum(0), dstate
+
+
+@scan_backward.register_fake
+def _(dy, dlast, x, dt, A, B, C, D, z, dt_bias, saved):
+    del dlast, D, dt_bias, saved
+    dx, ddt, dA, dB, dC = (a.new_empty(a.shape) for a in (x, dt, A, B, C))
+    dD, dbias, dz = x.new_empty(x.shape[2]), x.new_empty(x.shape[2]), x.new_empty(0)
+    dz = dz if z is None else z.new_empty(z.shape)
+    return dx, ddt, dA, dB, dC, dD, dz, dbias, x.new_empty((x.shape[0], *A.shape))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.save = inputs
+    ctx.present = [a is not None for a in tensors]
+    ctx.save_for_backward(*tensors[:-1], output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, dlast, _):
+    if not ctx.save:
+        raise RuntimeError("selective_scan: the forward was told to save nothing for a backward")
+    *tensors, saved = ctx.saved_tensors
+    dy = torch.zeros_like(tensors[0]) if dy is None else dy
+    gradients = scan_backward(dy, dlast, *tensors, saved)
+    return *(g if p else None for g, p in zip(gradients, ctx.present, strict=True)), None
+
+
+scan.register_autograd(_backward, setup_context=_save)
