@@ -82,7 +82,8 @@ static void backward_unit(const void *job, Int unit) {
     const Sizes *s = &j->s;
     const Arrays *a = &j->a;
     Real *inputs[MOST];
-    Vec ring[MOST][WIDE] = {}, *past[MOST], dweight[MOST][WIDE] = {}, dbias[WIDE] = {}, sum[MANY], slope[MANY];
+    Vec ring[MOST][WIDE] = {}, *past[MOST], sum[MANY], slope[MANY];
+    Vec dweight[MOST][WIDE] = {}, dbias[WIDE] = {};
     for (Int t = p.start; t < p.end + window - 1; t++) {
         Int done = t - window + 1; /* dx of this token is complete now */
         int inside = t < s->tokens, mine = t < p.end, complete = !p.start || done >= p.start;

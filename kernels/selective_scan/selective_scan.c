@@ -51,8 +51,19 @@ typedef struct {
     Vec decay[CHUNK * MANY], states[(CHUNK + 1) * MANY]; /* (t, many): states[0] is before token 0 */
     const Real *B, *C;
     Int B_row, C_row, steps;
+    const Real *next; /* rows to bring into the cache meanwhile, one per token */
+    Int next_row;
     int extreme; /* some step * A may leave the range of exp2 */
 } Chunk;
+
+/* Fetching goes a row at a time between arithmetic, not to clog the few line buffers, and to the
+ * second-level cache: rows a power of two apart share the sets of the first. */
+INLINE void aim(Chunk *k, Rows a, Int b, Int start, Int c) {
+    int wanted = a.data && start >= 0;
+    k->next = wanted ? row(a, b, start) + c : (const Real *)k;
+    k->next_row = wanted ? a.row : 0;
+}
+INLINE void fetch(const Chunk *k, Int t) { __builtin_prefetch(k->next + t * k->next_row, 0, 2); }
 
 /* h <- exp(step A) h + u B over the chunk, and y += C h, for the `many` state indices from i on. */
 INLINE void sweep(Chunk *k, Int i, int many, Vec *state, const Vec *rate, int output, int keep,
@@ -62,6 +73,7 @@ INLINE void sweep(Chunk *k, Int i, int many, Vec *state, const Vec *rate, int ou
     if (keep) ALL(m, many) k->states[m] = h[m];
     for (Int t = 0; t < k->steps; t++) {
         const Real *B = k->B + t * k->B_row + i, *C = k->C + t * k->C_row + i;
+        fetch(k, t);
         exp2_products(decay, k->step[t], A2, many, clamp);
         ALL(m, many) h[m] = decay[m] * h[m] + k->u[t] * B[m];
         if (output) {
@@ -113,14 +125,6 @@ static void open_gate(Vec *gate, Vec *slope, const Job *j, Int b, Int c, Int sta
         silu(gate + t, slope ? slope + t : 0, v, BATCH);
     }
 }
-/* Bring `steps` rows from `start` on, where there are so many, into the second-level cache; the
- * first would not hold them: rows a power of two apart share its sets. */
-INLINE void fetch(Rows a, Int b, Int start, Int steps, Int c, Int tokens) {
-    if (!a.data || start < 0) return;
-    const Real *at = row(a, b, start) + c;
-    for (Int t = 0, end = min_int(steps, tokens - start); t < end; t++)
-        __builtin_prefetch(at + t * a.row, 0, 2);
-}
 INLINE Real steepest(const Vec *A2, Int n) {
     Real most = 0;
     for (Int i = 0; i < n; i++)
@@ -154,12 +158,14 @@ static void forward_unit(const void *job, Int unit) {
             begin(&k, j, b, c, start, min_int(CHUNK, s.tokens - start), steep[block], 0);
             if (a->saved)
                 memcpy(saved_chunk(j, b, first + block, start / CHUNK), hb, n * sizeof *hb);
-            fetch(a->x, b, start + CHUNK, CHUNK, c, s.tokens);
-            fetch(a->dt, b, start + CHUNK, CHUNK, c, s.tokens);
-            fetch(a->z, b, start, CHUNK, c, s.tokens);
-            fetch(a->y, b, start, CHUNK, c, s.tokens);
-            for (; i + MANY <= n; i += MANY) sweep_as_needed(&k, i, MANY, hb + i, A2b + i, 1, 0);
-            for (; i < n; i++) sweep_as_needed(&k, i, 1, hb + i, A2b + i, 1, 0);
+            Rows next[] = {a->x, a->dt, a->z, a->y};
+            for (Int pass = 0; i < n; pass++) {
+                aim(&k, pass < 4 ? next[pass] : (Rows){0}, b, start + CHUNK, c);
+                Int many = i + MANY <= n ? MANY : 1;
+                if (many == MANY) sweep_as_needed(&k, i, MANY, hb + i, A2b + i, 1, 0);
+                else sweep_as_needed(&k, i, 1, hb + i, A2b + i, 1, 0);
+                i += many;
+            }
             if (a->z.data) open_gate(k.gate, 0, j, b, c, start, k.steps);
             for (Int t = 0; t < k.steps; t++) {
                 Vec y = a->z.data ? k.y[t] * k.gate[t] : k.y[t];
@@ -181,6 +187,7 @@ INLINE void reverse(Chunk *k, Int i, int many, Vec *future, const Vec *rate, Vec
     for (Int t = k->steps - 1; t >= 0; t--) {
         const Real *B = k->B + t * k->B_row + i, *C = k->C + t * k->C_row + i;
         Vec du = k->du[t], dstep = k->dstep[t];
+        fetch(k, t);
         ALL(m, many) g[m] = q[m] + k->dy[t] * C[m];
         ALL(m, many) q[m] = g[m] * k->decay[t * many + m];
         ALL(m, many) w[m] = q[m] * k->states[t * many + m];
@@ -209,17 +216,6 @@ static void add_channels(const Chunk *k, int many, Real *dB, Real *dC, Int tile)
             store(to, load(to, LANES) + row_sums(rows), LANES);
         }
 }
-INLINE void backward_states(Chunk *k, Int i, int many, const Real *saved, Vec *q, const Vec *A,
-                            Vec *dA, int gated, Real *dB, Real *dC, Int tile) {
-    Vec h[MANY], A2[MANY];
-    for (int m = 0; m < many; m++) {
-        h[m] = load(saved + (i + m) * LANES, LANES);
-        A2[m] = A[i + m] * (Real)LOG2E;
-    }
-    sweep_as_needed(k, i, many, h, A2, gated, 1);
-    reverse(k, i, many, q + i, A + i, dA + i);
-    add_channels(k, many, dB + i * tile, dC + i * tile, tile);
-}
 
 static void backward_chunk(const Job *j, Int b, Int block, Int start, Real steep, Vec *q, Vec *dA,
                            const Vec *A, Vec *dD, Vec *dbias, Real *partial) {
@@ -241,19 +237,25 @@ static void backward_chunk(const Job *j, Int b, Int block, Int start, Real steep
     }
     for (Int t = steps; t < CHUNK; t++) k.u[t] = k.dy[t] = splat(0);
     if (steps < CHUNK) memset(k.decay, 0, sizeof k.decay), memset(k.states, 0, sizeof k.states);
-    fetch(a->x, b, start - CHUNK, CHUNK, c, s.tokens);
-    fetch(a->dt, b, start - CHUNK, CHUNK, c, s.tokens);
-    fetch(a->dy, b, start - CHUNK, CHUNK, c, s.tokens);
-    fetch(a->z, b, start - CHUNK, CHUNK, c, s.tokens);
-    fetch(a->dx, b, start, CHUNK, c, s.tokens);
-    fetch(a->ddt, b, start, CHUNK, c, s.tokens);
-    fetch(a->dz, b, start, CHUNK, c, s.tokens);
     const Real *saved = saved_chunk(j, b, block, start / CHUNK);
     Real *dB = partial + start - j->start, *dC = dB + n * j->tile;
-    Int i = 0;
-    for (; i + MANY <= n; i += MANY)
-        backward_states(&k, i, MANY, saved, q, A, dA, gated, dB, dC, j->tile);
-    for (; i < n; i++) backward_states(&k, i, 1, saved, q, A, dA, gated, dB, dC, j->tile);
+    Rows inputs[] = {a->x, a->dt, a->dy, a->z}, outputs[] = {a->dx, a->ddt, a->dz, {0}};
+    for (Int i = 0, pass = 0; i < n; pass++) {
+        Int many = i + MANY <= n ? MANY : 1;
+        Vec h[MANY], A2[MANY];
+        for (int m = 0; m < many; m++) {
+            h[m] = load(saved + (i + m) * LANES, LANES);
+            A2[m] = A[i + m] * (Real)LOG2E;
+        }
+        aim(&k, pass < 4 ? inputs[pass] : (Rows){0}, b, start - CHUNK, c);
+        if (many == MANY) sweep_as_needed(&k, i, MANY, h, A2, gated, 1);
+        else sweep_as_needed(&k, i, 1, h, A2, gated, 1);
+        aim(&k, pass < 4 ? outputs[pass] : (Rows){0}, b, start - CHUNK, c);
+        if (many == MANY) reverse(&k, i, MANY, q + i, A + i, dA + i);
+        else reverse(&k, i, 1, q + i, A + i, dA + i);
+        add_channels(&k, many, dB + i * j->tile, dC + i * j->tile, j->tile);
+        i += many;
+    }
     for (Int t = 0; t < steps; t++) {
         Vec x = load(row(a->x, b, start + t) + c, count);
         Vec ddt = (k.dstep[t] + k.du[t] * x) * k.slope[t];

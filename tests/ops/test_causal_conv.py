@@ -80,7 +80,8 @@ def test_gradcheck(backend):
     args = arguments(2, 5, 3, 4)
     x, weight, bias, state = args.values()
     assert torch.autograd.gradcheck(
-        lambda *a: causal_conv(*a[:3], "silu", a[3], backend), (x, weight, bias, state)
+        lambda x, w, bias, state: causal_conv(x, w, bias, "silu", state, backend),
+        (x, weight, bias, state),
     )
 
 
@@ -89,7 +90,7 @@ def test_native_writes_all_of_its_outputs(shape):
     torch.use_deterministic_algorithms(True)  # fills every torch.empty with NaN
     try:
         assert torch.isnan(torch.empty(3)).all()
-        found = everything(arguments(*shape, torch.float32), "native")
+        found = everything(arguments(*shape, dtype=torch.float32), "native")
     finally:
         torch.use_deterministic_algorithms(False)
     for name, value in found.items():
