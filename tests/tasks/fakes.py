@@ -1,0 +1,95 @@
+"""Models whose costs are known, and subjects to measure them on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zoo.backbone import BackboneState
+from zoo.data.corpora import Corpus
+from zoo.data.store import TokenStore
+from zoo.tasks.score import Subject
+
+VOCABULARY = 16
+
+
+class Remembers(nn.Module):
+    """Predicts from the last `memory` tokens alone; before the first token it remembers nothing."""
+
+    recurrent, max_length = True, None
+
+    def __init__(self, memory: int):
+        super().__init__()
+        self.memory, self.vocab_size, self.read = memory, VOCABULARY, 0
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(97, VOCABULARY, generator=generator, dtype=torch.float64)
+        self.logits = nn.Parameter(logits, requires_grad=False)
+        self.weights = torch.arange(memory, 0, -1)
+
+    def forward(self, tokens: Tensor, state: BackboneState | None = None):
+        batch, count = tokens.shape
+        self.read += tokens.numel()
+        before = self.empty_state(batch) if state is None else state
+        seen = torch.cat([before.blocks[0], tokens + 1], 1)  # type: ignore[list-item]
+        windows = seen.unfold(1, self.memory, 1)[:, -count:]
+        logits = self.logits[(windows * self.weights).sum(-1) % 97]
+        if state is None:
+            return logits
+        return logits, BackboneState((seen[:, -self.memory :],), before.seen + count)  # type: ignore
+
+    def empty_state(self, batch: int) -> BackboneState:
+        return BackboneState((torch.zeros(batch, self.memory, dtype=torch.int64),), 0)  # type: ignore
+
+    def state_bytes(self, tokens: int, batch: int = 1) -> int:
+        del tokens
+        return 8 * batch * self.memory
+
+    def costs(self, window: np.ndarray) -> np.ndarray:
+        """Nats of window[1:], one prediction after another, straight from the definition."""
+        logits = self.logits.numpy()
+        found = []
+        for end in range(1, len(window)):
+            history = window[max(0, end - self.memory) : end] + 1
+            row = logits[(history * np.arange(len(history), 0, -1)).sum() % 97]
+            found.append(np.log(np.exp(row).sum()) - row[window[end]])
+        return np.array(found)
+
+
+class ByPosition(Remembers):
+    """Gives every token after `position` tokens of context the cost `nats(position)`."""
+
+    def __init__(self, nats: Callable[[Tensor], Tensor]):
+        super().__init__(memory=1)
+        self.nats = nats
+
+    def forward(self, tokens: Tensor, state: BackboneState | None = None):
+        before = state or self.empty_state(len(tokens))
+        _, after = super().forward(tokens, before)
+        positions = torch.arange(before.seen, before.seen + tokens.shape[1]) + 1
+        chance = torch.exp(-self.nats(positions.double()))
+        others = torch.log((1 - chance) / (VOCABULARY - 1))
+        logits = others[:, None].repeat(1, VOCABULARY)
+        logits[:, 0] = torch.log(chance)  # every token of its text is 0
+        logits = logits.expand(len(tokens), -1, -1)
+        return logits if state is None else (logits, after)
+
+
+def text_store(tokens: np.ndarray, documents: int = 1, bytes_per_token: int = 1) -> TokenStore:
+    offsets = np.linspace(0, len(tokens), documents + 1).astype(np.int64)
+    meta = {"source_bytes": bytes_per_token * len(tokens)}
+    return TokenStore(Path("nowhere/test"), tokens.astype(np.uint8), offsets, "sha", meta)
+
+
+def random_text(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(VOCABULARY, size=count)
+
+
+def text_corpus(store: TokenStore, documents: str = "joined") -> Corpus:
+    return Corpus("fake", store, store, store, "bytes", VOCABULARY, documents)
+
+
+def make_subject(model: nn.Module, folder: Path, store: TokenStore, **other) -> Subject:
+    settings = {"train_length": 32, "corpus": text_corpus(store)} | other
+    return Subject(model=model, folder=folder, **settings)  # type: ignore[arg-type]

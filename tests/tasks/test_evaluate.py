@@ -1,0 +1,191 @@
+"""The driver: every run keeps its place, nothing known is measured twice, rows say who and how."""
+
+import io
+import json
+
+import pytest
+from fakes import Remembers, random_text, text_corpus, text_store
+
+import zoo.tasks
+from zoo.config import compose
+from zoo.errors import UserError
+from zoo.run import RunFolder
+from zoo.tasks import evaluate
+from zoo.tasks.progress import Progress
+
+CORPUS = text_corpus(text_store(random_text(2000)))
+IDENTITY = {
+    *("task", "run", "arm", "model", "size", "seed", "extension", "extension_factor"),
+    *("parameters", "flops_per_token", "train_length", "train_tokens", "train_steps", "lr"),
+    *("match", "state_passing", "data", "fingerprint", "tokenizer", "commit", "device", "dtype"),
+    *("threads", "status", "reason", "seconds", "time"),
+}
+SMALL = ["run=any", "task=perplexity", "report=null"]
+SMALL += ["task.perplexity.lengths=[32,64]", "task.perplexity.units=4"]
+
+
+@pytest.fixture
+def model(monkeypatch) -> Remembers:
+    """What every run's checkpoint holds."""
+    model = Remembers(memory=5)
+    monkeypatch.setattr(zoo.tasks, "load", lambda folder, device: model)
+    monkeypatch.setattr(zoo.tasks, "open_corpus", lambda spec, cache: CORPUS)
+    return model
+
+
+def run_folder(path, *words: str, **info) -> RunFolder:
+    config = compose("train", ["size=tiny", "seq_len=32", *words])
+    done = {
+        "status": "done",
+        "step": 300,
+        "tokens_seen": 9600,
+        "parameters": 1552,
+        "commit": "c0ffee",
+    }
+    about = {"fingerprint": CORPUS.fingerprint, "tokenizer": "bytes", "flops_per_token": 1e4}
+    return RunFolder.create(path, config, done | about | info)
+
+
+def run_eval(folders, *words: str, fresh: bool = False) -> tuple[int, str, list[dict]]:
+    """The exit code, what was said, and all rows of the folders."""
+    options = {word.split("=")[0]: word for word in (*SMALL, *words)}
+    said: list[str] = []
+    config = compose("eval", list(options.values()))
+    code = evaluate(config, folders, say=said.append, progress=Progress(), fresh=fresh)
+    return code, "\n".join(said), [row for folder in folders for row in folder.rows()]
+
+
+def test_every_row_says_who_was_measured_and_how(model, tmp_path):
+    folder = run_folder(tmp_path / "a", "seed=3", "optim.lr=0.002")
+    code, said, rows = run_eval([folder])
+    assert code == 0
+    assert rows
+    for row in rows:
+        assert row.keys() >= IDENTITY
+        assert (row["run"], row["arm"], row["task"]) == ("a", "transformer", "perplexity")
+        assert (row["seed"], row["lr"], row["train_steps"]) == (3, 0.002, 300)
+        assert (row["device"], row["dtype"], row["status"]) == ("cpu", "float32", "ok")
+        assert (folder.path / row["positions_file"]).is_file()
+    assert "transformer" in said
+
+
+def test_what_is_known_is_reused_and_reported(model, tmp_path):
+    folder = run_folder(tmp_path / "a")
+    _, first, rows = run_eval([folder])
+    read = model.read
+    code, second, again = run_eval([folder])
+    assert code == 0
+    assert model.read == read
+    assert again == rows
+    assert second == first
+    run_eval([folder], fresh=True)
+    assert model.read == 2 * read
+
+
+def test_other_settings_or_another_checkpoint_are_measured_anew(model, tmp_path):
+    folder = run_folder(tmp_path / "a")
+    run_eval([folder])
+    read = model.read
+    run_eval([folder], "task.perplexity.stride=8")
+    assert model.read > read
+    read = model.read
+    folder.update(step=400)
+    _, _, rows = run_eval([folder], "task.perplexity.stride=8")
+    assert model.read > read
+    assert {row["train_steps"] for row in rows} == {400}
+
+
+def test_a_failure_is_tried_again(model, tmp_path, monkeypatch):
+    folder = run_folder(tmp_path / "a")
+    monkeypatch.setattr(model, "forward", lambda *_: 1 / 0)
+    code, _, rows = run_eval([folder])
+    assert code == 1
+    assert {row["reason"] for row in rows} == {"ZeroDivisionError: division by zero"}
+    monkeypatch.undo()
+    monkeypatch.setattr(zoo.tasks, "load", lambda folder, device: model)
+    monkeypatch.setattr(zoo.tasks, "open_corpus", lambda spec, cache: CORPUS)
+    code, _, rows = run_eval([folder])
+    assert code == 0
+    assert {row["status"] for row in rows} == {"ok"}
+
+
+def test_runs_that_cannot_be_measured_keep_their_place_and_the_others_go_on(
+    model, tmp_path, monkeypatch
+):
+    def load(folder, device):
+        if folder.name == "gone":
+            raise UserError(f"{folder.name} has no checkpoint yet")
+        return model
+
+    monkeypatch.setattr(zoo.tasks, "load", load)
+    reported = []
+    monkeypatch.setattr(
+        zoo.tasks, "write_report", lambda rows, *_: reported.extend(rows) or "table"
+    )
+    folders = [
+        run_folder(tmp_path / "young", status="running", step=7),
+        run_folder(tmp_path / "broken", status="failed", reason="loss is nan at step 9"),
+        run_folder(tmp_path / "gone"),
+        run_folder(tmp_path / "other", fingerprint="f" * 64),
+        run_folder(tmp_path / "good", "model=mamba"),
+    ]
+    code, said, _ = run_eval(folders, f"report={tmp_path}/report.html")
+    assert code == 1
+    assert said == "table"
+    found = {row["run"]: (row["status"], row["reason"]) for row in reported}
+    assert found["young"] == ("unfinished", "training is running at step 7")
+    assert found["broken"] == ("failed", "loss is nan at step 9")
+    assert found["gone"] == ("failed", "gone has no checkpoint yet")
+    assert found["other"][0] == "failed"
+    assert "not the text the run was trained on" in found["other"][1]
+    assert found["good"] == ("ok", None)
+
+
+def test_nothing_measured_is_no_success(model, tmp_path):
+    code, said, _ = run_eval([run_folder(tmp_path / "young", status="running")])
+    assert code == 1
+    assert said
+
+
+def test_a_task_that_breaks_leaves_the_other_tasks_alone(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("zoo.tasks.perplexity.evaluation_text", None)
+    monkeypatch.setattr("zoo.tasks.perplexity.attempt", None)  # breaks outside any measurement
+    monkeypatch.setattr(zoo.tasks, "write_report", lambda rows, *_: json.dumps(rows))
+    words = ["task=extrapolation", "task.speed.lengths=[16]", f"report={tmp_path}/report.html"]
+    code, said, _ = run_eval([run_folder(tmp_path / "a")], *words)
+    statuses = {row["task"]: row["status"] for row in json.loads(said)}
+    assert code == 1
+    assert statuses == {"perplexity": "failed", "speed": "ok"}
+
+
+def test_settings_that_fit_no_run_stop_the_evaluation(model, tmp_path):
+    folder = run_folder(tmp_path / "a")
+    with pytest.raises(UserError, match="did you mean 'blocks'"):
+        run_eval([folder], "task.perplexity.protocols=[block]")
+    with pytest.raises(UserError, match="unknown extension"):
+        run_eval([folder], "extension.name=yarn")
+
+
+def test_the_report_takes_the_rows(model, tmp_path):
+    folders = [
+        run_folder(tmp_path / "a"),
+        run_folder(tmp_path / "b", "model=mamba"),
+        run_folder(tmp_path / "c", "model=alibi", status="failed", reason="loss is nan"),
+    ]
+    words = ["task=extrapolation", "task.speed.lengths=[16]", f"report={tmp_path}/out/report.html"]
+    _, said, _ = run_eval(folders, *words)
+    assert (tmp_path / "out/report.html").is_file()
+    assert list((tmp_path / "out/report").glob("*.png"))
+    for word in ("transformer", "mamba", "loss is nan"):
+        assert word in said
+
+
+def test_progress_says_how_fast_and_how_long():
+    stream = io.StringIO()
+    progress = Progress(stream)
+    progress.run, progress.every = "a", 0.0
+    progress.begin("perplexity at 512", 1000)
+    progress.advance(250)
+    assert stream.getvalue().startswith("a perplexity at 512: ")
+    assert "tokens/s" in stream.getvalue()
+    assert stream.getvalue().endswith("s left\n")

@@ -1,0 +1,154 @@
+"""What every measurement rests on: exact sums, honest intervals, failures that keep their place."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fakes import Remembers, make_subject, random_text, text_store
+
+from zoo.errors import UserError
+from zoo.tasks import score as scoring
+from zoo.tasks.score import (
+    NotApplicableError,
+    attempt,
+    bootstrap,
+    in_buckets,
+    position_edges,
+    score,
+)
+
+
+@pytest.mark.parametrize("architecture", ["transformer", "alibi", "mamba", "hybrid"])
+@pytest.mark.parametrize("chunk", [7, 64, 1000])
+def test_text_read_in_chunks_costs_what_it_costs_at_once(architecture, chunk, tiny, tmp_path):
+    model = tiny(architecture).eval()
+    subject = make_subject(model, tmp_path, text_store(random_text(400)))
+    tokens = random_text(2 * 151).reshape(2, 151)
+    with subject.arithmetic():
+        logits = model(torch.as_tensor(tokens)[:, :-1])
+        at_once = F.cross_entropy(logits.mT, torch.as_tensor(tokens)[:, 1:], reduction="none")
+        found, state = score(subject, tokens, chunk=chunk)
+    assert found.dtype == np.float64
+    assert state.seen == 150
+    np.testing.assert_allclose(found, at_once.numpy(), rtol=1e-9)
+
+
+def test_scores_go_on_from_a_given_state(tmp_path):
+    model, tokens = Remembers(memory=5), random_text(41)[None]
+    subject = make_subject(model, tmp_path, text_store(tokens[0]))
+    whole, _ = score(subject, tokens, chunk=8)
+    first, state = score(subject, tokens[:, :21], chunk=8)
+    second, _ = score(subject, tokens[:, 20:], state, chunk=8)
+    np.testing.assert_array_equal(np.concatenate([first, second], 1), whole)
+    np.testing.assert_allclose(whole[0], model.costs(tokens[0]), rtol=1e-12)
+
+
+def test_a_state_that_is_not_as_large_as_declared_is_an_error(tmp_path):
+    model = Remembers(memory=5)
+    model.state_bytes = lambda tokens, batch=1: 1  # type: ignore[method-assign]
+    subject = make_subject(model, tmp_path, text_store(random_text(9)))
+    with pytest.raises(RuntimeError, match="holds 40 bytes and declares 1"):
+        score(subject, random_text(9)[None], chunk=4)
+
+
+def test_a_broken_model_gives_no_number(tmp_path):
+    model = Remembers(memory=5)
+    model.logits[:] = torch.nan
+    subject = make_subject(model, tmp_path, text_store(random_text(9)))
+    with pytest.raises(ArithmeticError, match="not finite"):
+        score(subject, random_text(9)[None], chunk=4)
+
+
+def test_a_large_vocabulary_shortens_the_chunk(tmp_path):
+    store = text_store(random_text(9))
+    assert scoring.chunk_tokens(make_subject(Remembers(1), tmp_path, store), 4096) == 4096
+    large = Remembers(1)
+    large.vocab_size = 2**18
+    assert scoring.chunk_tokens(make_subject(large, tmp_path, store), 4096) == 2**8
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("32-true", "float32"), ("bf16-mixed", "bfloat16")]
+)
+def test_the_arithmetic_is_the_runs_own_and_takes_no_gradients(precision, dtype, tmp_path):
+    store = text_store(random_text(9))
+    subject = make_subject(Remembers(1), tmp_path, store, precision=precision)
+    a = torch.ones(2, 2, requires_grad=True)
+    with subject.arithmetic():
+        product = a @ a
+    assert product.dtype == getattr(torch, dtype)
+    assert not product.requires_grad
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    generator, inside = np.random.default_rng(1), 0
+    for _ in range(200):
+        counts = generator.integers(50, 150, size=40)
+        sums = counts * generator.normal(2.0, 0.3, size=40)
+        low, high = bootstrap(sums, counts)  # type: ignore[misc]
+        inside += low <= 2.0 <= high
+    assert 0.88 <= inside / 200 <= 0.99
+
+
+def test_an_interval_is_the_same_each_time_and_none_for_a_single_unit():
+    sums, counts = np.array([1.0, 5.0, 2.0]), np.array([2, 3, 4])
+    assert bootstrap(sums, counts) == bootstrap(sums, counts)
+    assert bootstrap(sums[:1], counts[:1]) is None
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 100, 512, 16384, 2**20])
+def test_buckets_cover_every_position_once_and_agree_between_lengths(length):
+    edges = position_edges(length)
+    assert edges[0] == 1
+    assert edges[-1] == length + 1
+    assert (np.diff(edges) > 0).all()
+    assert len(edges) <= 81
+    assert set(edges[:-1]) <= set(position_edges(4 * length))
+
+
+def test_buckets_sum_what_lies_in_them():
+    edges = position_edges(100)
+    summed = in_buckets(np.arange(1.0, 101.0), edges)
+    direct = [sum(range(low, high)) for low, high in pairwise(edges)]
+    assert summed.tolist() == direct
+
+
+def fail_with(error: BaseException):
+    def measurement():
+        raise error
+
+    return attempt(measurement)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (
+            NotApplicableError("reads at most 64 tokens"),
+            "not_applicable",
+            "reads at most 64 tokens",
+        ),
+        (UserError("no such text"), "failed", "no such text"),
+        (MemoryError(), "out_of_memory", "MemoryError"),
+        (torch.OutOfMemoryError("2 GiB"), "out_of_memory", "OutOfMemoryError: 2 GiB"),
+        (KeyError("x"), "failed", "KeyError: 'x'"),
+        (ValueError("one\ntwo"), "failed", "ValueError: one"),
+    ],
+)
+def test_what_goes_wrong_becomes_a_status_and_one_line(error, status, reason):
+    outcome = fail_with(error)
+    assert (outcome.row["status"], outcome.row["reason"]) == (status, reason)
+    assert not outcome.ok
+    assert outcome.value is None
+
+
+def test_the_cpu_allocators_refusal_is_out_of_memory():
+    outcome = attempt(lambda: torch.empty(2**60, dtype=torch.uint8))
+    assert outcome.row["status"] == "out_of_memory"
+
+
+def test_an_interrupt_is_not_a_result():
+    with pytest.raises(KeyboardInterrupt):
+        fail_with(KeyboardInterrupt())

@@ -1,0 +1,99 @@
+"""Streaming: one text, read once through, in memory that does not grow."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from fakes import VOCABULARY, ByPosition, Remembers, make_subject, random_text, text_store
+
+from zoo.errors import UserError
+from zoo.tasks.memory import held_bytes
+from zoo.tasks.stream import measure
+
+MIB = 2**20
+tells_growth = pytest.mark.skipif(
+    held_bytes(torch.device("cpu")) is None, reason="this system does not tell a process's size"
+)
+
+
+def test_a_stream_is_one_long_sequence(tmp_path):
+    model, text = Remembers(memory=20), random_text(1000)
+    (row,) = measure(make_subject(model, tmp_path, text_store(text)), tokens=777, chunk=50)
+    nats = model.costs(text[:778])
+    assert row["nll_sum"] == pytest.approx(nats.sum(), rel=1e-12)
+    assert (row["count"], row["length"], row["passes"]) == (777, 777, 0.777)
+    edges, curve = row["curve"]["edges"], row["curve"]["bits_per_byte"]
+    for low, high, bits in zip(edges, edges[1:], curve, strict=False):
+        assert bits == pytest.approx(nats[low - 1 : high - 1].mean() / math.log(2))
+
+
+def test_a_text_that_ends_is_read_again(tmp_path):
+    model, text = Remembers(memory=3), random_text(100)
+    (row,) = measure(make_subject(model, tmp_path, text_store(text)), tokens=250, chunk=40)
+    assert row["passes"] == 2.5
+    assert row["nll_sum"] == pytest.approx(model.costs(np.tile(text, 3)[:251]).sum())
+
+
+@tells_growth
+def test_a_long_stream_takes_constant_memory(tmp_path):
+    model = ByPosition(lambda position: 1 + 1 / position)
+    subject = make_subject(model, tmp_path, text_store(np.zeros(50_000)))
+    (row,) = measure(subject, tokens=MIB, chunk=4096)
+    assert row["status"] == "ok"
+    assert row["state_bytes"] == 8
+    assert row["growth_bytes"] < 4 * MIB
+    assert row["peak_bytes"] > 4096 * VOCABULARY * 8  # the logits of a chunk
+    assert row["tokens_per_second"] > 0
+
+
+@tells_growth
+def test_memory_that_is_lost_on_the_way_is_seen(tmp_path):
+    class Leaks(Remembers):
+        lost: list = []  # noqa: RUF012
+
+        def forward(self, tokens, state=None):
+            self.lost.append(torch.ones(2 * MIB // 4))
+            return super().forward(tokens, state)
+
+    subject = make_subject(Leaks(1), tmp_path, text_store(random_text(1000)))
+    (row,) = measure(subject, tokens=1000, chunk=10)
+    assert row["growth_bytes"] > 100 * MIB  # of 180, less what the heap had left over
+
+
+def test_a_state_that_grows_in_secret_fails(tmp_path):
+    class Grows(Remembers):
+        def forward(self, tokens, state=None):
+            logits, after = super().forward(tokens, state)
+            held = torch.cat([state.blocks[0], tokens], 1)  # type: ignore[union-attr]
+            return logits, after._replace(blocks=(held,))
+
+    subject = make_subject(Grows(1), tmp_path, text_store(random_text(100)))
+    (row,) = measure(subject, tokens=64, chunk=16)
+    assert (row["status"], "declares 8" in row["reason"]) == ("failed", True)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_recurrent_model_streams_and_attention_says_why_not(precision, tiny, tmp_path):
+    store = text_store(random_text(300))
+    rows = []
+    for architecture in ("mamba", "transformer"):
+        model = tiny(architecture, dtype=torch.float32).eval()
+        subject = make_subject(model, tmp_path, store, precision=precision)
+        rows += measure(subject, tokens=256, chunk=64)
+    mamba, other = rows
+    assert (mamba["status"], mamba["reason"]) == ("ok", None)
+    assert other["status"] == "not_applicable"
+    assert "grows with the text" in other["reason"]
+    assert "\n" not in other["reason"]
+
+
+def test_what_is_known_is_not_streamed_again(tmp_path):
+    store = text_store(random_text(300))
+    subject = make_subject(Remembers(1), tmp_path, store, measured=lambda key: True)
+    assert list(measure(subject, tokens=100)) == []
+
+
+def test_a_stream_of_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError):
+        list(measure(make_subject(Remembers(1), tmp_path, text_store(random_text(9))), tokens=0))

@@ -1,0 +1,192 @@
+"""What the measurements share: who is measured, how text is scored, how an arm may fail.
+
+Scores are negative log-likelihoods in nats: logits in float32, sums in float64. The first token of
+a window has no context and is not scored, so a window of `length` scored tokens holds length + 1.
+Position p is the number of tokens a prediction was made from, 1 .. length.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from zoo.backbone import Backbone, BackboneState
+from zoo.data.corpora import Corpus
+from zoo.data.store import TokenStore
+from zoo.errors import UserError
+from zoo.mixers.base import count_bytes
+from zoo.tasks.progress import Progress
+
+Row = dict[str, Any]
+
+LOGITS = 2**26  # numbers per forward, 256 MiB in float32: what the output of one chunk may take
+RESAMPLES = 2000
+PER_OCTAVE = 4  # points of a curve: 50 to 16k tokens, 75 to a million
+AUTOCAST = {"bf16-mixed": torch.bfloat16}  # by Lightning's name for the precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A trained model, the text it is measured on and the arithmetic it runs in."""
+
+    model: Backbone
+    corpus: Corpus
+    folder: Path  # the run's: arrays too large for a row go to `results/` in it
+    train_length: int
+    split: str = "test"
+    extension: str = "none"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: str = "32-true"
+    progress: Progress = field(default_factory=Progress)
+    measured: Callable[[Row], bool] = lambda key: False  # this row is known: no need to measure it
+
+    @property
+    def store(self) -> TokenStore:
+        return getattr(self.corpus, self.split)
+
+    @contextmanager
+    def arithmetic(self):
+        """No gradients, and the run's own precision."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            if self.precision in AUTOCAST:
+                stack.enter_context(torch.autocast(self.device.type, AUTOCAST[self.precision]))
+            yield
+
+
+def chunk_tokens(subject: Subject, chunk: int) -> int:
+    """Tokens per forward: `chunk`, or fewer where a large vocabulary's logits would not fit."""
+    return max(1, min(chunk, LOGITS // subject.model.vocab_size))
+
+
+def score(
+    subject: Subject,
+    tokens: Int[np.ndarray, "b t1"],
+    state: BackboneState | None = None,
+    *,
+    chunk: int,
+) -> tuple[Float[np.ndarray, "b t"], BackboneState]:
+    """Nats (float64) of tokens 1.. given those before and the state; and the state after them.
+
+    Reads `chunk` tokens at a time. Raises RuntimeError where the state is not as large as declared,
+    ArithmeticError where the model gives no finite numbers.
+    """
+    model, parts = subject.model, []
+    text = torch.as_tensor(tokens, dtype=torch.int64)
+    after = state or model.empty_state(len(text))
+    for start in range(0, text.shape[1] - 1, chunk):
+        piece = text[:, start : start + chunk + 1].to(subject.device)
+        logits, after = model(piece[:, :-1], after)
+        parts.append(_nll(logits, piece[:, 1:]))
+        subject.progress.advance(parts[-1].numel())
+    check_state(model, after, len(text))
+    nll = torch.cat(parts, 1).double().cpu().numpy()
+    if not np.isfinite(nll).all():
+        raise ArithmeticError("the model's outputs are not finite numbers")
+    return nll, after
+
+
+def _nll(logits: Float[Tensor, "b t v"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+def check_state(model: Backbone, state: BackboneState, batch: int = 1) -> int:
+    """Bytes of the state; RuntimeError where the model declares another number."""
+    held, declared = count_bytes(state), model.state_bytes(state.seen, batch)
+    if held != declared:
+        raise RuntimeError(f"the state holds {held} bytes and declares {declared}")
+    return held
+
+
+def bits_per_byte(nll_sum: Any, count: Any, bytes_per_token: float) -> Any:
+    """From nats and the number of tokens they belong to; numbers or arrays."""
+    return nll_sum / count / (math.log(2) * bytes_per_token)
+
+
+def bootstrap(
+    sums: Float[np.ndarray, " units"], counts: Float[np.ndarray, " units"], seed: int = 0
+) -> tuple[float, float] | None:
+    """95 % percentile interval of sum / count, resampling units; None of a single unit."""
+    if len(sums) < 2:
+        return None
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
+    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def position_edges(length: int) -> Int[np.ndarray, " edges"]:
+    """Edges of log-spaced buckets over positions 1 .. length: bucket i is [edges[i], edges[i+1]).
+
+    The same edges at every length, up to the last, length + 1.
+    """
+    octaves = np.arange(math.ceil(PER_OCTAVE * math.log2(length + 1)) + 1) / PER_OCTAVE
+    edges = np.unique(np.rint(2**octaves).astype(np.int64))
+    return np.append(edges[edges <= length], length + 1)
+
+
+def in_buckets(
+    values: Float[np.ndarray, " length"], edges: Int[np.ndarray, " edges"]
+) -> Float[np.ndarray, " buckets"]:
+    """Sums over the buckets of values by position; the first is position 1."""
+    return np.add.reduceat(values, edges[:-1] - 1)
+
+
+class NotApplicableError(Exception):
+    """The measurement has no meaning for this model; the message says why."""
+
+
+class Outcome(NamedTuple):
+    """What a measurement gave, or nothing, and the row's fields that say how it went."""
+
+    value: Any
+    row: Row
+
+    @property
+    def ok(self) -> bool:
+        return self.row["status"] == "ok"
+
+
+def attempt(measurement: Callable[[], Any]) -> Outcome:
+    """Measure; what goes wrong becomes a status and one line, so that the other arms go on."""
+    start, value, how = perf_counter(), None, {"status": "ok", "reason": None}
+    try:
+        value = measurement()
+    except Exception as error:
+        how = told(error)
+    if how["status"] == "out_of_memory" and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # only now: the traceback held the tensors
+    return Outcome(value, how | {"seconds": round(perf_counter() - start, 3)})
+
+
+def told(error: Exception) -> Row:
+    """The status and the one-line reason of a row that an error left without numbers."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, NotApplicableError):
+        return {"status": "not_applicable", "reason": line}
+    if isinstance(error, UserError):
+        return {"status": "failed", "reason": line}
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    # PyTorch's CPU allocator raises a bare RuntimeError.
+    status = "out_of_memory" if memory or "can't allocate memory" in line else "failed"
+    return {"status": status, "reason": f"{type(error).__name__}: {line}".rstrip(": ")}
+
+
+def check_length(model: Backbone, length: int) -> None:
+    """Raise NotApplicableError, in the model's own words, where it cannot read `length` tokens."""
+    if model.max_length is None or length <= model.max_length:
+        return
+    device = next(model.parameters()).device
+    try:
+        model(torch.zeros(1, 1, dtype=torch.int64, device=device).expand(1, length))
+    except ValueError as error:
+        raise NotApplicableError(str(error)) from None

@@ -1,0 +1,84 @@
+"""One pass over a very long text, the state carried on: constant memory at any length."""
+
+from collections.abc import Iterator
+from functools import partial
+from time import perf_counter
+
+import numpy as np
+
+from zoo.data.store import TokenStore
+from zoo.errors import UserError
+from zoo.tasks.memory import held_bytes, peak_bytes
+from zoo.tasks.score import (
+    NotApplicableError,
+    Row,
+    Subject,
+    attempt,
+    bits_per_byte,
+    check_length,
+    check_state,
+    chunk_tokens,
+    position_edges,
+    score,
+)
+
+
+def measure(subject: Subject, *, tokens: int = 2**20, chunk: int = 4096) -> Iterator[Row]:
+    """One row: bits per byte by position, speed, memory, over `tokens` tokens read in chunks.
+
+    A split shorter than that is read again from its start; `passes` says how often. Only models
+    whose state does not grow are measured. `peak_bytes` is what the state and the reading of a
+    chunk take beyond the model's weights, `growth_bytes` by how much the process grew after the
+    first tenth of the text: near 0 where memory is constant. Both are None where nothing tells.
+    """
+    if min(tokens, chunk) < 1:
+        raise UserError("stream wants tokens and chunk of at least 1")
+    key = {"split": subject.split, "length": tokens, "chunk": chunk_tokens(subject, chunk)}
+    if not subject.measured(key):
+        outcome = attempt(partial(_read, subject, tokens, key["chunk"]))
+        yield key | outcome.row | (outcome.value or {})
+
+
+def _read(subject: Subject, tokens: int, chunk: int) -> Row:
+    model, store = subject.model, subject.store
+    if not model.recurrent:
+        held, read = model.state_bytes(tokens), f"{tokens:,} tokens"
+        raise NotApplicableError(f"its state grows with the text, to {held:,} bytes after {read}")
+    check_length(model, tokens)
+    edges = position_edges(tokens)
+    sums = np.zeros(len(edges) - 1)
+    subject.progress.begin(f"stream of {tokens:,}", tokens)
+    with subject.arithmetic():
+        state, early, began = model.empty_state(1), None, perf_counter()
+        for start in range(0, tokens, chunk):
+            piece = _tokens(store, start, min(chunk, tokens - start) + 1)
+            nll, state = score(subject, piece[None], state, chunk=chunk)
+            positions = np.arange(start + 1, start + len(piece))
+            np.add.at(sums, np.searchsorted(edges, positions, side="right") - 1, nll[0])
+            if early is None and 10 * (start + chunk) >= tokens:
+                early = held_bytes(subject.device)
+        seconds, late = perf_counter() - began, held_bytes(subject.device)
+        held = check_state(model, state)
+        piece = _tokens(store, 0, min(chunk, tokens) + 1)[None]
+        peak = peak_bytes(subject.device, lambda: score(subject, piece, chunk=chunk))
+    size, count = store.bytes_per_token, np.diff(edges)
+    return {
+        "nll_sum": float(sums.sum()),
+        "count": tokens,
+        "bits_per_byte": bits_per_byte(float(sums.sum()), tokens, size),
+        "passes": tokens / len(store),
+        "curve": {
+            "edges": edges.tolist(),
+            "bits_per_byte": bits_per_byte(sums, count, size).tolist(),
+            "count": count.tolist(),
+        },
+        "tokens_per_second": tokens / seconds,
+        "peak_bytes": peak,
+        "growth_bytes": None if late is None or early is None else late - early,
+        "state_bytes": held,
+    }
+
+
+def _tokens(store: TokenStore, start: int, count: int) -> np.ndarray:
+    """Tokens start .. start+count-1 of the split repeated without end."""
+    return store.tokens[np.arange(start, start + count) % len(store)].astype(np.int64)
