@@ -190,6 +190,7 @@ class EvalConfig(Section):
     run: str | list[str] = Field(description="run folder, or a pattern such as 'runs/compare/*'")
     task: dict[str, TaskPart]
     extension: Extension
+    logger: Logger
     runs: str = Field(min_length=1, description="folder that holds the run folders")
     split: Literal["train", "valid", "test"] = Field(description="part of the corpus to measure on")
     fresh: bool = Field(description="true: measure again what is known")

@@ -6,10 +6,13 @@ The state is the last `width - 1` inputs; before the first token they are zero.
 Backends: `reference` is that sum; `torch` is `F.conv1d`; `native` is kernels/causal_conv (CPU).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from zoo.errors import choose
 from zoo.ops import native
@@ -144,3 +147,9 @@ def _backward(ctx, dy, dlast):
 
 
 conv.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.zoo.causal_conv)
+def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    """A product and a sum per tap."""
+    return 2 * x.numel() * weight[-1]

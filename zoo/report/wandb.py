@@ -18,7 +18,7 @@ def mirror(
     rows: Rows,
     runs: Rows,
     folder: Path,
-    mode: Literal["offline", "online"] | None = None,
+    mode: Literal["auto", "offline", "online"] = "auto",
     *,
     project: str = "zoo",
 ) -> Path:
@@ -26,7 +26,7 @@ def mirror(
 
     Args:
         folder: where W&B keeps its files, online or not.
-        mode: None is online where a key is known, else offline; "online" without a key is
+        mode: "auto" is online where a key is known, else offline; "online" without a key is
             offline too, and says so.
     """
     import wandb
@@ -45,7 +45,7 @@ def mirror(
         return Path(run.dir).parent
 
 
-def begin(mode: str | None, **about: Any) -> Any:
+def begin(mode: str, **about: Any) -> Any:
     """Start a W&B run, online where that works: a dead network must not cost the results."""
     import wandb
 

@@ -19,6 +19,7 @@ from zoo.learner import load, pick_device
 from zoo.report import write_report
 from zoo.report.rows import gather
 from zoo.report.tables import as_text
+from zoo.report.wandb import mirror
 from zoo.run import RunFolder
 from zoo.schema import EvalConfig
 from zoo.tasks.progress import Progress
@@ -57,6 +58,8 @@ def evaluate(
         say(write_report(rows, runs, page, page.parent / "report"))
     else:
         say(as_text(gather(rows, runs)))
+    if config.logger.name == "wandb":
+        mirror(rows, runs, Path(config.runs), config.logger.mode, project=config.logger.project)
     statuses = {row["status"] for row in rows}
     return int("failed" in statuses or "ok" not in statuses)
 
