@@ -7,6 +7,7 @@ exit code 2 and nothing written; an arm that fails later does not stop the other
 import argparse
 import functools
 import itertools
+import logging
 import json
 import sys
 import traceback
@@ -57,6 +58,10 @@ def launch(program: str, argv: Sequence[str] | None, *, usage: str, check: Check
     `check` turns a composed tree into a configuration without importing anything heavy; `job`
     carries one configuration out.
     """
+    log = logging.getLogger("zoo")
+    if not log.handlers:  # what the modules tell, in the program's own plain lines
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
     try:
         return _launch(program, sys.argv[1:] if argv is None else list(argv), usage, check, job)
     except (UserError, OSError) as error:

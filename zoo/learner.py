@@ -28,6 +28,8 @@ from zoo.report import wandb
 from zoo.run import RunFolder
 from zoo.schema import Optim, TrainConfig
 
+log = logging.getLogger("zoo")
+
 FLOP_PROBES = (4, 8)  # tokens; short, so that any model can read them
 
 
@@ -160,8 +162,9 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    if config.allocator == "tuned":
-        tune_allocator()
+    backends.forget()
+    if config.allocator == "tuned" and (told := tune_allocator()):
+        log.info("%s; allocator=system leaves it alone", told)
     corpus = open_corpus(config.data.model_dump(), Path(config.data.options["cache"]))
     lightning.seed_everything(config.seed, verbose=False)
     model, knobs = build_model(config, corpus.vocab_size)

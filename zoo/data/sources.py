@@ -294,11 +294,15 @@ def _fault(data: bytes, final: bool = True) -> tuple[int, str] | None:
 def _distinct(files: Iterable[Path]) -> dict[str, Path]:
     """The first file of each content, by content hash; empty files have none."""
     found: dict[str, Path] = {}
+    repeats = []
     for path in files:
         if data := _checked(path):
             first = found.setdefault(hashlib.sha256(data).hexdigest(), path)
             if first is not path:
-                logging.getLogger("zoo").info("%s repeats %s: left out", path, first)
+                repeats.append(str(path))
+    if repeats:
+        log = logging.getLogger("zoo")
+        log.info("%d files repeat others and are left out: %s", len(repeats), ", ".join(repeats))
     return found
 
 

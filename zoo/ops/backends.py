@@ -36,8 +36,13 @@ def pick(op: str, requested: str, available: Mapping[str, Available]) -> str:
 
 
 def chosen() -> dict[str, str]:
-    """Op -> backend used so far in this process ("native+torch" where both were)."""
+    """Op -> backend used since the last `forget` ("native+torch" where both were)."""
     return {op: "+".join(names) for op, names in _used.items()}
+
+
+def forget() -> None:
+    """Begin a new record; each run of a sweep has its own."""
+    _used.clear()
 
 
 def _record(op: str, name: str, reasons: list[str]) -> None:
