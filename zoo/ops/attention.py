@@ -143,7 +143,7 @@ def _flash(
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's fused CPU kernel, which wants one width for queries, keys and values."""
     width = max(q.shape[-1], v.shape[-1])
-    q, k, padded = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    q, k, padded = (_widen(x, width) for x in (q, k, v))
     bias = None
     if mask is not None:
         bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
@@ -151,6 +151,10 @@ def _flash(
     if mask is not None:  # the kernel reports lse 0 for a query that sees nothing
         lse = lse.masked_fill(~mask.any(-1), -torch.inf)
     return out[..., : v.shape[-1]], lse
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 class _FlashCPU(torch.autograd.Function):
