@@ -7,8 +7,8 @@ exit code 2 and nothing written; an arm that fails later does not stop the other
 import argparse
 import functools
 import itertools
-import logging
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence

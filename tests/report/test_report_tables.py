@@ -114,7 +114,7 @@ def test_the_text_table_numbers_its_reasons():
 
 
 def test_nothing_measured_is_said():
-    assert tables.as_text(gather([], [])) == "nothing measured yet"
+    assert tables.as_text(gather([], [])) == "no score measured yet"
 
 
 @pytest.mark.parametrize(
@@ -189,3 +189,12 @@ def test_every_failure_is_listed_once_with_its_reason():
 def test_no_failure_is_no_table():
     rows = [score_row("mamba", 512, 2.0)]
     assert failures(gather(rows, run_records(rows))) is None
+
+
+def test_a_stream_alone_is_told_in_the_terminal_too():
+    row = {"task": "stream", "status": "ok", "length": 2**20, "tokens_per_second": 20000.0}
+    told = {**row, "arm": "mamba", "model": "mamba", "peak_bytes": None, "state_bytes": 131936}
+    text = tables.as_text(gather([told], []))
+    assert "1,048,576" in text
+    assert "mamba" in text
+    assert "no score" not in text

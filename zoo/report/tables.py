@@ -242,11 +242,17 @@ def streams(results: Results) -> Table | None:
 
 
 def as_text(results: Results) -> str:
-    """The headline table for a terminal; reasons are numbered and spelt out below it."""
+    """The tables for a terminal: scores by length, and long texts read in one pass."""
+    found = [_scores_as_text(results), _table_as_text(streams(results))]
+    return "\n\n".join(text for text in found if text) or "no score measured yet"
+
+
+def _scores_as_text(results: Results) -> str:
+    """The headline table; reasons are numbered and spelt out below it."""
     have = [name for name in PROTOCOLS if results.where(task="perplexity", protocol=name)]
     cells = results.cells("perplexity", "bits_per_byte", protocol=have[0]) if have else {}
     if not cells:
-        return "nothing measured yet"
+        return ""
     reach_of, train = reaches(results), results.train_length()
     lengths = list(next(iter(cells.values())))
     reasons = list(
@@ -260,10 +266,25 @@ def as_text(results: Results) -> str:
     lines.append(["arm", *(times(length, train) for length in lengths), "context"])
     for label, mine in cells.items():
         lines.append([label, *map(shown, mine.values()), str(reach_of.get(label) or "unknown")])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     title = f"bits per byte by test length, lower is better ({PROTOCOLS[have[0]].lower()})"
-    body = [
+    notes = [f"({i}) {why}" for i, why in enumerate(reasons, 1)]
+    return "\n".join([title, *_aligned(lines), *notes])
+
+
+def _table_as_text(table: Table | None) -> str:
+    if table is None:
+        return ""
+    lines = [[head for head, _ in table.head], *([cell.text for cell in row] for row in table.rows)]
+    width = max(map(len, lines))
+    return "\n".join(
+        [table.caption, *_aligned([line + [""] * (width - len(line)) for line in lines])]
+    )
+
+
+def _aligned(lines: list[list[str]]) -> list[str]:
+    """Columns of equal width, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
         for line in lines
     ]
-    return "\n".join([title, *body, *(f"({i}) {why}" for i, why in enumerate(reasons, 1))])
