@@ -15,7 +15,7 @@ import torch
 from zoo.config import plain
 from zoo.data.corpora import open_corpus
 from zoo.errors import UserError, choose
-from zoo.learner import load, pick_device
+from zoo.learner import device_name, load, pick_device
 from zoo.report import write_report
 from zoo.report.rows import gather
 from zoo.report.tables import as_text
@@ -164,7 +164,7 @@ def _identity(config: EvalConfig, folder: RunFolder, device: torch.device) -> Ro
         "fingerprint": info.get("fingerprint"),
         "tokenizer": info.get("tokenizer"),
         "commit": info.get("commit"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
