@@ -17,7 +17,7 @@ def tiny() -> Callable:
     from zoo.build import build_model
 
     def build(name: str, *options: str, dtype=torch.float64):
-        config = train_config(f"model={name}", "size=tiny", "seq_len=64", *options)
+        config = train_config(f"model={name}", "size=tiny", "seq_len=256", *options)
         torch.manual_seed(0)
         model, _ = build_model(config, vocab_size=32)
         return model.to(dtype)

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.mixers.base import Mixer, State
+from zoo.mixers.base import Mixer, Shared, State
 from zoo.positions.absolute import Learned, Sinusoidal
 
 
@@ -23,16 +23,18 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(width, eps=norm_eps) if feed_forward else None
         self.feed_forward = feed_forward
 
-    def forward(self, x: Tensor, state: State = None):
+    def forward(self, x: Tensor, state: State = None, shared: Shared | None = None):
         halves = [(self.mixer_norm, self.mixer), (self.feed_forward_norm, self.feed_forward)]
         after = []
         for index, (norm, half) in enumerate(halves):
             if half is None:
                 after.append(())
-            elif state is None:
-                x = x + half(norm(x))
+                continue
+            more = {"shared": shared} if half.shares else {}
+            if state is None:
+                x = x + half(norm(x), **more)
             else:
-                y, new = half(norm(x), state[index])
+                y, new = half(norm(x), state[index], **more)
                 x = x + y
                 after.append(new)
         return x if state is None else (x, tuple(after))
@@ -101,13 +103,13 @@ class Backbone(nn.Module):
         x = self.embedding(tokens)
         if self.positions is not None:
             x = self.positions(x, start)
-        after = []
+        after, shared = [], {}
         for index, block in enumerate(self.blocks):
             before = state.blocks[index] if state else None
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, before, use_reentrant=False)
+                x = checkpoint(block, x, before, shared, use_reentrant=False)
             else:
-                x = block(x, before)
+                x = block(x, before, shared)
             if state:
                 x, new = x
                 after.append(new)
@@ -140,6 +142,16 @@ class Backbone(nn.Module):
         parts = (*self.halves(), self.positions)
         limits = [part.max_length for part in parts if part is not None]
         return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def causal(self) -> bool:
+        """Whether every output depends on the tokens up to its own alone."""
+        return all(half.causal for half in self.halves())
+
+    @property
+    def min_window(self) -> int:
+        """Tokens a training window must have for every parameter to learn."""
+        return max(half.min_window for half in self.halves())
 
     @property
     def recurrent(self) -> bool:

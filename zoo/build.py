@@ -34,11 +34,23 @@ def build_model(config: TrainConfig, vocab_size: int) -> tuple[Backbone, dict[st
     try:
         if config.match == "params":
             knobs = _match(config, vocab_size)
-        return _assemble(config, vocab_size, knobs), knobs
+        model = _assemble(config, vocab_size, knobs)
+        _check_window(model, config.seq_len)
+        return model, knobs
     except UserError:
         raise
     except (TypeError, ValueError) as error:  # an architecture's own word on its arguments
         raise UserError(f"model={config.model.name}: {error}") from error
+
+
+def _check_window(model: Backbone, window: int) -> None:
+    if model.max_length is not None and window > model.max_length:
+        raise ValueError(f"it reads at most {model.max_length} tokens and seq_len is {window}")
+    if window < model.min_window:
+        raise ValueError(
+            f"windows of seq_len={window} tokens leave some of its parameters without a gradient; "
+            f"it needs {model.min_window} (its blocks, landmarks or segments)"
+        )
 
 
 def count_parameters(model: nn.Module) -> int:

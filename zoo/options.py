@@ -66,12 +66,21 @@ def parameters(file: Path, name: str) -> list[str] | None:
     return [arg.arg for arg in node.args.args + node.args.kwonlyargs if arg.arg != "self"]
 
 
+# Set by the backbone, and by the objective: a causal model must not be asked to look ahead.
+PLACED = ("width", "layer", "layers", "causal")
+
+
 @functools.cache
 def target_parameters(target: str) -> list[str] | None:
-    """What the zoo's `target` lets a YAML file set; the backbone itself places each layer."""
+    """What the zoo's `target` lets a YAML file set: all but `PLACED`."""
+    names = constructor_parameters(target)
+    return names and [name for name in names if name not in PLACED]
+
+
+def constructor_parameters(target: str) -> list[str] | None:
+    """All that the zoo's `target` takes; None where its source does not tell."""
     module, _, name = target.rpartition(".")
-    names = parameters(ROOT / (module.replace(".", "/") + ".py"), name)
-    return names and [name for name in names if name not in ("width", "layer", "layers")]
+    return parameters(ROOT / (module.replace(".", "/") + ".py"), name)
 
 
 # Trainer arguments that are decided elsewhere, and where.

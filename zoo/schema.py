@@ -88,7 +88,7 @@ class Block(Section):
     feed_forward: MixerPart | None
 
 
-Matched = Literal["feed_forward.hidden_width", "mixer.inner_width", "layers"]
+Matched = Literal["feed_forward.hidden_width", "mixer.inner_width", "mixer.head_width", "layers"]
 
 
 class Model(Section):

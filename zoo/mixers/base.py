@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 State = Any  # a tuple or NamedTuple of tensors and of the number of tokens seen
+Shared = dict[str, Tensor]  # what earlier layers left for later ones, for the tokens of one call
 
 
 class Mixer(nn.Module):
@@ -21,9 +22,19 @@ class Mixer(nn.Module):
     The feed-forward slot keeps the same contract; one that does not look back has the state ().
     Constructors are keyword-only: `width`, then what is the architecture's own, then `layer` and
     `layers` (this layer's index and their number), which initialisations depend on.
+
+    A design published for encoders takes `causal`: with `causal=False` it has its paper's form,
+    reads a whole sequence at once and raises ValueError when given a state.
+
+    One whose layers read what an earlier layer computed (RWKV-7's first values) sets `shares`, and
+    its forward takes `shared` besides: empty before the first layer of each call, filled and read
+    in the order of the layers, for the same tokens. Given none, a layer stands alone.
     """
 
+    causal: bool = True  # output t depends on inputs <= t alone
     max_length: int | None = None  # tokens it can read; beyond, forward raises ValueError
+    min_window: int = 1  # tokens; trained on shorter windows, some of its parameters learn nothing
+    shares: ClassVar[bool] = False
     length_dependent: ClassVar[bool] = False  # output t may depend on the length read so far
     recurrent: ClassVar[bool] = True  # the state's size does not grow with the tokens seen
 
@@ -55,6 +66,18 @@ def detach(state: State) -> State:
 def count_bytes(state: State) -> int:
     """Bytes of all tensors in a state."""
     return sum(x.numel() * x.element_size() for x in tree_leaves(state) if isinstance(x, Tensor))
+
+
+def shifted(x: Tensor, last: Tensor | None) -> Tensor:
+    """Each token's predecessor, (b, t, d): `last` (b, d), or zeros, then x without its last."""
+    first = torch.zeros_like(x[:, 0]) if last is None else last.to(x.dtype)
+    return torch.cat([first[:, None], x[:, :-1]], 1)
+
+
+def refuse_state(state: State) -> None:
+    """Raise ValueError where a bidirectional mixer is asked to read chunk by chunk."""
+    if state is not None:
+        raise ValueError("a bidirectional mixer reads a whole sequence at once: it keeps no state")
 
 
 def linear(inputs: int, outputs: int, *, gain: float = 1.0, bias: bool = False) -> nn.Linear:

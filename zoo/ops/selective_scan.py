@@ -8,7 +8,6 @@ Backends: `reference` is that loop; `torch` does the recurrence in blocks of tok
 the state before each piece; `native` is kernels/selective_scan (CPU).
 """
 
-import math
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops import native
 from zoo.ops.backends import pick
+from zoo.ops.recurrence import linear_scan
 
 KERNEL = native.Kernel(
     "selective_scan/selective_scan.c",
@@ -111,57 +111,11 @@ def _torch(x, dt, A, B, C, D, z, dt_bias, h, piece: int = PIECE) -> tuple[Tensor
 def _piece(x, dt, B, C, A, D, z, dt_bias, h) -> tuple[Tensor, Tensor]:
     step = F.softplus(dt if dt_bias is None else dt + dt_bias)
     decay = torch.exp(step[..., None] * A)
-    hs = _LinearScan.apply(decay, (step * x)[..., None] * B[:, :, None], h)
+    hs = linear_scan(decay, (step * x)[..., None] * B[:, :, None], h)
     y = (hs @ C[..., None]).squeeze(-1)
     if D is not None:
         y = y + D * x
     return (y if z is None else y * F.silu(z)), hs[:, -1]
-
-
-class _LinearScan(torch.autograd.Function):
-    """h_t = a_t h_{t-1} + u_t, and its gradient, the same recurrence backwards in time."""
-
-    @staticmethod
-    def forward(ctx, a, u, h):
-        hs = _linear_scan(a, u, h)
-        ctx.save_for_backward(a, h, hs)
-        return hs
-
-    @staticmethod
-    def backward(ctx, dhs):
-        a, h, hs = ctx.saved_tensors
-        following = torch.cat(
-            [a[:, 1:], torch.zeros_like(a[:, :1])], 1
-        )  # g_t = dh_t + a_{t+1} g_{t+1}
-        g = _linear_scan(following.flip(1), dhs.flip(1), torch.zeros_like(h)).flip(1)
-        before = torch.cat([h[:, None], hs[:, :-1]], 1)
-        return g * before, g, a[:, 0] * g[:, 0]
-
-
-def _linear_scan(a: Tensor, u: Tensor, h: Tensor) -> Tensor:
-    """All states of h_t = a_t h_{t-1} + u_t over (b, t, ...), by blocks of about sqrt(t) tokens.
-
-    Every block at once from zero, then the states between blocks, then their decay into each
-    block. Decays are only ever multiplied, never divided: any decay in [0, 1] is exact.
-    """
-    t = a.shape[1]
-    size = math.isqrt(t - 1) + 1
-    short = -t % size
-    if short:
-        a = torch.cat([a, torch.ones_like(a[:, :short])], 1)
-        u = torch.cat([u, torch.zeros_like(u[:, :short])], 1)
-    a, u = (x.unflatten(1, (-1, size)) for x in (a, u))
-    hs, decays = torch.empty_like(u), torch.empty_like(a)  # from the start of each block
-    hs[:, :, 0], decays[:, :, 0] = u[:, :, 0], a[:, :, 0]
-    for i in range(1, size):
-        torch.addcmul(u[:, :, i], a[:, :, i], hs[:, :, i - 1], out=hs[:, :, i])
-        torch.mul(a[:, :, i], decays[:, :, i - 1], out=decays[:, :, i])
-    starts = []
-    for end, decay in zip(hs[:, :, -1].unbind(1), decays[:, :, -1].unbind(1), strict=True):
-        starts.append(h)
-        h = torch.addcmul(end, decay, h)
-    hs.addcmul_(decays, torch.stack(starts, 1)[:, :, None])
-    return hs.flatten(1, 2)[:, :t]
 
 
 def _native(x, dt, A, B, C, D, z, dt_bias, state) -> tuple[Tensor, Tensor]:
