@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-from zoo.config import compose
+from zoo.config import compose, reads_both_ways
 from zoo.schema import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = sorted(path.stem for path in ROOT.glob("configs/model/*.yaml"))
+
+ENCODERS = [name for name in ARCHITECTURES if reads_both_ways(name)]
 
 
 def train_config(*words: str) -> TrainConfig:

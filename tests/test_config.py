@@ -82,6 +82,14 @@ REFUSED = {
     "model=hybrid model.pattern=[mamba,hybrid]": "is a pattern itself",
     "model=hybrid model.pattern=[mmaba]": "did you mean 'mamba'?",
     "model=hybrid model.pattern=mamba": "is a list of models",
+    "hybrid=[mamba,mmaba]": "did you mean 'mamba'?",
+    "hybrid=[x*mamba]": "model.pattern holds 'x*mamba'",
+    "hybrid=[mamba] model=mamba": "'model' is given twice",
+    "objective=maksed": "objective=maksed: must be 'causal' or 'masked'",
+    "objective=masked model=mamba": "model=mamba has no bidirectional form, which",
+    "objective=masked model=alibi": "those that have one: ",
+    "objective=masked state_passing=carry": "has state_passing=none alone",
+    "model.mixer.causal=false": "unknown option 'model.mixer.causal'",
     "mamba": "did you mean 'model=mamba'?",
     "model=[": "cannot read 'model=['",
     "~optim": "cannot read '~optim'",
@@ -249,6 +257,12 @@ def test_a_hybrid_is_its_parts_in_turn():
     mamba, alibi = compose("train", words).model.blocks
     assert mamba == compose("train", ["model=mamba", "size=tiny"]).model.blocks[0]
     assert alibi == compose("train", ["model=alibi", "size=tiny"]).model.blocks[0]
+
+
+def test_hybrid_is_short_for_its_pattern_and_repeats_layers():
+    short = compose("train", ["hybrid=[2*mamba,alibi]", "size=tiny"])
+    words = ["model=hybrid", "model.pattern=[mamba,mamba,alibi]", "size=tiny"]
+    assert short == compose("train", words)
 
 
 def test_parts_load_with_their_arguments():

@@ -8,11 +8,12 @@ import math
 
 import pytest
 import torch
+from building import ENCODERS
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from zoo.backbone import Backbone
-from zoo.mixers.base import Mixer, count_bytes
+from zoo.mixers.base import count_bytes
 
 VOCABULARY = 32
 TRAINED = 256  # tokens, the training length of the fixture `tiny`
@@ -249,21 +250,46 @@ def test_the_canary_lives_no_one_predicts_noise(model):
     assert canary(model.float()) > -0.005
 
 
-class LooksAhead(Mixer):
-    """A broken mixer: each output carries the next token's input."""
-
-    def __init__(self, *, width: int, layer: int = 0, layers: int = 1) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x, state=None):
-        y = self.proj(torch.cat([x[:, 1:], x[:, -1:]], 1))
-        return y if state is None else (y, state)
+@pytest.fixture(params=ENCODERS)
+def encoder(request, tiny) -> Backbone:
+    """Each architecture that has one in its paper's bidirectional form."""
+    return tiny(request.param, "objective=masked")
 
 
-def test_the_canary_dies_for_a_model_that_looks_ahead():
-    torch.manual_seed(0)
-    broken = Backbone(
-        vocab_size=VOCABULARY, width=32, layers=1, mixers=[LooksAhead], feed_forwards=[None]
-    )
-    assert canary(broken) < -0.5
+def test_an_encoder_reads_both_ways_and_every_parameter_learns(encoder):
+    tokens = random_tokens(encoder, max(50, encoder.min_window))
+    logits, embedded = with_embeddings(encoder, tokens)
+    (grad,) = torch.autograd.grad(logits[:, 20].square().sum(), embedded, retain_graph=True)
+    assert (grad[:, 21] != 0).any()
+    assert (grad[:, 19] != 0).any()
+    logits.square().sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_rows_of_an_encoders_batch_do_not_mix_both_ways(encoder):
+    test_rows_of_a_batch_do_not_mix(encoder)
+
+
+def test_an_encoder_that_reads_both_ways_keeps_no_state(encoder):
+    x = torch.randn(2, 40, encoder.width, dtype=torch.float64)
+    for half in encoder.halves():
+        assert half(x).shape == x.shape
+        if not half.causal:
+            with pytest.raises(ValueError, match="keeps no state"):
+                half(x, half.empty_state(2))
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0, 1e2])
+def test_an_encoder_stays_finite_in_bfloat16_both_ways(encoder, size):
+    encoder = encoder.float()
+    for half in encoder.halves():
+        x = (size * torch.randn(2, 70, encoder.width)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = half(x)
+        y.float().square().mean().backward()
+        assert y.isfinite().all()
+        assert x.grad is not None
+        assert x.grad.isfinite().all()

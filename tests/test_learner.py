@@ -164,12 +164,34 @@ def test_weights_load_back_and_score_as_they_did(text):
     with open(folder.path / "metrics.csv") as file:
         logged = float([row["valid_loss"] for row in csv.DictReader(file)][-1])
     from zoo.data.corpora import open_corpus
-    from zoo.data.loader import valid_windows
+    from zoo.data.loader import valid_batch
 
     corpus = open_corpus(folder.config.data.model_dump(), text.parent / "cache")
-    windows = torch.as_tensor(valid_windows(corpus.valid, 32, folder.config.valid_windows))
-    assert float(model.loss(windows)) == pytest.approx(logged, rel=1e-5)
+    batch = valid_batch(corpus.valid, 32, folder.config.valid_windows)
+    assert float(model.loss(batch["tokens"])) == pytest.approx(logged, rel=1e-5)
     assert logged < math.log(256) - 1
+
+
+def test_an_encoder_learns_what_was_masked(text):
+    words = ["objective=masked", "trainer.max_steps=60", "optim.warmup_steps=1"]
+    folder = run_here(text, *words, "name=encoder")
+    model = learner.load(folder)
+    assert not model.causal
+    assert model.vocab_size == 257  # the bytes and the mask token
+    with open(folder.path / "metrics.csv") as file:
+        logged = [float(row["valid_loss"]) for row in csv.DictReader(file) if row["valid_loss"]]
+    assert logged[-1] < math.log(256) - 1
+
+
+def test_an_encoder_is_asked_only_for_what_was_chosen(tiny):
+    model = tiny("transformer", "objective=masked")
+    shown = torch.randint(32, (2, 20))
+    tokens, chosen = shown.clone(), torch.zeros(2, 20, dtype=torch.bool)
+    chosen[0, 3] = chosen[1, 7] = True
+    loss = model.masked_loss(shown, tokens, chosen)
+    log_p = model(shown).log_softmax(-1)
+    expected = -(log_p[0, 3, tokens[0, 3]] + log_p[1, 7, tokens[1, 7]]) / 2
+    torch.testing.assert_close(loss, expected)
 
 
 def test_run_json_tells_what_a_comparison_needs(text):

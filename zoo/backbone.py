@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -122,6 +122,17 @@ class Backbone(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         nll = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         return (nll, state) if state else nll
+
+    def masked_loss(
+        self,
+        shown: Int[Tensor, "b t"],
+        tokens: Int[Tensor, "b t"],
+        chosen: Bool[Tensor, "b t"],
+    ) -> Tensor:
+        """Mean negative log-likelihood (nats) of the `chosen` tokens of what is shown masked."""
+        logits = self(shown)[chosen]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, tokens[chosen])
 
     def _check_length(self, tokens: int) -> None:
         if self.max_length is not None and tokens > self.max_length:

@@ -16,8 +16,9 @@ from zoo.backbone import Backbone
 from zoo.errors import UserError
 from zoo.mixers.feed_forward import SwiGLU
 from zoo.mixers.softmax import SoftmaxAttention
+from zoo.options import constructor_parameters
 from zoo.positions.absolute import Learned, Sinusoidal
-from zoo.schema import Part, TrainConfig, target_parameters
+from zoo.schema import Part, TrainConfig
 
 TOLERANCE = 0.01  # arms of a comparison differ by at most this share of the parameters
 STEPS = (16, 8, 4, 2, 1)  # widths are multiples of the first of these that meets the tolerance
@@ -60,7 +61,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def _assemble(config: TrainConfig, vocab_size: int, knobs: Mapping[str, int]) -> Backbone:
     model, width = config.model, config.size.width
-    positions = None
+    causal, positions = config.objective == "causal", None
     if model.embedding_positions:
         kind = EMBEDDED[model.embedding_positions]
         positions = kind(width=width, max_length=model.max_length)
@@ -68,7 +69,7 @@ def _assemble(config: TrainConfig, vocab_size: int, knobs: Mapping[str, int]) ->
         vocab_size=vocab_size,
         width=width,
         layers=knobs.get("layers", config.size.layers),
-        mixers=[_constructor("mixer", block.mixer, knobs) for block in model.blocks],
+        mixers=[_constructor("mixer", block.mixer, knobs, causal) for block in model.blocks],
         feed_forwards=[
             _constructor("feed_forward", block.feed_forward, knobs) if block.feed_forward else None
             for block in model.blocks
@@ -78,10 +79,16 @@ def _assemble(config: TrainConfig, vocab_size: int, knobs: Mapping[str, int]) ->
     )
 
 
-def _constructor(slot: str, part: Part, knobs: Mapping[str, int]) -> Callable[..., Any]:
+def _constructor(
+    slot: str, part: Part, knobs: Mapping[str, int], causal: bool = True
+) -> Callable[..., Any]:
     """The part's class with its arguments and those knobs of its slot that it takes."""
-    taken = target_parameters(part.target) or []
-    widths = {name: knobs[f"{slot}.{name}"] for name in taken if f"{slot}.{name}" in knobs}
+    taken = constructor_parameters(part.target) or []
+    widths: dict[str, Any] = {
+        name: knobs[f"{slot}.{name}"] for name in taken if f"{slot}.{name}" in knobs
+    }
+    if not causal:
+        widths["causal"] = False
     return partial(part.load(), **widths)
 
 

@@ -60,9 +60,14 @@ class Metrics(Callback):
     """Validates every so many steps; writes metrics.csv and a progress line on stderr."""
 
     def __init__(
-        self, folder: RunFolder, *, windows: Tensor, valid_every: int, tokens_per_step: int
+        self,
+        folder: RunFolder,
+        *,
+        valid: dict[str, Tensor],
+        valid_every: int,
+        tokens_per_step: int,
     ) -> None:
-        self.folder, self.windows, self.valid_every = folder, windows, valid_every
+        self.folder, self.valid, self.valid_every = folder, valid, valid_every
         self.tokens_per_step = tokens_per_step
 
     def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
@@ -99,11 +104,13 @@ class Metrics(Callback):
         start, total = time.monotonic(), 0.0
         module.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            for window in self.windows.split(8):
-                total += float(module.model.loss(window.to(module.device))) * len(window)
+            for pieces in zip(*(x.split(8) for x in self.valid.values()), strict=True):
+                rows = (piece.to(module.device) for piece in pieces)
+                batch = dict(zip(self.valid, rows, strict=True))
+                total += float(module.loss(batch)) * len(batch["tokens"])
         module.train()
         self._validating += time.monotonic() - start
-        loss = total / len(self.windows)
+        loss = total / len(self.valid["tokens"])
         module.log("valid/loss", loss)
         return loss
 

@@ -25,6 +25,7 @@ from zoo.errors import UserError, choose, nearest
 from zoo.options import (
     ROOT,
     TRAINER_OWNED,
+    constructor_parameters,
     leaves,
     target_parameters,
     trainer_parameters,
@@ -80,7 +81,11 @@ def choices(group: str) -> list[str]:
 
 
 def parse(words: Sequence[str]) -> list[Override]:
-    """The words as Hydra reads them. UserError for one it cannot read or a key given twice."""
+    """The words as Hydra reads them, hybrid=[a,b] short for model=hybrid model.pattern=[a,b].
+
+    UserError for one it cannot read or a key given twice.
+    """
+    words = [plain for word in words for plain in _spelled_out(word)]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     found: dict[str, Override] = {}
     for word in words:
@@ -97,6 +102,11 @@ def parse(words: Sequence[str]) -> list[Override]:
             raise UserError(f"{override.key_or_group!r} is given twice")
         found[override.key_or_group] = override
     return list(found.values())
+
+
+def _spelled_out(word: str) -> list[str]:
+    name, _, pattern = word.partition("=")
+    return ["model=hybrid", f"model.pattern={pattern}"] if name == "hybrid" else [word]
 
 
 def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
@@ -174,8 +184,10 @@ def resolve(tree: dict[str, Any]) -> dict[str, Any]:
     parts = [model]
     if "pattern" in model:
         if not isinstance(model["pattern"], list) or not model["pattern"]:
-            raise UserError("model.pattern is a list of models, such as [mamba,transformer]")
-        parts = [_load_model(str(name), tree) for name in model["pattern"]]
+            raise UserError("model.pattern is a list of models, such as [7*mamba,transformer]")
+        parts = [part for entry in model["pattern"] for part in _load_models(str(entry), tree)]
+    if tree.get("objective") == "masked":
+        _check_bidirectional(parts)
     embedded = {part["positions"]: part for part in parts if _is_embedded(part)}
     if len(embedded) > 1:
         raise UserError(f"model.pattern mixes {' and '.join(sorted(embedded))} positions")
@@ -187,6 +199,25 @@ def resolve(tree: dict[str, Any]) -> dict[str, Any]:
         "match": model.get("match"),
     }
     return {**tree, "model": spelled}
+
+
+def _check_bidirectional(parts: Sequence[dict[str, Any]]) -> None:
+    """Refuse objective=masked for a model that cannot read both ways."""
+    for part in parts:
+        if not reads_both_ways(part["name"]):
+            able = [name for name in choices("model") if reads_both_ways(name)]
+            raise UserError(
+                f"model={part['name']} has no bidirectional form, which objective=masked trains; "
+                f"those that have one: {', '.join(able)}"
+            )
+
+
+def reads_both_ways(name: str) -> bool:
+    """Whether the model of that name has a bidirectional form for objective=masked."""
+    part = _inherited(name)
+    if part.get("positions") == "alibi" or "mixer" not in part:
+        return False
+    return "causal" in (constructor_parameters(part["mixer"]["_target_"]) or [])
 
 
 def _is_embedded(part: dict[str, Any]) -> bool:
@@ -204,13 +235,16 @@ def _block(part: dict[str, Any]) -> dict[str, Any]:
     return {"mixer": mixer, "feed_forward": part.get("feed_forward")}
 
 
-def _load_model(name: str, tree: dict[str, Any]) -> dict[str, Any]:
-    """Another model's section, under the size and options of `tree`."""
+def _load_models(entry: str, tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sections of an entry such as mamba or 7*mamba, under the size and options of `tree`."""
+    times, star, name = entry.rpartition("*")
+    if star and not (times.isdigit() and int(times)):
+        raise UserError(f"model.pattern holds {entry!r}: layers in a row are written 7*mamba")
     part = _inherited(choose("model in model.pattern", name, choices("model")))
     if "pattern" in part:
         raise UserError(f"model.pattern holds {name!r}, which is a pattern itself")
     whole: Any = OmegaConf.to_container(OmegaConf.create({**tree, "model": part}), resolve=True)
-    return whole["model"]
+    return [whole["model"]] * int(times or 1)
 
 
 def _inherited(name: str) -> dict[str, Any]:

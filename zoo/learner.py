@@ -20,7 +20,7 @@ from zoo.build import build_model, count_parameters
 from zoo.callbacks import Checkpoints, Metrics
 from zoo.config import plain
 from zoo.data.corpora import Corpus, open_corpus
-from zoo.data.loader import train_loader, valid_windows
+from zoo.data.loader import train_loader, valid_batch
 from zoo.errors import RunError, UserError
 from zoo.ops import backends
 from zoo.ops.native import tune_allocator
@@ -30,7 +30,7 @@ from zoo.schema import Optim, TrainConfig
 
 log = logging.getLogger("zoo")
 
-FLOP_PROBES = (4, 8)  # tokens; short, so that any model can read them
+FLOP_PROBE = 1024  # tokens; a longer window's operations are extrapolated from here
 
 
 class NonFiniteError(RunError):
@@ -38,7 +38,7 @@ class NonFiniteError(RunError):
 
 
 class Learner(lightning.LightningModule):
-    """Next-token prediction with AdamW, warm-up and a cosine decay.
+    """Next-token prediction, or that of masked tokens, with AdamW, warm-up and a cosine decay.
 
     `state_passing="carry"` starts every window from the state that the row's previous window left
     (truncated backpropagation through time, Williams 1990; Transformer-XL's memory for softmax),
@@ -69,10 +69,17 @@ class Learner(lightning.LightningModule):
             loss, state = self.model.loss(tokens, state)
             self.carried = self.model.carry(state, self.seq_len)
         else:
-            loss = self.model.loss(tokens)
+            loss = self.loss(batch)
         self._check("loss", loss)
         self.log("train/loss", loss.detach())
         return loss
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The mean loss over a batch, each window from the empty state."""
+        if "chosen" in batch:
+            tokens = batch["tokens"][:, :-1]
+            return self.model.masked_loss(batch["shown"], tokens, batch["chosen"])
+        return self.model.loss(batch["tokens"])
 
     def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         """Clip to the configured norm, and stop before a broken gradient reaches the weights."""
@@ -150,6 +157,7 @@ class Windows(lightning.LightningDataModule):
             rank=trainer.global_rank,
             world=trainer.world_size,
             workers=config.workers,
+            masked=self.corpus.vocab_size if config.objective == "masked" else None,
         )
         return iter(loader)
 
@@ -167,13 +175,14 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         log.info("%s; allocator=system leaves it alone", told)
     corpus = open_corpus(config.data.model_dump(), Path(config.data.options["cache"]))
     lightning.seed_everything(config.seed, verbose=False)
-    model, knobs = build_model(config, corpus.vocab_size)
+    masked = corpus.vocab_size if config.objective == "masked" else None
+    model, knobs = build_model(config, corpus.vocab_size + (masked is not None))
     options = {**config.trainer.model_dump()}
     tokens_per_step = config.batch_size * config.seq_len * options.get("accumulate_grad_batches", 1)
     checkpoints = Checkpoints(folder, every=config.save_every, tokens_per_step=tokens_per_step)
     metrics = Metrics(
         folder,
-        windows=torch.as_tensor(valid_windows(corpus.valid, config.seq_len, config.valid_windows)),
+        valid=valid_batch(corpus.valid, config.seq_len, config.valid_windows, masked),
         valid_every=config.valid_every,
         tokens_per_step=tokens_per_step,
     )
@@ -275,8 +284,10 @@ def device_name(device: torch.device) -> str:
 def forward_flops(model: Backbone, tokens: int) -> float:
     """Floating-point operations per token of reading `tokens` tokens once.
 
-    Counted at two short lengths: a causal model's cost per token is a + b * tokens.
+    Counted at that length up to `FLOP_PROBE`; beyond, at it and at its half: where a model is
+    quadratic its cost per token is a + b * tokens.
     """
+    long = min(tokens, FLOP_PROBE)
 
     def per_token(length: int) -> float:
         sample = torch.zeros(1, length, dtype=torch.long)
@@ -284,9 +295,11 @@ def forward_flops(model: Backbone, tokens: int) -> float:
             model(sample)
         return counter.get_total_flops() / length
 
-    short, long = (per_token(length) for length in FLOP_PROBES)
-    slope = (long - short) / (FLOP_PROBES[1] - FLOP_PROBES[0])
-    return short + slope * (tokens - FLOP_PROBES[0])
+    count = per_token(long)
+    if tokens == long:
+        return count
+    slope = (count - per_token(long // 2)) / (long - long // 2)
+    return count + slope * (tokens - long)
 
 
 # Lightning's advertisements and notes to itself; what matters here is said by the callbacks.

@@ -154,6 +154,9 @@ class TrainConfig(Section):
     batch_tokens: Positive = Field(description="tokens per optimiser step")
     batch_size: Positive = Field(description="windows per step; null: batch_tokens / seq_len")
     seed: Natural = Field(description="of weights and data order")
+    objective: Literal["causal", "masked"] = Field(
+        description="causal: the next token; masked: encoders in the form their papers publish"
+    )
     match: Literal["params", "none"] = Field(description="params: as many as the transformer's")
     state_passing: Literal["none", "carry"] = Field(
         description="carry: each window starts from the state the one before it left"
@@ -177,6 +180,12 @@ class TrainConfig(Section):
         if value is None and "seq_len" in known and "batch_tokens" in known:
             return max(1, known["batch_tokens"] // known["seq_len"])
         return value
+
+    @model_validator(mode="after")
+    def _passes_no_encoder_states(self) -> "TrainConfig":
+        if self.objective == "masked" and self.state_passing != "none":
+            raise UserError("objective=masked reads whole windows: it has state_passing=none alone")
+        return self
 
 
 class Extension(OpenSection):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zoo.data import store as store_module
-from zoo.data.loader import evaluation_text, train_loader, valid_windows
+from zoo.data.loader import evaluation_text, train_loader, valid_batch
 from zoo.data.order import stream_restarts, window_starts
 from zoo.data.store import TokenStore, write_store
 from zoo.errors import UserError
@@ -98,7 +98,7 @@ def test_a_short_text_is_refused_before_the_first_batch(store):
 
 @given(seq_len=st.integers(1, 1004), count=st.integers(1, 40))
 def test_validation_windows_are_disjoint_and_spread(store, seq_len, count):
-    found = valid_windows(store, seq_len, count)
+    found = valid_batch(store, seq_len, count)["tokens"].numpy()
     assert found.shape == (min(count, 1005 // (seq_len + 1)), seq_len + 1)
     spread_without_overlap(found)
     if len(found) > 1:
@@ -113,7 +113,19 @@ def spread_without_overlap(stretches: np.ndarray) -> None:
 
 def test_validation_longer_than_the_split_is_refused(store):
     with pytest.raises(UserError, match="the test split has 1,005 tokens, fewer than the 1,006"):
-        valid_windows(store, 1005, 1)
+        valid_batch(store, 1005, 1)
+
+
+def test_masks_are_the_same_for_any_workers_ranks_and_restart(store):
+    alone = batches(store, masked=1005)
+    assert same(batches(store, masked=1005, workers=2), alone)
+    assert same(batches(store, masked=1005, start_step=2, steps=4), alone[2:])
+    ranks = [batches(store, masked=1005, rank=rank, world=2) for rank in range(2)]
+    for batch, *shares in zip(alone, *ranks, strict=True):
+        for rank, share in enumerate(shares):
+            for name in ("tokens", "shown", "chosen"):
+                assert torch.equal(share[name], batch[name][rank::2])
+    assert not torch.equal(alone[0]["chosen"], alone[1]["chosen"])
 
 
 documents = st.lists(st.integers(1, 60), min_size=1, max_size=8)

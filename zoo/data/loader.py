@@ -1,11 +1,14 @@
 """From a token store to what a model reads: training batches, validation and evaluation text."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from zoo.data.masking import mask_windows
 from zoo.data.order import stream_restarts, window_starts
 from zoo.data.store import TokenStore
 from zoo.errors import UserError, choose
@@ -26,8 +29,9 @@ class Steps(Dataset):
         contiguous: bool,
         rank: int,
         world: int,
+        masked: int | None,
     ) -> None:
-        self.store, self.contiguous = store, contiguous
+        self.store, self.contiguous, self.masked = store, contiguous, masked
         self.shape = len(store), seq_len, batch_size, seed
         self.start_step, self.steps = start_step, steps
         self.rows = slice(rank, None, world)
@@ -39,14 +43,15 @@ class Steps(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.steps:
             raise IndexError(index)
-        step, (_, seq_len, batch_size, _) = self.start_step + index, self.shape
+        step, (_, seq_len, batch_size, seed) = self.start_step + index, self.shape
         starts = window_starts(*self.shape, step, self.contiguous)[self.rows]
         if self.contiguous:
             restart = stream_restarts(*self.shape, step)
         else:
             restart = np.ones(batch_size, dtype=bool)
+        keys = [(seed, step, row) for row in range(batch_size)[self.rows]]
         return {
-            "tokens": torch.from_numpy(_windows(self.store, starts, seq_len)),
+            **_batch(_windows(self.store, starts, seq_len), self.masked, keys),
             "restart": torch.from_numpy(restart[self.rows]),
             "step": step,
         }
@@ -64,14 +69,16 @@ def train_loader(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
+    masked: int | None = None,
 ) -> DataLoader:
     """`steps` batches from `start_step` on, one per optimiser step, in the order of `order`.
 
     A batch: "tokens" int64 (batch_size / world, seq_len + 1), of which the last seq_len are the
     targets; "restart" bool (batch_size / world,), rows whose state begins anew (all, unless
     `contiguous`); "step" int. Rank r takes rows r::world, so that any number of ranks and workers
-    reads the same. Raises UserError where the text is too short or the ranks do not divide the
-    batch.
+    reads the same. `masked`, a vocabulary's size, adds what a masked objective reads: "shown" int64
+    and "chosen" bool, (batch_size / world, seq_len) each, see `masking`. Raises UserError where
+    the text is too short or the ranks do not divide the batch.
     """
     if batch_size % world:
         raise UserError(f"batch_size={batch_size} cannot be shared equally by {world} processes")
@@ -85,17 +92,21 @@ def train_loader(
         contiguous=contiguous,
         rank=rank,
         world=world,
+        masked=masked,
     )
     pin = torch.cuda.is_available()
     return DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin)
 
 
-def valid_windows(store: TokenStore, seq_len: int, count: int) -> np.ndarray:
-    """int64 (count, seq_len + 1): fixed windows spread evenly over the split, without overlap.
+def valid_batch(
+    store: TokenStore, seq_len: int, count: int, masked: int | None = None
+) -> dict[str, Tensor]:
+    """One batch of `count` fixed windows spread evenly over the split, without overlap.
 
     Fewer than `count` where the split does not hold so many; UserError where it holds none.
     """
-    return _windows(store, _spread(store, seq_len + 1, count), seq_len)
+    windows = _windows(store, _spread(store, seq_len + 1, count), seq_len)
+    return _batch(windows, masked, [(row,) for row in range(len(windows))])
 
 
 def evaluation_text(
@@ -132,6 +143,16 @@ def _spread(store: TokenStore, size: int, count: int) -> np.ndarray:
             "for: use shorter lengths or more text"
         )
     return np.arange(n) * (len(store) - size) // max(1, n - 1)
+
+
+def _batch(
+    windows: np.ndarray, masked: int | None, keys: Sequence[Sequence[int]]
+) -> dict[str, Tensor]:
+    batch = {"tokens": torch.from_numpy(windows)}
+    if masked is None:
+        return batch
+    shown, chosen = mask_windows(windows[:, :-1], masked, keys)
+    return batch | {"shown": torch.from_numpy(shown), "chosen": torch.from_numpy(chosen)}
 
 
 def _windows(store: TokenStore, starts: np.ndarray, seq_len: int) -> np.ndarray:

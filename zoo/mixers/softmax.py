@@ -5,7 +5,8 @@
 
 `positions`: `rope` turns q and k (Su 2021), `alibi` biases the scores (Press 2022), `none` leaves
 the order to the causal mask (Haviv 2022; Kazemnejad 2023) or to positions added at the embedding.
-The state is every key and value so far; keys are kept as they were turned on arrival.
+The state is every key and value so far; keys are kept as they were turned on arrival. With
+`causal=False` every query sees every key (Devlin 2019, BERT), under `rope` or `none`.
 """
 
 from typing import ClassVar, NamedTuple
@@ -15,7 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from zoo.errors import choose
-from zoo.mixers.base import Mixer, State, compute_dtype, linear, residual_gain
+from zoo.mixers.base import (
+    Mixer,
+    State,
+    compute_dtype,
+    linear,
+    refuse_state,
+    residual_gain,
+)
 from zoo.ops.attention import Part, attention
 from zoo.positions.alibi import CHUNK, add_bias_channels
 from zoo.positions.rope import inverse_frequencies, rotate
@@ -39,6 +47,7 @@ class SoftmaxAttention(Mixer):
         positions: str = "rope",
         rope_base: float = 10000.0,
         backend: str = "auto",
+        causal: bool = True,
         layer: int = 0,
         layers: int = 1,
     ) -> None:
@@ -48,6 +57,11 @@ class SoftmaxAttention(Mixer):
             raise ValueError(
                 f"heads={heads} must divide width={width}, and kv_heads={kv_heads} divide the heads"
             )
+        if positions == "alibi" and not causal:
+            raise ValueError(
+                "positions=alibi are one-sided: bidirectional attention has rope or none"
+            )
+        self.causal = causal
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, width // heads
         self.positions = choose("positions", positions, ["rope", "alibi", "none"])
         self.inv_freq = (
@@ -60,6 +74,8 @@ class SoftmaxAttention(Mixer):
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: KeyValues | None = None):
+        if not self.causal:
+            refuse_state(state)
         start = state.seen if state else 0
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_width))
@@ -76,6 +92,8 @@ class SoftmaxAttention(Mixer):
         """Each query over the keys up to its own; the queries are the last of the keys."""
         groups = self.heads // self.kv_heads
         k, v = (x.repeat_interleave(groups, 2) if groups > 1 else x for x in (k, v))
+        if not self.causal:
+            return attention([Part(q, k, v)], backend=self.backend)
         end, outs = k.shape[1] - q.shape[1], []
         for rows in q.split(CHUNK if self.positions == "alibi" else q.shape[1], 1):
             past, end = end, end + rows.shape[1]

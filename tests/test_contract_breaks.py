@@ -1,0 +1,169 @@
+"""Every test of the contract can fail: each is given a model that breaks its one property."""
+
+from typing import ClassVar
+
+import pytest
+import test_contract as contract
+import torch
+from torch import nn
+
+from zoo.backbone import Backbone
+from zoo.mixers.base import Mixer, linear, shifted
+
+
+class Sound(Mixer):
+    """Two tokens and nothing else: keeps the whole contract, and is broken below."""
+
+    def __init__(self, *, width: int, layer: int = 0, layers: int = 1) -> None:
+        super().__init__()
+        self.now, self.before = linear(width, width), linear(width, width)
+
+    def forward(self, x, state=None):
+        y = self.now(x) + self.before(shifted(x, state[0] if state else None))
+        return y if state is None else (y, (x[:, -1], state[1] + x.shape[1]))
+
+    def empty_state(self, batch):
+        return self.now.weight.new_zeros(batch, self.now.in_features), 0
+
+
+class LooksAhead(Sound):
+    def forward(self, x, state=None):
+        out = super().forward(x, state)
+        ahead = torch.cat([x[:, 1:], x[:, -1:]], 1)
+        return out + ahead if state is None else (out[0] + ahead, out[1])
+
+
+class KnowsTheLength(Sound):
+    def forward(self, x, state=None):
+        out = super().forward(x * x.shape[1], state)
+        return out
+
+
+class ForgetsBetweenChunks(Sound):
+    def forward(self, x, state=None):
+        return super().forward(x, state and (torch.zeros_like(state[0]), state[1]))
+
+
+class CutsTheGradientBetweenChunks(Sound):
+    def forward(self, x, state=None):
+        return super().forward(x, state and (state[0].detach(), state[1]))
+
+
+class AlwaysReturnsAState(Sound):
+    def forward(self, x, state=None):
+        return super().forward(x, state or self.empty_state(len(x)))
+
+
+class MixesRows(Sound):
+    def forward(self, x, state=None):
+        return super().forward(x - x.mean(0), state)
+
+
+class HasAnIdleParameter(Sound):
+    def __init__(self, **place) -> None:
+        super().__init__(**place)
+        self.idle = nn.Parameter(torch.ones(3))
+
+
+class LosesPrecision(Sound):
+    def forward(self, x, state=None):
+        out = super().forward(x, state)
+        return out.float().double() * 1e300 * 1e300 if state is None else out
+
+
+class GivesUpInSilence(Sound):
+    def forward(self, x, state=None):
+        out = super().forward(x, state)
+        return out if x.shape[1] <= 300 else out * torch.nan
+
+
+class DeclaresTooLittle(Sound):
+    def state_bytes(self, tokens, batch=1):
+        return super().state_bytes(tokens, batch) - 8 * batch
+
+
+class ClaimsToBeBounded(Sound):
+    recurrent: ClassVar[bool] = True
+
+    def forward(self, x, state=None):
+        y = super().forward(x)
+        return y if state is None else (y, (torch.cat([state[0], x], 1), state[1] + x.shape[1]))
+
+    def empty_state(self, batch):
+        return self.now.weight.new_zeros(batch, 0, self.now.in_features), 0
+
+    def state_bytes(self, tokens, batch=1):
+        return super().state_bytes(tokens, batch) + 8 * tokens * batch * self.now.in_features
+
+
+class Overflows(Sound):
+    def forward(self, x, state=None):
+        out = super().forward(x, state)
+        grown = torch.exp(x.float().square())
+        return out * grown if state is None else (out[0] * grown, out[1])
+
+
+class CarriesItsGraph(Sound):
+    def carry(self, state, window):
+        return state
+
+
+class LearnsNothing(Sound):
+    def forward(self, x, state=None):
+        out = super().forward(x, state)
+        return 0 * out if state is None else (0 * out[0], out[1])
+
+
+BREAKS = [
+    (contract.test_logits_have_the_shape_and_dtype_asked_for, [7], LosesPrecision),
+    (contract.test_every_parameter_gets_a_finite_gradient_that_is_not_zero, [], HasAnIdleParameter),
+    (contract.test_the_future_cannot_change_the_past, [17], LooksAhead),
+    (contract.test_a_prefix_gives_the_prefix_of_the_outputs, [17], KnowsTheLength),
+    (contract.test_any_chunking_gives_the_whole, [65], ForgetsBetweenChunks),
+    (contract.test_any_chunking_gives_the_whole, [65], CutsTheGradientBetweenChunks),
+    (contract.test_a_state_comes_back_exactly_when_one_is_given, [], AlwaysReturnsAState),
+    (contract.test_rows_of_a_batch_do_not_mix, [], MixesRows),
+    (
+        contract.test_eight_times_the_training_length_is_read_or_refused_by_number,
+        [],
+        GivesUpInSilence,
+    ),
+    (contract.test_the_state_holds_the_bytes_it_declares, [33, 3], DeclaresTooLittle),
+    (contract.test_the_state_holds_the_bytes_it_declares, [33, 3], ClaimsToBeBounded),
+    (contract.test_bfloat16_autocast_stays_finite_under_extreme_inputs, [1e2], Overflows),
+    (
+        contract.test_state_carried_between_windows_is_out_of_the_graph_and_bounded,
+        [],
+        CarriesItsGraph,
+    ),
+    (contract.test_it_overfits_one_batch, [], LearnsNothing),
+    (contract.test_the_canary_lives_no_one_predicts_noise, [], LooksAhead),
+]
+
+
+def tiny_model(mixer: type[Mixer]) -> Backbone:
+    torch.manual_seed(0)
+    parts = {"mixers": [mixer], "feed_forwards": [None]}
+    return Backbone(vocab_size=contract.VOCABULARY, width=32, layers=2, **parts).double()
+
+
+def swapped(property_test, arguments, model) -> list:
+    """The test's arguments in the order it takes them."""
+    first = property_test.__code__.co_varnames[: property_test.__code__.co_argcount]
+    rest = iter(arguments)
+    return [model if name == "model" else next(rest) for name in first]
+
+
+@pytest.mark.parametrize(
+    ("property_test", "arguments", "broken"), BREAKS, ids=[case[2].__name__ for case in BREAKS]
+)
+def test_a_model_that_breaks_a_property_fails_its_test(property_test, arguments, broken):
+    property_test(*swapped(property_test, arguments, tiny_model(Sound)))
+    with pytest.raises((AssertionError, TypeError, AttributeError)):
+        property_test(*swapped(property_test, arguments, tiny_model(broken)))
+
+
+def test_every_property_of_the_contract_is_broken_here():
+    tests = {name for name in vars(contract) if name.startswith("test_")}
+    broken = {case[0].__name__ for case in BREAKS}
+    assert {name for name in tests if "encoder" not in name} == broken
