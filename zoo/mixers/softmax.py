@@ -5,8 +5,10 @@
 
 `positions`: `rope` turns q and k (Su 2021), `alibi` biases the scores (Press 2022), `none` leaves
 the order to the causal mask (Haviv 2022; Kazemnejad 2023) or to positions added at the embedding.
-The state is every key and value so far; keys are kept as they were turned on arrival. With
-`causal=False` every query sees every key (Devlin 2019, BERT), under `rope` or `none`.
+The state is every key and value so far; keys are kept as they were turned on arrival. A `reach`
+(zoo.attention), given to a trained model by zoo.extend, takes over rotary positions, which keys a
+query sees and which are kept. With `causal=False` every query sees every key (Devlin 2019, BERT),
+under `rope` or `none`.
 """
 
 from typing import ClassVar, NamedTuple
@@ -15,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from zoo.attention.reach import Reach
 from zoo.errors import choose
 from zoo.mixers.base import (
     Mixer,
@@ -37,6 +40,7 @@ class KeyValues(NamedTuple):
 
 class SoftmaxAttention(Mixer):
     recurrent: ClassVar[bool] = False
+    reach: Reach | None = None  # of rotary positions; None: every key at its distance
 
     def __init__(
         self,
@@ -81,17 +85,23 @@ class SoftmaxAttention(Mixer):
             proj(x).unflatten(-1, (-1, self.head_width))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.positions == "rope":
+        if self.positions == "rope" and self.reach is None:
             q, k = rotate(q, self.inv_freq, start), rotate(k, self.inv_freq, start)
         if state:
             k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
-        y = self.o_proj(self._attend(q, k, v).flatten(-2))
-        return y if state is None else (y, KeyValues(k, v, start + x.shape[1]))
+        y = self.o_proj(self._attend(q, k, v, start).flatten(-2))
+        if state is None:
+            return y
+        if self.reach:
+            k, v = self.reach.keep(k, v)
+        return y, KeyValues(k, v, start + x.shape[1])
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         """Each query over the keys up to its own; the queries are the last of the keys."""
         groups = self.heads // self.kv_heads
         k, v = (x.repeat_interleave(groups, 2) if groups > 1 else x for x in (k, v))
+        if self.reach:
+            return self.reach(q, k, v, start, self.backend)
         if not self.causal:
             return attention([Part(q, k, v)], backend=self.backend)
         end, outs = k.shape[1] - q.shape[1], []
@@ -116,6 +126,7 @@ class SoftmaxAttention(Mixer):
 
     def state_bytes(self, tokens: int, batch: int = 1) -> int:
         empty = self.empty_state(batch).k
+        tokens = self.reach.kept(tokens) if self.reach else tokens
         return 2 * batch * tokens * self.kv_heads * self.head_width * empty.element_size()
 
     def carry(self, state: State, window: int) -> State:

@@ -8,6 +8,7 @@ Angles are products of positions up to millions with theta up to 1, where float3
 turn: they are formed in float64 and only their cosine and sine are rounded.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -53,3 +54,18 @@ def rotate(
     turned = (x1 * cos - x2 * sin, x1 * sin + x2 * cos)
     out = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
     return out.to(x.dtype)
+
+
+def turned(
+    x: Float[Tensor, "b n h d"],
+    inv_freq: Sequence[float],
+    positions: Tensor,
+    factor: float = 1.0,
+) -> Float[Tensor, "b n h d"]:
+    """Each token turned to its place in `positions` (n,), whole or not, times `factor`."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    theta = torch.tensor(inv_freq, dtype=torch.float64)
+    angles = torch.outer(positions.cpu().double(), theta)[:, None]
+    cos, sin = ((factor * f(angles)).to(x.device, wide.dtype) for f in (torch.cos, torch.sin))
+    x1, x2 = wide.chunk(2, -1)
+    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1).to(x.dtype)

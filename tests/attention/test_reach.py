@@ -1,0 +1,204 @@
+"""Reaches against dense attention with an explicit matrix of distances, cell by cell and in full.
+
+The matrices below are drawn by the papers' rules; `dense` knows nothing of views.
+"""
+
+import pytest
+import torch
+
+from zoo.attention import reach as reach_module
+from zoo.attention.dual_chunk import DualChunk
+from zoo.attention.lm_infinite import LMInfinite
+from zoo.attention.reach import Reach, distances
+from zoo.attention.self_extend import ReRoPE, SelfExtend
+from zoo.attention.streaming_llm import StreamingLLM
+from zoo.positions.rope import inverse_frequencies
+
+WIDTH = 8
+UNSEEN = None
+
+
+def scaling(tokens: int):
+    return inverse_frequencies(WIDTH, 100.0), 1.0
+
+
+def by_plain(i, j):
+    return i - j
+
+
+def by_dual_chunk(i, j, c=10, s=6, w=4):
+    apart, inside = i // s - j // s, i % s
+    if apart == 0:
+        at = inside
+    elif apart == 1:
+        at = min(s + inside, c - 1) if inside < w else c - 1
+    else:
+        at = c - 1
+    return at - j % s
+
+
+def by_streaming(i, j, window=6, sinks=2):
+    """Distances inside the cache: the sinks, then the last tokens."""
+    cache = [n for n in range(i + 1) if n < sinks or n > i - (window - sinks)]
+    return len(cache) - 1 - cache.index(j) if j in cache else UNSEEN
+
+
+def by_window(i, j):
+    return by_streaming(i, j, window=5, sinks=0)
+
+
+def by_lm_infinite(i, j, window=5, sinks=2):
+    return min(i - j, window) if i - j < window or j < sinks else UNSEEN
+
+
+def by_self_extend(i, j, window=4, group=3):
+    return i - j if i - j < window else i // group + window - window // group - j // group
+
+
+def by_rerope(i, j, window=4):
+    return min(i - j, window)
+
+
+CASES = {
+    "plain": (Reach(scaling), by_plain),
+    "dual_chunk": (DualChunk(scaling, original_length=10, chunk=6, local=4), by_dual_chunk),
+    "streaming_llm": (StreamingLLM(scaling, original_length=6, sinks=2), by_streaming),
+    "window": (StreamingLLM(scaling, original_length=5, sinks=0), by_window),
+    "lm_infinite": (LMInfinite(scaling, original_length=5, sinks=2), by_lm_infinite),
+    "self_extend": (SelfExtend(scaling, original_length=8, group=3, window=4), by_self_extend),
+    "rerope": (ReRoPE(scaling, original_length=8, window=4), by_rerope),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request, monkeypatch):
+    """A reach, in blocks of seven queries where it has no blocks of its own, and its rule."""
+    found, rule = CASES[request.param]
+    blocks = [7 if step == reach_module.BLOCK else step for step in found.steps]
+    monkeypatch.setattr(found, "steps", blocks)
+    return found, rule
+
+
+def matrix(rule, tokens: int) -> torch.Tensor:
+    cells = [[rule(i, j) if j <= i else UNSEEN for j in range(tokens)] for i in range(tokens)]
+    return torch.tensor(
+        [[torch.nan if cell is UNSEEN else cell for cell in row] for row in cells]
+    ).double()
+
+
+def dense(q, k, v, apart: torch.Tensor) -> torch.Tensor:
+    """softmax over seen keys of (R_{M_ij} q_i) . k_j / sqrt(d), every score turned on its own."""
+    angles = apart.nan_to_num()[..., None] * torch.tensor(scaling(0)[0], dtype=torch.float64)
+    cos, sin = angles.cos(), angles.sin()
+    q1, q2 = q[:, :, None].transpose(2, 3).chunk(2, -1)  # (b, i, h, 1, d/2)
+    k1, k2 = k.transpose(1, 2)[:, None].chunk(2, -1)  # (b, 1, h, j, d/2)
+    cos, sin = cos[None, :, None], sin[None, :, None]  # (1, i, 1, j, d/2)
+    scores = ((q1 * cos - q2 * sin) * k1 + (q1 * sin + q2 * cos) * k2).sum(-1) / WIDTH**0.5
+    weights = scores.masked_fill(apart.isnan()[None, :, None], -torch.inf).softmax(-1)
+    return torch.einsum("bihj,bjhe->bihe", weights, v)
+
+
+def test_the_papers_row_of_dual_chunk_attention():
+    """c=10, s=6, w=4, query 12 (figure 2's rules by hand)."""
+    found = distances(CASES["dual_chunk"][0], 14)[12, :13]
+    assert found.tolist() == [9, 8, 7, 6, 5, 4, 6, 5, 4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 14, 40])
+def test_every_query_sees_the_keys_of_the_rule_at_its_distance(case, tokens):
+    found, rule = case
+    torch.testing.assert_close(
+        distances(found, tokens), matrix(rule, tokens), equal_nan=True, rtol=0, atol=0
+    )
+
+
+def random_inputs(tokens: int):
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, tokens, 3, WIDTH)
+    draw = lambda: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    return [draw().requires_grad_() for _ in range(3)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "flash"])
+def test_outputs_and_gradients_equal_dense_attention_with_these_distances(case, backend):
+    found, rule = case
+    inputs = random_inputs(40)
+    out = found(*inputs, 0, backend=backend)
+    expected = dense(*inputs, matrix(rule, 40))
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
+    weights = torch.randn_like(out)
+    grads = torch.autograd.grad((out * weights).sum(), inputs)
+    wanted = torch.autograd.grad((expected * weights).sum(), inputs)
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 40, [39, 1], [1, 39], [5, 7, 13, 2, 13]])
+def test_any_chunking_sees_the_same_and_keeps_as_much_as_declared(case, sizes):
+    found, _ = case
+    q, k, v = random_inputs(40)
+    whole = found(q, k, v, 0)
+    kept_k, kept_v, start, outs = k[:, :0], v[:, :0], 0, []
+    for size in sizes:
+        now = slice(start, start + size)
+        kept_k, kept_v = torch.cat([kept_k, k[:, now]], 1), torch.cat([kept_v, v[:, now]], 1)
+        outs.append(found(q[:, now], kept_k, kept_v, start))
+        start += size
+        kept_k, kept_v = found.keep(kept_k, kept_v)
+        assert kept_k.shape[1] == found.kept(start)
+    torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["dual_chunk", "streaming_llm", "lm_infinite", "self_extend"])
+def test_within_its_window_a_reach_is_plain_rotary_attention(name):
+    found, _ = CASES[name]
+    inputs = random_inputs(4)
+    torch.testing.assert_close(found(*inputs, 0), Reach(scaling)(*inputs, 0))
+
+
+def test_a_scaling_that_changes_with_length_does_so_at_buckets_not_at_chunks():
+    """Each query is read with the frequencies of its own bucket, its keys with the same ones."""
+
+    def by_length(tokens: int):
+        return inverse_frequencies(WIDTH, 100.0 * max(1, tokens / 8)), 1.0 + tokens / 80
+
+    q, k, v = random_inputs(30)
+    found = Reach(by_length, bucket=8)
+    whole = found(q, k, v, 0)
+    for first in range(0, 30, 8):
+        last = min(first + 8, 30)
+        alone = Reach(lambda _, last=first + 8: by_length(last))(
+            q[:, :last], k[:, :last], v[:, :last], 0
+        )
+        torch.testing.assert_close(whole[:, first:last], alone[:, first:])
+    one_by_one = [found(q[:, i : i + 1], k[:, : i + 1], v[:, : i + 1], i) for i in range(30)]
+    torch.testing.assert_close(torch.cat(one_by_one, 1), whole, rtol=1e-9, atol=1e-10)
+
+
+def test_a_key_seen_twice_is_an_error_of_the_reach():
+    class Twice(Reach):
+        def views(self, rows):
+            return [*super().views(rows), *super().views(rows)]
+
+    with pytest.raises(ValueError, match="sees a key twice"):
+        distances(Twice(scaling), 5)
+
+
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [
+        (lambda: DualChunk(scaling, original_length=10, chunk=10), "0 < chunk=10 < 10"),
+        (lambda: DualChunk(scaling, original_length=10, chunk=6, local=5), "local=5 <= 4"),
+        (lambda: StreamingLLM(scaling, original_length=8, sinks=8), "sinks=8 < window=8"),
+        (lambda: StreamingLLM(scaling, original_length=8, window=-1), "window=-1"),
+        (lambda: StreamingLLM(scaling, original_length=8, window=9), "trained length 8"),
+        (lambda: LMInfinite(scaling, original_length=8, sinks=9), "sinks=9 < window=8"),
+        (lambda: SelfExtend(scaling, original_length=8, group=0), "group=0"),
+        (lambda: SelfExtend(scaling, original_length=8, group=2, window=9), "window=9"),
+        (lambda: ReRoPE(scaling, original_length=8, window=0), "window=0"),
+    ],
+)
+def test_impossible_settings_are_refused_in_one_line(build, told):
+    with pytest.raises(ValueError, match=told) as caught:
+        build()
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,29 @@
+"""LM-Infinite: a Lambda-shaped mask and bounded distances (Han 2023, section 4).
+
+Every query sees the last `window` keys at their true distance and the first `sinks` keys at
+min(distance, window). Unlike StreamingLLM's, positions are those of the text and not of the cache.
+"""
+
+import torch
+
+from zoo.attention.reach import Reach, Scaling, View, far, near, origin
+
+
+class LMInfinite(Reach):
+    """`window` is the trained length unless given; `sinks` are the paper's 10 .. 100 globals."""
+
+    def __init__(
+        self, scaling: Scaling, *, original_length: int, window: int | None = None, sinks: int = 10
+    ) -> None:
+        super().__init__(scaling)
+        window = original_length if window is None else window
+        if not (0 <= sinks < window <= original_length):
+            raise ValueError(
+                f"lm_infinite: 0 <= sinks={sinks} < window={window} <= the trained length "
+                f"{original_length}"
+            )
+        self.window, self.sinks, self.recent = window, sinks, window
+
+    def views(self, rows: range) -> list[View]:
+        limit = torch.full((len(rows),), self.window)
+        return near(rows, self.window) + far(rows, self.window, limit, origin, last=self.sinks)

@@ -1,0 +1,178 @@
+"""How far rotary attention reaches: which keys a query sees, and at what distance it sees them.
+
+A `Reach` answers for a block of queries with a list of views: some keys, the positions that the
+queries and these keys are turned to, and a mask. Views of disjoint keys are parts of one softmax
+(`zoo.ops.attention`), so a remap of distances is a short list of views and nothing else; any
+chunking of the text and any block of queries gives the same output. Keys are kept as they were
+before any turn, because a remap or a scaling may turn the same key to several positions.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from zoo.ops.attention import Part, attention
+from zoo.positions.rope import turned
+
+BLOCK = 512  # queries that share a list of views
+
+KeyMap = Callable[[Int[Tensor, " n"]], Tensor]  # where keys stand -> where they are turned to
+Scaling = Callable[[int], tuple[Sequence[float], float]]  # length -> (inv_freq, attention factor)
+
+
+class View(NamedTuple):
+    """Keys as a block of queries sees them."""
+
+    keys: range  # where they stand in the text
+    queries_at: Tensor  # (t,), the positions the queries are turned to
+    keys_at: KeyMap
+    mask: Bool[Tensor, "t n"] | None = None  # True where the query sees the key
+    causal: bool = False  # the queries' own keys: each sees those up to its own
+
+
+def plain(positions: Tensor) -> Tensor:
+    """Keys turned to where they stand."""
+    return positions
+
+
+def origin(positions: Tensor) -> Tensor:
+    """Keys not turned at all, so that a query turned to m sees them at distance m."""
+    return torch.zeros_like(positions)
+
+
+class Reach:
+    """Plain causal attention: every key up to the query's own, at its true distance.
+
+    `scaling` gives the frequencies for a text of so many tokens; where it depends on the length,
+    queries of the bucket up to n * `bucket` all use those for that length, so that what a query
+    sees depends on its position alone and not on how the text was cut into chunks.
+    """
+
+    sinks = 0  # keys kept from the beginning of the text
+    recent: int | None = None  # and from its end; None: all
+
+    def __init__(self, scaling: Scaling, *, bucket: int | None = None) -> None:
+        self.scaling, self.bucket = scaling, bucket
+        self.steps = [BLOCK] + ([bucket] if bucket else [])
+
+    def views(self, rows: range) -> list[View]:
+        at = torch.arange(rows.start, rows.stop)
+        views = [View(rows, at, plain, causal=True)]
+        return [*views, View(range(rows.start), at, plain)] if rows.start else views
+
+    def blocks(self, rows: range) -> Iterator[range]:
+        """`rows` cut at every multiple of every one of `steps`."""
+        first = rows.start
+        while first < rows.stop:
+            last = min(rows.stop, *((first // step + 1) * step for step in self.steps))
+            yield range(first, last)
+            first = last
+
+    def __call__(
+        self,
+        q: Float[Tensor, "b t h d"],
+        k: Float[Tensor, "b n h d"],
+        v: Float[Tensor, "b n h e"],
+        start: int,
+        backend: str = "auto",
+    ) -> Float[Tensor, "b t h e"]:
+        """Attention of the queries at start, start + 1, ... over the kept keys and their own."""
+        dropped = start + q.shape[1] - k.shape[1]
+
+        def place(position: int) -> int:
+            return position if position < self.sinks else position - dropped
+
+        stands = torch.arange(k.shape[1])
+        stands = torch.where(stands < self.sinks, stands, stands + dropped)
+        outs, keys, frequencies = [], {}, None
+        for rows in self.blocks(range(start, start + q.shape[1])):
+            reached = (
+                rows.stop if self.bucket is None else -(-rows.stop // self.bucket) * self.bucket
+            )
+            if (scaled := self.scaling(reached)) != frequencies:
+                keys, frequencies = {}, scaled
+            inv_freq, factor = scaled
+            block, parts = q[:, rows.start - start : rows.stop - start], []
+            for view in self.views(rows):
+                if view.keys_at not in keys:
+                    keys[view.keys_at] = turned(k, inv_freq, view.keys_at(stands), factor)
+                run = slice(place(view.keys.start), place(view.keys.stop - 1) + 1)
+                mask = None if view.mask is None else view.mask[None, None].to(q.device)
+                turned_q = turned(block, inv_freq, view.queries_at, factor)
+                parts.append(
+                    Part(turned_q, keys[view.keys_at][:, run], v[:, run], view.causal, mask)
+                )
+            outs.append(attention(parts, backend=backend))
+        return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+
+    def keep(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What of the keys and values later queries may see."""
+        if self.recent is None or k.shape[1] <= self.sinks + self.recent:
+            return k, v
+        last = k.shape[1] - self.recent
+        return tuple(torch.cat([x[:, : self.sinks], x[:, last:]], 1) for x in (k, v))  # type: ignore
+
+    def kept(self, tokens: int) -> int:
+        """How many keys are kept after so many tokens."""
+        return tokens if self.recent is None else min(tokens, self.sinks + self.recent)
+
+
+def near(rows: range, width: int, first: int = 0) -> list[View]:
+    """Keys from `first` on that lie less than `width` before the query, at their true distance."""
+    at = torch.arange(rows.start, rows.stop)
+    own = range(max(rows.start, first), rows.stop)
+    whole = min(max(rows.stop - width, first), rows.start)  # from here on seen by every row
+    ragged = range(max(rows.start - width + 1, first), whole)
+    views = []
+    if len(own) == len(rows) <= width:
+        views.append(View(own, at, plain, causal=True))
+    elif len(own):
+        apart = distance(rows, own)
+        views.append(View(own, at, plain, mask=(apart >= 0) & (apart < width)))
+    if whole < rows.start:
+        views.append(View(range(whole, rows.start), at, plain))
+    if len(ragged):
+        views.append(View(ragged, at, plain, mask=distance(rows, ragged) < width))
+    return views
+
+
+def far(
+    rows: range, width: int, queries_at: Tensor, keys_at: KeyMap, last: int | None = None
+) -> list[View]:
+    """Keys (before `last`) that lie `width` or more before the query, as the maps say."""
+    end = rows.stop - width if last is None else min(rows.stop - width, last)
+    whole = max(min(rows.start - width + 1, end), 0)  # seen by every row
+    views = [View(range(whole), queries_at, keys_at)] if whole else []
+    if whole < end:
+        ragged = range(whole, end)
+        views.append(View(ragged, queries_at, keys_at, mask=distance(rows, ragged) >= width))
+    return views
+
+
+def distance(rows: range, keys: range) -> Int[Tensor, "t n"]:
+    """How far each key lies before each query."""
+    return torch.arange(rows.start, rows.stop)[:, None] - torch.arange(keys.start, keys.stop)
+
+
+def distances(reach: Reach, tokens: int) -> Float[Tensor, "n n"]:
+    """The distance at which each query sees each key, NaN where it does not: what the paper draws.
+
+    Raises ValueError where a key is seen twice.
+    """
+    seen = torch.full((tokens, tokens), torch.nan, dtype=torch.float64)
+    for rows in reach.blocks(range(tokens)):
+        for view in reach.views(rows):
+            stand = torch.arange(view.keys.start, view.keys.stop)
+            apart = view.queries_at[:, None] - view.keys_at(stand).double()
+            mask = view.mask
+            if view.causal:
+                mask = distance(rows, view.keys) >= 0
+            mask = torch.ones_like(apart, dtype=torch.bool) if mask is None else mask
+            cells = seen[rows.start : rows.stop, view.keys.start : view.keys.stop]
+            if (mask & ~cells.isnan()).any():
+                raise ValueError("a query sees a key twice")
+            cells[mask] = apart[mask]
+    return seen
