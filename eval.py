@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from zoo.command_line import launch, say
+from zoo.config import resolve
 from zoo.run import find_runs
 from zoo.schema import EvalConfig, validate
 
@@ -23,7 +24,7 @@ flags: -m sweep over values separated by commas; --cfg job show the configuratio
 def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
     """The configuration of a composed tree, its runs found. Imports nothing heavy."""
     del given
-    config = validate(EvalConfig, tree)
+    config = validate(EvalConfig, resolve(tree))
     folders = find_runs(config.run, config.runs)
     if len(folders) == 1:  # of several, one without weights keeps its row and says why
         folders[0].checkpoint()

@@ -8,7 +8,7 @@ from typing import Any
 from zoo.command_line import launch, say
 from zoo.config import resolve
 from zoo.data.sources import check_source
-from zoo.run import RunFolder, resumed
+from zoo.run import RunFolder, finetuned, resumed
 from zoo.schema import TrainConfig, validate
 
 USAGE = """
@@ -25,7 +25,12 @@ flags: -m sweep over values separated by commas; --cfg job show the configuratio
 
 def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
     """The configuration of a composed tree, or of the run to resume. Imports nothing heavy."""
-    config = resumed(tree, given) if tree["resume"] else validate(TrainConfig, resolve(tree))
+    if tree["resume"]:
+        config = resumed(tree, given)
+    elif tree["finetune"]:
+        config = finetuned(resolve(tree), given)
+    else:
+        config = validate(TrainConfig, resolve(tree))
     check_source(config.data.model_dump())
     return config
 

@@ -122,7 +122,10 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
         raise UserError(str(error).splitlines()[0]) from None
     for path, value in leaves(container):
         if value == "???":
-            field = SCHEMAS[program].model_fields.get(path)
+            field, owner = None, SCHEMAS[program]
+            for name in path.split("."):
+                field = getattr(owner, "model_fields", {}).get(name)
+                owner = field.annotation if field else None
             raise UserError(f"{path}= is needed: {field.description if field else ''}")
     return container
 
@@ -177,7 +180,13 @@ def _paths(node: Any, path: str = "") -> Iterator[str]:
 
 
 def resolve(tree: dict[str, Any]) -> dict[str, Any]:
-    """The composed `tree` with its model spelled out: `blocks`, cycled over the layers."""
+    """The composed `tree` with its model spelled out: `blocks`, cycled over the layers.
+
+    An extension's `scaling`, where it names another extension, becomes that one's.
+    """
+    extension = tree.get("extension")
+    if isinstance(extension, dict) and isinstance(extension.get("scaling"), str):
+        tree = {**tree, "extension": {**extension, "scaling": _scaling(extension["scaling"])}}
     model = tree.get("model")
     if not isinstance(model, dict) or "blocks" in model:
         return tree
@@ -199,6 +208,13 @@ def resolve(tree: dict[str, Any]) -> dict[str, Any]:
         "match": model.get("match"),
     }
     return {**tree, "model": spelled}
+
+
+def _scaling(name: str) -> dict[str, Any]:
+    """The rotary scaling of the extension of that name."""
+    parts = {other: _inherited(other, "extension")["scaling"] for other in choices("extension")}
+    scalings = {other: part for other, part in parts.items() if isinstance(part, dict)}
+    return scalings[choose("extension.scaling", name, [*scalings])]
 
 
 def _check_bidirectional(parts: Sequence[dict[str, Any]]) -> None:
@@ -247,11 +263,11 @@ def _load_models(entry: str, tree: dict[str, Any]) -> list[dict[str, Any]]:
     return [whole["model"]] * int(times or 1)
 
 
-def _inherited(name: str) -> dict[str, Any]:
-    """A model's YAML over those its `defaults` name, as Hydra merges them."""
-    part: Any = OmegaConf.load(CONFIGS / "model" / f"{name}.yaml")
+def _inherited(name: str, group: str = "model") -> dict[str, Any]:
+    """A YAML of a group over those its `defaults` name, as Hydra merges them."""
+    part: Any = OmegaConf.load(CONFIGS / group / f"{name}.yaml")
     parents = [parent for parent in part.pop("defaults", []) if parent != "_self_"]
-    merged: Any = OmegaConf.merge(*[_inherited(parent) for parent in parents], part)
+    merged: Any = OmegaConf.merge(*[_inherited(parent, group) for parent in parents], part)
     return OmegaConf.to_container(merged)  # type: ignore[return-value]
 
 

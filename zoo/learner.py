@@ -22,6 +22,7 @@ from zoo.config import plain
 from zoo.data.corpora import Corpus, open_corpus
 from zoo.data.loader import train_loader, valid_batch
 from zoo.errors import RunError, UserError
+from zoo.extend import extend
 from zoo.ops import backends
 from zoo.ops.native import tune_allocator
 from zoo.report import wandb
@@ -177,6 +178,10 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     lightning.seed_everything(config.seed, verbose=False)
     masked = corpus.vocab_size if config.objective == "masked" else None
     model, knobs = build_model(config, corpus.vocab_size + (masked is not None))
+    last = folder.checkpoint()
+    if config.finetune and not last:
+        model.load_state_dict(trained_weights(RunFolder.open(config.finetune)))
+    extend(model, config.extension, config.seq_len)
     options = {**config.trainer.model_dump()}
     tokens_per_step = config.batch_size * config.seq_len * options.get("accumulate_grad_batches", 1)
     checkpoints = Checkpoints(folder, every=config.save_every, tokens_per_step=tokens_per_step)
@@ -200,7 +205,6 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         enable_checkpointing=False,
         default_root_dir=folder.path,
     )
-    last = folder.checkpoint()
     folder.update(
         parameters=count_parameters(model),
         flops_per_token=forward_flops(model, config.seq_len),
@@ -250,16 +254,20 @@ def _logger(config: TrainConfig, folder: RunFolder) -> Any:
 
 def load(folder: RunFolder, device: torch.device | str = "cpu") -> Backbone:
     """The model of a run, with the weights of its last good checkpoint, ready to measure."""
+    weights = trained_weights(folder)
+    model, _ = build_model(folder.config, weights["embedding.weight"].shape[0])
+    extend(model, folder.config.extension, folder.config.seq_len)
+    model.load_state_dict(weights)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def trained_weights(folder: RunFolder) -> dict[str, Tensor]:
+    """The model's weights in a run's last good checkpoint. UserError where it has none."""
     path = folder.checkpoint()
     if path is None:
         raise UserError(f"{folder} has no checkpoint yet")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    weights = {
-        name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()
-    }
-    model, _ = build_model(folder.config, weights["embedding.weight"].shape[0])
-    model.load_state_dict(weights)
-    return model.to(device).eval().requires_grad_(False)
+    return {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -66,8 +66,12 @@ def parameters(file: Path, name: str) -> list[str] | None:
     return [arg.arg for arg in node.args.args + node.args.kwonlyargs if arg.arg != "self"]
 
 
-# Set by the backbone, and by the objective: a causal model must not be asked to look ahead.
-PLACED = ("width", "layer", "layers", "causal")
+# Set by the backbone, by the objective (a causal model must not be asked to look ahead) and by what
+# extends a trained model.
+PLACED = (
+    *("width", "layer", "layers", "causal"),
+    *("base", "factor", "original_length", "length", "scaling", "bucket"),
+)
 
 
 @functools.cache

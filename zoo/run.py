@@ -308,3 +308,27 @@ def resumed(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
         section, _, last = ("", "", "logger") if key.startswith("logger") else key.rpartition(".")
         (config[section] if section else config)[last] = (tree[section] if section else tree)[last]
     return validate(TrainConfig, {**config, "resume": str(folder)})
+
+
+def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
+    """The configuration that trains the run `tree["finetune"]` further, under an extension.
+
+    What was trained and on what comes from that run, unless `given`; the window is the extension's
+    factor times that run's, unless given. UserError where there is no whole run to start from.
+    """
+    folder = RunFolder.open(str(tree["finetune"]))
+    folder.checkpoint()
+    base = plain(folder.config)
+    if fixed := [key for key in given if within(key, ("model", "size", "match", "objective"))]:
+        raise UserError(f"finetune={folder} keeps its model: {', '.join(fixed)} cannot change")
+    if base["extension"]["name"] != "none":
+        raise UserError(f"finetune={folder} was fine-tuned itself: start from the run it came from")
+    kept = {key: base[key] for key in ("model", "size", "match", "objective")}
+    if not any(within(key, ("data",)) for key in given):
+        kept["data"] = base["data"]
+    extension = dict(tree["extension"])
+    extension["original_length"] = extension.get("original_length") or base["seq_len"]
+    if "seq_len" not in given:
+        kept["seq_len"] = int(base["seq_len"] * extension["factor"])
+    tree = {**tree, **kept, "extension": extension, "finetune": str(folder)}
+    return validate(TrainConfig, tree)

@@ -141,6 +141,26 @@ class Logger(Section):
     mode: Literal["auto", "online", "offline"] = "auto"
 
 
+class ScalingPart(Part):
+    home: ClassVar[str] = "zoo.positions."
+
+
+class ReachPart(Part):
+    home: ClassVar[str] = "zoo.attention."
+
+
+class Extension(Section):
+    """How a trained model of rotary positions reads beyond the length it was trained on."""
+
+    name: Name
+    factor: Annotated[float, Field(ge=1)] = Field(
+        description="times the trained length, for scaling"
+    )
+    original_length: Positive | None = Field(description="trained length; null: the run's seq_len")
+    scaling: ScalingPart | None = Field(description="of the rotary frequencies")
+    reach: ReachPart | None = Field(description="which keys a query sees, and at what distance")
+
+
 class TrainConfig(Section):
     """A training run. Paths are relative to the working directory."""
 
@@ -168,6 +188,8 @@ class TrainConfig(Section):
     runs: str = Field(min_length=1, description="folder that holds the run folders")
     name: Name | None = Field(description="run folder's name; null: made from the options")
     resume: str | None = Field(description="run folder to continue")
+    finetune: str | None = Field(description="run folder to train further, under `extension`")
+    extension: Extension
     fresh: bool = Field(description="true: train again in a new folder")
     allocator: Literal["tuned", "system"] = Field(description="tuned: keeps freed memory (glibc)")
     threads: Positive | None = Field(description="CPU threads; null: all cores")
@@ -182,15 +204,12 @@ class TrainConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _passes_no_encoder_states(self) -> "TrainConfig":
+    def _fits_together(self) -> "TrainConfig":
+        if self.extension.name != "none" and not self.finetune:
+            raise UserError("extension= acts on a trained model: name its run with finetune=")
         if self.objective == "masked" and self.state_passing != "none":
             raise UserError("objective=masked reads whole windows: it has state_passing=none alone")
         return self
-
-
-class Extension(OpenSection):
-    name: Name
-    factor: Annotated[float, Field(ge=1)]
 
 
 class EvalConfig(Section):

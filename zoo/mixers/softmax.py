@@ -68,6 +68,7 @@ class SoftmaxAttention(Mixer):
         self.causal = causal
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, width // heads
         self.positions = choose("positions", positions, ["rope", "alibi", "none"])
+        self.rope_base = rope_base
         self.inv_freq = (
             inverse_frequencies(self.head_width, rope_base) if positions == "rope" else ()
         )
