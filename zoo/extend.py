@@ -62,13 +62,17 @@ def _scaling(
     width, base = mixer.head_width, mixer.rope_base
     if extension.scaling is None:
         return (lambda _: (inverse_frequencies(width, base), 1.0)), False
-    place = {"width": width, "base": base, "factor": extension.factor}
-    scaled = partial(extension.scaling.load(), **place, original_length=original_length)
-    by_length = "length" in (constructor_parameters(extension.scaling.target) or [])
+    scaled = partial(
+        extension.scaling.load(),
+        width=width,
+        base=base,
+        factor=extension.factor,
+        original_length=original_length,
+    )
     try:
-        fixed = None if by_length else scaled()
-        if by_length:
-            scaled(length=original_length)  # tells what is wrong with its settings now
+        within, beyond = (scaled(length=times * original_length) for times in (1, 2))
     except ValueError as error:
         raise UserError(f"extension={extension.name}: {error}") from error
-    return (lambda length: fixed or scaled(length=length)), by_length
+    if within == beyond:
+        return (lambda _: within), False
+    return (lambda length: scaled(length=length)), True
