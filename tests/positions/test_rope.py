@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from zoo.positions.rope import inverse_frequencies, rotate
+from zoo.positions.rope import inverse_frequencies, rotate, turn_table
 
 
 def test_frequencies_of_width_128_are_the_published_ones():
@@ -16,9 +16,13 @@ def test_frequencies_of_width_128_are_the_published_ones():
     assert theta[63] == pytest.approx(0.000115478, abs=1e-9)
 
 
-def test_an_odd_head_width_is_refused():
+def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="head width 7 is odd"):
         inverse_frequencies(7)
+    with pytest.raises(ValueError, match=r"base=1\.0"):
+        inverse_frequencies(8, base=1.0)
+    with pytest.raises(ValueError, match="rotary width 10 is more than the head width 8"):
+        rotate(torch.zeros(1, 1, 1, 8), inverse_frequencies(10))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -53,3 +57,100 @@ def test_chunks_of_a_sequence_are_turned_as_the_whole_is():
     x = torch.randn(2, 11, 1, 8)
     pieces = [rotate(x[:, a:b], theta, start=a) for a, b in [(0, 4), (4, 5), (5, 11)]]
     assert torch.equal(torch.cat(pieces, 1), rotate(x, theta))
+
+
+def test_layouts_differ_by_a_permutation_of_the_channels():
+    """Llama's pairs (i, i + d/2) are RoFormer's (2i, 2i + 1) with the channels regrouped."""
+    theta = inverse_frequencies(12)
+    x = torch.randn(2, 7, 3, 12, dtype=torch.float64)
+    regroup = torch.arange(12).view(6, 2).T.flatten()
+    halves = rotate(x[..., regroup], theta, 5)
+    assert torch.equal(halves, rotate(x, theta, 5, interleaved=True)[..., regroup])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_frequencies_for_some_channels_turn_these_and_leave_the_rest(interleaved):
+    theta = inverse_frequencies(4)  # of the rotary width, not of the head's
+    x = torch.randn(2, 5, 3, 10, dtype=torch.bfloat16)
+    y = rotate(x, theta, 2, interleaved=interleaved, attention_factor=1.5)
+    alone = rotate(x[..., :4], theta, 2, interleaved=interleaved, attention_factor=1.5)
+    assert torch.equal(y[..., :4], alone)
+    assert torch.equal(y[..., 4:], x[..., 4:])  # nor does the attention factor reach them
+
+
+def test_the_attention_factor_multiplies_scores_by_its_square():
+    theta = inverse_frequencies(8)
+    q, k = torch.randn(2, 1, 6, 2, 8, dtype=torch.float64)
+
+    def scores(factor: float) -> torch.Tensor:
+        turned = (rotate(x, theta, 3, attention_factor=factor) for x in (q, k))
+        return torch.einsum("bihd,bjhd->bhij", *turned)
+
+    torch.testing.assert_close(scores(1.277259), 1.277259**2 * scores(1.0), rtol=1e-12, atol=1e-12)
+
+
+def test_explicit_positions_are_where_the_tokens_stand():
+    theta = inverse_frequencies(16)
+    x = torch.randn(2, 9, 2, 16)
+    assert torch.equal(rotate(x, theta, positions=torch.arange(4, 13)), rotate(x, theta, 4))
+    rows = torch.stack([torch.arange(9), torch.arange(100, 118, 2)])
+    y = rotate(x, theta, positions=rows)
+    assert torch.equal(y[0], rotate(x[:1], theta)[0])
+    for i in range(9):
+        assert torch.equal(y[1, i], rotate(x[1:, i : i + 1], theta, 100 + 2 * i)[0, 0])
+
+
+def test_positions_between_whole_ones_keep_their_fraction():
+    theta = inverse_frequencies(2)  # theta_0 = 1
+    x = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(1, 3, 1, 2)
+    at = torch.tensor([0.25, 1.5, 2**20 + 0.03125], dtype=torch.float64)
+    turned = rotate(x, theta, positions=at)[0, :, 0]
+    expected = [[math.cos(m), math.sin(m)] for m in at.tolist()]
+    torch.testing.assert_close(turned, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_a_million_tokens_in_angles_are_those_of_exact_arithmetic():
+    """sin(m + n) from sin and cos of smaller angles; float32 products are wrong by 0.06 here."""
+    m = 2**20
+    theta = inverse_frequencies(64)
+    x = torch.eye(64, dtype=torch.float64)[:32].view(1, 1, 32, 64)  # one head per pair
+    turned = rotate(x, theta, m)[0, 0]
+    for i, f in enumerate(theta):
+        high, low = (m - 1001) * f, 1001 * f
+        cos = math.cos(high) * math.cos(low) - math.sin(high) * math.sin(low)
+        assert turned[i, i].item() == pytest.approx(cos, abs=1e-9)
+    single = rotate(x.float(), theta, m)
+    torch.testing.assert_close(single.double(), turned[None, None], rtol=0, atol=6e-8)
+
+
+@pytest.mark.parametrize("place", [{"start": 2**20}, {"positions": torch.arange(2**20, 2**20 + 4)}])
+def test_autocast_and_half_precision_do_not_reach_the_angles(place):
+    theta = inverse_frequencies(32)
+    x = torch.randn(1, 4, 2, 32)
+    turn_table.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = rotate(x, theta, **place)
+        frequencies = rotate(x, torch.tensor(theta, dtype=torch.float64), **place)
+    assert torch.equal(inside, rotate(x, theta, **place))
+    assert torch.equal(frequencies, inside)
+    half = rotate(x.bfloat16(), theta, **place)
+    torch.testing.assert_close(half.float(), inside, rtol=2e-2, atol=2e-2)
+
+
+def test_a_tensor_of_frequencies_gets_its_gradient():
+    x = torch.randn(2, 5, 1, 6, dtype=torch.float64)
+    theta = torch.tensor(inverse_frequencies(6), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda f: rotate(x, f, 3, attention_factor=1.2), theta)
+    assert torch.equal(rotate(x, theta, 3), rotate(x, inverse_frequencies(6), 3))
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_rotation_is_that_of_transformers(tokens):
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    q, k = torch.randn(2, 2, tokens, 3, 16)
+    angles = torch.outer(torch.arange(tokens).float(), torch.tensor(inverse_frequencies(16)))
+    cos, sin = (f(torch.cat([angles, angles], -1))[None] for f in (torch.cos, torch.sin))
+    expected = llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+    found = (rotate(x, inverse_frequencies(16)) for x in (q, k))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

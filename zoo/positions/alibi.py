@@ -15,21 +15,29 @@ CHUNK = 2048  # queries that share an origin; keeps slope * j small where it mat
 _STEP = 64  # j = 64 * high + low: both exact in bfloat16 up to 16k keys away
 
 
-def slopes(heads: int) -> list[float]:
-    """2^(-8(h+1)/heads); for other than a power of two, as the published code fills them up."""
+def slopes(heads: int, factor: float = 1.0) -> list[float]:
+    """2^(-8(h+1)/heads); for other than a power of two, as the published code fills them up.
+
+    Divided by `factor` = L'/L they are interpolated: a text of L' tokens has the biases of one
+    of L (Al-Khateeb 2023).
+    """
+    if not factor >= 1:
+        raise ValueError(f"factor={factor}: ALiBi is interpolated by 1 or more")
     power = 2 ** math.floor(math.log2(heads))
     first = [2 ** (-8 * (h + 1) / power) for h in range(power)]
-    return first + [2 ** (-8 * (h + 0.5) / power) for h in range(heads - power)]
+    rest = [2 ** (-8 * (h + 0.5) / power) for h in range(heads - power)]
+    return [slope / factor for slope in first + rest]
 
 
 def add_bias_channels(
-    q: Float[Tensor, "b tq h d"], k: Float[Tensor, "b tk h d"], origin: int
+    q: Float[Tensor, "b tq h d"], k: Float[Tensor, "b tk h d"], origin: int, factor: float = 1.0
 ) -> tuple[Float[Tensor, "b tq h d2"], Float[Tensor, "b tk h d2"]]:
     """q and k whose product carries the score scaled by 1/sqrt(d) plus slope_h (j - origin).
 
-    `origin` is the index in `k` of the first query; call attention with `scale=1`.
+    `origin` is the index in `k` of the first query, `factor` as in `slopes`; call attention with
+    `scale=1`.
     """
-    slope = torch.tensor(slopes(q.shape[2]), dtype=q.dtype, device=q.device)
+    slope = torch.tensor(slopes(q.shape[2], factor), dtype=q.dtype, device=q.device)
     distance = torch.arange(k.shape[1], device=k.device) - origin
     high = torch.div(distance, _STEP, rounding_mode="floor")
     where = torch.stack([high, distance - _STEP * high], -1).to(k.dtype)  # (tk, 2)

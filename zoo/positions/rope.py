@@ -20,52 +20,81 @@ def inverse_frequencies(width: int, base: float = 10000.0) -> tuple[float, ...]:
     """theta_i = base^(-2i/width), i = 0 .. width/2 - 1, in float64."""
     if width % 2:
         raise ValueError(f"rotary positions turn pairs of channels: head width {width} is odd")
+    if not base > 1:
+        raise ValueError(f"rotary base={base}: frequencies fall from 1 only with a base above 1")
     return tuple(base ** (-2 * i / width) for i in range(width // 2))
 
 
 @lru_cache(maxsize=8)  # the layers of a model ask for the same table one after another
 def turn_table(
-    inv_freq: tuple[float, ...], start: int, tokens: int, device: torch.device, dtype: torch.dtype
+    inv_freq: tuple[float, ...],
+    start: int,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention_factor: float = 1.0,
 ) -> tuple[Float[Tensor, "t 1 half"], Float[Tensor, "t 1 half"]]:
     """Cosine and sine of every position start .. start+tokens-1."""
     with torch.inference_mode(False), torch.no_grad():
         positions = torch.arange(start, start + tokens, dtype=torch.float64)
-        angles = torch.outer(positions, torch.tensor(inv_freq, dtype=torch.float64))[:, None]
-        return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+        cos, sin = _turns(torch.tensor(inv_freq, dtype=torch.float64), positions)
+        return (
+            (attention_factor * cos).to(device, dtype),
+            (attention_factor * sin).to(device, dtype),
+        )
+
+
+def _turns(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position times frequency, the same for every head."""
+    angles = positions.to(inv_freq.device, torch.float64)[..., None] * inv_freq
+    return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
 
 
 def rotate(
     x: Float[Tensor, "b t h d"],
-    inv_freq: tuple[float, ...],
+    inv_freq: Sequence[float] | Float[Tensor, "*t half"],
     start: int = 0,
     *,
+    positions: Tensor | None = None,
+    attention_factor: float = 1.0,
     interleaved: bool = False,
 ) -> Float[Tensor, "b t h d"]:
     """Rotate the tokens x, which stand at positions start, start+1, ...
 
     Pairs are (i, i + d/2), Llama's layout, or (2i, 2i + 1), RoFormer's, when `interleaved`.
+    Frequencies for fewer than d channels turn the first ones and leave the rest as they are.
+    `positions`, (t,) or (b, t), whole or not, are where the tokens stand instead. A tensor of
+    frequencies gets its gradient, and may have a row for each token. `attention_factor`
+    multiplies the turned channels of q and of k, and so their scores by its square.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    cos, sin = turn_table(inv_freq, start, x.shape[1], x.device, wide.dtype)
+    if positions is None and not isinstance(inv_freq, Tensor):
+        cos, sin = turn_table(
+            tuple(inv_freq), start, x.shape[1], x.device, wide.dtype, attention_factor
+        )
+    else:
+        if positions is None:
+            positions = torch.arange(start, start + x.shape[1])
+        turns = _turns(torch.as_tensor(inv_freq, dtype=torch.float64), positions)
+        cos, sin = ((attention_factor * f).to(x.device, wide.dtype) for f in turns)
+    width = 2 * cos.shape[-1]
+    if width > x.shape[-1]:
+        raise ValueError(f"rotary width {width} is more than the head width {x.shape[-1]}")
+    wide, rest = wide[..., :width], x[..., width:]
     if interleaved:
         x1, x2 = wide[..., 0::2], wide[..., 1::2]
     else:
         x1, x2 = wide.chunk(2, -1)
-    turned = (x1 * cos - x2 * sin, x1 * sin + x2 * cos)
-    out = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
-    return out.to(x.dtype)
+    pairs = (x1 * cos - x2 * sin, x1 * sin + x2 * cos)
+    out = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
+    return torch.cat([out.to(x.dtype), rest], -1) if rest.shape[-1] else out.to(x.dtype)
 
 
 def turned(
     x: Float[Tensor, "b n h d"],
-    inv_freq: Sequence[float],
+    inv_freq: Sequence[float] | Tensor,
     positions: Tensor,
     factor: float = 1.0,
 ) -> Float[Tensor, "b n h d"]:
     """Each token turned to its place in `positions` (n,), whole or not, times `factor`."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    theta = torch.tensor(inv_freq, dtype=torch.float64)
-    angles = torch.outer(positions.cpu().double(), theta)[:, None]
-    cos, sin = ((factor * f(angles)).to(x.device, wide.dtype) for f in (torch.cos, torch.sin))
-    x1, x2 = wide.chunk(2, -1)
-    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1).to(x.dtype)
+    return rotate(x, inv_freq, positions=positions, attention_factor=factor)

@@ -1,0 +1,97 @@
+"""CLEX: rotary frequencies that flow with the length of the text (Chen 2023, sections 3.2, 3.3).
+
+    t           how many times the trained window L the text is long
+    theta(t)    the frequencies for it; z = ln theta
+    NTK_t       those of base b (2t-1)^(d/(d-2)), so that d ln NTK_t / dt = -4i / ((d-2)(2t-1))
+    dz/dt       W_down silu(W_up (z + ln NTK_t)) + d ln NTK_t / dt,    z(1) = ln NTK_1
+
+W_down starts at zero, and theta(t) then is NTK_t. Written for r = z - ln NTK_t the equation is
+dr/dt = W_down silu(W_up (r + 2 ln NTK_t)), r(1) = 0: the known part needs no integration, and an
+untrained CLEX is NTK_t to the last bit. Runge-Kutta 4 solves the rest, in equal steps of
+tau = ln(2t-1), which are short in t where the frequencies move fastest; in float64 and on the CPU,
+as the problem is too small to be worth an accelerator's kernels.
+
+Departures from the authors' program: the frequencies follow the parameters and are never cached,
+NTK_t has the model's own base, training positions span t L and never fall, and queries carry no
+log(length) factor. Keys must be cached before they are turned.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+
+from zoo.positions.randomised import randomised
+from zoo.positions.scaling import ntk_aware
+
+
+class CLEX(nn.Module):
+    """One for all layers and heads; `hidden` is the width of W_up's output over `width`."""
+
+    def __init__(
+        self, *, width: int, base: float = 10000.0, hidden: int = 1, step: float = 0.1
+    ) -> None:
+        super().__init__()
+        if width < 4 or hidden < 1 or not step > 0:
+            raise ValueError(
+                f"CLEX takes width={width} of 4 or more, hidden={hidden} of 1 or more and "
+                f"step={step} above 0"
+            )
+        self.width, self.base, self.step = width, base, step
+        self.up = nn.Linear(width // 2, hidden * width, bias=False)
+        self.down = nn.Linear(hidden * width, width // 2, bias=False)
+        nn.init.zeros_(self.down.weight)
+
+    def ntk(self, t: float) -> Float[Tensor, " half"]:
+        """NTK_t, where training starts from."""
+        inv_freq, _ = ntk_aware(width=self.width, base=self.base, factor=2 * t - 1)
+        return torch.tensor(inv_freq, dtype=torch.float64)
+
+    def forward(self, t: float) -> Float[Tensor, " half"]:
+        """theta(t) in float64, t at least 1; its gradient reaches the weights."""
+        if t < 1:
+            raise ValueError(f"CLEX reads t={t} trained windows: at least 1")
+        up, down = (layer.weight.cpu().double() for layer in (self.up, self.down))
+        slope = 2 * torch.arange(self.width // 2, dtype=torch.float64) / (self.width - 2)
+        log_theta, end = self.ntk(1).log(), math.log(2 * t - 1)
+
+        def rate(tau: float, r: Tensor) -> Tensor:
+            hidden = up @ (r + 2 * (log_theta - tau * slope))
+            return math.exp(tau) / 2 * (down @ nn.functional.silu(hidden))  # dt = e^tau/2 dtau
+
+        steps = math.ceil(end / self.step)
+        r, h = torch.zeros_like(slope), end / max(steps, 1)
+        for n in range(steps):
+            tau = n * h
+            a = rate(tau, r)
+            b = rate(tau + h / 2, r + h / 2 * a)
+            c = rate(tau + h / 2, r + h / 2 * b)
+            d = rate(tau + h, r + h * c)
+            r = r + h / 6 * (a + 2 * b + 2 * c + d)
+        return self.ntk(t) * r.exp()
+
+
+def inference_t(length: int, original_length: int, t_max: int) -> int:
+    """ceil(length / L), from 1 to `t_max`: the text is read at positions 0 .. length - 1."""
+    return min(max(math.ceil(length / original_length), 1), t_max)
+
+
+def training_t(t_max: float, generator: Generator, *, whole: bool = False) -> float:
+    """t of one training step, uniform in 1 .. t_max; the authors' program draws `whole` ones."""
+    if whole:
+        return float(torch.randint(1, int(t_max) + 1, (), generator=generator))
+    return 1 + (t_max - 1) * torch.rand((), generator=generator, dtype=torch.float64).item()
+
+
+def training_positions(
+    tokens: int, original_length: int, t: float, generator: Generator
+) -> Float[Tensor, " t"]:
+    """Where `tokens` tokens stand in a text of t L: at its ends and at random between.
+
+    A window n longer than L is sampled on a grid of n t positions and scaled back by n / L.
+    """
+    scale = max(tokens / original_length, 1.0)
+    last = math.floor(max(tokens, original_length) * t) - 1
+    between = randomised(tokens - 2, last - 1, generator) + 1
+    return torch.cat([torch.tensor([0]), between, torch.tensor([last])]).double() / scale
