@@ -10,6 +10,7 @@ from zoo.convert import from_transformers
 from zoo.errors import UserError
 from zoo.mixers.feed_forward import SwiGLU
 from zoo.mixers.mamba import Mamba
+from zoo.mixers.mamba2 import Mamba2
 from zoo.mixers.softmax import SoftmaxAttention
 
 
@@ -44,6 +45,24 @@ def test_mamba_weights_give_mambas_logits():
     ours = Backbone(
         vocab_size=50, width=32, layers=3, norm_eps=1e-5, mixers=[Mamba], feed_forwards=[None]
     ).double()
+    ours.load_state_dict(from_transformers(theirs.state_dict()))
+    tokens = torch.randint(50, (2, 37))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits.double(), rtol=0, atol=1e-5)
+
+
+def test_mamba2_weights_give_mamba2s_logits():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Mamba2Config(
+        vocab_size=50, hidden_size=32, state_size=16, num_hidden_layers=3, layer_norm_epsilon=1e-5,
+        num_heads=4, head_dim=16, n_groups=1, chunk_size=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.Mamba2ForCausalLM(config).double().eval()
+    ours = Backbone(
+        vocab_size=50, width=32, layers=3, norm_eps=1e-5, feed_forwards=[None],
+        mixers=[partial(Mamba2, heads=4, head_width=16, state_size=16)],
+    ).double()  # fmt: skip
     ours.load_state_dict(from_transformers(theirs.state_dict()))
     tokens = torch.randint(50, (2, 37))
     with torch.no_grad():

@@ -8,7 +8,7 @@
     model.layers.N.mlp.{gate,up,down}_proj    blocks.N.feed_forward.{gate,up,down}_proj
     model.norm, lm_head                       norm, head
 
-    transformers Mamba                        here
+    transformers Mamba and Mamba-2            here
     backbone.embeddings.weight                embedding.weight
     backbone.layers.N.norm                    blocks.N.mixer_norm
     backbone.layers.N.mixer.conv1d.weight     blocks.N.mixer.conv_weight, (c, 1, w) as (c, w)
@@ -46,7 +46,8 @@ MAMBA = [
 
 
 def from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a `Backbone` from that of a LlamaForCausalLM or MambaForCausalLM.
+    """The state dict of a `Backbone` from that of a LlamaForCausalLM, MambaForCausalLM or
+    Mamba2ForCausalLM (of one group).
 
     Raises UserError for a tensor that neither table names.
     """

@@ -1,0 +1,124 @@
+"""RetNet, GLA, cosFormer and Mamba-2 against their papers' formulas, token by token in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from zoo.mixers.cosformer import CosFormer
+from zoo.mixers.gla import GLA
+from zoo.mixers.mamba2 import Mamba2
+from zoo.mixers.retnet import RetNet
+
+T, WIDTH = 23, 16
+
+
+def built(kind, **options):
+    torch.manual_seed(0)
+    mixer = kind(width=WIDTH, **options).double()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return mixer, torch.randn(2, T, WIDTH, dtype=torch.float64)
+
+
+def heads(x: torch.Tensor, count: int) -> torch.Tensor:
+    return x.unflatten(-1, (count, -1))
+
+
+def root_mean_square(x: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def test_retention_is_the_papers_parallel_form():
+    """(Q K^T * D) V with D_nm = gamma^(n-m), eq. 5; rotation as multiplication by e^{i n theta}."""
+    mixer, x = built(RetNet, heads=2)
+    q, k, v = (heads(p(x), 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    theta = 10000.0 ** (-2 * torch.arange(4, dtype=torch.float64) / 8)
+    turn = torch.exp(1j * torch.outer(torch.arange(T, dtype=torch.float64), theta))[:, None]
+    q, k = (torch.complex(*a.chunk(2, -1)) * turn for a in (q, k))
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k.conj()).real / math.sqrt(8)
+    apart = torch.arange(T)[:, None] - torch.arange(T)
+    gamma = torch.tensor([1 - 2.0**-5, 1 - 2.0**-6], dtype=torch.float64)
+    D = torch.where(apart >= 0, gamma[:, None, None] ** apart.clamp(min=0), 0.0)
+    o = torch.einsum("bhnm,bmhv->bnhv", scores * D, v)
+    y = mixer.o_proj(F.silu(mixer.gate_proj(x)) * root_mean_square(o).flatten(-2))
+    torch.testing.assert_close(mixer(x), y)
+
+
+def test_gated_linear_attention_is_the_papers_recurrence():
+    mixer, x = built(GLA, heads=2)
+    q, k, v, a = (
+        heads(p(x), 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.decay_proj)
+    )
+    alpha = torch.sigmoid(a) ** (1 / 16)
+    S, outs = torch.zeros(2, 2, 4, 8, dtype=torch.float64), []
+    for t in range(T):
+        S = alpha[:, t, :, :, None] * S + k[:, t, :, :, None] * v[:, t, :, None]
+        outs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S) / 2)
+    o = root_mean_square(torch.stack(outs, 1)) * mixer.norm.weight
+    y = mixer.o_proj(F.silu(mixer.gate_proj(x)) * o.flatten(-2))
+    torch.testing.assert_close(mixer(x), y)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_cosformer_is_the_cosine_of_the_distance(causal):
+    """s_ij = relu(q_i) . relu(k_j) cos(pi (i - j) / 2M), eq. 9, not split into two."""
+    M = 40
+    mixer, x = built(CosFormer, heads=2, reference_length=M, causal=causal)
+    q, k, v = (heads(p(x), 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    apart = (torch.arange(T)[:, None] - torch.arange(T)).double()
+    scores = torch.einsum("bihd,bjhd->bhij", q.relu(), k.relu())
+    scores = scores * torch.cos(math.pi * apart / (2 * M))
+    scores = scores.tril() if causal else scores
+    weights = scores / scores.sum(-1, keepdim=True).clamp(min=1e-6)
+    y = mixer.o_proj(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(-2))
+    torch.testing.assert_close(mixer(x), y)
+
+
+def test_cosformer_refuses_what_lies_beyond_its_reference_length():
+    mixer, x = built(CosFormer, heads=2, reference_length=T)
+    _, state = mixer(x, mixer.empty_state(2))
+    with pytest.raises(ValueError, match=f"at most {T} tokens and was given {T + 1}"):
+        mixer(x[:, :1], state)
+
+
+def test_mamba2_is_its_recurrence():
+    mixer, x = built(Mamba2, heads=2, head_width=8, state_size=4)
+    z, u, dt = mixer.in_proj(x).split([16, 24, 2], -1)
+    padded = F.pad(u, (0, 0, 3, 0))
+    taps = torch.stack([padded[:, i : i + T] for i in range(4)], -1)
+    u = F.silu((taps * mixer.conv_weight).sum(-1) + mixer.conv_bias)
+    values, Bs, Cs = u.split([16, 4, 4], -1)
+    values = heads(values, 2)
+    dt = torch.log1p(torch.exp(dt + mixer.dt_bias))
+    h, outs = torch.zeros(2, 2, 8, 4, dtype=torch.float64), []
+    for t in range(T):
+        decay = torch.exp(-mixer.A_log.exp() * dt[:, t])[..., None, None]
+        h = decay * h + dt[:, t, :, None, None] * values[:, t, :, :, None] * Bs[:, t, None, None]
+        outs.append((h * Cs[:, t, None, None]).sum(-1) + mixer.D[:, None] * values[:, t])
+    y = torch.stack(outs, 1).flatten(-2) * F.silu(z)
+    y = mixer.out_proj(root_mean_square(y) * mixer.norm.weight)
+    torch.testing.assert_close(mixer(x), y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "told"),
+    [
+        (RetNet, {"heads": 3}, "heads=3 must divide width=16"),
+        (RetNet, {"heads": 2, "value_factor": 0}, "value_factor=0"),
+        (GLA, {"heads": 3}, "heads=3 must divide width=16"),
+        (GLA, {"heads": 2, "key_width": 7}, "key_width=7"),
+        (GLA, {"heads": 2, "temperature": 0.0}, "temperature=0.0"),
+        (CosFormer, {"heads": 3, "reference_length": 8}, "heads=3 must divide"),
+        (CosFormer, {"heads": 2, "reference_length": 0}, "reference_length=0"),
+        (Mamba2, {"heads": 0}, "heads=0"),
+        (Mamba2, {"state_size": 0}, "state_size=0"),
+        (Mamba2, {"conv_width": 9}, "conv_width=9"),
+    ],
+)
+def test_impossible_settings_are_refused_in_one_line(kind, options, told):
+    with pytest.raises(ValueError, match=told) as caught:
+        kind(width=WIDTH, **options)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,98 @@
+"""cosFormer: linear attention reweighted by a cosine of the distance (Qin 2022, section 3).
+
+    q', k'      relu(W_q x), relu(W_k x)
+    s_ij        q'_i . k'_j cos(pi (i - j) / 2M)                                   (eq. 9)
+    o_i         sum_j s_ij v_j / sum_j s_ij,   y = W_o o
+
+The cosine of a difference splits, so s_ij is a product of [q' cos a_i, q' sin a_i] and
+[k' cos a_j, k' sin a_j] with a_i = pi i / 2M (eq. 10): linear attention with twice the channels.
+
+M, `reference_length`, bounds the reach: at distance M the weight is 0, and beyond it would be
+negative, so M is also `max_length`. The authors' program takes M from the text at hand, which lets
+outputs depend on the length to come; here it is fixed. The paper's locality comes with M equal to
+the training length; a larger M flattens the cosine over the trained distances in exchange for the
+right to read on. The state is the sums of both halves, in float32, and the tokens read.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from zoo.mixers.base import Mixer, linear, refuse_state, residual_gain
+from zoo.ops.linear_attention import SMALLEST, LinearState, linear_attention
+
+
+class CosFormerState(NamedTuple):
+    S: Float[Tensor, "b h k v"]
+    z: Float[Tensor, "b h k"]
+    seen: int
+
+
+class CosFormer(Mixer):
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        reference_length: int,
+        backend: str = "auto",
+        causal: bool = True,
+        layer: int = 0,
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"heads={heads} must divide width={width}")
+        if reference_length < 1:
+            raise ValueError(f"reference_length={reference_length} must be at least 1")
+        self.heads, self.backend, self.causal = heads, backend, causal
+        self.max_length = self.reference_length = reference_length
+        self.q_proj, self.k_proj = linear(width, width), linear(width, width)
+        self.v_proj = linear(width, width)
+        self.o_proj = linear(width, width, gain=residual_gain(layers))
+
+    def forward(self, x: Float[Tensor, "b t d"], state: CosFormerState | None = None):
+        seen = state.seen if state else 0
+        end = seen + x.shape[1]
+        if end > self.reference_length:
+            raise ValueError(
+                f"cosformer reads at most {self.max_length} tokens and was given {end}"
+            )
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = (self._reweighted(a.relu(), seen) for a in (q, k))
+        if not self.causal:
+            refuse_state(state)
+            return self.o_proj(_bidirectional(q, k, v).flatten(-2))
+        before = LinearState(state.S, state.z) if state else None
+        y, after = linear_attention(q, k, v, normalise=True, state=before, backend=self.backend)
+        y = self.o_proj(y.flatten(-2))
+        return y if state is None else (y, CosFormerState(after.S, after.z, end))
+
+    def _reweighted(self, x: Tensor, start: int) -> Float[Tensor, "b t h k"]:
+        """[x cos a, x sin a] with a = pi i / 2M at positions start, start + 1, ..."""
+        wide = torch.promote_types(self.o_proj.weight.dtype, torch.float32)
+        i = torch.arange(start, start + x.shape[1], device=x.device, dtype=torch.float64)
+        a = (math.pi / 2 / self.reference_length * i)[:, None, None]
+        return torch.cat([x * a.cos().to(wide), x * a.sin().to(wide)], -1)
+
+    def empty_state(self, batch: int) -> CosFormerState:
+        weight = self.o_proj.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        head = weight.shape[0] // self.heads
+        S = weight.new_zeros((batch, self.heads, 2 * head, head), dtype=wide)
+        return CosFormerState(S, S[..., 0].clone(), 0)
+
+
+def _bidirectional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every token from every token, by the order that is linear in them."""
+    with torch.autocast(q.device.type, enabled=False):
+        S = torch.einsum("bthk,bthv->bhkv", k, v.to(k.dtype))
+        y = torch.einsum("bthk,bhkv->bthv", q, S)
+        total = torch.einsum("bthk,bhk->bth", q, k.sum(1)).clamp(min=SMALLEST)
+    return (y / total[..., None]).to(v.dtype)

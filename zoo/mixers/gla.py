@@ -1,0 +1,73 @@
+"""Gated linear attention (Yang 2023, "Gated Linear Attention Transformers", section 4).
+
+    q, k, v     W_q x, W_k x, W_v x; keys have half the width, values all of it
+    alpha_t     sigmoid(W_2 W_1 x_t + b)^(1 / tau), tau = 16: what each key channel keeps (sec. 4.4)
+    S_t         diag(alpha_t) S_{t-1} + k_t^T v_t
+    o_t         q_t S_t / sqrt(key width), RMS-normalised per head; y = W_o (silu(W_r x) * o)
+
+The state is S, in float32.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from zoo.mixers.base import Mixer, linear, residual_gain
+from zoo.ops.linear_attention import linear_attention
+
+
+class GLA(Mixer):
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        key_width: int | None = None,
+        gate_rank: int = 16,
+        temperature: float = 16.0,
+        backend: str = "auto",
+        layer: int = 0,
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        keys = width // 2 if key_width is None else key_width
+        if heads < 1 or width % heads or keys < heads or keys % heads:
+            raise ValueError(f"heads={heads} must divide width={width} and key_width={keys}")
+        if gate_rank < 1 or not temperature > 0:
+            raise ValueError(
+                f"gate_rank={gate_rank} must be at least 1 and temperature={temperature} positive"
+            )
+        self.heads, self.keys, self.temperature = heads, keys, temperature
+        self.backend = backend
+        self.q_proj, self.k_proj = linear(width, keys), linear(width, keys)
+        self.v_proj = linear(width, width)
+        self.decay_proj = nn.Sequential(
+            linear(width, gate_rank), linear(gate_rank, keys, bias=True)
+        )
+        self.gate_proj = linear(width, width)
+        self.norm = nn.RMSNorm(width // heads, eps=1e-5)
+        self.o_proj = linear(width, width, gain=residual_gain(layers))
+
+    def forward(self, x: Float[Tensor, "b t d"], state: Tensor | None = None):
+        q, k, v, decay = (
+            proj(x).unflatten(-1, (self.heads, -1))
+            for proj in (self.q_proj, self.k_proj, self.v_proj, self.decay_proj)
+        )
+        wide = torch.promote_types(self.o_proj.weight.dtype, torch.float32)
+        o, S = linear_attention(
+            q * (self.keys // self.heads) ** -0.5,
+            k,
+            v,
+            F.logsigmoid(decay.to(wide)) / self.temperature,
+            state=state,
+            backend=self.backend,
+        )
+        y = self.o_proj(self.norm(o).flatten(-2) * F.silu(self.gate_proj(x)))
+        return y if state is None else (y, S)
+
+    def empty_state(self, batch: int) -> Float[Tensor, "b h k v"]:
+        weight = self.o_proj.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        shape = (batch, self.heads, self.keys // self.heads, weight.shape[0] // self.heads)
+        return weight.new_zeros(shape, dtype=wide)

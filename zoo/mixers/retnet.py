@@ -1,0 +1,78 @@
+"""Retention, the token mixing of RetNet (Sun 2023, section 2).
+
+    q, k        W_q x, W_k x, turned by rotary positions; scores scaled by 1 / sqrt(head width)
+    gamma_h     1 - 2^(-5 - h), the decay of head h: fixed, each head its own reach   (eq. 8)
+    S_n         gamma S_{n-1} + k_n^T v_n                                              (eq. 6)
+    y           W_o (silu(W_g x) * norm(q_n S_n)), the norm over each head             (eq. 8)
+
+The state is S, in float32, and the number of tokens read, which the rotation needs. The paper's
+rotation carries no xPos factor either: the decay does its work. Values and gate are `value_factor`
+widths, 2 as published.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from zoo.mixers.base import Mixer, linear, residual_gain
+from zoo.ops.linear_attention import linear_attention
+from zoo.positions.rope import inverse_frequencies, rotate
+
+
+class RetentionState(NamedTuple):
+    S: Float[Tensor, "b h k v"]
+    seen: int
+
+
+class RetNet(Mixer):
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        value_factor: int = 2,
+        rope_base: float = 10000.0,
+        backend: str = "auto",
+        layer: int = 0,
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or width % (2 * heads):
+            raise ValueError(f"heads={heads} must divide width={width} into even head widths")
+        if value_factor < 1:
+            raise ValueError(f"value_factor={value_factor} must be at least 1")
+        self.heads, self.head_width, self.backend = heads, width // heads, backend
+        self.inv_freq = inverse_frequencies(self.head_width, rope_base)
+        self.log_decay = [math.log1p(-(2.0 ** (-5 - head))) for head in range(heads)]
+        self.q_proj, self.k_proj = linear(width, width), linear(width, width)
+        self.v_proj = linear(width, value_factor * width)
+        self.gate_proj = linear(width, value_factor * width)
+        self.norm = nn.RMSNorm(self.head_width * value_factor, eps=1e-5, elementwise_affine=False)
+        self.o_proj = linear(value_factor * width, width, gain=residual_gain(layers))
+
+    def forward(self, x: Float[Tensor, "b t d"], state: RetentionState | None = None):
+        seen = state.seen if state else 0
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y, S = linear_attention(
+            rotate(q, self.inv_freq, seen) * self.head_width**-0.5,
+            rotate(k, self.inv_freq, seen),
+            v,
+            torch.tensor(self.log_decay, dtype=torch.float64, device=x.device),
+            state=state.S if state else None,
+            backend=self.backend,
+        )
+        y = self.o_proj(self.norm(y).flatten(-2) * F.silu(self.gate_proj(x)))
+        return y if state is None else (y, RetentionState(S, seen + x.shape[1]))
+
+    def empty_state(self, batch: int) -> RetentionState:
+        weight = self.o_proj.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        shape = (batch, self.heads, self.head_width, self.v_proj.out_features // self.heads)
+        return RetentionState(weight.new_zeros(shape, dtype=wide), 0)
