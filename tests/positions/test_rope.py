@@ -65,7 +65,8 @@ def test_layouts_differ_by_a_permutation_of_the_channels():
     x = torch.randn(2, 7, 3, 12, dtype=torch.float64)
     regroup = torch.arange(12).view(6, 2).T.flatten()
     halves = rotate(x[..., regroup], theta, 5)
-    assert torch.equal(halves, rotate(x, theta, 5, interleaved=True)[..., regroup])
+    wanted = rotate(x, theta, 5, interleaved=True)[..., regroup]
+    torch.testing.assert_close(halves, wanted, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -141,7 +142,8 @@ def test_a_tensor_of_frequencies_gets_its_gradient():
     x = torch.randn(2, 5, 1, 6, dtype=torch.float64)
     theta = torch.tensor(inverse_frequencies(6), dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda f: rotate(x, f, 3, attention_factor=1.2), theta)
-    assert torch.equal(rotate(x, theta, 3), rotate(x, inverse_frequencies(6), 3))
+    fixed = rotate(x, inverse_frequencies(6), 3)
+    torch.testing.assert_close(rotate(x, theta, 3), fixed, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("tokens", [1, 33])
@@ -154,3 +156,11 @@ def test_rotation_is_that_of_transformers(tokens):
     found = (rotate(x, inverse_frequencies(16)) for x in (q, k))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_a_turn_is_the_turn_back():
+    theta = inverse_frequencies(6)
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64, requires_grad=True)  # two channels stay
+    turn = lambda y: rotate(y, theta, 2**20, attention_factor=1.3)  # noqa: E731
+    assert torch.autograd.gradcheck(turn, x)
+    assert torch.autograd.gradgradcheck(turn, x)

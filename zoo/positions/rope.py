@@ -82,12 +82,38 @@ def rotate(
         raise ValueError(f"rotary width {width} is more than the head width {x.shape[-1]}")
     wide, rest = wide[..., :width], x[..., width:]
     if interleaved:
-        x1, x2 = wide[..., 0::2], wide[..., 1::2]
-    else:
+        out = torch.stack(_turned_pairs(wide[..., 0::2], wide[..., 1::2], cos, sin), -1).flatten(-2)
+    elif cos.requires_grad:
         x1, x2 = wide.chunk(2, -1)
-    pairs = (x1 * cos - x2 * sin, x1 * sin + x2 * cos)
-    out = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
+        out = torch.cat(_turned_pairs(x1, x2, cos, sin), -1)
+    else:
+        out = _Turn.apply(wide, cos, sin)
     return torch.cat([out.to(x.dtype), rest], -1) if rest.shape[-1] else out.to(x.dtype)
+
+
+def _turned_pairs(x1: Tensor, x2: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return x1 * cos - x2 * sin, x1 * sin + x2 * cos
+
+
+class _Turn(torch.autograd.Function):
+    """Llama's layout by turns that are fixed, written in place: a training step feels the copies.
+
+    The gradient of a turn is the turn back.
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        out = x.new_empty(x.shape)
+        (x1, x2), (y1, y2) = x.chunk(2, -1), out.chunk(2, -1)
+        torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
+        torch.mul(x1, sin, out=y2).addcmul_(x2, cos)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _Turn.apply(grad, cos, -sin), None, None
 
 
 def turned(
