@@ -40,3 +40,9 @@ def test_every_mixer_file_is_reached_by_some_yaml():
     for source in ROOT.glob("zoo/mixers/*.py"):
         if source.stem not in SHARED:
             assert f"zoo.mixers.{source.stem}." in named, f"no YAML names {source.name}"
+
+
+def test_the_comparison_of_the_whole_zoo_names_every_architecture():
+    experiment = yaml.safe_load((ROOT / "configs/experiment/zoo.yaml").read_text())
+    named = experiment["hydra"]["sweeper"]["params"]["model"].replace(" ", "").split(",")
+    assert sorted(named) == sorted(path.stem for path in MODELS)

@@ -1,0 +1,78 @@
+"""DeltaNet, linear attention that corrects what it stored (Yang 2024, sections 2.2 and 3.3).
+
+    q, k, v     W_q x, W_k x, W_v x, each through a causal convolution of 4 tokens and silu;
+                q and k then scaled to length 1 per head
+    beta_t      sigmoid(W_beta x_t), one per head: how much of what k_t held is replaced
+    S_t         S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T        (Schlag 2021, section 4.2)
+    o_t         S_t q_t, RMS-normalised per head; y = W_o o
+
+The state is the convolutions' last `conv_width - 1` inputs and S, in float32 (here (k, v) per head,
+the paper's transposed). One projection and one convolution serve q, k and v.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from zoo.mixers.base import Mixer, compute_dtype, linear, residual_gain
+from zoo.ops.causal_conv import causal_conv
+from zoo.ops.delta_rule import delta_rule, unit_length
+
+
+class DeltaState(NamedTuple):
+    conv: Float[Tensor, "b w c"]  # the convolution's last conv_width - 1 inputs: q, k and v
+    S: Float[Tensor, "b h k v"]
+
+
+class DeltaNet(Mixer):
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        conv_width: int = 4,
+        backend: str = "auto",
+        layer: int = 0,
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"heads={heads} must divide width={width}")
+        if not 2 <= conv_width <= 8:
+            raise ValueError(f"conv_width={conv_width} must be 2 to 8")
+        self.heads, self.conv_width, self.backend = heads, conv_width, backend
+        self.qkv_proj = linear(width, 3 * width)
+        bound = conv_width**-0.5  # a depthwise convolution sees conv_width inputs
+        self.conv_weight = nn.Parameter(torch.empty(3 * width, conv_width).uniform_(-bound, bound))
+        self.beta_proj = linear(width, heads)
+        self.norm = nn.RMSNorm(width // heads, eps=1e-5)
+        self.o_proj = linear(width, width, gain=residual_gain(layers))
+
+    def forward(self, x: Float[Tensor, "b t d"], state: DeltaState | None = None):
+        qkv, conv = causal_conv(
+            self.qkv_proj(x), self.conv_weight, state=state.conv if state else None
+        )
+        q, k, v = (u.unflatten(-1, (self.heads, -1)) for u in qkv.chunk(3, -1))
+        wide = torch.promote_types(v.dtype, torch.float32)  # of the state, and of the norm
+        y, S = delta_rule(
+            unit_length(q),
+            unit_length(k),
+            v.to(wide),
+            torch.sigmoid(self.beta_proj(x)),
+            state=state.S if state else None,
+            backend=self.backend,
+        )
+        y = self.o_proj(self.norm(y).flatten(-2))
+        return y if state is None else (y, DeltaState(conv, S))
+
+    def empty_state(self, batch: int) -> DeltaState:
+        weight = self.o_proj.weight
+        width = len(weight)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        conv = (batch, self.conv_width - 1, 3 * width)
+        S = (batch, self.heads, width // self.heads, width // self.heads)
+        return DeltaState(
+            weight.new_zeros(conv, dtype=compute_dtype(weight)), weight.new_zeros(S, dtype=wide)
+        )

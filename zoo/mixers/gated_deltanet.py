@@ -1,0 +1,100 @@
+"""Gated DeltaNet, the delta rule with forgetting (Yang 2024b, sections 3.1 and 3.4).
+
+    q, k, v     W_q x, W_k x, W_v x, each through a causal convolution of 4 tokens and silu;
+                q and k then scaled to length 1 per head
+    beta_t      sigmoid(W_beta x_t), one per head: how much of what k_t held is replaced
+    alpha_t     exp(-exp(A_log) softplus(W_a x_t + dt_bias)), one per head: Mamba-2's decay
+    S_t         S_{t-1} alpha_t (I - beta_t k_t k_t^T) + beta_t v_t k_t^T
+    o_t         S_t q_t, RMS-normalised per head, times silu(W_g x_t); y = W_o o
+
+Published sizes: keys have 3/4 of the width, shared by the heads, values twice that, so that the
+mixer has 6 width^2 parameters. The state is the convolutions' last `conv_width - 1` inputs and S,
+in float32 (here (k, v) per head, the paper's transposed). One projection and one convolution
+serve q, k and v.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from zoo.mixers.base import Mixer, compute_dtype, linear, residual_gain
+from zoo.mixers.deltanet import DeltaState
+from zoo.ops.causal_conv import causal_conv
+from zoo.ops.delta_rule import delta_rule, unit_length
+
+DT_MIN, DT_MAX = 1e-3, 1e-1  # initial steps: log-uniform, as in Mamba-2
+A_MAX = 16.0  # initial rates: uniform up to this, as published
+
+
+class GatedDeltaNet(Mixer):
+    min_window = 2  # a decay acts on what an earlier token wrote
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        head_width: int | None = None,
+        value_factor: int = 2,
+        conv_width: int = 4,
+        backend: str = "auto",
+        layer: int = 0,
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        most = 3 * width // 4
+        if not 1 <= heads <= most:
+            raise ValueError(f"heads={heads} must be 1 to {most} at width={width}")
+        key = most // heads if head_width is None else head_width
+        for name, value in (("head_width", key), ("value_factor", value_factor)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if not 2 <= conv_width <= 8:
+            raise ValueError(f"conv_width={conv_width} must be 2 to 8")
+        self.heads, self.conv_width, self.backend = heads, conv_width, backend
+        self.widths = [heads * key, heads * key, heads * key * value_factor]  # of q, k, v
+        self.qkv_proj = linear(width, sum(self.widths))
+        bound = conv_width**-0.5  # a depthwise convolution sees conv_width inputs
+        weight = torch.empty(sum(self.widths), conv_width)
+        self.conv_weight = nn.Parameter(weight.uniform_(-bound, bound))
+        self.beta_proj = linear(width, heads)
+        self.a_proj = linear(width, heads)
+        rates = torch.empty(heads).uniform_(1e-4, A_MAX)  # none is 0: its logarithm is kept
+        self.A_log = nn.Parameter(rates.log())
+        dt = torch.empty(heads).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        self.gate_proj = linear(width, self.widths[2])
+        self.norm = nn.RMSNorm(key * value_factor, eps=1e-5)
+        self.o_proj = linear(self.widths[2], width, gain=residual_gain(layers))
+
+    def forward(self, x: Float[Tensor, "b t d"], state: DeltaState | None = None):
+        qkv, conv = causal_conv(
+            self.qkv_proj(x), self.conv_weight, state=state.conv if state else None
+        )
+        q, k, v = (u.unflatten(-1, (self.heads, -1)) for u in qkv.split(self.widths, -1))
+        wide = torch.promote_types(self.A_log.dtype, torch.float32)
+        step = F.softplus(self.a_proj(x).to(wide) + self.dt_bias.to(wide))
+        y, S = delta_rule(
+            unit_length(q),
+            unit_length(k),
+            v.to(wide),
+            torch.sigmoid(self.beta_proj(x)),
+            -self.A_log.to(wide).exp() * step,
+            state=state.S if state else None,
+            backend=self.backend,
+        )
+        y = self.norm(y).flatten(-2) * F.silu(self.gate_proj(x))
+        y = self.o_proj(y)
+        return y if state is None else (y, DeltaState(conv, S))
+
+    def empty_state(self, batch: int) -> DeltaState:
+        weight = self.o_proj.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        conv = (batch, self.conv_width - 1, sum(self.widths))
+        S = (batch, self.heads, *(w // self.heads for w in self.widths[1:]))
+        return DeltaState(
+            weight.new_zeros(conv, dtype=compute_dtype(weight)), weight.new_zeros(S, dtype=wide)
+        )
