@@ -49,8 +49,26 @@ INLINE Vec splat(Real a) { return a - (Vec){}; } /* a - 0, not a + 0: keeps -0 *
 INLINE Vec choose(Mask where, Vec a, Vec b) {
     return (Vec)(((Mask)a & where) | ((Mask)b & ~where));
 }
-INLINE Vec smaller(Vec a, Vec b) { return choose(b < a, b, a); } /* a where either is NaN */
+
+/* The smaller, the larger; a where either is NaN. GCC makes three instructions of a choice. */
+#ifdef __AVX__
+#ifdef DOUBLE
+#define EXTREME(name) __asm__("v" name "pd %2, %1, %0" : "=v"(a) : "v"(b), "v"(a))
+#else
+#define EXTREME(name) __asm__("v" name "ps %2, %1, %0" : "=v"(a) : "v"(b), "v"(a))
+#endif
+INLINE Vec smaller(Vec a, Vec b) {
+    EXTREME("min");
+    return a;
+}
+INLINE Vec larger(Vec a, Vec b) {
+    EXTREME("max");
+    return a;
+}
+#else
+INLINE Vec smaller(Vec a, Vec b) { return choose(b < a, b, a); }
 INLINE Vec larger(Vec a, Vec b) { return choose(b > a, b, a); }
+#endif
 
 INLINE Vec blend(Mask where, Vec a, Vec b) { /* `choose` for masks not fresh from a comparison */
     return (Vec)((Mask)b ^ (((Mask)a ^ (Mask)b) & where));
@@ -88,8 +106,10 @@ INLINE void store_strided(Real *to, Vec v, Int stride, Int count) {
  * low bits and goes straight to the exponent. The rest f lies in [-1/2, 1/2], where
  *     2^f = 1 + f P(f)
  * with constant term exactly 1, and P fitted so that (2^f - 1) / f has the least relative error:
- * a decay 1 - e is right in e too, else slow channels drift. `clamp` is needed where y may leave
- * the normal exponents.
+ * a decay 1 - e is right in e too, else slow channels drift.
+ *
+ * Where the caller knows more of y, less is needed: ANY y is clamped to the normal exponents first,
+ * a NORMAL one lies within LOWEST, and a MILD one in [-MILDEST, 0] needs no rounding: f = y.
  */
 #define LOG2E 1.44269504088896340736
 #ifdef DOUBLE
@@ -103,6 +123,8 @@ static const Real EXP2[] = {/* (ln 2)^k / k!: the series, below half a unit in t
     1.5252733804059840280e-5,  1.3215486790144309488e-6,  1.0178086009239699728e-7,
     7.0549116208011233299e-9,  4.4455382718708114976e-10, 2.5678435993488205142e-11,
     1.3691488853904128881e-12};
+#define MILDEST 0.5 /* a longer series would cost what it saves */
+#define EXP2_MILD EXP2
 #else
 #define ROUND 12582912.0f
 #define MANTISSA 23
@@ -110,22 +132,40 @@ static const Real EXP2[] = {/* (ln 2)^k / k!: the series, below half a unit in t
 #define LOG2E_LOW 1.925963033500e-8
 static const Real EXP2[] = {6.931471825e-1f, 2.402234823e-1f, 5.550333112e-2f, 9.666373022e-3f,
                             1.340043615e-3f};
+#define MILDEST 2
+static const Real EXP2_MILD[] = {/* of [-2, 0], relative to 2^f and to 1 - 2^f: 6e-8 */
+    6.931471825e-1f, 2.402256280e-1f, 5.549731851e-2f, 9.599153884e-3f,
+    1.307605882e-3f, 1.354643900e-4f, 8.143807463e-6f};
 #endif
-enum { EXP2_TERMS = sizeof EXP2 / sizeof *EXP2 };
+enum {
+    EXP2_TERMS = sizeof EXP2 / sizeof *EXP2,
+    EXP2_MILD_TERMS = sizeof EXP2_MILD / sizeof *EXP2_MILD
+};
+typedef enum { MILD, NORMAL, ANY } Range;
 
 /* `many` at once, step by step: independent chains side by side keep both FMA pipes busy, where one
  * after the other they would fill the scheduler with waiting instructions. */
 #define ALL(m, many) _Pragma("GCC unroll 8") for (int m = 0; m < many; m++)
+/* polynomial(c, terms, f) = c_0 + c_1 f + c_2 f^2 + ... */
+INLINE void polynomial(Vec *result, const Real *c, int terms, const Vec *f, int many) {
+    ALL(m, many) result[m] = f[m] * c[terms - 1] + c[terms - 2];
+#pragma GCC unroll 32
+    for (int k = terms - 3; k >= 0; k--) ALL(m, many) result[m] = result[m] * f[m] + c[k];
+}
 INLINE void exp2_poly(Vec *result, const Vec *f, const Vec *rounded, int many) {
-    ALL(m, many) result[m] = f[m] * EXP2[EXP2_TERMS - 1] + EXP2[EXP2_TERMS - 2];
-#pragma GCC unroll 16
-    for (int k = EXP2_TERMS - 3; k >= 0; k--) ALL(m, many) result[m] = result[m] * f[m] + EXP2[k];
+    polynomial(result, EXP2, EXP2_TERMS, f, many);
     ALL(m, many) result[m] = result[m] * f[m] + (Real)1;
     ALL(m, many) result[m] = (Vec)((Mask)result[m] + ((Mask)rounded[m] << MANTISSA));
 }
-INLINE void exp2_products(Vec *result, Vec a, const Vec *b, int many, int clamp) {
+INLINE void exp2_products(Vec *result, Vec a, const Vec *b, int many, Range range) {
     Vec y[8], rounded[8], f[8];
-    if (clamp) {
+    if (range == MILD) {
+        ALL(m, many) f[m] = a * b[m];
+        polynomial(result, EXP2_MILD, EXP2_MILD_TERMS, f, many);
+        ALL(m, many) result[m] = result[m] * f[m] + (Real)1;
+        return;
+    }
+    if (range == ANY) {
         ALL(m, many) y[m] = smaller(larger(a * b[m], splat((Real)LOWEST)), splat((Real)-LOWEST));
         ALL(m, many) rounded[m] = y[m] + (Real)ROUND;
         ALL(m, many) f[m] = y[m] - (rounded[m] - (Real)ROUND);
@@ -147,29 +187,32 @@ INLINE void exp_minus_abs(Vec *e, const Vec *v, int many) {
     ALL(m, many) f[m] += a[m] * (Real)LOG2E_LOW;
     exp2_poly(e, f, rounded, many);
 }
-/* softplus(v) = max(v, 0) + log(1 + e) and its derivative sigmoid(v), by one division.
- * log(1 + e) = 2 artanh(s), s = e / (2 + e) <= 1/3: accurate relative to itself for small e. */
+/* softplus(v) = max(v, 0) + log(1 + e) and, unless null, its derivative sigmoid(v).
+ * log(1 + e) = e (1 + e P(e)), with P fitted on [0, 1]: accurate relative to itself for small e. */
 #ifdef DOUBLE
-static const Real ARTANH[] = {1,        1. / 3,  1. / 5,  1. / 7,  1. / 9,  1. / 11,
-                              1. / 13, 1. / 15, 1. / 17, 1. / 19, 1. / 21, 1. / 23,
-                              1. / 25, 1. / 27, 1. / 29, 1. / 31, 1. / 33};
+static const Real LOG1P[] = {
+    -4.99999999999999833e-01, 3.33333333333295345e-01,  -2.49999999997070621e-01,
+    1.99999999883986868e-01,  -1.66666663880294164e-01, 1.42857098218161699e-01,
+    -1.24999492722288455e-01, 1.11106843676368097e-01,  -9.99725872292441531e-02,
+    9.07714525258963567e-02,  -8.27833231276749043e-02, 7.51484381227694315e-02,
+    -6.67491268413180072e-02, 5.64724933086993772e-02,  -4.39482041828084882e-02,
+    3.02531688784143382e-02,  -1.76834931070630058e-02, 8.40221687762507038e-03,
+    -3.08228128682449740e-03, 8.12804061879703272e-04,  -1.36396195886874429e-04,
+    1.09002433220063295e-05};
 #else
-static const Real ARTANH[] = {1, 3.3333156e-1f, 2.0012558e-1f, 1.3978831e-1f, 1.4095779e-1f};
+static const Real LOG1P[] = {-4.999964833e-1f, 3.332132399e-1f,  -2.485716492e-1f,
+                             1.915365607e-1f,  -1.375380903e-1f, 7.920461893e-2f,
+                             -3.006575629e-2f, 5.364760756e-3f};
 #endif
-enum { ARTANH_TERMS = sizeof ARTANH / sizeof *ARTANH };
+enum { LOG1P_TERMS = sizeof LOG1P / sizeof *LOG1P };
 
-/* The derivative is left out where `slope` is null. */
 INLINE void softplus(Vec *result, Vec *slope, const Vec *v, int many) {
-    Vec e[8], inverse[8], s[8], q[8], p[8];
+    Vec e[8], p[8];
     exp_minus_abs(e, v, many);
-    ALL(m, many) inverse[m] = 1 / ((2 + e[m]) * (1 + e[m]));
-    if (slope) ALL(m, many) slope[m] = if_negative(v[m], e[m], splat(1)) * (2 + e[m]) * inverse[m];
-    ALL(m, many) s[m] = e[m] * (1 + e[m]) * inverse[m];
-    ALL(m, many) q[m] = s[m] * s[m];
-    ALL(m, many) p[m] = q[m] * ARTANH[ARTANH_TERMS - 1] + ARTANH[ARTANH_TERMS - 2];
-#pragma GCC unroll 20
-    for (int k = ARTANH_TERMS - 3; k >= 0; k--) ALL(m, many) p[m] = p[m] * q[m] + ARTANH[k];
-    ALL(m, many) result[m] = if_negative(v[m], splat(0), v[m]) + 2 * s[m] * p[m];
+    if (slope) ALL(m, many) slope[m] = if_negative(v[m], e[m], splat(1)) / (1 + e[m]);
+    polynomial(p, LOG1P, LOG1P_TERMS, e, many);
+    ALL(m, many) p[m] = p[m] * e[m] + (Real)1;
+    ALL(m, many) result[m] = p[m] * e[m] + larger(v[m], splat(0));
 }
 /* silu(v) = v sigmoid(v) and, unless null, its derivative. */
 INLINE void silu(Vec *result, Vec *slope, const Vec *v, int many) {

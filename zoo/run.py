@@ -39,7 +39,7 @@ log = logging.getLogger("zoo")
 
 # The fields that say what a row measured; the others say what came out.
 ROW_IDENTITY = (
-    *("task", "protocol", "phase", "length", "split", "extension", "extension_factor"),
+    *("task", "protocol", "phase", "length", "split", "extension_settings"),
     *("fingerprint", "device", "dtype"),
 )
 # What a run that goes on may change; all else makes it another run.

@@ -51,7 +51,7 @@ def test_names_beside_the_lines_do_not_overlap():
 
 
 def test_points_hold_the_scores_and_their_intervals():
-    figure = scores(gather([score_row("mamba", 1024, 2.0, interval=[1.9, 2.2])], []), "stride_tail")
+    figure = scores(gather([score_row("mamba", 1024, 2.0, interval=[1.9, 2.2])], []), "half_tail")
     (point,) = figure.points
     assert (point["x"], point["y"], point["low"], point["high"]) == (1024, 2.0, 1.9, 2.2)
     assert figure.rules == (512,)
@@ -86,7 +86,7 @@ def test_an_interval_below_zero_still_draws():
     rows = [score_row("mamba", 512, bits, seed=bits) for bits in (2, 4)]
     rows += [score_row("rwkv", 512, 30.0)]
     results = gather(rows, [])
-    spec = scores(results, "stride_tail").draw(styles(results)).to_dict()
+    spec = scores(results, "half_tail").draw(styles(results)).to_dict()
     area = next(layer for layer in spec["layer"] if layer["mark"]["type"] == "area")
     assert area["encoding"]["y"]["scale"]["type"] == "log"
     assert min(point["low"] for point in area["data"]["values"]) > 0
@@ -94,6 +94,6 @@ def test_an_interval_below_zero_still_draws():
 
 def test_the_training_length_is_within_the_figure():
     results = gather([score_row("mamba", length, 2.0) for length in (1024, 2048)], [])
-    spec = scores(results, "stride_tail").draw(styles(results)).to_dict()
+    spec = scores(results, "half_tail").draw(styles(results)).to_dict()
     low, high = spec["layer"][0]["encoding"]["x"]["scale"]["domain"]
     assert low < 512 < high

@@ -74,7 +74,13 @@ def test_every_figure_has_its_specification_and_words_for_it(page):
     figures = [attributes for _, attributes in page.tags if "data-figure" in attributes]
     names = {figure["data-figure"] for figure in figures}
     assert names == {
-        *("scores-stride_tail", "scores-blocks", "positions-perplexity", "positions-stream"),
+        *(
+            "scores-half_tail",
+            "changes-half_tail",
+            "scores-blocks",
+            "positions-perplexity",
+            "positions-stream",
+        ),
         *("forward", "decode", "peak", "state"),
     }
     assert {f"spec-{name}" for name in names} == set(page.specs)
@@ -117,7 +123,7 @@ def test_names_and_reasons_cannot_break_out(tmp_path):
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert len([tag for tag, _ in page.tags if tag == "script"]) == 2 + len(page.specs)
     assert f"failed: {EVIL}" in page.text
-    assert json.dumps(EVIL) in json.dumps(page.specs["spec-scores-stride_tail"])
+    assert json.dumps(EVIL) in json.dumps(page.specs["spec-scores-half_tail"])
 
 
 @pytest.mark.parametrize(
@@ -141,11 +147,11 @@ def test_poor_results_still_make_a_page(tmp_path, rows):
 
 def test_twenty_arms_with_three_seeds(tmp_path):
     arms = {f"arm-{i:02d}": (1.8 + i / 50, 0.02 * (i % 4), None) for i in range(20)}
-    rows = [row for row in experiment(arms, 3) if row.get("protocol") == "stride_tail"]
+    rows = [row for row in experiment(arms, 3) if row.get("protocol") == "half_tail"]
     page, printed = make(tmp_path, rows)
     assert all(arm in page.text and arm in printed for arm in arms)
     assert "One seed" not in page.text
-    domain = page.specs["spec-scores-stride_tail"]["layer"][4]["encoding"]["color"]["scale"]
+    domain = page.specs["spec-scores-half_tail"]["layer"][4]["encoding"]["color"]["scale"]
     assert len(domain["domain"]) == len(domain["range"]) == 20
 
 

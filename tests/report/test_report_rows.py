@@ -1,6 +1,7 @@
 """Which rows make an arm, and how sure its numbers are."""
 
 import math
+import random
 
 import pytest
 from synthetic import experiment, identity, score_row
@@ -9,9 +10,7 @@ from zoo.report.rows import gather, interval
 
 
 def cell(rows, label="mamba", length=512):
-    cells = gather(rows, []).cells(
-        "perplexity", "bits_per_byte", spread=True, protocol="stride_tail"
-    )
+    cells = gather(rows, []).cells("perplexity", "bits_per_byte", spread=True, protocol="half_tail")
     return cells[label][length]
 
 
@@ -29,7 +28,82 @@ def test_one_seed_keeps_the_interval_of_its_row():
 
 @pytest.mark.parametrize("broken", [None, [1.0], [math.nan, 2.0], "1.0 2.0"])
 def test_a_broken_interval_is_none(broken):
-    assert interval([2.0], broken) == (None, None)
+    mine = cell([score_row("mamba", 512, 2.0, interval=broken)])
+    assert (mine.value, mine.low, mine.high) == (2.0, None, None)
+
+
+@pytest.mark.parametrize("count", [4, 6, 24])
+def test_the_interval_covers_the_truth_as_often_as_it_says(count):
+    generator = random.Random(1)
+    inside = 0
+    for _ in range(2000):
+        low, high = interval([generator.gauss(2.0, 0.3) for _ in range(count)])  # type: ignore
+        inside += low <= 2.0 <= high
+    assert 0.935 <= inside / 2000 <= 0.965
+
+
+def test_a_single_value_has_no_interval():
+    assert interval([2.0]) is None
+
+
+def pair(**other):
+    """Two arms on three stretches of very different difficulty, almost equally good on each."""
+    common = {"units": 3, "interval": [0.0, 5.0]}
+    return [
+        score_row("transformer", 512, 2.0, unit_bits=[1.0, 2.0, 3.0], **common),
+        score_row("mamba", 512, 2.1, **common | {"unit_bits": [1.09, 2.1, 3.11]} | other),
+    ]
+
+
+def test_arms_are_compared_on_the_same_stretches():
+    mine = gather(pair(), []).differences("half_tail")
+    half = 4.303 * 0.01 / math.sqrt(3)  # the differences are 0.09, 0.10, 0.11
+    (only,) = mine.values()
+    assert only[512].value == pytest.approx(0.1)
+    assert (only[512].low, only[512].high) == pytest.approx((0.1 - half, 0.1 + half))
+
+
+@pytest.mark.parametrize("name", ["units", "unit", "documents", "split", "count", "seed"])
+def test_what_was_not_scored_on_the_same_text_is_not_compared(name):
+    mine = gather(pair(**{name: 7}), []).differences("half_tail")["mamba"][512]
+    assert mine.value is None
+    assert mine.reason == "nothing to compare with: no seed scored the same text"
+
+
+def test_rows_without_scores_by_stretch_compare_without_an_interval():
+    mine = gather(pair(unit_bits=None), []).differences("half_tail")["mamba"][512]
+    assert (mine.value, mine.low) == (pytest.approx(0.1), None)
+
+
+def test_several_seeds_are_compared_seed_by_seed():
+    bits = {"transformer": (1, 2, 3), "mamba": (1.2, 2.1, 3.0, 9.0)}
+    rows = [score_row(a, 512, b, seed=i) for a, own in bits.items() for i, b in enumerate(own)]
+    mine = gather(rows, []).differences("half_tail")["mamba"][512]
+    half = 4.303 * 0.1 / math.sqrt(3)  # the differences are 0.2, 0.1, 0.0; the fourth has no pair
+    assert (mine.value, mine.seeds, mine.tried) == (pytest.approx(0.1), 3, 4)
+    assert (mine.low, mine.high) == pytest.approx((0.1 - half, 0.1 + half))
+
+
+def test_a_change_is_against_the_arms_own_training_length():
+    rows = [
+        score_row("mamba", 512, 2.0, unit_bits=[1.0, 2.0, 3.0], units=3),
+        score_row("mamba", 1024, 2.5, unit_bits=[1.4, 2.5, 3.6], units=3),
+    ]
+    mine = gather(rows, []).changes("half_tail")["mamba"]
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert (mine[512].value, mine[512].low, mine[512].high) == (0, 0, 0)
+    assert (mine[1024].low, mine[1024].high) == pytest.approx((0.5 - half, 0.5 + half))
+    mine = gather(rows, []).changes("half_tail", 1.1)["mamba"][1024]
+    apart = [1.4 - 1.1, 2.5 - 2.2, 3.6 - 3.3]
+    assert mine.value == pytest.approx(sum(apart) / 3)
+    assert mine.high == pytest.approx(mine.low)
+
+
+def test_a_change_without_a_score_at_the_training_length_says_so():
+    rows = [score_row("mamba", 1024, 2.5), score_row("transformer", 512, 2.0)]
+    mine = gather(rows, []).changes("half_tail")
+    assert mine["mamba"][1024].reason == "nothing to compare with: it has no score"
+    assert mine["mamba"][512].reason == "not measured"
 
 
 def test_a_failed_seed_is_counted_but_not_averaged():

@@ -5,8 +5,9 @@ from synthetic import experiment, run_records, score_row
 
 from zoo.report import tables
 from zoo.report.caveats import banners, failures, limits
-from zoo.report.rows import Cell, gather
+from zoo.report.rows import Cell, gather, interval
 from zoo.report.tables import DASH, TIMES
+from zoo.report.text import as_text
 
 
 def cells_of(*values, start=512):
@@ -32,43 +33,63 @@ def cells_of(*values, start=512):
     ],
 )
 def test_effective_context_is_the_last_length_before_the_score_leaves_its_share(scores, expected):
-    assert str(tables.reach(cells_of(*scores), 512)) == expected
+    rows = [
+        score_row("mamba", 512 * 2**i, bits)
+        if isinstance(bits, float)
+        else score_row("mamba", 512 * 2**i, 0.0, status="not_applicable", reason="ends")
+        for i, bits in enumerate(scores)
+    ]
+    assert str(tables.reaches(gather(rows, []))["mamba"]) == expected
 
 
-def test_effective_context_takes_its_interval_from_those_of_the_scores():
-    mine = cells_of(2.0, (2.0, 2.08, 2.2), (2.0, 2.2, 2.4), 3.0)
-    assert tables.reach(mine, 512) == tables.Reach(1024, 512, 2048, False)
+def test_effective_context_takes_its_interval_from_those_of_the_changes():
+    excess = cells_of(-0.1, (-0.1, -0.02, 0.1), (-0.1, 0.1, 0.3), 0.9)
+    own = tables.reach(excess, 512)
+    assert own == tables.Reach(1024, 512, 2048, False)
+    assert own.ends == f" (512{DASH}2,048)"
+
+
+def test_effective_context_is_surer_than_the_scores_it_rests_on():
+    rows = [score_row("mamba", length, bits) for length, bits in ((512, 2.0), (1024, 2.05))]
+    apart = [b - 1.05 * a for a, b in zip(*(row["unit_bits"] for row in rows), strict=True)]
+    low, high = interval(apart)
+    assert low < high < 0
+    assert rows[1]["interval"][1] > 1.05 * 2.0  # the score alone could be beyond
+    assert tables.reaches(gather(rows, []))["mamba"] == tables.Reach(1024, 1024, 1024, True)
 
 
 def test_effective_context_is_unknown_without_a_score_at_the_training_length():
-    assert tables.reach(cells_of("failed", 2.0), 512) is None
-    assert tables.reach(cells_of(2.0, 2.0, start=1024), 512) is None
+    assert tables.reach(cells_of("failed", -1.0), 512) is None
+    assert tables.reach(cells_of(-1.0, start=1024), 512) is None
 
 
 def test_effective_context_says_why_it_ends():
-    assert tables.reach(cells_of(2.0, "n/a: ends at 512"), 512).then == "n/a: ends at 512"
-    assert tables.reach(cells_of(2.0, 3.0, "n/a: ends at 1024"), 512).then == ""
+    assert tables.reach(cells_of(-1.0, "n/a: ends at 512"), 512).then == "n/a: ends at 512"
+    assert tables.reach(cells_of(-1.0, 1.0, "n/a: ends at 1024"), 512).then == ""
 
 
 def test_scores_shorter_than_the_training_length_do_not_matter():
-    assert str(tables.reach(cells_of(9.0, 2.0, 2.0, start=256), 512)) == "≥ 1,024"
+    assert str(tables.reach(cells_of(9.0, -1.0, -1.0, start=256), 512)) == "≥ 1,024"
 
 
 def table_of(rows, **how):
     results = gather(rows, [])
-    cells = results.cells("perplexity", "bits_per_byte", spread=True, protocol="stride_tail")
-    return tables.grid(results, cells, "scores", tables.score, min)
+    cells = results.cells("perplexity", "bits_per_byte", spread=True, protocol="half_tail")
+    tied = tables.ties(results, "half_tail")
+    return tables.grid(results, cells, "scores", tables.score, min, tied)
 
 
 def test_the_best_is_marked_and_what_it_cannot_be_told_from():
-    bits = {"transformer": 2.0, "mamba": 1.985, "rwkv": 2.5}
-    rows = [score_row(arm, 512, value) for arm, value in bits.items()]
-    marks = {row[0].text: (row[1].text, row[1].kind) for row in table_of(rows).rows}
-    assert marks == {
-        "transformer": ("2.000", "tie"),
-        "mamba": ("1.985", "best"),
-        "rwkv": ("2.500", ""),
-    }
+    text = [1.0, 2.0, 3.0]  # how hard the stretches are: no interval of a score is narrow
+    units = {"transformer": [1.01, 1.99, 3.01], "mamba": text, "rwkv": [1.1, 2.09, 3.11]}
+    rows = [
+        score_row(arm, 512, sum(own) / 3, unit_bits=own, interval=[0.0, 4.0])
+        for arm, own in units.items()
+    ]
+    rows.append(score_row("far", 512, 2.2, seed=1, interval=[1.0, 3.0]))  # overlaps, unpaired
+    rows.append(score_row("farther", 512, 9.0, seed=1, interval=[8.0, 9.5]))
+    marks = {row[0].text: row[1].kind for row in table_of(rows).rows}
+    assert marks == {"transformer": "tie", "mamba": "best", "rwkv": "", "far": "tie", "farther": ""}
 
 
 def test_an_arm_alone_is_not_the_best():
@@ -101,7 +122,7 @@ def test_budgets_give_the_difference_in_parameters():
 
 
 def test_the_text_table_numbers_its_reasons():
-    text = tables.as_text(gather(experiment(), []))
+    text = as_text(gather(experiment(), []))
     learned = next(line for line in text.splitlines() if line.startswith("transformer-learned"))
     assert learned.split() == [
         "transformer-learned",
@@ -113,8 +134,23 @@ def test_the_text_table_numbers_its_reasons():
     assert "≥ 16,384" in text
 
 
+def test_the_text_tells_changes_and_differences_with_their_intervals():
+    rows = [score_row(arm, 512, bits) for arm, bits in (("transformer", 2.0), ("mamba", 1.9))]
+    rows.append(score_row("mamba", 1024, 1.8))
+    rows += [score_row("transformer", 1024, 2.5, status="failed", reason="out of luck")]
+    levels, changes, differences = as_text(gather(rows, [])).split("\n\n")
+    own = [b - a for a, b in zip(rows[1]["unit_bits"], rows[2]["unit_bits"], strict=True)]
+    apart = [b - a for a, b in zip(rows[0]["unit_bits"], rows[1]["unit_bits"], strict=True)]
+    (half_own, half_apart) = ((high - low) / 2 for low, high in map(interval, (own, apart)))
+    assert "95% intervals of these levels: up to ±0.400" in levels
+    assert changes.splitlines()[-1].split() == ["mamba", "+0.000", "-0.100", f"±{half_own:.3f}"]
+    assert changes.splitlines()[-2].split() == ["transformer", "+0.000", DASH]
+    assert differences.splitlines()[0].startswith("difference to transformer")
+    assert differences.splitlines()[-1].split() == ["mamba", "-0.100", f"±{half_apart:.3f}", DASH]
+
+
 def test_nothing_measured_is_said():
-    assert tables.as_text(gather([], [])) == "no score measured yet"
+    assert as_text(gather([], [])) == "no score measured yet"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +230,7 @@ def test_no_failure_is_no_table():
 def test_a_stream_alone_is_told_in_the_terminal_too():
     row = {"task": "stream", "status": "ok", "length": 2**20, "tokens_per_second": 20000.0}
     told = {**row, "arm": "mamba", "model": "mamba", "peak_bytes": None, "state_bytes": 131936}
-    text = tables.as_text(gather([told], []))
+    text = as_text(gather([told], []))
     assert "1,048,576" in text
     assert "mamba" in text
     assert "no score" not in text

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zoo.backbone import BackboneState
 from zoo.data.corpora import Corpus
 from zoo.data.store import TokenStore
+from zoo.mixers.base import Mixer
 from zoo.tasks.score import Subject
 
 VOCABULARY = 16
@@ -38,6 +39,9 @@ class Remembers(nn.Module):
         if state is None:
             return logits
         return logits, BackboneState((seen[:, -self.memory :],), before.seen + count)  # type: ignore
+
+    def halves(self) -> list[Mixer]:
+        return []
 
     def empty_state(self, batch: int) -> BackboneState:
         return BackboneState((torch.zeros(batch, self.memory, dtype=torch.int64),), 0)  # type: ignore

@@ -16,7 +16,15 @@ from zoo.tasks.progress import Progress
 CORPUS = text_corpus(text_store(random_text(2000)))
 IDENTITY = {
     *("task", "run", "arm", "model", "size", "seed", "extension", "extension_factor"),
-    *("parameters", "flops_per_token", "train_length", "train_tokens", "train_steps", "lr"),
+    *(
+        "extension_settings",
+        "parameters",
+        "flops_per_token",
+        "train_length",
+        "train_tokens",
+        "train_steps",
+        "lr",
+    ),
     *("match", "state_passing", "data", "fingerprint", "tokenizer", "commit", "device", "dtype"),
     *("threads", "status", "reason", "seconds", "time"),
 }
@@ -48,7 +56,8 @@ def run_folder(path, *words: str, **info) -> RunFolder:
 
 def run_eval(folders, *words: str, fresh: bool = False) -> tuple[int, str, list[dict]]:
     """The exit code, what was said, and all rows of the folders."""
-    options = {word.split("=")[0]: word for word in (*SMALL, *words)}
+    mirrored = f"runs={folders[0].path.parent}"
+    options = {word.split("=")[0]: word for word in (*SMALL, mirrored, *words)}
     said: list[str] = []
     config = compose("eval", list(options.values()))
     code = evaluate(config, folders, say=said.append, progress=Progress(), fresh=fresh)
@@ -93,6 +102,19 @@ def test_other_settings_or_another_checkpoint_are_measured_anew(model, tmp_path)
     _, _, rows = run_eval([folder], "task.perplexity.stride=8")
     assert model.read > read
     assert {row["train_steps"] for row in rows} == {400}
+
+
+def test_rows_of_an_older_kind_are_measured_anew(model, tmp_path):
+    folder = run_folder(tmp_path / "a")
+    _, said, rows = run_eval([folder])
+    fewer = [{k: v for k, v in row.items() if k not in ("documents", "unit_bits")} for row in rows]
+    old = run_folder(tmp_path / "b")
+    for row in fewer:
+        old.append_row(row)
+    code, again, found = run_eval([old])
+    assert code == 0
+    assert all(row["unit_bits"] for row in found)
+    assert again == said
 
 
 def test_a_failure_is_tried_again(model, tmp_path, monkeypatch):
@@ -162,8 +184,19 @@ def test_settings_that_fit_no_run_stop_the_evaluation(model, tmp_path):
     folder = run_folder(tmp_path / "a")
     with pytest.raises(UserError, match="did you mean 'blocks'"):
         run_eval([folder], "task.perplexity.protocols=[block]")
-    with pytest.raises(UserError, match="unknown extension"):
-        run_eval([folder], "extension.name=yarn")
+
+
+def test_an_extension_that_does_not_apply_stops_one_run_and_keeps_its_row_among_several(
+    model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(zoo.tasks, "write_report", lambda rows, *_: json.dumps(rows))
+    folders = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b")]
+    with pytest.raises(UserError, match="extension=dca acts on rotary positions"):
+        run_eval(folders[:1], "extension=dca")
+    _, said, _ = run_eval(folders, "extension=dca", f"report={tmp_path}/report.html")
+    for row in json.loads(said):
+        assert row["status"] == "not_applicable"
+        assert "extension=dca acts on rotary positions" in row["reason"]
 
 
 def test_the_report_takes_the_rows(model, tmp_path):

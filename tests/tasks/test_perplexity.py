@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from fakes import ByPosition, Remembers, make_subject, random_text, text_store
+from hypothesis import given
+from hypothesis import strategies as st
 
 from zoo.data.loader import evaluation_text
 from zoo.errors import UserError
+from zoo.mixers.base import Mixer
 from zoo.tasks.perplexity import PROTOCOLS, measure, windows
 
 LENGTHS, STRIDE, UNITS = [32, 48, 96, 192], 16, 3  # 48 and 96 divide the longest, 128 would not
@@ -33,6 +36,11 @@ def brute_force(model, text, protocol, length) -> np.ndarray:
                 scored.append(model.costs(stretch[end - length : end + 1]))
         elif protocol == "stride_tail":
             scored.append(model.costs(stretch[unit - length :])[-STRIDE:])
+        elif protocol == "half_tail":
+            for token in range(unit - unit // 2 + 1, unit + 1):  # what it knows: see below
+                windows_end = unit - (unit - token) // (length // 2) * (length // 2)
+                start = max(0, windows_end - length)
+                scored.append(model.costs(stretch[start : token + 1])[-1:])
         else:
             for start in range(0, unit - length + 1, STRIDE):
                 scored.append(model.costs(stretch[start : start + length + 1]))
@@ -53,15 +61,33 @@ def test_a_protocol_scores_what_its_definition_says(lengths, store, tmp_path):
         assert row["nll_sum"] == pytest.approx(nats.sum(), rel=1e-12)
         assert row["perplexity"] == pytest.approx(math.exp(nats.mean()))
         assert row["bits_per_byte"] == pytest.approx(nats.mean() / math.log(2))
-        assert row["interval"][0] < row["bits_per_byte"] < row["interval"][1]
+        own = nats.reshape(UNITS, -1).mean(1) / math.log(2)
+        assert row["unit_bits"] == pytest.approx(own.tolist())
+        half = 4.303 * own.std(ddof=1) / UNITS**0.5  # Student's t for three stretches
+        assert row["interval"] == pytest.approx((own.mean() - half, own.mean() + half), rel=1e-3)
 
 
-def test_a_tail_is_the_same_tokens_at_every_length(store, tmp_path):
+@pytest.mark.parametrize(("protocol", "tail"), [("stride_tail", STRIDE), ("half_tail", 192 // 2)])
+def test_a_tail_is_the_same_tokens_at_every_length(protocol, tail, store, tmp_path):
     # A model that remembers one token gives a token one cost, however long the context.
     subject = make_subject(Remembers(memory=1), tmp_path, store)
-    rows = list(measure(subject, lengths=LENGTHS, protocols=["stride_tail"], stride=STRIDE))
-    assert len({round(row["nll_sum"], 9) for row in rows}) == 1
-    assert {row["count"] for row in rows} == {STRIDE * rows[0]["units"]}
+    rows = list(measure(subject, lengths=LENGTHS, protocols=[protocol], stride=STRIDE))
+    assert len({tuple(np.round(row["unit_bits"], 9)) for row in rows}) == 1
+    assert {row["count"] for row in rows} == {tail * rows[0]["units"]}
+
+
+@given(st.integers(1, 600), st.data())
+def test_half_a_window_or_more_is_before_every_token_that_a_half_tail_scores(unit, data):
+    length = data.draw(st.integers(1, unit))
+    contexts = {}
+    for start, scored in windows("half_tail", unit, length, 1).items():
+        assert 0 <= start <= unit - length
+        assert 0 <= scored.start < scored.stop <= length
+        for index in range(scored.start, scored.stop):
+            assert start + index not in contexts  # each once
+            contexts[start + index] = index + 1
+    assert sorted(contexts) == list(range(unit // 2, unit))
+    assert min(contexts.values()) >= max(1, length // 2)
 
 
 def test_blocks_score_the_same_tokens_at_every_length_that_divides_the_longest(store, tmp_path):
@@ -78,11 +104,14 @@ def test_a_tail_never_reaches_beyond_the_shortest_window(store, tmp_path):
 def test_early_tokens_weigh_on_blocks_and_not_on_tails(tmp_path):
     model = ByPosition(lambda position: 1 + 1 / position)
     subject = make_subject(model, tmp_path, text_store(np.zeros(2000)))
-    rows = by_protocol(measure(subject, lengths=[64, 256], stride=32, units=4, chunk=40))
+    how = {"lengths": [64, 256], "stride": 32, "units": 4, "chunk": 40}
+    rows = by_protocol(measure(subject, protocols=PROTOCOLS[:3], **how))
     for length in (64, 256):
         positions = np.arange(1, length + 1)
         nats = 1 + 1 / positions
         blocks, tail = rows["blocks", length], rows["stride_tail", length]
+        half = rows["half_tail", length]["bits_per_byte"]
+        assert half == pytest.approx(nats[length // 2 :].mean() / math.log(2))
         assert blocks["bits_per_byte"] == pytest.approx(nats.mean() / math.log(2))
         assert tail["bits_per_byte"] == pytest.approx(nats[-32:].mean() / math.log(2))
         edges, curve = blocks["curve"]["edges"], blocks["curve"]["bits_per_byte"]
@@ -113,39 +142,69 @@ def test_positions_are_kept_whole_in_the_file_the_row_names(store, tmp_path):
         with np.load(tmp_path / row["positions_file"], allow_pickle=False) as kept:
             assert kept["nll_sum"].dtype == np.float64
             assert kept["nll_sum"].shape == kept["count"].shape == (row["length"],)
-            assert (
-                kept["nll_sum"].sum() == row["nll_sum"] == pytest.approx(kept["unit_nll_sum"].sum())
-            )
-            assert kept["count"].sum() == kept["unit_count"].sum() == row["count"]
-            scored = STRIDE if row["protocol"] == "stride_tail" else row["length"]
+            assert kept["nll_sum"].sum() == row["nll_sum"]
+            assert kept["unit_nll_sum"].sum() == pytest.approx(row["nll_sum"])
+            assert kept["count"].sum() == row["count"]
+            tails = {"stride_tail": STRIDE, "half_tail": row["length"] // 2}
+            scored = tails.get(row["protocol"], row["length"])
             assert np.flatnonzero(kept["count"]).tolist() == [*range(row["length"])][-scored:]
 
 
-def test_a_window_that_several_protocols_ask_for_is_read_once(store, tmp_path):
+def test_text_is_read_once_for_all_lengths_whose_windows_start_there(store, tmp_path):
     model = Remembers(memory=1)
-    rows = list(measure(make_subject(model, tmp_path, store), lengths=[96, 192], units=2))
-    assert model.read == 2 * 2 * 192
-    assert len(rows) == 4
+    subject = make_subject(model, tmp_path, store)
+    rows = list(measure(subject, lengths=[48, 96, 192], protocols=["blocks"], units=2))
+    assert model.read == 2 * (192 + 96 + 2 * 48)
+    rows += measure(subject, lengths=[48, 96, 192], units=2)
+    assert model.read == 2 * (192 + 96 + 2 * 48) + 2 * (192 + 2 * 96 + 3 * 48)
+    assert len(rows) == 3 + 2 * 3
+
+
+class LengthDependent(Mixer):
+    length_dependent = True
+
+
+class ByCall(Remembers):
+    """Costs depend on how many tokens a call was given, as where frequencies follow the length."""
+
+    def halves(self):
+        return [LengthDependent()]
+
+    def forward(self, tokens, state):
+        logits, after = super().forward(tokens, state)
+        return logits * tokens.shape[1] / 100, after
+
+
+def test_a_model_that_minds_the_length_reads_every_window_for_itself(store, tmp_path):
+    subject = make_subject(ByCall(memory=5), tmp_path, store)
+    together = list(measure(subject, lengths=LENGTHS, units=2, stride=STRIDE))
+    for row in together:
+        length = row["length"]
+        (alone,) = [
+            found
+            for found in measure(subject, lengths=[length, 192], units=2, stride=STRIDE)
+            if (found["protocol"], found["length"]) == (row["protocol"], length)
+        ]
+        assert row["nll_sum"] == alone["nll_sum"]
 
 
 def test_short_windows_are_spread_over_the_whole_stretch_when_not_all_are_read():
-    starts, _ = windows("window_mean", 16384, 512, 256, overlap=2)
-    assert len(starts) == 63  # all there are
-    starts, _ = windows("window_mean", 16384, 4096, 256, overlap=2)
+    assert len(windows("window_mean", 16384, 512, 256, overlap=2)) == 63  # all there are
+    starts = list(windows("window_mean", 16384, 4096, 256, overlap=2))
     assert len(starts) == 8
     assert (starts[0], starts[-1]) == (0, 16384 - 4096)
     assert all(start % 256 == 0 for start in starts)
-    assert windows("window_mean", 16384, 16384, 256, overlap=2) == ([0], 0)
+    assert windows("window_mean", 16384, 16384, 256, overlap=2) == {0: slice(0, 16384)}
 
 
 def test_a_length_the_model_refuses_says_so_in_its_own_words(tiny, store, tmp_path):
-    subject = make_subject(tiny("learned").eval(), tmp_path, store)  # reads 64 tokens
-    rows = by_protocol(measure(subject, lengths=[64, 128], stride=STRIDE))
-    assert rows["blocks", 64]["status"] == "ok"
-    for protocol in ("blocks", "stride_tail"):
-        row = rows[protocol, 128]
+    subject = make_subject(tiny("learned").eval(), tmp_path, store)  # reads 256 tokens
+    rows = by_protocol(measure(subject, lengths=[64, 256, 512]))
+    for protocol in ("blocks", "half_tail"):
+        assert {rows[protocol, length]["status"] for length in (64, 256)} == {"ok"}
+        row = rows[protocol, 512]
         assert row["status"] == "not_applicable"
-        assert row["reason"] == "this model reads at most 64 tokens and was given 128"
+        assert row["reason"] == "this model reads at most 256 tokens and was given 512"
         assert "bits_per_byte" not in row
 
 
@@ -156,10 +215,16 @@ def test_a_length_without_memory_keeps_its_place_and_the_others_go_on(store, tmp
                 raise MemoryError("no room")
             return super().forward(tokens, state)
 
-    rows = list(measure(make_subject(Greedy(1), tmp_path, store), lengths=[96, 32]))
+    subject = make_subject(Greedy(1), tmp_path, store)
+    rows = list(measure(subject, lengths=[96, 32], chunk=8))
     assert [(row["length"], row["status"]) for row in rows] == [
-        *[(32, "ok"), (32, "ok"), (96, "out_of_memory"), (96, "out_of_memory")]
+        *[(96, "out_of_memory"), (96, "out_of_memory"), (32, "ok"), (32, "ok")]
     ]
+    subject = make_subject(Remembers(1), tmp_path, store)
+    whole = list(measure(subject, lengths=[96, 32]))
+    assert [row["nll_sum"] for row in rows[2:]] == pytest.approx(
+        [row["nll_sum"] for row in whole[2:]]
+    )
 
 
 def test_text_that_is_too_short_leaves_a_reason_at_every_length(store, tmp_path):
@@ -167,7 +232,7 @@ def test_text_that_is_too_short_leaves_a_reason_at_every_length(store, tmp_path)
     rows = list(measure(subject, lengths=[32, 100_000]))
     assert {row["status"] for row in rows} == {"failed"}
     assert {(row["length"], row["protocol"]) for row in rows} == {
-        (length, protocol) for length in (32, 100_000) for protocol in ("blocks", "stride_tail")
+        (length, protocol) for length in (32, 100_000) for protocol in ("blocks", "half_tail")
     }
     assert "600 tokens" in rows[0]["reason"]
 
@@ -181,15 +246,16 @@ def test_what_is_known_is_not_measured_again(store, tmp_path):
 
     subject = make_subject(model, tmp_path, store, measured=measured)
     rows = list(measure(subject, lengths=[32, 96], units=2, stride=STRIDE))
-    assert [(row["protocol"], row["length"]) for row in rows] == [("stride_tail", 32)]
-    assert model.read == 2 * 32
-    assert all({"unit", "units", "stride", "split", "windows"} <= key.keys() for key in asked)
+    assert [(row["protocol"], row["length"]) for row in rows] == [("half_tail", 32)]
+    assert model.read == 2 * 32 * 3
+    identity = {"unit", "units", "documents", "stride", "split", "windows"}
+    assert all(identity <= key.keys() for key in asked)
 
 
 def test_lengths_are_multiples_of_the_training_length_unless_given(tmp_path):
     store = text_store(random_text(2000))
     rows = measure(make_subject(Remembers(1), tmp_path, store), protocols=["blocks"], units=1)
-    assert [row["length"] for row in rows] == [32, 64, 128, 256, 512, 1024]
+    assert [row["length"] for row in rows] == [1024, 512, 256, 128, 64, 32]
 
 
 @pytest.mark.parametrize("wrong", [{"protocols": ["block"]}, {"lengths": [0]}, {"stride": 0}])

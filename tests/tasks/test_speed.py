@@ -92,11 +92,11 @@ def test_a_row_tells_the_bytes_of_the_state(architecture, precision, tiny, store
 
 
 def test_writing_beyond_what_the_model_reads_is_not_applicable(tiny, store, tmp_path):
-    subject = make_subject(tiny("learned").eval(), tmp_path, store)  # reads 64 tokens
-    forward, decode = measure(subject, lengths=[64], decode_tokens=2, repeats=1)
+    subject = make_subject(tiny("learned").eval(), tmp_path, store)  # reads 256 tokens
+    forward, decode = measure(subject, lengths=[256], decode_tokens=2, repeats=1)
     assert forward["status"] == "ok"
     assert decode["status"] == "not_applicable"
-    assert decode["reason"] == "this model reads at most 64 tokens and was given 66"
+    assert decode["reason"] == "this model reads at most 256 tokens and was given 258"
 
 
 def test_what_is_known_is_not_timed_again(store, tmp_path):

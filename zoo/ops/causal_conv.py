@@ -61,7 +61,8 @@ def causal_conv(
     x_, w, before = x.to(wide), weight.to(wide), before.to(wide)
     bias = None if bias is None else bias.to(wide)
     if name == "native":
-        y, last = conv(x_, w, bias, before, activation == "silu")
+        form = _conv if native.unwatched(x_, w, bias, before) else conv
+        y, last = form(x_, w, bias, before, activation == "silu")
     else:
         inputs = torch.cat([before, x_], 1)
         y = (_reference if name == "reference" else _torch)(inputs, w)
@@ -81,16 +82,18 @@ def _torch(inputs: Tensor, weight: Tensor) -> Tensor:
     return y.transpose(1, 2)
 
 
-@torch.library.custom_op("zoo::causal_conv", mutates_args=(), device_types="cpu")
-def conv(
+def _conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """y and the last inputs, (b, window - 1, d)."""
-    y, window = torch.empty(x.shape, dtype=x.dtype), weight.shape[1]
+    y, window = torch.empty_like(x, memory_format=torch.contiguous_format), weight.shape[1]
     inputs = {"x": x, "weight": weight.t(), "bias": bias, "state": state}
     KERNEL.call("forward", (*x.shape, window, silu), **inputs, y=y)
     tail = x[:, -(window - 1) :]
     return y, torch.cat([state[:, tail.shape[1] :], tail], 1)
+
+
+conv = torch.library.custom_op("zoo::causal_conv", _conv, mutates_args=(), device_types="cpu")
 
 
 @conv.register_fake

@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from array import array
 from pathlib import Path
 
 import torch
@@ -127,12 +128,6 @@ def _build(command: list[str], library: Path) -> None:
         _checksum(built).replace(_checksum(library))
 
 
-class _Rows(ctypes.Structure):
-    """`Rows` of common.h: a (b, t, width) tensor with dense rows, or null."""
-
-    _fields_ = (("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("row", ctypes.c_int64))
-
-
 class Kernel:
     """A C file with functions `int f(Sizes, Arrays)`, 0 for success.
 
@@ -143,10 +138,8 @@ class Kernel:
 
     def __init__(self, source: str, *, sizes: str, rows: str, pointers: str) -> None:
         self.source, self.rows, self.pointers = source, rows.split(), pointers.split()
-        self._sizes = _structure(dict.fromkeys([*sizes.split(), "threads"], ctypes.c_int64))
-        self._arrays = _structure(
-            dict.fromkeys(self.rows, _Rows) | dict.fromkeys(self.pointers, ctypes.c_void_p)
-        )
+        self._sizes = _words(len(sizes.split()) + 1)
+        self._arrays = _words(3 * len(self.rows) + len(self.pointers))
         self.missing = functools.cache(self._missing)
 
     def _missing(self) -> bool | str:
@@ -166,25 +159,64 @@ class Kernel:
 
         Inputs that do not lie as `rows` and `pointers` say are copied, so outputs must.
         """
-        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        arrays, alive = self._arrays(), []
-        for name, tensor in given.items():
-            if name in self.rows:
-                tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-                setattr(arrays, name, _Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1)))
-            else:
+        words, alive = [], []
+        for name in self.rows:  # `Rows` of common.h: a pointer and the strides of batch and token
+            tensor = tensors.pop(name, None)
+            if tensor is None:
+                words += (0, 0, 0)
+                continue
+            batch, row, dense = tensor.stride()
+            if dense != 1:
                 tensor = tensor.contiguous()
-                setattr(arrays, name, tensor.data_ptr())
+                batch, row, _ = tensor.stride()
+            words += (tensor.data_ptr(), batch, row)
             alive.append(tensor)
+        for name in self.pointers:
+            tensor = tensors.pop(name, None)
+            if tensor is None:
+                words.append(0)
+                continue
+            tensor = tensor.contiguous()
+            words.append(tensor.data_ptr())
+            alive.append(tensor)
+        if tensors:
+            raise TypeError(f"{self.source} takes no {', '.join(tensors)}")
         (dtype,) = {tensor.dtype for tensor in alive}
         entry = getattr(load(self.source, dtype), function)
-        entry.argtypes = [self._sizes, self._arrays]
-        if entry(self._sizes(*sizes, torch.get_num_threads()), arrays):
+        if entry.argtypes is None:
+            entry.argtypes = [self._sizes, self._arrays]
+        filled = self._sizes.from_buffer_copy(array("q", (*sizes, torch.get_num_threads())))
+        if entry(filled, self._arrays.from_buffer_copy(array("q", words))):
             raise MemoryError(f"{self.source}: no memory for {function}")
 
 
-def _structure(fields: dict) -> type[ctypes.Structure]:
-    return type("Structure", (ctypes.Structure,), {"_fields_": list(fields.items())})
+def _words(count: int) -> type[ctypes.Structure]:
+    """A structure of so many 64-bit fields, integers or pointers: filled as a whole, not by name."""
+    return type("Words", (ctypes.Structure,), {"_fields_": [("words", ctypes.c_int64 * count)]})
+
+
+# Parts of PyTorch that every call passes through, whoever is watching.
+_ALWAYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.ADInplaceOrView
+)
+
+
+def unwatched(*tensors: Tensor | None) -> bool:
+    """Whether an op may call its kernel itself, past PyTorch's dispatcher, which takes 0.1 ms.
+
+    So where no gradient is recorded and nothing acts on operators: no compiler or tracer, no
+    dispatch mode (a FLOP counter, fake tensors), no function transform, no kind of tensor but
+    PyTorch's own.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or (grad and tensor.requires_grad):
+            return False
+    return (torch._C._dispatch_tls_local_include_set() - _ALWAYS).raw_repr() == 0
 
 
 def tune_allocator() -> str | None:

@@ -59,7 +59,7 @@ def selective_scan(
         state = x.new_zeros((x.shape[0], *A.shape), dtype=wide)
     form = {"native": _native, "torch": _torch, "reference": _reference}[name]
     arguments = (x, dt, A, B, C, D, z, dt_bias, state)
-    y, last = form(*(None if a is None else a.to(wide) for a in arguments))
+    y, last = form(*(a if a is None or a.dtype == wide else a.to(wide) for a in arguments))
     return y.to(x.dtype), last
 
 
@@ -120,6 +120,8 @@ def _piece(x, dt, B, C, A, D, z, dt_bias, h) -> tuple[Tensor, Tensor]:
 
 def _native(x, dt, A, B, C, D, z, dt_bias, state) -> tuple[Tensor, Tensor]:
     tensors = (x, dt, A, B, C, D, z, dt_bias, state)
+    if native.unwatched(*tensors):
+        return _scan(*tensors, save=False)[:2]
     save = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in tensors)
     y, last, _ = scan(*tensors, save)
     return y, last
@@ -132,8 +134,7 @@ def _saved_shape(x: Tensor, A: Tensor) -> tuple[int, ...]:
     return b, (d + lanes - 1) // lanes, (t + chunk - 1) // chunk, A.shape[1], lanes
 
 
-@torch.library.custom_op("zoo::selective_scan", mutates_args=(), device_types="cpu")
-def scan(
+def _scan(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -146,13 +147,16 @@ def scan(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last state, and the chunk starts the backward wants (empty unless `save`)."""
-    y = torch.empty(x.shape, dtype=x.dtype)
-    last = torch.empty((x.shape[0], *A.shape), dtype=x.dtype)
-    saved = torch.empty(_saved_shape(x, A) if save else 0, dtype=x.dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    last = x.new_empty((x.shape[0], *A.shape))
+    saved = x.new_empty(_saved_shape(x, A) if save else 0)
     inputs = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
     outputs = {"y": y, "last": last, "saved": saved if save else None}
     KERNEL.call("forward", (*x.shape, A.shape[1]), **inputs, state=state, **outputs)
     return y, last, saved
+
+
+scan = torch.library.custom_op("zoo::selective_scan", _scan, mutates_args=(), device_types="cpu")
 
 
 @scan.register_fake

@@ -48,16 +48,17 @@ class Axis:
     log_from: float = 1.6
     base: int = 10
     own_ticks: bool = False  # ticks at the data's own values
+    signed: bool = False  # values around 0: never logarithmic
 
     def scale(self, values: Sequence[float]) -> tuple[alt.Scale, alt.Axis]:
-        """The scale around positive values, with a little air, and its axis."""
+        """The scale around the values, which are positive unless signed, and its axis."""
         low, high = min(values), max(values)
-        log = high / low > self.log_from
+        log = not self.signed and high / low > self.log_from
         if log:
             air = (high / low) ** 0.04
             low, high = low / air, high * air
         else:
-            air = max((high - low) * 0.06, high * 0.01)
+            air = max((high - low) * 0.06, abs(high) * 0.01, 1e-3)
             low, high = low - air, high + air
         at = sorted(set(values)) if self.own_ticks else ticks(low, high, self.base, log)
         # The words are looked up by position: languages spell numbers differently.
@@ -85,7 +86,9 @@ def ticks(low: float, high: float, base: int, log: bool) -> list[float]:
     rough = (high - low) / 6
     unit = base ** math.floor(math.log(rough, base))
     step = next(unit * k for k in ((1, 2) if base == 2 else (1, 2, 5, 10)) if unit * k >= rough)
-    return [round(k * step, 12) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return [
+        round(k * step, 12) + 0.0 for k in range(math.ceil(low / step), math.floor(high / step) + 1)
+    ]
 
 
 def styles(results: Results) -> dict[str, Style]:
@@ -125,14 +128,18 @@ def lines(
         rules: x positions (training lengths) marked by a vertical rule.
         named: name the arms at the right, beside the ends of their lines.
     """
-    points = [point for point in points if point["x"] > 0 and finite(point["y"]) and point["y"] > 0]
+
+    def drawable(value: Any) -> bool:
+        return finite(value) and (y.signed or value > 0)
+
+    points = [point for point in points if point["x"] > 0 and drawable(point["y"])]
     if not points:
         return None
     arms = [arm for arm in look if any(point["arm"] == arm for point in points)]
     marks = [{"x": rule, "text": f"trained at {rule:,}"} for rule in rules]
     x_scale, x_axis = x.scale([point["x"] for point in [*points, *marks]])
     seen = [point[name] for point in points for name in ("y", "low", "high")]
-    y_scale, y_axis = y.scale([value for value in seen if finite(value) and value > 0])
+    y_scale, y_axis = y.scale([value for value in seen if drawable(value)])
     y_axis.title, y_axis.grid = None, True
     across, up = alt.X("x:Q", scale=x_scale, axis=x_axis), alt.Y("y:Q", scale=y_scale, axis=y_axis)
 

@@ -11,7 +11,18 @@ import vl_convert
 
 from zoo.report.charts import Axis, Drawing, Spec, Style, lines, themed
 from zoo.report.rows import Cells, Results, Row, finite
-from zoo.report.tables import DASH, PROTOCOLS, count, score, short, size, times
+from zoo.report.tables import (
+    DASH,
+    PROTOCOLS,
+    SAME_TOKENS,
+    count,
+    headline,
+    score,
+    short,
+    signed,
+    size,
+    times,
+)
 
 INK, PAPER = "#1d1f23", "#ffffff"
 
@@ -79,6 +90,19 @@ def scores(results: Results, protocol: str) -> Lines:
         lengths(results, "test length in tokens, and in training lengths"),
         Axis("bits per byte (lower is better)", number, log_from=2.5),
         f"Bits per byte by test length, {PROTOCOLS[protocol].lower()}, one line per arm.",
+        trained(results),
+    )
+
+
+def changes(results: Results, protocol: str) -> Lines:
+    """By how much each arm's score changes past its training length, on the same tokens."""
+    y = "change against the training length, bits per byte"
+    return Lines(
+        f"changes-{protocol}",
+        by_length(results, results.changes(protocol), "change in bits per byte", signed),
+        lengths(results, "test length in tokens, and in training lengths"),
+        Axis(y, lambda value: f"{value:+.3g}" if value else "0", signed=True),
+        "Change of bits per byte against the arm's own at its training length, one line per arm.",
         trained(results),
     )
 
@@ -153,24 +177,22 @@ def costs(results: Results) -> dict[str, tuple[Cells, Lines]]:
     return found
 
 
-def page_spec(figure: Lines, look: Mapping[str, Style], **how: Any) -> Spec | None:
-    """The figure as it goes on the page: as wide as its box, in the colours of the theme."""
-    chart = figure.draw(look, **how)
-    return themed(chart) if chart else None
-
-
 def pngs(results: Results, look: Mapping[str, Style]) -> dict[str, bytes]:
     """The pictures for a README, on white: file name -> PNG; what has no rows is left out."""
     pictures = {}
-    have = [name for name in PROTOCOLS if results.where(task="perplexity", protocol=name)]
-    if have and (
-        chart := scores(results, have[0]).draw(look, width=640, height=400, named=True, ink=INK)
-    ):
-        subtitle = f"bits per byte by test length, lower is better; {PROTOCOLS[have[0]].lower()}"
+    protocol = headline(results)
+    how = {"width": 640, "named": True, "ink": INK}
+    if protocol and (chart := scores(results, protocol).draw(look, height=400, **how)):
+        subtitle = f"bits per byte by test length, lower is better; {PROTOCOLS[protocol].lower()}"
         train = results.train_length()
         title = f"Trained at {train:,}, tested beyond" if train else "Bits per byte by test length"
         title = alt.Title(title, subtitle=subtitle, fontSize=17, subtitlePadding=5, offset=28)
-        pictures["bits_per_byte.png"] = chart.properties(title=title)
+        panels = [chart.properties(title=title)]
+        if protocol in SAME_TOKENS and (
+            below := changes(results, protocol).draw(look, height=200, **how)
+        ):
+            panels.append(below)
+        pictures["bits_per_byte.png"] = alt.vconcat(*panels, spacing=26)
     drawn = [
         figure.draw(look, width=270, height=240, legend=True, ink=INK)
         for _, figure in costs(results).values()

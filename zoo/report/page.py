@@ -3,8 +3,8 @@
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import vl_convert
 from zoo.report import tables
 from zoo.report.caveats import banners, failures, limits
 from zoo.report.charts import Spec, Style, styles, themed
-from zoo.report.figures import Lines, costs, pngs, positions, scores
+from zoo.report.figures import Lines, changes, costs, pngs, positions, scores
 from zoo.report.rows import Cells, Results, gather
+from zoo.report.text import as_text
 
 Best = Callable[[Iterable[float]], float]
 
@@ -31,6 +32,7 @@ class Block:
     spec: Spec | None
     table: tables.Table | None
     arms: list[str]  # drawn
+    more: tuple["Block", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def write_report(
     _write(html, render(results, look, title).encode())
     for name, picture in pngs(results, look).items():
         _write(figures / name, picture)
-    return "\n".join([tables.as_text(results), *(f"! {line}" for line in banners(results))])
+    return "\n".join([as_text(results), *(f"! {line}" for line in banners(results))])
 
 
 def render(results: Results, look: Mapping[str, Style], title: str | None = None) -> str:
@@ -133,15 +135,16 @@ def facts(results: Results) -> list[str]:
 def tiles(results: Results) -> list[Tile]:
     """The results in a few words."""
     said: list[Tile | None] = []
-    have = [name for name in tables.PROTOCOLS if results.where(task="perplexity", protocol=name)]
-    equal = {"spread": True, "protocol": have[0]} if have else {}
-    cells = results.cells("perplexity", "bits_per_byte", **equal) if have else {}
-    if cells:
+    protocol = tables.headline(results)
+    equal = {"spread": True, "protocol": protocol}
+    cells = results.cells("perplexity", "bits_per_byte", **equal) if protocol else {}
+    if protocol and cells:
+        tied = tables.ties(results, protocol)
         train, longest = results.train_length(), max(next(iter(cells.values())))
         for length in dict.fromkeys([train or longest, longest]):
             multiple = "" if length == train else f"{tables.times(length, train)} "
             title = f"Best at {length:,} tokens, {multiple}the training length"
-            said.append(_best(title, cells, length, min, tables.score, "bits/byte"))
+            said.append(_best(title, cells, length, min, tables.score, "bits/byte", tied))
     if reach := {label: own for label, own in tables.reaches(results).items() if own}:
         far = max(own.length for own in reach.values())
         who = [label for label, own in reach.items() if own.length == far]
@@ -156,7 +159,13 @@ def tiles(results: Results) -> list[Tile]:
 
 
 def _best(
-    title: str, cells: Cells, length: int, best: Best, text: Callable[[float], str], unit: str
+    title: str,
+    cells: Cells,
+    length: int,
+    best: Best,
+    text: Callable[[float], str],
+    unit: str,
+    tied: tables.Tied | None = None,
 ) -> Tile | None:
     """The best arm of a column, what it cannot be told from, and how many arms have no result."""
     column = {label: mine[length] for label, mine in cells.items() if length in mine}
@@ -166,7 +175,7 @@ def _best(
     top = best(values.values())
     who = next(label for label, value in values.items() if value == top)
     others = [label for label in values if label != who]
-    close = [label for label in others if tables.overlap(column[label], column[who])]
+    close = [label for label in others if tied and tied(label, who, length)]
     detail = [f"not told apart from {', '.join(close)}"] if close else []
     if others and not close:
         second = next(label for label in others if values[label] == best(values[o] for o in others))
@@ -181,10 +190,23 @@ def score_blocks(results: Results, look: Mapping[str, Style]) -> list[Block]:
     blocks = []
     for protocol, words in tables.PROTOCOLS.items():
         cells = results.cells("perplexity", "bits_per_byte", spread=True, protocol=protocol)
-        table = tables.grid(results, cells, f"Bits per byte. {words}.", tables.score, min)
-        how = {"named": True, "height": 380}
-        blocks.append(_block(scores(results, protocol), words, table, look=look, **how))
+        caption, tied = f"Bits per byte. {words}.", tables.ties(results, protocol)
+        table = tables.grid(results, cells, caption, tables.score, min, tied)
+        block = _block(scores(results, protocol), words, table, look=look, named=True, height=380)
+        blocks.append(replace(block, more=tuple(_compared(results, protocol, look))))
     return [block for block in blocks if block.table]
+
+
+def _compared(results: Results, protocol: str, look: Mapping[str, Style]) -> Iterator[Block]:
+    """What the scores differ by: against an arm's own training length, against the reference."""
+    if protocol in tables.SAME_TOKENS:
+        title = "Change of bits per byte against the arm's own at its training length."
+        table = tables.grid(results, results.changes(protocol), title, tables.signed)
+        figure = changes(results, protocol)
+        yield _block(figure, title, table, look=look, named=True, height=240)
+    title = f"Bits per byte less those of {results.reference} on the same text."
+    table = tables.grid(results, results.differences(protocol), title, tables.signed)
+    yield Block(f"differences-{protocol}", title, "", None, table, [])
 
 
 def cost_blocks(results: Results, look: Mapping[str, Style]) -> list[Block]:

@@ -6,6 +6,7 @@ never averaged: the name is lengthened by what differs.
 """
 
 import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +26,10 @@ TRAINING = {
 # What tells apart repeated measurements of one arm with one seed: they are not two seeds.
 REPEATS = {"run": "run", "device": "on", "dtype": "in", "threads": "threads"}
 
-# Student's t, 97.5 %, by degrees of freedom: few seeds deserve wide intervals.
+# Rows that agree in these were scored on the same tokens.
+SAME_TEXT = ("fingerprint", "split", "documents", "unit", "units", "count")
+
+# Student's t, 97.5 %, by degrees of freedom: few seeds or stretches deserve wide intervals.
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 STATUS = {"out_of_memory": "out of memory", "not_applicable": "n/a"}
@@ -42,8 +46,14 @@ class Cell:
     tried: int = 0
     reason: str = "not measured"
 
+    @property
+    def half(self) -> float:
+        """Half the interval's width; 0 where there is none."""
+        return 0.0 if self.low is None or self.high is None else (self.high - self.low) / 2
+
 
 Cells = dict[str, dict[int, Cell]]
+Places = dict[str, dict[int, list[Row]]]  # the rows of each arm at each length
 
 
 @dataclass(frozen=True)
@@ -75,17 +85,14 @@ class Results:
         length = self.known(label, "train_length") if label else None
         return int(length) if finite(length) else None
 
-    def cells(self, task: str, field: str, *, spread: bool = False, **equal: Any) -> Cells:
-        """label -> length -> `Cell`: every arm at every length any arm was asked for.
-
-        `spread` adds intervals: over seeds where there are several, otherwise the row's own.
-        """
+    def places(self, task: str, **equal: Any) -> Places:
+        """label -> length -> rows: every arm at every length any arm was asked for."""
         groups: dict[tuple[str, int], list[Row]] = defaultdict(list)
         for row in self.where(task=task, **equal):
             if finite(row.get("length")):
                 groups[row["label"], row["length"]].append(row)
         lengths = sorted({length for _, length in groups})
-        table: Cells = {label: {} for label in self.arms} if lengths else {}
+        table: Places = {label: {} for label in self.arms} if lengths else {}
         for label, measured in table.items():
             # A row without a length (a run that broke) speaks for every length not measured.
             broken = [
@@ -94,10 +101,37 @@ class Results:
                 if row.get("task") in (None, task) and row["status"] != "ok"
                 if missing(row.get("length"))
             ]
-            for length in lengths:
-                rows = groups.get((label, length), broken)
-                measured[length] = summary(rows, field, spread)
+            measured |= {length: groups.get((label, length), broken) for length in lengths}
         return table
+
+    def cells(self, task: str, field: str, *, spread: bool = False, **equal: Any) -> Cells:
+        """label -> length -> `Cell`.
+
+        `spread` adds intervals: over seeds where there are several, otherwise the row's own.
+        """
+        return {
+            label: {length: summary(rows, field, spread) for length, rows in mine.items()}
+            for label, mine in self.places(task, **equal).items()
+        }
+
+    def changes(self, protocol: str, times: float = 1.0) -> Cells:
+        """Each arm's bits per byte less `times` its own at its training length."""
+        return {
+            label: {
+                length: contrast(rows, mine.get(self.train_length(label) or 0, []), times)
+                for length, rows in mine.items()
+            }
+            for label, mine in self.places("perplexity", protocol=protocol).items()
+        }
+
+    def differences(self, protocol: str) -> Cells:
+        """Each other arm's bits per byte less the reference arm's at the same length."""
+        places = self.places("perplexity", protocol=protocol)
+        base = places.pop(self.reference or "", {})
+        return {
+            label: {length: contrast(rows, base[length]) for length, rows in mine.items()}
+            for label, mine in places.items()
+        }
 
 
 def missing(value: Any) -> bool:
@@ -116,29 +150,64 @@ def in_words(row: Mapping[str, Any]) -> str:
     return word if missing(row.get("reason")) else f"{word}: {row['reason']}"
 
 
+def fine(rows: Sequence[Row], field: str) -> list[Row]:
+    """The rows that have a value."""
+    return [row for row in rows if row["status"] == "ok" and finite(row.get(field))]
+
+
 def summary(rows: Sequence[Row], field: str, spread: bool) -> Cell:
     """The mean over the seeds that have a value, with its interval, or the reason for none."""
-    fine = [row for row in rows if row["status"] == "ok" and finite(row.get(field))]
-    if not fine:
+    good = fine(rows, field)
+    if not good:
         bad = [row for row in rows if row["status"] != "ok"]
         reason = in_words(bad[0]) if bad else "not recorded" if rows else "not measured"
         return Cell(tried=len(rows), reason=reason)
-    values = [float(row[field]) for row in fine]
-    low, high = interval(values, fine[0].get("interval")) if spread else (None, None)
+    values, own = [float(row[field]) for row in good], good[0].get("interval")
+    low, high = (interval(values) or _ends(own) or (None, None)) if spread else (None, None)
     return Cell(sum(values) / len(values), low, high, len(values), len(rows), "")
 
 
-def interval(values: Sequence[float], own: Any) -> tuple[float | None, float | None]:
-    """95% interval of the mean over seeds (Student's t); of one seed, the row's `own`."""
-    count = len(values)
-    if count == 1:
-        right = isinstance(own, Sequence) and len(own) == 2 and all(map(finite, own))
-        return (float(own[0]), float(own[1])) if right else (None, None)
-    mean = sum(values) / count
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    student = STUDENT[count - 2] if count - 2 < len(STUDENT) else 1.96
-    half = student * deviation / math.sqrt(count)
+def contrast(rows: Sequence[Row], others: Sequence[Row], times: float = 1.0) -> Cell:
+    """Bits per byte of the rows less `times` those of the others, seed by seed, on the same text.
+
+    The interval is that of the differences: over seeds where several are paired, otherwise over
+    the stretches of text. What all texts have in common, easy or hard, is not in it.
+    """
+    good, against = fine(rows, "bits_per_byte"), fine(others, "bits_per_byte")
+    if not good:
+        return summary(rows, "bits_per_byte", False)
+    pairs = [
+        (one, other)
+        for one, other in itertools.product(good, against)
+        if all(one.get(name) == other.get(name) for name in ("seed", *SAME_TEXT))
+    ]
+    if not pairs:
+        other = "no seed scored the same text" if against else "it has no score"
+        return Cell(tried=len(rows), reason=f"nothing to compare with: {other}")
+    values = [one["bits_per_byte"] - times * other["bits_per_byte"] for one, other in pairs]
+    units = ((row.get("unit_bits") or []) for row in pairs[0])
+    own = [one - times * other for one, other in zip(*units, strict=False)]
+    low, high = interval(values) or interval(own) or (None, None)
+    return Cell(sum(values) / len(values), low, high, len(values), len(rows), "")
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95% interval (Student's t) of the mean of independent values; None of fewer than two."""
+    freedom = len(values) - 1
+    if freedom < 1:
+        return None
+    mean = sum(values) / len(values)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / freedom)
+    beyond = 1.96 + 2.37 / freedom + 2.8 / freedom**2
+    student = STUDENT[freedom - 1] if freedom <= len(STUDENT) else beyond
+    half = student * deviation / math.sqrt(len(values))
     return mean - half, mean + half
+
+
+def _ends(own: Any) -> tuple[float, float] | None:
+    """An interval as a row has it, or None."""
+    right = isinstance(own, Sequence) and len(own) == 2 and all(map(finite, own))
+    return (float(own[0]), float(own[1])) if right else None
 
 
 def gather(rows: Iterable[Mapping[str, Any]], runs: Iterable[Mapping[str, Any]]) -> Results:

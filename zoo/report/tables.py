@@ -1,26 +1,32 @@
-"""Results to tables: scores by length, effective context, speed, streams, budgets, plain text."""
+"""Results to tables: scores by length, effective context, speed, streams, budgets."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby, takewhile
 
-from zoo.report.rows import Cell, Cells, Results, finite, in_words, missing
+from zoo.report.rows import Cell, Cells, Results, contrast, finite, in_words, missing
 
-PROTOCOLS = {
-    "stride_tail": "Same tokens at every length",
+Tied = Callable[[str, str, int], bool]  # two arms and a length
+
+PROTOCOLS = {  # the first that was measured is the headline
+    "half_tail": "Same tokens at every length",
+    "stride_tail": "Same few tokens, full windows",
     "blocks": "Average over whole blocks",
     "window_mean": "Mean over sliding windows",
 }
 EXPLAINED = {
-    "stride_tail": "Every length scores the same last tokens, each with as much text before it as "
-    "the length allows: along a line only the model's view of the past changes.",
+    "half_tail": "Every length scores the same tokens, each with at least half that length of text "
+    "before it: along a line only the model's view of the past changes.",
+    "stride_tail": "Every length scores the same last tokens, each with nearly that length of text "
+    "before it: along a line only the model's view of the past changes.",
     "blocks": "The text is cut into blocks of this length and every token is scored. The first "
     "tokens of a block know little of their past, and longer blocks have fewer of them: lines "
     "fall even where nothing is gained from far text.",
     "window_mean": "A window of this length slides over the text; every token in it is scored.",
 }
+SAME_TOKENS = ("half_tail", "stride_tail")  # a length's score and another's are of the same tokens
 SHARE = 0.05  # effective context: how much worse than at the training length still counts
-TIMES, DASH, AT_LEAST = "\u00d7", "\u2013", "\u2265"
+TIMES, DASH, AT_LEAST, PLUS_MINUS = "\u00d7", "\u2013", "\u2265", "\u00b1"
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,11 @@ class Reach:
     def __str__(self) -> str:
         return f"{AT_LEAST + ' ' if self.open_end else ''}{self.length:,}"
 
+    @property
+    def ends(self) -> str:
+        """Its interval in words, where the scores leave it open."""
+        return f" ({self.low:,}{DASH}{self.high:,})" if self.low < self.high else ""
+
 
 def short(number: float) -> str:
     """1024 -> "1k", 2**20 -> "1M": lengths, which are mostly powers of two."""
@@ -82,6 +93,11 @@ def score(number: float) -> str:
     return f"{number:.3f}"
 
 
+def signed(number: float) -> str:
+    """A change or difference in bits per byte."""
+    return f"{number:+.3f}"
+
+
 def plain(value: object) -> str:
     """A value as it is, with thousands; a dash for none."""
     if missing(value):
@@ -94,12 +110,18 @@ def times(length: float, train: int | None) -> str:
     return f"{length / train:.3g}{TIMES}" if train else ""
 
 
+def headline(results: Results) -> str | None:
+    """The protocol whose scores stand first."""
+    return next((p for p in PROTOCOLS if results.where(task="perplexity", protocol=p)), None)
+
+
 def grid(
     results: Results,
     cells: Cells,
     caption: str,
     text: Callable[[float], str],
     best: Callable[[Iterable[float]], float] | None = None,
+    tied: Tied | None = None,
 ) -> Table | None:
     """Arms down, lengths across: the best of a column marked, and what it cannot be told from."""
     if not cells:
@@ -107,72 +129,88 @@ def grid(
     lengths = list(next(iter(cells.values())))
     head = [(f"{length:,}", times(length, results.train_length())) for length in lengths]
     table = Table(caption, [("arm", ""), *head])
+    first = {length: winner(cells, length, best) if best else None for length in lengths}
     for label, mine in cells.items():
         row = [Td(label)]
         for reason, group in groupby(mine, key=lambda length: mine[length].reason):
             same = list(group)
             if reason:
                 row.append(Td(reason, kind="reason", span=len(same)))
-            else:
-                row += [
-                    _value(mine[n], text, winner(cells, n, best) if best else None) for n in same
-                ]
+                continue
+            for length in same:
+                top, kind = first[length], ""
+                if top and mine[length].value == cells[top][length].value:
+                    kind = "best"
+                elif top and tied and tied(label, top, length):
+                    kind = "tie"
+                row.append(_value(mine[length], text, kind))
         table.rows.append(row)
     return table
 
 
-def winner(cells: Cells, length: int, best: Callable[[Iterable[float]], float]) -> Cell | None:
-    """The best cell of a column; None unless two arms have different values there."""
-    column = {mine[length].value: mine[length] for mine in cells.values()}
+def winner(cells: Cells, length: int, best: Callable[[Iterable[float]], float]) -> str | None:
+    """The best arm of a column; None unless two arms have different values there."""
+    column = {mine[length].value: label for label, mine in cells.items()}
     values = [value for value in column if value is not None]
     return column[best(values)] if len(values) > 1 else None
 
 
-def overlap(one: Cell, other: Cell) -> bool:
-    """Whether two intervals overlap; False where one has none."""
-    if one.low is None or one.high is None or other.low is None or other.high is None:
-        return False
-    return one.low <= other.high and other.low <= one.high
+def ties(results: Results, protocol: str) -> Tied:
+    """Tells whether two arms cannot be told apart at a length.
+
+    That is so where the interval of their difference holds 0, or, of arms that were not scored on
+    the same text, where the intervals of their scores overlap.
+    """
+    places = results.places("perplexity", protocol=protocol)
+    cells = results.cells("perplexity", "bits_per_byte", spread=True, protocol=protocol)
+
+    def tied(label: str, other: str, length: int) -> bool:
+        apart = contrast(places[label][length], places[other][length])
+        if apart.low is not None and apart.high is not None:
+            return apart.low <= 0 <= apart.high
+        one, two = cells[label][length], cells[other][length]
+        ends = (one.low, two.high), (two.low, one.high)
+        return all(low is not None and high is not None and low <= high for low, high in ends)
+
+    return tied
 
 
-def _value(cell: Cell, text: Callable[[float], str], first: Cell | None) -> Td:
+def _value(cell: Cell, text: Callable[[float], str], kind: str) -> Td:
     assert cell.value is not None
-    notes = [] if cell.low is None or cell.high is None else [text(cell.low), text(cell.high)]
-    note = DASH.join(notes)
+    note = f"{PLUS_MINUS}{score(cell.half)}" if cell.half else ""
     if cell.seeds < cell.tried:
         note = f"{note} {cell.seeds} of {cell.tried} seeds".strip()
-    kind = "best" if cell == first else "tie" if first and overlap(cell, first) else ""
     return Td(text(cell.value), note, kind)
 
 
-def reach(mine: dict[int, Cell], train: int | None, share: float = SHARE) -> Reach | None:
-    """The largest length up to which every score is within `share` of the one at `train`.
+def reach(excess: dict[int, Cell], train: int | None) -> Reach | None:
+    """The largest length up to which no score is worse than it may be.
 
-    The interval asks the same of the upper and of the lower ends of the scores' intervals; the
-    score at `train` counts as exact, because the same text is scored at every length.
+    `excess` is by how much each is worse than the share allows: `Results.changes` against the
+    score at `train` times 1 + share. The interval asks the same of both ends of its intervals.
     """
-    own = mine[train].value if train in mine else None
-    if own is None or train is None:
+    if train is None or train not in excess or excess[train].value is None:
         return None
-    lengths = [length for length in sorted(mine) if length > train]
+    lengths = [length for length in sorted(excess) if length > train]
 
-    def last(score_of: Callable[[Cell], float | None]) -> int:
+    def last(end: str) -> int:
         def good(length: int) -> bool:
-            cell = mine[length]
-            return cell.value is not None and (score_of(cell) or cell.value) <= own * (1 + share)
+            at = getattr(excess[length], end)
+            at = excess[length].value if at is None else at
+            return at is not None and at <= 0
 
         return max(takewhile(good, lengths), default=train)
 
-    point = last(lambda cell: cell.value)
-    after = next((mine[length] for length in lengths if length > point), None)
-    low, high = last(lambda cell: cell.high), last(lambda cell: cell.low)
-    return Reach(point, low, high, after is None, after.reason if after else "")
+    point = last("value")
+    after = next((excess[length] for length in lengths if length > point), None)
+    return Reach(point, last("high"), last("low"), after is None, after.reason if after else "")
 
 
 def reaches(results: Results) -> dict[str, Reach | None]:
     """Effective context of every arm, from the scores on the same tokens at every length."""
-    cells = results.cells("perplexity", "bits_per_byte", spread=True, protocol="stride_tail")
-    return {label: reach(mine, results.train_length(label)) for label, mine in cells.items()}
+    protocol = headline(results)
+    excess = results.changes(protocol, 1 + SHARE) if protocol in SAME_TOKENS else {}
+    return {label: reach(mine, results.train_length(label)) for label, mine in excess.items()}
 
 
 def contexts(results: Results) -> Table | None:
@@ -239,52 +277,3 @@ def streams(results: Results) -> Table | None:
         else:
             table.rows.append([Td(row["label"]), Td(in_words(row), kind="reason", span=4)])
     return table if table.rows else None
-
-
-def as_text(results: Results) -> str:
-    """The tables for a terminal: scores by length, and long texts read in one pass."""
-    found = [_scores_as_text(results), _table_as_text(streams(results))]
-    return "\n\n".join(text for text in found if text) or "no score measured yet"
-
-
-def _scores_as_text(results: Results) -> str:
-    """The headline table; reasons are numbered and spelt out below it."""
-    have = [name for name in PROTOCOLS if results.where(task="perplexity", protocol=name)]
-    cells = results.cells("perplexity", "bits_per_byte", protocol=have[0]) if have else {}
-    if not cells:
-        return ""
-    reach_of, train = reaches(results), results.train_length()
-    lengths = list(next(iter(cells.values())))
-    reasons = list(
-        dict.fromkeys(c.reason for mine in cells.values() for c in mine.values() if c.reason)
-    )
-
-    def shown(cell: Cell) -> str:
-        return f"({reasons.index(cell.reason) + 1})" if cell.value is None else score(cell.value)
-
-    lines = [["", *(f"{length:,}" for length in lengths), "effective"]]
-    lines.append(["arm", *(times(length, train) for length in lengths), "context"])
-    for label, mine in cells.items():
-        lines.append([label, *map(shown, mine.values()), str(reach_of.get(label) or "unknown")])
-    title = f"bits per byte by test length, lower is better ({PROTOCOLS[have[0]].lower()})"
-    notes = [f"({i}) {why}" for i, why in enumerate(reasons, 1)]
-    return "\n".join([title, *_aligned(lines), *notes])
-
-
-def _table_as_text(table: Table | None) -> str:
-    if table is None:
-        return ""
-    lines = [[head for head, _ in table.head], *([cell.text for cell in row] for row in table.rows)]
-    width = max(map(len, lines))
-    return "\n".join(
-        [table.caption, *_aligned([line + [""] * (width - len(line)) for line in lines])]
-    )
-
-
-def _aligned(lines: list[list[str]]) -> list[str]:
-    """Columns of equal width, the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in lines
-    ]

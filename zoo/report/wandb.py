@@ -8,7 +8,8 @@ from typing import Any, Literal
 from zoo.errors import UserError
 from zoo.report.caveats import banners, limits
 from zoo.report.rows import finite, gather
-from zoo.report.tables import PROTOCOLS, as_text
+from zoo.report.tables import PROTOCOLS
+from zoo.report.text import as_text
 
 Rows = Sequence[Mapping[str, Any]]
 log = logging.getLogger("zoo")
@@ -37,7 +38,7 @@ def mirror(
         run.define_metric("*", step_metric="length")
         for length, metrics in sorted(by_length(rows, runs).items()):
             run.log({"length": length} | metrics)
-        columns: list[Any] = sorted({name for row in rows for name in row if name != "curve"})
+        columns: list[Any] = sorted({n for row in rows for n in row} - {"curve", "unit_bits"})
         table = wandb.Table(columns=columns, allow_mixed_types=True)
         for row in rows:
             table.add_data(*(_plain(row.get(column)) for column in columns))

@@ -4,6 +4,7 @@ A task is a function `measure(subject, **settings)` that yields one row per meas
 made. `evaluate` adds who was measured, appends the rows to the run's `results.jsonl` and reports.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,18 +15,17 @@ import torch
 
 from zoo.config import plain
 from zoo.data.corpora import open_corpus
-from zoo.errors import UserError, choose
+from zoo.errors import UserError
+from zoo.extend import extend
 from zoo.learner import device_name, load, pick_device
 from zoo.report import write_report
 from zoo.report.rows import gather
-from zoo.report.tables import as_text
+from zoo.report.text import as_text
 from zoo.report.wandb import mirror
 from zoo.run import RunFolder
-from zoo.schema import EvalConfig
+from zoo.schema import EvalConfig, Extension
 from zoo.tasks.progress import Progress
-from zoo.tasks.score import AUTOCAST, Row, Subject, attempt, told
-
-EXTENSIONS = ["none"]
+from zoo.tasks.score import AUTOCAST, NotApplicableError, Row, Subject, attempt, told
 
 
 def evaluate(
@@ -40,9 +40,9 @@ def evaluate(
 
     A measurement that a run's `results.jsonl` already holds, of the same checkpoint under the same
     settings, is not repeated unless `fresh`. The code is 0, or 1 where a run or a measurement
-    failed or nothing was measured. Raises UserError for settings that fit no run.
+    failed or nothing was measured. Raises UserError for settings that fit no run, such as an
+    extension that does not apply to the only one.
     """
-    choose("extension", config.extension.name, EXTENSIONS)
     if config.threads:
         torch.set_num_threads(config.threads)
     device, progress = pick_device(config.device), progress or Progress.on_stderr()
@@ -51,7 +51,10 @@ def evaluate(
         progress.run = folder.name
         about = _identity(config, folder, device)
         runs.append(about | folder.info)
-        rows += _measure_run(config, folder, about, device, progress, fresh)
+        found = list(_measure_run(config, folder, about, device, progress, fresh))
+        if len(folders) == 1 and all(row["status"] == "not_applicable" for row in found):
+            raise UserError(found[0]["reason"])
+        rows += found
         progress.clear()
     if config.report:
         page = Path(config.report)
@@ -126,13 +129,18 @@ def _open(
             f"data={corpus.name} is not the text the run was trained on: its fingerprint is "
             f"{corpus.fingerprint[:8]}, the run's {info['fingerprint'][:8]}"
         )
+    model = load(folder, device)
+    try:
+        extend(model, config.extension, trained.seq_len)
+    except UserError as error:
+        raise NotApplicableError(str(error)) from None
     return Subject(
-        model=load(folder, device),
+        model=model,
         corpus=corpus,
         folder=folder.path,
         train_length=trained.seq_len,
         split=config.split,
-        extension=config.extension.name,
+        extension=_settings(config.extension),
         device=device,
         precision=trained.trainer.precision,
         progress=progress,
@@ -143,15 +151,18 @@ def _identity(config: EvalConfig, folder: RunFolder, device: torch.device) -> Ro
     """The fields every row of a run shares: what was trained, how, and what measures it."""
     trained, info, extension = folder.config, folder.info, config.extension
     name = trained.model.name
+    if trained.finetune:
+        name += f" tuned with {_label(trained.extension)}"
     dtype = AUTOCAST.get(trained.trainer.precision, torch.float32)
     return {
         "run": folder.name,
-        "arm": name if extension.name == "none" else f"{name} + {extension.name}",
-        "model": name,
+        "arm": name if extension.name == "none" else f"{name} + {_label(extension)}",
+        "model": trained.model.name,
         "size": trained.size.name,
         "seed": trained.seed,
         "extension": extension.name,
         "extension_factor": extension.factor,
+        "extension_settings": _settings(extension),
         "parameters": info.get("parameters"),
         "flops_per_token": info.get("flops_per_token"),
         "train_length": trained.seq_len,
@@ -168,6 +179,18 @@ def _identity(config: EvalConfig, folder: RunFolder, device: torch.device) -> Ro
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
+
+
+def _label(extension: Extension) -> str:
+    return extension.name + (f" x{extension.factor:g}" if extension.factor > 1 else "")
+
+
+def _settings(extension: Extension) -> str:
+    """A name for the extension with all its settings, the same for the same ones."""
+    if extension.name == "none":
+        return "none"
+    told = json.dumps(plain(extension), sort_keys=True)
+    return f"{extension.name}-{hashlib.sha256(told.encode()).hexdigest()[:6]}"
 
 
 def _holds(row: Row, part: Row) -> bool:

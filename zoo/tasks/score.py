@@ -29,7 +29,6 @@ from zoo.tasks.progress import Progress
 Row = dict[str, Any]
 
 LOGITS = 2**26  # numbers per forward, 256 MiB in float32: what the output of one chunk may take
-RESAMPLES = 2000
 PER_OCTAVE = 4  # points of a curve: 50 to 16k tokens, 75 to a million
 AUTOCAST = {"bf16-mixed": torch.bfloat16}  # by Lightning's name for the precision
 
@@ -111,17 +110,6 @@ def check_state(model: Backbone, state: BackboneState, batch: int = 1) -> int:
 def bits_per_byte(nll_sum: Any, count: Any, bytes_per_token: float) -> Any:
     """From nats and the number of tokens they belong to; numbers or arrays."""
     return nll_sum / count / (math.log(2) * bytes_per_token)
-
-
-def bootstrap(
-    sums: Float[np.ndarray, " units"], counts: Float[np.ndarray, " units"], seed: int = 0
-) -> tuple[float, float] | None:
-    """95 % percentile interval of sum / count, resampling units; None of a single unit."""
-    if len(sums) < 2:
-        return None
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
-    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def position_edges(length: int) -> Int[np.ndarray, " edges"]:

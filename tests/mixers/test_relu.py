@@ -1,0 +1,137 @@
+"""ReLU attention is its formula, and chunks compose, in every variant."""
+
+import math
+
+import pytest
+import torch
+
+from zoo.mixers.relu import EPS, ReLUAttention
+from zoo.positions.alibi import slopes
+from zoo.positions.rope import inverse_frequencies, rotate
+
+WIDTH, HEADS, D = 16, 4, 4
+VARIANTS = [
+    {"kernel": kernel, "normalise": normalise, "positions": positions, "gated": gated}
+    for kernel in ("relu", "squared_relu")
+    for normalise, gated in (("length", False), ("sum", False), ("rms", False), ("rms", True))
+    for positions in ("rope", "alibi", "none")
+]
+
+
+def name(variant: dict) -> str:
+    return "-".join(str(value) for value in variant.values())
+
+
+def build(**options) -> ReLUAttention:
+    torch.manual_seed(0)
+    mixer = ReLUAttention(width=WIDTH, heads=HEADS, **options).double()
+    if mixer.gate is not None:
+        torch.nn.init.normal_(mixer.gate)
+    if mixer.norm is not None:
+        torch.nn.init.normal_(mixer.norm.weight)
+    return mixer
+
+
+def tokens(length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randn(2, length, WIDTH, dtype=torch.float64, generator=generator)
+
+
+def dense(mixer: ReLUAttention, x: torch.Tensor, causal: bool) -> torch.Tensor:
+    """The papers' formulas, query by query and head by head."""
+    q, k, v = (
+        (x @ p.weight.T).unflatten(-1, (HEADS, D))
+        for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    )
+    if mixer.positions == "rope":
+        q, k = (rotate(y, inverse_frequencies(D)) for y in (q, k))
+    rows = []
+    for t in range(x.shape[1]):
+        seen = t + 1 if causal else x.shape[1]
+        heads = []
+        for h in range(HEADS):
+            scores = (k[:, :seen, h] @ q[:, t, h, :, None]).squeeze(-1) / math.sqrt(D)
+            if mixer.positions == "alibi":
+                scores = scores - slopes(HEADS)[h] * (t - torch.arange(seen))
+            weights = torch.where(scores > 0, scores, 0)
+            weights = weights**2 if mixer.kernel == "squared_relu" else weights
+            if mixer.normalise == "length":
+                weights = weights / seen
+            if mixer.normalise == "sum":
+                weights = weights / weights.sum(-1, keepdim=True).clamp(min=EPS)
+            heads.append((weights[..., None] * v[:, :seen, h]).sum(1))
+        rows.append(torch.cat(heads, -1))
+    o = torch.stack(rows, 1)
+    if mixer.normalise == "rms":
+        raw = o
+        o = raw / (raw.square().mean(-1, keepdim=True) + EPS).sqrt() * mixer.norm.weight
+        if mixer.gate is not None:
+            o = o / (1 + torch.exp(-mixer.gate * raw))
+    return o @ mixer.o_proj.weight.T
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=name)
+def test_it_is_the_formula_of_the_papers(variant):
+    mixer, x = build(**variant), tokens(19)
+    torch.testing.assert_close(mixer(x), dense(mixer, x, causal=True), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v["positions"] != "alibi"], ids=name)
+def test_the_bidirectional_form_is_the_formula_of_the_papers(variant):
+    mixer, x = build(**variant, causal=False), tokens(19)
+    torch.testing.assert_close(mixer(x), dense(mixer, x, causal=False), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=name)
+def test_any_chunking_gives_the_whole(variant):
+    mixer, x = build(**variant), tokens(23)
+    whole, final = mixer(x, mixer.empty_state(2))
+    for sizes in ([1] * 23, [1, 22], [22, 1], [5, 3, 15]):
+        state, outs = mixer.empty_state(2), []
+        for chunk in x.split(sizes, 1):
+            y, state = mixer(chunk, state)
+            outs.append(y)
+        torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(tuple(state), tuple(final), rtol=1e-9, atol=1e-10)
+
+
+def test_a_query_that_likes_no_key_reads_nothing():
+    mixer = build(positions="none")
+    with torch.no_grad():
+        mixer.q_proj.weight.copy_(-mixer.k_proj.weight)  # every score of equal tokens is negative
+    x = tokens(1).expand(-1, 9, -1)
+    assert (mixer(x) == 0).all()
+    assert not (build(positions="none")(x) == 0).all()
+
+
+def test_a_linear_bias_hides_keys_whose_score_is_below_the_slope_times_the_distance():
+    mixer, x = build(positions="alibi"), tokens(9)
+    other = torch.cat([tokens(8), x[:, 8:]], 1)
+    assert not torch.allclose(mixer(other)[:, -1], mixer(x)[:, -1])
+    with torch.no_grad():
+        mixer.q_proj.weight.mul_(1e-5)  # now every score is below the least slope
+    torch.testing.assert_close(mixer(other)[:, -1], mixer(x)[:, -1], rtol=0, atol=0)
+    assert (mixer(x)[:, -1] != 0).any()
+
+
+def test_after_a_window_is_carried_queries_divide_by_the_keys_that_are_left():
+    mixer, x = build(positions="none"), tokens(12)
+    _, state = mixer(x[:, :8], mixer.empty_state(2))
+    y, _ = mixer(x[:, 8:], mixer.carry(state, 4))
+    torch.testing.assert_close(y, mixer(x[:, 4:])[:, 4:], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"heads": 3}, "heads=3 must divide width=16"),
+        ({"kernel": "gelu"}, "kernel 'gelu'.*relu, squared_relu"),
+        ({"normalise": "softmax"}, "normalise 'softmax'.*length, sum, rms"),
+        ({"gated": True}, "gated=true gates normalise=rms, not normalise=length"),
+        ({"positions": "alibi", "causal": False}, "one-sided"),
+        ({"positions": "xpos"}, "positions 'xpos'"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_a_line(options, said):
+    with pytest.raises(ValueError, match=said):
+        ReLUAttention(**{"width": WIDTH, "heads": HEADS, **options})

@@ -1,0 +1,110 @@
+"""The nearest keys one by one, for biases that differ from key to key.
+
+    few         attention over a few keys that every query has of its own
+    earlier     the tokens at given distances before each query
+    relative    a window with a learned vector a_l added to the keys with label l = the clipped
+                distance (Shaw 2018, section 3.1): q . (k + a_l); `relative_around`: both ways
+
+Beyond the largest label the added score q . a_l is the same for all keys, so there it is no bias
+but a constant of the query, which moves the lse of the plain window over those keys. Only the few
+keys within are scored one by one; no (t, window) bias is formed.
+"""
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from zoo.attention.window import Partial, window
+from zoo.ops.attention import merge
+
+
+def few(
+    q: Float[Tensor, "b t h d"],
+    keys: Sequence[Float[Tensor, "b #t h d"]],
+    values: Sequence[Float[Tensor, "b #t h e"]],
+    *,
+    bias: Float[Tensor, "b t h n"] | None = None,
+    visible: Bool[Tensor, "t n"] | None = None,
+) -> Partial:
+    """Each query over its n keys, one tensor for the first of every query, one for the second, ..
+
+    `bias` is added to the scaled scores. A query that sees no key gets output 0 and lse -inf.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scaled = q.to(wide) * q.shape[-1] ** -0.5
+    scores = torch.stack([(scaled * k).sum(-1) for k in keys], -1)
+    if bias is not None:
+        scores = scores + bias
+    if visible is None:
+        lse = scores.logsumexp(-1)
+    else:
+        scores = scores.masked_fill(~visible[:, None], -torch.inf)
+        blind = ~visible.any(-1)[:, None]
+        lse = scores.masked_fill(blind[..., None], 0.0).logsumexp(-1)  # keeps gradients finite
+    weights = torch.exp(scores - lse[..., None]).unbind(-1)
+    out = reduce(torch.add, (w[..., None] * v for w, v in zip(weights, values, strict=True)))
+    if visible is not None:
+        lse = lse.masked_fill(blind, -torch.inf)
+    return out.to(values[0].dtype), lse
+
+
+def earlier(
+    x: Float[Tensor, "b n h d"], tokens: int, distances: range
+) -> tuple[list[Float[Tensor, "b t h d"]], Bool[Tensor, "t l"] | None]:
+    """For the last `tokens` tokens the one at each distance before, and which of these there are.
+
+    None where all are there.
+    """
+    most, past = distances[-1], x.shape[1] - tokens
+    x = F.pad(x, (0, 0, 0, 0, max(0, most - past), 0))
+    views = [x[:, x.shape[1] - tokens - n : x.shape[1] - n] for n in distances]
+    if past >= most:
+        return views, None
+    at = torch.arange(past, past + tokens, device=x.device)
+    return views, at[:, None] >= at.new_tensor(list(distances))
+
+
+def relative(
+    q: Float[Tensor, "b t h d"],
+    k: Float[Tensor, "b n h d"],
+    v: Float[Tensor, "b n h e"],
+    labels: Float[Tensor, "l h d"],
+    size: int,
+    *,
+    first: int = 0,
+    backend: str = "auto",
+) -> Partial:
+    """Each query over the keys at distances first .. size - 1 before it, the last t of n.
+
+    `labels` has the vectors of the distances first, first + 1, ..; the last holds beyond as well.
+    """
+    wide, last = torch.promote_types(q.dtype, torch.float32), first + len(labels) - 1
+    bias = torch.einsum("bthd,lhd->bthl", q, labels.to(q.dtype)).to(wide) * q.shape[-1] ** -0.5
+    near, beyond = bias[..., :-1], bias[..., -1]
+    (keys, visible), (values, _) = (earlier(x, q.shape[1], range(first, last)) for x in (k, v))
+    out, lse = window(q, k, v, size - last, gap=last, backend=backend)
+    return merge([few(q, keys, values, bias=near, visible=visible), (out, lse + beyond)])
+
+
+def relative_around(
+    q: Float[Tensor, "b t h d"],
+    k: Float[Tensor, "b t h d"],
+    v: Float[Tensor, "b t h e"],
+    labels: Float[Tensor, "l h d"],
+    size: int,
+    *,
+    backend: str = "auto",
+) -> Partial:
+    """Each query over the keys less than `size` before or after it.
+
+    `labels`: those of 0, 1, .. tokens before, then those of 1, 2, .. after; one more of the former.
+    """
+    behind, ahead = labels.split([len(labels) // 2 + 1, len(labels) // 2])
+    before = relative(q, k, v, behind, size, backend=backend)
+    q, k, v = (x.flip(1) for x in (q, k, v))
+    out, lse = relative(q, k, v, ahead, size, first=1, backend=backend)
+    return merge([before, (out.flip(1), lse.flip(1))])

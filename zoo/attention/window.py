@@ -1,0 +1,161 @@
+"""Sliding windows: each query sees the `size` keys up to its own (Beltagy 2020, section 3.1).
+
+    window      the keys at distances 0, r, 2r, .., (size - 1) r before the query, r the dilation
+    around      the query's own key and `side` more before and after it, r apart
+    in_window   the same as a mask, by which keys seen otherwise stay out of a query's window
+
+Queries go in blocks of an eighth of the window, folded into the batch; the keys of a block are a
+view on the sequence, of its own tokens and the size - 1 before them, of which a ninth is masked.
+Time and memory are O(t size) and O(t). A dilated window is a plain one on each of the r
+interleaved subsequences.
+
+Results are partial, (out, lse), to be merged with those over other keys by `zoo.ops.attention`.
+The queries are the last of the keys; `seen_later` tells which keys a later chunk will want.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from zoo.ops.attention import Part, attend, merge
+
+LANES = 16  # block sizes are multiples of it: odd ones cost matrix kernels half as much again
+
+Partial = tuple[Float[Tensor, "b t h e"], Float[Tensor, "b t h"]]  # (out, lse)
+
+
+def window(
+    q: Float[Tensor, "b t h d"],
+    k: Float[Tensor, "b n h d"],
+    v: Float[Tensor, "b n h e"],
+    size: int,
+    *,
+    dilation: int = 1,
+    gap: int = 0,
+    backend: str = "auto",
+) -> Partial:
+    """Each query over `size` keys, the nearest of them `gap` tokens before its own.
+
+    Queries are the last t of the n keys; keys farther than any query sees may be missing.
+    """
+    tokens = q.shape[1]
+    if gap:
+        return _with_gap(q, k, v, size, dilation, gap, backend)
+    k, v = (seen_later(x, tokens + (size - 1) * dilation) for x in (k, v))
+    past = k.shape[1] - tokens
+    if dilation > 1:
+        return _dilated(q, k, v, size, dilation, backend)
+    whole = min(max(size - 1 - past, 0), tokens)  # queries that see every key up to their own
+    pieces = []
+    if whole:
+        parts = [Part(q[:, :whole], *(x[:, past : past + whole] for x in (k, v)), causal=True)]
+        if past:
+            parts.append(Part(q[:, :whole], k[:, :past], v[:, :past]))
+        pieces.append(attend(parts, backend=backend))
+    if whole < tokens:
+        first = past + whole - (size - 1)
+        pieces.append(_band(q[:, whole:], k[:, first:], v[:, first:], size, backend))
+    if len(pieces) == 1:
+        return pieces[0]
+    out, lse = (torch.cat(parts, 1) for parts in zip(*pieces, strict=True))
+    return out, lse
+
+
+def _band(q: Tensor, k: Tensor, v: Tensor, size: int, backend: str) -> Partial:
+    """The window where none of it lies before the first key: t queries, t + size - 1 keys."""
+    tokens, before = q.shape[1], -(-(size - 1) // LANES) * LANES
+    block = min(tokens, max(2, -(-before // (8 * LANES))) * LANES)
+    q = _blocks(q, block)
+    n, keys = q.shape[1], before + block
+    padding = (before - (size - 1), n * block - tokens)
+    k, v = (_padded(x, *padding).unfold(1, keys, block) for x in (k, v))
+    k, v = (x.permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))
+    at = torch.arange(keys, device=q.device)
+    mask = in_window(at[before:], at, size)[None, None]
+    results = attend([Part(q.flatten(0, 1), k, v, mask=mask)], backend=backend)
+    out, lse = (x.unflatten(0, (-1, n)).flatten(1, 2)[:, :tokens] for x in results)
+    return out, lse
+
+
+def _blocks(x: Tensor, block: int) -> Float[Tensor, "b blocks block h d"]:
+    """Blocks of tokens, the last filled up with zeros, which stand in the future of all."""
+    return _padded(x, 0, -x.shape[1] % block).unflatten(1, (-1, block))
+
+
+def _padded(x: Tensor, before: int, behind: int) -> Tensor:
+    return F.pad(x, (0, 0, 0, 0, before, behind)) if before or behind else x
+
+
+def _dilated(q: Tensor, k: Tensor, v: Tensor, size: int, r: int, backend: str) -> Partial:
+    """Every r-th token is a sequence of its own; all begin with the first r keys."""
+    tokens, past = q.shape[1], k.shape[1] - q.shape[1]
+    q = F.pad(q, (0, 0, 0, 0, past % r, 0))
+    q, k, v = (_blocks(x, r).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    results = window(q, k, v, size, backend=backend)
+    woven = (x.unflatten(0, (-1, r)).transpose(1, 2).flatten(1, 2) for x in results)
+    out, lse = (x[:, past % r : past % r + tokens] for x in woven)
+    return out, lse
+
+
+def _with_gap(
+    q: Tensor, k: Tensor, v: Tensor, size: int, dilation: int, gap: int, backend: str
+) -> Partial:
+    """A window on keys moved `gap` later; the first queries may see nothing."""
+    blind = min(max(0, gap - (k.shape[1] - q.shape[1])), q.shape[1])
+    out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=v.dtype)
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    if blind == q.shape[1]:
+        return out, lse
+    k, v = (x[:, : x.shape[1] - gap] for x in (k, v))
+    seeing = window(q[:, blind:], k, v, size, dilation=dilation, backend=backend)
+    out, lse = (torch.cat([x[:, :blind], y], 1) for x, y in zip((out, lse), seeing, strict=True))
+    return out, lse
+
+
+def around(
+    q: Float[Tensor, "b t h d"],
+    k: Float[Tensor, "b t h d"],
+    v: Float[Tensor, "b t h e"],
+    side: int,
+    *,
+    dilation: int = 1,
+    backend: str = "auto",
+) -> Partial:
+    """Each query over its own key and `side` keys before and after it, `dilation` apart."""
+    before = window(q, k, v, side + 1, dilation=dilation, backend=backend)
+    q, k, v = (x.flip(1) for x in (q, k, v))
+    out, lse = window(q, k, v, side, dilation=dilation, gap=dilation, backend=backend)
+    return merge([before, (out.flip(1), lse.flip(1))])
+
+
+def by_head(
+    see: Callable[..., Partial], q: Tensor, k: Tensor, v: Tensor, dilations: Sequence[int]
+) -> Partial:
+    """`see(q, k, v, dilation=...)` for heads that differ in their dilation, in order."""
+    kinds = sorted(set(dilations))
+    if len(kinds) == 1:
+        return see(q, k, v, dilation=kinds[0])
+    groups = [[head for head, r in enumerate(dilations) if r == kind] for kind in kinds]
+    results = [
+        see(q[:, :, heads], k[:, :, heads], v[:, :, heads], dilation=kind)
+        for kind, heads in zip(kinds, groups, strict=True)
+    ]
+    order = torch.tensor([h for group in groups for h in group], device=q.device).argsort()
+    out, lse = (torch.cat(parts, 2)[:, :, order] for parts in zip(*results, strict=True))
+    return out, lse
+
+
+def in_window(
+    queries: Int[Tensor, " t"], keys: Int[Tensor, " n"], size: int, dilation: int = 1
+) -> Bool[Tensor, "t n"]:
+    """Whether each query's window holds each key, by their positions."""
+    distance = queries[:, None] - keys
+    return (distance >= 0) & (distance < size * dilation) & (distance % dilation == 0)
+
+
+def seen_later(x: Float[Tensor, "b n h d"], most: int) -> Float[Tensor, "b m h d"]:
+    """The last `most` tokens."""
+    return x[:, max(0, x.shape[1] - most) :]

@@ -1,0 +1,144 @@
+"""The Attention Free Transformer (Zhai 2021, "An Attention Free Transformer", section 3), causal.
+
+    Q, K, V     W_q x, W_k x, W_v x
+    Y_t         sigmoid(Q_t) * sum_{t' <= t} e^{K_t' + w_{t,t'}} V_t' / sum e^{K_t' + w_{t,t'}}
+    y           W_o Y
+
+channel by channel: no products of queries and keys. The variants differ in w, and w = 0 always
+means an ordinary place in the sum, not an unseen token:
+
+    simple  w = 0
+    conv    w of t - t' alone, for the last `window` tokens and one w per head of channels;
+            reparameterised as published, gamma (w - mean w) / std w + beta. gamma and beta are
+            zero there at first, which leaves w without a gradient; here gamma starts from 1
+    local   w of t and t', for the last `window` tokens; w = u_t v_t' of rank `rank`
+    full    w of t and t' for all pairs, of the same form: quadratic
+
+`local` and `full` know the positions they were trained on, `max_length` of them, and no others.
+The state is a running average with its maximum exponent, and for conv and local the last
+`window` - 1 keys and values; `full` keeps all keys and values. The averages and their states are
+in float32 (zoo.ops.aft).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from zoo.errors import choose
+from zoo.mixers.base import Mixer, State, compute_dtype, linear, residual_gain
+from zoo.ops.aft import Window, absorb, aft, aft_full, aft_window
+from zoo.ops.wkv4 import empty_average
+
+FACTOR_STD = 0.01  # of u and v at first, as published
+
+
+class AFTState(NamedTuple):
+    older: Float[Tensor, "b 3 d"]  # the average of what stands no longer in k and v
+    k: Float[Tensor, "b n d"]
+    v: Float[Tensor, "b n d"]
+    seen: int
+
+
+class AFT(Mixer):
+    def __init__(
+        self,
+        *,
+        width: int,
+        variant: str = "conv",
+        heads: int = 1,
+        window: int = 32,
+        rank: int = 128,
+        max_length: int | None = None,
+        backend: str = "auto",
+        layer: int = 0,
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        self.variant = choose("variant", variant, ["simple", "conv", "local", "full"])
+        self.width, self.backend, self.window, self.kept = width, backend, window, 0
+        self.min_window = 2  # of one token the average is the token, whatever its weight
+        self.recurrent = variant != "full"  # type: ignore[misc]
+        if variant in ("conv", "local"):
+            if window < 2:
+                raise ValueError(f"window={window} must be 2 tokens or more")
+            self.kept = window - 1
+        if variant == "conv":
+            if heads < 1 or width % heads:
+                raise ValueError(f"heads={heads} must divide width={width}")
+            self.min_window = window + 1  # beta weighs the window against what is older
+            self.taps = nn.Parameter(torch.randn(heads, window))
+            self.gamma = nn.Parameter(torch.ones(heads))
+            self.beta = nn.Parameter(torch.zeros(heads))
+        if variant in ("local", "full"):
+            if max_length is None or max_length < 1 or rank < 1:
+                raise ValueError(
+                    f"variant={variant} has a w for each position: max_length={max_length} and "
+                    f"rank={rank} must be 1 or more"
+                )
+            self.max_length = max_length
+            self.u = nn.Parameter(FACTOR_STD * torch.randn(max_length, rank))
+            self.v = nn.Parameter(FACTOR_STD * torch.randn(max_length, rank))
+        self.q_proj = linear(width, width)
+        self.k_proj = linear(width, width)
+        self.v_proj = linear(width, width)
+        self.o_proj = linear(width, width, gain=residual_gain(layers))
+
+    def forward(self, x: Float[Tensor, "b t d"], state: AFTState | None = None):
+        before = self.empty_state(len(x)) if state is None else state
+        end = before.seen + x.shape[1]
+        if self.max_length is not None and end > self.max_length:
+            raise ValueError(f"AFT reads at most {self.max_length} tokens and was given {end}")
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        forms = {"simple": self._simple, "conv": self._conv}
+        forms |= {"local": self._local, "full": self._full}
+        average, after = forms[self.variant](k, v, before)
+        y = self.o_proj(torch.sigmoid(q) * average)
+        return y if state is None else (y, AFTState(after.older, after.k, after.v, end))
+
+    def _simple(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, Window]:
+        y, older = aft(k, v, state=state.older, backend=self.backend)
+        return y, Window(older, state.k, state.v)
+
+    def _conv(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, Window]:
+        standard = F.layer_norm(self.taps, self.taps.shape[-1:])
+        w = self.gamma[:, None] * standard + self.beta[:, None]
+        return aft_window(k, v, w[None], Window(*state[:3]))
+
+    def _local(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, Window]:
+        start, end = state.seen, state.seen + k.shape[1]
+        near = F.pad(self.v, (0, 0, self.kept, 0))[start : end + self.kept].unfold(
+            0, self.window, 1
+        )
+        w = torch.einsum("tr,trs->ts", self.u[start:end], near).flip(1)
+        return aft_window(k, v, w[:, None], Window(*state[:3]))
+
+    def _full(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, Window]:
+        start, end = state.seen, state.seen + k.shape[1]
+        k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
+        y = aft_full(k, v, self.u[start:end], self.v[end - k.shape[1] : end])
+        return y, Window(state.older, k, v)
+
+    def empty_state(self, batch: int) -> AFTState:
+        weight = self.k_proj.weight
+        none = weight.new_empty((batch, 0, self.width), dtype=compute_dtype(weight))
+        return AFTState(empty_average(weight, batch, self.width), none, none, 0)
+
+    def state_bytes(self, tokens: int, batch: int = 1) -> int:
+        older, k = self.empty_state(batch)[:2]
+        kept = min(tokens, self.kept) if self.recurrent else tokens
+        return (
+            older.numel() * older.element_size() + 2 * batch * kept * self.width * k.element_size()
+        )
+
+    def carry(self, state: State, window: int) -> State:
+        """The last `window` keys and values; where there is an average, it takes in the others."""
+        older, k, v, seen = super().carry(state, window)
+        excess = k.shape[1] - window
+        if excess <= 0:
+            return AFTState(older, k, v, seen)
+        if self.recurrent:
+            older = absorb(older, k[:, :excess].to(older.dtype), v[:, :excess].to(older.dtype))
+        return AFTState(older, k[:, excess:], v[:, excess:], seen)

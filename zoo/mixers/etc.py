@@ -1,0 +1,240 @@
+"""ETC: a long input in windows and a short global one, between them labels (Ainslie 2020).
+
+    x               the long input, the layer's tokens
+    g               the global input, one token per block of c = `block` long ones; layer by layer
+                    it grows as x does. g^0 is learned, the same for all blocks
+    l2l, g2g        long sees long within the radius r = `window`; global sees global
+    l2g, g2l        long sees global, global sees long: four attentions of one set of W^Q, W^K, W^V
+    a_l             a vector added to the keys with label l, score = q . (k + a_l) / sqrt(d)
+                    (section 3.1). l2l and g2g: the distance clipped at `labels`, before and after
+                    apart; l2g and g2l: whether the long token is of the global one's block
+    y               W_o of the softmax over all of a token's keys, of both inputs
+
+Without `causal` this is the paper's section 3 with the globals one per block, as for its sentences;
+g2g, g2l and l2g see everything. Causally, every part that would look ahead is dropped: long sees
+the r before it and the globals of completed blocks; g_j, which is there once block j is complete,
+sees block j and the globals up to itself. So a token reads of its own block what its window holds,
+and of the blocks before it beyond the window their globals alone, one vector per block and layer.
+
+Departures, in both forms: the globals move first in a layer, and long tokens read what they have
+become (as published both read what the layer below left; so every layer's globals are read);
+globals have a norm but no feed-forward of their own, as the block's acts on x; no CPC loss.
+
+Time O(t (r + c) + t^2 / c). The state is the last max(r, c - 1) keys and values of x and, for every
+completed block, those of its global as globals see it and as long tokens see it: it grows.
+"""
+
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from zoo.attention.near import relative, relative_around
+from zoo.attention.window import Partial, seen_later
+from zoo.mixers.base import (
+    Mixer,
+    Shared,
+    State,
+    compute_dtype,
+    linear,
+    no_weight_decay,
+    refuse_state,
+    residual_gain,
+)
+from zoo.ops.attention import Part, attend, merge
+
+LABEL_STD = 0.02
+
+
+class ETCState(NamedTuple):
+    k: Float[Tensor, "b n h d"]
+    v: Float[Tensor, "b n h d"]
+    globals_in: tuple[Float[Tensor, "b g h d"], ...]  # k, v that g2g sees
+    globals_out: tuple[Float[Tensor, "b g h d"], ...]  # k, v that l2g sees
+    seen: int
+
+
+class ETC(Mixer):
+    recurrent: ClassVar[bool] = False
+    shares: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        window: int = 84,
+        block: int = 32,
+        labels: int = 12,
+        backend: str = "auto",
+        causal: bool = True,
+        layer: int = 0,
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"heads={heads} must divide width={width}")
+        if not 2 <= labels <= window:
+            raise ValueError(f"labels={labels}: distances told apart, from 2 to window={window}")
+        if block < 1:
+            raise ValueError(f"block={block}: at least 1 token to a global one")
+        self.causal, self.layer = causal, layer
+        self.heads, self.head_width = heads, width // heads
+        self.window, self.block, self.backend = window, block, backend
+        self.held = max(window, block - 1)
+        self.min_window = block + 1 if causal else 2
+        self.q_proj, self.k_proj, self.v_proj = (linear(width, width) for _ in range(3))
+        self.o_proj = linear(width, width, gain=residual_gain(layers))
+        self.first_global = nn.Parameter(torch.randn(width) * LABEL_STD)
+        self.global_norm = nn.RMSNorm(width, eps=1e-6)
+        distances, sides = (labels + 1, 1) if causal else (2 * labels + 1, 2)
+        self.l2l, self.g2g = self._labels(distances), self._labels(distances)
+        self.l2g, self.g2l = self._labels(sides), self._labels(sides)
+
+    def _labels(self, count: int) -> nn.Parameter:
+        shape = (count, self.heads, self.head_width)
+        return no_weight_decay(nn.Parameter(torch.randn(shape) * LABEL_STD))
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        state: ETCState | None = None,
+        shared: Shared | None = None,
+    ):
+        if not self.causal:
+            refuse_state(state)
+            return self._both_ways(x, shared)
+        start = state.seen if state else 0
+        q, k, v = self._heads(x)
+        if state:
+            k, v = _after(state.k, k), _after(state.v, v)
+        g = self._globals(x, (start % self.block + x.shape[1]) // self.block, shared)
+        g_q, *g_in = self._heads(self.global_norm(g))
+        before = state.globals_in if state else (g_in[0][:, :0], g_in[1][:, :0])
+        g_in = [_after(a, b) for a, b in zip(before, g_in, strict=True)]
+        span = max(g_in[0].shape[1], len(self.g2g))
+        among = relative(g_q, g_in[0], g_in[1], self.g2g, span, backend=self.backend)
+        g = g + self._out(merge([among, self._own_blocks(g_q, k, v, start, x.shape[1])]))
+        self._leave(g, shared)
+        _, g_k, g_v = self._heads(self.global_norm(g))
+        g_out = [g_k + self.l2g[0].to(g_k.dtype), g_v]
+        before = state.globals_out if state else (g_out[0][:, :0], g_out[1][:, :0])
+        near = relative(q, k, v, self.l2l, self.window + 1, backend=self.backend)
+        y = self._out(merge([near, *self._completed(q, before, g_out, start)]))
+        if state is None:
+            return y
+        g_out = [_after(a, b) for a, b in zip(before, g_out, strict=True)]
+        k, v = seen_later(k, self.held), seen_later(v, self.held)
+        return y, ETCState(k, v, (*g_in,), (*g_out,), start + x.shape[1])
+
+    def _heads(self, x: Tensor) -> list[Tensor]:
+        return [
+            proj(x).unflatten(-1, (self.heads, self.head_width))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        ]
+
+    def _out(self, result: Partial) -> Tensor:
+        return self.o_proj(result[0].flatten(-2))
+
+    def _globals(self, x: Tensor, count: int, shared: Shared | None) -> Float[Tensor, "b g d"]:
+        """What the nearest such layer below left, and this layer's own learned vector."""
+        own = self.first_global.expand(len(x), count, -1)
+        names = [f"etc_globals_{layer}" for layer in range(self.layer)]
+        left = [shared[name] for name in names if name in shared] if shared else []
+        return left[-1] + own if left else own
+
+    def _leave(self, g: Tensor, shared: Shared | None) -> None:
+        """For the layers above, each under its own name: a layer run again finds the same."""
+        if shared is not None:
+            shared[f"etc_globals_{self.layer}"] = g
+
+    def _own_blocks(
+        self, q: Float[Tensor, "b g h d"], k: Tensor, v: Tensor, start: int, tokens: int
+    ) -> Partial:
+        """Each global of this chunk over its block. A carried window may lack a block's first."""
+        batch, count, c = *q.shape[:2], self.block
+        first = k.shape[1] - tokens - start % c
+        lacking = max(0, -first)
+        k, v = (F.pad(u, (0, 0, 0, 0, lacking, 0)) for u in (k, v))
+        k, v = (u[:, max(0, first) :][:, : count * c].unflatten(1, (count, c)) for u in (k, v))
+        mask = None
+        if lacking:
+            there = torch.arange(count * c, device=q.device) >= lacking
+            mask = there.view(1, count, 1, 1, c).expand(batch, -1, -1, -1, -1).flatten(0, 1)
+        q, k, v = q.flatten(0, 1)[:, None], k.flatten(0, 1), v.flatten(0, 1)
+        k = k + self.g2l[0].to(k.dtype)
+        results = attend([Part(q, k, v, mask=mask)], backend=self.backend)
+        out, lse = (u.unflatten(0, (batch, count))[:, :, 0] for u in results)
+        return out, lse
+
+    def _completed(self, q: Tensor, before: tuple, new: list[Tensor], start: int) -> list[Partial]:
+        """Long queries over the globals of earlier chunks, then over those of this one.
+
+        There, the i-th tokens of all blocks are a sequence that sees the globals up to the block
+        before: a causal part, of which there are as many as tokens in a block.
+        """
+        found, begun, tokens, c = [], start % self.block, q.shape[1], self.block
+        if before[0].shape[1]:
+            k, v = (u.to(q.dtype) for u in before)
+            found.append(attend([Part(q, k, v)], backend=self.backend))
+        blocks = -(-(begun + tokens) // c)
+        if blocks == 1:
+            return found
+        rows = F.pad(q, (0, 0, 0, 0, begun, blocks * c - begun - tokens)).unflatten(1, (-1, c))
+        rows = rows[:, 1:].transpose(1, 2).flatten(0, 1)
+        k, v = (u[:, None, : blocks - 1].expand(-1, c, -1, -1, -1).flatten(0, 1) for u in new)
+        out, lse = attend([Part(rows, k, v, causal=True)], backend=self.backend)
+        out, lse = (u.unflatten(0, (-1, c)).transpose(1, 2).flatten(1, 2) for u in (out, lse))
+        out = F.pad(out, (0, 0, 0, 0, c, 0))[:, begun : begun + tokens]
+        lse = F.pad(lse, (0, 0, c, 0), value=-torch.inf)[:, begun : begun + tokens]
+        return [*found, (out, lse)]
+
+    def _both_ways(self, x: Float[Tensor, "b t d"], shared: Shared | None) -> Tensor:
+        tokens, count = x.shape[1], -(-x.shape[1] // self.block)
+        block = torch.arange(tokens, device=x.device) // self.block
+        own = torch.arange(count, device=x.device)[:, None] == block  # (g, t)
+        q, k, v = self._heads(x)
+        g = self._globals(x, count, shared)
+        g_q, g_k, g_v = self._heads(self.global_norm(g))
+        span = max(count, len(self.g2g))
+        among = relative_around(g_q, g_k, g_v, self.g2g, span, backend=self.backend)
+        g = g + self._out(merge([among, *self._two_labels(g_q, k, v, self.g2l, own)]))
+        self._leave(g, shared)
+        _, g_k, g_v = self._heads(self.global_norm(g))
+        near = relative_around(q, k, v, self.l2l, self.window + 1, backend=self.backend)
+        return self._out(merge([near, *self._two_labels(q, g_k, g_v, self.l2g, own.mT)]))
+
+    def _two_labels(
+        self, q: Tensor, k: Tensor, v: Tensor, labels: Tensor, own: Bool[Tensor, "q k"]
+    ) -> list[Partial]:
+        parts = (
+            Part(q, k + label.to(k.dtype), v, mask=mask[None, None])
+            for label, mask in zip(labels, (own, ~own), strict=True)
+        )
+        return [attend([part], backend=self.backend) for part in parts]
+
+    def empty_state(self, batch: int) -> ETCState:
+        weight = self.k_proj.weight
+        none = weight.new_empty(
+            (batch, 0, self.heads, self.head_width), dtype=compute_dtype(weight)
+        )
+        return ETCState(none, none, (none, none), (none, none), 0)
+
+    def state_bytes(self, tokens: int, batch: int = 1) -> int:
+        held = 2 * min(tokens, self.held) + 4 * (tokens // self.block)
+        size = self.empty_state(batch).k.element_size()
+        return batch * held * self.heads * self.head_width * size
+
+    def carry(self, state: State, window: int) -> State:
+        """The last `window` keys, and the globals of as many tokens."""
+        k, v, inner, outer, seen = super().carry(state, window)
+        inner, outer = (
+            tuple(seen_later(u, window // self.block) for u in pair) for pair in (inner, outer)
+        )
+        return ETCState(seen_later(k, window), seen_later(v, window), inner, outer, seen)
+
+
+def _after(past: Tensor, x: Tensor) -> Tensor:
+    return torch.cat([past.to(x.dtype), x], 1)

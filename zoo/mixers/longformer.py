@@ -1,0 +1,197 @@
+"""Longformer: sliding windows, dilated in some heads, and a few global tokens (Beltagy 2020).
+
+    window          w: a query sees its own key and the w before it; without `causal` w/2 on each
+                    side, the paper's count (section 3.1). A list grows it with depth (section 4.1):
+                    it is spread over the layers from the first to the last
+    dilation        keys are r apart, one r or one per head. It acts in the upper half of the
+                    layers: lower ones need all of their local context (section 4.1)
+    global_tokens   the first g tokens are global: they see all tokens and all tokens see them
+    q, k, v         W x; the queries of global tokens go with projections of their own, q_g k_g v_g,
+                    copies of the others at first (section 3.1, "linear projections"). Other queries
+                    see a global token's k and v, as the paper's code has it
+    y               W_o softmax(..) v, one softmax over the window and the global tokens
+
+Causally, a global token sees what is before it alone: it cannot gather the text, and what is left
+of it is a key that never leaves the window. The paper's language models have none, the default
+here. A single one would see itself alone and its q_g, k_g could not learn; there are 0 or >= 2.
+
+Departures: rotary positions (or `none`), where the paper has learned or sinusoidal ones; no biases.
+
+The state is the last w r keys and values, r the largest dilation, turned to their positions, and
+those of the global tokens.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from zoo.attention.window import Partial, around, by_head, in_window, seen_later, window
+from zoo.errors import choose
+from zoo.mixers.base import (
+    Mixer,
+    State,
+    compute_dtype,
+    linear,
+    refuse_state,
+    residual_gain,
+)
+from zoo.ops.attention import Part, attend, merge
+from zoo.positions.rope import inverse_frequencies, rotate
+
+
+class LongformerState(NamedTuple):
+    k: Float[Tensor, "b n h d"]  # the window's
+    v: Float[Tensor, "b n h d"]
+    marked: tuple[Float[Tensor, "b g h d"], ...]  # the global tokens' k, v, k_g, v_g
+    seen: int
+
+
+class Longformer(Mixer):
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        window: int | Sequence[int] = 128,
+        dilation: int | Sequence[int] = 1,
+        global_tokens: int = 0,
+        positions: str = "rope",
+        rope_base: float = 10000.0,
+        backend: str = "auto",
+        causal: bool = True,
+        layer: int = 0,
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"heads={heads} must divide width={width}")
+        windows = [window] if isinstance(window, int) else list(window)
+        if not windows or min(windows) < 1 or not (causal or all(w % 2 == 0 for w in windows)):
+            raise ValueError(
+                f"window={window}: one or several, of at least 1 token; without causal even ones"
+            )
+        dilations = [dilation] * heads if isinstance(dilation, int) else list(dilation)
+        if len(dilations) != heads or min(dilations) < 1:
+            raise ValueError(
+                f"dilation={dilation}: one of at least 1, or one for each of the {heads} heads"
+            )
+        if global_tokens < 0 or (causal and global_tokens == 1):
+            raise ValueError(
+                f"global_tokens={global_tokens}: 0 or more; causally not 1, "
+                "which would see itself alone"
+            )
+        self.causal = causal
+        self.heads, self.head_width, self.backend = heads, width // heads, backend
+        self.window = windows[layer * len(windows) // layers]
+        self.dilations = dilations if layer >= layers // 2 else [1] * heads
+        self.reach = self.window * max(self.dilations)  # how far back the state goes
+        self.global_tokens = global_tokens
+        self.min_window = global_tokens + 2
+        choose("positions", positions, ["rope", "none"])
+        self.inv_freq = (
+            inverse_frequencies(self.head_width, rope_base) if positions == "rope" else ()
+        )
+        self.q_proj, self.k_proj, self.v_proj = (linear(width, width) for _ in range(3))
+        if global_tokens:
+            self.q_global, self.k_global, self.v_global = (linear(width, width) for _ in range(3))
+            for copy, proj in (
+                (self.q_global, self.q_proj),
+                (self.k_global, self.k_proj),
+                (self.v_global, self.v_proj),
+            ):
+                copy.load_state_dict(proj.state_dict())
+        self.o_proj = linear(width, width, gain=residual_gain(layers))
+
+    def forward(self, x: Float[Tensor, "b t d"], state: LongformerState | None = None):
+        if not self.causal:
+            refuse_state(state)
+        start = state.seen if state else 0
+        q, k = (self._turned(proj(x), start) for proj in (self.q_proj, self.k_proj))
+        v = self._heads(self.v_proj(x))
+        keys, values = (_after(state.k, k), _after(state.v, v)) if state else (k, v)
+        local = self._local(q, keys, values)
+        out, marked = local[0], ()
+        if self.global_tokens:
+            marked = self._marked(x, k, v, start)
+            if state:
+                marked = tuple(_after(a, b) for a, b in zip(state.marked, marked, strict=True))
+            out = self._with_globals(x, q, local, marked, start)
+        y = self.o_proj(out.flatten(-2))
+        if state is None:
+            return y
+        k, v = seen_later(keys, self.reach), seen_later(values, self.reach)
+        return y, LongformerState(k, v, marked, start + x.shape[1])
+
+    def _heads(self, x: Tensor) -> Float[Tensor, "b t h d"]:
+        return x.unflatten(-1, (self.heads, self.head_width))
+
+    def _turned(self, x: Tensor, start: int) -> Float[Tensor, "b t h d"]:
+        x = self._heads(x)
+        return rotate(x, self.inv_freq, start) if self.inv_freq else x
+
+    def _local(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+        if self.causal:
+            see = partial(window, size=self.window + 1, backend=self.backend)
+        else:
+            see = partial(around, side=self.window // 2, backend=self.backend)
+        return by_head(see, q, k, v, self.dilations)
+
+    def _marked(self, x: Tensor, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, ...]:
+        """k and v of the global tokens in x; k_g and v_g of what these see."""
+        left = max(0, self.global_tokens - start)
+        seen = x[:, :left] if self.causal else x
+        k_g, v_g = self._turned(self.k_global(seen), start), self._heads(self.v_global(seen))
+        return k[:, :left], v[:, :left], k_g, v_g
+
+    def _with_globals(
+        self, x: Tensor, q: Tensor, local: Partial, marked: tuple[Tensor, ...], start: int
+    ) -> Tensor:
+        """Local queries with the global keys outside their windows; then the global queries."""
+        k, v, k_g, v_g = marked
+        left = max(0, self.global_tokens - start)
+        rows = torch.arange(start, start + q.shape[1], device=q.device)
+        columns = torch.arange(k_g.shape[1], device=q.device)
+        keys, past = columns[: k.shape[1]], rows[:, None] >= columns
+        outside = torch.stack([~self._sees(rows, keys, r) for r in self.dilations])
+        if self.causal:
+            outside = outside & past
+        far = attend([Part(q, k, v, mask=outside[None])], backend=self.backend)
+        out, _ = merge([local, far])
+        if not left:
+            return out
+        q_g = self._turned(self.q_global(x[:, :left]), start)
+        mask = past[None, None, :left] if self.causal else None
+        whole, _ = attend([Part(q_g, k_g, v_g, mask=mask)], backend=self.backend)
+        return torch.cat([whole, out[:, left:]], 1)
+
+    def _sees(self, rows: Tensor, keys: Tensor, r: int) -> Tensor:
+        """Whether the window of each query holds each key."""
+        ahead = 0 if self.causal else self.window // 2
+        return in_window(rows + ahead * r, keys, self.window + 1, r)
+
+    def empty_state(self, batch: int) -> LongformerState:
+        weight = self.k_proj.weight
+        none = weight.new_empty(
+            (batch, 0, self.heads, self.head_width), dtype=compute_dtype(weight)
+        )
+        return LongformerState(none, none, (none,) * 4 if self.global_tokens else (), 0)
+
+    def state_bytes(self, tokens: int, batch: int = 1) -> int:
+        held = 2 * min(tokens, self.reach) + 4 * min(tokens, self.global_tokens)
+        size = self.empty_state(batch).k.element_size()
+        return batch * held * self.heads * self.head_width * size
+
+    def carry(self, state: State, window: int) -> State:
+        """The last `window` keys, and the global tokens."""
+        k, v, marked, seen = super().carry(state, window)
+        return LongformerState(
+            seen_later(k, window), seen_later(v, window), tuple(x[:, :window] for x in marked), seen
+        )
+
+
+def _after(past: Tensor, x: Tensor) -> Tensor:
+    return torch.cat([past.to(x.dtype), x], 1)

@@ -1,0 +1,132 @@
+"""ReLU attention: no softmax, each weight is a score's own (Wortsman 2023, section 3).
+
+    q, k, v     W_q x, W_k x, W_v x, split into heads of `head_width` channels
+    s_tj        q_t.k_j / sqrt(head_width)
+    o_t         sum_{j <= t} f(s_tj) v_j / N_t,  f = ReLU or its square
+    y           W_o o
+
+`normalise` is N_t: `length`, the number of keys that t sees (the paper's L^-1; there L is the whole
+sequence, which a causal model cannot know); `sum`, sum_j f(s_tj); `rms`, the root mean square of
+the unnormalised output over all heads, times a learned gain g (ReLA: Zhang 2021, section 3.2):
+g o / RMS(o), and where `gated` times sigmoid(w o). A query whose scores are all negative reads 0.
+
+Under positions=alibi the bias joins the score before f, which makes of it a horizon: key j counts
+only while q_t.k_j / sqrt(head_width) > slope (t - j), and not at all beyond. The state is as
+softmax attention's: every key, turned on arrival, and every value.
+"""
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from zoo.errors import choose
+from zoo.mixers.base import (
+    Mixer,
+    State,
+    compute_dtype,
+    linear,
+    refuse_state,
+    residual_gain,
+)
+from zoo.mixers.softmax import KeyValues
+from zoo.ops.kernel_attention import kernel_attention
+from zoo.positions.alibi import slopes
+from zoo.positions.rope import inverse_frequencies, rotate
+
+EPS = 1e-6
+
+
+class ReLUAttention(Mixer):
+    recurrent: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        kernel: str = "relu",
+        normalise: str = "length",
+        gated: bool = False,
+        positions: str = "rope",
+        rope_base: float = 10000.0,
+        backend: str = "auto",
+        causal: bool = True,
+        layer: int = 0,
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"heads={heads} must divide width={width}")
+        if positions == "alibi" and not causal:
+            raise ValueError(
+                "positions=alibi are one-sided: bidirectional attention has rope or none"
+            )
+        if gated and normalise != "rms":
+            raise ValueError(f"gated=true gates normalise=rms, not normalise={normalise}")
+        self.causal, self.heads, self.head_width = causal, heads, width // heads
+        self.kernel = choose("kernel", kernel, ["relu", "squared_relu"])
+        self.normalise = choose("normalise", normalise, ["length", "sum", "rms"])
+        self.positions = choose("positions", positions, ["rope", "alibi", "none"])
+        if positions == "rope":
+            self.inv_freq = inverse_frequencies(self.head_width, rope_base)
+        self.backend = backend
+        self.q_proj, self.k_proj, self.v_proj = (linear(width, width) for _ in range(3))
+        self.norm = nn.RMSNorm(width, eps=EPS) if normalise == "rms" else None
+        self.gate = nn.Parameter(torch.zeros(width)) if gated else None
+        self.o_proj = linear(width, width, gain=residual_gain(layers))
+
+    def forward(self, x: Float[Tensor, "b t d"], state: KeyValues | None = None):
+        if not self.causal:
+            refuse_state(state)
+        start = state.seen if state else 0
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.positions == "rope":
+            q, k = rotate(q, self.inv_freq, start), rotate(k, self.inv_freq, start)
+        if state:
+            k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
+        y = self.o_proj(self._attend(q, k, v).to(v.dtype))
+        return y if state is None else (y, KeyValues(k, v, start + x.shape[1]))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "b t d"]:
+        """The normalised sums, in float32 or better; the queries are the last of the keys."""
+        bias = None
+        if self.positions == "alibi":
+            bias = torch.tensor(slopes(self.heads), device=q.device)
+        if self.normalise == "sum":
+            v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+        o = kernel_attention(
+            q, k, v, self.kernel, slopes=bias, causal=self.causal, backend=self.backend
+        )
+        if self.normalise == "sum":
+            return (o[..., :-1] / o[..., -1:].clamp(min=EPS)).flatten(-2)
+        o = o.flatten(-2)
+        if self.norm is not None:
+            return (
+                self.norm(o) if self.gate is None else self.norm(o) * torch.sigmoid(self.gate * o)
+            )
+        if not self.causal:
+            return o / k.shape[1]
+        return (
+            o / torch.arange(k.shape[1] - q.shape[1] + 1, k.shape[1] + 1, device=o.device)[:, None]
+        )
+
+    def empty_state(self, batch: int) -> KeyValues:
+        weight = self.k_proj.weight
+        none = weight.new_empty(
+            (batch, 0, self.heads, self.head_width), dtype=compute_dtype(weight)
+        )
+        return KeyValues(none, none, 0)
+
+    def state_bytes(self, tokens: int, batch: int = 1) -> int:
+        weight = self.k_proj.weight
+        return 2 * batch * tokens * weight.shape[0] * compute_dtype(weight).itemsize
+
+    def carry(self, state: State, window: int) -> State:
+        """The last `window` keys, which are then all that the next window's queries divide by."""
+        k, v, seen = super().carry(state, window)
+        return KeyValues(k[:, -window:], v[:, -window:], seen)

@@ -1,0 +1,108 @@
+"""SimA: no softmax, queries and keys divided by their l1 norms over the tokens.
+
+Koohpayegani & Pirsiavash 2022 (published 2024), section 3.
+
+    q, k, v     W_q x, W_k x, W_v x, split into heads of d channels
+    q^, k^      q / ||q||_1, k / ||k||_1, each channel by its norm over the tokens
+    o           q^ (k^T v), or (q^ k^T) v where that is cheaper; weights may be negative
+    y           W_o o
+
+Bidirectional (`causal=False`) that is all, as published, over all tokens. Left out: the vision
+block around it (LayerScale, local patch interaction).
+
+Causal, a token cannot know the later ones, so both norms are those of the tokens up to the query,
+z_t = sum_{i <= t} |x_i|, which makes of it linear attention with a rescaled query:
+
+    o_t = (q_t / (z^q_t z^k_t)) S_t         S_t = sum_{i <= t} k_i v_i^T
+
+Every o_t is what the bidirectional form gives the last token of x_1 .. x_t. The norms grow with t,
+so the output falls like 1/t: `scale: t` multiplies by the number of tokens normalised over (of q
+then its mean is taken, not its sum), which keeps the size of what is read; `none` is as published.
+Order is seen only through what came before (as without positions), or from positions added at the
+embedding. The state is S, both norms, in float32, and the number of tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from zoo.errors import choose
+from zoo.mixers.base import Mixer, linear, refuse_state, residual_gain
+from zoo.ops.linear_attention import linear_attention
+
+EPS = 1e-12  # a channel that was 0 so far is divided by it
+
+
+class SimAState(NamedTuple):
+    S: Float[Tensor, "b h k v"]
+    zq: Float[Tensor, "b h k"]
+    zk: Float[Tensor, "b h k"]
+    seen: int
+
+
+class SimA(Mixer):
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        scale: str = "t",
+        positions: str = "none",
+        backend: str = "auto",
+        causal: bool = True,
+        layer: int = 0,
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"heads={heads} must divide width={width}")
+        choose("positions", positions, ["none"])
+        self.causal, self.heads = causal, heads
+        self.scale = choose("scale", scale, ["none", "t"])
+        self.backend = backend
+        self.q_proj, self.k_proj, self.v_proj = (linear(width, width) for _ in range(3))
+        self.o_proj = linear(width, width, gain=residual_gain(layers))
+
+    def forward(self, x: Float[Tensor, "b t d"], state: SimAState | None = None):
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+        if not self.causal:
+            refuse_state(state)
+            return self.o_proj(self._bidirectional(q, k, v).flatten(-2))
+        zq, zk = q.abs().cumsum(1), k.abs().cumsum(1)
+        if state:
+            zq, zk = zq + state.zq[:, None], zk + state.zk[:, None]
+        start, tokens = state.seen if state else 0, x.shape[1]
+        rescaled = q / (zq.clamp(min=EPS) * zk.clamp(min=EPS))
+        if self.scale == "t":
+            rescaled = (
+                rescaled
+                * torch.arange(start + 1, start + tokens + 1, device=x.device)[:, None, None]
+            )
+        o, S = linear_attention(
+            rescaled, k, v, state=state.S if state else None, backend=self.backend
+        )
+        assert isinstance(S, Tensor)  # not normalised
+        y = self.o_proj(o.flatten(-2))
+        return y if state is None else (y, SimAState(S, zq[:, -1], zk[:, -1], start + tokens))
+
+    def _bidirectional(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens, channels = q.shape[1], q.shape[-1]
+        q, k = (x / x.abs().sum(1, keepdim=True).clamp(min=EPS) for x in (q, k))
+        if self.scale == "t":
+            q = q * tokens
+        q, k, wide = (x.transpose(1, 2) for x in (q, k, v.to(q.dtype)))
+        with torch.autocast(v.device.type, enabled=False):
+            o = q @ (k.mT @ wide) if tokens > channels else (q @ k.mT) @ wide
+        return o.transpose(1, 2).to(v.dtype)
+
+    def empty_state(self, batch: int) -> SimAState:
+        weight, channels = self.q_proj.weight, self.q_proj.out_features // self.heads
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        z = weight.new_zeros((batch, self.heads, channels), dtype=wide)
+        return SimAState(z.new_zeros((*z.shape, channels)), z, z, 0)

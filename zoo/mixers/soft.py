@@ -1,0 +1,311 @@
+"""SOFT: a Gaussian kernel in place of the softmax, and its low-rank form (Lu 2021, section 3).
+
+    q, v        W_q x, W_v x in heads of d channels; keys are the queries
+    k(x, y)     exp(-||x - y||^2 / (2 sqrt(d)))                                   (eq. 3)
+    S           S_ij = k(q_i, q_j), S_ii = 1;   y = W_o S v
+    Q~          landmarks: a convolution over `block` tokens at that stride, shared by the heads,
+                LayerNorm, GELU
+    A, P        k(Q~, Q~), k(Q~, q)
+
+Bidirectional (`causal=False`), as published: S = P^T A^+ P (eq. 8), read as P^T (A^+ (P v)), with
+(A + epsilon I)^-1 for A^+ by Newton's iteration (algorithm 1). `residual` then tells how far the
+last inverse was from one. The paper keeps 49 landmarks by choosing the stride for the image; here
+there is one per `block` tokens. Left out: the published code's convolution on v.
+
+Causal `form`:
+
+    exact       The sum over j <= i, whole; no landmark, no inverse. Time O(t^2), state every q, v.
+    landmarks   Exact inside the own block; of all blocks before it, P^T A^-1 P with the landmarks
+                of the last `landmarks` completed blocks. What was read is a function of the query,
+                f(x) = sum_j k(x, q_j) v_j, kept as its projection on the landmarks' span,
+                f(x) ~ k(x, Q~) c. When a block is complete its landmark joins, the oldest leaves,
+                and the old projection plus the block's own sum is projected on the new span:
+                    (A' + epsilon I) c' = k(Q~', q_block) v_block + k(Q~', Q~) c
+                a ridge regression, which never lengthens f: states do not grow by themselves. Time
+                O(t), state fixed. What it costs: a token is known only by what the landmarks since
+                tell of it, and is forgotten as they move away.
+
+As published nothing divides the sum, whose size grows with the tokens that are alike, and the
+default keeps it so: it trains, and S_ii = 1 keeps a token's own value in sight. `normalise`:
+`none`; `sum` divides by the sum of the weights, at least S_ii = 1; `length` by the number of
+visible keys, beside which S_ii starves: it trained worst of the three in both forms.
+
+Under positions=rope queries are turned, which leaves S_ii = 1 and makes S_ij depend on i - j; a
+landmark, made of unturned queries, stands in the middle of its block.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from zoo.errors import choose
+from zoo.mixers.base import (
+    Mixer,
+    State,
+    compute_dtype,
+    linear,
+    refuse_state,
+    residual_gain,
+)
+from zoo.mixers.softmax import KeyValues
+from zoo.ops.kernel_attention import gaussian, kernel_attention
+from zoo.positions.rope import inverse_frequencies, rotate, turned
+
+PIECE = 16  # blocks whose landmarks' matrices are held at once; recomputed in the backward pass
+
+
+class Landmarks(NamedTuple):
+    landmarks: Float[Tensor, "b m h d"]  # turned; the latest last, zeros where there is none yet
+    c: Float[Tensor, "b h m e"]
+    q: Float[Tensor, "b block h d"]  # of the block being read, unturned; zeros where unread
+    v: Float[Tensor, "b block h d"]
+    seen: int
+
+
+class Soft(Mixer):
+    residual: Tensor | None = (
+        None  # largest ||I - (A + epsilon I) X|| of the last bidirectional call
+    )
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        form: str = "landmarks",
+        normalise: str = "none",
+        block: int = 16,
+        landmarks: int = 32,
+        epsilon: float = 0.01,
+        iterations: int = 20,
+        positions: str = "rope",
+        rope_base: float = 10000.0,
+        backend: str = "auto",
+        causal: bool = True,
+        layer: int = 0,
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"heads={heads} must divide width={width}")
+        least = {"block": block, "landmarks": landmarks, "iterations": iterations}
+        for name, value in least.items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if not epsilon > 0:
+            raise ValueError(f"epsilon={epsilon} must be above 0, or A may have no inverse")
+        self.causal, self.heads, self.head_width = causal, heads, width // heads
+        self.form = choose("form", form, ["exact", "landmarks"]) if causal else "bidirectional"
+        self.recurrent = self.form == "landmarks"  # type: ignore[misc]
+        self.min_window = block + 1 if self.form == "landmarks" else 1
+        self.normalise = choose("normalise", normalise, ["none", "length", "sum"])
+        self.positions = choose("positions", positions, ["rope", "none"])
+        self.inv_freq = inverse_frequencies(self.head_width, rope_base)
+        self.block, self.landmarks = block, landmarks
+        self.epsilon, self.iterations, self.backend = epsilon, iterations, backend
+        self.scale = self.head_width**-0.5
+        self.q_proj, self.v_proj = linear(width, width), linear(width, width)
+        self.o_proj = linear(width, width, gain=residual_gain(layers))
+        if self.form != "exact":
+            self.convolution = linear(block * self.head_width, self.head_width)
+            self.norm = nn.LayerNorm(self.head_width)
+
+    def forward(self, x: Float[Tensor, "b t d"], state: KeyValues | Landmarks | None = None):
+        q, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.v_proj))
+        if not self.causal:
+            refuse_state(state)
+        form = {
+            "bidirectional": self._bidirectional,
+            "exact": self._exact,
+            "landmarks": self._by_landmarks,
+        }[self.form]
+        o, visible, after = form(q, v, state)
+        y = self.o_proj(self._normalised(o, visible).to(x.dtype).flatten(-2))
+        return y if state is None else (y, after)
+
+    def _exact(self, q: Tensor, v: Tensor, state: KeyValues | None):
+        """Sums, their numbers of keys and the state after."""
+        start = state.seen if state else 0
+        q = k = self._turned(q, start)
+        if state:
+            k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
+        o = kernel_attention(q, k, self._values(v), "gaussian", backend=self.backend)
+        visible = torch.arange(k.shape[1] - q.shape[1] + 1, k.shape[1] + 1, device=o.device)
+        return o, visible, KeyValues(k, v, start + q.shape[1])
+
+    def _bidirectional(self, q: Tensor, v: Tensor, _: None):
+        tokens, options = q.shape[1], {"causal": False, "backend": self.backend}
+        landmarks = self._landmarks(F.pad(q, (0, 0, 0, 0, 0, -tokens % self.block)), 0)
+        q, rows = self._turned(q, 0), landmarks.transpose(1, 2)
+        A = self._ridge(gaussian(rows, rows, self.scale))
+        inverse = NewtonInverse.apply(A, self.iterations)
+        self.residual = _residual(A.detach(), inverse.detach())
+        read = kernel_attention(landmarks, q, self._values(v), "gaussian", **options)
+        c = (inverse @ read.transpose(1, 2)).transpose(1, 2)
+        o = kernel_attention(q, landmarks, c, "gaussian", **options)
+        return o, torch.full((tokens,), tokens, device=o.device), None
+
+    def _by_landmarks(self, q: Tensor, v: Tensor, state: Landmarks | None):
+        state = state or self._no_landmarks(len(q))
+        fresh, (seen, block) = q.shape[1], (state.seen, self.block)
+        filled = seen % block
+        q = torch.cat([state.q[:, :filled].to(q.dtype), q], 1)
+        v = torch.cat([state.v[:, :filled].to(v.dtype), v], 1)
+        blocks, rest = divmod(q.shape[1], block)
+        done, first = blocks * block, seen // block
+        at, values = self._turned(q, seen - filled), self._values(v)
+
+        o = self._within_blocks(at, values)[:, filled:]
+        every = torch.cat([state.landmarks, self._landmarks(q[:, :done], first)], 1)
+        windows = every.unfold(1, self.landmarks, 1).movedim(-1, 3)  # before each block, and after
+        joined = first + torch.arange(1, blocks + 1, device=o.device)
+        present = torch.arange(self.landmarks, device=o.device) >= self.landmarks - joined[:, None]
+        whole = [x[:, :done].unflatten(1, (-1, block)).transpose(2, 3) for x in (at, values)]
+        pieces = [x.split(PIECE, 1) for x in (*whole, windows[:, :-1], windows[:, 1:])]
+        c, far = state.c, []
+        for *piece, there in zip(*pieces, present.split(PIECE), strict=True) if blocks else ():
+            read, c = checkpoint(self._advance, *piece, there, c, use_reentrant=False)
+            far.append(read)
+        held = every[:, -self.landmarks :]
+        if rest:
+            far.append(self._read(at[:, done:], held, c))
+        o = o + torch.cat(far, 1)[:, filled:]
+
+        q, v = (F.pad(x[:, done:], (0, 0, 0, 0, 0, block - rest)) for x in (q, v))
+        visible = torch.arange(seen + 1, seen + fresh + 1, device=o.device)
+        return o, visible, Landmarks(held, c, q, v, seen + fresh)
+
+    def _within_blocks(self, q: Tensor, v: Tensor) -> Tensor:
+        """The exact sums of each token over those before it in its own block."""
+        short = -q.shape[1] % self.block
+        blocks = (F.pad(x, (0, 0, 0, 0, 0, short)).unflatten(1, (-1, self.block)) for x in (q, v))
+        q_blocks, v_blocks = (x.flatten(0, 1) for x in blocks)
+        o = kernel_attention(q_blocks, q_blocks, v_blocks, "gaussian", backend=self.backend)
+        return o.unflatten(0, (len(q), -1)).flatten(1, 2)[:, : q.shape[1]]
+
+    def _advance(
+        self,
+        q: Float[Tensor, "b n h block d"],
+        v: Float[Tensor, "b n h block e"],
+        before: Float[Tensor, "b n h m d"],
+        after: Float[Tensor, "b n h m d"],
+        present: Bool[Tensor, "n m"],
+        c: Float[Tensor, "b h m e"],
+    ) -> tuple[Tensor, Tensor]:
+        """What each of n blocks reads from the landmarks before it, and c after the last.
+
+        `present` tells which of the landmarks after a block there are; c is 0 for the others.
+        """
+        there = present[:, None, :, None].to(c.dtype)
+        with torch.autocast(c.device.type, enabled=False):
+            A = self._ridge(gaussian(after, after, self.scale) * there * there.mT)
+            sums = gaussian(after, q, self.scale) @ v.to(c.dtype)
+            both = torch.cat([sums, gaussian(after, before, self.scale)], -1) * there
+            both = torch.cholesky_solve(both, torch.linalg.cholesky(A))
+            gains, moves = both.split([v.shape[-1], both.shape[-2]], -1)
+            cs = []
+            for gain, move in zip(gains.unbind(1), moves.unbind(1), strict=True):
+                cs.append(c)
+                c = gain + move @ c
+            read = gaussian(q, before, self.scale) @ torch.stack(cs, 1)
+        return read.transpose(2, 3).flatten(1, 2), c
+
+    def _read(self, q: Tensor, held: Tensor, c: Tensor) -> Tensor:
+        """f(q) = k(q, Q~) c."""
+        weights = gaussian(q.transpose(1, 2), held.transpose(1, 2), self.scale)
+        with torch.autocast(c.device.type, enabled=False):
+            return (weights @ c).transpose(1, 2)
+
+    def _landmarks(self, q: Tensor, first: int) -> Float[Tensor, "b n h d"]:
+        """One per whole block of unturned queries, which is block `first` of the text or after."""
+        blocks = q.unflatten(1, (-1, self.block)).transpose(2, 3).flatten(-2)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        landmarks = F.gelu(self.norm(self.convolution(blocks))).to(wide)
+        if self.positions == "none":
+            return landmarks
+        places = torch.arange(first, first + blocks.shape[1], device=q.device) + 0.5
+        return turned(landmarks, self.inv_freq, places * self.block - 0.5)
+
+    def _turned(self, q: Tensor, start: int) -> Tensor:
+        return rotate(q, self.inv_freq, start) if self.positions == "rope" else q
+
+    def _ridge(self, A: Tensor) -> Tensor:
+        return A + self.epsilon * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+
+    def _values(self, v: Tensor) -> Tensor:
+        """v, and a channel of ones to sum the weights where they are divided by their sum."""
+        return torch.cat([v, torch.ones_like(v[..., :1])], -1) if self.normalise == "sum" else v
+
+    def _normalised(self, o: Tensor, visible: Tensor) -> Tensor:
+        if self.normalise == "sum":
+            return o[..., :-1] / o[..., -1:].clamp(min=1)  # S_ii = 1 is among them
+        return o / visible[:, None, None] if self.normalise == "length" else o
+
+    def empty_state(self, batch: int) -> KeyValues | Landmarks:
+        if self.form == "landmarks":
+            return self._no_landmarks(batch)
+        weight = self.q_proj.weight
+        shape = (batch, 0, self.heads, self.head_width)
+        none = weight.new_empty(shape, dtype=compute_dtype(weight))
+        return KeyValues(none, none, 0)
+
+    def _no_landmarks(self, batch: int) -> Landmarks:
+        weight, place = self.q_proj.weight, (self.heads, self.head_width)
+        channels = self.head_width + (self.normalise == "sum")
+        unread = weight.new_zeros((batch, self.block, *place), dtype=compute_dtype(weight))
+        c = weight.new_zeros(
+            (batch, self.heads, self.landmarks, channels),
+            dtype=torch.promote_types(weight.dtype, torch.float32),
+        )
+        return Landmarks(c.new_zeros((batch, self.landmarks, *place)), c, unread, unread, 0)
+
+    def state_bytes(self, tokens: int, batch: int = 1) -> int:
+        if self.form == "landmarks":
+            return super().state_bytes(tokens, batch)
+        weight = self.q_proj.weight
+        return 2 * batch * tokens * weight.shape[0] * compute_dtype(weight).itemsize
+
+    def carry(self, state: State, window: int) -> State:
+        """All of a fixed state; of queries and values, those of the last `window` tokens."""
+        state = super().carry(state, window)
+        if self.form == "landmarks":
+            return state
+        return KeyValues(state.k[:, -window:], state.v[:, -window:], state.seen)
+
+
+class NewtonInverse(torch.autograd.Function):
+    """A^-1 of positive definite A: X <- 2 X - X A X from X = alpha A   (algorithm 1).
+
+    It converges for alpha < 2 / ||A||^2; alpha is 0.9 times 2 / ||A||_1^2, as at 2 a matrix whose
+    largest eigenvalue is its norm (a single landmark) would stay where it begins. The gradient is
+    the inverse's own, -X^T G X^T, whatever the number of iterations.
+    """
+
+    @staticmethod
+    def forward(ctx, A, iterations):
+        with torch.autocast(A.device.type, enabled=False):
+            norm = A.abs().sum(-2, keepdim=True).amax(-1, keepdim=True)
+            X = 1.8 / norm.square() * A
+            for _ in range(iterations):
+                X = 2 * X - X @ A @ X
+        ctx.save_for_backward(X)
+        return X
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, G):
+        (X,) = ctx.saved_tensors
+        with torch.autocast(G.device.type, enabled=False):
+            return -X.mT @ G @ X.mT, None
+
+
+def _residual(A: Tensor, X: Tensor) -> Tensor:
+    """The largest ||I - A X|| (Frobenius) of a batch: 0 for an inverse, sqrt(m) for X = 0."""
+    with torch.autocast(A.device.type, enabled=False):
+        eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+        return torch.linalg.matrix_norm(eye - A @ X).max()

@@ -1,0 +1,209 @@
+"""Star-Transformer: a ring of neighbours and one relay that all share (Guo 2019, section 3.2).
+
+    h_i             satellites, the layer's tokens; e_i those that the first layer was given
+    s               the relay
+    satellites      h_i <- MultiAtt(h_i, [h_{i-1}; h_i; h_{i+1}; e_i; s])
+    relay           s <- LN(ReLU(MultiAtt(s, [s; H])))
+    T               the paper's iterations: the layers
+
+Without `causal`: as published, s^0 the mean of e, the ends of the ring padded and masked. In a
+layer the relay moves first, over the H that the layer below left: the paper's second step, then
+its next first step. Causally h_{i+1} is dropped, and the relay's recurrence over layers becomes one
+over blocks of c = `block` tokens within each layer,
+
+    s_j = LN(ReLU(MultiAtt(s_{j-1}, [s_{j-1}; H_j]))),    s_0 = LN(ReLU(W_o u)), u learned,
+
+where the satellites of block j, H_j, read s_{j-1}. Time is O(t), t / c steps of it one after
+another; the state is one relay, its softmax over the block begun, and one satellite.
+
+What that costs: a layer moves information by one token, and otherwise through the relay alone, from
+each block to the next. So what lies back more than `layers` tokens is seen only once its block is
+complete, up to c tokens late, and from farther than the last block only as far as one vector of the
+layer's width carried it.
+
+Departures: satellites have no LN(ReLU(.)) of their own, as the block's norm, residual sum and
+feed-forward stand there; a learned vector for each place in the list (before, own, after, e, s) is
+added to the keys, instead of positions added to e, which would end with the trained length.
+"""
+
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from zoo.attention.near import few
+from zoo.mixers.base import (
+    Mixer,
+    Shared,
+    compute_dtype,
+    linear,
+    no_weight_decay,
+    refuse_state,
+    residual_gain,
+    shifted,
+)
+from zoo.ops.attention import Part, attention
+
+
+class Relay(NamedTuple):
+    """The relay after the last completed block, and its attention over itself and what followed."""
+
+    s: Float[Tensor, "b d"]
+    out: Float[Tensor, "b h k"]
+    lse: Float[Tensor, "b h"]
+
+
+class StarState(NamedTuple):
+    relay: Relay
+    k: Float[Tensor, "b 1 h k"]  # the last satellite's
+    v: Float[Tensor, "b 1 h k"]
+    seen: int
+
+
+class Star(Mixer):
+    shares: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        block: int = 32,
+        backend: str = "auto",
+        causal: bool = True,
+        layer: int = 0,
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"heads={heads} must divide width={width}")
+        if block < 1:
+            raise ValueError(f"block={block}: at least 1 token between two relays")
+        self.causal, self.layer = causal, layer
+        self.heads, self.head_width = heads, width // heads
+        self.block, self.backend = block, backend
+        self.min_window = block + 1 if causal else 2
+        self.q_proj, self.k_proj, self.v_proj = (linear(width, width) for _ in range(3))
+        self.o_proj = linear(width, width, gain=residual_gain(layers))
+        self.places = no_weight_decay(
+            nn.Parameter(torch.zeros(4 if causal else 5, heads, self.head_width))
+        )
+        self.relay_q, self.relay_k, self.relay_v = (linear(width, width) for _ in range(3))
+        self.relay_o = linear(width, width)
+        self.relay_norm = nn.LayerNorm(width)
+        if causal:
+            self.first_relay = nn.Parameter(torch.randn(width))
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        state: StarState | None = None,
+        shared: Shared | None = None,
+    ):
+        if not self.causal:
+            refuse_state(state)
+        q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        e = next(iter(self._from_below("input", shared)), x)
+        if e is x and shared is not None:
+            shared[f"star_input_{self.layer}"] = x
+        e_k, e_v = (k, v) if e is x else (self._heads(p(e)) for p in (self.k_proj, self.v_proj))
+        last = state if state and state.seen else None
+        if self.causal:
+            start = state.seen if state else 0
+            relays, relay = self._relays(x, start, last and last.relay)
+            s_k, s_v = (
+                self._heads(proj(relays)).repeat_interleave(self.block, 1)[
+                    :, start % self.block : start % self.block + x.shape[1]
+                ]
+                for proj in (self.k_proj, self.v_proj)
+            )
+        else:
+            s = self._relay_of_all(x, shared)
+            s_k, s_v = self._heads(self.k_proj(s)), self._heads(self.v_proj(s))
+        keys = [k, e_k, s_k, shifted(k, last and last.k[:, 0])]
+        values = [v, e_v, s_v, shifted(v, last and last.v[:, 0])]
+        there = torch.ones((x.shape[1], len(self.places)), dtype=torch.bool, device=x.device)
+        there[0, 3] = last is not None
+        if not self.causal:
+            keys.append(F.pad(k[:, 1:], (0, 0, 0, 0, 0, 1)))
+            values.append(F.pad(v[:, 1:], (0, 0, 0, 0, 0, 1)))
+            there[-1, 4] = False
+        bias = torch.einsum("bthk,phk->bthp", q, self.places.to(q.dtype)) * self.head_width**-0.5
+        out, _ = few(q, keys, values, bias=bias, visible=there)
+        y = self.o_proj(out.flatten(-2))
+        if state is None:
+            return y
+        return y, StarState(relay, k[:, -1:], v[:, -1:], start + x.shape[1])
+
+    def _heads(self, x: Tensor) -> Float[Tensor, "... h k"]:
+        return x.unflatten(-1, (self.heads, self.head_width))
+
+    def _from_below(self, what: str, shared: Shared | None) -> list[Tensor]:
+        """What such layers below left, by a name of its own each: a layer run again finds it."""
+        names = (f"star_{what}_{layer}" for layer in range(self.layer))
+        return [shared[name] for name in names if name in shared] if shared else []
+
+    def _relays(
+        self, x: Float[Tensor, "b t d"], start: int, relay: Relay | None
+    ) -> tuple[Float[Tensor, "b blocks d"], Relay]:
+        """The relay that the tokens of each block read, and where its recurrence stands after x."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if relay is None:
+            first = self._heads(self.first_relay.expand(len(x), -1))
+            relay, q = self._begun(self._update(first).to(wide))
+        else:
+            q = self._query(relay.s)
+        first = min(self.block - start % self.block, x.shape[1])
+        whole, rest = divmod(x.shape[1] - first, self.block)
+        sizes = [first, *[self.block] * whole, *([rest] if rest else [])]
+        k, v = (self._heads(proj(x)).to(wide) for proj in (self.relay_k, self.relay_v))
+        read = []
+        for size, keys, values in zip(sizes, k.split(sizes, 1), v.split(sizes, 1), strict=True):
+            read.append(relay.s)
+            scores = torch.cat([relay.lse[:, None], (q[:, None] * keys).sum(-1)], 1)
+            lse = scores.logsumexp(1)
+            weights = torch.exp(scores - lse[:, None])[..., None]
+            out = (weights * torch.cat([relay.out[:, None], values], 1)).sum(1)
+            relay, start = Relay(relay.s, out, lse), start + size
+            if start % self.block == 0:
+                relay, q = self._begun(self._update(out).to(wide))
+        return torch.stack(read, 1), relay
+
+    def _update(self, out: Float[Tensor, "... h k"]) -> Float[Tensor, "... d"]:
+        return self.relay_norm(F.relu(self.relay_o(out.flatten(-2))))
+
+    def _query(self, s: Float[Tensor, "b d"]) -> Float[Tensor, "b h k"]:
+        return self._heads(self.relay_q(s)).to(s.dtype) * self.head_width**-0.5
+
+    def _begun(self, s: Float[Tensor, "b d"]) -> tuple[Relay, Float[Tensor, "b h k"]]:
+        """A new block's relay, which so far has seen itself, and its query."""
+        q = self._query(s)
+        k, v = (self._heads(proj(s)).to(s.dtype) for proj in (self.relay_k, self.relay_v))
+        return Relay(s, v, (q * k).sum(-1)), q
+
+    def _relay_of_all(self, x: Tensor, shared: Shared | None) -> Float[Tensor, "b 1 d"]:
+        """The paper's step: the relay of the layer below over itself and all satellites."""
+        relays = self._from_below("relay", shared)
+        s = relays[-1] if relays else x.mean(1, keepdim=True)
+        q = self._heads(self.relay_q(s))
+        parts = [
+            Part(q, self._heads(self.relay_k(u)), self._heads(self.relay_v(u))) for u in (s, x)
+        ]
+        s = self._update(attention(parts, backend=self.backend))
+        if shared is not None:
+            shared[f"star_relay_{self.layer}"] = s
+        return s
+
+    def empty_state(self, batch: int) -> StarState:
+        weight = self.k_proj.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        shape = (batch, self.heads, self.head_width)
+        relay = Relay(
+            weight.new_zeros((batch, len(weight)), dtype=wide),
+            weight.new_zeros(shape, dtype=wide),
+            weight.new_zeros(shape[:2], dtype=wide),
+        )
+        last = weight.new_zeros((batch, 1, *shape[1:]), dtype=compute_dtype(weight))
+        return StarState(relay, last, last, 0)

@@ -1,0 +1,84 @@
+"""The tables for a terminal: scores by length, what they differ by, and long texts."""
+
+from zoo.report.rows import Cell, Results
+from zoo.report.tables import (
+    DASH,
+    PLUS_MINUS,
+    PROTOCOLS,
+    SAME_TOKENS,
+    Table,
+    headline,
+    reaches,
+    score,
+    signed,
+    streams,
+    times,
+)
+
+
+def as_text(results: Results) -> str:
+    """The tables for a terminal: scores by length, and long texts read in one pass."""
+    found = [*_scores_as_text(results), _table_as_text(streams(results))]
+    return "\n\n".join(text for text in found if text) or "no score measured yet"
+
+
+def _scores_as_text(results: Results) -> list[str]:
+    """The headline tables; reasons are numbered and spelt out below the first."""
+    protocol = headline(results)
+    equal = {"spread": True, "protocol": protocol}
+    cells = results.cells("perplexity", "bits_per_byte", **equal) if protocol else {}
+    if not protocol or not cells:
+        return []
+    reach_of, train = reaches(results), results.train_length()
+    lengths = list(next(iter(cells.values())))
+    every = [cell for mine in cells.values() for cell in mine.values()]
+    reasons = list(dict.fromkeys(cell.reason for cell in every if cell.reason))
+    heads = [["", *(f"{n:,}" for n in lengths)], ["arm", *(times(n, train) for n in lengths)]]
+
+    def shown(cell: Cell) -> str:
+        return f"({reasons.index(cell.reason) + 1})" if cell.value is None else score(cell.value)
+
+    def known(label: str) -> str:
+        own = reach_of.get(label)
+        return "unknown" if own is None else f"{own}{own.ends}"
+
+    lines = [[*heads[0], "effective"], [*heads[1], "context"]]
+    lines += [[label, *map(shown, mine.values()), known(label)] for label, mine in cells.items()]
+    title = f"bits per byte by test length, lower is better ({PROTOCOLS[protocol].lower()})"
+    notes = [f"({i}) {why}" for i, why in enumerate(reasons, 1)]
+    if widest := max(cell.half for cell in every):
+        notes.append(f"95% intervals of these levels: up to {PLUS_MINUS}{score(widest)}")
+    said = ["\n".join([title, *_aligned(lines), *notes])]
+    more = {f"difference to {results.reference}, on the same text": results.differences(protocol)}
+    if protocol in SAME_TOKENS:
+        more = {"change against the training length": results.changes(protocol)} | more
+    for title, signs in more.items():
+        lines = [[label, *map(_signed, mine.values())] for label, mine in signs.items()]
+        if lines:
+            said.append("\n".join([f"{title} (with 95% interval)", *_aligned([*heads, *lines])]))
+    return said
+
+
+def _signed(cell: Cell) -> str:
+    if cell.value is None:
+        return DASH
+    return signed(cell.value) + (f" {PLUS_MINUS}{score(cell.half)}" if cell.half else "")
+
+
+def _table_as_text(table: Table | None) -> str:
+    if table is None:
+        return ""
+    lines = [[head for head, _ in table.head], *([cell.text for cell in row] for row in table.rows)]
+    width = max(map(len, lines))
+    return "\n".join(
+        [table.caption, *_aligned([line + [""] * (width - len(line)) for line in lines])]
+    )
+
+
+def _aligned(lines: list[list[str]]) -> list[str]:
+    """Columns of equal width, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines
+    ]
