@@ -90,12 +90,17 @@ INLINE void store(Real *to, Vec v, Int count) {
     if (count >= LANES) memcpy(to, &v, sizeof v);
     else if (count > 0) memcpy(to, &v, count * sizeof *to);
 }
-/* The same for neighbours `stride` apart, as the channels of a (d, n) matrix are. */
-INLINE Vec load_strided(const Real *from, Int stride, Int count) {
-    Vec v = {};
-    for (Int i = 0; i < min_int(count, LANES); i++) v[i] = from[i * stride];
-    return v;
+/* `count` rows of n Reals, as the channels of a (d, n) matrix are: vector i has their element i. */
+INLINE void load_columns(Vec *to, const Real *from, Int n, Int count) {
+    for (Int i = 0; i < n && count < LANES; i++) to[i] = splat(0);
+    for (Int lane = 0; lane < min_int(count, LANES); lane++)
+        for (Int i = 0; i < n; i++) to[i][lane] = from[lane * n + i];
 }
+INLINE void store_columns(Real *to, const Vec *from, Int n, Int count) {
+    for (Int lane = 0; lane < min_int(count, LANES); lane++)
+        for (Int i = 0; i < n; i++) to[lane * n + i] = from[i][lane];
+}
+/* A lane to each of `count` places `stride` apart. */
 INLINE void store_strided(Real *to, Vec v, Int stride, Int count) {
     for (Int i = 0; i < min_int(count, LANES); i++) to[i * stride] = v[i];
 }

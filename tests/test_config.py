@@ -49,7 +49,7 @@ def written(folder: Path) -> list[str]:
 
 REFUSED = {
     "modle=mamba": "unknown option 'modle': did you mean 'model'? allowed: model, size, data",
-    "model=mmaba": "unknown model 'mmaba': did you mean 'mamba'? allowed: alibi,",
+    "model=mmaba": "unknown model 'mmaba': did you mean 'mamba'? allowed: aft, alibi,",
     "model=": "unknown model ''",
     "logger=null": "unknown logger 'null'",
     "seqlen=1": "unknown option 'seqlen': did you mean 'seq_len'?",

@@ -19,8 +19,8 @@ typedef struct {
 
 typedef struct {
     Rows x, state;           /* (b, t, d); (b, window - 1, d): the inputs before the first */
-    Rows y, dy, dx, dstate;
-    Real *weight, *bias;     /* (window, d), the last row weighs the present; (d) or null */
+    Rows y, last, dy, dx, dstate;
+    Real *weight, *bias;     /* (d, window), the last column weighs the present; (d) or null */
     Real *dweight, *dbias;   /* (b, segments, window, d), (b, segments, d) */
 } Arrays;
 
@@ -44,15 +44,25 @@ INLINE Place place(const Job *j, Int unit) {
 INLINE Real *input(const Sizes *s, Rows x, Rows state, Int b, Int t) {
     return t < 0 ? row(state, b, t + s->window - 1) : row(x, b, t);
 }
-/* bias + sum_k weight_k x_{t - window + 1 + k}, before the activation, of MANY vectors from c on */
-INLINE void convolve(const Job *j, Real *const *inputs, Int window, Int c, Vec *sum) {
-    Int left = j->s.width - c;
-    ALL(m, MANY) sum[m] = j->a.bias ? load(j->a.bias + c + m * LANES, left - m * LANES) : splat(0);
-    for (Int k = 0; k < window; k++) {
-        const Real *weight = j->a.weight + k * j->s.width + c, *x = inputs[k] + c;
-        ALL(m, MANY)
-        sum[m] += load(weight + m * LANES, left - m * LANES) * load(x + m * LANES, left - m * LANES);
+
+typedef struct {
+    Vec weight[WIDE][MOST], bias[WIDE];
+} Filter;
+
+INLINE void load_filter(Filter *f, const Job *j, Place p) {
+    memset(f, 0, sizeof *f);
+    for (Int i = 0, c = p.channel; c < p.channel + p.count; i++, c += LANES) {
+        load_columns(f->weight[i], j->a.weight + c * j->s.window, j->s.window, j->s.width - c);
+        if (j->a.bias) f->bias[i] = load(j->a.bias + c, j->s.width - c);
     }
+}
+/* bias + sum_k weight_k x_{t - window + 1 + k}, before the activation, of the MANY vectors from i on;
+ * theirs are the channels from c on, of which `left` are there. */
+INLINE void convolve(const Filter *f, Real *const *inputs, Int window, Int i, Int c, Int left,
+                     Vec *sum) {
+    ALL(m, MANY) sum[m] = f->bias[i + m];
+    for (Int k = 0; k < window; k++)
+        ALL(m, MANY) sum[m] += f->weight[i + m][k] * load(inputs[k] + c + m * LANES, left - m * LANES);
 }
 
 static void forward_unit(const void *job, Int unit) {
@@ -61,15 +71,21 @@ static void forward_unit(const void *job, Int unit) {
     const Int window = j->s.window;
     Real *inputs[MOST];
     Vec sum[MANY];
+    Filter f;
+    load_filter(&f, j, p);
     for (Int t = p.start; t < p.end; t++) {
         Real *y = row(j->a.y, p.b, t);
         for (Int k = 0; k < window; k++)
             inputs[k] = input(&j->s, j->a.x, j->a.state, p.b, t - window + 1 + k);
-        for (Int c = p.channel; c < p.channel + p.count; c += MANY * LANES) {
-            convolve(j, inputs, window, c, sum);
+        for (Int i = 0, c = p.channel; c < p.channel + p.count; i += MANY, c += MANY * LANES) {
+            convolve(&f, inputs, window, i, c, j->s.width - c, sum);
             if (j->s.silu) silu(sum, 0, sum, MANY);
             ALL(m, MANY) store(y + c + m * LANES, sum[m], j->s.width - c - m * LANES);
         }
+    }
+    for (Int k = 0; k < window - 1 && p.end == j->s.tokens; k++) {
+        const Real *x = input(&j->s, j->a.x, j->a.state, p.b, p.end - window + 1 + k);
+        memcpy(row(j->a.last, p.b, k) + p.channel, x + p.channel, p.count * sizeof *x);
     }
 }
 
@@ -84,6 +100,8 @@ static void backward_unit(const void *job, Int unit) {
     Real *inputs[MOST];
     Vec ring[MOST][WIDE] = {}, *past[MOST], sum[MANY], slope[MANY];
     Vec dweight[MOST][WIDE] = {}, dbias[WIDE] = {};
+    Filter f;
+    load_filter(&f, j, p);
     for (Int t = p.start; t < p.end + window - 1; t++) {
         Int done = t - window + 1; /* dx of this token is complete now */
         int inside = t < s->tokens, mine = t < p.end, complete = !p.start || done >= p.start;
@@ -98,7 +116,7 @@ static void backward_unit(const void *job, Int unit) {
             Vec *dsum = past[0] + i;
             ALL(m, MANY) dsum[m] = inside ? load(dy + c + m * LANES, left - m * LANES) : splat(0);
             if (inside && s->silu) {
-                convolve(j, inputs, window, c, sum);
+                convolve(&f, inputs, window, i, c, left, sum);
                 silu(sum, slope, sum, MANY);
                 ALL(m, MANY) dsum[m] *= slope[m];
             }
@@ -108,11 +126,8 @@ static void backward_unit(const void *job, Int unit) {
                 dweight[k][i + m] += dsum[m] * load(inputs[k] + c + m * LANES, left - m * LANES);
             if (!complete) continue;
             ALL(m, MANY) sum[m] = splat(0);
-            for (Int k = 0; k < window; k++) {
-                const Real *weight = a->weight + k * s->width + c;
-                ALL(m, MANY)
-                sum[m] += load(weight + m * LANES, left - m * LANES) * past[k][i + m];
-            }
+            for (Int k = 0; k < window; k++)
+                ALL(m, MANY) sum[m] += f.weight[i + m][k] * past[k][i + m];
             ALL(m, MANY) store(dx + c + m * LANES, sum[m], left - m * LANES);
         }
     }

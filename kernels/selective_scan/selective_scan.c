@@ -13,6 +13,7 @@ enum {
     BATCH = 4,          /* tokens side by side in softplus and silu */
     GROUP = 16,         /* blocks of a unit at most, */
     STATES = 1024,      /* with so many state indices in all: they lie on the stack */
+    STRETCH = 32,       /* chunks between additions to the totals of dA, dD, dbias */
     PARTIALS = 1 << 23  /* Reals of partial sums, about */
 };
 const Int lanes = LANES, chunk = CHUNK; /* the shape of `saved`, for the caller */
@@ -156,12 +157,13 @@ static void forward_unit(const void *job, Int unit) {
     Chunk k;
     for (Int block = 0; block < blocks; block++) {
         Int c = (first + block) * LANES, count = s.width - c;
+        Vec *hb = h + block * n, *A2b = A2 + block * n;
+        load_columns(A2b, a->A + c * n, n, count);
+        if (a->state) load_columns(hb, a->state + (b * s.width + c) * n, n, count);
+        else memset(hb, 0, n * sizeof *hb);
         for (Int i = 0; i < n; i++) {
-            Int at = block * n + i;
-            A2[at] = load_strided(a->A + c * n + i, n, count) * (Real)LOG2E;
-            h[at] = splat(0);
-            if (a->state) h[at] = load_strided(a->state + (b * s.width + c) * n + i, n, count);
-            steep[at] = steepness(A2[at]);
+            A2b[i] *= (Real)LOG2E;
+            steep[block * n + i] = steepness(A2b[i]);
         }
     }
     for (Int start = 0; start < s.tokens; start += CHUNK)
@@ -186,11 +188,10 @@ static void forward_unit(const void *job, Int unit) {
                 store(row(a->y, b, start + t) + c, y, count);
             }
         }
-    for (Int block = 0; block < blocks; block++)
-        for (Int i = 0; i < n; i++) {
-            Int c = (first + block) * LANES;
-            store_strided(a->last + (b * s.width + c) * n + i, h[block * n + i], n, s.width - c);
-        }
+    for (Int block = 0; block < blocks; block++) {
+        Int c = (first + block) * LANES;
+        store_columns(a->last + (b * s.width + c) * n, h + block * n, n, s.width - c);
+    }
 }
 
 /* The backward of `many` state indices over a chunk, in reverse. q is dL/dh from the future. */
@@ -268,6 +269,18 @@ static void end_backward(const Chunk *k, const Job *j, Int b, Int c, Int start, 
     block->dD += sum_D;
     block->dbias += sum_bias;
 }
+/* To the totals, now and then: rounding grows with the number of terms of a sum. */
+static void add_to_totals(Block *block, const Job *j, Int b, Int c) {
+    Int n = j->s.states, count = j->s.width - c, at = b * j->s.width + c;
+    Real *dD = j->a.dD + at, *dbias = j->a.dbias + at;
+    Vec total[n];
+    load_columns(total, j->a.dA + at * n, n, count);
+    for (Int i = 0; i < n; i++) total[i] += block->dA[i], block->dA[i] = splat(0);
+    store_columns(j->a.dA + at * n, total, n, count);
+    store(dD, load(dD, count) + block->dD, count);
+    store(dbias, load(dbias, count) + block->dbias, count);
+    block->dD = block->dbias = splat(0);
+}
 /* One block after the other for `many` state indices, so that dB and dC add up in the cache. */
 INLINE void backward_states(const Job *j, Int b, Int first, Int blocks, Int start, Int i, int many,
                             Chunk *chunks, Block *block, Tape *tape, Real *partial) {
@@ -303,14 +316,13 @@ static void backward_unit(const void *job, Int unit) {
     Tape tape;
     memset(tape.dB, 0, sizeof tape.dB), memset(tape.dC, 0, sizeof tape.dC);
     for (Int v = 0; v < blocks; v++) {
-        Int c = (first + v) * LANES, count = s.width - c;
-        for (Int i = 0; i < n; i++) {
-            Int at = v * n + i;
-            A[at] = load_strided(a->A + c * n + i, n, count);
-            A2[at] = A[at] * (Real)LOG2E;
-            q[at] = load_strided(a->dstate + (b * s.width + c) * n + i, n, count);
-            dA[at] = splat(0);
-            steep[at] = steepness(A2[at]);
+        Int c = (first + v) * LANES, count = s.width - c, at = b * s.width + c;
+        load_columns(A + v * n, a->A + c * n, n, count);
+        load_columns(q + v * n, a->dstate + at * n, n, count);
+        for (Int i = v * n; i < (v + 1) * n; i++) {
+            A2[i] = A[i] * (Real)LOG2E;
+            steep[i] = steepness(A2[i]);
+            dA[i] = splat(0);
         }
         block[v] = (Block){A + v * n, A2 + v * n, q + v * n, dA + v * n, steep + v * n,
                            splat(0), splat(0)};
@@ -324,18 +336,15 @@ static void backward_unit(const void *job, Int unit) {
             backward_states(j, b, first, blocks, start, i, MANY, chunks, block, &tape, partial);
         for (; i < n; i++)
             backward_states(j, b, first, blocks, start, i, 1, chunks, block, &tape, partial);
-        for (Int v = 0; v < blocks; v++)
-            end_backward(chunks + v, j, b, (first + v) * LANES, start, block + v);
+        for (Int v = 0; v < blocks; v++) {
+            Int c = (first + v) * LANES;
+            end_backward(chunks + v, j, b, c, start, block + v);
+            if (at % STRETCH == 0) add_to_totals(block + v, j, b, c);
+        }
     }
     for (Int v = 0; v < blocks; v++) {
-        Int c = (first + v) * LANES, count = s.width - c, at = b * s.width + c;
-        for (Int i = 0; i < n; i++) {
-            Real *total = a->dA + at * n + i;
-            store_strided(total, dA[v * n + i] + load_strided(total, n, count), n, count);
-            store_strided(a->dstate + at * n + i, q[v * n + i], n, count);
-        }
-        store(a->dD + at, load(a->dD + at, count) + block[v].dD, count);
-        store(a->dbias + at, load(a->dbias + at, count) + block[v].dbias, count);
+        Int c = (first + v) * LANES;
+        store_columns(a->dstate + (b * s.width + c) * n, q + v * n, n, s.width - c);
     }
 }
 

@@ -17,7 +17,9 @@ SHAPES = [(1, 1, 1), (2, 2, 3), (2, 31, 19), (1, 32, 16), (3, 33, 40), (2, 103, 
 NAMES = ["k", "v", "w", "u", "state"]
 
 
-def arguments(b: int, t: int, d: int, size: float = 1.0, rate: float = 0.1, dtype=torch.float64):
+def arguments(
+    b: int, t: int, d: int, size: float = 1.0, rate: float = 0.1, dtype=torch.float64
+) -> dict:
     """Random float64 values, the same for any dtype; exponents of `size`, decay rates of `rate`."""
     torch.manual_seed(0)
     k, v, w, u = (torch.randn(s, dtype=torch.float64) for s in [(b, t, d), (b, t, d), (d,), (d,)])
@@ -132,8 +134,8 @@ def test_piece_size_of_the_torch_form_does_not_matter(piece):
 def test_chunks_with_the_state_carried_are_the_whole(backend, size):
     args = arguments(2, 75, 19, size=size)
     wanted = everything(args, backend)
-    ys, state = [], args["state"]
-    for k, v in zip(args["k"].split([1, 2, 33, 39], 1), args["v"].split([1, 2, 33, 39], 1)):
+    ys, state, sizes = [], args["state"], [1, 2, 33, 39]
+    for k, v in zip(args["k"].split(sizes, 1), args["v"].split(sizes, 1), strict=True):
         y, state = wkv4(k, v, args["w"], args["u"], state, backend)
         ys.append(y)
     y = torch.cat(ys, 1)
@@ -157,7 +159,7 @@ def test_slices_of_a_projection_are_read_where_they_lie():
     assert torch.equal(y, wanted["y"])
     assert torch.equal(last, wanted["last"])
     y.sum().backward()  # the gradient of a sum has no rows of its own
-    assert torch.isfinite(args["k"].grad).all()
+    assert args["k"].grad.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -3,13 +3,14 @@
 from itertools import pairwise
 
 import altair as alt
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import experiment, score_row
 
 from zoo.report.charts import COLORS, Axis, _ends, styles, ticks
-from zoo.report.figures import positions, scores, state_cells
-from zoo.report.rows import gather
+from zoo.report.figures import changes, positions, scores, state_cells
+from zoo.report.rows import gather, interval
 
 
 def test_no_two_arms_are_drawn_alike():
@@ -90,6 +91,22 @@ def test_an_interval_below_zero_still_draws():
     area = next(layer for layer in spec["layer"] if layer["mark"]["type"] == "area")
     assert area["encoding"]["y"]["scale"]["type"] == "log"
     assert min(point["low"] for point in area["data"]["values"]) > 0
+
+
+@pytest.mark.parametrize("change", [-0.1, 3.0])
+def test_a_change_is_drawn_around_zero_with_the_interval_of_the_pairs(change):
+    rows = [score_row("mamba", n, bits) for n, bits in ((512, 2.0), (1024, 2.0 + change))]
+    results = gather(rows, [])
+    figure = changes(results, "half_tail")
+    own = [b - a for a, b in zip(rows[0]["unit_bits"], rows[1]["unit_bits"], strict=True)]
+    assert (figure.points[1]["low"], figure.points[1]["high"]) == interval(own)
+    spec = figure.draw(styles(results)).to_dict()
+    line = next(layer for layer in spec["layer"] if layer["mark"]["type"] == "line")
+    assert [point["y"] for point in line["data"]["values"]] == [0, pytest.approx(change)]
+    scale = line["encoding"]["y"]["scale"]
+    assert scale["type"] == "linear"
+    assert scale["domain"][0] < min(0, interval(own)[0]) < max(0, interval(own)[1])
+    assert max(0, interval(own)[1]) < scale["domain"][1]
 
 
 def test_the_training_length_is_within_the_figure():

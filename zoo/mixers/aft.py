@@ -32,7 +32,7 @@ from zoo.mixers.base import Mixer, State, compute_dtype, linear, residual_gain
 from zoo.ops.aft import Window, absorb, aft, aft_full, aft_window
 from zoo.ops.wkv4 import empty_average
 
-FACTOR_STD = 0.01  # of u and v at first, as published
+FACTOR_STD = 0.01  # of u and v at first: w near 0
 
 
 class AFTState(NamedTuple):
@@ -48,7 +48,7 @@ class AFT(Mixer):
         *,
         width: int,
         variant: str = "conv",
-        heads: int = 1,
+        heads: int | None = None,
         window: int = 32,
         rank: int = 128,
         max_length: int | None = None,
@@ -66,6 +66,7 @@ class AFT(Mixer):
                 raise ValueError(f"window={window} must be 2 tokens or more")
             self.kept = window - 1
         if variant == "conv":
+            heads = heads or max(1, width // 4)
             if heads < 1 or width % heads:
                 raise ValueError(f"heads={heads} must divide width={width}")
             self.min_window = window + 1  # beta weighs the window against what is older
@@ -105,7 +106,7 @@ class AFT(Mixer):
     def _conv(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, Window]:
         standard = F.layer_norm(self.taps, self.taps.shape[-1:])
         w = self.gamma[:, None] * standard + self.beta[:, None]
-        return aft_window(k, v, w[None], Window(*state[:3]))
+        return aft_window(k, v, w[None], Window(*state[:3]), self.backend)
 
     def _local(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, Window]:
         start, end = state.seen, state.seen + k.shape[1]

@@ -153,6 +153,8 @@ class LongNet(Mixer):
             keys = torch.arange(first - past, first + q.shape[1], device=q.device) // below
             mask = (keys < rows[:, None])[None, None]
             return attend([Part(q, k, v, mask=mask)], backend=self.backend)
+        if q.shape[1] == 1:
+            return attend([Part(q, k, v)], backend=self.backend)
         parts = [Part(q, k[:, past:], v[:, past:], causal=True)]
         if past:
             parts.append(Part(q, k[:, :past], v[:, :past]))

@@ -56,7 +56,7 @@ from zoo.mixers.softmax import KeyValues
 from zoo.ops.kernel_attention import gaussian, kernel_attention
 from zoo.positions.rope import inverse_frequencies, rotate, turned
 
-PIECE = 16  # blocks whose landmarks' matrices are held at once; recomputed in the backward pass
+PIECE = 64  # blocks whose landmarks' matrices are held at once; recomputed in the backward pass
 
 
 class Landmarks(NamedTuple):
@@ -162,15 +162,16 @@ class Soft(Mixer):
 
         o = self._within_blocks(at, values)[:, filled:]
         every = torch.cat([state.landmarks, self._landmarks(q[:, :done], first)], 1)
-        windows = every.unfold(1, self.landmarks, 1).movedim(-1, 3)  # before each block, and after
         joined = first + torch.arange(1, blocks + 1, device=o.device)
         present = torch.arange(self.landmarks, device=o.device) >= self.landmarks - joined[:, None]
-        whole = [x[:, :done].unflatten(1, (-1, block)).transpose(2, 3) for x in (at, values)]
-        pieces = [x.split(PIECE, 1) for x in (*whole, windows[:, :-1], windows[:, 1:])]
         c, far = state.c, []
-        for *piece, there in zip(*pieces, present.split(PIECE), strict=True) if blocks else ():
-            read, c = checkpoint(self._advance, *piece, there, c, use_reentrant=False)
-            far.append(read)
+        if blocks:
+            whole = (x[:, :done].unflatten(1, (-1, block)).transpose(2, 3) for x in (at, values))
+            around = every.unfold(1, self.landmarks + 1, 1).movedim(-1, 3)  # its own the last
+            pieces = (x.split(PIECE, 1) for x in (*whole, around))
+            for *piece, there in zip(*pieces, present.split(PIECE), strict=True):
+                read, c = checkpoint(self._advance, *piece, there, c, use_reentrant=False)
+                far.append(read)
         held = every[:, -self.landmarks :]
         if rest:
             far.append(self._read(at[:, done:], held, c))
@@ -192,27 +193,27 @@ class Soft(Mixer):
         self,
         q: Float[Tensor, "b n h block d"],
         v: Float[Tensor, "b n h block e"],
-        before: Float[Tensor, "b n h m d"],
-        after: Float[Tensor, "b n h m d"],
+        around: Float[Tensor, "b n h m1 d"],
         present: Bool[Tensor, "n m"],
         c: Float[Tensor, "b h m e"],
     ) -> tuple[Tensor, Tensor]:
         """What each of n blocks reads from the landmarks before it, and c after the last.
 
-        `present` tells which of the landmarks after a block there are; c is 0 for the others.
+        `around` are, for each block, the m landmarks before it and its own; all but the first are
+        those after it, and `present` tells which of these there are. c is 0 for the others.
         """
         there = present[:, None, :, None].to(c.dtype)
         with torch.autocast(c.device.type, enabled=False):
-            A = self._ridge(gaussian(after, after, self.scale) * there * there.mT)
-            sums = gaussian(after, q, self.scale) @ v.to(c.dtype)
-            both = torch.cat([sums, gaussian(after, before, self.scale)], -1) * there
-            both = torch.cholesky_solve(both, torch.linalg.cholesky(A))
-            gains, moves = both.split([v.shape[-1], both.shape[-2]], -1)
+            apart, heard = (gaussian(around, x, self.scale) for x in (around, q))
+            A = self._ridge(apart[..., 1:, 1:] * there * there.mT)
+            told = torch.cat([heard[..., 1:, :] @ v.to(c.dtype), apart[..., 1:, :-1]], -1)
+            told = torch.cholesky_solve(told * there, torch.linalg.cholesky(A))
+            gains, moves = told.split([v.shape[-1], told.shape[-2]], -1)
             cs = []
             for gain, move in zip(gains.unbind(1), moves.unbind(1), strict=True):
                 cs.append(c)
                 c = gain + move @ c
-            read = gaussian(q, before, self.scale) @ torch.stack(cs, 1)
+            read = heard[..., :-1, :].mT @ torch.stack(cs, 1)
         return read.transpose(2, 3).flatten(1, 2), c
 
     def _read(self, q: Tensor, held: Tensor, c: Tensor) -> Tensor:

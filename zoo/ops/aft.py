@@ -34,6 +34,7 @@ KERNEL = native.Kernel(
 BLOCK = 32  # queries at least of a block of the torch form
 PIECE = 1024  # tokens it holds intermediate tensors for
 ROWS = 128  # queries of a tile of `aft_full`
+LONGEST = 128  # tokens in the kernel's window
 
 
 def aft(
@@ -114,12 +115,11 @@ def _reference(k, v, w, older, t: int) -> tuple[Tensor, Tensor]:
         first = max(0, end - s)
         older, gone = absorb(older, k[:, gone:first], v[:, gone:first]), first
         near = w_t[:, : end - first].flip(1).t().repeat_interleave(channels, 1)
-        exponents = torch.cat([older[:, 2:], k[:, first:end] + near], 1)
-        weights = torch.exp(exponents - exponents.amax(1, keepdim=True))
-        weights = torch.cat([weights[:, :1] * older[:, 1:2], weights[:, 1:]], 1)
-        mean = older[:, :1] / older[:, 1:2].clamp(min=torch.finfo(k.dtype).tiny)
-        values = torch.cat([mean, v[:, first:end]], 1)
-        ys.append((weights * values).sum(1) / weights.sum(1))
+        exponents = k[:, first:end] + near
+        top = torch.maximum(older[:, 2], exponents.amax(1))
+        past, e = torch.exp(older[:, 2] - top), torch.exp(exponents - top[:, None])
+        numerator = past * older[:, 0] + (e * v[:, first:end]).sum(1)
+        ys.append(numerator / (past * older[:, 1] + e.sum(1)))
     kept = max(gone, k.shape[1] - (s - 1))
     return torch.stack(ys, 1), absorb(older, k[:, gone:kept], v[:, gone:kept])
 
@@ -200,9 +200,6 @@ def _saved_shape(k: Tensor, t: int) -> tuple[int, ...]:
     """(b, channel blocks, chunks, 3, lanes): the older tokens' state before each chunk."""
     lanes, chunk = (KERNEL.constant(name, k.dtype) for name in ("lanes", "chunk"))
     return k.shape[0], -(-k.shape[2] // lanes), -(-t // chunk), 3, lanes
-
-
-LONGEST = 128  # tokens in the kernel's window
 
 
 @torch.library.custom_op("zoo::aft_window", mutates_args=(), device_types="cpu")

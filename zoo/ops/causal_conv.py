@@ -21,7 +21,7 @@ from zoo.ops.backends import pick
 KERNEL = native.Kernel(
     "causal_conv/causal_conv.c",
     sizes="batch tokens width window silu",
-    rows="x state y dy dx dstate",
+    rows="x state y last dy dx dstate",
     pointers="weight bias dweight dbias",
 )
 
@@ -58,8 +58,9 @@ def causal_conv(
     )
     wide = torch.promote_types(x.dtype, torch.float32)
     before = x.new_zeros((b, width - 1, d)) if state is None else state
-    x_, w, before = x.to(wide), weight.to(wide), before.to(wide)
-    bias = None if bias is None else bias.to(wide)
+    x_, w, bias, before = (
+        a if a is None or a.dtype == wide else a.to(wide) for a in (x, weight, bias, before)
+    )
     if name == "native":
         form = _conv if native.unwatched(x_, w, bias, before) else conv
         y, last = form(x_, w, bias, before, activation == "silu")
@@ -86,11 +87,10 @@ def _conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """y and the last inputs, (b, window - 1, d)."""
-    y, window = torch.empty_like(x, memory_format=torch.contiguous_format), weight.shape[1]
-    inputs = {"x": x, "weight": weight.t(), "bias": bias, "state": state}
-    KERNEL.call("forward", (*x.shape, window, silu), **inputs, y=y)
-    tail = x[:, -(window - 1) :]
-    return y, torch.cat([state[:, tail.shape[1] :], tail], 1)
+    y, last = (torch.empty_like(a, memory_format=torch.contiguous_format) for a in (x, state))
+    inputs = {"x": x, "weight": weight, "bias": bias, "state": state}
+    KERNEL.call("forward", (*x.shape, weight.shape[1], silu), **inputs, y=y, last=last)
+    return y, last
 
 
 conv = torch.library.custom_op("zoo::causal_conv", _conv, mutates_args=(), device_types="cpu")
@@ -118,7 +118,7 @@ def conv_backward(
     dx, dstate = torch.empty(x.shape, dtype=x.dtype), torch.empty(state.shape, dtype=x.dtype)
     dweight = torch.empty((b, segments, window, d), dtype=x.dtype)
     dbias = torch.empty((b, segments, d), dtype=x.dtype)
-    inputs = {"x": x, "weight": weight.t(), "bias": bias, "state": state, "dy": dy}
+    inputs = {"x": x, "weight": weight, "bias": bias, "state": state, "dy": dy}
     outputs = {"dx": dx, "dstate": dstate, "dweight": dweight, "dbias": dbias}
     KERNEL.call("backward", (*x.shape, window, silu), **inputs, **outputs)
     if dlast is not None:  # the last inputs are those of x, and before them of the old state

@@ -191,7 +191,7 @@ class Kernel:
 
 
 def _words(count: int) -> type[ctypes.Structure]:
-    """A structure of so many 64-bit fields, integers or pointers: filled as a whole, not by name."""
+    """A structure of so many 64-bit fields, integers or pointers, filled as a whole."""
     return type("Words", (ctypes.Structure,), {"_fields_": [("words", ctypes.c_int64 * count)]})
 
 
