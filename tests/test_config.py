@@ -333,7 +333,7 @@ def test_nothing_heavy_is_imported_before_the_configuration_is_good(tmp_path):
 
 
 def test_tab_completes_names_and_options(tmp_path):
-    for line, expected in [("train.py model=ma", "model=mamba"), ("train.py optim.l", "optim.lr=")]:
+    for line, expected in [("train.py model=al", "model=alibi"), ("train.py optim.l", "optim.lr=")]:
         typed = {"COMP_LINE": f"python {line}", "COMP_POINT": str(len(f"python {line}"))}
         words = ("train.py", "-sc", "query=bash")
         done, _ = run_program(*words, cwd=tmp_path, env={**os.environ, **typed})
