@@ -78,6 +78,13 @@ INLINE Vec if_negative(Vec v, Vec a, Vec b) { /* by the sign bit: -0 and -NaN co
 }
 INLINE Vec negative(Vec v) { return (Vec)((Mask)v | (Mask)splat((Real)-0.0)); } /* -|v| */
 
+INLINE Real largest_lane(Vec v) { /* or 0; NaN does not count */
+    Real most[4] = {};
+    for (int i = 0; i < LANES; i++) most[i % 4] = v[i] > most[i % 4] ? v[i] : most[i % 4];
+    for (int i = 1; i < 4; i++) most[0] = most[i] > most[0] ? most[i] : most[0];
+    return most[0];
+}
+
 /* `count` channels are left: fewer than LANES, or none, where a width ends inside the vector. */
 INLINE Vec load(const Real *from, Int count) {
     typedef Vec Anywhere __attribute__((aligned(sizeof(Real)), may_alias));

@@ -1,14 +1,18 @@
 """Selective scan and causal convolution: ours, in C and in PyTorch, against public forms.
 
-    python kernels/bench/selective_scan.py [--lengths 8192 65536] [--rounds 5] [--json FILE]
+    python kernels/bench/selective_scan.py [--lengths 8192 65536] [--rounds 5] [--runs 3]
+        [--json FILE]
 
 float32, one sequence, width 256, state 16. All forms take turns in one process on the same
-threads, so that a ratio (median over rounds) means something on a machine that others use; the
-times are the least of the rounds. Memory is the growth of a fresh process over its inputs.
+threads, so that a ratio means something on a machine that others use; a process lays its memory out
+once, so there are several. A time is the least of a run's rounds, a ratio their median; the table
+shows the median run, and the range of the ratio over all rounds of all runs. The file has every
+round. Memory is the growth of a fresh process over its inputs.
 """
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -16,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +36,7 @@ except ImportError:
     pscan = None
 
 WIDTH, STATE, WINDOW = 256, 16, 4
-MAMBAPY_LIMIT = 8192  # tokens; it keeps several (t, d, n) tensors: 8.5 GB at 65536
+MAMBAPY_BYTES = 140_000  # a token; it keeps several (t, d, n) tensors: 9 GB at 65536
 
 
 def scan_inputs(length: int, dtype=torch.float32) -> tuple[torch.Tensor, ...]:
@@ -72,7 +77,7 @@ def forms(op: str, length: int) -> dict[str, Callable]:
         name: lambda *a, name=name: selective_scan(*a, backend=name)[0]
         for name in ("native", "torch")
     }
-    if pscan is not None and length <= MAMBAPY_LIMIT:
+    if pscan is not None and length * MAMBAPY_BYTES < memory("/proc/meminfo", "MemTotal") / 2:
         found["mambapy"] = mambapy_scan
     return found
 
@@ -87,25 +92,41 @@ def seconds(form: Callable, inputs: tuple, dy: torch.Tensor | None) -> float:
 
 
 def compare(op: str, length: int, rounds: int) -> list[dict]:
-    """A row per form: least milliseconds, and how many times longer than native it takes."""
+    """A row per form: milliseconds and how many times longer than native it takes, each round."""
     inputs = (scan_inputs if op == "selective_scan" else conv_inputs)(length)
     dy, rows = torch.randn(1, length, WIDTH), []
+    found = forms(op, length)
     for phase, gradient in (("forward", None), ("forward+backward", dy)):
-        times: dict[str, list[float]] = {name: [] for name in forms(op, length)}
+        times: dict[str, list[float]] = {name: [] for name in found}
         for _ in range(rounds + 1):  # the first only warms up
-            for name, form in forms(op, length).items():
+            for name, form in found.items():
                 times[name].append(seconds(form, inputs, gradient))
         for name, spent in times.items():
             pairs = zip(spent[1:], times["native"][1:], strict=True)
-            ratio = statistics.median(one / native for one, native in pairs)
             row = {"op": op, "length": length, "phase": phase, "form": name}
-            rows.append(row | {"ms": min(spent[1:]) * 1e3, "times_native": ratio})
+            row["round_ms"] = [one * 1e3 for one in spent[1:]]
+            rows.append(row | {"round_ratios": [one / native for one, native in pairs]})
     return rows
 
 
-def memory(field: str) -> int:
-    """Bytes of this process by /proc (getrusage's peak would include the parent's)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def summary(runs: list[list[dict]]) -> list[dict]:
+    """The rows of all runs in one: the median run's time and ratio, and the range of ratios."""
+    rows = []
+    for same in zip(*runs, strict=True):
+        row = {k: v for k, v in same[0].items() if not k.startswith("round")}
+        row["ms"] = statistics.median(min(r["round_ms"]) for r in same)
+        row["run_ratios"] = [statistics.median(r["round_ratios"]) for r in same]
+        row["times_native"] = statistics.median(row["run_ratios"])
+        every = [ratio for r in same for ratio in r["round_ratios"]]
+        rows.append(row | {"lowest": min(every), "highest": max(every)})
+    return rows
+
+
+def memory(file: str, field: str) -> float:
+    """Bytes by /proc (getrusage's peak would include the parent's); without it, no bound."""
+    if not Path(file).exists():
+        return math.inf
+    lines = Path(file).read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
@@ -114,9 +135,9 @@ def peak_growth(length: int) -> int:
     native, dy = forms("selective_scan", length)["native"], torch.randn(1, length, WIDTH)
     seconds(native, scan_inputs(64), dy[:, :64])  # loads the library, starts the threads
     inputs = scan_inputs(length)
-    before = memory("VmRSS")
+    before = memory("/proc/self/status", "VmRSS")
     seconds(native, inputs, dy)
-    return memory("VmHWM") - before
+    return int(memory("/proc/self/status", "VmHWM") - before)
 
 
 def gradient_errors(length: int = 1024) -> dict[str, float]:
@@ -131,44 +152,53 @@ def gradient_errors(length: int = 1024) -> dict[str, float]:
     return {name: ((a.double() - b).norm() / b.norm()).item() for name, a, b in pairs}
 
 
+def in_fresh_process(*words: str) -> Any:
+    command = [sys.executable, __file__, *words]
+    return json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 65536])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)  # in the fresh process
+    parser.add_argument("--one", choices=["run", "peak"], help=argparse.SUPPRESS)  # fresh process
     options = parser.parse_args()
-    if options.peak:
-        sys.stdout.write(str(peak_growth(options.peak)))
+    tuned = tune_allocator() if options.one != "peak" else None
+    ops = ("selective_scan", "causal_conv")
+    if options.one == "run":
+        pairs = [(op, length) for op in ops for length in options.lengths]
+        rows = [row for op, length in pairs for row in compare(op, length, options.rounds)]
+        sys.stdout.write(json.dumps(rows))
         return
-    tuned = tune_allocator()
-    rows = [
-        row
-        for op in ("selective_scan", "causal_conv")
-        for length in options.lengths
-        for row in compare(op, length, options.rounds)
-    ]
+    longest = max(options.lengths)
+    if options.one == "peak":
+        sys.stdout.write(str(peak_growth(longest)))
+        return
+    words = ["--lengths", *map(str, options.lengths), "--rounds", str(options.rounds)]
+    runs = [in_fresh_process("--one", "run", *words) for _ in range(options.runs)]
     peak = None
     if Path("/proc/self/status").exists():
-        command = [sys.executable, __file__, "--peak", str(max(options.lengths))]
-        peak = int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+        peak = in_fresh_process("--one", "peak", *words)
     errors = gradient_errors()
     machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
     report = {"machine": machine, "threads": torch.get_num_threads(), "allocator": tuned}
-    report |= {"rows": rows, "peak_bytes": peak, "gradient_errors": errors}
+    report |= {"rows": summary(runs), "peak_bytes": peak, "gradient_errors": errors, "runs": runs}
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-    lines = [f"{machine}, {report['threads']} threads, width {WIDTH}, state {STATE}, float32"]
-    lines += [f"{'op':15} {'tokens':>7} {'phase':17} {'form':8} {'ms':>9} {'x native':>9}"]
+    lines = [
+        f"{machine}, {report['threads']} threads, width {WIDTH}, state {STATE}, float32, "
+        f"{options.runs} runs of {options.rounds} rounds",
+        f"{'op':15} {'tokens':>7} {'phase':17} {'form':8} {'ms':>9} {'x native':>9}  range",
+    ]
     lines += [
         f"{r['op']:15} {r['length']:7} {r['phase']:17} {r['form']:8} {r['ms']:9.1f} "
-        f"{r['times_native']:9.1f}"
-        for r in rows
+        f"{r['times_native']:9.1f}  {r['lowest']:.1f} - {r['highest']:.1f}"
+        for r in report["rows"]
     ]
     if peak is not None:
-        lines += [
-            f"memory of native forward+backward at {max(options.lengths)}: {peak / 1e9:.2f} GB"
-        ]
+        lines += [f"memory of native forward+backward at {longest}: {peak / 1e9:.2f} GB"]
     lines += ["gradient error: " + ", ".join(f"d{k} {v:.0e}" for k, v in errors.items())]
     sys.stdout.write("\n".join(lines) + "\n")
 

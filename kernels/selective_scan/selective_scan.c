@@ -93,12 +93,10 @@ INLINE void sweep(Chunk *k, Int i, int many, Vec *state, const Vec *rate, int ou
     }
     ALL(m, many) state[m] = h[m];
 }
-/* `steep` bounds |A2| of every state index. */
-INLINE void sweep_as_needed(Chunk *k, Int i, int many, Vec *h, const Vec *A2, const Real *steep,
+/* `steepest` bounds |A2|. */
+INLINE void sweep_as_needed(Chunk *k, Int i, int many, Vec *h, const Vec *A2, Real steepest,
                             int output, Tape *tape) {
-    Real most = 0;
-    for (int m = 0; m < many; m++) most = steep[m] > most ? steep[m] : most;
-    most *= k->longest;
+    Real most = k->longest * steepest;
     if (many == 1 || !(most <= (Real)-LOWEST)) sweep(k, i, many, h, A2, 1, tape, ANY);
     else if (most > (Real)MILDEST) sweep(k, i, many, h, A2, 1, tape, NORMAL);
     else if (output) sweep(k, i, many, h, A2, 1, tape, MILD);
@@ -121,9 +119,7 @@ static void begin(Chunk *k, const Job *j, Int b, Int c, Int start, Int steps, in
         ALL(m, BATCH) k->u[t + m] = k->step[t + m] * v[m];
         ALL(m, BATCH) k->y[t + m] = D * v[m];
     }
-    Real most = 0;
-    for (int i = 0; i < LANES; i++) most = largest[i] > most ? largest[i] : most;
-    k->longest = most;
+    k->longest = largest_lane(largest);
     k->B = row(a->B, b, start), k->C = row(a->C, b, start);
     k->B_row = a->B.row, k->C_row = a->C.row, k->steps = steps;
 }
@@ -136,14 +132,13 @@ static void open_gate(Vec *gate, Vec *slope, const Job *j, Int b, Int c, Int sta
         silu(gate + t, slope ? slope + t : 0, v, BATCH);
     }
 }
-/* max |A2| over the lanes; a state that grows is beyond all bounds */
-INLINE Real steepness(Vec A2) {
-    Real most = 0;
-    for (int l = 0; l < LANES; l++) {
-        Real steep = A2[l] > 0 ? INFINITY : -A2[l];
-        most = steep > most ? steep : most;
+/* max |A2| over every MANY state indices; where some state grows it is beyond all bounds */
+INLINE void steepness(Real *steepest, const Vec *A2, Int n) {
+    for (Int i = 0; i + MANY <= n; i += MANY) {
+        Vec most = splat(0);
+        ALL(m, MANY) most = larger(most, choose(A2[i + m] > 0, splat(INFINITY), -A2[i + m]));
+        steepest[i / MANY] = largest_lane(most);
     }
-    return most;
 }
 
 static void forward_unit(const void *job, Int unit) {
@@ -153,7 +148,7 @@ static void forward_unit(const void *job, Int unit) {
     Int b = unit / j->groups, first = unit % j->groups * j->group, n = s.states;
     Int blocks = min_int(j->group, blocks_of(s.width) - first);
     Vec h[blocks * n], A2[blocks * n];
-    Real steep[blocks * n];
+    Real steepest[blocks * n];
     Chunk k;
     for (Int block = 0; block < blocks; block++) {
         Int c = (first + block) * LANES, count = s.width - c;
@@ -161,25 +156,23 @@ static void forward_unit(const void *job, Int unit) {
         load_columns(A2b, a->A + c * n, n, count);
         if (a->state) load_columns(hb, a->state + (b * s.width + c) * n, n, count);
         else memset(hb, 0, n * sizeof *hb);
-        for (Int i = 0; i < n; i++) {
-            A2b[i] *= (Real)LOG2E;
-            steep[block * n + i] = steepness(A2b[i]);
-        }
+        for (Int i = 0; i < n; i++) A2b[i] *= (Real)LOG2E;
+        steepness(steepest + block * n, A2b, n);
     }
     for (Int start = 0; start < s.tokens; start += CHUNK)
         for (Int block = 0; block < blocks; block++) {
             Int c = (first + block) * LANES, count = s.width - c, i = 0;
             Vec *hb = h + block * n, *A2b = A2 + block * n;
-            const Real *steep_b = steep + block * n;
+            const Real *steep = steepest + block * n;
             begin(&k, j, b, c, start, min_int(CHUNK, s.tokens - start), 0);
             if (a->saved)
                 memcpy(saved_chunk(j, b, first + block, start / CHUNK), hb, n * sizeof *hb);
             Rows next[] = {a->x, a->dt, a->z, a->y};
             for (Int pass = 0; i < n; pass++) {
-                aim(&k, pass < 4 ? next[pass] : (Rows){0}, b, start + CHUNK, c);
+                aim(&k, next[pass % 4], b, start + CHUNK, c);
                 Int many = i + MANY <= n ? MANY : 1;
-                if (many == MANY) sweep_as_needed(&k, i, MANY, hb + i, A2b + i, steep_b + i, 1, 0);
-                else sweep_as_needed(&k, i, 1, hb + i, A2b + i, steep_b + i, 1, 0);
+                if (many == MANY) sweep_as_needed(&k, i, MANY, hb + i, A2b + i, steep[pass], 1, 0);
+                else sweep_as_needed(&k, i, 1, hb + i, A2b + i, INFINITY, 1, 0);
                 i += many;
             }
             if (a->z.data) open_gate(k.gate, 0, j, b, c, start, k.steps);
@@ -234,7 +227,7 @@ static void add_lanes(Vec *from, int many, Real *to) {
 /* What walks back through time with a channel block, and what does not change. */
 typedef struct {
     Vec *A, *A2, *q, *dA; /* (n) */
-    Real *steep;
+    Real *steepest;       /* (n / MANY) */
     Vec dD, dbias;
 } Block;
 
@@ -293,10 +286,10 @@ INLINE void backward_states(const Job *j, Int b, Int first, Int blocks, Int star
         const Real *saved = saved_chunk(j, b, first + v, start / CHUNK) + i * LANES;
         Vec h[MANY];
         for (int m = 0; m < many; m++) h[m] = load(saved + m * LANES, LANES);
-        aim(k, pass < 4 ? inputs[pass] : (Rows){0}, b, start - CHUNK, c);
-        sweep_as_needed(k, i, many, h, block[v].A2 + i, block[v].steep + i, a->z.data != 0, tape);
-        aim(k, pass < 4 ? outputs[pass] : (Rows){0}, b, start - CHUNK, c);
-        if (pass == 3 && start) k->next = saved - i * LANES - n * LANES, k->next_row = LANES;
+        aim(k, inputs[pass % 4], b, start - CHUNK, c);
+        sweep_as_needed(k, i, many, h, block[v].A2 + i, block[v].steepest[pass], a->z.data != 0, tape);
+        aim(k, outputs[pass % 4], b, start - CHUNK, c);
+        if (pass % 4 == 3 && start) k->next = saved - i * LANES - n * LANES, k->next_row = LANES;
         reverse(k, tape, i, many, block[v].q + i, block[v].A + i, block[v].dA + i);
     }
     add_lanes(tape->dB, many, partial + i * CHUNK);
@@ -310,7 +303,7 @@ static void backward_unit(const void *job, Int unit) {
     Int b = unit / j->groups, first = unit % j->groups * j->group, n = s.states;
     Int blocks = min_int(j->group, blocks_of(s.width) - first);
     Vec A[blocks * n], A2[blocks * n], q[blocks * n], dA[blocks * n];
-    Real steep[blocks * n];
+    Real steepest[blocks * n];
     Block block[blocks];
     Chunk chunks[blocks];
     Tape tape;
@@ -321,10 +314,10 @@ static void backward_unit(const void *job, Int unit) {
         load_columns(q + v * n, a->dstate + at * n, n, count);
         for (Int i = v * n; i < (v + 1) * n; i++) {
             A2[i] = A[i] * (Real)LOG2E;
-            steep[i] = steepness(A2[i]);
             dA[i] = splat(0);
         }
-        block[v] = (Block){A + v * n, A2 + v * n, q + v * n, dA + v * n, steep + v * n,
+        steepness(steepest + v * n, A2 + v * n, n);
+        block[v] = (Block){A + v * n, A2 + v * n, q + v * n, dA + v * n, steepest + v * n,
                            splat(0), splat(0)};
     }
     for (Int at = chunks_of(j->end - j->start) - 1; at >= 0; at--) {

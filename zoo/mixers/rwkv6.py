@@ -3,14 +3,15 @@ Recurrence", section 4): the state is a matrix per head, its decay depends on th
 
     ddlerp_n    x_t + (x_{t-1} - x_t) * (lambda_n + tanh(x^mu A_n) B_n), the blend of a token and
                 the one before it for n = w, k, v, r, g, itself told by the blend x^mu =
-                x_t + (x_{t-1} - x_t) * mu            (equations 14-16)
+                x_t + (x_{t-1} - x_t) * mu
     r, k, v, g  W_r x^r, W_k x^k, W_v x^v, W_g x^g
     w_t         exp(-exp(lambda_d + tanh(x^w A_d) B_d)), the decay of each key channel
     S_t         diag(w_t) S_{t-1} + k_t v_t^T         per head
     o_t         r_t (S_{t-1} + diag(u) k_t v_t^T)     the present counts by its bonus u instead
     y           W_o (silu(g) * norm(o)), the norm over each head
 
-The state is the last token and S. The feed-forward is RWKV-4's channel mixing (the paper's own but
+`mix_x` is mu, `mix` lambda, `mix_down` and `mix_up` are A and B; `decay`, `decay_down` and
+`decay_up` are those of d, and `bonus` is u. The state is the last token and S. The feed-forward is RWKV-4's channel mixing (the paper's own but
 for its narrower default, 3.5 widths). Initialised as the authors' code does, but where that is zero
 (W_o and both A), which would leave other parameters without a gradient at first. The norm's eps is
 theirs, 64e-5 at 64 channels a head, in proportion to the channels, as the variance of r S is.

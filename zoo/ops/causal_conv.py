@@ -58,9 +58,8 @@ def causal_conv(
     )
     wide = torch.promote_types(x.dtype, torch.float32)
     before = x.new_zeros((b, width - 1, d)) if state is None else state
-    x_, w, bias, before = (
-        a if a is None or a.dtype == wide else a.to(wide) for a in (x, weight, bias, before)
-    )
+    x_, w, before = (a if a.dtype == wide else a.to(wide) for a in (x, weight, before))
+    bias = bias if bias is None or bias.dtype == wide else bias.to(wide)
     if name == "native":
         form = _conv if native.unwatched(x_, w, bias, before) else conv
         y, last = form(x_, w, bias, before, activation == "silu")
@@ -102,8 +101,7 @@ def _(x, weight, bias, state, silu):
     return x.new_empty(x.shape), state.new_empty(state.shape)
 
 
-@torch.library.custom_op("zoo::causal_conv_backward", mutates_args=(), device_types="cpu")
-def conv_backward(
+def _conv_backward(
     dy: Tensor,
     dlast: Tensor | None,
     x: Tensor,
@@ -128,6 +126,11 @@ def conv_backward(
     return dx, dweight.sum((0, 1)).t().contiguous(), dbias.sum((0, 1)), dstate
 
 
+conv_backward = torch.library.custom_op(
+    "zoo::causal_conv_backward", _conv_backward, mutates_args=(), device_types="cpu"
+)
+
+
 @conv_backward.register_fake
 def _(dy, dlast, x, weight, bias, state, silu):
     del dy, dlast, bias, silu
@@ -145,7 +148,9 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, dy, dlast):
     x, weight, bias, state = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
-    dx, dweight, dbias, dstate = conv_backward(dy, dlast, x, weight, bias, state, ctx.silu)
+    arguments = (dy, dlast, x, weight, bias, state)
+    form = _conv_backward if native.unwatched(*arguments) else conv_backward
+    dx, dweight, dbias, dstate = form(*arguments, ctx.silu)
     return dx, dweight, None if bias is None else dbias, dstate, None
 
 

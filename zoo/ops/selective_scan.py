@@ -165,8 +165,7 @@ def _(x, dt, A, B, C, D, z, dt_bias, state, save):
     return x.new_empty(x.shape), x.new_empty((x.shape[0], *A.shape)), saved
 
 
-@torch.library.custom_op("zoo::selective_scan_backward", mutates_args=(), device_types="cpu")
-def scan_backward(
+def _scan_backward(
     dy: Tensor,
     dlast: Tensor | None,
     x: Tensor,
@@ -193,6 +192,11 @@ def scan_backward(
     return dx, ddt, dA.sum(0), dB, dC, dD.sum(0), dz, dbias.sum(0), dstate
 
 
+scan_backward = torch.library.custom_op(
+    "zoo::selective_scan_backward", _scan_backward, mutates_args=(), device_types="cpu"
+)
+
+
 @scan_backward.register_fake
 def _(dy, dlast, x, dt, A, B, C, D, z, dt_bias, saved):
     del dlast, D, dt_bias, saved
@@ -213,9 +217,10 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, dy, dlast, _):
     if not ctx.save:
         raise RuntimeError("selective_scan: the forward was told to save nothing for a backward")
-    *tensors, saved = ctx.saved_tensors
+    tensors = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
-    gradients = scan_backward(dy, dlast, *tensors, saved)
+    form = _scan_backward if native.unwatched(dy, dlast, *tensors) else scan_backward
+    gradients = form(dy, dlast, *tensors)
     return *(g if p else None for g, p in zip(gradients, ctx.present, strict=True)), None
 
 

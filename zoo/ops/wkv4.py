@@ -1,4 +1,4 @@
-"""WKV, the weighted average of RWKV-4 (Peng 2023, section 3.1.2, equation 16 and appendix D).
+"""WKV, the weighted average of RWKV-4 (Peng 2023, section 3.1.2).
 
     y_t = (N_{t-1} + e^{u+k_t} v_t) / (D_{t-1} + e^{u+k_t})          per channel
     N_t = e^{-w} N_{t-1} + e^{k_t} v_t
