@@ -23,7 +23,7 @@ from zoo.ops.aft import aft_window
 from zoo.ops.native import tune_allocator
 from zoo.ops.wkv4 import wkv4
 
-WIDTH, TAPS, LOOP = 256, 32, 2048
+WIDTH, TAPS, LOOP = 256, 32, 1024
 OPS = {"wkv4": wkv4, "aft_window": aft_window}
 FORMS = {"native": "native", "torch": "torch", "loop": "reference"}  # form -> backend
 

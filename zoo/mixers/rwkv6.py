@@ -11,10 +11,11 @@ Recurrence", section 4): the state is a matrix per head, its decay depends on th
     y           W_o (silu(g) * norm(o)), the norm over each head
 
 `mix_x` is mu, `mix` lambda, `mix_down` and `mix_up` are A and B; `decay`, `decay_down` and
-`decay_up` are those of d, and `bonus` is u. The state is the last token and S. The feed-forward is RWKV-4's channel mixing (the paper's own but
-for its narrower default, 3.5 widths). Initialised as the authors' code does, but where that is zero
-(W_o and both A), which would leave other parameters without a gradient at first. The norm's eps is
-theirs, 64e-5 at 64 channels a head, in proportion to the channels, as the variance of r S is.
+`decay_up` are those of d, and `bonus` is u. The state is the last token and S. The feed-forward is
+RWKV-4's channel mixing (the paper's own but for its narrower default, 3.5 widths). Initialised as
+the authors' code does, but where that is zero (W_o and both A), which would leave other parameters
+without a gradient at first. The norm's eps is theirs, 64e-5 at 64 channels a head, in proportion to
+the channels, as the variance of r S is.
 """
 
 from typing import NamedTuple
