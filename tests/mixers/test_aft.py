@@ -153,6 +153,17 @@ def test_a_short_window_carries_every_token_on():
     assert not carried.older.requires_grad
 
 
+def test_full_keeps_the_positions_of_the_keys_it_carries():
+    mixer, x = make("full"), torch.randn(2, 10, WIDTH, dtype=torch.float64)
+    _, state = mixer(x[:, :9], mixer.empty_state(2))
+    y, _ = mixer(x[:, 9:], mixer.carry(state, 3))
+    w = (mixer.u[9] @ mixer.v[6:10].T)[:, None]
+    weights = torch.exp(mixer.k_proj(x[:, 6:]) + w)
+    average = (weights * mixer.v_proj(x[:, 6:])).sum(1) / weights.sum(1)
+    wanted = mixer.o_proj(torch.sigmoid(mixer.q_proj(x[:, 9])) * average)
+    torch.testing.assert_close(y[:, 0], wanted)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_reached_from_the_command_line(variant, tiny):
     model = tiny("aft", f"model.mixer.variant={variant}", "model.mixer.rank=4")

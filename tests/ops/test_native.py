@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import UserError
 from zoo.ops import backends, native
@@ -155,6 +157,38 @@ def test_a_backend_is_named_once_and_only_if_it_runs(cache, caplog):
         backends.pick("op", "other", available)
     with pytest.raises(UserError, match="did you mean 'good'"):
         backends.pick("op", "god", available)
+
+
+def test_an_op_is_watched_by_whatever_acts_on_operators():
+    plain, learned = torch.ones(2), torch.nn.Parameter(torch.ones(2))
+    fake = FakeTensorMode()
+    assert native.unwatched(plain, None)
+    assert not native.unwatched(plain, learned)
+    with torch.no_grad():
+        assert native.unwatched(plain, learned)
+        with FlopCounterMode(display=False):
+            assert not native.unwatched(plain)
+        with fake:
+            assert not native.unwatched(plain)
+        assert not native.unwatched(fake.from_tensor(plain))
+    with torch.inference_mode():
+        assert native.unwatched(plain, learned)
+    seen = []
+
+    def look(x):
+        seen.append(native.unwatched(x, plain))
+        return x.sum()
+
+    torch.vmap(look)(torch.ones(3, 2))
+    torch.func.grad(look)(plain)
+    torch.jit.trace(look, (plain,), check_trace=False)
+    torch.compile(look, fullgraph=True, backend="eager")(plain)
+    assert seen == [False] * 4
+
+
+def test_a_kernel_refuses_what_it_has_no_place_for():
+    with pytest.raises(TypeError, match="takes no z"):
+        KERNEL.call("forward", (1, 1, 1, 2, 0), x=torch.ones(1, 1, 1), z=torch.ones(1))
 
 
 @pytest.mark.skipif(native.platform.libc_ver()[0] != "glibc", reason="not glibc")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import UserError
 from zoo.ops import selective_scan as module
@@ -94,6 +95,20 @@ def test_native_steps_are_right_relative_to_themselves():
     y, _ = selective_scan(one, dt, torch.full((1, 1), -1.0), one, one, backend="native")
     wanted = F.softplus(dt.double(), threshold=99)
     torch.testing.assert_close(y.double(), wanted, rtol=4e-7, atol=0)
+
+
+@pytest.mark.parametrize("states", [3, 4])  # one at a time, four at a time
+def test_native_decays_are_right_relative_to_themselves_and_to_one(states):
+    exponent = -torch.logspace(-6, 1.9, 3000)  # one to a call: what it takes depends on the largest
+    one, zero = torch.full((1, 1, 1), math.log(math.e - 1)), torch.zeros(1, 1, states)
+    decays = []
+    for rates in exponent.split(1):
+        A, h = rates.expand(1, states), torch.ones(1, 1, states)
+        _, h = selective_scan(zero[..., :1], one, A, zero, zero, state=h, backend="native")
+        decays.append(h[0, 0].double())
+    wanted = exponent.double().exp()[:, None]  # 1 - wanted is about -exponent where that is small
+    error = (torch.stack(decays) - wanted).abs() / wanted
+    assert (error <= 6e-8 + 4e-7 * exponent.abs()[:, None]).all()
 
 
 @pytest.mark.parametrize("piece", [1, 7, 64, 1000])
@@ -195,6 +210,61 @@ def test_native_gives_the_same_bits_twice():
     first, second = everything(args, "native"), everything(args, "native")
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("width", [16, 80, 272, 300])  # one block to a unit, or several of them
+def test_native_sums_over_channels_alike_in_any_number_of_threads(width):
+    args, threads = arguments(2, 77, width, 6), torch.get_num_threads()
+    wanted = everything(args, "reference")
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            assert_close(everything(args, "native"), wanted, 2e-14)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_native_sums_of_a_long_sequence_are_right_to_a_millionth():
+    args = arguments(1, 20000, 3, 4)
+    exact = everything(args, "native")
+    narrow = {k: v.detach().float().requires_grad_() for k, v in args.items()}
+    assert_close(everything(narrow, "native"), exact, 1e-6)
+
+
+def test_without_gradients_the_kernel_is_called_past_the_dispatcher(monkeypatch):
+    args = arguments(1, 1, 3, 2)
+
+    def dispatched(*_):
+        raise AssertionError("dispatched")
+
+    wanted, _ = selective_scan(**args, backend="native")
+    monkeypatch.setattr(module, "scan", dispatched)
+    with torch.no_grad():
+        assert torch.equal(selective_scan(**args, backend="native")[0], wanted)
+    constant = {k: v.detach() for k, v in args.items()}
+    assert torch.equal(selective_scan(**constant, backend="native")[0], wanted)
+    with pytest.raises(AssertionError, match="dispatched"):
+        selective_scan(**args, backend="native")
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_operations_are_counted_with_and_without_gradients(grad):
+    args = arguments(2, 5, 3, 2)
+    with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
+        selective_scan(**args, backend="native")
+    assert counter.get_total_flops() == 9 * 2 * 5 * 3 * 2
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_native_compiles_into_one_graph(grad):
+    args = tuple(arguments(2, 5, 3, 2).values())
+    compiled = torch.compile(module._native, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        found, wanted = compiled(*args), module._native(*args)
+    torch.testing.assert_close(found, wanted)
+    if grad:
+        gradients = [torch.autograd.grad(y.sum() + h.sum(), args) for y, h in (found, wanted)]
+        torch.testing.assert_close(*gradients)
 
 
 def test_native_is_a_good_citizen_of_torch():

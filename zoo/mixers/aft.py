@@ -50,7 +50,7 @@ class AFT(Mixer):
         variant: str = "conv",
         heads: int | None = None,
         window: int = 32,
-        rank: int = 128,
+        rank: int | None = None,
         max_length: int | None = None,
         backend: str = "auto",
         layer: int = 0,
@@ -74,6 +74,7 @@ class AFT(Mixer):
             self.gamma = nn.Parameter(torch.ones(heads))
             self.beta = nn.Parameter(torch.zeros(heads))
         if variant in ("local", "full"):
+            rank = min(128, max(1, width // 4)) if rank is None else rank
             if max_length is None or max_length < 1 or rank < 1:
                 raise ValueError(
                     f"variant={variant} has a w for each position: max_length={max_length} and "
@@ -110,10 +111,8 @@ class AFT(Mixer):
 
     def _local(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, Window]:
         start, end = state.seen, state.seen + k.shape[1]
-        near = F.pad(self.v, (0, 0, self.kept, 0))[start : end + self.kept].unfold(
-            0, self.window, 1
-        )
-        w = torch.einsum("tr,trs->ts", self.u[start:end], near).flip(1)
+        near = F.pad(self.v, (0, 0, self.kept, 0))[start : end + self.kept]
+        w = torch.einsum("tr,trs->ts", self.u[start:end], near.unfold(0, self.window, 1)).flip(1)
         return aft_window(k, v, w[:, None], Window(*state[:3]))
 
     def _full(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, Window]:
@@ -130,9 +129,7 @@ class AFT(Mixer):
     def state_bytes(self, tokens: int, batch: int = 1) -> int:
         older, k = self.empty_state(batch)[:2]
         kept = min(tokens, self.kept) if self.recurrent else tokens
-        return (
-            older.numel() * older.element_size() + 2 * batch * kept * self.width * k.element_size()
-        )
+        return older.nbytes + 2 * batch * kept * self.width * k.element_size()
 
     def carry(self, state: State, window: int) -> State:
         """The last `window` keys and values; where there is an average, it takes in the others."""
