@@ -296,11 +296,13 @@ def forward_flops(model: Backbone, tokens: int) -> float:
     quadratic its cost per token is a + b * tokens.
     """
     long = min(tokens, FLOP_PROBE)
+    # Without gradients of their own: the counter hooks any input that seems to want one.
+    weights = {name: p.detach() for name, p in model.named_parameters()}
 
     def per_token(length: int) -> float:
         sample = torch.zeros(1, length, dtype=torch.long)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(sample)
+            torch.func.functional_call(model, weights, (sample,))
         return counter.get_total_flops() / length
 
     count = per_token(long)
