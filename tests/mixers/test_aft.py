@@ -176,6 +176,7 @@ def test_every_variant_is_reached_from_the_command_line(variant, tiny):
     [
         ({"variant": "fast"}, "variant 'fast'"),
         ({"variant": "conv", "heads": 5}, "heads=5 must divide width=12"),
+        ({"variant": "conv", "heads": 0}, "heads=0 must divide width=12"),
         ({"variant": "conv", "window": 1}, "window=1 must be 2 tokens or more"),
         ({"variant": "local", "window": 0}, "window=0 must be 2"),
         ({"variant": "full"}, "max_length=None"),

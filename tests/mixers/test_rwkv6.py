@@ -99,7 +99,16 @@ def test_the_fastest_forgetting_stays_finite():
     assert math.exp(-math.exp(5)) < 1e-60
 
 
-@pytest.mark.parametrize("heads", [0, 5])
-def test_heads_that_do_not_divide_the_width_are_refused(heads):
-    with pytest.raises(ValueError, match=f"heads={heads} must divide width=12"):
-        RWKV6(width=WIDTH, heads=heads)
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"heads": 0}, "heads=0 must divide width=12"),
+        ({"heads": 5}, "heads=5 must divide width=12"),
+        ({"heads": 3, "mix_rank": 0}, "mix_rank=0 and decay_rank=0 must be 1 or more"),
+        ({"heads": 3, "decay_rank": -1}, "decay_rank=-1 must be 1"),
+    ],
+)
+def test_wrong_arguments_are_told_in_one_line(options, line):
+    with pytest.raises(ValueError, match=line) as error:
+        RWKV6(width=WIDTH, **options)
+    assert "\n" not in str(error.value)

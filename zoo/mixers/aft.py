@@ -66,7 +66,7 @@ class AFT(Mixer):
                 raise ValueError(f"window={window} must be 2 tokens or more")
             self.kept = window - 1
         if variant == "conv":
-            heads = heads or max(1, width // 4)
+            heads = max(1, width // 4) if heads is None else heads
             if heads < 1 or width % heads:
                 raise ValueError(f"heads={heads} must divide width={width}")
             self.min_window = window + 1  # beta weighs the window against what is older

@@ -60,8 +60,10 @@ class RWKV6(Mixer):
         super().__init__()
         if heads < 1 or width % heads:
             raise ValueError(f"heads={heads} must divide width={width}")
-        mix_rank = mix_rank or min(32, max(1, width // 8))
-        decay_rank = decay_rank or 2 * mix_rank
+        mix_rank = min(32, max(1, width // 8)) if mix_rank is None else mix_rank
+        decay_rank = 2 * mix_rank if decay_rank is None else decay_rank
+        if mix_rank < 1 or decay_rank < 1:
+            raise ValueError(f"mix_rank={mix_rank} and decay_rank={decay_rank} must be 1 or more")
         self.width, self.heads, self.head_width = width, heads, width // heads
         self.backend = backend
         deep, shallow = depth(layer, layers)
