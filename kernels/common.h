@@ -142,8 +142,8 @@ static const Real EXP2[] = {/* (ln 2)^k / k!: the series, below half a unit in t
 #define MANTISSA 23
 #define LOWEST -125.0f
 #define LOG2E_LOW 1.925963033500e-8
-static const Real EXP2[] = {6.931471825e-1f, 2.402234823e-1f, 5.550333112e-2f, 9.666373022e-3f,
-                            1.340043615e-3f};
+static const Real EXP2[] = {6.931471825e-1f, 2.402264923e-1f, 5.550367385e-2f,
+                            9.618310258e-3f, 1.338738366e-3f, 1.538253418e-4f}; /* 1.3e-8 */
 #define MILDEST 2
 static const Real EXP2_MILD[] = {/* of [-2, 0], relative to 2^f and to 1 - 2^f: 6e-8 */
     6.931471825e-1f, 2.402256280e-1f, 5.549731851e-2f, 9.599153884e-3f,
