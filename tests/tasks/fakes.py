@@ -19,7 +19,7 @@ VOCABULARY = 16
 class Remembers(nn.Module):
     """Predicts from the last `memory` tokens alone; before the first token it remembers nothing."""
 
-    recurrent, max_length = True, None
+    causal, recurrent, max_length = True, True, None
 
     def __init__(self, memory: int):
         super().__init__()
@@ -78,6 +78,23 @@ class ByPosition(Remembers):
         logits[:, 0] = torch.log(chance)  # every token of its text is 0
         logits = logits.expand(len(tokens), -1, -1)
         return logits if state is None else (logits, after)
+
+
+class BothSides(Remembers):
+    """Predicts a token from what is shown of it and of its two neighbours."""
+
+    causal = False
+
+    def __init__(self):
+        super().__init__(memory=3)
+        self.vocab_size = VOCABULARY + 1
+
+    def forward(self, tokens: Tensor, state: BackboneState | None = None):
+        assert state is None
+        self.read += tokens.numel()
+        seen = nn.functional.pad(tokens + 1, (1, 1)).unfold(1, 3, 1)
+        logits = self.logits[(seen * self.weights).sum(-1) % 97]
+        return nn.functional.pad(logits, (0, 1), value=-torch.inf)  # never the mask itself
 
 
 def text_store(tokens: np.ndarray, documents: int = 1, bytes_per_token: int = 1) -> TokenStore:

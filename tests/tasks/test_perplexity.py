@@ -5,14 +5,23 @@ import math
 import numpy as np
 import pytest
 import torch
-from fakes import ByPosition, Remembers, make_subject, random_text, text_store
+from fakes import (
+    VOCABULARY,
+    BothSides,
+    ByPosition,
+    Remembers,
+    make_subject,
+    random_text,
+    text_store,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from zoo.data.loader import evaluation_text
+from zoo.data.masking import mask_tokens
 from zoo.errors import UserError
 from zoo.mixers.base import Mixer
-from zoo.tasks.perplexity import PROTOCOLS, measure, windows
+from zoo.tasks.perplexity import CAUSAL, measure, windows
 
 LENGTHS, STRIDE, UNITS = [32, 48, 96, 192], 16, 3  # 48 and 96 divide the longest, 128 would not
 
@@ -53,8 +62,8 @@ def test_a_protocol_scores_what_its_definition_says(lengths, store, tmp_path):
     subject = make_subject(model, tmp_path, store)
     text = evaluation_text(store, 192, UNITS, "joined")
     settings = {"lengths": lengths, "units": UNITS, "stride": STRIDE, "overlap": None, "chunk": 50}
-    rows = list(measure(subject, protocols=PROTOCOLS, **settings))
-    assert len(rows) == len(PROTOCOLS) * len(lengths)
+    rows = list(measure(subject, protocols=CAUSAL, **settings))
+    assert len(rows) == len(CAUSAL) * len(lengths)
     for row in rows:
         nats = brute_force(model, text, row["protocol"], row["length"])
         assert row["count"] == len(nats)
@@ -96,6 +105,40 @@ def test_blocks_score_the_same_tokens_at_every_length_that_divides_the_longest(s
     assert len({round(row["nll_sum"], 9) for row in rows}) == 1
 
 
+def test_an_encoder_is_asked_for_the_same_hidden_tokens_at_every_length(store, tmp_path):
+    model = BothSides()
+    subject = make_subject(model, tmp_path, store)
+    rows = list(measure(subject, lengths=[64, 192], units=UNITS, stride=STRIDE))
+    assert [(row["protocol"], row["length"]) for row in rows] == [("masked", 192), ("masked", 64)]
+    text, hidden = evaluation_text(store, 192, UNITS, "joined")[:, :-1], VOCABULARY
+    for row in rows:
+        wanted = []
+        for unit, stretch in enumerate(text):
+            shown, chosen = mask_tokens(stretch, hidden, (unit,))
+            for start in range(0, 192, row["length"]):
+                window = slice(start, start + row["length"])
+                logits = model(torch.from_numpy(shown[window])[None])[0].log_softmax(-1)
+                asked = np.flatnonzero(chosen[window])
+                wanted.append(-logits.numpy()[asked, stretch[window][asked]])
+        nats = np.concatenate(wanted)
+        assert row["count"] == len(nats)
+        assert row["nll_sum"] == pytest.approx(nats.sum(), rel=1e-12)
+        assert row["state_bytes"] is None
+    assert rows[0]["count"] == rows[1]["count"]
+    assert rows[0]["nll_sum"] != rows[1]["nll_sum"]  # the neighbours across an edge are missing
+
+
+def test_a_protocol_and_an_objective_that_do_not_match_are_not_applicable(store, tmp_path):
+    for model, protocol, told in (
+        (BothSides(), "half_tail", "both ways, which masked measures"),
+        (Remembers(1), "masked", "behind, which half_tail | blocks"),
+    ):
+        subject = make_subject(model, tmp_path, store)
+        (row,) = measure(subject, lengths=[64], protocols=[protocol])
+        assert (row["status"], told in row["reason"]) == ("not_applicable", True)
+        assert model.read == 0
+
+
 def test_a_tail_never_reaches_beyond_the_shortest_window(store, tmp_path):
     rows = list(measure(make_subject(Remembers(1), tmp_path, store), lengths=[32, 64], stride=256))
     assert {row["stride"] for row in rows} == {32}
@@ -105,7 +148,7 @@ def test_early_tokens_weigh_on_blocks_and_not_on_tails(tmp_path):
     model = ByPosition(lambda position: 1 + 1 / position)
     subject = make_subject(model, tmp_path, text_store(np.zeros(2000)))
     how = {"lengths": [64, 256], "stride": 32, "units": 4, "chunk": 40}
-    rows = by_protocol(measure(subject, protocols=PROTOCOLS[:3], **how))
+    rows = by_protocol(measure(subject, protocols=CAUSAL[:3], **how))
     for length in (64, 256):
         positions = np.arange(1, length + 1)
         nats = 1 + 1 / positions
@@ -138,7 +181,7 @@ def test_a_perplexity_beyond_all_numbers_is_none_and_its_bits_are_told(store, tm
 
 def test_positions_are_kept_whole_in_the_file_the_row_names(store, tmp_path):
     subject = make_subject(Remembers(memory=20), tmp_path, store)
-    for row in measure(subject, lengths=[32, 96], stride=STRIDE, protocols=PROTOCOLS):
+    for row in measure(subject, lengths=[32, 96], stride=STRIDE, protocols=CAUSAL):
         with np.load(tmp_path / row["positions_file"], allow_pickle=False) as kept:
             assert kept["nll_sum"].dtype == np.float64
             assert kept["nll_sum"].shape == kept["count"].shape == (row["length"],)

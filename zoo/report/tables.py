@@ -13,6 +13,7 @@ PROTOCOLS = {  # the first that was measured is the headline
     "stride_tail": "Same few tokens, full windows",
     "blocks": "Average over whole blocks",
     "window_mean": "Mean over sliding windows",
+    "masked": "Masked tokens, read from both sides",
 }
 EXPLAINED = {
     "half_tail": "Every length scores the same tokens, each with at least half that length of text "
@@ -23,8 +24,14 @@ EXPLAINED = {
     "tokens of a block know little of their past, and longer blocks have fewer of them: lines "
     "fall even where nothing is gained from far text.",
     "window_mean": "A window of this length slides over the text; every token in it is scored.",
+    "masked": "For encoders. The text is cut into blocks of this length, and at every length the "
+    "same hidden tokens are scored. Not comparable with models that read from one side.",
 }
-SAME_TOKENS = ("half_tail", "stride_tail")  # a length's score and another's are of the same tokens
+SAME_TOKENS = (
+    "half_tail",
+    "stride_tail",
+    "masked",
+)  # a length's score and another's are of the same tokens
 SHARE = 0.05  # effective context: how much worse than at the training length still counts
 TIMES, DASH, AT_LEAST, PLUS_MINUS = "\u00d7", "\u2013", "\u2265", "\u00b1"
 

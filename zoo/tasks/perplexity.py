@@ -9,6 +9,9 @@
     window_mean  windows of `length` that start every `stride` tokens, the mean of their means
                  (Chen 2023, LongLoRA); as windows are equally long this is the sum over the count
                  once more, tokens that several windows cover counting several times
+    masked       the windows of `blocks` read both ways: the tokens that were hidden, chosen once
+                 for all lengths (Devlin 2019, section 3.1). What a model trained with
+                 objective=masked is measured by; a causal model is not
 
 Numbers of two protocols do not compare. At every length the same text is read: `units` disjoint
 stretches of the longest length. Both tails score the same tokens at every length, `stride_tail` the
@@ -26,25 +29,28 @@ from functools import partial
 from math import exp
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from zoo.data.loader import evaluation_text
+from zoo.data.masking import mask_windows
 from zoo.errors import UserError, choose
 from zoo.files import replacing
 from zoo.report.rows import interval
 from zoo.tasks.score import (
+    NotApplicableError,
     Row,
     Subject,
     attempt,
     bits_per_byte,
     check_length,
     chunk_tokens,
+    fill,
     in_buckets,
     position_edges,
     score,
 )
 
-PROTOCOLS = ("half_tail", "blocks", "stride_tail", "window_mean")
+CAUSAL, MASKED = ("half_tail", "blocks", "stride_tail", "window_mean"), ("masked",)
 TIMES = (1, 2, 4, 8, 16, 32)  # the training length
 BATCH_TOKENS = 16384  # short windows are read together, up to so many tokens
 
@@ -53,7 +59,7 @@ def measure(
     subject: Subject,
     *,
     lengths: Sequence[int] | None = None,
-    protocols: Sequence[str] = PROTOCOLS[:2],
+    protocols: Sequence[str] | None = None,
     units: int = 8,
     stride: int = 256,
     overlap: int | None = 2,
@@ -61,15 +67,17 @@ def measure(
 ) -> Iterator[Row]:
     """One row per length and protocol, the longest first; each names its scores by stretch.
 
-    `lengths` are 1, 2 .. 32 times the training length unless given. `stride` is at most the
-    shortest of them. Each length reads at most units * longest tokens, for `window_mean` `overlap`
-    times as many, its windows evenly spread over those that start every `stride` tokens (None: all
-    of them, as published, at a cost of longest * length / stride tokens per unit). Text is read
-    `chunk` tokens at a time, with the state between. `seconds` is the time of what a length had to
-    read beyond what longer windows had covered, for all its protocols.
+    `lengths` are 1, 2 .. 32 times the training length unless given, `protocols` half_tail and
+    blocks, or masked where that was the objective. `stride` is at most the shortest length. Each
+    length reads at most units * longest tokens, for `window_mean` `overlap` times as many, its
+    windows evenly spread over those that start every `stride` tokens (None: all of them, as
+    published, at a cost of longest * length / stride tokens per unit). Text is read `chunk` tokens
+    at a time, with the state between. `seconds` is the time of what a length had to read beyond
+    what longer windows had covered, for all its protocols.
     """
     lengths = sorted(set(lengths or (times * subject.train_length for times in TIMES)))
-    protocols = [choose("protocol", protocol, PROTOCOLS) for protocol in protocols]
+    protocols = protocols or (CAUSAL[:2] if subject.model.causal else MASKED)
+    protocols = [choose("protocol", protocol, CAUSAL + MASKED) for protocol in protocols]
     if lengths[0] < 1 or min(stride, units, chunk) < 1:
         raise UserError("perplexity wants lengths, stride, units and chunk of at least 1")
     unit, stride = lengths[-1], min(stride, lengths[0])
@@ -86,11 +94,18 @@ def measure(
             scored = windows(protocol, unit, length, stride, overlap)
             key = shared | {"stride": stride, "protocol": protocol, "length": length}
             key |= {"windows": len(text) * len(scored)}
-            if not subject.measured(key):
+            suits = attempt(partial(_check_protocol, subject, protocol))
+            if not suits.ok:
+                yield key | suits.row
+            elif not subject.measured(key):
                 tallies.setdefault(length, []).append(Tally(key, scored, len(text)))
     read: set[tuple[int, int]] = set()
+    hidden = None
+    if not subject.model.causal:
+        mask = subject.model.vocab_size - 1  # the last token of an encoder's vocabulary
+        hidden = mask_windows(text[:, :-1], mask, [(unit,) for unit in range(len(text))])
     for length, wanted in tallies.items():
-        outcome = attempt(partial(_read, subject, text, length, tallies, read, chunk))
+        outcome = attempt(partial(_read, subject, text, length, tallies, read, hidden, chunk))
         for tally in wanted:
             found = _describe(subject, tally, outcome.value) if outcome.ok else {}
             yield tally.key | outcome.row | found
@@ -100,7 +115,7 @@ def windows(
     protocol: str, unit: int, length: int, stride: int, overlap: int | None = None
 ) -> dict[int, slice]:
     """Where windows start in a stretch of `unit` tokens -> which of its predictions are scored."""
-    if protocol == "blocks":
+    if protocol in ("blocks", "masked"):
         return {at: slice(0, length) for at in range(unit % length, unit - length + 1, length)}
     if protocol == "stride_tail":
         return {unit - length: slice(length - stride, length)}
@@ -126,19 +141,34 @@ class Tally:
     units: int
     position_sums: Float[np.ndarray, " length"] = field(init=False)
     position_counts: Int[np.ndarray, " length"] = field(init=False)
-    unit_sums: Float[np.ndarray, " units"] = field(init=False)  # of equally many tokens each
+    unit_sums: Float[np.ndarray, " units"] = field(init=False)
+    unit_counts: Int[np.ndarray, " units"] = field(init=False)
 
     def __post_init__(self) -> None:
         length = self.key["length"]
         self.position_sums, self.unit_sums = np.zeros(length), np.zeros(self.units)
         self.position_counts = np.zeros(length, np.int64)
+        self.unit_counts = np.zeros(self.units, np.int64)
 
-    def add(self, unit: int, start: int, nll: Float[np.ndarray, " t"]) -> None:
+    def add(
+        self, unit: int, start: int, nll: Float[np.ndarray, " t"], asked: Bool[np.ndarray, " t"]
+    ) -> None:
         """Take what is scored of a window that starts there, `length` tokens or longer."""
         if (scored := self.windows.get(start)) is not None:
             self.position_sums[scored] += nll[scored]
-            self.position_counts[scored] += 1
+            self.position_counts[scored] += asked[scored]
             self.unit_sums[unit] += nll[scored].sum()
+            self.unit_counts[unit] += asked[scored].sum()
+
+
+def _check_protocol(subject: Subject, protocol: str) -> None:
+    causal = subject.model.causal
+    if causal == (protocol in MASKED):
+        reads, other = ("what is behind", CAUSAL) if causal else ("both ways", MASKED)
+        raise NotApplicableError(
+            f"protocol {protocol}: the model was trained to read {reads}, which "
+            f"{' | '.join(other)} measures"
+        )
 
 
 def _read(
@@ -147,14 +177,16 @@ def _read(
     length: int,
     tallies: dict[int, list[Tally]],
     read: set[tuple[int, int]],
+    hidden: tuple[Int[np.ndarray, "units t"], Bool[np.ndarray, "units t"]] | None,
     chunk: int,
-) -> int:
+) -> int | None:
     """Read the windows of `length` that no longer one began with; returns the state's bytes.
 
     They go into the tallies of that length and of the shorter, and their places into `read`.
+    `hidden` is what an encoder is shown of the text, and where it is asked; it keeps no state.
     """
     check_length(subject.model, length)
-    if any(half.length_dependent for half in subject.model.halves()):
+    if hidden is not None or any(half.length_dependent for half in subject.model.halves()):
         takers = tallies[length]
         read = set()
     else:
@@ -168,19 +200,27 @@ def _read(
         for first in range(0, len(places), rows):
             batch = places[first : first + rows]
             tokens = np.stack([text[unit, at : at + length + 1] for unit, at in batch])
-            nll, _ = score(subject, tokens, chunk=chunk_tokens(subject, chunk))
-            for place, values in zip(batch, nll, strict=True):
+            if hidden is None:
+                nll, _ = score(subject, tokens, chunk=chunk_tokens(subject, chunk))
+                asked = np.ones(nll.shape, bool)
+            else:
+                shown, asked = (
+                    np.stack([part[unit, at : at + length] for unit, at in batch])
+                    for part in hidden
+                )
+                nll = fill(subject, shown, tokens[:, :-1], asked)
+            for place, *scores in zip(batch, nll, asked, strict=True):
                 for tally in takers:
-                    tally.add(*place, values)
+                    tally.add(*place, *scores)
                 read.add(place)
-        return subject.model.state_bytes(length)
+        return subject.model.state_bytes(length) if hidden is None else None
 
 
-def _describe(subject: Subject, tally: Tally, state_bytes: int) -> Row:
+def _describe(subject: Subject, tally: Tally, state_bytes: int | None) -> Row:
     """The row's numbers; the arrays they come from go to a file beside the run's rows."""
     key, size = tally.key, subject.store.bytes_per_token
     nll_sum, count = float(tally.position_sums.sum()), int(tally.position_counts.sum())
-    units = bits_per_byte(tally.unit_sums, count / len(tally.unit_sums), size).tolist()
+    units = bits_per_byte(tally.unit_sums, tally.unit_counts, size).tolist()
     name = f"perplexity-{key['protocol']}-{key['length']}-{subject.extension}.npz"
     path = subject.folder / "results" / name
     path.parent.mkdir(exist_ok=True)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from zoo.backbone import Backbone, BackboneState
@@ -88,10 +88,32 @@ def score(
         parts.append(_nll(logits, piece[:, 1:]))
         subject.progress.advance(parts[-1].numel())
     check_state(model, after, len(text))
-    nll = torch.cat(parts, 1).double().cpu().numpy()
-    if not np.isfinite(nll).all():
+    return _finite(torch.cat(parts, 1)), after
+
+
+def fill(
+    subject: Subject,
+    shown: Int[np.ndarray, "b t"],
+    tokens: Int[np.ndarray, "b t"],
+    asked: Bool[np.ndarray, "b t"],
+) -> Float[np.ndarray, "b t"]:
+    """Nats (float64) of the tokens asked for, 0 elsewhere, as an encoder reads them in `shown`.
+
+    Raises ArithmeticError where the model gives no finite numbers.
+    """
+    shown_, tokens_, asked_ = (
+        torch.as_tensor(part).to(subject.device) for part in (shown, tokens, asked)
+    )
+    nll = torch.where(asked_, _nll(subject.model(shown_), tokens_), 0)
+    subject.progress.advance(nll.numel())
+    return _finite(nll)
+
+
+def _finite(nll: Float[Tensor, "b t"]) -> Float[np.ndarray, "b t"]:
+    found = nll.double().cpu().numpy()
+    if not np.isfinite(found).all():
         raise ArithmeticError("the model's outputs are not finite numbers")
-    return nll, after
+    return found
 
 
 def _nll(logits: Float[Tensor, "b t v"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:

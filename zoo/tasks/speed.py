@@ -10,7 +10,15 @@ from torch import Tensor
 
 from zoo.errors import UserError
 from zoo.tasks.memory import peak_bytes
-from zoo.tasks.score import Row, Subject, attempt, check_length, check_state, chunk_tokens
+from zoo.tasks.score import (
+    NotApplicableError,
+    Row,
+    Subject,
+    attempt,
+    check_length,
+    check_state,
+    chunk_tokens,
+)
 
 TIMES = (1, 4, 16, 32)  # the training length
 PATIENCE = 2.0  # seconds of repeats per length; one is timed however long it takes
@@ -60,11 +68,14 @@ def _forward(subject: Subject, repeats: int, tokens: Tensor) -> Row:
             began = _now(subject.device)
             model(tokens)
             times.append(_now(subject.device) - began)
-        return _figures(median(times), length, peak) | {"state_bytes": model.state_bytes(length)}
+        held = model.state_bytes(length) if model.causal else None  # an encoder keeps none
+        return _figures(median(times), length, peak) | {"state_bytes": held}
 
 
 def _decode(subject: Subject, steps: int, chunk: int, tokens: Tensor) -> Row:
     model, length = subject.model, tokens.shape[1]
+    if not model.causal:
+        raise NotApplicableError("a model that reads both ways does not write token by token")
     check_length(model, length + steps)
     with subject.arithmetic():
         state, times = model.empty_state(1), []
