@@ -37,8 +37,11 @@ lint: .venv/ready-dev  ## formatting, lint and types
 	$(BIN)/pyright
 
 bench: .venv/ready-dev  ## time the CPU kernels and training steps against other implementations
-	$(RUN) kernels/bench/selective_scan.py
-	$(RUN) kernels/bench/steps.py
+	$(RUN) kernels/bench/selective_scan.py --json kernels/bench/results/selective_scan.json
+	$(RUN) kernels/bench/wkv4.py --json kernels/bench/results/wkv4.json
+	$(RUN) kernels/bench/delta_rule.py --json kernels/bench/results/delta_rule.json
+	$(RUN) kernels/bench/steps.py --json kernels/bench/results/steps.json
+	$(RUN) kernels/bench/growth.py --json kernels/bench/results/growth.json
 
 clean:  ## remove the environment and caches; runs stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info

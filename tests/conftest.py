@@ -1,5 +1,7 @@
 """What tests share: tiny models of every architecture, built as the programs build them."""
 
+import copy
+import functools
 import os
 from collections.abc import Callable
 
@@ -14,15 +16,24 @@ def tiny() -> Callable:
     """tiny(name, *options) -> the architecture at size tiny, vocabulary 32, in float64."""
     import torch
 
-    from zoo.build import build_model
-
     def build(name: str, *options: str, dtype=torch.float64):
-        config = train_config(f"model={name}", "size=tiny", "seq_len=256", *options)
-        torch.manual_seed(0)
-        model, _ = build_model(config, vocab_size=32)
-        return model.to(dtype)
+        model = copy.deepcopy(built(name, *options)).to(dtype)
+        torch.manual_seed(0)  # for what the test draws
+        return model
 
     return build
+
+
+@functools.cache
+def built(name: str, *options: str):
+    """A model no test may touch: composing, checking and matching take longer than most tests."""
+    import torch
+
+    from zoo.build import build_model
+
+    torch.manual_seed(0)
+    config = train_config(f"model={name}", "size=tiny", "seq_len=256", *options)
+    return build_model(config, vocab_size=32)[0]
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -85,6 +85,16 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(model):
         assert parameter.grad.abs().sum() > 0, name
 
 
+def test_activations_computed_again_give_the_same_gradients(model):
+    tokens = random_tokens(model, 1 + max(49, model.min_window))
+
+    def gradients(again: bool):
+        model.checkpoint_activations = again
+        return torch.autograd.grad(model.loss(tokens), list(model.parameters()))
+
+    torch.testing.assert_close(gradients(True), gradients(False), **EXACT)
+
+
 @pytest.mark.parametrize("cut", [1, 17, CHUNK - 1, CHUNK])
 def test_the_future_cannot_change_the_past(model, cut):
     length = readable(model, CHUNK + 9)
@@ -268,6 +278,10 @@ def test_an_encoder_reads_both_ways_and_every_parameter_learns(encoder):
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_an_encoders_activations_computed_again_give_the_same_gradients(encoder):
+    test_activations_computed_again_give_the_same_gradients(encoder)
 
 
 def test_rows_of_an_encoders_batch_do_not_mix_both_ways(encoder):

@@ -8,9 +8,7 @@ times are the least of the rounds. Memory is the growth of a fresh process over 
 """
 
 import argparse
-import json
 import math
-import platform
 import subprocess
 import sys
 import time
@@ -20,8 +18,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from record import processor, record
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from zoo.ops import delta_rule as op
 from zoo.ops.native import tune_allocator
 
@@ -124,12 +122,8 @@ def main() -> None:
     tuned = tune_allocator()
     chunks = [row for kind in KINDS for row in sweep(kind, options.rounds)]
     lengths = [row for kind in KINDS for row in by_length(kind, options.lengths, options.rounds)]
-    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
-    report = {"machine": machine, "threads": torch.get_num_threads(), "allocator": tuned}
-    if options.json:
-        report |= {"chunks": chunks, "lengths": lengths}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    lines = [f"{machine}, {report['threads']} threads, {HEADS} heads of {HEAD}, float32"]
+    record(options.json, allocator=tuned, chunks=chunks, lengths=lengths)
+    lines = [f"{processor()}, {torch.get_num_threads()} threads, {HEADS} heads of {HEAD}, float32"]
     columns = [*map(str, CHUNKS), "loop"]
     lines += ["", f"ms at {SWEEP_LENGTH} tokens by chunk", f"{'':26}" + _cells(columns)]
     for kind in KINDS:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from record import record
 
 from zoo.backbone import Backbone
 from zoo.build import build_model
@@ -160,10 +161,7 @@ def main() -> None:
         rows.append(apart(name, options))
         sys.stdout.write(line(rows[-1]) + "\n")
         sys.stdout.flush()
-    if options.json:
-        machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        report = {"machine": machine, "lengths": options.lengths, "rows": rows}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    record(options.json, lengths=options.lengths, prompts=PROMPTS, rows=rows)
 
 
 if __name__ == "__main__":

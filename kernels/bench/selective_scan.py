@@ -1,6 +1,6 @@
 """Selective scan and causal convolution: ours, in C and in PyTorch, against public forms.
 
-    python kernels/bench/selective_scan.py [--lengths 8192 65536] [--rounds 5] [--runs 3]
+    python kernels/bench/selective_scan.py [--lengths 8192 65536] [--rounds 3] [--runs 3]
         [--json FILE]
 
 float32, one sequence, width 256, state 16. All forms take turns in one process on the same
@@ -13,7 +13,6 @@ round. Memory is the growth of a fresh process over its inputs.
 import argparse
 import json
 import math
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,8 +23,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from record import processor, record
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.native import tune_allocator
 from zoo.ops.selective_scan import selective_scan
@@ -160,7 +159,7 @@ def in_fresh_process(*words: str) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 65536])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", choices=["run", "peak"], help=argparse.SUPPRESS)  # fresh process
@@ -182,20 +181,24 @@ def main() -> None:
     if Path("/proc/self/status").exists():
         peak = in_fresh_process("--one", "peak", *words)
     errors = gradient_errors()
-    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
-    report = {"machine": machine, "threads": torch.get_num_threads(), "allocator": tuned}
-    report |= {"rows": summary(runs), "peak_bytes": peak, "gradient_errors": errors, "runs": runs}
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    rows = summary(runs)
+    record(
+        options.json,
+        allocator=tuned,
+        rows=rows,
+        peak_bytes=peak,
+        gradient_errors=errors,
+        runs=runs,
+    )
     lines = [
-        f"{machine}, {report['threads']} threads, width {WIDTH}, state {STATE}, float32, "
+        f"{processor()}, {torch.get_num_threads()} threads, width {WIDTH}, state {STATE}, float32, "
         f"{options.runs} runs of {options.rounds} rounds",
         f"{'op':15} {'tokens':>7} {'phase':17} {'form':8} {'ms':>9} {'x native':>9}  range",
     ]
     lines += [
         f"{r['op']:15} {r['length']:7} {r['phase']:17} {r['form']:8} {r['ms']:9.1f} "
         f"{r['times_native']:9.1f}  {r['lowest']:.1f} - {r['highest']:.1f}"
-        for r in report["rows"]
+        for r in rows
     ]
     if peak is not None:
         lines += [f"memory of native forward+backward at {longest}: {peak / 1e9:.2f} GB"]

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from record import record
 from torch import nn
 
 from zoo.backbone import Backbone
@@ -78,6 +79,7 @@ def seconds(call: Callable[[], None]) -> float:
 
 
 def versus(kind: str, length: int, repeats: int) -> dict:
+    torch.manual_seed(0)
     tokens = torch.randint(VOCABULARY, (1, length + 1))
     mine, other = stepper(ours(kind), tokens), stepper(theirs(kind), tokens)
     mine(), other()
@@ -93,6 +95,7 @@ def versus(kind: str, length: int, repeats: int) -> dict:
 def long_step(kind: str, length: int, checkpoint: bool) -> dict:
     """Three steps of one sequence in this process: the fastest, and the process's peak memory."""
     tune_allocator()
+    torch.manual_seed(0)
     step = stepper(
         ours(kind, checkpoint_activations=checkpoint), torch.randint(VOCABULARY, (1, length + 1))
     )
@@ -118,7 +121,7 @@ def long_step_apart(kind: str, length: int, checkpoint: bool = False) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--step", nargs=3, metavar=("KIND", "LENGTH", "CHECKPOINT"))
     options = parser.parse_args()
     if options.step:
@@ -139,10 +142,7 @@ def main() -> None:
     growth = rows[3]["seconds"] / rows[2]["seconds"]
     rows.append({"what": "mamba step, cost 8192 -> 65536", "growth": growth})
     sys.stdout.write(f"{rows[-1]['what']:<55}growth {growth:.3g} for 8 times the tokens\n")
-    if options.json:
-        machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        with open(options.json, "w") as file:
-            json.dump({"machine": machine, "rows": rows}, file, indent=1)
+    record(options.json, rows=rows)
 
 
 if __name__ == "__main__":

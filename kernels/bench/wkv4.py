@@ -9,16 +9,14 @@ multiplied up, which flatters it: over more it keeps more alive.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from record import processor, record
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from zoo.ops.aft import aft_window
 from zoo.ops.native import tune_allocator
 from zoo.ops.wkv4 import wkv4
@@ -92,12 +90,14 @@ def main() -> None:
         for length in options.lengths
         for row in compare(op, length, options.rounds)
     ]
-    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
-    report = {"machine": machine, "threads": torch.get_num_threads(), "allocator": tuned}
-    report |= {"rows": rows, "gradient_errors": errors, "loop_extrapolated_from": LOOP}
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    lines = [f"{machine}, {report['threads']} threads, width {WIDTH}, float32"]
+    record(
+        options.json,
+        allocator=tuned,
+        rows=rows,
+        gradient_errors=errors,
+        loop_extrapolated_from=LOOP,
+    )
+    lines = [f"{processor()}, {torch.get_num_threads()} threads, width {WIDTH}, float32"]
     lines += [f"{'op':11} {'tokens':>7} {'phase':17} {'form':8} {'ms':>9} {'x native':>9}"]
     lines += [
         f"{r['op']:11} {r['length']:7} {r['phase']:17} {r['form']:8} {r['ms']:9.1f} "
