@@ -1,10 +1,14 @@
-"""Delta rule: the chunked form against the loop, by chunk size, and its cost by length.
+"""Matrix states: the chunked forms against the loop and the textbook's, by chunk size and length.
 
-    python kernels/bench/delta_rule.py [--lengths 8192 65536] [--rounds 5] [--json FILE]
+    python kernels/bench/matrix_state.py [--lengths 8192 65536] [--rounds 5] [--json FILE]
 
-float32, one sequence, width 128 in heads of 64 channels. `delta` is DeltaNet's rule, `gated` has a
-decay per head, `general` is RWKV-7's with a decay per channel. All forms take turns in one process;
-times are the least of the rounds. Memory is the growth of a fresh process over its inputs.
+float32, one sequence, width 128 in heads of 64 channels. Linear attention without decay (`none`),
+with one per head (`head`) and per channel (`channel`); the delta rule (`delta`), with a decay per
+head (`gated`) and RWKV-7's with one per channel (`general`). The textbook's chunked form of linear
+attention divides keys by their decay since the chunk's start (Yang 2023, GLA, section 4.2), which
+overflows where decays are strong and ours does not; here they are mild enough for it. All forms
+take turns in one process; times are the least of the rounds. Memory is the growth of a fresh
+process over its inputs.
 """
 
 import argparse
@@ -20,58 +24,93 @@ import torch
 import torch.nn.functional as F
 from record import processor, record
 
-from zoo.ops import delta_rule as op
+from zoo.ops import delta_rule, linear_attention
 from zoo.ops.native import tune_allocator
 
 HEADS, HEAD = 2, 64
-KINDS = ["delta", "gated", "general"]
+LINEAR, DELTA = ["none", "head", "channel"], ["delta", "gated", "general"]
+KINDS = LINEAR + DELTA
 CHUNKS = [16, 32, 64, 128]
 SWEEP_LENGTH = 4096  # tokens, of the chunk sizes and of the loop
 
 
 def inputs(kind: str, length: int) -> dict[str, torch.Tensor]:
-    """Arguments of `diagonal_plus_rank_one` as a fresh layer of each kind gives them."""
+    """Arguments of the op of that kind as a fresh layer gives them."""
     torch.manual_seed(0)
     shape = (1, length, HEADS, HEAD)
     q, k, v = torch.randn(3, *shape)
     unit = F.normalize(torch.randn(shape), dim=-1)
-    rate = torch.rand(shape[:3] if kind == "gated" else shape)
-    if kind == "general":
-        found = {"k": k, "a": -unit, "b": torch.rand(shape) * unit, "log_decay": -0.6 * rate}
-    else:
-        found = {"k": 0.5 * unit, "a": -unit}
+    rate = torch.rand(shape[:3] if kind in ("head", "gated") else shape)
+    found = {"q": q, "k": k / HEAD, "v": v}
+    if kind in ("head", "channel"):
+        found["log_decay"] = -0.1 * rate
+    elif kind == "general":
+        found |= {"a": -unit, "b": torch.rand(shape) * unit, "log_decay": -0.6 * rate}
+    elif kind in DELTA:
+        found |= {"k": 0.5 * unit, "a": -unit}
     if kind == "gated":
         found["log_decay"] = -rate
-    return {name: x.requires_grad_() for name, x in {"q": q, "v": v, **found}.items()}
+    return {name: x.requires_grad_() for name, x in found.items()}
 
 
-def seconds(tensors: dict[str, torch.Tensor], backend: str, gradient: bool) -> float:
+def textbook(q, k, v, log_decay=None, *, chunk: int) -> torch.Tensor:
+    """Linear attention in chunks of a loop, the keys divided by their decay since the start."""
+    state, ys = q.new_zeros(1, HEADS, HEAD, HEAD), []
+    w = torch.zeros_like(q[..., :1]) if log_decay is None else log_decay
+    w = (w if w.dim() == 4 else w[..., None]).transpose(1, 2)
+    parts = [a.transpose(1, 2).split(chunk, 2) for a in (q, k, v)]
+    for q_c, k_c, v_c, w_c in zip(*parts, w.split(chunk, 2), strict=True):
+        since = w_c.cumsum(2)
+        reads, earlier, end = q_c * since.exp(), k_c * (-since).exp(), since[:, :, -1:]
+        ys.append((reads @ earlier.mT).tril() @ v_c + reads @ state)
+        state = end.exp().mT * state + (k_c * (end - since).exp()).mT @ v_c
+    return torch.cat(ys, 2).transpose(1, 2)
+
+
+def output(tensors: dict[str, torch.Tensor], backend: str) -> torch.Tensor:
+    if "a" in tensors:
+        return delta_rule.diagonal_plus_rank_one(**tensors, backend=backend)[0]
+    return linear_attention.linear_attention(**tensors, backend=backend)[0]
+
+
+def seconds(
+    tensors: dict[str, torch.Tensor], form: Callable[..., torch.Tensor], gradient: bool
+) -> float:
     start = time.perf_counter()
     with torch.set_grad_enabled(gradient):
-        y, _ = op.diagonal_plus_rank_one(**tensors, backend=backend)
+        y = form(tensors)
         if gradient:
             torch.autograd.grad(y.sum(), list(tensors.values()))
     return time.perf_counter() - start
 
 
-def with_chunk(chunk: int, tensors: dict[str, torch.Tensor], gradient: bool) -> float:
-    kept, op.CHUNK = op.CHUNK, chunk
+def with_chunk(chunk: int, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    module = delta_rule if "a" in tensors else linear_attention
+    kept, module.CHUNK = module.CHUNK, chunk
     try:
-        return seconds(tensors, "torch", gradient)
+        return output(tensors, "torch")
     finally:
-        op.CHUNK = kept
+        module.CHUNK = kept
+
+
+def forms_of(kind: str) -> dict[str, Callable[..., torch.Tensor]]:
+    """Ours by chunk size, the loop, and the textbook's by chunk size."""
+    forms: dict[str, Callable[..., torch.Tensor]] = {str(c): partial(with_chunk, c) for c in CHUNKS}
+    forms["loop"] = partial(output, backend="reference")
+    if kind in LINEAR:
+        for chunk in CHUNKS:
+            forms[f"book {chunk}"] = lambda tensors, chunk=chunk: textbook(**tensors, chunk=chunk)
+    return forms
 
 
 def sweep(kind: str, rounds: int) -> list[dict]:
-    """A row per chunk size and one of the loop, at `SWEEP_LENGTH`."""
-    tensors, rows = inputs(kind, SWEEP_LENGTH), []
-    forms: dict[str, Callable[..., float]] = {str(c): partial(with_chunk, c) for c in CHUNKS}
-    forms["loop"] = partial(seconds, backend="reference")
+    """A row per form, at `SWEEP_LENGTH`."""
+    tensors, rows, forms = inputs(kind, SWEEP_LENGTH), [], forms_of(kind)
     for phase, gradient in (("forward", False), ("forward+backward", True)):
         times: dict[str, list[float]] = {name: [] for name in forms}
         for _ in range(rounds + 1):  # the first only warms up
             for name, form in forms.items():
-                times[name].append(form(tensors=tensors, gradient=gradient))
+                times[name].append(seconds(tensors, form, gradient))
         for name, spent in times.items():
             row = {"kind": kind, "length": SWEEP_LENGTH, "phase": phase, "chunk": name}
             rows.append(row | {"ms": min(spent[1:]) * 1e3})
@@ -86,10 +125,11 @@ def memory(field: str) -> int:
 
 def peak_growth(kind: str, length: int) -> int:
     """Bytes that one forward and backward add to this process at their peak."""
-    seconds(inputs(kind, 64), "torch", True)
+    ours = partial(output, backend="torch")
+    seconds(inputs(kind, 64), ours, True)
     tensors = inputs(kind, length)
     before = memory("VmRSS")
-    seconds(tensors, "torch", True)
+    seconds(tensors, ours, True)
     return memory("VmHWM") - before
 
 
@@ -97,7 +137,8 @@ def by_length(kind: str, lengths: list[int], rounds: int) -> list[dict]:
     rows = []
     for length in lengths:
         tensors = inputs(kind, length)
-        spent = min(seconds(tensors, "torch", True) for _ in range(rounds))
+        ours = partial(output, backend="torch")
+        spent = min(seconds(tensors, ours, True) for _ in range(rounds))
         row = {"kind": kind, "length": length, "phase": "forward+backward", "ms": spent * 1e3}
         if Path("/proc/self/status").exists():
             command = [sys.executable, __file__, "--peak", kind, str(length)]
@@ -124,7 +165,7 @@ def main() -> None:
     lengths = [row for kind in KINDS for row in by_length(kind, options.lengths, options.rounds)]
     record(options.json, allocator=tuned, chunks=chunks, lengths=lengths)
     lines = [f"{processor()}, {torch.get_num_threads()} threads, {HEADS} heads of {HEAD}, float32"]
-    columns = [*map(str, CHUNKS), "loop"]
+    columns = list(forms_of(LINEAR[0]))
     lines += ["", f"ms at {SWEEP_LENGTH} tokens by chunk", f"{'':26}" + _cells(columns)]
     for kind in KINDS:
         for phase in ("forward", "forward+backward"):
