@@ -16,7 +16,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
