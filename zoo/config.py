@@ -210,9 +210,14 @@ def resolve(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "model": spelled}
 
 
+def extensions() -> dict[str, dict[str, Any]]:
+    """Every extension's YAML by its name."""
+    return {name: _inherited(name, "extension") for name in choices("extension")}
+
+
 def _scaling(name: str) -> dict[str, Any]:
     """The rotary scaling of the extension of that name."""
-    parts = {other: _inherited(other, "extension")["scaling"] for other in choices("extension")}
+    parts = {other: tree["scaling"] for other, tree in extensions().items()}
     scalings = {other: part for other, part in parts.items() if isinstance(part, dict)}
     return scalings[choose("extension.scaling", name, [*scalings])]
 

@@ -7,8 +7,9 @@
 the order to the causal mask (Haviv 2022; Kazemnejad 2023) or to positions added at the embedding.
 The state is every key and value so far; keys are kept as they were turned on arrival. A `reach`
 (zoo.attention), given to a trained model by zoo.extend, takes over rotary positions, which keys a
-query sees and which are kept. With `causal=False` every query sees every key (Devlin 2019, BERT),
-under `rope` or `none`.
+query sees and which are kept. Where `shared` holds "positions", (b, t), the tokens of a training
+window stand there. With `causal=False` every query sees every key (Devlin 2019, BERT), under `rope`
+or `none`.
 """
 
 from typing import ClassVar, NamedTuple
@@ -21,6 +22,7 @@ from zoo.attention.reach import Reach
 from zoo.errors import choose
 from zoo.mixers.base import (
     Mixer,
+    Shared,
     State,
     compute_dtype,
     linear,
@@ -29,7 +31,7 @@ from zoo.mixers.base import (
 )
 from zoo.ops.attention import Part, attention
 from zoo.positions.alibi import CHUNK, add_bias_channels
-from zoo.positions.rope import inverse_frequencies, rotate
+from zoo.positions.rope import inverse_frequencies, rotate, turned
 
 
 class KeyValues(NamedTuple):
@@ -40,6 +42,7 @@ class KeyValues(NamedTuple):
 
 class SoftmaxAttention(Mixer):
     recurrent: ClassVar[bool] = False
+    shares: ClassVar[bool] = True
     reach: Reach | None = None  # of rotary positions; None: every key at its distance
 
     def __init__(
@@ -78,30 +81,46 @@ class SoftmaxAttention(Mixer):
         self.v_proj = linear(width, kv_heads * self.head_width)
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: KeyValues | None = None):
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        state: KeyValues | None = None,
+        shared: Shared | None = None,
+    ):
         if not self.causal:
             refuse_state(state)
         start = state.seen if state else 0
+        at = shared.get("positions") if shared else None
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_width))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.positions == "rope" and self.reach is None:
+        if self.positions == "rope" and at is not None:
+            q, k = self._placed(q, at), self._placed(k, at)
+        elif self.positions == "rope" and self.reach is None:
             q, k = rotate(q, self.inv_freq, start), rotate(k, self.inv_freq, start)
         if state:
             k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
-        y = self.o_proj(self._attend(q, k, v, start).flatten(-2))
+        y = self.o_proj(self._attend(q, k, v, start, at).flatten(-2))
         if state is None:
             return y
         if self.reach:
             k, v = self.reach.keep(k, v)
         return y, KeyValues(k, v, start + x.shape[1])
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    def _placed(self, x: Float[Tensor, "b t h d"], at: Tensor) -> Float[Tensor, "b t h d"]:
+        """Turned to where the tokens stand, by the frequencies for a text that reaches so far."""
+        if self.reach is None:
+            return turned(x, self.inv_freq, at)
+        length = int(at.max()) + 1 if self.reach.bucket else 0  # where it matters
+        inv_freq, factor = self.reach.scaling(length)
+        return turned(x, inv_freq, at, factor)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, at: Tensor | None) -> Tensor:
         """Each query over the keys up to its own; the queries are the last of the keys."""
         groups = self.heads // self.kv_heads
         k, v = (x.repeat_interleave(groups, 2) if groups > 1 else x for x in (k, v))
-        if self.reach:
+        if self.reach and at is None:
             return self.reach(q, k, v, start, self.backend)
         if not self.causal:
             return attention([Part(q, k, v)], backend=self.backend)
@@ -110,7 +129,8 @@ class SoftmaxAttention(Mixer):
             past, end = end, end + rows.shape[1]
             keys, scale = k[:, :end], None
             if self.positions == "alibi":
-                rows, keys = add_bias_channels(rows, keys, origin=past)
+                stand = None if at is None else at[:, :end]
+                rows, keys = add_bias_channels(rows, keys, origin=past, positions=stand)
                 scale = 1.0
             parts = [Part(rows, keys[:, past:], v[:, past:end], causal=True)]
             if past:
