@@ -29,7 +29,8 @@ BOUNDED = {"streaming_llm", "window", "lm_infinite"}
 
 
 def extension(name: str, *words: str):
-    factor = [f"extension.factor={FACTORS[name]}"] if name in FACTORS else []
+    given = any(word.startswith("extension.factor=") for word in words)
+    factor = [f"extension.factor={FACTORS[name]}"] if name in FACTORS and not given else []
     small = ["extension.reach.sinks=2"] if name == "lm_infinite" else []
     return compose("eval", ["run=x", f"extension={name}", *factor, *small, *words]).extension
 
@@ -147,6 +148,15 @@ def test_placed_tokens_are_turned_by_the_scaled_frequencies(tiny):
     mixer, at = model.halves()[0], torch.tensor([[0, 1, 2, 40, 41, 63]])
     x = torch.randn(1, 6, mixer.q_proj.in_features, dtype=torch.float64)
     torch.testing.assert_close(mixer(x, shared={"positions": at}), dense(mixer, x, at / 4))
+
+
+def test_a_window_that_carries_few_keys_sees_these_under_a_scaling_too(tiny):
+    mixer = extend(tiny("transformer"), extension("pi", "extension.factor=4"), 16).halves()[0]
+    x = torch.randn(2, 40, mixer.q_proj.in_features, dtype=torch.float64)
+    _, state = mixer(x[:, :28], mixer.empty_state(2))
+    found, _ = mixer(x[:, 28:], mixer.carry(state, 16))
+    seen = dense(mixer, x[:, 12:], torch.arange(12, 40)[None] / 4)
+    torch.testing.assert_close(found, seen[:, 16:])
 
 
 @pytest.mark.parametrize("model", ["transformer", "alibi", "sinusoidal", "learned", "mamba"])
