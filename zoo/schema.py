@@ -10,9 +10,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -162,6 +164,11 @@ class Extension(Section):
     positions: PositionsPart | None = Field(
         default=None, description="where the tokens of a training window stand; null: 0, 1, 2 ..."
     )
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `positions` as it was before there were any: runs keep their names."""
+        return {key: v for key, v in write(self).items() if (key, v) != ("positions", None)}
 
 
 class TrainConfig(Section):
