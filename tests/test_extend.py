@@ -5,14 +5,16 @@ import re
 import pytest
 import torch
 
-from zoo.config import choices, compose
+from zoo.config import compose, extensions
 from zoo.errors import UserError
 from zoo.extend import extend
 from zoo.mixers.base import count_bytes
+from zoo.positions.alibi import slopes
+from zoo.positions.rope import inverse_frequencies
 
 TRAINED = 16
 FACTORS = {"pi": 2, "ntk": 2, "ntk_by_parts": 4, "yarn": 4, "llama3": 4}
-EXTENSIONS = choices("extension")
+EXTENSIONS = [name for name, tree in extensions().items() if not tree.get("positions")]
 # Nothing of these differs from the model within the trained length.
 IDENTITIES = {
     "none",
@@ -27,7 +29,8 @@ BOUNDED = {"streaming_llm", "window", "lm_infinite"}
 
 
 def extension(name: str, *words: str):
-    factor = [f"extension.factor={FACTORS[name]}"] if name in FACTORS else []
+    given = any(word.startswith("extension.factor=") for word in words)
+    factor = [f"extension.factor={FACTORS[name]}"] if name in FACTORS and not given else []
     small = ["extension.reach.sinks=2"] if name == "lm_infinite" else []
     return compose("eval", ["run=x", f"extension={name}", *factor, *small, *words]).extension
 
@@ -95,6 +98,8 @@ def test_a_model_without_rotary_positions_is_refused_in_one_line(model, tiny):
     with pytest.raises(UserError, match="extension=dca acts on rotary positions") as caught:
         extend(tiny(model), extension("dca"), TRAINED)
     assert "\n" not in str(caught.value)
+    trains = "; to train with, randomised" if model in ("alibi", "learned") else ""
+    assert str(caught.value).endswith(f"none: it takes extension=none{trains}")
     assert extend(tiny(model), extension("none"), TRAINED)
 
 
@@ -105,8 +110,86 @@ def test_settings_that_do_not_go_together_are_refused(tiny):
     with pytest.raises(UserError, match="sinks=16 < window=16"):
         extend(tiny("transformer"), extension("streaming_llm", "extension.reach.sinks=16"), TRAINED)
     tuned = extend(tiny("transformer"), extension("yarn"), TRAINED)
-    with pytest.raises(UserError, match="fine-tuned under an extension of its own"):
+    with pytest.raises(UserError, match="trained under an extension of its own"):
         extend(tuned, extension("dca"), TRAINED)
+
+
+def dense(mixer, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Causal attention over tokens that stand at `at` (b, t), every score formed on its own."""
+    q, k, v = (
+        p(x).unflatten(-1, (mixer.heads, -1)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    )
+    apart = (at[:, :, None] - at[:, None]).double()[:, None]  # (b, 1, t, t)
+    if mixer.positions == "rope":
+        theta = torch.tensor(inverse_frequencies(mixer.head_width), dtype=torch.float64)
+        q, k = (torch.complex(*y.chunk(2, -1)) for y in (q, k))
+        phases = torch.polar(torch.ones(()).double(), apart[..., None] * theta)
+        scores = torch.einsum(
+            "bihd,bjhd,bhijd->bhij", q, k.conj(), phases.expand(-1, mixer.heads, -1, -1, -1)
+        ).real
+    else:
+        slope = torch.tensor(slopes(mixer.heads), dtype=torch.float64)[:, None, None]
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) - slope * apart * mixer.head_width**0.5
+    weights = (scores / mixer.head_width**0.5).masked_fill(apart < 0, -torch.inf).softmax(-1)
+    return mixer.o_proj(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(-2))
+
+
+@pytest.mark.parametrize("model", ["transformer", "alibi"])
+def test_a_training_windows_tokens_stand_where_they_are_placed(model, tiny):
+    mixer = tiny(model).halves()[0]
+    x = torch.randn(2, 9, mixer.q_proj.in_features, dtype=torch.float64)
+    at = torch.stack([torch.randperm(999)[:9].sort().values for _ in range(2)])
+    torch.testing.assert_close(mixer(x, shared={"positions": at}), dense(mixer, x, at))
+
+
+def test_placed_tokens_are_turned_by_the_scaled_frequencies(tiny):
+    words = ["finetune=x", "extension=pose", "extension.factor=4"]
+    model = extend(tiny("transformer"), compose("train", words).extension, TRAINED)
+    mixer, at = model.halves()[0], torch.tensor([[0, 1, 2, 40, 41, 63]])
+    x = torch.randn(1, 6, mixer.q_proj.in_features, dtype=torch.float64)
+    torch.testing.assert_close(mixer(x, shared={"positions": at}), dense(mixer, x, at / 4))
+
+
+def test_a_window_that_carries_few_keys_sees_these_under_a_scaling_too(tiny):
+    mixer = extend(tiny("transformer"), extension("pi", "extension.factor=4"), 16).halves()[0]
+    x = torch.randn(2, 40, mixer.q_proj.in_features, dtype=torch.float64)
+    _, state = mixer(x[:, :28], mixer.empty_state(2))
+    found, _ = mixer(x[:, 28:], mixer.carry(state, 16))
+    seen = dense(mixer, x[:, 12:], torch.arange(12, 40)[None] / 4)
+    torch.testing.assert_close(found, seen[:, 16:])
+
+
+@pytest.mark.parametrize("model", ["transformer", "alibi", "sinusoidal", "learned", "mamba"])
+def test_tokens_placed_at_0_1_2_are_those_of_a_plain_window_and_elsewhere_are_not(model, tiny):
+    network, text = tiny(model, "checkpoint_activations=true"), tokens(TRAINED)
+    at = torch.arange(TRAINED - 1).expand(2, -1)
+    found, plain = network.loss(text, positions=at), network.loss(text)
+    torch.testing.assert_close(found, plain, rtol=1e-12, atol=0)
+    same = torch.allclose(network.loss(text, positions=3 * at), plain)
+    assert same == (model == "mamba")
+
+
+def test_what_tells_where_tokens_stand_is_refused_where_it_cannot(tiny):
+    words = ["finetune=x", "seq_len=16", "extension.factor=4"]
+    pose = compose("train", [*words, "extension=pose", "extension.original_length=16"]).extension
+    with pytest.raises(UserError, match=r"seq_len=128 tokens in a text of 64, 4 times 16"):
+        extend(tiny("transformer"), pose, 128)
+    randomised = compose("train", ["extension=randomised", "extension.factor=4"]).extension
+    with pytest.raises(UserError, match="linear-bias, sinusoidal or learned positions"):
+        extend(tiny("mamba"), randomised, TRAINED)
+    with pytest.raises(UserError, match=r"to 1024, and this model has 256 .*max_length=1024"):
+        extend(tiny("learned"), randomised, 256)
+    for more, told in {
+        "extension=pi": "acts on a trained model",
+        "extension=pose": "acts on a trained model",
+        "extension=randomised state_passing=carry": "state_passing=none",
+        "extension=randomised objective=masked": "objective=causal",
+        "extension=pose extension.reach=null extension.positions.rows=3": "positions.chunks",
+    }.items():
+        with pytest.raises(UserError, match=told):
+            compose("train", ["extension.factor=4", *more.split()])
+    with pytest.raises(UserError, match="extension=pose is a way to train"):
+        compose("eval", ["run=x", "extension=pose", "extension.factor=4"])
 
 
 @pytest.mark.parametrize(

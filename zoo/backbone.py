@@ -57,6 +57,8 @@ class Backbone(nn.Module):
     the backward pass instead of keeping what it computed.
     """
 
+    extended = False  # whether zoo.extend gave it another reach
+
     def __init__(
         self,
         *,
@@ -93,17 +95,24 @@ class Backbone(nn.Module):
         if tied:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Int[Tensor, "b t"], state: BackboneState | None = None) -> Any:
+    def forward(
+        self,
+        tokens: Int[Tensor, "b t"],
+        state: BackboneState | None = None,
+        positions: Tensor | None = None,
+    ) -> Any:
         """Logits (b, t, vocabulary), or (logits, state) exactly when a state is given.
 
-        Raises ValueError where the tokens seen would exceed `max_length`.
+        `positions`, (b, t) and rising, are where the tokens of a training window stand instead of
+        at 0, 1, 2 ..; layers find them in `shared`. Raises ValueError where the tokens seen would
+        exceed `max_length`.
         """
         start = state.seen if state else 0
         self._check_length(start + tokens.shape[1])
         x = self.embedding(tokens)
         if self.positions is not None:
-            x = self.positions(x, start)
-        after, shared = [], {}
+            x = self.positions(x, start, positions)
+        after, shared = [], {} if positions is None else {"positions": positions}
         for index, block in enumerate(self.blocks):
             before = state.blocks[index] if state else None
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
@@ -116,9 +125,15 @@ class Backbone(nn.Module):
         logits = self.head(self.norm(x))
         return (logits, BackboneState(tuple(after), start + tokens.shape[1])) if state else logits
 
-    def loss(self, tokens: Int[Tensor, "b t1"], state: BackboneState | None = None) -> Any:
+    def loss(
+        self,
+        tokens: Int[Tensor, "b t1"],
+        state: BackboneState | None = None,
+        positions: Tensor | None = None,
+    ) -> Any:
         """Mean negative log-likelihood (nats) of tokens 1.. given those before them."""
-        logits, state = self(tokens[:, :-1], state) if state else (self(tokens[:, :-1]), None)
+        found = self(tokens[:, :-1], state, positions)
+        logits, state = found if state else (found, None)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         nll = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         return (nll, state) if state else nll

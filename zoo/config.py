@@ -41,6 +41,7 @@ from zoo.schema import plain as plain
 from zoo.schema import validate as validate
 
 CONFIGS = ROOT / "configs"
+ONE_SIDED = ("xpos", "alibi", "t5")  # positions that bidirectional attention lacks
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
 
 # What changes neither the weights nor the figures: where and how a run is carried out.
@@ -210,9 +211,14 @@ def resolve(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "model": spelled}
 
 
+def extensions() -> dict[str, dict[str, Any]]:
+    """Every extension's YAML by its name."""
+    return {name: _inherited(name, "extension") for name in choices("extension")}
+
+
 def _scaling(name: str) -> dict[str, Any]:
     """The rotary scaling of the extension of that name."""
-    parts = {other: _inherited(other, "extension")["scaling"] for other in choices("extension")}
+    parts = {other: tree["scaling"] for other, tree in extensions().items()}
     scalings = {other: part for other, part in parts.items() if isinstance(part, dict)}
     return scalings[choose("extension.scaling", name, [*scalings])]
 
@@ -231,7 +237,7 @@ def _check_bidirectional(parts: Sequence[dict[str, Any]]) -> None:
 def reads_both_ways(name: str) -> bool:
     """Whether the model of that name has a bidirectional form for objective=masked."""
     part = _inherited(name)
-    if part.get("positions") == "alibi" or "mixer" not in part:
+    if part.get("positions") in ONE_SIDED or "mixer" not in part:
         return False
     return "causal" in (constructor_parameters(part["mixer"]["_target_"]) or [])
 
@@ -240,7 +246,7 @@ def _is_embedded(part: dict[str, Any]) -> bool:
     """Whether positions are added at the embedding rather than seen by the mixer."""
     if "positions" not in part:
         return False
-    everywhere = ["rope", "alibi", "none", "sinusoidal", "learned"]
+    everywhere = ["rope", *ONE_SIDED, "none", "sinusoidal", "learned"]
     return choose("model.positions", part["positions"], everywhere) in ("sinusoidal", "learned")
 
 

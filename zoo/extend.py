@@ -1,14 +1,27 @@
-"""Gives a trained model another reach: rotary scalings and attention remaps, no new weights."""
+"""Gives a model another reach: rotary scalings and attention remaps, no new weights; and training
+positions of a longer text."""
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
+
+from torch import Generator, Tensor
 
 from zoo.attention.reach import Reach, Scaling
 from zoo.backbone import Backbone
+from zoo.config import extensions
+from zoo.data.loader import Places
 from zoo.errors import UserError
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.options import constructor_parameters
+from zoo.positions.absolute import Learned, Sinusoidal
 from zoo.positions.rope import inverse_frequencies
 from zoo.schema import Extension
+
+EMBEDDED = {Sinusoidal: "sinusoidal", Learned: "learned"}
+PLACED = ("rope", "alibi", "sinusoidal", "learned")  # what may stand at positions of our choice
+ROTARY = ("rope",)
+ACTS_ON = {ROTARY: "rotary", PLACED: "rotary, linear-bias, sinusoidal or learned"}
 
 
 def extend(model: Backbone, extension: Extension, trained_length: int) -> Backbone:
@@ -17,23 +30,89 @@ def extend(model: Backbone, extension: Extension, trained_length: int) -> Backbo
     Lengths are tokens. Raises UserError in one line where the extension does not apply to the
     model or its settings do not go together.
     """
-    if extension.scaling is None and extension.reach is None:
+    if not (extension.scaling or extension.reach or extension.positions):
         return model
-    if any(isinstance(half, SoftmaxAttention) and half.reach for half in model.halves()):
+    if model.extended:
         raise UserError(
-            f"extension={extension.name}: this model was fine-tuned under an extension of its own, "
+            f"extension={extension.name}: this model was trained under an extension of its own, "
             "which extension=none measures"
         )
-    mixers = [half for half in model.halves() if isinstance(half, SoftmaxAttention)]
-    mixers = [mixer for mixer in mixers if mixer.positions == "rope"]
-    if not mixers:
+    kinds = _acts_on(extension.model_dump())
+    if not _positions(model) & {*kinds}:
         raise UserError(
-            f"extension={extension.name} acts on rotary positions, and this model has none: "
-            "extension=none applies to it"
+            f"extension={extension.name} acts on {ACTS_ON[kinds]} positions, and this model has "
+            f"none: {_applicable(model)}"
         )
-    for mixer in mixers:
-        mixer.reach = _reach(mixer, extension, extension.original_length or trained_length)
+    original_length = extension.original_length or trained_length
+    if extension.positions is not None:
+        _check_places(model, extension, original_length, trained_length)
+    if kinds == ROTARY:
+        for mixer in _rotary(model):
+            mixer.reach = _reach(mixer, extension, original_length)
+    model.extended = True
     return model
+
+
+def places(extension: Extension, seq_len: int) -> Places | None:
+    """Where the tokens of training windows stand, drawn step by step; None: at 0, 1, 2 .."""
+    if extension.positions is None:
+        return None
+    original_length = extension.original_length or seq_len
+    return partial(_place, extension.positions.load(), _longest(extension, original_length))
+
+
+def _place(
+    sample: Callable[..., Tensor], longest: int, rows: int, tokens: int, generator: Generator
+) -> Tensor:
+    return sample(rows, tokens, longest, generator)
+
+
+def _longest(extension: Extension, original_length: int) -> int:
+    return int(original_length * extension.factor)
+
+
+def _check_places(
+    model: Backbone, extension: Extension, original_length: int, seq_len: int
+) -> None:
+    longest, limit = _longest(extension, original_length), model.max_length
+    if seq_len > longest:
+        raise UserError(
+            f"extension={extension.name} places windows of seq_len={seq_len} tokens in a text of "
+            f"{longest}, {extension.factor:g} times {original_length}: ask for a larger factor"
+        )
+    if limit is not None and limit < longest:
+        raise UserError(
+            f"extension={extension.name} places tokens up to {longest}, and this model has {limit} "
+            f"positions: model.max_length={longest} gives it as many"
+        )
+
+
+def _positions(model: Backbone) -> set[str]:
+    """The kinds of positions that the model's layers and its embedding have."""
+    kinds = {half.positions for half in model.halves() if isinstance(half, SoftmaxAttention)}
+    return kinds | {EMBEDDED[type(model.positions)]} if model.positions is not None else kinds
+
+
+def _rotary(model: Backbone) -> list[SoftmaxAttention]:
+    mixers = [half for half in model.halves() if isinstance(half, SoftmaxAttention)]
+    return [mixer for mixer in mixers if mixer.positions == "rope"]
+
+
+def _acts_on(tree: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kinds of positions that an extension is for."""
+    if tree["scaling"] or tree["reach"]:
+        return ROTARY
+    return PLACED if tree.get("positions") else ()
+
+
+def _applicable(model: Backbone) -> str:
+    """Which extensions apply to the model, in words."""
+    kinds, found = _positions(model), {False: ["none"], True: []}
+    for name, tree in extensions().items():
+        if kinds & {*_acts_on(tree)}:
+            found[bool(tree.get("positions"))].append(name)
+    told = f"it takes extension={', '.join(found[False])}"
+    return told + (f"; to train with, {', '.join(found[True])}" if found[True] else "")
 
 
 def _reach(mixer: SoftmaxAttention, extension: Extension, original_length: int) -> Reach:

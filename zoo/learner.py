@@ -22,7 +22,7 @@ from zoo.config import plain
 from zoo.data.corpora import Corpus, open_corpus
 from zoo.data.loader import train_loader, valid_batch
 from zoo.errors import RunError, UserError
-from zoo.extend import extend
+from zoo.extend import extend, places
 from zoo.ops import backends
 from zoo.ops.native import tune_allocator
 from zoo.report import wandb
@@ -80,7 +80,7 @@ class Learner(lightning.LightningModule):
         if "chosen" in batch:
             tokens = batch["tokens"][:, :-1]
             return self.model.masked_loss(batch["shown"], tokens, batch["chosen"])
-        return self.model.loss(batch["tokens"])
+        return self.model.loss(batch["tokens"], positions=batch.get("positions"))
 
     def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         """Clip to the configured norm, and stop before a broken gradient reaches the weights."""
@@ -159,6 +159,7 @@ class Windows(lightning.LightningDataModule):
             world=trainer.world_size,
             workers=config.workers,
             masked=self.corpus.vocab_size if config.objective == "masked" else None,
+            places=places(config.extension, config.seq_len),
         )
         return iter(loader)
 

@@ -313,8 +313,8 @@ def resumed(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
 def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     """The configuration that trains the run `tree["finetune"]` further, under an extension.
 
-    What was trained and on what comes from that run, unless `given`; the window is the extension's
-    factor times that run's, unless given. UserError where there is no whole run to start from.
+    What was trained and on what comes from that run, unless `given`. So does the window, times the
+    extension's factor unless it places tokens. UserError where there is no whole run to start from.
     """
     folder = RunFolder.open(str(tree["finetune"]))
     folder.checkpoint()
@@ -329,6 +329,7 @@ def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     extension = dict(tree["extension"])
     extension["original_length"] = extension.get("original_length") or base["seq_len"]
     if "seq_len" not in given:
-        kept["seq_len"] = int(base["seq_len"] * extension["factor"])
+        longer = 1 if extension.get("positions") else extension["factor"]
+        kept["seq_len"] = int(base["seq_len"] * longer)
     tree = {**tree, **kept, "extension": extension, "finetune": str(folder)}
     return validate(TrainConfig, tree)

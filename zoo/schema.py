@@ -10,9 +10,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -141,7 +143,7 @@ class Logger(Section):
     mode: Literal["auto", "online", "offline"] = "auto"
 
 
-class ScalingPart(Part):
+class PositionsPart(Part):
     home: ClassVar[str] = "zoo.positions."
 
 
@@ -150,15 +152,23 @@ class ReachPart(Part):
 
 
 class Extension(Section):
-    """How a trained model of rotary positions reads beyond the length it was trained on."""
+    """How a model reads beyond the length of the windows it is trained on."""
 
     name: Name
     factor: Annotated[float, Field(ge=1)] = Field(
         description="times the trained length, for scaling"
     )
     original_length: Positive | None = Field(description="trained length; null: the run's seq_len")
-    scaling: ScalingPart | None = Field(description="of the rotary frequencies")
+    scaling: PositionsPart | None = Field(description="of the rotary frequencies")
     reach: ReachPart | None = Field(description="which keys a query sees, and at what distance")
+    positions: PositionsPart | None = Field(
+        default=None, description="where the tokens of a training window stand; null: 0, 1, 2 ..."
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `positions` as it was before there were any: runs keep their names."""
+        return {key: v for key, v in write(self).items() if (key, v) != ("positions", None)}
 
 
 class TrainConfig(Section):
@@ -205,8 +215,17 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
-        if self.extension.name != "none" and not self.finetune:
+        acts = self.extension.scaling is not None or self.extension.reach is not None
+        if acts and not self.finetune:
             raise UserError("extension= acts on a trained model: name its run with finetune=")
+        if self.extension.positions is not None:
+            if self.extension.reach is not None:
+                raise UserError("extension.positions place the tokens of windows without a remap")
+            if (self.objective, self.state_passing) != ("causal", "none"):
+                raise UserError(
+                    f"extension={self.extension.name} places the tokens of separate windows: it "
+                    "trains with objective=causal and state_passing=none"
+                )
         if self.objective == "masked" and self.state_passing != "none":
             raise UserError("objective=masked reads whole windows: it has state_passing=none alone")
         return self
@@ -227,6 +246,16 @@ class EvalConfig(Section):
     )
     threads: Positive | None = Field(description="CPU threads; null: all cores")
     report: str | None = Field(description="HTML file to write; null: none")
+
+    @model_validator(mode="after")
+    def _measures(self) -> "EvalConfig":
+        if self.extension.positions is not None:
+            name = self.extension.name
+            raise UserError(
+                f"extension={name} is a way to train: python train.py finetune=<run> "
+                f"extension={name}, and then extension=none measures it"
+            )
+        return self
 
 
 Config = TypeVar("Config", TrainConfig, EvalConfig)

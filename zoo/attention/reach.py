@@ -97,16 +97,36 @@ class Reach:
             inv_freq, factor = scaled
             block, parts = q[:, rows.start - start : rows.stop - start], []
             for view in self.views(rows):
+                view = self._kept(view, dropped)
+                if view is None:
+                    continue
                 if view.keys_at not in keys:
                     keys[view.keys_at] = turned(k, inv_freq, view.keys_at(stands), factor)
                 run = slice(place(view.keys.start), place(view.keys.stop - 1) + 1)
                 mask = None if view.mask is None else view.mask[None, None].to(q.device)
                 turned_q = turned(block, inv_freq, view.queries_at, factor)
-                parts.append(
-                    Part(turned_q, keys[view.keys_at][:, run], v[:, run], view.causal, mask)
-                )
+                origin = rows.start - view.keys.start
+                turned_q, seen = self.scored(turned_q, keys[view.keys_at][:, run], origin)
+                parts.append(Part(turned_q, seen, v[:, run], view.causal, mask))
             outs.append(attention(parts, backend=backend))
         return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+
+    def _kept(self, view: View, dropped: int) -> View | None:
+        """The view without keys that are gone: those a training window left behind."""
+        gone = self.sinks + dropped - view.keys.start
+        if gone <= 0 or view.keys.start < self.sinks:
+            return view
+        keys = range(view.keys.start + gone, view.keys.stop)
+        mask = None if view.mask is None else view.mask[:, gone:]
+        return view._replace(keys=keys, mask=mask) if len(keys) else None
+
+    def scored(self, q: Tensor, k: Tensor, origin: int) -> tuple[Tensor, Tensor]:
+        """Turned queries and the keys of a view as their products score.
+
+        The first query stands `origin` keys after the view's first.
+        """
+        del origin
+        return q, k
 
     def keep(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """What of the keys and values later queries may see."""

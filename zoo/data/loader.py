@@ -1,6 +1,6 @@
 """From a token store to what a model reads: training batches, validation and evaluation text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,9 @@ from zoo.data.masking import mask_windows
 from zoo.data.order import stream_restarts, window_starts
 from zoo.data.store import TokenStore
 from zoo.errors import UserError, choose
+
+# (rows, tokens, generator) -> (rows, tokens): where the tokens of a step's windows stand.
+Places = Callable[[int, int, torch.Generator], Tensor]
 
 
 class Steps(Dataset):
@@ -30,7 +33,9 @@ class Steps(Dataset):
         rank: int,
         world: int,
         masked: int | None,
+        places: Places | None,
     ) -> None:
+        self.places = places
         self.store, self.contiguous, self.masked = store, contiguous, masked
         self.shape = len(store), seq_len, batch_size, seed
         self.start_step, self.steps = start_step, steps
@@ -50,7 +55,13 @@ class Steps(Dataset):
         else:
             restart = np.ones(batch_size, dtype=bool)
         keys = [(seed, step, row) for row in range(batch_size)[self.rows]]
+        placed = {}
+        if self.places:
+            entropy = np.random.SeedSequence([seed, step], spawn_key=(0,)).generate_state(2)
+            generator = torch.Generator().manual_seed(int(entropy.view(np.uint64)[0]))
+            placed["positions"] = self.places(batch_size, seq_len, generator)[self.rows]
         return {
+            **placed,
             **_batch(_windows(self.store, starts, seq_len), self.masked, keys),
             "restart": torch.from_numpy(restart[self.rows]),
             "step": step,
@@ -70,6 +81,7 @@ def train_loader(
     world: int = 1,
     workers: int = 0,
     masked: int | None = None,
+    places: Places | None = None,
 ) -> DataLoader:
     """`steps` batches from `start_step` on, one per optimiser step, in the order of `order`.
 
@@ -77,8 +89,9 @@ def train_loader(
     targets; "restart" bool (batch_size / world,), rows whose state begins anew (all, unless
     `contiguous`); "step" int. Rank r takes rows r::world, so that any number of ranks and workers
     reads the same. `masked`, a vocabulary's size, adds what a masked objective reads: "shown" int64
-    and "chosen" bool, (batch_size / world, seq_len) each, see `masking`. Raises UserError where
-    the text is too short or the ranks do not divide the batch.
+    and "chosen" bool, (batch_size / world, seq_len) each, see `masking`. `places` adds "positions",
+    (batch_size / world, seq_len), drawn by a generator of (seed, step) for all rows. Raises
+    UserError where the text is too short or the ranks do not divide the batch.
     """
     if batch_size % world:
         raise UserError(f"batch_size={batch_size} cannot be shared equally by {world} processes")
@@ -93,6 +106,7 @@ def train_loader(
         rank=rank,
         world=world,
         masked=masked,
+        places=places,
     )
     pin = torch.cuda.is_available()
     return DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin)

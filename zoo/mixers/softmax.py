@@ -3,12 +3,16 @@
     q, k, v     W_q x, W_k x, W_v x, split into heads of `head_width` channels
     y           W_o softmax(q k^T / sqrt(head_width) + positions) v over keys 0 .. i
 
-`positions`: `rope` turns q and k (Su 2021), `alibi` biases the scores (Press 2022), `none` leaves
-the order to the causal mask (Haviv 2022; Kazemnejad 2023) or to positions added at the embedding.
+`positions`: `rope` turns q and k (Su 2021), `xpos` lets what was turned fade, and sees blocks of
+half of `window`, the training length (Sun 2022); `alibi` biases the scores (Press 2022), `t5` by a
+table of its own per layer (Raffel 2020, where layers share one and scores lack 1/sqrt(d)); `none`
+leaves the order to the causal mask (Haviv 2022; Kazemnejad 2023) or to positions added at the
+embedding.
 The state is every key and value so far; keys are kept as they were turned on arrival. A `reach`
 (zoo.attention), given to a trained model by zoo.extend, takes over rotary positions, which keys a
-query sees and which are kept. With `causal=False` every query sees every key (Devlin 2019, BERT),
-under `rope` or `none`.
+query sees and which are kept. Where `shared` holds "positions", (b, t), the tokens of a training
+window stand there. With `causal=False` every query sees every key (Devlin 2019, BERT), under `rope`
+or `none`.
 """
 
 from typing import ClassVar, NamedTuple
@@ -17,19 +21,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from zoo.attention.blockwise import BlockwiseXPos
+from zoo.attention.buckets import bucketed
 from zoo.attention.reach import Reach
 from zoo.errors import choose
 from zoo.mixers.base import (
     Mixer,
+    Shared,
     State,
     compute_dtype,
     linear,
+    no_weight_decay,
     refuse_state,
     residual_gain,
 )
 from zoo.ops.attention import Part, attention
 from zoo.positions.alibi import CHUNK, add_bias_channels
-from zoo.positions.rope import inverse_frequencies, rotate
+from zoo.positions.relative import RelativeBias
+from zoo.positions.rope import inverse_frequencies, rotate, turned
 
 
 class KeyValues(NamedTuple):
@@ -39,7 +48,7 @@ class KeyValues(NamedTuple):
 
 
 class SoftmaxAttention(Mixer):
-    recurrent: ClassVar[bool] = False
+    shares: ClassVar[bool] = True
     reach: Reach | None = None  # of rotary positions; None: every key at its distance
 
     def __init__(
@@ -50,6 +59,7 @@ class SoftmaxAttention(Mixer):
         kv_heads: int | None = None,
         positions: str = "rope",
         rope_base: float = 10000.0,
+        window: int | None = None,
         backend: str = "auto",
         causal: bool = True,
         layer: int = 0,
@@ -61,48 +71,77 @@ class SoftmaxAttention(Mixer):
             raise ValueError(
                 f"heads={heads} must divide width={width}, and kv_heads={kv_heads} divide the heads"
             )
-        if positions == "alibi" and not causal:
+        self.positions = choose("positions", positions, ["rope", "xpos", "alibi", "t5", "none"])
+        if positions not in ("rope", "none") and not causal:
             raise ValueError(
-                "positions=alibi are one-sided: bidirectional attention has rope or none"
+                f"positions={positions} are one-sided: bidirectional attention has rope or none"
+            )
+        if (positions == "xpos") != (window is not None):
+            raise ValueError(
+                "positions=xpos, and no others, take window, the training length, of which their "
+                f"blocks are half: model=xpos sets it (positions={positions}, window={window})"
             )
         self.causal = causal
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, width // heads
-        self.positions = choose("positions", positions, ["rope", "alibi", "none"])
         self.rope_base = rope_base
         self.inv_freq = (
             inverse_frequencies(self.head_width, rope_base) if positions == "rope" else ()
         )
+        if window is not None:
+            theta = inverse_frequencies(self.head_width, rope_base)
+            self.reach = BlockwiseXPos(lambda _: (theta, 1.0), block=(window + 1) // 2)
+        if positions == "t5":
+            self.bias = RelativeBias(heads=heads)
+            no_weight_decay(self.bias.weight)
         self.backend = backend
         self.q_proj = linear(width, width)
         self.k_proj = linear(width, kv_heads * self.head_width)
         self.v_proj = linear(width, kv_heads * self.head_width)
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: KeyValues | None = None):
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        state: KeyValues | None = None,
+        shared: Shared | None = None,
+    ):
         if not self.causal:
             refuse_state(state)
         start = state.seen if state else 0
+        at = shared.get("positions") if shared and self.positions in ("rope", "alibi") else None
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_width))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.positions == "rope" and self.reach is None:
+        if self.positions == "rope" and at is not None:
+            q, k = self._placed(q, at), self._placed(k, at)
+        elif self.positions == "rope" and self.reach is None:
             q, k = rotate(q, self.inv_freq, start), rotate(k, self.inv_freq, start)
         if state:
             k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
-        y = self.o_proj(self._attend(q, k, v, start).flatten(-2))
+        y = self.o_proj(self._attend(q, k, v, start, at).flatten(-2))
         if state is None:
             return y
         if self.reach:
             k, v = self.reach.keep(k, v)
         return y, KeyValues(k, v, start + x.shape[1])
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    def _placed(self, x: Float[Tensor, "b t h d"], at: Tensor) -> Float[Tensor, "b t h d"]:
+        """Turned to where the tokens stand, by the frequencies for a text that reaches so far."""
+        if self.reach is None:
+            return turned(x, self.inv_freq, at)
+        length = int(at.max()) + 1 if self.reach.bucket else 0  # where it matters
+        inv_freq, factor = self.reach.scaling(length)
+        return turned(x, inv_freq, at, factor)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, at: Tensor | None) -> Tensor:
         """Each query over the keys up to its own; the queries are the last of the keys."""
         groups = self.heads // self.kv_heads
         k, v = (x.repeat_interleave(groups, 2) if groups > 1 else x for x in (k, v))
-        if self.reach:
+        if self.reach and at is None:
             return self.reach(q, k, v, start, self.backend)
+        if self.positions == "t5":
+            return bucketed(q, k, v, self.bias, backend=self.backend)
         if not self.causal:
             return attention([Part(q, k, v)], backend=self.backend)
         end, outs = k.shape[1] - q.shape[1], []
@@ -110,13 +149,18 @@ class SoftmaxAttention(Mixer):
             past, end = end, end + rows.shape[1]
             keys, scale = k[:, :end], None
             if self.positions == "alibi":
-                rows, keys = add_bias_channels(rows, keys, origin=past)
+                stand = None if at is None else at[:, :end]
+                rows, keys = add_bias_channels(rows, keys, origin=past, positions=stand)
                 scale = 1.0
             parts = [Part(rows, keys[:, past:], v[:, past:end], causal=True)]
             if past:
                 parts.append(Part(rows, keys[:, :past], v[:, :past]))
             outs.append(attention(parts, scale=scale, backend=self.backend))
         return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+
+    @property
+    def recurrent(self) -> bool:
+        return self.reach is not None and self.reach.recent is not None
 
     def empty_state(self, batch: int) -> KeyValues:
         weight = self.k_proj.weight
@@ -131,6 +175,8 @@ class SoftmaxAttention(Mixer):
         return 2 * batch * tokens * self.kv_heads * self.head_width * empty.element_size()
 
     def carry(self, state: State, window: int) -> State:
-        """The last `window` keys, as in Transformer-XL (Dai 2019, section 3.2)."""
+        """The last `window` keys, as in Transformer-XL (Dai 2019, section 3.2); sinks stay."""
         k, v, seen = super().carry(state, window)
+        if self.reach and self.reach.sinks:  # bounded by what the reach keeps
+            return KeyValues(k, v, seen)
         return KeyValues(k[:, -window:], v[:, -window:], seen)

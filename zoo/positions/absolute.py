@@ -1,10 +1,13 @@
-"""Positions added once, to the token embedding; they go on from the tokens already seen."""
+"""Positions added once, to the token embedding; they go on from the tokens already seen.
+
+`positions`, (b, t), are where the tokens of a training window stand instead.
+"""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.positions.rope import inverse_frequencies, turn_table
+from zoo.positions.rope import inverse_frequencies, turn_table, turns_at
 
 
 class Sinusoidal(nn.Module):
@@ -21,8 +24,14 @@ class Sinusoidal(nn.Module):
         self.inv_freq = inverse_frequencies(width)
         self.scale = width**0.5
 
-    def forward(self, x: Float[Tensor, "b t d"], start: int = 0) -> Float[Tensor, "b t d"]:
-        cos, sin = turn_table(self.inv_freq, start, x.shape[1], x.device, x.dtype)
+    def forward(
+        self, x: Float[Tensor, "b t d"], start: int = 0, positions: Tensor | None = None
+    ) -> Float[Tensor, "b t d"]:
+        if positions is None:
+            cos, sin = turn_table(self.inv_freq, start, x.shape[1], x.device, x.dtype)
+        else:
+            turns = turns_at(torch.tensor(self.inv_freq, dtype=torch.float64), positions)
+            cos, sin = (f.to(x.device, x.dtype) for f in turns)
         return self.scale * x + torch.stack([sin, cos], -1).flatten(-3)
 
 
@@ -36,5 +45,7 @@ class Learned(nn.Module):
         self.max_length: int | None = max_length
         self.weight = nn.Parameter(torch.randn(max_length, width) * 0.02)
 
-    def forward(self, x: Float[Tensor, "b t d"], start: int = 0) -> Float[Tensor, "b t d"]:
-        return x + self.weight[start : start + x.shape[1]]
+    def forward(
+        self, x: Float[Tensor, "b t d"], start: int = 0, positions: Tensor | None = None
+    ) -> Float[Tensor, "b t d"]:
+        return x + self.weight[slice(start, start + x.shape[1]) if positions is None else positions]

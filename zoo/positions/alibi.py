@@ -8,7 +8,7 @@ bias is ever formed. The lse is shifted by slope * i, the same for every part of
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 CHUNK = 2048  # queries that share an origin; keeps slope * j small where it matters
@@ -30,19 +30,24 @@ def slopes(heads: int, factor: float = 1.0) -> list[float]:
 
 
 def add_bias_channels(
-    q: Float[Tensor, "b tq h d"], k: Float[Tensor, "b tk h d"], origin: int, factor: float = 1.0
+    q: Float[Tensor, "b tq h d"],
+    k: Float[Tensor, "b tk h d"],
+    origin: int,
+    factor: float = 1.0,
+    positions: Int[Tensor, "b tk"] | None = None,
 ) -> tuple[Float[Tensor, "b tq h d2"], Float[Tensor, "b tk h d2"]]:
     """q and k whose product carries the score scaled by 1/sqrt(d) plus slope_h (j - origin).
 
-    `origin` is the index in `k` of the first query, `factor` as in `slopes`; call attention with
-    `scale=1`.
+    `origin` is the index in `k` of the first query, `factor` as in `slopes`, `positions` where the
+    keys stand if not at 0, 1, 2 ..; call attention with `scale=1`.
     """
     slope = torch.tensor(slopes(q.shape[2], factor), dtype=q.dtype, device=q.device)
-    distance = torch.arange(k.shape[1], device=k.device) - origin
+    stand = torch.arange(k.shape[1], device=k.device) if positions is None else positions
+    distance = stand - stand[..., origin, None]
     high = torch.div(distance, _STEP, rounding_mode="floor")
-    where = torch.stack([high, distance - _STEP * high], -1).to(k.dtype)  # (tk, 2)
+    where = torch.stack([high, distance - _STEP * high], -1).to(k.dtype)  # (tk, 2) or (b, tk, 2)
     weight = torch.stack([_STEP * slope, slope], -1)  # (h, 2)
     return (
         torch.cat([q * q.shape[-1] ** -0.5, weight.expand(*q.shape[:3], 2)], -1),
-        torch.cat([k, where[:, None].expand(*k.shape[:3], 2)], -1),
+        torch.cat([k, where.unsqueeze(-2).expand(*k.shape[:3], 2)], -1),
     )

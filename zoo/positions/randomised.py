@@ -1,7 +1,9 @@
 """Positions of a longer text for a short training window; strictly increasing, from 0 to L' - 1.
 
 A model trained on `tokens` tokens that stand at such positions has met the distances of a text of
-`max_length` = L' tokens. Every function is one of its generator alone.
+`max_length` = L' tokens, at the cost of its own. Every function is one of its generator alone.
+`scattered` and `skipped` place the windows of a training step: what `positions:` of an extension
+names, (rows, tokens, L', generator) and its own options -> (rows, tokens).
 """
 
 from itertools import pairwise
@@ -50,6 +52,25 @@ def pose(
 ) -> Int[Tensor, " t"]:
     """PoSE's positions for one example; see `skip` for its text."""
     return skip(chunk_lengths(tokens, chunks, generator), max_length, generator)
+
+
+def scattered(rows: int, tokens: int, max_length: int, generator: Generator, /) -> Tensor:
+    """Randomised positions, every row its own (Ruoss 2023, section 3).
+
+    The paper draws positions in tests too; here, as in PoSE's comparison, tests read 0, 1, 2 ..
+    """
+    return torch.stack([randomised(tokens, max_length, generator) for _ in range(rows)])
+
+
+def skipped(
+    rows: int, tokens: int, max_length: int, generator: Generator, /, *, chunks: int = 2
+) -> Tensor:
+    """PoSE's positions, every row its own, over text without gaps (section 3.2, v_i = 0).
+
+    The paper finds little between that and text with gaps, whose labels lie across the jumps.
+    """
+    found = [pose(tokens, max_length, generator, chunks=chunks) for _ in range(rows)]
+    return torch.stack(found)
 
 
 def _check(tokens: int, max_length: int) -> None:

@@ -37,14 +37,14 @@ def turn_table(
     """Cosine and sine of every position start .. start+tokens-1."""
     with torch.inference_mode(False), torch.no_grad():
         positions = torch.arange(start, start + tokens, dtype=torch.float64)
-        cos, sin = _turns(torch.tensor(inv_freq, dtype=torch.float64), positions)
+        cos, sin = turns_at(torch.tensor(inv_freq, dtype=torch.float64), positions)
         return (
             (attention_factor * cos).to(device, dtype),
             (attention_factor * sin).to(device, dtype),
         )
 
 
-def _turns(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def turns_at(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of position times frequency, the same for every head."""
     angles = positions.to(inv_freq.device, torch.float64)[..., None] * inv_freq
     return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
@@ -75,7 +75,7 @@ def rotate(
     else:
         if positions is None:
             positions = torch.arange(start, start + x.shape[1])
-        turns = _turns(torch.as_tensor(inv_freq, dtype=torch.float64), positions)
+        turns = turns_at(torch.as_tensor(inv_freq, dtype=torch.float64), positions)
         cos, sin = ((attention_factor * f).to(x.device, wide.dtype) for f in turns)
     width = 2 * cos.shape[-1]
     if width > x.shape[-1]:

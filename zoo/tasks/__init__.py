@@ -151,8 +151,9 @@ def _identity(config: EvalConfig, folder: RunFolder, device: torch.device) -> Ro
     """The fields every row of a run shares: what was trained, how, and what measures it."""
     trained, info, extension = folder.config, folder.info, config.extension
     name = trained.model.name
-    if trained.finetune:
-        name += f" tuned with {_label(trained.extension)}"
+    if trained.finetune or trained.extension.name != "none":
+        how = "tuned" if trained.finetune else "trained"
+        name += f" {how} with {_label(trained.extension)}"
     dtype = AUTOCAST.get(trained.trainer.precision, torch.float32)
     return {
         "run": folder.name,

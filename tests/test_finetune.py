@@ -1,0 +1,109 @@
+"""Whole runs: a model trained short, given another reach by further training, and measured."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from building import train_config
+
+from zoo import learner
+from zoo.config import compose
+from zoo.data.corpora import open_corpus
+from zoo.data.loader import train_loader
+from zoo.extend import extend, places
+from zoo.run import RunFolder
+
+ROOT = Path(__file__).parents[1]
+L = 16
+FEW = ["trainer.max_steps=3", "batch_tokens=128", "valid_windows=2", "trainer.log_every_n_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The working directory of a run, runs/base, trained on windows of L tokens."""
+    place = tmp_path_factory.mktemp("work")
+    for split, start in (("train", 0), ("valid", 5000), ("test", 7000)):
+        (place / "text" / split).mkdir(parents=True)
+        words = " ".join(f"{i} and then {i * i % 97}," for i in range(start, start + 300))
+        (place / "text" / split / "a.txt").write_text(words)
+    words = ["size=tiny", f"seq_len={L}", "data=text", f"data.path={place}/text", "logger=none"]
+    words += [f"data.cache={place}/cache", f"runs={place}/runs", "name=base", "match=none"]
+    config = train_config(*words, *FEW)
+    learner.train(config, RunFolder.claim(config))
+    return place
+
+
+@pytest.fixture
+def program(trained, monkeypatch, capfd):
+    """program("train", *words) -> (exit code, last line of stderr), in that directory."""
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr(sys, "argv", ["program"])
+    monkeypatch.syspath_prepend(ROOT)
+
+    def call(name: str, *words: str) -> tuple[int, str]:
+        capfd.readouterr()
+        code = __import__(name).main([*words, "logger=none"])
+        return code, capfd.readouterr().err.splitlines()[-1]
+
+    return call
+
+
+def first_loss(folder: RunFolder) -> float:
+    with open(folder.path / "metrics.csv") as file:
+        return float(next(csv.DictReader(file))["train_loss"])
+
+
+@pytest.mark.parametrize(
+    ("name", "window"), {"yarn": 4 * L, "pose": L, "randomised": L}.items(), ids=str
+)
+def test_a_run_is_tuned_under_an_extension_and_measured_as_it_was_tuned(name, window, program):
+    extension = [f"extension={name}", "extension.factor=4"]
+    code, error = program("train", "finetune=runs/base", *extension, f"name={name}", *FEW)
+    assert code == 0, error
+    folder, base = RunFolder.open(f"runs/{name}"), RunFolder.open("runs/base")
+    assert folder.config.seq_len == window
+    assert folder.config.extension.original_length == L
+
+    # Its first step read the base's weights, under the extension, at the places it says.
+    model = extend(learner.load(base), folder.config.extension, window)
+    corpus = open_corpus(folder.config.data.model_dump(), Path("cache"))
+    loader = train_loader(
+        corpus.train, seq_len=window, batch_size=128 // window, seed=0, start_step=0, steps=1,
+        contiguous=False, places=places(folder.config.extension, window),
+    )  # fmt: skip
+    (batch,) = loader
+    assert ("positions" in batch) == (name != "yarn")
+    expected = model.loss(batch["tokens"], positions=batch.get("positions"))
+    assert first_loss(folder) == pytest.approx(float(expected), rel=1e-5)
+    assert first_loss(folder) != pytest.approx(float(learner.load(base).loss(batch["tokens"])))
+
+    # What it learned is read under the same extension, which nothing has to repeat.
+    tuned, text = learner.load(folder), torch.randint(256, (1, 4 * L))
+    by_hand = extend(learner.load(base), folder.config.extension, window)
+    by_hand.load_state_dict(learner.trained_weights(folder))
+    assert torch.equal(tuned(text), by_hand(text))
+    measure = ["task=perplexity", f"task.perplexity.lengths=[{L},{4 * L}]", "report=null"]
+    code, _ = program("eval", f"run=runs/{name}", *measure)
+    rows = [row for row in folder.rows() if row["protocol"] == "blocks"]
+    assert (code, [row["length"] for row in rows]) == (0, [4 * L, L])
+    assert {(row["arm"], row["status"]) for row in rows} == {
+        (f"transformer tuned with {name} x4", "ok")
+    }
+    code, error = program("eval", f"run=runs/{name}", *measure, "extension=dca")
+    assert code == 2
+    assert "trained under an extension of its own, which extension=none measures" in error
+    code, error = program("train", f"finetune=runs/{name}", *extension, *FEW)
+    assert code == 2
+    assert "was fine-tuned itself: start from the run it came from" in error
+
+
+def test_positions_are_randomised_from_the_start_too():
+    config = compose("train", ["model=alibi", "extension=randomised", "extension.factor=4"])
+    drawn = places(config.extension, config.seq_len)
+    assert drawn is not None
+    found = drawn(3, 512, torch.Generator().manual_seed(0))
+    assert found.shape == (3, 512)
+    assert (found.diff() > 0).all()
+    assert 1800 < found.max() < 2048
