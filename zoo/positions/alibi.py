@@ -38,12 +38,14 @@ def add_bias_channels(
 ) -> tuple[Float[Tensor, "b tq h d2"], Float[Tensor, "b tk h d2"]]:
     """q and k whose product carries the score scaled by 1/sqrt(d) plus slope_h (j - origin).
 
-    `origin` is the index in `k` of the first query, `factor` as in `slopes`, `positions` where the
-    keys stand if not at 0, 1, 2 ..; call attention with `scale=1`.
+    `origin` is the index in `k` of the first query, which may be past its end, `factor` as in
+    `slopes`, `positions` where keys and queries stand if not at 0, 1, 2 ..; call attention with `scale=1`.
     """
     slope = torch.tensor(slopes(q.shape[2], factor), dtype=q.dtype, device=q.device)
-    stand = torch.arange(k.shape[1], device=k.device) if positions is None else positions
-    distance = stand - stand[..., origin, None]
+    if positions is None:
+        distance = torch.arange(k.shape[1], device=k.device) - origin
+    else:
+        distance = positions - positions[:, origin, None]
     high = torch.div(distance, _STEP, rounding_mode="floor")
     where = torch.stack([high, distance - _STEP * high], -1).to(k.dtype)  # (tk, 2) or (b, tk, 2)
     weight = torch.stack([_STEP * slope, slope], -1)  # (h, 2)
