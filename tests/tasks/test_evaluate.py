@@ -199,6 +199,26 @@ def test_an_extension_that_does_not_apply_stops_one_run_and_keeps_its_row_among_
         assert "extension=dca acts on rotary positions" in row["reason"]
 
 
+def test_the_report_has_the_same_questions_under_every_extension_asked_before(
+    model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(zoo.tasks, "write_report", lambda rows, *_: json.dumps(rows))
+    monkeypatch.setattr(zoo.tasks, "extend", lambda model, *_: model)
+    folder, report = run_folder(tmp_path / "a"), f"report={tmp_path}/report.html"
+
+    def arms(*words: str) -> list[tuple[str, int]]:
+        _, said, _ = run_eval([folder], report, *words)
+        return sorted({(row["arm"], row["units"]) for row in json.loads(said)})
+
+    assert arms() == [("transformer", 4)]
+    both = [("transformer", 4), ("transformer + dca", 4)]
+    assert arms("extension=dca") == both
+    assert arms() == both
+    assert arms("extension=pi", "extension.factor=2", "task.perplexity.units=2") == [
+        ("transformer + pi x2", 2)
+    ]
+
+
 def test_the_report_takes_the_rows(model, tmp_path):
     folders = [
         run_folder(tmp_path / "a"),

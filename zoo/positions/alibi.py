@@ -39,7 +39,8 @@ def add_bias_channels(
     """q and k whose product carries the score scaled by 1/sqrt(d) plus slope_h (j - origin).
 
     `origin` is the index in `k` of the first query, which may be past its end, `factor` as in
-    `slopes`, `positions` where keys and queries stand if not at 0, 1, 2 ..; call attention with `scale=1`.
+    `slopes`, `positions` where keys and queries stand if not at 0, 1, 2 ..; call attention with
+    `scale=1`.
     """
     slope = torch.tensor(slopes(q.shape[2], factor), dtype=q.dtype, device=q.device)
     if positions is None:

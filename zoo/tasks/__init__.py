@@ -27,6 +27,8 @@ from zoo.schema import EvalConfig, Extension
 from zoo.tasks.progress import Progress
 from zoo.tasks.score import AUTOCAST, NotApplicableError, Row, Subject, attempt, told
 
+EXTENDED = ("arm", "extension", "extension_factor", "extension_settings")  # what tells them apart
+
 
 def evaluate(
     config: EvalConfig,
@@ -39,22 +41,25 @@ def evaluate(
     """Measure every run with every task, write the report, `say` its table; returns the exit code.
 
     A measurement that a run's `results.jsonl` already holds, of the same checkpoint under the same
-    settings, is not repeated unless `fresh`. The code is 0, or 1 where a run or a measurement
+    settings, is not repeated unless `fresh`. What it holds of the same questions under other
+    extensions stands beside it in the report. The code is 0, or 1 where a run or a measurement
     failed or nothing was measured. Raises UserError for settings that fit no run, such as an
     extension that does not apply to the only one.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     device, progress = pick_device(config.device), progress or Progress.on_stderr()
-    rows, runs = [], []
+    rows, runs, statuses = [], [], set()
     for folder in folders:
         progress.run = folder.name
         about = _identity(config, folder, device)
         runs.append(about | folder.info)
-        found = list(_measure_run(config, folder, about, device, progress, fresh))
+        asked: list[Row] = []
+        found = list(_measure_run(config, folder, about, device, progress, fresh, asked))
         if len(folders) == 1 and all(row["status"] == "not_applicable" for row in found):
             raise UserError(found[0]["reason"])
-        rows += found
+        statuses |= {row["status"] for row in found}
+        rows += [*found, *_under_others(folder, about, asked)]
         progress.clear()
     if config.report:
         page = Path(config.report)
@@ -63,7 +68,6 @@ def evaluate(
         say(as_text(gather(rows, runs)))
     if config.logger.name == "wandb":
         mirror(rows, runs, Path(config.runs), config.logger.mode, project=config.logger.project)
-    statuses = {row["status"] for row in rows}
     return int("failed" in statuses or "ok" not in statuses)
 
 
@@ -74,10 +78,12 @@ def _measure_run(
     device: torch.device,
     progress: Progress,
     fresh: bool,
+    asked: list[Row],
 ) -> Iterator[Row]:
     """The rows of one run, each appended to `results.jsonl` unless it was found there.
 
-    What kept a run from being measured at all is in its run.json; such rows are not appended.
+    `asked` takes the questions, the fields that name a measurement. What kept the run from being
+    measured at all is in its run.json; such rows are not appended.
     """
     why = _not_done(folder.info)
     if not why:
@@ -90,7 +96,8 @@ def _measure_run(
         named, reused = about | {"task": task}, []
         known = [] if fresh else [row for row in folder.rows() if _holds(row, named)]
 
-        def measured(key: Row, known=known, reused=reused) -> bool:
+        def measured(key: Row, known=known, reused=reused, task=task) -> bool:
+            asked.append({"task": task} | key)
             same = [row for row in known if row["status"] == "ok" and _holds(row, key)]
             reused.extend(same[-1:])
             return bool(same)
@@ -106,6 +113,15 @@ def _measure_run(
         except Exception as error:
             yield named | told(error)
         yield from reused
+
+
+def _under_others(folder: RunFolder, about: Row, asked: Sequence[Row]) -> Iterator[Row]:
+    """The last answers to the same questions by the same weights under other extensions."""
+    alike = {name: value for name, value in about.items() if name not in EXTENDED}
+    rows = [row for row in folder.rows() if row["status"] == "ok" and _holds(row, alike)]
+    for key in asked:
+        same = {row["extension_settings"]: row for row in rows if _holds(row, key)}
+        yield from (row for name, row in same.items() if name != about["extension_settings"])
 
 
 def _not_done(info: Row) -> Row:
