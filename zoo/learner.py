@@ -159,6 +159,7 @@ class Windows(lightning.LightningDataModule):
             world=trainer.world_size,
             workers=config.workers,
             masked=self.corpus.vocab_size if config.objective == "masked" else None,
+            passkeys=self.corpus.passkeys,
         )
         return iter(loader)
 

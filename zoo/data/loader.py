@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.data.masking import mask_windows
 from zoo.data.order import stream_restarts, window_starts
+from zoo.data.passkey import Passkeys
 from zoo.data.store import TokenStore
 from zoo.errors import UserError, choose
 
@@ -30,8 +31,10 @@ class Steps(Dataset):
         rank: int,
         world: int,
         masked: int | None,
+        passkeys: Passkeys | None,
     ) -> None:
         self.store, self.contiguous, self.masked = store, contiguous, masked
+        self.passkeys = passkeys
         self.shape = len(store), seq_len, batch_size, seed
         self.start_step, self.steps = start_step, steps
         self.rows = slice(rank, None, world)
@@ -50,8 +53,11 @@ class Steps(Dataset):
         else:
             restart = np.ones(batch_size, dtype=bool)
         keys = [(seed, step, row) for row in range(batch_size)[self.rows]]
+        windows = _windows(self.store, starts, seq_len)
+        if self.passkeys:
+            windows = self.passkeys.plant(windows, keys)
         return {
-            **_batch(_windows(self.store, starts, seq_len), self.masked, keys),
+            **_batch(windows, self.masked, keys),
             "restart": torch.from_numpy(restart[self.rows]),
             "step": step,
         }
@@ -70,6 +76,7 @@ def train_loader(
     world: int = 1,
     workers: int = 0,
     masked: int | None = None,
+    passkeys: Passkeys | None = None,
 ) -> DataLoader:
     """`steps` batches from `start_step` on, one per optimiser step, in the order of `order`.
 
@@ -77,8 +84,9 @@ def train_loader(
     targets; "restart" bool (batch_size / world,), rows whose state begins anew (all, unless
     `contiguous`); "step" int. Rank r takes rows r::world, so that any number of ranks and workers
     reads the same. `masked`, a vocabulary's size, adds what a masked objective reads: "shown" int64
-    and "chosen" bool, (batch_size / world, seq_len) each, see `masking`. Raises UserError where
-    the text is too short or the ranks do not divide the batch.
+    and "chosen" bool, (batch_size / world, seq_len) each, see `masking`; `passkeys` puts keys into
+    some windows, see `passkey`. Raises UserError where the text is too short, a window has no room
+    for a key or the ranks do not divide the batch.
     """
     if batch_size % world:
         raise UserError(f"batch_size={batch_size} cannot be shared equally by {world} processes")
@@ -93,6 +101,7 @@ def train_loader(
         rank=rank,
         world=world,
         masked=masked,
+        passkeys=passkeys,
     )
     pin = torch.cuda.is_available()
     return DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin)
