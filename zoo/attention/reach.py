@@ -31,6 +31,7 @@ class View(NamedTuple):
     keys_at: KeyMap
     mask: Bool[Tensor, "t n"] | None = None  # True where the query sees the key
     causal: bool = False  # the queries' own keys: each sees those up to its own
+    times: float = 1.0  # that each key counts in the softmax
 
 
 def plain(positions: Tensor) -> Tensor:
@@ -102,9 +103,8 @@ class Reach:
                 run = slice(place(view.keys.start), place(view.keys.stop - 1) + 1)
                 mask = None if view.mask is None else view.mask[None, None].to(q.device)
                 turned_q = turned(block, inv_freq, view.queries_at, factor)
-                parts.append(
-                    Part(turned_q, keys[view.keys_at][:, run], v[:, run], view.causal, mask)
-                )
+                seen = keys[view.keys_at][:, run], v[:, run]
+                parts.append(Part(turned_q, *seen, view.causal, mask, view.times))
             outs.append(attention(parts, backend=backend))
         return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
 

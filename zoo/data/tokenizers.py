@@ -12,7 +12,6 @@ from zoo.errors import UserError
 
 BYTES = "bytes"
 
-
 Encode = Callable[[bytes], array]
 
 
@@ -21,7 +20,7 @@ class Tokenizer(NamedTuple):
 
     name: str  # "bytes", or the file's name and the hash of its contents
     vocab_size: int
-    encode: Encode  # an array of unsigned 1, 2 or 4 byte integers
+    encode: Encode  # to unsigned 1, 2 or 4 byte integers
 
 
 def open_tokenizer(choice: str) -> Tokenizer:
