@@ -160,6 +160,7 @@ class Windows(lightning.LightningDataModule):
             workers=config.workers,
             masked=self.corpus.vocab_size if config.objective == "masked" else None,
             places=places(config.extension, config.seq_len),
+            passkeys=self.corpus.passkeys,
         )
         return iter(loader)
 

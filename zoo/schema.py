@@ -110,6 +110,14 @@ class Size(Section):
 
 class Data(OpenSection):
     name: Name
+    passkey: Fraction = Field(
+        default=0.0, description="share of the training windows that hold a passkey"
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `passkey` where there is none, as before there was any: runs keep their names."""
+        return {key: v for key, v in write(self).items() if (key, v) != ("passkey", 0.0)}
 
 
 class Optim(Section):

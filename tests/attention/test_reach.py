@@ -9,6 +9,7 @@ import torch
 from zoo.attention import reach as reach_module
 from zoo.attention.dual_chunk import DualChunk
 from zoo.attention.lm_infinite import LMInfinite
+from zoo.attention.parallel_windows import ParallelWindows, StructuredPrompting
 from zoo.attention.reach import Reach, distances
 from zoo.attention.self_extend import ReRoPE, SelfExtend
 from zoo.attention.streaming_llm import StreamingLLM
@@ -59,6 +60,19 @@ def by_rerope(i, j, window=4):
     return min(i - j, window)
 
 
+def by_parallel(i, j, window=6, windows=4):
+    """Windows side by side at 0 .. window - 1, the task behind them."""
+    context = window * windows
+    if i < context:
+        return i - j if i // window == j // window else UNSEEN
+    return i - j if j >= context else window + (i - context) - j % window
+
+
+def counted(i, j, window=6, windows=4):
+    """How often structured prompting counts the key."""
+    return windows if j >= window * windows else 1
+
+
 CASES = {
     "plain": (Reach(scaling), by_plain),
     "dual_chunk": (DualChunk(scaling, original_length=10, chunk=6, local=4), by_dual_chunk),
@@ -67,6 +81,8 @@ CASES = {
     "lm_infinite": (LMInfinite(scaling, original_length=5, sinks=2), by_lm_infinite),
     "self_extend": (SelfExtend(scaling, original_length=8, group=3, window=4), by_self_extend),
     "rerope": (ReRoPE(scaling, original_length=8, window=4), by_rerope),
+    "pcw": (ParallelWindows(scaling, original_length=8, windows=4), by_parallel),
+    "structured": (StructuredPrompting(scaling, original_length=8, windows=4), by_parallel),
 }
 
 
@@ -86,14 +102,18 @@ def matrix(rule, tokens: int) -> torch.Tensor:
     ).double()
 
 
-def dense(q, k, v, apart: torch.Tensor) -> torch.Tensor:
-    """softmax over seen keys of (R_{M_ij} q_i) . k_j / sqrt(d), every score turned on its own."""
+def dense(q, k, v, apart: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """softmax over seen keys of (R_{M_ij} q_i) . k_j / sqrt(d), every score turned on its own.
+
+    Key j counts times_ij times.
+    """
     angles = apart.nan_to_num()[..., None] * torch.tensor(scaling(0)[0], dtype=torch.float64)
     cos, sin = angles.cos(), angles.sin()
     q1, q2 = q[:, :, None].transpose(2, 3).chunk(2, -1)  # (b, i, h, 1, d/2)
     k1, k2 = k.transpose(1, 2)[:, None].chunk(2, -1)  # (b, 1, h, j, d/2)
     cos, sin = cos[None, :, None], sin[None, :, None]  # (1, i, 1, j, d/2)
     scores = ((q1 * cos - q2 * sin) * k1 + (q1 * sin + q2 * cos) * k2).sum(-1) / WIDTH**0.5
+    scores = scores + times.log()[None, :, None]
     weights = scores.masked_fill(apart.isnan()[None, :, None], -torch.inf).softmax(-1)
     return torch.einsum("bihj,bjhe->bihe", weights, v)
 
@@ -124,7 +144,10 @@ def test_outputs_and_gradients_equal_dense_attention_with_these_distances(case, 
     found, rule = case
     inputs = random_inputs(40)
     out = found(*inputs, 0, backend=backend)
-    expected = dense(*inputs, matrix(rule, 40))
+    times = torch.ones(40, 40).double()
+    if isinstance(found, StructuredPrompting):
+        times = matrix(counted, 40).nan_to_num(1)
+    expected = dense(*inputs, matrix(rule, 40), times)
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
     weights = torch.randn_like(out)
     grads = torch.autograd.grad((out * weights).sum(), inputs)
@@ -154,6 +177,23 @@ def test_within_its_window_a_reach_is_plain_rotary_attention(name):
     found, _ = CASES[name]
     inputs = random_inputs(4)
     torch.testing.assert_close(found(*inputs, 0), Reach(scaling)(*inputs, 0))
+
+
+@pytest.mark.parametrize("kind", [ParallelWindows, StructuredPrompting])
+def test_one_parallel_window_is_the_model_itself(kind):
+    inputs = random_inputs(20)
+    one = kind(scaling, original_length=8, windows=1)
+    torch.testing.assert_close(one(*inputs, 0), Reach(scaling)(*inputs, 0))
+
+
+def test_windows_of_the_context_may_change_places():
+    """The task sees all of them alike, and none sees another."""
+    q, k, v = random_inputs(30)
+    found = ParallelWindows(scaling, original_length=8, windows=4)
+    swapped = torch.cat([torch.arange(12, 24), torch.arange(12), torch.arange(24, 30)])
+    whole = found(q, k, v, 0)
+    again = found(q[:, swapped], k[:, swapped], v[:, swapped], 0)
+    torch.testing.assert_close(again, whole[:, swapped], rtol=1e-9, atol=1e-10)
 
 
 def test_a_scaling_that_changes_with_length_does_so_at_buckets_not_at_chunks():
@@ -196,6 +236,8 @@ def test_a_key_seen_twice_is_an_error_of_the_reach():
         (lambda: SelfExtend(scaling, original_length=8, group=0), "group=0"),
         (lambda: SelfExtend(scaling, original_length=8, group=2, window=9), "window=9"),
         (lambda: ReRoPE(scaling, original_length=8, window=0), "window=0"),
+        (lambda: ParallelWindows(scaling, original_length=8, windows=0), "windows=0"),
+        (lambda: StructuredPrompting(scaling, original_length=8, windows=2, window=8), "window=8"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(build, told):

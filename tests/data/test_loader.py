@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from zoo.data import store as store_module
 from zoo.data.loader import evaluation_text, train_loader, valid_batch
 from zoo.data.order import stream_restarts, window_starts
+from zoo.data.passkey import Passkeys
 from zoo.data.store import TokenStore, write_store
+from zoo.data.tokenizers import encode_bytes
 from zoo.errors import UserError
 
 SETTINGS = {"seq_len": 16, "batch_size": 4, "seed": 3, "start_step": 0, "steps": 6}
@@ -147,6 +149,22 @@ def test_places_are_the_same_for_any_workers_ranks_and_restart(store):
             assert torch.equal(batch[step]["positions"], positions[rank::2])
     other = batches(store, **places, seed=4)
     assert not torch.equal(other[0]["positions"], alone[0])
+
+
+def test_passkeys_are_the_same_for_any_workers_ranks_and_restart(tmp_path):
+    store = make_store(tmp_path, [3000])
+    keys = {"passkeys": Passkeys(0.5, encode_bytes), "seq_len": 150}
+    alone = batches(store, **keys)
+    plain = batches(store, seq_len=150)
+    assert not same(alone, plain)
+    assert same(batches(store, **keys, workers=2), alone)
+    assert same(batches(store, **keys, start_step=2, steps=4), alone[2:])
+    ranks = [batches(store, **keys, rank=rank, world=2) for rank in range(2)]
+    for batch, *shares in zip(alone, *ranks, strict=True):
+        for rank, share in enumerate(shares):
+            assert torch.equal(share["tokens"], batch["tokens"][rank::2])
+    with pytest.raises(UserError, match="a passkey takes"):
+        batches(store, **keys | {"seq_len": 16})
 
 
 documents = st.lists(st.integers(1, 60), min_size=1, max_size=8)

@@ -31,6 +31,7 @@ class View(NamedTuple):
     keys_at: KeyMap
     mask: Bool[Tensor, "t n"] | None = None  # True where the query sees the key
     causal: bool = False  # the queries' own keys: each sees those up to its own
+    times: float = 1.0  # that each key counts in the softmax
 
 
 def plain(positions: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class Reach:
                 turned_q = turned(block, inv_freq, view.queries_at, factor)
                 origin = rows.start - view.keys.start
                 turned_q, seen = self.scored(turned_q, keys[view.keys_at][:, run], origin)
-                parts.append(Part(turned_q, seen, v[:, run], view.causal, mask))
+                parts.append(Part(turned_q, seen, v[:, run], view.causal, mask, view.times))
             outs.append(attention(parts, backend=backend))
         return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
 

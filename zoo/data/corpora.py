@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zoo.data.passkey import Passkeys
 from zoo.data.sources import SPLITS, Source, find_source, store_folder
 from zoo.data.store import TokenStore, open_or_build, write_store
-from zoo.data.tokenizers import Tokenizer, open_tokenizer
+from zoo.data.tokenizers import Encode, Tokenizer, encode_bytes, open_tokenizer
 from zoo.errors import choose
 
 
@@ -24,12 +25,22 @@ class Corpus:
     tokenizer: str
     vocab_size: int
     eval_documents: str  # "whole": evaluation never crosses a document; "joined": it may
+    encode: Encode = encode_bytes
+    passkey: float = 0.0  # share of the training windows that hold a passkey
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the name, the tokeniser and the three stores: equal means the same tokens."""
-        stores = [store.sha256 for store in (self.train, self.valid, self.test)]
-        return hashlib.sha256(json.dumps([self.name, self.tokenizer, *stores]).encode()).hexdigest()
+        """sha256 over the name, the tokeniser, the three stores and what is mixed into training:
+        equal means the same tokens."""
+        what = [self.name, self.tokenizer]
+        what += [store.sha256 for store in (self.train, self.valid, self.test)]
+        what += [f"passkey {self.passkey}"] if self.passkey else []
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    @property
+    def passkeys(self) -> Passkeys | None:
+        """What a training window may hold besides the text."""
+        return Passkeys(self.passkey, self.encode) if self.passkey else None
 
     @property
     def bytes_per_token(self) -> float:
@@ -61,6 +72,8 @@ def open_corpus(spec: Mapping[str, Any], cache: str | Path) -> Corpus:
         tokenizer=tokenizer.name,
         vocab_size=tokenizer.vocab_size,
         eval_documents=documents,
+        encode=tokenizer.encode,
+        passkey=spec.get("passkey", 0.0),
     )
 
 

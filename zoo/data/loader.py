@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.data.masking import mask_windows
 from zoo.data.order import stream_restarts, window_starts
+from zoo.data.passkey import Passkeys
 from zoo.data.store import TokenStore
 from zoo.errors import UserError, choose
 
@@ -34,9 +35,11 @@ class Steps(Dataset):
         world: int,
         masked: int | None,
         places: Places | None,
+        passkeys: Passkeys | None,
     ) -> None:
         self.places = places
         self.store, self.contiguous, self.masked = store, contiguous, masked
+        self.passkeys = passkeys
         self.shape = len(store), seq_len, batch_size, seed
         self.start_step, self.steps = start_step, steps
         self.rows = slice(rank, None, world)
@@ -55,14 +58,16 @@ class Steps(Dataset):
         else:
             restart = np.ones(batch_size, dtype=bool)
         keys = [(seed, step, row) for row in range(batch_size)[self.rows]]
-        placed = {}
+        windows, placed = _windows(self.store, starts, seq_len), {}
+        if self.passkeys:
+            windows = self.passkeys.plant(windows, keys)
         if self.places:
             entropy = np.random.SeedSequence([seed, step], spawn_key=(0,)).generate_state(2)
             generator = torch.Generator().manual_seed(int(entropy.view(np.uint64)[0]))
             placed["positions"] = self.places(batch_size, seq_len, generator)[self.rows]
         return {
             **placed,
-            **_batch(_windows(self.store, starts, seq_len), self.masked, keys),
+            **_batch(windows, self.masked, keys),
             "restart": torch.from_numpy(restart[self.rows]),
             "step": step,
         }
@@ -82,6 +87,7 @@ def train_loader(
     workers: int = 0,
     masked: int | None = None,
     places: Places | None = None,
+    passkeys: Passkeys | None = None,
 ) -> DataLoader:
     """`steps` batches from `start_step` on, one per optimiser step, in the order of `order`.
 
@@ -90,8 +96,9 @@ def train_loader(
     `contiguous`); "step" int. Rank r takes rows r::world, so that any number of ranks and workers
     reads the same. `masked`, a vocabulary's size, adds what a masked objective reads: "shown" int64
     and "chosen" bool, (batch_size / world, seq_len) each, see `masking`. `places` adds "positions",
-    (batch_size / world, seq_len), drawn by a generator of (seed, step) for all rows. Raises
-    UserError where the text is too short or the ranks do not divide the batch.
+    (batch_size / world, seq_len), drawn by a generator of (seed, step) for all rows; `passkeys`
+    puts keys into some windows, see `passkey`. Raises UserError where the text is too short, a
+    window has no room for a key or the ranks do not divide the batch.
     """
     if batch_size % world:
         raise UserError(f"batch_size={batch_size} cannot be shared equally by {world} processes")
@@ -107,6 +114,7 @@ def train_loader(
         world=world,
         masked=masked,
         places=places,
+        passkeys=passkeys,
     )
     pin = torch.cuda.is_available()
     return DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin)

@@ -12,13 +12,15 @@ from zoo.errors import UserError
 
 BYTES = "bytes"
 
+Encode = Callable[[bytes], array]
+
 
 class Tokenizer(NamedTuple):
     """`encode` maps one document's UTF-8 bytes to its tokens, the end-of-document token last."""
 
     name: str  # "bytes", or the file's name and the hash of its contents
     vocab_size: int
-    encode: Callable[[bytes], array]  # of unsigned 1, 2 or 4 byte integers
+    encode: Encode  # to unsigned 1, 2 or 4 byte integers
 
 
 def open_tokenizer(choice: str) -> Tokenizer:
@@ -29,7 +31,7 @@ def open_tokenizer(choice: str) -> Tokenizer:
     and where the file is no tokeniser.
     """
     if choice == BYTES:
-        return Tokenizer(BYTES, 256, lambda document: array("B", document + b"\0"))
+        return Tokenizer(BYTES, 256, encode_bytes)
     name = identify_tokenizer(choice)
     try:
         model = importlib.import_module("tokenizers").Tokenizer.from_file(choice)
@@ -44,6 +46,10 @@ def open_tokenizer(choice: str) -> Tokenizer:
         return array(code, [*model.encode(document.decode(), add_special_tokens=False).ids, end])
 
     return Tokenizer(name, end + 1, encode)
+
+
+def encode_bytes(document: bytes) -> array:
+    return array("B", document + b"\0")
 
 
 def identify_tokenizer(choice: str) -> str:

@@ -15,6 +15,7 @@ queries, recomputed in the backward pass: any device, any mask, memory linear in
 
 from collections.abc import Sequence
 from functools import reduce
+from math import log
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ class Part(NamedTuple):
     v: Float[Tensor, "b tk h e"]
     causal: bool = False  # query i sees keys 0..i; as many keys as queries
     mask: Bool[Tensor, "#b #h tq tk"] | None = None  # True where the query sees the key
+    times: float = 1.0  # that each key counts in the softmax over all parts
 
 
 def attend(
@@ -83,7 +85,7 @@ def merge(
 
 
 def _partial(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Tensor]:
-    q, k, v, causal, mask = part
+    q, k, v, causal, mask, times = part
     if causal and (mask is not None or q.shape[1] != k.shape[1]):
         raise ValueError("a causal part has as many keys as queries and no mask of its own")
     factor = q.shape[-1] ** -0.5 if scale is None else scale
@@ -94,7 +96,7 @@ def _partial(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Ten
     if causal and form is _formula:
         mask = _causal_mask(q, k)
     out, lse = form(q, k, v, mask, causal, factor)
-    return out.transpose(1, 2), lse.transpose(1, 2)
+    return out.transpose(1, 2), lse.transpose(1, 2) + log(times)
 
 
 def _causal_mask(q: Tensor, k: Tensor, row: int = 0) -> Tensor:

@@ -49,9 +49,11 @@ class Axis:
     base: int = 10
     own_ticks: bool = False  # ticks at the data's own values
     signed: bool = False  # values around 0: never logarithmic
+    also: tuple[float, ...] = ()  # values that the scale has besides the data's own
 
     def scale(self, values: Sequence[float]) -> tuple[alt.Scale, alt.Axis]:
         """The scale around the values, which are positive unless signed, and its axis."""
+        values = [*values, *self.also]
         low, high = min(values), max(values)
         log = not self.signed and high / low > self.log_from
         if log:
@@ -114,6 +116,7 @@ def lines(
     *,
     about: str = "",
     rules: Iterable[int] = (),
+    level: float | None = None,
     width: int | str = "container",
     height: int = 300,
     named: bool = False,
@@ -126,6 +129,7 @@ def lines(
         points: arm, x, y, low and high (or None); all else is told by the tip.
         about: what a reader who cannot see the figure should know.
         rules: x positions (training lengths) marked by a vertical rule.
+        level: a y position (chance) marked by a horizontal rule.
         named: name the arms at the right, beside the ends of their lines.
     """
 
@@ -170,6 +174,9 @@ def lines(
         base.mark_line(strokeWidth=2.4).encode(strokeDash=dash),
         base.mark_point(**dots).encode(shape=shape, tooltip=tip),
     ]
+    if level is not None:
+        chance = alt.Chart(alt.Data(values=[{"y": level}])).encode(y=up)
+        layers.append(chance.mark_rule(color=ink, opacity=0.5, strokeDash=[1, 3]))
     if named:
         ends = alt.Chart(alt.Data(values=_ends(points, arms, y_scale, height)))
         ends = ends.encode(x=alt.value("width"), y=up)

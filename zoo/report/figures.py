@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import altair as alt
@@ -12,12 +12,15 @@ import vl_convert
 from zoo.report.charts import Axis, Drawing, Spec, Style, lines, themed
 from zoo.report.rows import Cells, Results, Row, finite
 from zoo.report.tables import (
+    ANSWERS,
     DASH,
     PROTOCOLS,
     SAME_TOKENS,
+    chance,
     count,
     headline,
     score,
+    share,
     short,
     signed,
     size,
@@ -37,10 +40,12 @@ class Lines:
     y: Axis
     about: str
     rules: tuple[int, ...] = ()
+    level: float | None = None
 
     def draw(self, look: Mapping[str, Style], **how: Any) -> Drawing | None:
         """The chart, or None where there is nothing to draw."""
-        return lines(self.points, look, self.x, self.y, about=self.about, rules=self.rules, **how)
+        marks = {"about": self.about, "rules": self.rules, "level": self.level}
+        return lines(self.points, look, self.x, self.y, **marks, **how)
 
 
 def number(value: float) -> str:
@@ -56,6 +61,14 @@ def lengths(results: Results, title: str) -> Axis:
         return [short(length), times(length, train)]
 
     return Axis(title, words, base=2, own_ticks=True)
+
+
+def tested(results: Results) -> Axis:
+    """The axis of all lengths that were scored or asked at: the same for both."""
+    rows = [row for task in ("perplexity", "passkey") for row in results.where(task=task)]
+    every = {row["length"] for row in rows if finite(row.get("length"))}
+    axis = lengths(results, "test length in tokens, and in training lengths")
+    return replace(axis, also=tuple(every))
 
 
 def trained(results: Results) -> tuple[int, ...]:
@@ -87,7 +100,7 @@ def scores(results: Results, protocol: str) -> Lines:
     return Lines(
         f"scores-{protocol}",
         by_length(results, cells, "bits per byte", score),
-        lengths(results, "test length in tokens, and in training lengths"),
+        tested(results),
         Axis("bits per byte (lower is better)", number, log_from=2.5),
         f"Bits per byte by test length, {PROTOCOLS[protocol].lower()}, one line per arm.",
         trained(results),
@@ -100,10 +113,30 @@ def changes(results: Results, protocol: str) -> Lines:
     return Lines(
         f"changes-{protocol}",
         by_length(results, results.changes(protocol), "change in bits per byte", signed),
-        lengths(results, "test length in tokens, and in training lengths"),
+        tested(results),
         Axis(y, lambda value: f"{value:+.3g}" if value else "0", signed=True),
         "Change of bits per byte against the arm's own at its training length, one line per arm.",
         trained(results),
+    )
+
+
+def retrieval(results: Results, answer: str) -> Lines:
+    """How often each arm finds the passkey, against test length."""
+    cells = results.cells("passkey", answer, spread=True)
+    points = by_length(results, cells, "found", share)
+    for point in points:
+        if point["low"] is not None:  # Student's interval knows no bounds
+            point |= {"low": max(0.0, point["low"]), "high": min(1.0, point["high"])}
+    by_chance = chance(results, answer)
+    luck = f", {share(by_chance)} by chance" if by_chance else ""
+    return Lines(
+        f"passkey-{answer}",
+        points,
+        tested(results),
+        Axis(f"passkeys found, {ANSWERS[answer]}{luck}", share, signed=True, also=(0.0, 1.0)),
+        f"Share of passkeys found by test length, {ANSWERS[answer]}, one line per arm.",
+        trained(results),
+        by_chance,
     )
 
 
@@ -182,6 +215,7 @@ def pngs(results: Results, look: Mapping[str, Style]) -> dict[str, bytes]:
     pictures = {}
     protocol = headline(results)
     how = {"width": 640, "named": True, "ink": INK}
+    found = retrieval(results, "accuracy").draw(look, height=200, **how)
     if protocol and (chart := scores(results, protocol).draw(look, height=400, **how)):
         subtitle = f"bits per byte by test length, lower is better; {PROTOCOLS[protocol].lower()}"
         train = results.train_length()
@@ -192,7 +226,11 @@ def pngs(results: Results, look: Mapping[str, Style]) -> dict[str, bytes]:
             below := changes(results, protocol).draw(look, height=200, **how)
         ):
             panels.append(below)
+        if found:
+            panels.append(found)
         pictures["bits_per_byte.png"] = alt.vconcat(*panels, spacing=26)
+    elif found:
+        pictures["passkey.png"] = found
     drawn = [
         figure.draw(look, width=270, height=240, legend=True, ink=INK)
         for _, figure in costs(results).values()

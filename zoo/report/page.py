@@ -15,7 +15,7 @@ import vl_convert
 from zoo.report import tables
 from zoo.report.caveats import banners, failures, limits
 from zoo.report.charts import Spec, Style, styles, themed
-from zoo.report.figures import Lines, changes, costs, pngs, positions, scores
+from zoo.report.figures import Lines, changes, costs, pngs, positions, retrieval, scores
 from zoo.report.rows import Cells, Results, gather
 from zoo.report.text import as_text
 
@@ -88,6 +88,7 @@ def render(results: Results, look: Mapping[str, Style], title: str | None = None
         scores=score_blocks(results, look),
         explained={f"scores-{name}": words for name, words in tables.EXPLAINED.items()},
         contexts=tables.contexts(results),
+        retrieval=retrieval_blocks(results, look),
         curve=figure(positions(results, "perplexity")),
         costs=cost_blocks(results, look),
         stream=figure(positions(results, "stream"), table=tables.streams(results)),
@@ -194,6 +195,17 @@ def score_blocks(results: Results, look: Mapping[str, Style]) -> list[Block]:
         table = tables.grid(results, cells, caption, tables.score, min, tied)
         block = _block(scores(results, protocol), words, table, look=look, named=True, height=380)
         blocks.append(replace(block, more=tuple(_compared(results, protocol, look))))
+    return [block for block in blocks if block.table]
+
+
+def retrieval_blocks(results: Results, look: Mapping[str, Style]) -> list[Block]:
+    """Passkeys found by length: the choice drawn, the exact answers as a table."""
+    blocks = []
+    for answer, words in tables.ANSWERS.items():
+        table = tables.found(results, answer)
+        blocks.append(
+            _block(retrieval(results, answer), words, table, look=look, named=True, height=240)
+        )
     return [block for block in blocks if block.table]
 
 

@@ -15,7 +15,9 @@ from typing import Any, TypeGuard
 
 Row = dict[str, Any]
 
-HEADLINE = {"perplexity": "bits_per_byte", "speed": "tokens_per_second"}
+HEADLINE = {
+    **{"perplexity": "bits_per_byte", "speed": "tokens_per_second", "passkey": "accuracy"},
+}
 
 # What splits one arm name into several, and the word that then goes before its value.
 TRAINING = {
@@ -162,7 +164,8 @@ def summary(rows: Sequence[Row], field: str, spread: bool) -> Cell:
         bad = [row for row in rows if row["status"] != "ok"]
         reason = in_words(bad[0]) if bad else "not recorded" if rows else "not measured"
         return Cell(tried=len(rows), reason=reason)
-    values, own = [float(row[field]) for row in good], good[0].get("interval")
+    values = [float(row[field]) for row in good]
+    own = good[0].get(f"{field}_interval", good[0].get("interval"))
     low, high = (interval(values) or _ends(own) or (None, None)) if spread else (None, None)
     return Cell(sum(values) / len(values), low, high, len(values), len(rows), "")
 
@@ -202,6 +205,14 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     student = STUDENT[freedom - 1] if freedom <= len(STUDENT) else beyond
     half = student * deviation / math.sqrt(len(values))
     return mean - half, mean + half
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """95% interval of a share that was `right` out of `count` (Wilson 1927)."""
+    z = 1.959964
+    middle = (right + z * z / 2) / (count + z * z)
+    half = z / (count + z * z) * math.sqrt(right * (count - right) / count + z * z / 4)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _ends(own: Any) -> tuple[float, float] | None:

@@ -27,11 +27,9 @@ EXPLAINED = {
     "masked": "For encoders. The text is cut into blocks of this length, and at every length the "
     "same hidden tokens are scored. Not comparable with models that read from one side.",
 }
-SAME_TOKENS = (
-    "half_tail",
-    "stride_tail",
-    "masked",
-)  # a length's score and another's are of the same tokens
+ANSWERS = {"accuracy": "forced choice", "exact": "exact match"}  # to a passkey
+# A length's score and another's are of the same tokens.
+SAME_TOKENS = ("half_tail", "stride_tail", "masked")
 SHARE = 0.05  # effective context: how much worse than at the training length still counts
 TIMES, DASH, AT_LEAST, PLUS_MINUS = "\u00d7", "\u2013", "\u2265", "\u00b1"
 
@@ -105,6 +103,11 @@ def signed(number: float) -> str:
     return f"{number:+.3f}"
 
 
+def share(number: float) -> str:
+    """0.1 -> "10%", 0.0001 -> "0.01%"."""
+    return f"{100 * number:.0f}%" if number >= 0.01 or not number else f"{100 * number:.2g}%"
+
+
 def plain(value: object) -> str:
     """A value as it is, with thousands; a dash for none."""
     if missing(value):
@@ -122,6 +125,34 @@ def headline(results: Results) -> str | None:
     return next((p for p in PROTOCOLS if results.where(task="perplexity", protocol=p)), None)
 
 
+def plus_minus(cell: Cell) -> str:
+    """The interval of bits per byte."""
+    return f"{PLUS_MINUS}{score(cell.half)}" if cell.half else ""
+
+
+def from_to(cell: Cell) -> str:
+    """The interval of a share, which is not symmetric."""
+    if cell.low is None or cell.high is None:
+        return ""
+    return f"{share(max(0.0, cell.low))}{DASH}{share(min(1.0, cell.high))}"
+
+
+def chance(results: Results, answer: str) -> float | None:
+    """What guessing would find; None where the rows differ in it."""
+    name = "chance" if answer == "accuracy" else f"{answer}_chance"
+    found = {row.get(name) for row in results.where(task="passkey", status="ok")}
+    return found.pop() if len(found) == 1 else None
+
+
+def found(results: Results, answer: str) -> Table | None:
+    """Passkeys found, by test length."""
+    luck = chance(results, answer)
+    guessed = f" Chance: {share(luck)}." if luck else ""
+    caption = f"Passkeys found, {ANSWERS[answer]}.{guessed}"
+    cells = results.cells("passkey", answer, spread=True)
+    return grid(results, cells, caption, share, sure=from_to)
+
+
 def grid(
     results: Results,
     cells: Cells,
@@ -129,6 +160,7 @@ def grid(
     text: Callable[[float], str],
     best: Callable[[Iterable[float]], float] | None = None,
     tied: Tied | None = None,
+    sure: Callable[[Cell], str] = plus_minus,
 ) -> Table | None:
     """Arms down, lengths across: the best of a column marked, and what it cannot be told from."""
     if not cells:
@@ -150,7 +182,7 @@ def grid(
                     kind = "best"
                 elif top and tied and tied(label, top, length):
                     kind = "tie"
-                row.append(_value(mine[length], text, kind))
+                row.append(_value(mine[length], text, kind, sure))
         table.rows.append(row)
     return table
 
@@ -182,9 +214,9 @@ def ties(results: Results, protocol: str) -> Tied:
     return tied
 
 
-def _value(cell: Cell, text: Callable[[float], str], kind: str) -> Td:
+def _value(cell: Cell, text: Callable[[float], str], kind: str, sure: Callable[[Cell], str]) -> Td:
     assert cell.value is not None
-    note = f"{PLUS_MINUS}{score(cell.half)}" if cell.half else ""
+    note = sure(cell)
     if cell.seeds < cell.tried:
         note = f"{note} {cell.seeds} of {cell.tried} seeds".strip()
     return Td(text(cell.value), note, kind)

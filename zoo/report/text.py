@@ -2,11 +2,13 @@
 
 from zoo.report.rows import Cell, Results
 from zoo.report.tables import (
+    ANSWERS,
     DASH,
     PLUS_MINUS,
     PROTOCOLS,
     SAME_TOKENS,
     Table,
+    found,
     headline,
     reaches,
     score,
@@ -18,8 +20,9 @@ from zoo.report.tables import (
 
 def as_text(results: Results) -> str:
     """The tables for a terminal: scores by length, and long texts read in one pass."""
-    found = [*_scores_as_text(results), _table_as_text(streams(results))]
-    return "\n\n".join(text for text in found if text) or "no score measured yet"
+    tables = [*(found(results, answer) for answer in ANSWERS), streams(results)]
+    said = [*_scores_as_text(results), *map(_table_as_text, tables)]
+    return "\n\n".join(text for text in said if text) or "no score measured yet"
 
 
 def _scores_as_text(results: Results) -> list[str]:

@@ -85,7 +85,7 @@ def score(
     for start in range(0, text.shape[1] - 1, chunk):
         piece = text[:, start : start + chunk + 1].to(subject.device)
         logits, after = model(piece[:, :-1], after)
-        parts.append(_nll(logits, piece[:, 1:]))
+        parts.append(nats(logits, piece[:, 1:]))
         subject.progress.advance(parts[-1].numel())
     check_state(model, after, len(text))
     return _finite(torch.cat(parts, 1)), after
@@ -104,7 +104,7 @@ def fill(
     shown_, tokens_, asked_ = (
         torch.as_tensor(part).to(subject.device) for part in (shown, tokens, asked)
     )
-    nll = torch.where(asked_, _nll(subject.model(shown_), tokens_), 0)
+    nll = torch.where(asked_, nats(subject.model(shown_), tokens_), 0)
     subject.progress.advance(nll.numel())
     return _finite(nll)
 
@@ -116,7 +116,8 @@ def _finite(nll: Float[Tensor, "b t"]) -> Float[np.ndarray, "b t"]:
     return found
 
 
-def _nll(logits: Float[Tensor, "b t v"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+def nats(logits: Float[Tensor, "b t v"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+    """What each token costs given the logits before it, in float32 or better."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 

@@ -1,0 +1,114 @@
+"""Passkeys in training windows and prompts: where the words stand, and that seeds decide all."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from building import train_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zoo.config import plain, run_name
+from zoo.data.corpora import Corpus
+from zoo.data.passkey import (
+    END,
+    QUESTION,
+    STATEMENT,
+    TIMES,
+    Passkeys,
+    passkey_prompt,
+    random_key,
+)
+from zoo.data.store import TokenStore
+from zoo.data.tokenizers import encode_bytes
+from zoo.errors import UserError
+from zoo.schema import TrainConfig, validate
+
+FILLER = np.frombuffer(b"_" * 600, np.uint8).astype(np.int64)
+SENTENCE = re.escape(STATEMENT) + r"(\d{4})"
+
+
+def text(tokens: np.ndarray) -> str:
+    return bytes(tokens.tolist()).decode()
+
+
+def planted(share: float, size: int = 600, rows: int = 40, step: int = 0) -> list[str]:
+    windows = np.tile(FILLER[:size], (rows, 1))
+    seeds = [(3, step, row) for row in range(rows)]
+    return [text(row) for row in Passkeys(share, encode_bytes).plant(windows, seeds)]
+
+
+def test_a_window_states_its_key_once_and_asks_for_it_to_the_end():
+    windows = planted(1.0)
+    for window in windows:
+        key = re.search(SENTENCE, window)[1]
+        assert len(window) == 600
+        assert window.count(STATEMENT) == 1
+        assert window.index(STATEMENT) < window.index(QUESTION)
+        assert 1 <= window.count(QUESTION) <= TIMES
+        assert window.count(f"~{key}{END}") == window.count("~") / 2 == 1 + window.count(QUESTION)
+        assert window.endswith(f"{QUESTION}{key}{END}")
+    assert len({re.search(SENTENCE, window)[1] for window in windows}) > 35
+    starts = [window.index(STATEMENT) for window in windows]
+    assert min(starts) < 50
+    assert max(starts) > 450
+
+
+def test_a_share_of_the_windows_holds_a_key_and_the_rest_is_the_text():
+    some, every = planted(0.3, rows=400), planted(1.0, rows=400)
+    kept = [window == text(FILLER) for window in some]
+    assert 0.22 < 1 - np.mean(kept) < 0.38
+    pairs = zip(some, every, kept, strict=True)
+    assert all(one == other for one, other, plain in pairs if not plain)
+    assert set(planted(0.0)) == {text(FILLER)}
+    assert planted(0.3) != planted(0.3, step=1)
+
+
+@given(st.integers(90, 600), st.floats(0, 1))
+def test_a_prompt_ends_with_the_question_and_hides_the_key_at_its_depth(size, depth):
+    prompt = text(passkey_prompt(FILLER[:size], "4071", depth, encode_bytes))
+    assert len(prompt) == size
+    assert prompt.endswith(QUESTION)
+    stated = f"{STATEMENT}4071{END}"
+    assert prompt.count(stated) == 1
+    room = prompt.count("_")
+    assert prompt.index(stated) == round(depth * room)
+    assert text(FILLER) == "_" * 600
+
+
+def test_a_text_too_short_for_a_key_is_refused_in_one_line():
+    for ask in (
+        lambda: passkey_prompt(FILLER[:30], "4071", 0.5, encode_bytes),
+        lambda: planted(0.1, size=30),
+    ):
+        with pytest.raises(
+            UserError, match=r"a passkey takes \d+ tokens, more than the 30"
+        ) as told:
+            ask()
+        assert "\n" not in str(told.value)
+
+
+def test_keys_are_uniform_over_the_digits():
+    generator = np.random.default_rng(0)
+    digits = "".join(random_key(generator) for _ in range(1000))
+    assert all(320 < digits.count(digit) < 480 for digit in "0123456789")
+
+
+def test_the_share_is_a_part_of_the_run_and_its_data_where_there_is_one():
+    none, some = train_config(), train_config("data.passkey=0.5")
+    assert "passkey" not in plain(none)["data"]  # as before there were passkeys: runs keep names
+    assert plain(some)["data"]["passkey"] == 0.5
+    assert run_name(none) != run_name(some)
+    assert validate(TrainConfig, plain(some)) == some
+    store = TokenStore(Path("x"), FILLER, np.array([0, 600]), "sha", {})
+    corpora = [
+        Corpus("x", store, store, store, "bytes", 256, "whole", passkey=share)
+        for share in (0.0, 0.25, 0.5)
+    ]
+    assert len({corpus.fingerprint for corpus in corpora}) == 3
+    assert corpora[0].passkeys is None
+    assert corpora[2].passkeys == Passkeys(0.5, encode_bytes)
+    for wrong in ("-0.1", "2", "some"):
+        with pytest.raises(UserError, match=r"data\.passkey"):
+            train_config(f"data.passkey={wrong}")

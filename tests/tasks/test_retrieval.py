@@ -1,0 +1,146 @@
+"""Passkey retrieval: who remembers the key is right, who forgot it guesses, all are asked alike."""
+
+import numpy as np
+import pytest
+import torch
+from building import train_config
+from fakes import make_subject, text_store
+from torch import nn
+
+from zoo.backbone import BackboneState
+from zoo.build import build_model
+from zoo.data.passkey import DIGITS, QUESTION, STATEMENT
+from zoo.errors import UserError
+from zoo.report.rows import wilson
+from zoo.tasks.passkey import _answer, _keys, measure
+
+SMALL = {"depths": 5, "repeats": 4, "candidates": 3}
+
+
+class Finder(nn.Module):
+    """Writes what followed `STATEMENT`, where it stood in the last `memory` tokens."""
+
+    recurrent, max_length, vocab_size = True, None, 256
+
+    def __init__(self, memory: int, slip: int | None = None):
+        """`slip`: the place in the key of a digit that it gets wrong, by one."""
+        super().__init__()
+        self.memory, self.slip, self.prompts = memory, slip, []
+
+    def forward(self, tokens, state):
+        seen = torch.cat([state.blocks[0], tokens], 1)
+        logits = torch.zeros(*tokens.shape, 256, dtype=torch.float64)
+        for row, history in enumerate(seen.tolist()):
+            for at in range(max(0, tokens.shape[1] - DIGITS), tokens.shape[1]):
+                end = len(history) - tokens.shape[1] + at + 1
+                if (
+                    token := self.next(bytes(history[max(0, end - self.memory) : end]))
+                ) is not None:
+                    logits[row, at, token] = 5.0
+        if tokens.shape[1] > DIGITS:
+            self.prompts.append(tokens)
+        return logits, BackboneState((seen[:, -self.memory :],), state.seen + tokens.shape[1])
+
+    def next(self, text: bytes) -> int | None:
+        stated, asked = text.find(STATEMENT.encode()), text.rfind(QUESTION.encode())
+        written = len(text) - asked - len(QUESTION)
+        if min(stated, asked) < 0 or written >= DIGITS:
+            return None
+        return text[stated + len(STATEMENT) + written] ^ (written == self.slip)
+
+    def halves(self):
+        return []
+
+    def empty_state(self, batch):
+        return BackboneState((torch.zeros(batch, 0, dtype=torch.int64),), 0)
+
+    def state_bytes(self, tokens, batch=1):
+        return 8 * batch * min(tokens, self.memory)
+
+
+def subject(model, folder):
+    text = np.random.default_rng(0).integers(97, 123, size=3000)
+    return make_subject(model, folder, text_store(text), train_length=200)
+
+
+def test_a_key_is_found_exactly_where_it_is_remembered(tmp_path):
+    """Beyond the memory every candidate is alike, and a tie is no answer."""
+    (row,) = measure(subject(Finder(200), tmp_path), lengths=[400], **SMALL)
+    assert row["status"] == "ok"
+    assert row["correct_by_depth"] == row["exact_by_depth"] == [0, 0, 0, 4, 4]
+    assert (row["correct"], row["count"], row["accuracy"], row["exact"]) == (8, 20, 0.4, 0.4)
+    assert row["interval"] == wilson(8, 20)
+    assert (row["chance"], row["exact_chance"], row["digits"]) == (1 / 3, 1e-4, 4)
+
+
+def test_one_wrong_digit_is_no_exact_answer(tmp_path):
+    model = subject(Finder(10**6, slip=3), tmp_path)
+    rows = list(measure(model, lengths=[150, 300], chunk=64, **SMALL))
+    assert [row["exact"] for row in rows] == [0, 0]
+    assert [row["accuracy"] for row in rows] == [1, 1]
+
+
+def test_longer_prompts_begin_earlier_in_the_same_text_and_hide_the_same_keys(tmp_path):
+    model = Finder(10**6)
+    rows = list(measure(subject(model, tmp_path), lengths=[400, 200], **SMALL))
+    assert [row["length"] for row in rows] == [200, 400]
+    short, long = (
+        torch.cat([prompt for prompt in model.prompts if prompt.shape[1] == length - DIGITS])
+        for length in (200, 400)
+    )
+    assert len(short) == len(long) == 20
+    for one, other in zip(short[::5], long[::5], strict=True):  # the key first of all
+        stated = len(STATEMENT) + DIGITS
+        assert torch.equal(one[:stated], other[:stated])
+        assert torch.equal(one[100:], other[300:])
+
+
+@pytest.mark.parametrize("name", ["transformer", "mamba", "hybrid"])
+def test_answers_from_the_state_are_those_of_reading_everything_again(name, tmp_path):
+    torch.manual_seed(0)
+    model = build_model(train_config(f"model={name}", "size=tiny"), vocab_size=256)[0].double()
+    generator = np.random.default_rng(0)
+    prompts = generator.integers(97, 123, size=(16, 70))
+    answers = [[np.array(list(key.encode())) for key in _keys(0, i, 4)] for i in range(16)]
+    with torch.inference_mode():
+        for row in range(0, 16, 2):  # what the model would write itself
+            text = torch.from_numpy(prompts[row])
+            for _ in range(DIGITS):
+                text = torch.cat([text, model(text[None])[0, -1].argmax()[None]])
+            answers[row][0] = text[-DIGITS:].numpy()
+        found = _answer(subject(model, tmp_path), prompts, answers, chunk=32)
+        costs = [
+            [model.loss(torch.from_numpy(np.concatenate([prompt, answer]))[None]) for answer in row]
+            for prompt, row in zip(prompts, answers, strict=True)
+        ]
+    likeliest = torch.tensor(costs).argmin(1) == 0
+    assert found[:, 0].tolist() == likeliest.tolist()
+    assert found[:, 1].tolist() == [True, False] * 8
+
+
+def test_what_cannot_be_asked_keeps_its_row_with_the_reason(tmp_path):
+    config = train_config("model=learned", "size=tiny", "seq_len=200", "model.max_length=200")
+    model = build_model(config, vocab_size=256)[0]
+    rows = list(measure(subject(model, tmp_path), lengths=[200, 400], **SMALL))
+    assert [row["status"] for row in rows] == ["ok", "not_applicable"]
+    assert "200" in rows[1]["reason"]
+    (row,) = measure(subject(model, tmp_path), lengths=[4000], **SMALL)
+    assert (row["status"], row["length"]) == ("failed", 4000)
+    with pytest.raises(UserError, match="candidates from 2 to 10000"):
+        next(measure(subject(model, tmp_path), candidates=1))
+    known = make_subject(model, tmp_path, subject(model, tmp_path).store, measured=lambda key: True)
+    assert list(measure(known, lengths=[200], **SMALL)) == []
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (5, 10, 0.2366, 0.7634),
+        (81, 263, 0.2553, 0.3662),
+    ],
+)
+def test_the_interval_of_a_share(right, count, low, high):
+    """The last: Newcombe 1998, table I."""
+    assert wilson(right, count) == pytest.approx((low, high), abs=5e-5)

@@ -1,0 +1,91 @@
+"""Passkeys: a key stated somewhere in a text and asked for at its end (Mohtashami & Jaggi 2023,
+"Landmark Attention", section 4.2), so made that small models learn to find it.
+
+The filler is the corpus's own text, of which the sentences overwrite what stood in their place. A
+key has few digits and a sign before it that is rare in text, so that what follows the last such
+sign is to be found behind an earlier one. With _ for the text:
+
+    __________________ The pass key is ~4071~. __________________ Pass key? ~4071~. ______________
+
+`passkey_prompt` ends where the key is to follow. A training window is asked up to `TIMES` times, at
+growing distances from the statement, so that it gives several examples to learn from.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from zoo.data.tokenizers import Encode
+from zoo.errors import UserError
+
+DIGITS = 4
+STATEMENT, QUESTION, END = "\nThe pass key is ~", "\nPass key? ~", "~.\n"
+TIMES = 8  # that a training window asks
+STREAM = 0x9A55  # sets these random numbers apart from others of the same (seed, step, row)
+
+
+class Passkeys(NamedTuple):
+    """Keys in a `share` of the training windows."""
+
+    share: float
+    encode: Encode
+
+    def plant(
+        self, windows: Int[np.ndarray, "b t"], seeds: Sequence[Sequence[int]]
+    ) -> Int[np.ndarray, "b t"]:
+        """The windows, some of them with a passkey; each window's seed decides which, where, what.
+
+        Raises UserError where a window has no room for one.
+        """
+        planted = windows.copy()
+        for window, seed in zip(planted, seeds, strict=True):
+            generator = np.random.default_rng([*seed, STREAM])
+            chosen, depth = generator.random(2)
+            key = random_key(generator)
+            stated, asked = (
+                np.concatenate([tokens(part, self.encode) for part in (words, key, END)])
+                for words in (STATEMENT, QUESTION)
+            )
+            start = place(len(window), len(stated), len(asked), depth)
+            if chosen < self.share:
+                after = start + len(stated)
+                window[start:after] = stated
+                times = min(TIMES, (len(window) - after) // len(asked))
+                for end in after + (len(window) - after) * np.arange(1, times + 1) // times:
+                    window[end - len(asked) : end] = asked
+        return planted
+
+
+def passkey_prompt(
+    filler: Int[np.ndarray, " t"], key: str, depth: float, encode: Encode
+) -> Int[np.ndarray, " t"]:
+    """The filler with the key stated at `depth`, 0 (at once) to 1 (last), and asked for at the end.
+
+    Raises UserError where it has no room for both.
+    """
+    stated = np.concatenate([tokens(part, encode) for part in (STATEMENT, key, END)])
+    asked = tokens(QUESTION, encode)
+    start = place(len(filler), len(stated), len(asked), depth)
+    prompt = filler.copy()
+    prompt[start : start + len(stated)] = stated
+    prompt[len(prompt) - len(asked) :] = asked
+    return prompt
+
+
+def random_key(generator: np.random.Generator) -> str:
+    return "".join(map(str, generator.integers(10, size=DIGITS)))
+
+
+def tokens(text: str, encode: Encode) -> Int[np.ndarray, " t"]:
+    """Without that of a document's end; a part of a sentence is the same wherever it stands."""
+    return np.array(encode(text.encode())[:-1], dtype=np.int64)
+
+
+def place(size: int, stated: int, asked: int, depth: float) -> int:
+    """Where the statement starts in a text of `size` tokens that ends with the question."""
+    room = size - stated - asked
+    if room < 0:
+        raise UserError(f"a passkey takes {stated + asked} tokens, more than the {size} of a text")
+    return round(depth * room)

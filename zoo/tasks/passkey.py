@@ -1,0 +1,166 @@
+"""Passkey retrieval by length and depth: does the model find what it read that far back?
+
+A prompt states a key of `DIGITS` digits at some depth of the corpus's own text and asks for it at
+its end (zoo.data.passkey; Mohtashami & Jaggi 2023). Two answers are counted:
+
+    accuracy    forced choice: the key has a higher likelihood than each of `candidates` - 1 other
+                random keys; chance is 1 / candidates
+    exact       greedy decoding writes the key; chance is 10^-DIGITS
+
+Prompt i has the same key, the same other candidates and the same relative depth at every length,
+and a longer one begins earlier in the same text: all models and lengths are asked the same. A model
+answers from the state that the prompt left. Intervals are Wilson's, over prompts.
+
+What is low at every length was not learned: train with `data.passkey=`.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+
+from zoo.data.loader import evaluation_text
+from zoo.data.passkey import DIGITS, passkey_prompt, random_key, tokens
+from zoo.errors import UserError
+from zoo.report.rows import wilson
+from zoo.tasks.perplexity import BATCH_TOKENS, TIMES
+from zoo.tasks.score import Row, Subject, attempt, check_length, check_state, chunk_tokens, nats
+
+PAD = -1  # after the end of a key that has fewer tokens than another
+
+
+def measure(
+    subject: Subject,
+    *,
+    lengths: Sequence[int] | None = None,
+    depths: int = 5,
+    repeats: int = 10,
+    candidates: int = 10,
+    seed: int = 0,
+    chunk: int = 4096,
+) -> Iterator[Row]:
+    """One row per length, with the counts of each depth: `depths` of them from 0 to 1.
+
+    `lengths` (tokens, prompt and answer) are 1, 2 .. 32 times the training length unless given.
+    Each of them reads depths * repeats prompts, `chunk` tokens at a time.
+    """
+    lengths = sorted(set(lengths or (times * subject.train_length for times in TIMES)))
+    if min(lengths[0], depths, repeats, chunk) < 1 or not 2 <= candidates <= 10**DIGITS:
+        raise UserError(
+            "passkey wants lengths, depths, repeats and chunk of at least 1, and candidates "
+            f"from 2 to {10**DIGITS}"
+        )
+    documents, count = subject.corpus.eval_documents, depths * repeats
+    questions = [_keys(seed, index, candidates) for index in range(count)]
+    key = {"split": subject.split, "documents": documents, "unit": lengths[-1], "count": count}
+    key |= {
+        "depths": np.linspace(0, 1, depths).tolist(),
+        "candidates": candidates,
+        "digits": DIGITS,
+    }
+    key |= {"passkey_seed": seed}
+    found = attempt(lambda: evaluation_text(subject.store, lengths[-1], count, documents))
+    for length in lengths:
+        named = key | {"length": length}
+        if not found.ok:  # no stretch is long enough
+            yield named | found.row
+        elif not subject.measured(named):
+            ask = partial(_ask, subject, found.value, length, named, questions, chunk)
+            outcome = attempt(ask)
+            yield named | outcome.row | (outcome.value or {})
+
+
+def _keys(seed: int, index: int, count: int) -> list[str]:
+    """The key of a prompt, then other ones."""
+    generator = np.random.default_rng([seed, index])
+    keys: dict[str, None] = {}
+    while len(keys) < count:
+        keys[random_key(generator)] = None
+    return list(keys)
+
+
+def _ask(
+    subject: Subject,
+    text: Int[np.ndarray, "units t"],
+    length: int,
+    key: Row,
+    questions: Sequence[Sequence[str]],
+    chunk: int,
+) -> Row:
+    """How often the model finds the key among `length` tokens, over all prompts and by depth."""
+    check_length(subject.model, length)
+    encode, depths = subject.corpus.encode, key["depths"]
+    prompts = [
+        passkey_prompt(
+            text[i // len(depths) % len(text)][-(length - DIGITS) :],
+            keys[0],
+            depths[i % len(depths)],
+            encode,
+        )
+        for i, keys in enumerate(questions)
+    ]
+    rows = max(1, chunk_tokens(subject, BATCH_TOKENS) // length)
+    subject.progress.begin(f"passkey at {length}", len(prompts) * length)
+    right = []
+    with subject.arithmetic():
+        for first in range(0, len(prompts), rows):
+            batch = slice(first, first + rows)
+            answers = [[tokens(name, encode) for name in keys] for keys in questions[batch]]
+            right.append(_answer(subject, np.stack(prompts[batch]), answers, chunk))
+        state_bytes = subject.model.state_bytes(length)
+    chosen, written = np.concatenate(right).reshape(-1, len(depths), 2).sum(0).T  # by depth
+    count = len(questions)
+    return {
+        "accuracy": chosen.sum() / count,
+        "interval": wilson(chosen.sum(), count),
+        "chance": 1 / key["candidates"],
+        "correct": int(chosen.sum()),
+        "correct_by_depth": chosen.tolist(),
+        "exact": written.sum() / count,
+        "exact_interval": wilson(written.sum(), count),
+        "exact_chance": 10.0**-DIGITS,
+        "exact_correct": int(written.sum()),
+        "exact_by_depth": written.tolist(),
+        "state_bytes": state_bytes,
+    }
+
+
+def _answer(
+    subject: Subject,
+    prompts: Int[np.ndarray, "b t"],
+    answers: Sequence[Sequence[Int[np.ndarray, " k"]]],
+    chunk: int,
+) -> Bool[np.ndarray, "b 2"]:
+    """Whether each prompt's first answer is the likeliest, and is what greedy decoding writes."""
+    model, text = subject.model, torch.from_numpy(prompts)
+    state = model.empty_state(len(text))
+    for piece in text.split(chunk_tokens(subject, chunk), 1):
+        logits, state = model(piece.to(subject.device), state)
+        subject.progress.advance(piece.numel())
+    check_state(model, state, len(text))
+    last = logits[:, -1:]
+    longest = max(len(answer) for several in answers for answer in several)
+    padded = np.full((len(answers), len(answers[0]), longest), PAD)
+    for row, several in enumerate(answers):
+        if len({tuple(answer) for answer in several}) < len(several):
+            raise UserError("passkey: this tokeniser writes different keys alike")
+        for column, answer in enumerate(several):
+            padded[row, column, : len(answer)] = answer
+    wanted = torch.from_numpy(padded).to(subject.device)  # a key's end is not asked for
+    costs = []
+    for answer in wanted.unbind(1):
+        logits = last
+        if longest > 1:
+            logits = torch.cat([last, model(answer[:, :-1].clamp(min=0), state)[0]], 1)
+        costs.append(nats(logits, answer.clamp(min=0)).masked_fill(answer == PAD, 0).sum(1))
+    first, *others = costs
+    if not torch.isfinite(torch.stack(costs)).all():
+        raise ArithmeticError("the model's outputs are not finite numbers")
+    written = [last.argmax(-1)]
+    for _ in range(longest - 1):
+        logits, state = model(written[-1], state)
+        written.append(logits[:, -1:].argmax(-1))
+    same = (torch.cat(written, 1) == wanted[:, 0]) | (wanted[:, 0] == PAD)
+    return torch.stack([first < torch.stack(others).amin(0), same.all(1)], 1).cpu().numpy()
