@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env compare test lint bench clean
+.PHONY: help env compare claims test lint bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -27,6 +27,19 @@ env: .venv/ready  ## create the virtual environment in .venv
 compare: .venv/ready  ## train three models at 512 bytes, measure them to 16384, write report.html
 	$(RUN) train.py -m experiment=compare
 	$(RUN) eval.py run='runs/compare/*'
+
+BOOKS ?= books
+CLAIMS := experiment=claims data=text data.path=$(BOOKS)
+ASKED := task=perplexity task.perplexity.lengths=[512,1k,2k,4k,8k,16k]
+
+claims: .venv/ready  ## judge published claims on BOOKS=<folder of books>: an hour
+	$(RUN) train.py -m $(CLAIMS)
+	for run in runs/claims/transformer-*; do \
+	  $(RUN) train.py finetune=$$run extension=pi extension.factor=8 runs=runs/claims_tuned \
+	    batch_tokens=16k trainer.max_steps=100 optim.lr=3e-4 optim.warmup_steps=10 || exit; done
+	for reach in dca streaming_llm window 'pi extension.factor=8' 'ntk extension.factor=8'; do \
+	  $(RUN) eval.py run='runs/claims/transformer-*' $(ASKED) extension=$$reach || exit; done
+	$(RUN) eval.py run='runs/claims*/*' $(ASKED)
 
 test: .venv/ready-dev  ## the whole test suite
 	$(RUN) -m pytest -n 2 --dist loadfile

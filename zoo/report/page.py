@@ -15,6 +15,7 @@ import vl_convert
 from zoo.report import tables
 from zoo.report.caveats import banners, failures, limits
 from zoo.report.charts import Spec, Style, styles, themed
+from zoo.report.claims import claims_table
 from zoo.report.figures import Lines, changes, costs, pngs, positions, retrieval, scores
 from zoo.report.rows import Cells, Results, gather
 from zoo.report.text import as_text
@@ -87,6 +88,7 @@ def render(results: Results, look: Mapping[str, Style], title: str | None = None
         look=look,
         scores=score_blocks(results, look),
         explained={f"scores-{name}": words for name, words in tables.EXPLAINED.items()},
+        claims=claims_table(results),
         contexts=tables.contexts(results),
         retrieval=retrieval_blocks(results, look),
         curve=figure(positions(results, "perplexity")),

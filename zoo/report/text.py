@@ -1,5 +1,6 @@
 """The tables for a terminal: scores by length, what they differ by, and long texts."""
 
+from zoo.report.claims import judge, told
 from zoo.report.rows import Cell, Results
 from zoo.report.tables import (
     ANSWERS,
@@ -19,10 +20,19 @@ from zoo.report.tables import (
 
 
 def as_text(results: Results) -> str:
-    """The tables for a terminal: scores by length, and long texts read in one pass."""
+    """The tables for a terminal: scores by length, what was found, long texts, and the claims."""
     tables = [*(found(results, answer) for answer in ANSWERS), streams(results)]
-    said = [*_scores_as_text(results), *map(_table_as_text, tables)]
+    said = [*_scores_as_text(results), *map(_table_as_text, tables), _claims_as_text(results)]
     return "\n\n".join(text for text in said if text) or "no score measured yet"
+
+
+def _claims_as_text(results: Results) -> str:
+    """Each claim's verdict, and below it what was compared."""
+    lines = []
+    for own in judge(results):
+        lines.append(f"claim {own.claim.number} {own.verdict}: {own.claim.words}")
+        lines += [f"    {line}" for line in told(own)]
+    return "\n".join(lines)
 
 
 def _scores_as_text(results: Results) -> list[str]:

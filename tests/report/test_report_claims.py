@@ -1,0 +1,80 @@
+"""Claims: judged where all they compare was measured, decided where an interval is on one side."""
+
+import pytest
+
+from zoo.report.claims import CLAIMS, Comparison, Score, claims_table, judge
+from zoo.report.rows import Results, gather
+from zoo.report.text import as_text
+
+L = 512
+
+
+def row(arm: str, times: int, bits: float, seed: int = 0, protocol: str = "half_tail") -> dict:
+    about = {"arm": arm, "model": arm.split()[0], "run": f"{arm}-{seed}", "seed": seed}
+    about |= {"task": "perplexity", "protocol": protocol, "train_length": L, "extension": "none"}
+    about["extension"] = arm.partition(" + ")[2].split(" ")[0] or "none"
+    return about | {"length": times * L, "status": "ok", "bits_per_byte": bits, "count": 7}
+
+
+def rotary(*beyond: float, at: float = 2.0) -> Results:
+    """A rotary model's scores at 4 L, one per seed."""
+    rows = [row("transformer", 4, bits, seed) for seed, bits in enumerate(beyond)]
+    rows += [row("transformer", 1, at, seed) for seed in range(len(beyond))]
+    return gather(rows, [])
+
+
+@pytest.mark.parametrize(
+    ("beyond", "verdict"),
+    [
+        ([3.0, 3.01], "holds"),
+        ([2.05, 2.051], "does not hold"),  # above, by less than 5 %
+        ([2.1, 3.0], "not shown at this scale"),  # so it may be, by these two seeds
+        ([3.0], "not shown at this scale"),
+    ],
+)
+def test_a_claim_is_decided_by_whole_intervals_over_seeds(beyond, verdict):
+    (found,) = judge(rotary(*beyond))
+    assert (found.claim.number, found.verdict) == (1, verdict)
+    assert found.cells[0].value == pytest.approx(sum(beyond) / len(beyond) - 1.05 * 2.0)
+
+
+def test_one_missed_comparison_is_enough_and_a_missing_one_too_many():
+    arms = {"alibi": (2.0, 2.0, 1.9), "xpos": (2.0, 2.0, 1.9), "sinusoidal": (2.0, 4.0, 4.0)}
+    rows = []
+    for arm, (near, far, blocks) in arms.items():
+        for seed in (0, 1):
+            off = 1e-4 * seed
+            rows += [row(arm, 1, near + off, seed), row(arm, 8, far + off, seed)]
+            rows += [row(arm, 1, near + off, seed, "blocks")]
+            rows += [row(arm, 8, blocks + off, seed, "blocks")]
+    (found,) = judge(gather(rows, []))
+    assert (found.claim.number, found.verdict) == (9, "holds")
+    for one in rows:
+        if one["arm"] == "sinusoidal":
+            one["bits_per_byte"] = 2.0
+    (found,) = judge(gather(rows, []))
+    assert found.verdict == "does not hold"
+    assert judge(gather([one for one in rows if one["arm"] != "xpos"], [])) == []
+
+
+def test_below_is_above_turned_round():
+    results = rotary(3.0, 3.0)
+    for side, verdict in (("above", "holds"), ("below", "does not hold")):
+        each = Comparison(Score("transformer", 4), side, Score("transformer", 1))
+        assert each.verdict(each.cell(results)) == verdict
+
+
+def test_the_report_says_the_verdict_and_what_it_rests_on():
+    results = rotary(3.0, 3.0)
+    said = as_text(results)
+    assert "claim 1 holds: A rotary model's perplexity rises" in said
+    assert "transformer at 4 L above 1.05 times transformer at L: +0.900" in said
+    table = claims_table(results)
+    assert table is not None
+    assert [cell.text for cell in table.rows[0]][1] == "holds"
+    assert claims_table(gather([row("mamba", 1, 2.0)], [])) is None
+
+
+def test_every_claim_names_its_source_and_arms_that_can_be_trained():
+    assert [claim.number for claim in CLAIMS] == sorted({claim.number for claim in CLAIMS})
+    assert all(claim.source and claim.comparisons for claim in CLAIMS)

@@ -1,0 +1,185 @@
+"""What the literature promises, judged by the rows: holds, does not hold, not shown at this scale.
+
+A claim is a list of comparisons. In each the score of an arm at a length, less `share` times
+another's, must lie below or above 0 with its whole 95% interval, seed by seed on the same tokens. A
+claim holds where all do, does not hold where one lies wholly on the other side, and is otherwise
+not shown; nor is it with fewer than two seeds. It is judged where all it compares was measured.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from zoo.report.rows import Cell, Results, Row, contrast
+from zoo.report.tables import PLUS_MINUS, Table, Td, signed
+
+Verdict = Literal["holds", "does not hold", "not shown at this scale"]
+
+A_LITTLE = 1.05  # "a few per cent", "a small rise", "a clear margin": the same 5 % throughout
+SEEDS = 2  # at least
+
+
+@dataclass(frozen=True)
+class Score:
+    """Bits per byte of an arm, by its name, on tests of `times` training lengths."""
+
+    arm: str
+    times: int
+    protocol: str = "half_tail"
+
+    def __str__(self) -> str:
+        where = "L" if self.times == 1 else f"{self.times} L"
+        return f"{self.arm} at {where}" + (" (blocks)" if self.protocol == "blocks" else "")
+
+    def rows(self, results: Results) -> list[Row]:
+        """Its rows, one per seed; L is the training length of the reference arm."""
+        length = (results.train_length() or 0) * self.times
+        return results.where(
+            task="perplexity", arm=self.arm, protocol=self.protocol, length=length, status="ok"
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`score` is below (or above) `share` times `other`."""
+
+    score: Score
+    side: Literal["below", "above"]
+    other: Score
+    share: float = 1.0
+
+    def __str__(self) -> str:
+        times = "" if self.share == 1 else f"{self.share:g} times "
+        return f"{self.score} {self.side} {times}{self.other}"
+
+    def cell(self, results: Results) -> Cell:
+        """The difference with its interval; no value where it was not measured."""
+        return contrast(self.score.rows(results), self.other.rows(results), self.share)
+
+    def verdict(self, cell: Cell) -> Verdict:
+        if cell.low is None or cell.high is None or cell.seeds < SEEDS:
+            return "not shown at this scale"
+        low, high = (cell.low, cell.high) if self.side == "above" else (-cell.high, -cell.low)
+        return "holds" if low > 0 else "does not hold" if high < 0 else "not shown at this scale"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is claimed, by whom, and what must be seen for it to hold."""
+
+    number: int  # of the project's list of claims
+    words: str
+    source: str
+    comparisons: tuple[Comparison, ...]
+
+
+@dataclass(frozen=True)
+class Judged:
+    claim: Claim
+    verdict: Verdict
+    cells: tuple[Cell, ...]  # one per comparison
+
+
+def judge(results: Results) -> list[Judged]:
+    """The claims that the rows can decide, in their order."""
+    judged = []
+    for claim in CLAIMS:
+        cells = tuple(each.cell(results) for each in claim.comparisons)
+        if any(cell.value is None for cell in cells):
+            continue
+        pairs = zip(claim.comparisons, cells, strict=True)
+        found = {each.verdict(cell) for each, cell in pairs}
+        order: tuple[Verdict, ...] = ("does not hold", "not shown at this scale", "holds")
+        judged.append(Judged(claim, next(v for v in order if v in found), cells))
+    return judged
+
+
+def _rises(arm: str, times: int) -> Comparison:
+    return Comparison(Score(arm, times), "above", Score(arm, 1), A_LITTLE)
+
+
+def _keeps(arm: str, times: int, before: str | None = None) -> Comparison:
+    return Comparison(Score(arm, times), "below", Score(before or arm, 1), A_LITTLE)
+
+
+ROPE, TUNED = "transformer", "transformer tuned with pi x8"
+CLAIMS = (
+    Claim(
+        1,
+        "A rotary model's perplexity rises steeply beyond its training length.",
+        "Chen 2023, PI, figure 2",
+        (_rises(ROPE, 4),),
+    ),
+    Claim(
+        2,
+        "Interpolated positions reach 8 L after a short fine-tuning, at little loss at L.",
+        "Chen 2023, PI, section 3.3",
+        (
+            _keeps(TUNED, 8),
+            _keeps(TUNED, 1, before=ROPE),
+            Comparison(Score(f"{ROPE} + pi x8", 8), "above", Score(TUNED, 8)),
+        ),
+    ),
+    Claim(
+        6,
+        "Dual chunk attention goes to 16 L untrained with a small rise, where others fail.",
+        "An 2024, section 4.2",
+        (
+            _keeps(f"{ROPE} + dca", 8, before=ROPE),
+            _keeps(f"{ROPE} + dca", 16, before=ROPE),
+            Comparison(Score(f"{ROPE} + pi x8", 8), "above", Score(f"{ROPE} + dca", 8)),
+            Comparison(Score(f"{ROPE} + ntk x8", 8), "above", Score(f"{ROPE} + dca", 8)),
+        ),
+    ),
+    Claim(
+        8,
+        "With its first tokens a window stays stable on long text; without them it collapses.",
+        "Xiao 2023, section 3.1; Han 2023",
+        (
+            _keeps(f"{ROPE} + streaming_llm", 32, before=ROPE),
+            Comparison(
+                Score(f"{ROPE} + window", 32),
+                "above",
+                Score(f"{ROPE} + streaming_llm", 32),
+                A_LITTLE,
+            ),
+        ),
+    ),
+    Claim(
+        9,
+        "ALiBi and xPos extrapolate, sinusoids do not; what ALiBi gains from long texts is in the "
+        "mean over blocks, where early tokens weigh less: no token with its past before it gains.",
+        "Press 2022, figures 1 and 11; Sun 2022",
+        (
+            _keeps("alibi", 8),
+            _keeps("xpos", 8),
+            _rises("sinusoidal", 8),
+            Comparison(Score("alibi", 8, "blocks"), "below", Score("alibi", 1, "blocks")),
+            Comparison(Score("alibi", 8), "above", Score("alibi", 1), 0.99),
+        ),
+    ),
+)
+
+
+def claims_table(results: Results) -> Table | None:
+    """The verdicts with what they rest on; None where no claim can be judged."""
+    head = [("claim", ""), ("verdict", "source"), ("what was compared", "bits per byte to spare")]
+    table = Table("Published claims, judged on these runs.", head)
+    for own in judge(results):
+        kind = {"holds": "best", "does not hold": "lead"}.get(own.verdict, "")
+        verdict = Td(own.verdict, own.claim.source, kind)
+        evidence = Td("; ".join(told(own)), kind="words")
+        table.rows.append([Td(f"{own.claim.number}. {own.claim.words}"), verdict, evidence])
+    return table if table.rows else None
+
+
+def told(judged: Judged) -> list[str]:
+    """Each comparison in words, with by how much it is kept (or, below zero, missed)."""
+    pairs = zip(judged.claim.comparisons, judged.cells, strict=True)
+    return [f"{each}: {_spare(each, cell)}" for each, cell in pairs]
+
+
+def _spare(each: Comparison, cell: Cell) -> str:
+    assert cell.value is not None
+    by = signed(cell.value if each.side == "above" else -cell.value)
+    sure = f" {PLUS_MINUS} {cell.half:.3f}" if cell.half else ""
+    return by + sure + ("" if cell.seeds >= SEEDS else ", one seed")
