@@ -29,7 +29,7 @@ def trained(tmp_path_factory) -> Path:
         words = " ".join(f"{i} and then {i * i % 97}," for i in range(start, start + 300))
         (place / "text" / split / "a.txt").write_text(words)
     words = ["size=tiny", f"seq_len={L}", "data=text", f"data.path={place}/text", "logger=none"]
-    words += [f"data.cache={place}/cache", f"runs={place}/runs", "name=base", "match=none"]
+    words += [f"data.cache={place}/cache", f"runs={place}/runs", "name=base", "match=none", "seed=3"]
     config = train_config(*words, *FEW)
     learner.train(config, RunFolder.claim(config))
     return place
@@ -65,12 +65,13 @@ def test_a_run_is_tuned_under_an_extension_and_measured_as_it_was_tuned(name, wi
     folder, base = RunFolder.open(f"runs/{name}"), RunFolder.open("runs/base")
     assert folder.config.seq_len == window
     assert folder.config.extension.original_length == L
+    assert folder.config.seed == 3
 
     # Its first step read the base's weights, under the extension, at the places it says.
     model = extend(learner.load(base), folder.config.extension, window)
     corpus = open_corpus(folder.config.data.model_dump(), Path("cache"))
     loader = train_loader(
-        corpus.train, seq_len=window, batch_size=128 // window, seed=0, start_step=0, steps=1,
+        corpus.train, seq_len=window, batch_size=128 // window, seed=3, start_step=0, steps=1,
         contiguous=False, places=places(folder.config.extension, window),
     )  # fmt: skip
     (batch,) = loader

@@ -313,8 +313,8 @@ def resumed(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
 def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     """The configuration that trains the run `tree["finetune"]` further, under an extension.
 
-    What was trained and on what comes from that run, unless `given`. So does the window, times the
-    extension's factor unless it places tokens. UserError where there is no whole run to start from.
+    What was trained, on what and with which seed comes from that run, unless `given`. So does the
+    window, times the extension's factor unless it places tokens. UserError where there is no whole run to start from.
     """
     folder = RunFolder.open(str(tree["finetune"]))
     folder.checkpoint()
@@ -324,8 +324,9 @@ def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     if base["extension"]["name"] != "none":
         raise UserError(f"finetune={folder} was fine-tuned itself: start from the run it came from")
     kept = {key: base[key] for key in ("model", "size", "match", "objective")}
-    if not any(within(key, ("data",)) for key in given):
-        kept["data"] = base["data"]
+    for section in ("data", "seed"):
+        if not any(within(key, (section,)) for key in given):
+            kept[section] = base[section]
     extension = dict(tree["extension"])
     extension["original_length"] = extension.get("original_length") or base["seq_len"]
     if "seq_len" not in given:
