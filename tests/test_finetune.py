@@ -29,7 +29,8 @@ def trained(tmp_path_factory) -> Path:
         words = " ".join(f"{i} and then {i * i % 97}," for i in range(start, start + 300))
         (place / "text" / split / "a.txt").write_text(words)
     words = ["size=tiny", f"seq_len={L}", "data=text", f"data.path={place}/text", "logger=none"]
-    words += [f"data.cache={place}/cache", f"runs={place}/runs", "name=base", "match=none", "seed=3"]
+    words += [f"data.cache={place}/cache", f"runs={place}/runs", "name=base", "seed=3"]
+    words += ["match=none"]
     config = train_config(*words, *FEW)
     learner.train(config, RunFolder.claim(config))
     return place

@@ -314,7 +314,8 @@ def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     """The configuration that trains the run `tree["finetune"]` further, under an extension.
 
     What was trained, on what and with which seed comes from that run, unless `given`. So does the
-    window, times the extension's factor unless it places tokens. UserError where there is no whole run to start from.
+    window, times the extension's factor unless it places tokens. UserError where there is no whole
+    run to start from.
     """
     folder = RunFolder.open(str(tree["finetune"]))
     folder.checkpoint()

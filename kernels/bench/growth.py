@@ -55,7 +55,7 @@ def memory(field: str) -> int:
 
 def growth(name: str, lengths: list[int], rounds: int) -> dict:
     """Seconds of a step at each length, in turns, and the memory each adds at its peak."""
-    model = build(name, max(lengths))
+    model = build(name, min(lengths))
 
     def step(length: int) -> None:
         model.loss(torch.randint(VOCABULARY, (1, length + 1))).backward()

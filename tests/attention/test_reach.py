@@ -90,7 +90,8 @@ CASES = {
 def case(request, monkeypatch):
     """A reach, in blocks of seven queries where it has no blocks of its own, and its rule."""
     found, rule = CASES[request.param]
-    blocks = [7 if step == reach_module.BLOCK else step for step in found.steps]
+    usual = (reach_module.BLOCK, reach_module.FEW)
+    blocks = [7 if step in usual else step for step in found.steps]
     monkeypatch.setattr(found, "steps", blocks)
     return found, rule
 

@@ -6,7 +6,7 @@ min(distance, window). Unlike StreamingLLM's, positions are those of the text an
 
 import torch
 
-from zoo.attention.reach import Reach, Scaling, View, far, near, origin
+from zoo.attention.reach import FEW, Reach, Scaling, View, far, origin
 
 
 class LMInfinite(Reach):
@@ -22,8 +22,9 @@ class LMInfinite(Reach):
                 f"lm_infinite: 0 <= sinks={sinks} < window={window} <= the trained length "
                 f"{original_length}"
             )
-        self.window, self.sinks, self.recent = window, sinks, window
+        self.nearest = self.recent = self.window = window
+        self.sinks, self.steps = sinks, [FEW]
 
     def views(self, rows: range) -> list[View]:
         limit = torch.full((len(rows),), self.window)
-        return near(rows, self.window) + far(rows, self.window, limit, origin, last=self.sinks)
+        return far(rows, self.window, limit, origin, last=self.sinks)

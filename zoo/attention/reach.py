@@ -1,7 +1,8 @@
 """How far rotary attention reaches: which keys a query sees, and at what distance it sees them.
 
 A `Reach` answers for a block of queries with a list of views: some keys, the positions that the
-queries and these keys are turned to, and a mask. Views of disjoint keys are parts of one softmax
+queries and these keys are turned to, and a mask. One that sees the `nearest` keys where they stand
+names their number instead, and lists the others. Views of disjoint keys are parts of one softmax
 (`zoo.ops.attention`), so a remap of distances is a short list of views and nothing else; any
 chunking of the text and any block of queries gives the same output. Keys are kept as they were
 before any turn, because a remap or a scaling may turn the same key to several positions.
@@ -14,10 +15,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from zoo.ops.attention import Part, attention
+from zoo.attention.window import Partial, seen_later, window
+from zoo.ops.attention import Part, attend, merge
 from zoo.positions.rope import turned
 
-BLOCK = 512  # queries that share a list of views
+BLOCK = 512  # queries that share a list of views,
+FEW = 4096  # and where views are of few keys
 
 KeyMap = Callable[[Int[Tensor, " n"]], Tensor]  # where keys stand -> where they are turned to
 Scaling = Callable[[int], tuple[Sequence[float], float]]  # length -> (inv_freq, attention factor)
@@ -52,6 +55,7 @@ class Reach:
     sees depends on its position alone and not on how the text was cut into chunks.
     """
 
+    nearest: int | None = None  # keys seen where they stand, besides those of the views
     sinks = 0  # keys kept from the beginning of the text
     recent: int | None = None  # and from its end; None: all
 
@@ -88,6 +92,7 @@ class Reach:
 
         stands = torch.arange(k.shape[1])
         stands = torch.where(stands < self.sinks, stands, stands + dropped)
+        near = self._near(q, k, v, start, backend) if self.nearest else None
         outs, keys, frequencies = [], {}, None
         for rows in self.blocks(range(start, start + q.shape[1])):
             reached = (
@@ -96,7 +101,7 @@ class Reach:
             if (scaled := self.scaling(reached)) != frequencies:
                 keys, frequencies = {}, scaled
             inv_freq, factor = scaled
-            block, parts = q[:, rows.start - start : rows.stop - start], []
+            here, parts = slice(rows.start - start, rows.stop - start), []
             for view in self.views(rows):
                 view = self._kept(view, dropped)
                 if view is None:
@@ -105,12 +110,27 @@ class Reach:
                     keys[view.keys_at] = turned(k, inv_freq, view.keys_at(stands), factor)
                 run = slice(place(view.keys.start), place(view.keys.stop - 1) + 1)
                 mask = None if view.mask is None else view.mask[None, None].to(q.device)
-                turned_q = turned(block, inv_freq, view.queries_at, factor)
+                turned_q = turned(q[:, here], inv_freq, view.queries_at, factor)
                 origin = rows.start - view.keys.start
                 turned_q, seen = self.scored(turned_q, keys[view.keys_at][:, run], origin)
                 parts.append(Part(turned_q, seen, v[:, run], view.causal, mask, view.times))
-            outs.append(attention(parts, backend=backend))
+            results = [attend(parts, backend=backend)] if parts else []
+            if near:
+                results.append((near[0][:, here], near[1][:, here]))
+            outs.append(merge(results)[0] if len(results) > 1 else results[0][0])
         return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+
+    def _near(self, q: Tensor, k: Tensor, v: Tensor, start: int, backend: str) -> Partial:
+        """The queries over the nearest keys; where tokens were dropped the sinks are not among."""
+        assert self.nearest is not None
+        if start + q.shape[1] > k.shape[1]:
+            k, v = k[:, self.sinks :], v[:, self.sinks :]
+        inv_freq, factor = self.scaling(start + q.shape[1])
+        k, v = (seen_later(x, q.shape[1] + self.nearest - 1) for x in (k, v))
+        at = torch.arange(start + q.shape[1] - k.shape[1], start + q.shape[1])
+        k = turned(k, inv_freq, at, factor)
+        q = turned(q, inv_freq, at[k.shape[1] - q.shape[1] :], factor)
+        return window(q, k, v, self.nearest, backend=backend)
 
     def _kept(self, view: View, dropped: int) -> View | None:
         """The view without keys that are gone: those a training window left behind."""
@@ -141,25 +161,6 @@ class Reach:
         return tokens if self.recent is None else min(tokens, self.sinks + self.recent)
 
 
-def near(rows: range, width: int, first: int = 0) -> list[View]:
-    """Keys from `first` on that lie less than `width` before the query, at their true distance."""
-    at = torch.arange(rows.start, rows.stop)
-    own = range(max(rows.start, first), rows.stop)
-    whole = min(max(rows.stop - width, first), rows.start)  # from here on seen by every row
-    ragged = range(max(rows.start - width + 1, first), whole)
-    views = []
-    if len(own) == len(rows) <= width:
-        views.append(View(own, at, plain, causal=True))
-    elif len(own):
-        apart = distance(rows, own)
-        views.append(View(own, at, plain, mask=(apart >= 0) & (apart < width)))
-    if whole < rows.start:
-        views.append(View(range(whole, rows.start), at, plain))
-    if len(ragged):
-        views.append(View(ragged, at, plain, mask=distance(rows, ragged) < width))
-    return views
-
-
 def far(
     rows: range, width: int, queries_at: Tensor, keys_at: KeyMap, last: int | None = None
 ) -> list[View]:
@@ -178,6 +179,16 @@ def distance(rows: range, keys: range) -> Int[Tensor, "t n"]:
     return torch.arange(rows.start, rows.stop)[:, None] - torch.arange(keys.start, keys.stop)
 
 
+def _nearest(rows: range, width: int | None) -> list[View]:
+    """The view that `nearest` stands for."""
+    if width is None:
+        return []
+    keys = range(max(rows.start - width + 1, 0), rows.stop)
+    apart = distance(rows, keys)
+    at = torch.arange(rows.start, rows.stop)
+    return [View(keys, at, plain, mask=(apart >= 0) & (apart < width))]
+
+
 def distances(reach: Reach, tokens: int) -> Float[Tensor, "n n"]:
     """The distance at which each query sees each key, NaN where it does not: what the paper draws.
 
@@ -185,7 +196,7 @@ def distances(reach: Reach, tokens: int) -> Float[Tensor, "n n"]:
     """
     seen = torch.full((tokens, tokens), torch.nan, dtype=torch.float64)
     for rows in reach.blocks(range(tokens)):
-        for view in reach.views(rows):
+        for view in [*reach.views(rows), *_nearest(rows, reach.nearest)]:
             stand = torch.arange(view.keys.start, view.keys.stop)
             apart = view.queries_at[:, None] - view.keys_at(stand).double()
             mask = view.mask

@@ -7,7 +7,7 @@ of one per G tokens. With G without bound every far key stands at distance w: Re
 
 import torch
 
-from zoo.attention.reach import Reach, Scaling, View, far, near, origin
+from zoo.attention.reach import Reach, Scaling, View, far, origin
 
 
 class SelfExtend(Reach):
@@ -26,12 +26,13 @@ class SelfExtend(Reach):
                 f"self_extend: group={group} is at least 1, and window={window} between 1 and the "
                 f"trained length {original_length}"
             )
-        self.window, self.group = window, group
+        self.nearest = self.window = window
+        self.group = group
 
     def views(self, rows: range) -> list[View]:
         shift = self.window - self.window // self.group
         at = torch.arange(rows.start, rows.stop) // self.group + shift
-        return near(rows, self.window) + far(rows, self.window, at, self.grouped)
+        return far(rows, self.window, at, self.grouped)
 
     def grouped(self, positions: torch.Tensor) -> torch.Tensor:
         return positions // self.group
@@ -44,7 +45,7 @@ class ReRoPE(Reach):
         self, scaling: Scaling, *, original_length: int, window: int | None = None
     ) -> None:
         super().__init__(scaling)
-        self.window = original_length // 2 if window is None else window
+        self.nearest = self.window = original_length // 2 if window is None else window
         if not 0 < self.window <= original_length:
             raise ValueError(
                 f"rerope: window={self.window} lies between 1 and the trained length "
@@ -53,4 +54,4 @@ class ReRoPE(Reach):
 
     def views(self, rows: range) -> list[View]:
         limit = torch.full((len(rows),), self.window)
-        return near(rows, self.window) + far(rows, self.window, limit, origin)
+        return far(rows, self.window, limit, origin)

@@ -8,7 +8,7 @@ the paper shows to collapse.
 
 import torch
 
-from zoo.attention.reach import Reach, Scaling, View, distance, near, plain
+from zoo.attention.reach import FEW, Reach, Scaling, View, far, plain
 
 
 class StreamingLLM(Reach):
@@ -24,13 +24,10 @@ class StreamingLLM(Reach):
                 f"streaming: 0 <= sinks={sinks} < window={window} <= the trained length "
                 f"{original_length}"
             )
-        self.window, self.sinks, self.recent = window, sinks, window - sinks
+        self.window, self.sinks = window, sinks
+        self.nearest = self.recent = window - sinks
+        self.steps = [FEW]
 
     def views(self, rows: range) -> list[View]:
-        views = near(rows, self.window - self.sinks, first=self.sinks)
-        if self.sinks:
-            at = torch.arange(rows.start, rows.stop).clamp(max=self.window - 1)
-            keys = range(min(self.sinks, rows.stop))
-            mask = distance(rows, keys) >= 0 if rows.start < self.sinks else None
-            views.append(View(keys, at, plain, mask))
-        return views
+        at = torch.arange(rows.start, rows.stop).clamp(max=self.window - 1)
+        return far(rows, self.window - self.sinks, at, plain, last=self.sinks)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from zoo.ops.attention import Part, attend, merge
 
+PIECE = 4096  # queries whose keys are unfolded at a time
 LANES = 16  # block sizes are multiples of it: odd ones cost matrix kernels half as much again
 
 Partial = tuple[Float[Tensor, "b t h e"], Float[Tensor, "b t h"]]  # (out, lse)
@@ -65,7 +66,16 @@ def window(
 
 
 def _band(q: Tensor, k: Tensor, v: Tensor, size: int, backend: str) -> Partial:
-    """The window where none of it lies before the first key: t queries, t + size - 1 keys."""
+    """The window where none of it lies before the first key: t queries, t + size - 1 keys.
+
+    Piece by piece: unfolded, the keys of all blocks take more than the keys.
+    """
+    if q.shape[1] > PIECE:
+        starts, over = range(0, q.shape[1], PIECE), PIECE + size - 1
+        pieces = [(q[:, i : i + PIECE], k[:, i : i + over], v[:, i : i + over]) for i in starts]
+        results = [_band(*piece, size, backend) for piece in pieces]
+        out, lse = (torch.cat(parts, 1) for parts in zip(*results, strict=True))
+        return out, lse
     tokens, before = q.shape[1], -(-(size - 1) // LANES) * LANES
     block = min(tokens, max(2, -(-before // (8 * LANES))) * LANES)
     q = _blocks(q, block)

@@ -1,0 +1,116 @@
+"""Reaches against plain causal attention: time per scored pair, and peak memory.
+
+    python kernels/bench/reach.py [--length 16384] [--trained 512] [--rounds 7] [--json FILE]
+
+Forward of one layer's attention, turning of queries and keys included, float32, width 128 in heads
+of 32. A remap that drops keys scores fewer pairs, so plain attention takes turns with it over a
+shorter text of as many pairs, and the figure is the median of the ratios. Memory is what a forward
+holds at its peak, against plain attention over the same text.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from record import processor, record
+from torch import Tensor
+
+from zoo.attention.dual_chunk import DualChunk
+from zoo.attention.lm_infinite import LMInfinite
+from zoo.attention.reach import Reach
+from zoo.attention.self_extend import SelfExtend
+from zoo.attention.streaming_llm import StreamingLLM
+from zoo.ops.attention import Part, attention
+from zoo.ops.native import tune_allocator
+from zoo.positions.rope import inverse_frequencies, rotate
+from zoo.tasks.memory import peak_bytes
+
+HEADS, HEAD = 4, 32
+THETA = inverse_frequencies(HEAD)
+
+
+def reaches(trained: int) -> dict[str, Reach]:
+    def scaling(_: int):
+        return THETA, 1.0
+
+    return {
+        "dca": DualChunk(scaling, original_length=trained),
+        "streaming_llm": StreamingLLM(scaling, original_length=trained),
+        "window": StreamingLLM(scaling, original_length=trained, sinks=0),
+        "lm_infinite": LMInfinite(scaling, original_length=trained),
+        "self_extend": SelfExtend(scaling, original_length=trained, group=64),
+    }
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k = rotate(q, THETA), rotate(k, THETA)
+    return attention([Part(q, k, v, causal=True)])
+
+
+def pairs(reach: Reach, length: int) -> int:
+    """Queries and keys that see each other."""
+    width = reach.nearest or 0
+    total = sum(min(at + 1, width) for at in range(length))
+    for rows in reach.blocks(range(length)):
+        for view in reach.views(rows):
+            t, n = len(rows), len(view.keys)
+            seen = t * (t + 1) // 2 if view.causal else t * n
+            total += int(view.mask.sum()) if view.mask is not None else seen
+    return total
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--trained", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    tuned, length, rows = tune_allocator(), options.length, []
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, length, HEADS, HEAD)
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        whole = peak_bytes(cpu, lambda: plain(q, k, v))
+        for name, reach in reaches(options.trained).items():
+            count = pairs(reach, length)
+            short = min(length, round((math.sqrt(8 * count + 1) - 1) / 2))
+            cut = [x[:, :short].contiguous() for x in (q, k, v)]
+            times = [
+                (seconds(lambda: reach(q, k, v, 0)), seconds(lambda: plain(*cut)))  # noqa: B023
+                for _ in range(options.rounds + 1)
+            ][1:]
+            peak = peak_bytes(cpu, lambda: reach(q, k, v, 0))  # noqa: B023
+            ratio = statistics.median(mine / other for mine, other in times)
+            row = {"reach": name, "pairs": count, "plain_length": short}
+            row |= {
+                "ms": min(a for a, _ in times) * 1e3,
+                "plain_ms": min(b for _, b in times) * 1e3,
+            }
+            row |= {"times_plain": ratio, "peak_bytes": peak, "plain_peak_bytes": whole}
+            rows.append(row)
+    record(options.json, allocator=tuned, length=length, trained=options.trained, rows=rows)
+    lines = [f"{processor()}, {torch.get_num_threads()} threads, {length} tokens, trained on "]
+    lines[0] += f"{options.trained}"
+    lines += [f"{'reach':14} {'pairs':>12} {'ms':>8} {'x plain':>8} {'MB':>7} {'x plain':>8}"]
+    lines += [
+        f"{r['reach']:14} {r['pairs']:12} {r['ms']:8.1f} {r['times_plain']:8.2f} "
+        f"{r['peak_bytes'] / 1e6:7.1f} {r['peak_bytes'] / r['plain_peak_bytes']:8.2f}"
+        for r in rows
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
