@@ -13,8 +13,15 @@ from zoo.positions.alibi import slopes
 from zoo.positions.rope import inverse_frequencies
 
 TRAINED = 16
-FACTORS = {"pi": 2, "ntk": 2, "ntk_by_parts": 4, "yarn": 4, "llama3": 4}
+FACTORS = {"pi": 2, "ntk": 2, "ntk_by_parts": 4, "yarn": 4, "llama3": 4, "longrope": 4}
 EXTENSIONS = [name for name, tree in extensions().items() if not tree.get("positions")]
+MORE = {
+    "lm_infinite": ["extension.reach.sinks=2"],
+    "longrope": [
+        f"extension.scaling.long_factors={[1, 1, *14 * [3.5]]}",
+        "extension.scaling.n_hat=4",
+    ],
+}
 # Nothing of these differs from the model within the trained length.
 IDENTITIES = {
     "none",
@@ -31,7 +38,7 @@ BOUNDED = {"streaming_llm", "window", "lm_infinite"}
 def extension(name: str, *words: str):
     given = any(word.startswith("extension.factor=") for word in words)
     factor = [f"extension.factor={FACTORS[name]}"] if name in FACTORS and not given else []
-    small = ["extension.reach.sinks=2"] if name == "lm_infinite" else []
+    small = MORE.get(name, [])
     return compose("eval", ["run=x", f"extension={name}", *factor, *small, *words]).extension
 
 

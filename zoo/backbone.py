@@ -57,7 +57,7 @@ class Backbone(nn.Module):
     the backward pass instead of keeping what it computed.
     """
 
-    extended = False  # whether zoo.extend gave it another reach
+    extended: str | None = None  # the extension that zoo.extend gave it
 
     def __init__(
         self,

@@ -27,12 +27,13 @@ ACTS_ON = {ROTARY: "rotary", PLACED: "rotary, linear-bias, sinusoidal or learned
 def extend(model: Backbone, extension: Extension, trained_length: int) -> Backbone:
     """The model with every rotary attention under `extension`, in place.
 
-    Lengths are tokens. Raises UserError in one line where the extension does not apply to the
-    model or its settings do not go together.
+    One tuned under LongRoPE may be read under LongRoPE with factors searched for it anew. Lengths
+    are tokens. Raises UserError in one line where the extension does not apply to the model or its
+    settings do not go together.
     """
     if not (extension.scaling or extension.reach or extension.positions):
         return model
-    if model.extended:
+    if model.extended and {model.extended, extension.name} != {"longrope"}:
         raise UserError(
             f"extension={extension.name}: this model was trained under an extension of its own, "
             "which extension=none measures"
@@ -47,9 +48,9 @@ def extend(model: Backbone, extension: Extension, trained_length: int) -> Backbo
     if extension.positions is not None:
         _check_places(model, extension, original_length, trained_length)
     if kinds == ROTARY:
-        for mixer in _rotary(model):
+        for mixer in rotary(model):
             mixer.reach = _reach(mixer, extension, original_length)
-    model.extended = True
+    model.extended = extension.name
     return model
 
 
@@ -93,7 +94,7 @@ def _positions(model: Backbone) -> set[str]:
     return kinds | {EMBEDDED[type(model.positions)]} if model.positions is not None else kinds
 
 
-def _rotary(model: Backbone) -> list[SoftmaxAttention]:
+def rotary(model: Backbone) -> list[SoftmaxAttention]:
     mixers = [half for half in model.halves() if isinstance(half, SoftmaxAttention)]
     return [mixer for mixer in mixers if mixer.positions == "rope"]
 
