@@ -176,6 +176,28 @@ def test_tokens_placed_at_0_1_2_are_those_of_a_plain_window_and_elsewhere_are_no
     assert same == (model == "mamba")
 
 
+def test_trained_frequencies_learn_and_read_alike_in_any_chunks(tiny):
+    words = ["finetune=x", "extension=clex", "extension.factor=4"]
+    model = extend(tiny("transformer"), compose("train", words).extension, TRAINED).double()
+    torch.nn.init.normal_(model.frequencies.field.down.weight, std=0.1)
+    text, at = tokens(5 * TRAINED), torch.arange(2 * TRAINED - 1).expand(2, -1)
+    for loss in (model.loss(text), model.loss(text[:, : 2 * TRAINED], positions=at)):
+        grads = torch.autograd.grad(loss, [*model.frequencies.parameters()])
+        assert all(grad.isfinite().all() and grad.any() for grad in grads)
+    with torch.no_grad():
+        whole, state, outs = model(text), model.empty_state(2), []
+        for chunk in text.split([TRAINED - 1, 1, 1, 2 * TRAINED, 2 * TRAINED - 1], 1):
+            out, state = model(chunk, state)
+            outs.append(out)
+        torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-8, atol=1e-9)
+        plain = tiny("transformer")(text[:, :TRAINED])
+        torch.testing.assert_close(whole[:, :TRAINED], plain, rtol=1e-9, atol=1e-10)
+        model.frequencies.field.down.weight.mul_(2)  # nothing solved before is read again
+        assert not torch.allclose(model(text), whole)
+    with pytest.raises(UserError, match="its scaling is trained"):
+        extend(tiny("transformer"), extension("dca", "extension.scaling=clex"), TRAINED)
+
+
 def test_what_tells_where_tokens_stand_is_refused_where_it_cannot(tiny):
     words = ["finetune=x", "seq_len=16", "extension.factor=4"]
     pose = compose("train", [*words, "extension=pose", "extension.original_length=16"]).extension

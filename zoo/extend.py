@@ -1,5 +1,5 @@
-"""Gives a model another reach: rotary scalings and attention remaps, no new weights; and training
-positions of a longer text."""
+"""Gives a model another reach: rotary scalings, attention remaps, training positions of a longer
+text. New weights only where frequencies are trained (CLEX)."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -47,7 +47,9 @@ def extend(model: Backbone, extension: Extension, trained_length: int) -> Backbo
     original_length = extension.original_length or trained_length
     if extension.positions is not None:
         _check_places(model, extension, original_length, trained_length)
-    if kinds == ROTARY:
+    if kinds == ROTARY and _is_trained(extension):
+        _train_frequencies(model, extension, original_length)
+    elif kinds == ROTARY:
         for mixer in rotary(model):
             mixer.reach = _reach(mixer, extension, original_length)
     model.extended = extension.name
@@ -114,6 +116,36 @@ def _applicable(model: Backbone) -> str:
             found[bool(tree.get("positions"))].append(name)
     told = f"it takes extension={', '.join(found[False])}"
     return told + (f"; to train with, {', '.join(found[True])}" if found[True] else "")
+
+
+def _is_trained(extension: Extension) -> bool:
+    """Whether the scaling is a module, whose frequencies are learned."""
+    return extension.scaling is not None and isinstance(extension.scaling.load().func, type)
+
+
+def _train_frequencies(model: Backbone, extension: Extension, original_length: int) -> None:
+    """One module of frequencies for all rotary layers, trained with the model's weights."""
+    assert extension.scaling is not None
+    if extension.positions is None:
+        raise UserError(
+            f"extension={extension.name}: its scaling is trained, with windows that are placed: "
+            "python train.py finetune=<run> extension=clex"
+        )
+    mixers = rotary(model)
+    if len({(mixer.head_width, mixer.rope_base) for mixer in mixers}) > 1:
+        raise UserError(f"extension={extension.name} wants one width and base in all rotary layers")
+    try:
+        frequencies = extension.scaling.load()(
+            width=mixers[0].head_width,
+            base=mixers[0].rope_base,
+            factor=extension.factor,
+            original_length=original_length,
+        )
+    except ValueError as error:
+        raise UserError(f"extension={extension.name}: {error}") from error
+    model.frequencies = frequencies
+    for mixer in mixers:
+        mixer.reach = Reach(frequencies, bucket=original_length)
 
 
 def _reach(mixer: SoftmaxAttention, extension: Extension, original_length: int) -> Reach:

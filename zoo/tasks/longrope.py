@@ -53,7 +53,11 @@ def measure(
     """
     problem = _problem(subject, times, magnitude)
     most = most or (times if problem.tuned else 1.25 * times)
-    sizes = {"population": population, "mutations": mutations, "crossovers": crossovers}
+    sizes: dict[str, Any] = {
+        "population": population,
+        "mutations": mutations,
+        "crossovers": crossovers,
+    }
     sizes |= {"parents": parents, "seed": seed}
     try:
         search = Search(problem.starts, most, problem.n_hats, **sizes)
