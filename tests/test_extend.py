@@ -224,6 +224,33 @@ def test_what_tells_where_tokens_stand_is_refused_where_it_cannot(tiny):
 @pytest.mark.parametrize(
     ("words", "told"),
     {
+        "streaming_llm window=-3": "0 <= sinks=4 < window=-3",
+        "streaming_llm window=8 sinks=9": "0 <= sinks=9 < window=8",
+        "streaming_llm window=abc": "extension=streaming_llm: '<",
+        "window window=17": "window=17 <= the trained length 16",
+        "lm_infinite window=8 sinks=-1": "0 <= sinks=-1 < window=8",
+        "self_extend window=-1": "window=-1 between 1 and the trained length 16",
+        "self_extend group=0": "group=0 is at least 1",
+        "rerope window=0": "window=0 lies between 1 and the trained length 16",
+        "dca chunk=-4": "0 < chunk=-4 < 16",
+        "dca far_position=16": "chunk=12 <= far_position=16 < 16",
+    }.items(),
+)
+def test_a_reach_that_cannot_be_is_one_clear_line(words, told, tiny):
+    name, *options = words.split()
+    asked = [f"extension.reach.{option}" for option in options]
+    with pytest.raises(UserError, match=re.escape(told)) as caught:
+        extend(
+            tiny("transformer"),
+            compose("eval", ["run=x", f"extension={name}", *asked]).extension,
+            TRAINED,
+        )
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    {
         "extension=dcaa": "did you mean 'dca'?",
         "extension=pi": "extension.factor= is needed: times the trained length",
         "extension=pi extension.factor=0.5": "extension.factor=0.5: must be greater than",

@@ -141,7 +141,7 @@ def _train_frequencies(model: Backbone, extension: Extension, original_length: i
             factor=extension.factor,
             original_length=original_length,
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # a word where a number should be
         raise UserError(f"extension={extension.name}: {error}") from error
     model.frequencies = frequencies
     for mixer in mixers:
@@ -163,7 +163,7 @@ def _reach(mixer: SoftmaxAttention, extension: Extension, original_length: int) 
         more["bucket"] = original_length
     try:
         return extension.reach.load()(scaling, **more)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # a word where a number should be
         raise UserError(f"extension={extension.name}: {error}") from error
 
 
@@ -183,7 +183,7 @@ def _scaling(
     )
     try:
         within, beyond = (scaled(length=times * original_length) for times in (1, 2))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # a word where a number should be
         raise UserError(f"extension={extension.name}: {error}") from error
     if within == beyond:
         return (lambda _: within), False

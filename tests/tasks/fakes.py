@@ -20,6 +20,7 @@ class Remembers(nn.Module):
     """Predicts from the last `memory` tokens alone; before the first token it remembers nothing."""
 
     recurrent, max_length = True, None
+    positions = extended = None
 
     def __init__(self, memory: int):
         super().__init__()
