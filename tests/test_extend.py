@@ -13,8 +13,15 @@ from zoo.positions.alibi import slopes
 from zoo.positions.rope import inverse_frequencies
 
 TRAINED = 16
-FACTORS = {"pi": 2, "ntk": 2, "ntk_by_parts": 4, "yarn": 4, "llama3": 4}
+FACTORS = {"pi": 2, "ntk": 2, "ntk_by_parts": 4, "yarn": 4, "llama3": 4, "longrope": 4}
 EXTENSIONS = [name for name, tree in extensions().items() if not tree.get("positions")]
+MORE = {
+    "lm_infinite": ["extension.reach.sinks=2"],
+    "longrope": [
+        f"extension.scaling.long_factors={[1, 1, *14 * [3.5]]}",
+        "extension.scaling.n_hat=4",
+    ],
+}
 # Nothing of these differs from the model within the trained length.
 IDENTITIES = {
     "none",
@@ -31,7 +38,7 @@ BOUNDED = {"streaming_llm", "window", "lm_infinite"}
 def extension(name: str, *words: str):
     given = any(word.startswith("extension.factor=") for word in words)
     factor = [f"extension.factor={FACTORS[name]}"] if name in FACTORS and not given else []
-    small = ["extension.reach.sinks=2"] if name == "lm_infinite" else []
+    small = MORE.get(name, [])
     return compose("eval", ["run=x", f"extension={name}", *factor, *small, *words]).extension
 
 
@@ -169,6 +176,28 @@ def test_tokens_placed_at_0_1_2_are_those_of_a_plain_window_and_elsewhere_are_no
     assert same == (model == "mamba")
 
 
+def test_trained_frequencies_learn_and_read_alike_in_any_chunks(tiny):
+    words = ["finetune=x", "extension=clex", "extension.factor=4"]
+    model = extend(tiny("transformer"), compose("train", words).extension, TRAINED).double()
+    torch.nn.init.normal_(model.frequencies.field.down.weight, std=0.1)
+    text, at = tokens(5 * TRAINED), torch.arange(2 * TRAINED - 1).expand(2, -1)
+    for loss in (model.loss(text), model.loss(text[:, : 2 * TRAINED], positions=at)):
+        grads = torch.autograd.grad(loss, [*model.frequencies.parameters()])
+        assert all(grad.isfinite().all() and grad.any() for grad in grads)
+    with torch.no_grad():
+        whole, state, outs = model(text), model.empty_state(2), []
+        for chunk in text.split([TRAINED - 1, 1, 1, 2 * TRAINED, 2 * TRAINED - 1], 1):
+            out, state = model(chunk, state)
+            outs.append(out)
+        torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-8, atol=1e-9)
+        plain = tiny("transformer")(text[:, :TRAINED])
+        torch.testing.assert_close(whole[:, :TRAINED], plain, rtol=1e-9, atol=1e-10)
+        model.frequencies.field.down.weight.mul_(2)  # nothing solved before is read again
+        assert not torch.allclose(model(text), whole)
+    with pytest.raises(UserError, match="its scaling is trained"):
+        extend(tiny("transformer"), extension("dca", "extension.scaling=clex"), TRAINED)
+
+
 def test_what_tells_where_tokens_stand_is_refused_where_it_cannot(tiny):
     words = ["finetune=x", "seq_len=16", "extension.factor=4"]
     pose = compose("train", [*words, "extension=pose", "extension.original_length=16"]).extension
@@ -190,6 +219,33 @@ def test_what_tells_where_tokens_stand_is_refused_where_it_cannot(tiny):
             compose("train", ["extension.factor=4", *more.split()])
     with pytest.raises(UserError, match="extension=pose is a way to train"):
         compose("eval", ["run=x", "extension=pose", "extension.factor=4"])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    {
+        "streaming_llm window=-3": "0 <= sinks=4 < window=-3",
+        "streaming_llm window=8 sinks=9": "0 <= sinks=9 < window=8",
+        "streaming_llm window=abc": "extension=streaming_llm: '<",
+        "window window=17": "window=17 <= the trained length 16",
+        "lm_infinite window=8 sinks=-1": "0 <= sinks=-1 < window=8",
+        "self_extend window=-1": "window=-1 between 1 and the trained length 16",
+        "self_extend group=0": "group=0 is at least 1",
+        "rerope window=0": "window=0 lies between 1 and the trained length 16",
+        "dca chunk=-4": "0 < chunk=-4 < 16",
+        "dca far_position=16": "chunk=12 <= far_position=16 < 16",
+    }.items(),
+)
+def test_a_reach_that_cannot_be_is_one_clear_line(words, told, tiny):
+    name, *options = words.split()
+    asked = [f"extension.reach.{option}" for option in options]
+    with pytest.raises(UserError, match=re.escape(told)) as caught:
+        extend(
+            tiny("transformer"),
+            compose("eval", ["run=x", f"extension={name}", *asked]).extension,
+            TRAINED,
+        )
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

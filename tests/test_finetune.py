@@ -1,6 +1,8 @@
 """Whole runs: a model trained short, given another reach by further training, and measured."""
 
 import csv
+import json
+import math
 import sys
 from pathlib import Path
 
@@ -9,11 +11,13 @@ import torch
 from building import train_config
 
 from zoo import learner
-from zoo.config import compose
+from zoo.config import compose, plain
 from zoo.data.corpora import open_corpus
-from zoo.data.loader import train_loader
+from zoo.data.loader import evaluation_text, train_loader
 from zoo.extend import extend, places
-from zoo.run import RunFolder
+from zoo.mixers.softmax import SoftmaxAttention
+from zoo.run import RunFolder, with_found
+from zoo.schema import Extension
 
 ROOT = Path(__file__).parents[1]
 L = 16
@@ -57,7 +61,7 @@ def first_loss(folder: RunFolder) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "window"), {"yarn": 4 * L, "pose": L, "randomised": L}.items(), ids=str
+    ("name", "window"), {"yarn": 4 * L, "pose": L, "randomised": L, "clex": L}.items(), ids=str
 )
 def test_a_run_is_tuned_under_an_extension_and_measured_as_it_was_tuned(name, window, program):
     extension = [f"extension={name}", "extension.factor=4"]
@@ -78,14 +82,16 @@ def test_a_run_is_tuned_under_an_extension_and_measured_as_it_was_tuned(name, wi
     (batch,) = loader
     assert ("positions" in batch) == (name != "yarn")
     expected = model.loss(batch["tokens"], positions=batch.get("positions"))
-    assert first_loss(folder) == pytest.approx(float(expected), rel=1e-5)
+    assert first_loss(folder) == pytest.approx(expected.item(), rel=1e-5)
     assert first_loss(folder) != pytest.approx(float(learner.load(base).loss(batch["tokens"])))
 
     # What it learned is read under the same extension, which nothing has to repeat.
     tuned, text = learner.load(folder), torch.randint(256, (1, 4 * L))
     by_hand = extend(learner.load(base), folder.config.extension, window)
     by_hand.load_state_dict(learner.trained_weights(folder))
-    assert torch.equal(tuned(text), by_hand(text))
+    assert torch.equal(tuned(text), by_hand.requires_grad_(False)(text))
+    if name == "clex":
+        assert tuned.frequencies.field.down.weight.any()  # zero before it was trained
     measure = ["task=perplexity", f"task.perplexity.lengths=[{L},{4 * L}]", "report=null"]
     code, _ = program("eval", f"run=runs/{name}", *measure)
     rows = [row for row in folder.rows() if row["protocol"] == "blocks"]
@@ -99,6 +105,67 @@ def test_a_run_is_tuned_under_an_extension_and_measured_as_it_was_tuned(name, wi
     code, error = program("train", f"finetune=runs/{name}", *extension, *FEW)
     assert code == 2
     assert "was fine-tuned itself: start from the run it came from" in error
+
+
+FEW_GENOMES = ["population=6", "mutations=3", "crossovers=3", "parents=4", "texts=2"]
+
+
+def test_longrope_is_searched_for_a_run_used_by_it_tuned_and_searched_again(program):
+    def search(run: str, generations: int) -> dict:
+        words = ["times=4", f"generations={generations}", *FEW_GENOMES]
+        code, error = program(
+            "eval", f"run=runs/{run}", "report=null", "task=longrope",
+            *(f"task.longrope.{word}" for word in words),
+        )  # fmt: skip
+        assert code == 0, error
+        return json.loads(Path(f"runs/{run}/longrope-x4.json").read_text())
+
+    measure = ["task=perplexity", f"task.perplexity.lengths=[{4 * L}]", "report=null"]
+    extension = ["extension=longrope", "extension.factor=4"]
+    code, error = program("eval", "run=runs/base", *measure, *extension)
+    assert code == 2
+    assert "python eval.py run=<run> task=longrope task.longrope.times=4" in error
+
+    search("base", 1)
+    found = search("base", 3)  # goes on with the first two
+    assert len(found["best"]) == 4
+    assert found["best"] == sorted(found["best"], reverse=True)
+    again = [row for row in RunFolder.open("runs/base").rows() if row["task"] == "longrope"]
+    assert again[-1]["bits_per_byte"] == found["best"][-1]
+    code, error = program(
+        "eval", "run=runs/base", "report=null", "task=longrope", "task.longrope.times=4"
+    )
+    assert code == 2
+    assert "longrope-x4.json holds another search, which differs in texts, population," in error
+
+    # What it found reads the validation text exactly as well as the search says.
+    base = learner.load(RunFolder.open("runs/base"))
+    config = compose("train", ["finetune=runs/base", *extension])
+    tree = with_found(plain(config)["extension"], RunFolder.open("runs/base"))
+    assert tree["scaling"]["long_factors"] == found["found"]["long_factors"]
+    extend(base, Extension.model_validate(tree), L)
+    corpus = open_corpus(RunFolder.open("runs/base").config.data.model_dump(), Path("cache"))
+    text = torch.from_numpy(evaluation_text(corpus.valid, 4 * L, 2, corpus.eval_documents))
+    for mixer in base.halves():
+        if isinstance(mixer, SoftmaxAttention):
+            mixer.reach.bucket = None
+            mixer.reach.scaling = lambda _, scaling=mixer.reach.scaling: scaling(4 * L)
+    bits = float(base.loss(text).detach()) / math.log(2)
+    assert bits == pytest.approx(found["best"][-1], rel=1e-5)
+
+    code, error = program("eval", "run=runs/base", *measure, *extension)
+    assert code == 0, error
+    code, error = program("train", "finetune=runs/base", *extension, "name=long", *FEW)
+    assert code == 0, error
+    scaling = RunFolder.open("runs/long").config.extension.scaling
+    assert scaling.options["long_factors"] == found["found"]["long_factors"]
+    short = search("long", 1)
+    assert short["found"]["long_factors"] == found["found"]["long_factors"]
+    assert max(short["found"]["short_factors"]) <= 4
+    code, error = program("eval", "run=runs/long", *measure, *extension)
+    assert code == 0, error
+    code, error = program("eval", "run=runs/long", *measure, "extension=yarn", "extension.factor=4")
+    assert code == 2
 
 
 def test_positions_are_randomised_from_the_start_too():

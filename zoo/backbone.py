@@ -57,7 +57,7 @@ class Backbone(nn.Module):
     the backward pass instead of keeping what it computed.
     """
 
-    extended = False  # whether zoo.extend gave it another reach
+    extended: str | None = None  # the extension that zoo.extend gave it
 
     def __init__(
         self,
@@ -91,6 +91,7 @@ class Backbone(nn.Module):
             blocks.append(block)
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(width, eps=norm_eps)
+        self.frequencies: nn.Module | None = None  # trained ones, length -> (inv_freq, factor)
         self.head = nn.Linear(width, vocab_size, bias=False)
         if tied:
             self.head.weight = self.embedding.weight
@@ -112,7 +113,11 @@ class Backbone(nn.Module):
         x = self.embedding(tokens)
         if self.positions is not None:
             x = self.positions(x, start, positions)
-        after, shared = [], {} if positions is None else {"positions": positions}
+        after, shared = [], {}
+        if positions is not None:
+            shared["positions"] = positions
+            if self.frequencies is not None:  # once for all layers
+                shared["inv_freq"], _ = self.frequencies(int(positions.max()) + 1)
         for index, block in enumerate(self.blocks):
             before = state.blocks[index] if state else None
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():

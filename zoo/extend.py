@@ -1,5 +1,5 @@
-"""Gives a model another reach: rotary scalings and attention remaps, no new weights; and training
-positions of a longer text."""
+"""Gives a model another reach: rotary scalings, attention remaps, training positions of a longer
+text. New weights only where frequencies are trained (CLEX)."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -27,12 +27,13 @@ ACTS_ON = {ROTARY: "rotary", PLACED: "rotary, linear-bias, sinusoidal or learned
 def extend(model: Backbone, extension: Extension, trained_length: int) -> Backbone:
     """The model with every rotary attention under `extension`, in place.
 
-    Lengths are tokens. Raises UserError in one line where the extension does not apply to the
-    model or its settings do not go together.
+    One tuned under LongRoPE may be read under LongRoPE with factors searched for it anew. Lengths
+    are tokens. Raises UserError in one line where the extension does not apply to the model or its
+    settings do not go together.
     """
     if not (extension.scaling or extension.reach or extension.positions):
         return model
-    if model.extended:
+    if model.extended and {model.extended, extension.name} != {"longrope"}:
         raise UserError(
             f"extension={extension.name}: this model was trained under an extension of its own, "
             "which extension=none measures"
@@ -46,10 +47,12 @@ def extend(model: Backbone, extension: Extension, trained_length: int) -> Backbo
     original_length = extension.original_length or trained_length
     if extension.positions is not None:
         _check_places(model, extension, original_length, trained_length)
-    if kinds == ROTARY:
-        for mixer in _rotary(model):
+    if kinds == ROTARY and _is_trained(extension):
+        _train_frequencies(model, extension, original_length)
+    elif kinds == ROTARY:
+        for mixer in rotary(model):
             mixer.reach = _reach(mixer, extension, original_length)
-    model.extended = True
+    model.extended = extension.name
     return model
 
 
@@ -93,7 +96,7 @@ def _positions(model: Backbone) -> set[str]:
     return kinds | {EMBEDDED[type(model.positions)]} if model.positions is not None else kinds
 
 
-def _rotary(model: Backbone) -> list[SoftmaxAttention]:
+def rotary(model: Backbone) -> list[SoftmaxAttention]:
     mixers = [half for half in model.halves() if isinstance(half, SoftmaxAttention)]
     return [mixer for mixer in mixers if mixer.positions == "rope"]
 
@@ -115,6 +118,36 @@ def _applicable(model: Backbone) -> str:
     return told + (f"; to train with, {', '.join(found[True])}" if found[True] else "")
 
 
+def _is_trained(extension: Extension) -> bool:
+    """Whether the scaling is a module, whose frequencies are learned."""
+    return extension.scaling is not None and isinstance(extension.scaling.load().func, type)
+
+
+def _train_frequencies(model: Backbone, extension: Extension, original_length: int) -> None:
+    """One module of frequencies for all rotary layers, trained with the model's weights."""
+    assert extension.scaling is not None
+    if extension.positions is None:
+        raise UserError(
+            f"extension={extension.name}: its scaling is trained, with windows that are placed: "
+            "python train.py finetune=<run> extension=clex"
+        )
+    mixers = rotary(model)
+    if len({(mixer.head_width, mixer.rope_base) for mixer in mixers}) > 1:
+        raise UserError(f"extension={extension.name} wants one width and base in all rotary layers")
+    try:
+        frequencies = extension.scaling.load()(
+            width=mixers[0].head_width,
+            base=mixers[0].rope_base,
+            factor=extension.factor,
+            original_length=original_length,
+        )
+    except (TypeError, ValueError) as error:  # a word where a number should be
+        raise UserError(f"extension={extension.name}: {error}") from error
+    model.frequencies = frequencies
+    for mixer in mixers:
+        mixer.reach = Reach(frequencies, bucket=original_length)
+
+
 def _reach(mixer: SoftmaxAttention, extension: Extension, original_length: int) -> Reach:
     scaling, by_length = _scaling(mixer, extension, original_length)
     if extension.reach is None:
@@ -130,7 +163,7 @@ def _reach(mixer: SoftmaxAttention, extension: Extension, original_length: int) 
         more["bucket"] = original_length
     try:
         return extension.reach.load()(scaling, **more)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # a word where a number should be
         raise UserError(f"extension={extension.name}: {error}") from error
 
 
@@ -150,7 +183,7 @@ def _scaling(
     )
     try:
         within, beyond = (scaled(length=times * original_length) for times in (1, 2))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # a word where a number should be
         raise UserError(f"extension={extension.name}: {error}") from error
     if within == beyond:
         return (lambda _: within), False

@@ -310,6 +310,31 @@ def resumed(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     return validate(TrainConfig, {**config, "resume": str(folder)})
 
 
+def with_found(extension: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
+    """The extension with the LongRoPE factors that a search has left in the run's folder.
+
+    UserError where that search was of other settings.
+    """
+    scaling, file = extension["scaling"], folder.path / found_file(extension["factor"])
+    if not isinstance(scaling, dict) or not file.is_file():
+        return {**extension}
+    if scaling.get("long_factors", ...) is not None:  # no LongRoPE, or its factors are given
+        return {**extension}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["found"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} is damaged: {one_line(error)}") from error
+    if scaling.get("magnitude") != found["magnitude"]:
+        told = f"{file} was searched under extension.scaling.magnitude={found['magnitude']}"
+        raise UserError(f"{told}, not {scaling.get('magnitude')}")
+    return {**extension, "scaling": {**scaling, **found}}
+
+
+def found_file(factor: float) -> str:
+    """Where in a run's folder a LongRoPE search keeps itself and what it found."""
+    return f"longrope-x{factor:g}.json"
+
+
 def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     """The configuration that trains the run `tree["finetune"]` further, under an extension.
 
@@ -328,7 +353,7 @@ def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     for section in ("data", "seed"):
         if not any(within(key, (section,)) for key in given):
             kept[section] = base[section]
-    extension = dict(tree["extension"])
+    extension = with_found(tree["extension"], folder)
     extension["original_length"] = extension.get("original_length") or base["seq_len"]
     if "seq_len" not in given:
         longer = 1 if extension.get("positions") else extension["factor"]

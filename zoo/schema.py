@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -71,7 +70,7 @@ class Part(OpenSection):
             choose("option", name, allowed or [])
         return self
 
-    def load(self) -> Callable[..., Any]:
+    def load(self) -> functools.partial[Any]:
         """What it names, its arguments bound; imports the module."""
         module, _, name = self.target.rpartition(".")
         return functools.partial(getattr(importlib.import_module(module), name), **self.options)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from zoo.positions.clex import CLEX, inference_t, training_positions, training_t
+from zoo.positions.clex import CLEX, inference_t, stretched, training_positions, training_t
 from zoo.positions.rope import inverse_frequencies, rotate
 from zoo.positions.scaling import ntk_aware
 
@@ -126,6 +126,18 @@ def test_training_positions_increase_from_0_to_the_end_of_the_longer_text(tokens
         assert at[-1] < t * window
     again = training_positions(tokens, window, t, torch.Generator().manual_seed(49))
     assert torch.equal(at, again)
+
+
+def test_windows_of_a_step_stand_in_one_text_of_any_length_up_to_the_longest():
+    draws, lengths = torch.Generator().manual_seed(0), set()
+    for _ in range(300):
+        at = stretched(3, 8, 16, draws)
+        assert at.shape == (3, 8)
+        assert (at.diff() > 0).all()
+        assert at[0, 0] == 0
+        assert len({*at[:, -1].tolist()}) == 1
+        lengths.add(int(at[0, -1]) + 1)
+    assert lengths == {*range(8, 17)}
 
 
 def test_with_t_1_tokens_stand_where_they_always_stood():

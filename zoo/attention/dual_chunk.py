@@ -39,6 +39,8 @@ class DualChunk(Reach):
             )
         self.chunk, self.local = s, w
         self.last = c - 1 if far_position is None else far_position
+        if not s <= self.last < c:
+            raise ValueError(f"dual chunk attention: chunk={s} <= far_position={self.last} < {c}")
         self.steps = [s, *self.steps[1:]]
 
     def views(self, rows: range) -> list[View]:

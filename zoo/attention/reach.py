@@ -8,7 +8,7 @@ chunking of the text and any block of queries gives the same output. Keys are ke
 before any turn, because a remap or a scaling may turn the same key to several positions.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from zoo.attention.window import Partial, seen_later, window
 from zoo.ops.attention import Part, attend, merge
-from zoo.positions.rope import turned
+from zoo.positions.rope import Frequencies, turned
 
 BLOCK = 512  # queries that share a list of views,
 FEW = 4096  # and where views are of few keys
 
 KeyMap = Callable[[Int[Tensor, " n"]], Tensor]  # where keys stand -> where they are turned to
-Scaling = Callable[[int], tuple[Sequence[float], float]]  # length -> (inv_freq, attention factor)
+Scaling = Callable[[int], tuple[Frequencies, float]]  # length -> (inv_freq, attention factor)
 
 
 class View(NamedTuple):
@@ -93,13 +93,14 @@ class Reach:
         stands = torch.arange(k.shape[1])
         stands = torch.where(stands < self.sinks, stands, stands + dropped)
         near = self._near(q, k, v, start, backend) if self.nearest else None
-        outs, keys, frequencies = [], {}, None
+        outs, keys, scaled, length = [], {}, None, None
         for rows in self.blocks(range(start, start + q.shape[1])):
             reached = (
                 rows.stop if self.bucket is None else -(-rows.stop // self.bucket) * self.bucket
             )
-            if (scaled := self.scaling(reached)) != frequencies:
-                keys, frequencies = {}, scaled
+            if scaled is None or (self.bucket and reached != length):
+                before, scaled, length = scaled, self.scaling(reached), reached
+                keys = keys if _same(before, scaled) else {}
             inv_freq, factor = scaled
             here, parts = slice(rows.start - start, rows.stop - start), []
             for view in self.views(rows):
@@ -159,6 +160,15 @@ class Reach:
     def kept(self, tokens: int) -> int:
         """How many keys are kept after so many tokens."""
         return tokens if self.recent is None else min(tokens, self.sinks + self.recent)
+
+
+def _same(one: tuple[Frequencies, float] | None, other: tuple[Frequencies, float]) -> bool:
+    """Whether keys turned by the one serve the other; trained frequencies, only the very same."""
+    if one is None or one[1] != other[1]:
+        return False
+    if isinstance(one[0], torch.Tensor) or isinstance(other[0], torch.Tensor):
+        return one[0] is other[0]
+    return one[0] == other[0]
 
 
 def far(

@@ -38,7 +38,7 @@ from zoo.mixers.base import (
 from zoo.ops.attention import Part, attention
 from zoo.positions.alibi import CHUNK, add_bias_channels
 from zoo.positions.relative import RelativeBias
-from zoo.positions.rope import inverse_frequencies, rotate, turned
+from zoo.positions.rope import Frequencies, inverse_frequencies, rotate, turned
 
 
 class KeyValues(NamedTuple):
@@ -114,7 +114,8 @@ class SoftmaxAttention(Mixer):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.positions == "rope" and at is not None:
-            q, k = self._placed(q, at), self._placed(k, at)
+            inv_freq, factor = self._frequencies(at, shared)
+            q, k = turned(q, inv_freq, at, factor), turned(k, inv_freq, at, factor)
         elif self.positions == "rope" and self.reach is None:
             q, k = rotate(q, self.inv_freq, start), rotate(k, self.inv_freq, start)
         if state:
@@ -126,13 +127,13 @@ class SoftmaxAttention(Mixer):
             k, v = self.reach.keep(k, v)
         return y, KeyValues(k, v, start + x.shape[1])
 
-    def _placed(self, x: Float[Tensor, "b t h d"], at: Tensor) -> Float[Tensor, "b t h d"]:
-        """Turned to where the tokens stand, by the frequencies for a text that reaches so far."""
+    def _frequencies(self, at: Tensor, shared: Shared | None) -> tuple[Frequencies, float]:
+        """Those for a text that reaches as far as `at`, and their attention factor."""
+        if shared and "inv_freq" in shared:
+            return shared["inv_freq"], 1.0
         if self.reach is None:
-            return turned(x, self.inv_freq, at)
-        length = int(at.max()) + 1 if self.reach.bucket else 0  # where it matters
-        inv_freq, factor = self.reach.scaling(length)
-        return turned(x, inv_freq, at, factor)
+            return self.inv_freq, 1.0
+        return self.reach.scaling(int(at.max()) + 1 if self.reach.bucket else 0)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, at: Tensor | None) -> Tensor:
         """Each query over the keys up to its own; the queries are the last of the keys."""

@@ -11,7 +11,8 @@ untrained CLEX is NTK_t to the last bit. Runge-Kutta 4 solves the rest, in equal
 tau = ln(2t-1), which are short in t where the frequencies move fastest; in float64 and on the CPU,
 as the problem is too small to be worth an accelerator's kernels.
 
-Departures from the authors' program: the frequencies follow the parameters and are never cached,
+`Continuous` is what a model reads by, `stretched` where its training windows stand. Departures from
+the authors' program: the frequencies follow the parameters and are never cached,
 NTK_t has the model's own base, training positions span t L and never fall, and queries carry no
 log(length) factor. Keys must be cached before they are turned.
 """
@@ -72,6 +73,39 @@ class CLEX(nn.Module):
         return self.ntk(t) * r.exp()
 
 
+class Continuous(nn.Module):
+    """CLEX's frequencies for a text of so many tokens: t = length / L, from 1 to `factor`.
+
+    Called as the functions of `scaling` are: (inverse frequencies, attention factor).
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        base: float = 10000.0,
+        factor: float,
+        original_length: int,
+        hidden: int = 1,
+        step: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.field = CLEX(width=width, base=base, hidden=hidden, step=step)
+        self.factor, self.original_length = factor, original_length
+        self.solved: dict[tuple[float, bytes, bytes], Tensor] = {}
+
+    def forward(self, length: int) -> tuple[Float[Tensor, " half"], float]:
+        t = min(max(length / self.original_length, 1.0), self.factor)
+        weights = (self.field.up.weight, self.field.down.weight)
+        if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
+            return self.field(t), 1.0
+        up, down = (w.detach().cpu().double().numpy().tobytes() for w in weights)
+        if (t, up, down) not in self.solved:  # every layer and token of a text asks for the same
+            self.solved = dict([*self.solved.items()][-31:])
+            self.solved[t, up, down] = self.field(t)
+        return self.solved[t, up, down], 1.0
+
+
 def inference_t(length: int, original_length: int, t_max: int) -> int:
     """ceil(length / L), from 1 to `t_max`: the text is read at positions 0 .. length - 1."""
     return min(max(math.ceil(length / original_length), 1), t_max)
@@ -82,6 +116,17 @@ def training_t(t_max: float, generator: Generator, *, whole: bool = False) -> fl
     if whole:
         return float(torch.randint(1, int(t_max) + 1, (), generator=generator))
     return 1 + (t_max - 1) * torch.rand((), generator=generator, dtype=torch.float64).item()
+
+
+def stretched(rows: int, tokens: int, max_length: int, generator: Generator, /) -> Tensor:
+    """Where the windows of a step stand, all in a text of the same length, drawn up to L'.
+
+    A text of n tokens is one of t = n / L: t is as continuous as positions are whole.
+    """
+    text = int(torch.randint(max(tokens, 3), max_length + 1, (), generator=generator))
+    between = [randomised(tokens - 2, text - 2, generator) + 1 for _ in range(rows)]
+    ends = torch.tensor([[0], [text - 1]]).expand(2, rows)[..., None]
+    return torch.cat([ends[0], torch.stack(between), ends[1]], 1)
 
 
 def training_positions(

@@ -8,12 +8,14 @@ Angles are products of positions up to millions with theta up to 1, where float3
 turn: they are formed in float64 and only their cosine and sine are rounded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+Frequencies = Sequence[float] | Tensor | Callable[[Tensor], Tensor]
 
 
 def inverse_frequencies(width: int, base: float = 10000.0) -> tuple[float, ...]:
@@ -118,9 +120,13 @@ class _Turn(torch.autograd.Function):
 
 def turned(
     x: Float[Tensor, "b n h d"],
-    inv_freq: Sequence[float] | Tensor,
+    inv_freq: Frequencies,
     positions: Tensor,
     factor: float = 1.0,
 ) -> Float[Tensor, "b n h d"]:
-    """Each token turned to its place in `positions` (n,), whole or not, times `factor`."""
+    """Each token turned to its place in `positions`, (n,) or (b, n), whole or not, times `factor`.
+
+    Frequencies may be a function of the positions.
+    """
+    inv_freq = inv_freq(positions) if isinstance(inv_freq, Callable) else inv_freq
     return rotate(x, inv_freq, positions=positions, attention_factor=factor)

@@ -15,6 +15,7 @@ depends on how much has been read, and keys must be cached before they are turne
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -212,17 +213,24 @@ def longrope(
     factor: float,
     original_length: int | None = None,
     length: int | None = None,
-    long_factors: Sequence[float],
+    long_factors: Sequence[float] | None,
     short_factors: Sequence[float] | None = None,
+    n_hat: int = 0,
     magnitude: str = "su",
-) -> Scaled:
+) -> tuple["tuple[float, ...] | KeepFirst", float]:
     """LongRoPE (Ding 2024): theta_i / lambda_i with the lambda a search has found.
 
     Heeds `length`, if given: `short_factors` (all 1 unless given) up to L, `long_factors` above;
     without it the long ones. `factor` s sets the magnitude alone, that of the authors' program
     and of Phi-3, at every length since the weights were tuned with it: su, sqrt(1 + ln s / ln L),
-    or yarn. `keep_first` adds n_hat. Golden: su 1.190238 for s = 32, L = 4096.
+    or yarn, or none of them. Above L the first `n_hat` positions turn as they did. Golden: su
+    1.190238 for s = 32, L = 4096.
     """
+    if long_factors is None:
+        raise ValueError(
+            "its factors are searched for a model: python eval.py run=<run> task=longrope "
+            f"task.longrope.times={factor:g}"
+        )
     s, window = _at_least_one(factor), _window(original_length)
     short = length is not None and length <= window
     rescale = (short_factors or [1.0] * (width // 2)) if short else long_factors
@@ -232,11 +240,24 @@ def longrope(
             f"LongRoPE needs a positive rescale factor for each of the {len(theta)} pairs: "
             f"got {len(rescale)}, the least {min(rescale, default=None)}"
         )
-    if choose("magnitude", magnitude, ["su", "yarn"]) == "su":
-        attention_factor = math.sqrt(1 + math.log(s) / math.log(window)) if s > 1 else 1.0
-    else:
-        attention_factor = temperature(s)
-    return tuple(f / lam for f, lam in zip(theta, rescale, strict=True)), attention_factor
+    su = math.sqrt(1 + math.log(s) / math.log(window)) if s > 1 else 1.0
+    factors = {"su": su, "yarn": temperature(s), "none": 1.0}
+    attention_factor = factors[choose("magnitude", magnitude, [*factors])]
+    inv_freq = tuple(f / lam for f, lam in zip(theta, rescale, strict=True))
+    kept = KeepFirst(inv_freq, theta, n_hat) if n_hat and not short else inv_freq
+    return kept, attention_factor
+
+
+@dataclass(frozen=True)
+class KeepFirst:
+    """Frequencies by position: `plain` at the first `n_hat`, `inv_freq` from there on."""
+
+    inv_freq: tuple[float, ...]
+    plain: tuple[float, ...]
+    n_hat: int
+
+    def __call__(self, positions: Tensor) -> Float[Tensor, "*t half"]:
+        return keep_first(self.inv_freq, self.plain, self.n_hat, positions)
 
 
 def keep_first(

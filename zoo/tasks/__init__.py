@@ -22,7 +22,7 @@ from zoo.report import write_report
 from zoo.report.rows import gather
 from zoo.report.text import as_text
 from zoo.report.wandb import mirror
-from zoo.run import RunFolder
+from zoo.run import RunFolder, with_found
 from zoo.schema import EvalConfig, Extension
 from zoo.tasks.progress import Progress
 from zoo.tasks.score import AUTOCAST, NotApplicableError, Row, Subject, attempt, told
@@ -52,10 +52,12 @@ def evaluate(
     rows, runs, statuses = [], [], set()
     for folder in folders:
         progress.run = folder.name
-        about = _identity(config, folder, device)
+        extension = _found(config.extension, folder)
+        about = _identity(extension, folder, device)
         runs.append(about | folder.info)
+        settled = config.model_copy(update={"extension": extension})
         asked: list[Row] = []
-        found = list(_measure_run(config, folder, about, device, progress, fresh, asked))
+        found = list(_measure_run(settled, folder, about, device, progress, fresh, asked))
         if len(folders) == 1 and all(row["status"] == "not_applicable" for row in found):
             raise UserError(found[0]["reason"])
         statuses |= {row["status"] for row in found}
@@ -163,9 +165,14 @@ def _open(
     )
 
 
-def _identity(config: EvalConfig, folder: RunFolder, device: torch.device) -> Row:
+def _found(extension: Extension, folder: RunFolder) -> Extension:
+    """The extension with what a search has found for this run."""
+    return Extension.model_validate(with_found(plain(extension), folder))
+
+
+def _identity(extension: Extension, folder: RunFolder, device: torch.device) -> Row:
     """The fields every row of a run shares: what was trained, how, and what measures it."""
-    trained, info, extension = folder.config, folder.info, config.extension
+    trained, info = folder.config, folder.info
     name = trained.model.name
     if trained.finetune or trained.extension.name != "none":
         how = "tuned" if trained.finetune else "trained"

@@ -1,0 +1,206 @@
+"""LongRoPE's search on a trained run: which rescale of its rotary pairs reads longer texts best.
+
+What is found stays in the run's folder, `longrope-x8.json` for a factor of 8, where extension=
+longrope finds it. So does the search itself, after every generation: the same command goes on with
+it, and with more `generations` beyond its end. Of a run that was fine-tuned under LongRoPE the
+factors of texts up to its original length are searched for (Ding 2024, section 3.4), beside those
+it was tuned with.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from zoo.attention.reach import Reach
+from zoo.data.loader import evaluation_text
+from zoo.errors import UserError
+from zoo.extend import rotary
+from zoo.files import write_text
+from zoo.mixers.softmax import SoftmaxAttention
+from zoo.positions.longrope import N_HATS, Rescale, Search
+from zoo.positions.rope import inverse_frequencies
+from zoo.positions.scaling import linear, longrope, ntk_aware, yarn
+from zoo.run import RunFolder, found_file
+from zoo.tasks.score import Row, Subject, attempt, bits_per_byte, chunk_tokens, score
+
+
+def measure(
+    subject: Subject,
+    *,
+    times: float,
+    texts: int = 5,
+    population: int = 64,
+    generations: int = 40,
+    mutations: int = 16,
+    crossovers: int = 16,
+    parents: int = 32,
+    most: float | None = None,
+    magnitude: str = "su",
+    seed: int = 0,
+    chunk: int = 4096,
+) -> Iterator[Row]:
+    """One row: bits per byte under the best rescale, and the best of each generation.
+
+    Searched on `texts` texts of the validation split, of `times` times the trained length; short
+    factors at the original length. Raises UserError where the model has no rotary positions or the
+    folder holds a search with other settings.
+    """
+    problem = _problem(subject, times, magnitude)
+    most = most or (times if problem.tuned else 1.25 * times)
+    sizes: dict[str, Any] = {
+        "population": population,
+        "mutations": mutations,
+        "crossovers": crossovers,
+    }
+    sizes |= {"parents": parents, "seed": seed}
+    try:
+        search = Search(problem.starts, most, problem.n_hats, **sizes)
+    except ValueError as error:
+        raise UserError(f"longrope: {error}") from error
+    corpus = subject.corpus
+    text = evaluation_text(corpus.valid, problem.length, texts, corpus.eval_documents)
+    key = {"split": "valid", "length": problem.length, "units": len(text), "searched": generations}
+    settings = {"texts": len(text), "times": times, "magnitude": problem.magnitude, **sizes}
+    settings |= {"most": most, "weights": _fingerprint(subject)}
+    file = subject.folder / found_file(times)
+    if _resume(search, file, settings) or not subject.measured(key):
+        outcome = attempt(lambda: _search(subject, search, problem, text, generations, chunk, file))
+        yield key | outcome.row | (outcome.value or {})
+
+
+@dataclass
+class Problem:
+    """What is searched: the texts' length, where to start, and how a genome turns the keys."""
+
+    mixers: list[SoftmaxAttention]
+    length: int
+    starts: list[Rescale]
+    n_hats: Sequence[int]
+    factor: float
+    original_length: int
+    magnitude: str
+    tuned: dict[str, Any]  # the scaling that the run was tuned under, if it was
+
+    def use(self, genome: Rescale) -> None:
+        """Let the model read under the genome."""
+        mixer = self.mixers[0]
+        scaled = longrope(
+            width=mixer.head_width,
+            base=mixer.rope_base,
+            factor=self.factor,
+            original_length=self.original_length,
+            long_factors=genome.factors,
+            n_hat=genome.n_hat,
+            magnitude=self.magnitude,
+        )
+        for mixer in self.mixers:
+            mixer.reach = Reach(lambda _: scaled)
+
+    def found(self, best: Rescale) -> dict[str, Any]:
+        """The options of `longrope` that the search has settled."""
+        factors = list(best.factors)
+        if self.tuned:
+            return {**self.tuned, "short_factors": factors, "magnitude": self.magnitude}
+        return {"long_factors": factors, "n_hat": best.n_hat, "magnitude": self.magnitude}
+
+
+def _problem(subject: Subject, factor: float, magnitude: str) -> Problem:
+    config, mixers = RunFolder.open(subject.folder).config, rotary(subject.model)
+    if not mixers or len({(mixer.head_width, mixer.rope_base) for mixer in mixers}) > 1:
+        raise UserError("longrope searches for models whose rotary layers have one width and base")
+    if subject.extension != "none":
+        raise UserError("longrope searches under extension=none, for the model as it was trained")
+    if not factor > 1:
+        raise UserError(f"task.longrope.times={factor:g}: texts longer than trained, so above 1")
+    own = config.extension
+    if own.name not in ("none", "longrope") or (own.scaling and own.factor != factor):
+        raise UserError(f"longrope: the run was tuned under {own.name} x{own.factor:g}, not this")
+    original_length = own.original_length or config.seq_len
+    n_hats = [n for n in N_HATS if n < original_length]
+    given = {"width": mixers[0].head_width, "base": mixers[0].rope_base, "factor": factor}
+    theta = inverse_frequencies(mixers[0].head_width, mixers[0].rope_base)
+    if own.scaling is None:
+        starts = [f(**given, original_length=original_length)[0] for f in (linear, ntk_aware, yarn)]
+        ratios = [[t / f for t, f in zip(theta, start, strict=True)] for start in starts]
+        length, tuned = int(factor * original_length), {}
+    else:
+        known = own.scaling.options
+        ratios, n_hats, length = [[1.0] * len(theta), known["long_factors"]], [0], original_length
+        tuned = {name: known[name] for name in ("long_factors", "n_hat")}
+        magnitude = known["magnitude"]
+    starts = [Rescale(tuple(ratio)) for ratio in ratios]
+    return Problem(mixers, length, starts, n_hats, factor, original_length, magnitude, tuned)
+
+
+def _search(
+    subject: Subject,
+    search: Search,
+    problem: Problem,
+    text: Int[np.ndarray, "n t1"],
+    generations: int,
+    chunk: int,
+    file: Path,
+) -> Row:
+    """Search to the end, saving as it goes; the row's figures."""
+    tokens, size = len(text) * problem.length, subject.corpus.valid.bytes_per_token
+
+    def loss(genome: Rescale) -> float:
+        problem.use(genome)
+        sums = (
+            score(subject, piece[None], chunk=chunk_tokens(subject, chunk))[0] for piece in text
+        )
+        return bits_per_byte(sum(float(nll.sum()) for nll in sums), tokens, size)
+
+    def begin() -> None:
+        told = f"longrope generation {search.generation} of {generations}"
+        best = f", best {search.scored[0][0]:.4f}" if search.scored else ""
+        many = search.mutations + search.crossovers if search.generation else search.population
+        subject.progress.begin(f"{told}{best}", many * tokens)
+
+    state = json.loads(file.read_text(encoding="utf-8"))
+    before = [mixer.reach for mixer in problem.mixers]
+    begin()
+    try:
+        with subject.arithmetic():
+            for _ in search.run(loss, generations):
+                state |= {"search": search.state(), "found": problem.found(search.scored[0][1])}
+                state["best"] = [*state["best"], search.scored[0][0]]
+                write_text(file, json.dumps(state))
+                begin()
+    finally:
+        for mixer, reach in zip(problem.mixers, before, strict=True):
+            mixer.reach = reach
+    best, genome = search.scored[0]
+    return {"bits_per_byte": best, "best": state["best"], "n_hat": genome.n_hat} | {
+        "factors": list(genome.factors),
+        "found_file": file.name,
+    }
+
+
+def _resume(search: Search, file: Path, settings: Row) -> bool:
+    """Go on with the search that the file holds, or begin one there; whether it begins."""
+    if not file.is_file():
+        write_text(file, json.dumps({"settings": settings, "best": []}))
+        return True
+    state = json.loads(file.read_text(encoding="utf-8"))
+    theirs = state["settings"]
+    if differ := [key for key in {**theirs, **settings} if theirs.get(key) != settings.get(key)]:
+        raise UserError(
+            f"{file} holds another search, which differs in {', '.join(differ)}: move it away"
+        )
+    if "search" in state:
+        search.restore(state["search"])
+    return "search" not in state
+
+
+def _fingerprint(subject: Subject) -> str:
+    digest = hashlib.sha256()
+    for parameter in subject.model.parameters():
+        digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
