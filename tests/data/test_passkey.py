@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from building import train_config
-from hypothesis import given
-from hypothesis import strategies as st
 
 from zoo.config import plain, run_name
 from zoo.data.corpora import Corpus
@@ -47,7 +45,7 @@ def test_a_window_states_its_key_once_and_asks_for_it_to_the_end():
         assert window.count(STATEMENT) == 1
         assert window.index(STATEMENT) < window.index(QUESTION)
         assert 1 <= window.count(QUESTION) <= TIMES
-        assert window.count(f"~{key}{END}") == window.count("~") / 2 == 1 + window.count(QUESTION)
+        assert window.count(f"~{key}{END}") == window.count("~") == 1 + window.count(QUESTION)
         assert window.endswith(f"{QUESTION}{key}{END}")
     assert len({re.search(SENTENCE, window)[1] for window in windows}) > 35
     starts = [window.index(STATEMENT) for window in windows]
@@ -65,7 +63,8 @@ def test_a_share_of_the_windows_holds_a_key_and_the_rest_is_the_text():
     assert planted(0.3) != planted(0.3, step=1)
 
 
-@given(st.integers(90, 600), st.floats(0, 1))
+@pytest.mark.parametrize("size", [50, 257, 600])
+@pytest.mark.parametrize("depth", [0.0, 0.3, 0.5, 1.0])
 def test_a_prompt_ends_with_the_question_and_hides_the_key_at_its_depth(size, depth):
     prompt = text(passkey_prompt(FILLER[:size], "4071", depth, encode_bytes))
     assert len(prompt) == size

@@ -128,6 +128,8 @@ def test_what_cannot_be_asked_keeps_its_row_with_the_reason(tmp_path):
     assert (row["status"], row["length"]) == ("failed", 4000)
     with pytest.raises(UserError, match="candidates from 2 to 10000"):
         next(measure(subject(model, tmp_path), candidates=1))
+    with pytest.raises(UserError, match="lengths above 4"):
+        next(measure(subject(model, tmp_path), lengths=[4]))
     known = make_subject(model, tmp_path, subject(model, tmp_path).store, measured=lambda key: True)
     assert list(measure(known, lengths=[200], **SMALL)) == []
 

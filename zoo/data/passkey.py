@@ -2,10 +2,10 @@
 "Landmark Attention", section 4.2), so made that small models learn to find it.
 
 The filler is the corpus's own text, of which the sentences overwrite what stood in their place. A
-key has few digits and a sign before it that is rare in text, so that what follows the last such
-sign is to be found behind an earlier one. With _ for the text:
+key has few digits and before it a sign that is rare in text: what is to follow the last such sign
+is what followed an earlier one. With _ for the text:
 
-    __________________ The pass key is ~4071~. __________________ Pass key? ~4071~. ______________
+    ____________________ The pass key is ~4071. ____________________ Pass key? ~4071. ____________
 
 `passkey_prompt` ends where the key is to follow. A training window is asked up to `TIMES` times, at
 growing distances from the statement, so that it gives several examples to learn from.
@@ -21,7 +21,7 @@ from zoo.data.tokenizers import Encode
 from zoo.errors import UserError
 
 DIGITS = 4
-STATEMENT, QUESTION, END = "\nThe pass key is ~", "\nPass key? ~", "~.\n"
+STATEMENT, QUESTION, END = "\nThe pass key is ~", "\nPass key? ~", ".\n"
 TIMES = 8  # that a training window asks
 STREAM = 0x9A55  # sets these random numbers apart from others of the same (seed, step, row)
 

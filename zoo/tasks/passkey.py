@@ -47,28 +47,23 @@ def measure(
     Each of them reads depths * repeats prompts, `chunk` tokens at a time.
     """
     lengths = sorted(set(lengths or (times * subject.train_length for times in TIMES)))
-    if min(lengths[0], depths, repeats, chunk) < 1 or not 2 <= candidates <= 10**DIGITS:
+    if lengths[0] <= DIGITS or min(depths, repeats, chunk) < 1 or not 2 <= candidates <= 10**DIGITS:
         raise UserError(
-            "passkey wants lengths, depths, repeats and chunk of at least 1, and candidates "
-            f"from 2 to {10**DIGITS}"
+            f"passkey wants lengths above {DIGITS}, depths, repeats and chunk of at least 1, and "
+            f"candidates from 2 to {10**DIGITS}"
         )
     documents, count = subject.corpus.eval_documents, depths * repeats
     questions = [_keys(seed, index, candidates) for index in range(count)]
-    key = {"split": subject.split, "documents": documents, "unit": lengths[-1], "count": count}
-    key |= {
-        "depths": np.linspace(0, 1, depths).tolist(),
-        "candidates": candidates,
-        "digits": DIGITS,
-    }
-    key |= {"passkey_seed": seed}
+    asked = {"split": subject.split, "documents": documents, "unit": lengths[-1], "count": count}
+    asked |= {"depths": np.linspace(0, 1, depths).tolist(), "candidates": candidates}
+    asked |= {"digits": DIGITS, "key_seed": seed}
     found = attempt(lambda: evaluation_text(subject.store, lengths[-1], count, documents))
     for length in lengths:
-        named = key | {"length": length}
+        named = asked | {"length": length}
         if not found.ok:  # no stretch is long enough
             yield named | found.row
         elif not subject.measured(named):
-            ask = partial(_ask, subject, found.value, length, named, questions, chunk)
-            outcome = attempt(ask)
+            outcome = attempt(partial(_ask, subject, found.value, named, questions, chunk))
             yield named | outcome.row | (outcome.value or {})
 
 
@@ -84,14 +79,13 @@ def _keys(seed: int, index: int, count: int) -> list[str]:
 def _ask(
     subject: Subject,
     text: Int[np.ndarray, "units t"],
-    length: int,
-    key: Row,
+    asked: Row,
     questions: Sequence[Sequence[str]],
     chunk: int,
 ) -> Row:
-    """How often the model finds the key among `length` tokens, over all prompts and by depth."""
+    """How often the model finds the key at the length asked, over all prompts and by depth."""
+    encode, depths, length = subject.corpus.encode, asked["depths"], asked["length"]
     check_length(subject.model, length)
-    encode, depths = subject.corpus.encode, key["depths"]
     prompts = [
         passkey_prompt(
             text[i // len(depths) % len(text)][-(length - DIGITS) :],
@@ -115,7 +109,7 @@ def _ask(
     return {
         "accuracy": chosen.sum() / count,
         "interval": wilson(chosen.sum(), count),
-        "chance": 1 / key["candidates"],
+        "chance": 1 / asked["candidates"],
         "correct": int(chosen.sum()),
         "correct_by_depth": chosen.tolist(),
         "exact": written.sum() / count,
