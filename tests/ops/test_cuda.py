@@ -7,9 +7,13 @@ from pathlib import Path
 import emulator
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zoo import doctor
+from zoo.errors import UserError
+from zoo.ops import causal_conv as conv_module
 from zoo.ops import cuda, native
+from zoo.ops import selective_scan as scan_module
 from zoo.ops.selective_scan import CUDA
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,6 +129,32 @@ def test_arguments_that_do_not_fit_are_refused():
         CUDA.pack({name: 1 for name in CUDA.sizes if name != "chunk"}, {})
     with pytest.raises(ValueError, match="no grid of"):
         CUDA.call("outputs", (1, 65536, 1), 32, macros(0, STATES=4), sizes, x=x)
+
+
+def test_cuda_tensors_reach_the_kernels_in_their_own_types(monkeypatch):
+    for op in (scan_module, conv_module):
+        monkeypatch.setattr(op.CUDA, "missing", lambda *_: True)
+
+    def empty(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="cuda")
+
+    with FakeTensorMode():  # shapes and types alone: no kernel runs
+        x, B, A = empty(2, 40, 6), empty(2, 40, 3), empty(6, 3, dtype=torch.float32)
+        y, last = scan_module.selective_scan(x, x, A, B, B, z=x, backend="native")
+        assert (y.dtype, y.shape, y.device.type) == (x.dtype, x.shape, "cuda")
+        assert (last.dtype, last.shape) == (torch.float32, (2, 6, 3))
+        tensors = (x, x, A, B, B, None, x, None)
+        saved = scan_module.scan(*tensors, None, True)[2]
+        assert (saved.dtype, saved.shape) == (torch.float32, (2, 2, 3, 6))
+        gradients = scan_module.scan_backward(y, None, *tensors, saved)
+        dtypes = [gradient.dtype for gradient in gradients]
+        assert dtypes == [*(a.dtype for a in (x, x, A, B, B, A, x, A)), torch.float32]
+        y, before = conv_module.causal_conv(x, empty(6, 4, dtype=torch.float32), backend="native")
+        assert (y.dtype, before.dtype, before.shape) == (x.dtype, x.dtype, (2, 3, 6))
+        with pytest.raises(UserError, match="does not take these inputs"):
+            scan_module.selective_scan(
+                x, x, empty(6, 65), empty(2, 40, 65), empty(2, 40, 65), backend="native"
+            )  # more states than the kernel has room for
 
 
 @pytest.mark.parametrize("tokens", [1, 32, 33, 65536, 100_000])
