@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env compare claims test lint bench clean
+.PHONY: help env compare claims test lint bench gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ bench: .venv/ready-dev  ## time the CPU kernels and training steps against other
 	$(RUN) kernels/bench/matrix_state.py --json kernels/bench/results/matrix_state.json
 	$(RUN) kernels/bench/steps.py --json kernels/bench/results/steps.json
 	$(RUN) kernels/bench/growth.py --json kernels/bench/results/growth.json
+
+gpu-check:  ## build, check and time the CUDA kernels on a GPU, with PYTHON's own torch
+	$(PYTHON) kernels/bench/gpu_check.py
 
 clean:  ## remove the environment and caches; runs stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,5 +1,6 @@
 """The convolution is its sum: every backend, every gradient, any chunking."""
 
+import emulator
 import pytest
 import torch
 from torch import Tensor
@@ -135,3 +136,29 @@ def test_what_does_not_fit_is_refused():
         causal_conv(x[:, :0], weight)
     with pytest.raises(UserError, match="activation"):
         causal_conv(x, weight, activation="relu")
+
+
+# (b, t, d), whether threads run last first, activation: shorter than the window, several segments
+EMULATED = [((2, 2, 19), True, "silu"), ((2, 131, 5), False, "silu"), ((1, 64, 130), True, None)]
+
+
+@emulator.needed
+@pytest.mark.parametrize(("shape", "reverse", "activation"), EMULATED)
+def test_cuda_is_the_reference(shape, reverse, activation, monkeypatch):
+    emulator.install(monkeypatch, reverse=reverse)
+    torch.use_deterministic_algorithms(True)  # every `torch.empty` is full of NaN
+    try:
+        args = {k: a.detach() for k, a in arguments(*shape, 4, torch.float32).items()}
+        x, weight, bias, state = args.values()
+        y, last = module._conv_cuda(x, weight, bias, state, activation == "silu")
+        torch.manual_seed(1)
+        dy, dlast = (torch.randn(a.shape, dtype=torch.float64).float() for a in (y, last))
+        gradients = module._conv_backward_cuda(
+            dy, dlast, x, weight, bias, state, activation == "silu"
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    wide = {k: a.double().requires_grad_() for k, a in args.items()}
+    wanted = everything(wide, "reference", activation)
+    found = {"y": y, "last": last, **dict(zip(args, gradients, strict=True))}
+    assert_close(found, wanted, 1e-6)

@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch) -> Iterator[Path]:
     """A process that has not built anything yet, with an empty cache."""
 
     def forget():
-        for function in (native.load, native._compiler, native._cache_folder, KERNEL.missing):
+        for function in (native.load, native._compiler, native.cache_folder, KERNEL.missing):
             function.cache_clear()
         backends._used.clear()
 
@@ -63,7 +63,7 @@ def test_a_damaged_library_is_built_again(cache):
     library.unlink()  # a new file: the old one is mapped into this process
     for damaged in (b"", b"\x7fELF", good[: len(good) // 2], flipped):
         library.write_bytes(damaged)
-        assert not native._intact(library)
+        assert native.read_intact(library) is None
     native.load.cache_clear()
     native.load(SOURCE)
     assert library.read_bytes() == good
@@ -72,7 +72,7 @@ def test_a_damaged_library_is_built_again(cache):
 def test_a_cache_that_cannot_be_written_is_replaced_for_the_process(cache, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    folder = native._cache_folder()
+    folder = native.cache_folder()
     assert folder.stat().st_mode & 0o777 == 0o700  # nobody else can slip a library in
     assert convolve("native").isfinite().all()
     assert only_library(folder).is_file()

@@ -1,7 +1,10 @@
 """The scan is its definition: every backend, every gradient, any chunking."""
 
 import math
+import mmap
+import sys
 
+import emulator
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,6 +45,14 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance:
     for name, value in wanted.items():
         error = (found[name].double() - value).norm() / value.norm()
         assert error <= tolerance, f"{name}: {error:.1e}"  # NaN fails too
+
+
+@pytest.fixture
+def poisoned():
+    """Every `torch.empty` is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -190,14 +201,6 @@ def test_bfloat16_comes_and_goes_while_the_state_stays_float32():
     assert_close({"last": state}, {"last": last}, 1e-6)
 
 
-@pytest.fixture
-def poisoned():
-    """Every `torch.empty` is full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_native_writes_all_of_its_outputs(shape, poisoned):
     assert torch.isnan(torch.empty(3)).all()
@@ -229,6 +232,114 @@ def test_native_sums_of_a_long_sequence_are_right_to_a_millionth():
     exact = everything(args, "native")
     narrow = {k: v.detach().float().requires_grad_() for k, v in args.items()}
     assert_close(everything(narrow, "native"), exact, 1e-6)
+
+
+def on_cuda(args: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], ...]:
+    """What `everything` computes, by the CUDA kernel in the emulator; and by the definition.
+
+    Sequences are of `dtype`, the rest float32; the definition takes the same numbers in float64.
+    """
+    inputs = {
+        k: a.detach().to(dtype if k in module.SEQUENCES else torch.float32) for k, a in args.items()
+    }
+    y, last, saved = module._scan_cuda(*inputs.values(), True)
+    torch.manual_seed(1)
+    dy, dlast = (torch.randn(a.shape, dtype=torch.float64).to(a.dtype) for a in (y, last))
+    tensors = [inputs[k] for k in NAMES if k != "state"]
+    gradients = module._scan_backward_cuda(dy, dlast, *tensors, saved)
+    found = {"y": y, "last": last, **dict(zip(NAMES, gradients, strict=True))}
+    wide = {k: a.double().requires_grad_() for k, a in inputs.items()}
+    exact, exact_last = selective_scan(**wide, backend="reference")
+    loss = (exact * dy.double()).sum() + (exact_last * dlast.double()).sum()
+    wanted = torch.autograd.grad(loss, list(wide.values()))
+    return found, {"y": exact, "last": exact_last, **dict(zip(NAMES, wanted, strict=True))}
+
+
+# (b, t, d, n), dtype, whether time is split, whether threads run last first, rate. Few sizes of n,
+# each of which takes a compilation.
+EMULATED = [
+    ((2, 37, 19, 3), torch.float32, True, False, 1.0),
+    ((2, 37, 19, 3), torch.float32, False, True, 1e-4),
+    ((1, 99, 3, 4), torch.float32, True, True, 100.0),
+    ((1, 67, 35, 16), torch.bfloat16, False, False, 1.0),
+    ((1, 67, 35, 16), torch.bfloat16, True, True, 1.0),
+    ((1, 5, 3, 33), torch.float16, True, True, 1.0),
+]
+
+
+@emulator.needed
+@pytest.mark.parametrize(("shape", "dtype", "split", "reverse", "rate"), EMULATED)
+def test_cuda_is_the_reference(shape, dtype, split, reverse, rate, monkeypatch, poisoned):
+    emulator.install(monkeypatch, split=split, reverse=reverse)
+    found, wanted = on_cuda(arguments(*shape, rate=rate), dtype)
+    rounding = {torch.float32: 0, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    for name, value in found.items():
+        assert value.dtype == (dtype if name in ("y", *module.SEQUENCES) else torch.float32)
+        # an exponent is rounded before it is raised, and here they reach -100
+        precise = 1e-6 if rate < 100 else 4e-6
+        tolerance = rounding if value.dtype == dtype != torch.float32 else precise
+        assert_close({name: value}, {name: wanted[name]}, tolerance)
+
+
+@emulator.needed
+def test_cuda_does_without_what_is_optional(monkeypatch, poisoned):
+    emulator.install(monkeypatch)
+    args = arguments(1, 34, 3, 2, dtype=torch.float32)
+    short = [args[k].detach() for k in ("x", "dt", "A", "B", "C")] + [None] * 3
+    y, last, saved = module._scan_cuda(*short, None, True)
+    wide = [args[k].detach().double().requires_grad_() for k in ("x", "dt", "A", "B", "C")]
+    wanted, wanted_last = selective_scan(*wide, backend="reference")
+    gradients = module._scan_backward_cuda(torch.ones_like(y), None, *short, saved)
+    exact = torch.autograd.grad(wanted.sum(), wide)
+    found = dict(enumerate([y, last, *gradients[:5]]))
+    assert_close(found, dict(enumerate([wanted, wanted_last, *exact])), 1e-6)
+
+
+# What the emulator must notice: text of the kernel, and the mistake in its place.
+MISTAKES = {
+    "no barrier before a tile is overwritten": ("__syncthreads();\n        fill(", "fill("),
+    "a barrier that some threads skip": ("        __sync", "if (p.here) __sync"),
+    "swapped indices": ("start + t, k, t", "start + k, t, t"),
+}
+
+
+def emulated_error(monkeypatch, change: tuple[str, str]) -> None:
+    """Raises what is wrong with y where a line of the kernel is changed."""
+    inputs = [a.detach() for a in arguments(1, 67, 40, 4, dtype=torch.float32).values()]
+    wanted, _ = selective_scan(*inputs, backend="reference")
+    for reverse in (False, True):
+        emulator.install(monkeypatch, split=False, reverse=reverse, change=change)
+        y, *_ = module._scan_cuda(*inputs, False)
+        assert_close({"y": y}, {"y": wanted}, 1e-6)
+
+
+@emulator.needed
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+def test_the_emulator_notices(mistake, monkeypatch, poisoned):
+    with pytest.raises((AssertionError, RuntimeError), match=r"y: |different places"):
+        emulated_error(monkeypatch, mistake)
+
+
+@emulator.needed
+@pytest.mark.skipif(sys.platform != "linux", reason="wants 17 GB of address space for nothing")
+@pytest.mark.parametrize("change", [None, ("t * row", "(int)t * (int)row")])
+def test_cuda_reads_rows_further_apart_than_32_bits_count(change, monkeypatch):
+    """Token 1 lies 2^32 + 64 elements after token 0; nobody touches what is between.
+
+    Offsets of 32 bits, the mistake, would find zeros.
+    """
+    args = [a.detach() for a in arguments(1, 2, 4, 4, dtype=torch.float32).values()]
+    emulator.install(monkeypatch)
+    wanted = module._scan_cuda(*args, False)
+    apart = 2**32 + 64
+    reserve_nothing = 0x4000  # MAP_NORESERVE of Linux
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
+    memory = mmap.mmap(-1, 4 * (apart + 4), flags)
+    x = torch.frombuffer(memory, dtype=torch.float32).as_strided((1, 2, 4), (0, apart, 1))
+    x.copy_(args[0])
+    emulator.install(monkeypatch, change=change)
+    same = torch.equal(module._scan_cuda(x, *args[1:], False)[0], wanted[0])
+    assert same == (change is None)
 
 
 def test_without_gradients_the_kernel_is_called_past_the_dispatcher(monkeypatch):

@@ -3,9 +3,11 @@
     y_t = silu(bias + sum_k weight_k x_{t - width + 1 + k})        per channel
 
 The state is the last `width - 1` inputs; before the first token they are zero.
-Backends: `reference` is that sum; `torch` is `F.conv1d`; `native` is kernels/causal_conv (CPU).
+Backends: `reference` is that sum; `torch` is `F.conv1d`; `native` is kernels/causal_conv (CPU and
+CUDA).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.errors import choose
-from zoo.ops import native
+from zoo.ops import cuda, native
 from zoo.ops.backends import pick
 
 KERNEL = native.Kernel(
@@ -24,6 +26,14 @@ KERNEL = native.Kernel(
     rows="x state y last dy dx dstate",
     pointers="weight bias dweight dbias",
 )
+CUDA = cuda.Kernel(
+    "causal_conv/causal_conv.cu",
+    sizes="tokens width segments silu",
+    rows="x state",
+    sequences="y last dy dx dstate",
+    pointers="weight bias dweight dbias",
+)
+SEGMENT, THREADS = 64, 128  # of the CUDA kernel
 
 
 def causal_conv(
@@ -50,18 +60,19 @@ def causal_conv(
         raise ValueError("causal_conv: no tokens")
     if not 2 <= width <= 8:
         raise ValueError(f"causal_conv: the window is 2 to 8 tokens wide, not {width}")
-    on_cpu = x.device.type == "cpu"
-    name = pick(
-        "causal_conv",
-        backend,
-        {"native": on_cpu and KERNEL.missing, "torch": True, "reference": True},
-    )
+    here = KERNEL.missing if x.device.type == "cpu" else False
+    if x.device.type == "cuda" and x.dtype in cuda.DTYPES:
+        here = partial(CUDA.missing, _macros(x.dtype, width), x.device)
+    name = pick("causal_conv", backend, {"native": here, "torch": True, "reference": True})
     wide = torch.promote_types(x.dtype, torch.float32)
     before = x.new_zeros((b, width - 1, d)) if state is None else state
-    x_, w, before = (a if a.dtype == wide else a.to(wide) for a in (x, weight, before))
-    bias = bias if bias is None or bias.dtype == wide else bias.to(wide)
+    narrow = name == "native" and x.device.type == "cuda"  # it reads and writes x's type itself
+    x_, before = (a.to(x.dtype if narrow else wide) for a in (x, before))
+    w, bias = weight.to(wide), None if bias is None else bias.to(wide)
     if name == "native":
-        form = _conv if native.unwatched(x_, w, bias, before) else conv
+        form = conv
+        if native.unwatched(x_, w, bias, before):
+            form = _conv_cuda if narrow else _conv
         y, last = form(x_, w, bias, before, activation == "silu")
     else:
         inputs = torch.cat([before, x_], 1)
@@ -119,11 +130,17 @@ def _conv_backward(
     inputs = {"x": x, "weight": weight, "bias": bias, "state": state, "dy": dy}
     outputs = {"dx": dx, "dstate": dstate, "dweight": dweight, "dbias": dbias}
     KERNEL.call("backward", (*x.shape, window, silu), **inputs, **outputs)
-    if dlast is not None:  # the last inputs are those of x, and before them of the old state
-        kept = max(window - 1 - t, 0)
-        dstate[:, window - 1 - kept :] += dlast[:, :kept]
-        dx[:, t - (window - 1 - kept) :] += dlast[:, kept:]
+    _add_last(dx, dstate, dlast)
     return dx, dweight.sum((0, 1)).t().contiguous(), dbias.sum((0, 1)), dstate
+
+
+def _add_last(dx: Tensor, dstate: Tensor, dlast: Tensor | None) -> None:
+    """The last inputs are those of x, and before them of the old state."""
+    if dlast is not None:
+        t, before = dx.shape[1], dstate.shape[1]
+        kept = max(before - t, 0)
+        dstate[:, before - kept :] += dlast[:, :kept]
+        dx[:, t - (before - kept) :] += dlast[:, kept:]
 
 
 conv_backward = torch.library.custom_op(
@@ -134,8 +151,54 @@ conv_backward = torch.library.custom_op(
 @conv_backward.register_fake
 def _(dy, dlast, x, weight, bias, state, silu):
     del dy, dlast, bias, silu
-    dbias = x.new_empty(x.shape[2])
+    dbias = weight.new_empty(x.shape[2])
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, state.new_empty(state.shape)
+
+
+def _macros(dtype: torch.dtype, window: int) -> cuda.Macros:
+    return ("DTYPE", cuda.DTYPES[dtype]), ("WINDOW", window)
+
+
+def _launch(
+    function: str, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, **tensors: Tensor
+) -> None:
+    b, t, d = x.shape
+    segments = -(-t // SEGMENT)
+    sizes = {"tokens": t, "width": d, "segments": segments, "silu": int(silu)}
+    inputs = {"x": cuda.dense(x), "state": cuda.dense(tensors.pop("state"))}
+    inputs |= {"weight": weight.contiguous(), "bias": None if bias is None else bias.contiguous()}
+    grid, macros = (-(-d // THREADS), segments, b), _macros(x.dtype, weight.shape[1])
+    CUDA.call(function, grid, THREADS, macros, sizes, **inputs, **tensors)
+
+
+@conv.register_kernel("cuda")
+def _conv_cuda(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool
+) -> tuple[Tensor, Tensor]:
+    y, last = x.new_empty(x.shape), x.new_empty(state.shape)
+    _launch("forward", x, weight, bias, silu, state=state, y=y, last=last)
+    return y, last
+
+
+@conv_backward.register_kernel("cuda")
+def _conv_backward_cuda(
+    dy: Tensor,
+    dlast: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (b, t, d), window = x.shape, weight.shape[1]
+    segments = -(-t // SEGMENT)
+    dx, dstate = x.new_empty(x.shape), x.new_empty(state.shape)
+    dweight = weight.new_empty((b, segments, window, d))
+    dbias = weight.new_empty((b, segments, d))
+    outputs = {"dx": dx, "dstate": dstate, "dweight": dweight, "dbias": dbias}
+    _launch("backward", x, weight, bias, silu, state=state, dy=dy.contiguous(), **outputs)
+    _add_last(dx, dstate, dlast)
+    return dx, dweight.sum((0, 1)).t().contiguous(), dbias.sum((0, 1)), dstate
 
 
 def _save(ctx, inputs, output) -> None:
@@ -149,7 +212,9 @@ def _backward(ctx, dy, dlast):
     x, weight, bias, state = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
     arguments = (dy, dlast, x, weight, bias, state)
-    form = _conv_backward if native.unwatched(*arguments) else conv_backward
+    form = conv_backward
+    if native.unwatched(*arguments):
+        form = _conv_backward if dy.device.type == "cpu" else _conv_backward_cuda
     dx, dweight, dbias, dstate = form(*arguments, ctx.silu)
     return dx, dweight, None if bias is None else dbias, dstate, None
 

@@ -45,18 +45,26 @@ def load(source: str, dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
 
     Raises `BuildError` without a working compiler.
     """
+    path = library(source, dtype)
+    if read_intact(path) is None:
+        _build([*_command(dtype), str(kernels_folder() / source), "-lm"], path)
+    return ctypes.CDLL(str(path))
+
+
+def library(source: str, dtype: torch.dtype = torch.float32) -> Path:
+    """Where `load` keeps it. Raises `BuildError` without a compiler."""
     path = kernels_folder() / source
-    double = ["-DDOUBLE"] if dtype == torch.float64 else []
-    command = [*_compiler(), *FLAGS, *double]
+    command = _command(dtype)
     key = hashlib.sha256()
     for part in (path.read_bytes(), (kernels_folder() / "common.h").read_bytes(), *command, _cpu()):
         key.update(part if isinstance(part, bytes) else part.encode())
         key.update(b"\0")
-    name = f"{path.stem}-{'double' if double else 'float'}-{key.hexdigest()[:20]}.so"
-    library = _cache_folder() / name
-    if not _intact(library):
-        _build([*command, str(path), "-lm"], library)
-    return ctypes.CDLL(str(library))
+    kind = "double" if dtype == torch.float64 else "float"
+    return cache_folder() / f"{path.stem}-{kind}-{key.hexdigest()[:20]}.so"
+
+
+def _command(dtype: torch.dtype) -> list[str]:
+    return [*_compiler(), *FLAGS, *(["-DDOUBLE"] if dtype == torch.float64 else [])]
 
 
 @functools.cache
@@ -84,10 +92,14 @@ def _cpu() -> str:
     return "\n".join(x for x in lines if x.startswith(("model name", "flags", "CPU", "Features")))
 
 
+def wanted_cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zoo"
+
+
 @functools.cache
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """The user's cache, or where that cannot be written a folder that lasts as long as we do."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zoo"
+    folder = wanted_cache_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -107,15 +119,28 @@ def _checksum(library: Path) -> Path:
     return library.with_suffix(".sha256")
 
 
-def _intact(library: Path) -> bool:
+def read_intact(library: Path) -> bytes | None:
+    """What `keep` wrote, or None where it is missing or damaged."""
     try:
-        return hashlib.sha256(library.read_bytes()).hexdigest() == _checksum(library).read_text()
+        content = library.read_bytes()
+        whole = hashlib.sha256(content).hexdigest() == _checksum(library).read_text()
     except OSError:
-        return False
+        return None
+    return content if whole else None
+
+
+def keep(library: Path, content: bytes) -> None:
+    """Write beside `library` and rename: another process sees a whole file or none."""
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
+        built = Path(folder) / library.name
+        built.write_bytes(content)
+        built.chmod(0o700)
+        _checksum(built).write_text(hashlib.sha256(content).hexdigest())
+        built.replace(library)
+        _checksum(built).replace(_checksum(library))
 
 
 def _build(command: list[str], library: Path) -> None:
-    """Compile beside `library` and rename: another process sees a whole file or none."""
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
         built = Path(folder) / library.name
         done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
@@ -123,9 +148,7 @@ def _build(command: list[str], library: Path) -> None:
             lines = done.stderr.splitlines()
             error = next((line for line in lines if "error" in line), "no message")
             raise BuildError(f"{command[0]} failed: {error}")
-        _checksum(built).write_text(hashlib.sha256(built.read_bytes()).hexdigest())
-        built.replace(library)
-        _checksum(built).replace(_checksum(library))
+        keep(library, built.read_bytes())
 
 
 class Kernel:

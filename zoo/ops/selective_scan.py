@@ -5,9 +5,11 @@
     y_t    = (C_t . h_t + D x_t) silu(z_t)
 
 Backends: `reference` is that loop; `torch` does the recurrence in blocks of tokens and keeps only
-the state before each piece; `native` is kernels/selective_scan (CPU).
+the state before each piece; `native` is kernels/selective_scan (CPU and CUDA).
 """
 
+from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops import native
+from zoo.ops import cuda, native
 from zoo.ops.backends import pick
 from zoo.ops.recurrence import linear_scan
 
@@ -27,6 +29,15 @@ KERNEL = native.Kernel(
     rows="x dt z B C y dy dx ddt dz dB dC",
     pointers="A D dt_bias state last saved dA dD dbias dstate",
 )
+CUDA = cuda.Kernel(
+    "selective_scan/selective_scan.cu",
+    sizes="tokens width states chunk chunks",
+    rows="x dt z B C",
+    sequences="y dy dx ddt dz",
+    pointers="A D dt_bias state last saved edges steps dA dD dbias dBC dlast dstate",
+)
+TILE = 32  # of the CUDA kernel: tokens between saved states
+MOST_STATES = 64
 PIECE = 256  # tokens the torch form holds (b, t, d, n) tensors for
 
 
@@ -48,19 +59,36 @@ def selective_scan(
     that do not fit, `UserError` where the backend is not there.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, state)
-    on_cpu = x.device.type == "cpu"
-    name = pick(
-        "selective_scan",
-        backend,
-        {"native": on_cpu and KERNEL.missing, "torch": True, "reference": True},
-    )
+    available = {"native": _native_here(x, dt, A, B, C, z), "torch": True, "reference": True}
+    name = pick("selective_scan", backend, available)
     wide = torch.promote_types(x.dtype, torch.float32)
     if state is None and name != "native":
         state = x.new_zeros((x.shape[0], *A.shape), dtype=wide)
     form = {"native": _native, "torch": _torch, "reference": _reference}[name]
-    arguments = (x, dt, A, B, C, D, z, dt_bias, state)
-    y, last = form(*(a if a is None or a.dtype == wide else a.to(wide) for a in arguments))
+    arguments = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    arguments["state"] = state
+    types = dict.fromkeys(arguments, wide)
+    if name == "native" and x.device.type == "cuda":  # reads and writes narrow sequences itself
+        types |= dict.fromkeys(SEQUENCES, _common_dtype(x, dt, B, C, z))
+    y, last = form(*(a if a is None else a.to(types[name]) for name, a in arguments.items()))
     return y.to(x.dtype), last
+
+
+SEQUENCES = ("x", "dt", "B", "C", "z")
+
+
+def _common_dtype(*sequences: Tensor | None) -> torch.dtype:
+    return reduce(torch.promote_types, (a.dtype for a in sequences if a is not None))
+
+
+def _native_here(x, dt, A, B, C, z) -> bool | Callable[[], bool | str]:
+    """Whether a kernel of ours takes these inputs, for `pick`."""
+    if x.device.type == "cpu":
+        return KERNEL.missing
+    dtype = _common_dtype(x, dt, B, C, z)
+    if x.device.type != "cuda" or dtype not in cuda.DTYPES or A.shape[1] > MOST_STATES:
+        return False
+    return partial(CUDA.missing, _macros(dtype, A.shape[1]), x.device)
 
 
 def _check(x, dt, A, B, C, D, z, dt_bias, state) -> None:
@@ -121,14 +149,16 @@ def _piece(x, dt, B, C, A, D, z, dt_bias, h) -> tuple[Tensor, Tensor]:
 def _native(x, dt, A, B, C, D, z, dt_bias, state) -> tuple[Tensor, Tensor]:
     tensors = (x, dt, A, B, C, D, z, dt_bias, state)
     if native.unwatched(*tensors):
-        return _scan(*tensors, save=False)[:2]
+        return (_scan if x.device.type == "cpu" else _scan_cuda)(*tensors, save=False)[:2]
     save = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in tensors)
     y, last, _ = scan(*tensors, save)
     return y, last
 
 
 def _saved_shape(x: Tensor, A: Tensor) -> tuple[int, ...]:
-    """(b, channel blocks, chunks, n, lanes): the state before each chunk."""
+    """The states before each chunk: (b, blocks, chunks, n, lanes), or in CUDA (b, tiles, n, d)."""
+    if x.device.type == "cuda":
+        return _tiles_shape(x, A)
     lanes, chunk = (KERNEL.constant(name, x.dtype) for name in ("lanes", "chunk"))
     b, t, d = x.shape
     return b, (d + lanes - 1) // lanes, (t + chunk - 1) // chunk, A.shape[1], lanes
@@ -161,8 +191,8 @@ scan = torch.library.custom_op("zoo::selective_scan", _scan, mutates_args=(), de
 
 @scan.register_fake
 def _(x, dt, A, B, C, D, z, dt_bias, state, save):
-    saved = x.new_empty(_saved_shape(x, A) if save else 0)
-    return x.new_empty(x.shape), x.new_empty((x.shape[0], *A.shape)), saved
+    saved = A.new_empty(_saved_shape(x, A) if save else 0)
+    return x.new_empty(x.shape), A.new_empty((x.shape[0], *A.shape)), saved
 
 
 def _scan_backward(
@@ -201,9 +231,109 @@ scan_backward = torch.library.custom_op(
 def _(dy, dlast, x, dt, A, B, C, D, z, dt_bias, saved):
     del dlast, D, dt_bias, saved
     dx, ddt, dA, dB, dC = (a.new_empty(a.shape) for a in (x, dt, A, B, C))
-    dD, dbias, dz = x.new_empty(x.shape[2]), x.new_empty(x.shape[2]), x.new_empty(0)
+    dD, dbias, dz = A.new_empty(x.shape[2]), A.new_empty(x.shape[2]), x.new_empty(0)
     dz = dz if z is None else z.new_empty(z.shape)
-    return dx, ddt, dA, dB, dC, dD, dz, dbias, x.new_empty((x.shape[0], *A.shape))
+    return dx, ddt, dA, dB, dC, dD, dz, dbias, A.new_empty((x.shape[0], *A.shape))
+
+
+def _macros(dtype: torch.dtype, n: int) -> cuda.Macros:
+    return ("DTYPE", cuda.DTYPES[dtype]), ("STATES", _padded(n))
+
+
+def _padded(n: int) -> int:
+    """What the CUDA kernel calls STATES."""
+    return max(4, 1 << (n - 1).bit_length())
+
+
+def _tiles_shape(x: Tensor, A: Tensor) -> tuple[int, ...]:
+    (b, t, d), n = x.shape, A.shape[1]
+    return b, -(-t // TILE), n, d
+
+
+@scan.register_kernel("cuda")
+def _scan_cuda(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (b, t, d), n = x.shape, A.shape[1]
+    threads = 128  # `Forward` of the kernel
+    groups = -(-d // (threads // max(1, _padded(n) // 16)))
+    chunk, chunks = cuda.pieces(t, TILE, b * groups, x.device)
+    y, last = x.new_empty(x.shape), A.new_empty((b, d, n))
+    saved = A.new_empty(_tiles_shape(x, A) if save else 0)
+    tensors = {name: cuda.dense(a) for name, a in zip(SEQUENCES, (x, dt, B, C, z), strict=True)}
+    tensors |= {"A": A, "D": D, "dt_bias": dt_bias, "state": state}
+    tensors = {k: a if a is None or k in SEQUENCES else a.contiguous() for k, a in tensors.items()}
+    tensors |= {"y": y, "last": last, "saved": saved if save else None}
+    sizes = {"tokens": t, "width": d, "states": n, "chunk": chunk, "chunks": chunks}
+    macros = _macros(x.dtype, n)
+    if chunks > 1:
+        tensors |= {"edges": A.new_empty((b, chunks, n, d)), "steps": A.new_empty((b, chunks, d))}
+        CUDA.call("chunk_ends", (groups, chunks - 1, b), threads, macros, sizes, **tensors)
+        CUDA.call("compose", (-(-n * d // 128), 1, b), 128, macros, sizes, **tensors)
+    CUDA.call("outputs", (groups, chunks, b), threads, macros, sizes, **tensors)
+    return y, last, saved
+
+
+@scan_backward.register_kernel("cuda")
+def _scan_backward_cuda(
+    dy: Tensor,
+    dlast: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    saved: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (b, t, d), n = x.shape, A.shape[1]
+    padded, macros = _padded(n), _macros(x.dtype, n)
+    threads = 256 if padded <= 32 else 128  # `Backward` of the kernel
+    groups = -(-d // (threads // (padded // 4)))
+    chunk, chunks = cuda.pieces(t, TILE, b * groups, x.device)
+    tensors = {name: cuda.dense(a) for name, a in zip(SEQUENCES, (x, dt, B, C, z), strict=True)}
+    outer = {"A": A, "D": D, "dt_bias": dt_bias, "dlast": dlast}
+    tensors |= {k: a if a is None else a.contiguous() for k, a in outer.items()}
+    tensors |= {"dy": dy.contiguous(), "saved": saved}
+    dx, ddt = x.new_empty(x.shape), x.new_empty(x.shape)
+    dz = x.new_empty(0 if z is None else z.shape)
+    dA, dstate = A.new_empty((b, chunks, n, d)), A.new_empty((b, d, n))
+    dD, dbias = A.new_empty((b, chunks, d)), A.new_empty((b, chunks, d))
+    dBC = A.new_empty((b, groups, t, 2, n))
+    tensors |= {"dx": dx, "ddt": ddt, "dz": None if z is None else dz, "dstate": dstate}
+    tensors |= {"dA": dA, "dD": dD, "dbias": dbias, "dBC": dBC}
+    sizes = {"tokens": t, "width": d, "states": n, "chunk": chunk, "chunks": chunks}
+    if chunks > 1:
+        per_block = 128 // max(1, padded // 16)
+        grid = -(-d // per_block), chunks - 1, b
+        tensors |= {"edges": torch.empty_like(dA), "steps": torch.empty_like(dD)}
+        CUDA.call("chunk_starts", grid, 128, macros, sizes, **tensors)
+        CUDA.call("compose_back", (-(-n * d // 128), 1, b), 128, macros, sizes, **tensors)
+    CUDA.call("gradients", (groups, chunks, b), threads, macros, sizes, **tensors)
+    dB, dC = dBC.sum(1).to(x.dtype).unbind(2)
+    dA = dA.sum((0, 1)).t().contiguous()
+    return (
+        dx,
+        ddt,
+        dA,
+        dB.contiguous(),
+        dC.contiguous(),
+        dD.sum((0, 1)),
+        dz,
+        dbias.sum((0, 1)),
+        dstate,
+    )
 
 
 def _save(ctx, inputs, output) -> None:
@@ -219,7 +349,9 @@ def _backward(ctx, dy, dlast, _):
         raise RuntimeError("selective_scan: the forward was told to save nothing for a backward")
     tensors = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
-    form = _scan_backward if native.unwatched(dy, dlast, *tensors) else scan_backward
+    form = scan_backward
+    if native.unwatched(dy, dlast, *tensors):
+        form = _scan_backward if dy.device.type == "cpu" else _scan_backward_cuda
     gradients = form(dy, dlast, *tensors)
     return *(g if p else None for g, p in zip(gradients, ctx.present, strict=True)), None
 

@@ -1,0 +1,330 @@
+"""Builds, checks and times the CUDA kernels on this machine: `make gpu-check`, under 8 minutes.
+
+    python kernels/bench/gpu_check.py [--out FILE]
+
+Runs from a plain checkout with any Python that has torch 2.11 or newer with CUDA, and nothing else.
+Every op is compared with its definition in float64 first, outputs, states and all gradients, and
+with itself for equal bits; only what is right is timed. The record is JSON: date, device, versions,
+errors, medians of times in milliseconds. Exit code 0, 1 where an op is wrong, 2 without a GPU.
+"""
+
+import argparse
+import datetime
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+BUDGET = 400  # seconds after which nothing new is timed
+START = time.monotonic()
+WIDTH, STATES, WINDOW = 1536, 16, 4  # of Mamba at 130M parameters
+TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}  # relative, of the norm
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{time.monotonic() - START:5.0f} s  {text}\n")
+    sys.stdout.flush()
+
+
+def stand_in_for_jaxtyping() -> None:
+    """Shapes in annotations are for readers; where the package is missing, so are its checks."""
+    if importlib.util.find_spec("jaxtyping") is None:
+        module: Any = types.ModuleType("jaxtyping")
+        anything = type("Shaped", (), {"__class_getitem__": classmethod(lambda cls, item: item[0])})
+        module.Float = module.Int = module.Bool = module.Shaped = anything
+        sys.modules["jaxtyping"] = module
+
+
+def milliseconds(run: Callable[[], object], repeats: int = 15) -> float:
+    """The median by CUDA events, after three runs that warm up."""
+    import torch
+
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def scan_inputs(b: int, t: int, d: int, n: int, dtype, rate: float = 1.0) -> dict:
+    import torch
+
+    def normal(*shape: int, kind=dtype):
+        return torch.randn(*shape, device="cuda").to(kind).requires_grad_()
+
+    wide = torch.float32
+    rates = (-rate * torch.rand(d, n, device="cuda").add(0.05)).requires_grad_()
+    inputs = {"x": normal(b, t, d), "dt": normal(b, t, d), "A": rates}
+    inputs |= {"B": normal(b, t, n), "C": normal(b, t, n), "D": normal(d, kind=wide)}
+    inputs |= {"z": normal(b, t, d), "dt_bias": normal(d, kind=wide)}
+    return inputs | {"state": normal(b, d, n, kind=wide)}
+
+
+def conv_inputs(b: int, t: int, d: int, width: int, dtype) -> dict:
+    import torch
+
+    def normal(*shape: int, kind=dtype):
+        return torch.randn(*shape, device="cuda").to(kind).requires_grad_()
+
+    inputs = {"x": normal(b, t, d), "weight": normal(d, width, kind=torch.float32)}
+    return inputs | {"bias": normal(d, kind=torch.float32), "state": normal(b, width - 1, d)}
+
+
+def everything(op: Callable, inputs: dict, weights: list, **options) -> dict:
+    """Outputs, state and all gradients of a fixed random function of both."""
+    import torch
+
+    y, state = op(**inputs, **options)
+    loss = (y.double() * weights[0]).sum() + (state.double() * weights[1]).sum()
+    gradients = torch.autograd.grad(loss, list(inputs.values()))
+    return {"y": y, "last": state, **{f"d{k}": g for k, g in zip(inputs, gradients, strict=True)}}
+
+
+def errors(op: Callable, inputs: dict) -> tuple[dict[str, float], bool]:
+    """Relative errors of the kernel against the definition in float64; and equal bits twice."""
+    import torch
+
+    exact_inputs = {k: a.detach().double().requires_grad_() for k, a in inputs.items()}
+    with torch.no_grad():
+        shapes = [a.shape for a in op(**exact_inputs, backend="torch")]
+    weights = [torch.randn(s, device="cuda", dtype=torch.float64) for s in shapes]
+    wanted = everything(op, exact_inputs, weights, backend="torch")
+    found, again = (everything(op, inputs, weights, backend="native") for _ in range(2))
+    same = all(torch.equal(found[k], again[k]) for k in found)
+    return {k: float((found[k].double() - v).norm() / v.norm()) for k, v in wanted.items()}, same
+
+
+def check(record: dict) -> bool:
+    """Every op in every type at odd sizes; True where all are right."""
+    import torch
+
+    from zoo.ops.causal_conv import causal_conv
+    from zoo.ops.selective_scan import selective_scan
+
+    cases: list[tuple[str, Callable, dict]] = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for b, t, d, n in [(1, 1, 1, 1), (3, 1001, 131, 16), (1, 4099, 200, 16), (2, 300, 70, 33)]:
+            name = f"selective_scan {dtype} b={b} t={t} d={d} n={n}"
+            cases.append((name, selective_scan, scan_inputs(b, t, d, n, dtype)))
+        cases.append((f"selective_scan {dtype} fast decay", selective_scan,
+                      scan_inputs(2, 513, 64, 8, dtype, rate=30.0)))  # fmt: skip
+        for b, t, d in [(2, 2, 19), (2, 1001, 1536)]:
+            name = f"causal_conv {dtype} b={b} t={t} d={d}"
+            cases.append((name, causal_conv, conv_inputs(b, t, d, WINDOW, dtype)))
+    right = True
+    for name, op, inputs in cases:
+        found, same = errors(op, inputs)
+        worst = max(found, key=lambda k: found[k] if found[k] == found[k] else float("inf"))
+        limit = TOLERANCE[str(inputs["x"].dtype).removeprefix("torch.")]
+        good = same and found[worst] <= limit
+        right &= good
+        record[name] = {"errors": found, "same_bits_twice": same, "right": good}
+        say(
+            f"{'right' if good else 'WRONG'}  {name}: {worst} {found[worst]:.1e}, same bits: {same}"
+        )
+    return right
+
+
+def theirs_scan(inputs: dict) -> dict[str, Callable] | None:
+    """mamba_ssm's kernels, forward and forward + backward, on the same numbers in its layout."""
+    if importlib.util.find_spec("selective_scan_cuda") is None:
+        return None
+    import torch
+
+    kernel = importlib.import_module("selective_scan_cuda")
+    with torch.no_grad():
+        x, dt, z = (inputs[k].transpose(1, 2).contiguous() for k in ("x", "dt", "z"))
+        B, C = (inputs[k].transpose(1, 2)[:, None].contiguous() for k in ("B", "C"))
+    A, D, bias = (inputs[k].detach() for k in ("A", "D", "dt_bias"))
+    dout = torch.randn_like(x)
+
+    def forward():
+        return kernel.fwd(x, dt, A, B, C, D, z, bias, True)
+
+    out, saved, *_ = forward()
+
+    def backward():
+        return kernel.bwd(x, dt, A, B, C, D, z, bias, dout, saved, out, None, True, False)
+
+    return {"forward": forward, "backward": backward}
+
+
+def time_ops(record: dict) -> None:
+    import torch
+
+    from zoo.ops.causal_conv import causal_conv
+    from zoo.ops.selective_scan import selective_scan
+
+    for b, t in [(b, t) for t in (65536, 1024, 8192, 262144) for b in (1, 8) if b * t <= 524288]:
+        if time.monotonic() - START > BUDGET:
+            record["left out for want of time"] = f"from b={b} t={t} on"
+            return
+        inputs = scan_inputs(b, t, WIDTH, STATES, torch.bfloat16)
+        del inputs["state"]
+        row: dict[str, Any] = {}
+        for backend in ("native", "torch") if b * t <= 8192 else ("native",):
+            row[backend] = time_one(selective_scan, inputs, backend)
+        if theirs := theirs_scan(inputs):
+            row["selective_scan_cuda"] = {k: milliseconds(run) for k, run in theirs.items()}
+        record[f"selective_scan b={b} t={t}"] = row
+        say(f"selective_scan b={b} t={t}: {json.dumps(row)}")
+        inputs = conv_inputs(b, t, WIDTH, WINDOW, torch.bfloat16)
+        row = {name: time_one(causal_conv, inputs, name) for name in ("native", "torch")}
+        record[f"causal_conv b={b} t={t}"] = row
+        say(f"causal_conv b={b} t={t}: {json.dumps(row)}")
+        torch.cuda.empty_cache()
+
+
+def time_one(op: Callable, inputs: dict, backend: str) -> dict[str, float]:
+    import torch
+
+    with torch.no_grad():
+        forward = milliseconds(lambda: op(**inputs, backend=backend))
+    y, _ = op(**inputs, backend=backend)
+    dy, leaves = torch.randn_like(y), list(inputs.values())
+    backward = milliseconds(lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True,
+                                                        allow_unused=True))  # fmt: skip
+    return {"forward": forward, "backward": backward}
+
+
+def time_step(record: dict, tokens: int = 65536) -> None:
+    """One training step of Mamba at 130M parameters: 24 layers, 768 wide, batch 1, bfloat16."""
+    import torch
+    from torch import nn
+
+    from zoo.mixers.mamba import Mamba
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.mixer = nn.RMSNorm(768), Mamba(width=768, layers=24)
+
+        def forward(self, x):
+            return x + self.mixer(self.norm(x))
+
+    torch.manual_seed(0)
+    embedding = nn.Embedding(50280, 768)
+    model = nn.Sequential(embedding, *(Block() for _ in range(24)), nn.RMSNorm(768)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(50280, (1, tokens + 1), device="cuda")
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            hidden = model(ids[:, :-1])
+            loss = 0.0
+            for h, target in zip(hidden.split(8192, 1), ids[:, 1:].split(8192, 1), strict=True):
+                logits = torch.utils.checkpoint.checkpoint(
+                    nn.functional.linear, h, embedding.weight, use_reentrant=False
+                )
+                loss = loss + nn.functional.cross_entropy(logits[0].float(), target[0])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    record["tokens"], record["parameters"] = tokens, sum(p.numel() for p in model.parameters())
+    record["milliseconds"] = milliseconds(step, repeats=3)
+    record["peak_bytes"] = torch.cuda.max_memory_allocated()
+    say(f"Mamba 130M training step, {tokens} tokens: {record['milliseconds']:.0f} ms")
+
+
+def ceilings(record: dict) -> None:
+    import torch
+
+    a = torch.empty(1 << 28, device="cuda", dtype=torch.bfloat16)
+    b = torch.empty_like(a)
+    record["copy_bytes_per_second"] = 4 * a.numel() / milliseconds(lambda: b.copy_(a)) * 1e3
+    m = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    record["matmul_flops"] = 2 * 8192**3 / milliseconds(lambda: m @ m) * 1e3
+    say(f"copy {record['copy_bytes_per_second'] / 1e12:.2f} TB/s, "
+        f"matmul {record['matmul_flops'] / 1e12:.0f} TFLOP/s")  # fmt: skip
+
+
+def build(record: dict) -> None:
+    """First use into an empty cache, and once more from it."""
+    import torch
+
+    from zoo.ops import causal_conv, cuda, selective_scan
+
+    target = cuda.architecture(*torch.cuda.get_device_capability())
+    for kernel, macros in [
+        (selective_scan.CUDA, selective_scan._macros(torch.bfloat16, STATES)),
+        (causal_conv.CUDA, causal_conv._macros(torch.bfloat16, WINDOW)),
+    ]:
+        times = []
+        for _ in range(2):
+            begin = time.perf_counter()
+            cuda.Module(cuda.binary(kernel.source, macros, target), torch.cuda.current_device())
+            times.append(time.perf_counter() - begin)
+        report = cuda.compile_source(kernel.source, macros, target, ("--ptxas-options=-v",)).log
+        lines = [x.strip() for x in report.splitlines() if "Used" in x or "spill" in x]
+        record[kernel.source] = {"first_s": times[0], "cached_s": times[1], "ptxas": lines}
+        say(f"{kernel.source} for {target}: {times[0]:.2f} s, from the cache {times[1]:.3f} s")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Build, check and time the CUDA kernels.")
+    parser.add_argument("--out", type=Path, default=None, help="the JSON record")
+    out = parser.parse_args().out
+    stand_in_for_jaxtyping()
+    try:
+        import torch
+
+        from zoo.ops import cuda
+
+        absent = cuda.absent()
+    except ImportError as error:
+        absent = str(error)
+    if absent:
+        sys.stderr.write(f"gpu-check: {absent}; it needs an NVIDIA GPU and torch with CUDA\n")
+        return 2
+    now = datetime.datetime.now(datetime.UTC)
+    record: dict[str, Any] = {
+        "date": now.isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(),
+        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "nvrtc": cuda.nvrtc_version(),
+        },
+        "ceilings": {}, "build": {}, "accuracy": {}, "milliseconds": {}, "mamba_130m_step": {},
+    }  # fmt: skip
+    right = False
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["XDG_CACHE_HOME"] = cache
+        try:
+            torch.manual_seed(0)
+            ceilings(record["ceilings"])
+            build(record["build"])
+            right = check(record["accuracy"])
+            if right:  # no time is worth anything of what is wrong
+                time_ops(record["milliseconds"])
+                time_step(record["mamba_130m_step"])
+        finally:  # what was found before something failed is kept
+            name = f"gpu-{now:%Y-%m-%d}.json"
+            out = out or ROOT / "kernels" / "bench" / "results" / name
+            out.write_text(json.dumps(record, indent=1) + "\n")
+            say(f"written to {out}")
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

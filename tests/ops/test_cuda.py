@@ -1,0 +1,200 @@
+"""The CUDA route as far as it goes without a GPU: compiling, keeping, packing, refusing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import emulator
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from zoo import doctor
+from zoo.errors import UserError
+from zoo.ops import causal_conv as conv_module
+from zoo.ops import cuda, native
+from zoo.ops import selective_scan as scan_module
+from zoo.ops.selective_scan import CUDA
+
+ROOT = Path(__file__).resolve().parents[2]
+SCAN = "selective_scan/selective_scan.cu"
+TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120"]
+
+
+def macros(dtype: int, **others: int) -> cuda.Macros:
+    return ("DTYPE", dtype), *others.items()
+
+
+# Each kernel once per target in the size models use; and in its largest.
+BUILDS = [(SCAN, macros(1, STATES=16), target) for target in TARGETS]
+BUILDS += [(SCAN, macros(0, STATES=64), "sm_90")]
+BUILDS += [("causal_conv/causal_conv.cu", macros(1, WINDOW=4), target) for target in TARGETS]
+
+
+def nvrtc_missing() -> str:
+    try:
+        cuda.nvrtc()
+    except native.BuildError as error:
+        return str(error)
+    return ""
+
+
+needs_nvrtc = pytest.mark.skipif(bool(nvrtc_missing()), reason=nvrtc_missing())
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("source", "defines", "target"), BUILDS)
+def test_kernels_keep_to_their_registers(source, defines, target):
+    log = cuda.compile_source(source, defines, target, ("--ptxas-options=-v",)).log
+    used = [int(line.split("Used")[1].split()[0]) for line in log.splitlines() if "Used" in line]
+    spills = [line for line in log.splitlines() if "spill" in line]
+    assert used
+    assert len(spills) == len(used)
+    assert max(used) <= 168  # of 65536: three blocks of 128 threads to a multiprocessor
+    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), log
+
+
+@needs_nvrtc
+def test_a_compile_error_is_one_line():
+    with pytest.raises(native.BuildError, match=r"^NVRTC .*failed: .*error.*STATES.*$"):
+        cuda.compile_source(SCAN, macros(0), "sm_90")
+
+
+@needs_nvrtc
+def test_the_target_is_the_newest_that_the_device_runs():
+    assert cuda.architecture(9, 0) == "sm_90"
+    assert cuda.architecture(8, 9) == "sm_89"
+    with pytest.raises(native.BuildError, match="does not compile for sm_30"):
+        cuda.architecture(3, 0)
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch) -> list:
+    """An empty cache, and a compiler that notes what it was asked for."""
+    asked = []
+
+    def compile_source(source, defines, target, extra=()):
+        asked.append((source, defines, target, *extra))
+        return cuda.Binary(b"image of " + target.encode(), "")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cuda, "compile_source", compile_source)
+    monkeypatch.setattr(cuda, "nvrtc_version", lambda: "13.0")
+    native.cache_folder.cache_clear()
+    yield asked
+    native.cache_folder.cache_clear()
+
+
+def test_a_binary_is_kept_and_replaced_when_damaged(compiled, tmp_path, monkeypatch):
+    defines = macros(1, STATES=16)
+    for _ in range(2):
+        assert cuda.binary(SCAN, defines, "sm_90") == b"image of sm_90"
+    assert len(compiled) == 1
+    (kept,) = (tmp_path / "zoo").glob("*.cubin")
+    kept.write_bytes(b"image of sm_91")
+    assert cuda.binary(SCAN, defines, "sm_90") == b"image of sm_90"
+    assert len(compiled) == 2
+    cuda.binary(SCAN, defines, "sm_80")
+    cuda.binary(SCAN, macros(0, STATES=16), "sm_90")
+    monkeypatch.setattr(cuda, "nvrtc_version", lambda: "13.1")
+    cuda.binary(SCAN, defines, "sm_90")
+    assert len(compiled) == 5
+
+
+def test_a_binary_that_cannot_be_kept_is_used(compiled, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(native, "keep", full)
+    assert cuda.binary(SCAN, macros(1, STATES=16), "sm_90") == b"image of sm_90"
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    sizes = dict.fromkeys(CUDA.sizes, 1)
+    x, A = torch.ones(1, 2, 3), torch.ones(3, 1)
+    words = CUDA.pack(sizes, {"x": x, "A": A})
+    assert len(words) == len(CUDA.sizes) + 3 * 5 + len(CUDA.sequences) + len(CUDA.pointers)
+    assert list(words[5:8]) == [x.data_ptr(), 6, 3]
+    for wrong, message in [
+        ({"x": x, "dt": x.bfloat16()}, "sequences of torch.bfloat16, torch.float32"),
+        ({"x": x.double()}, "sequences of torch.float64"),
+        ({"x": x.mT}, "channels of x are not neighbours"),
+        ({"y": x.mT}, "y is not contiguous"),
+        ({"A": A.bfloat16()}, "A is torch.bfloat16"),
+        ({"G": A}, "does not take just G"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            CUDA.pack(sizes, wrong)
+    with pytest.raises(TypeError, match="does not take just chunk"):
+        CUDA.pack({name: 1 for name in CUDA.sizes if name != "chunk"}, {})
+    with pytest.raises(ValueError, match="no grid of"):
+        CUDA.call("outputs", (1, 65536, 1), 32, macros(0, STATES=4), sizes, x=x)
+
+
+def test_cuda_tensors_reach_the_kernels_in_their_own_types(monkeypatch):
+    for op in (scan_module, conv_module):
+        monkeypatch.setattr(op.CUDA, "missing", lambda *_: True)
+
+    def empty(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="cuda")
+
+    with FakeTensorMode():  # shapes and types alone: no kernel runs
+        x, B, A = empty(2, 40, 6), empty(2, 40, 3), empty(6, 3, dtype=torch.float32)
+        y, last = scan_module.selective_scan(x, x, A, B, B, z=x, backend="native")
+        assert (y.dtype, y.shape, y.device.type) == (x.dtype, x.shape, "cuda")
+        assert (last.dtype, last.shape) == (torch.float32, (2, 6, 3))
+        tensors = (x, x, A, B, B, None, x, None)
+        saved = scan_module.scan(*tensors, None, True)[2]
+        assert (saved.dtype, saved.shape) == (torch.float32, (2, 2, 3, 6))
+        gradients = scan_module.scan_backward(y, None, *tensors, saved)
+        dtypes = [gradient.dtype for gradient in gradients]
+        assert dtypes == [*(a.dtype for a in (x, x, A, B, B, A, x, A)), torch.float32]
+        y, before = conv_module.causal_conv(x, empty(6, 4, dtype=torch.float32), backend="native")
+        assert (y.dtype, before.dtype, before.shape) == (x.dtype, x.dtype, (2, 3, 6))
+        with pytest.raises(UserError, match="does not take these inputs"):
+            scan_module.selective_scan(
+                x, x, empty(6, 65), empty(2, 40, 65), empty(2, 40, 65), backend="native"
+            )  # more states than the kernel has room for
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 33, 65536, 100_000])
+@pytest.mark.parametrize("blocks", [1, 12, 5000])
+def test_chunks_of_time_cover_it_and_fill_the_device(tokens, blocks, monkeypatch):
+    monkeypatch.setattr(cuda, "processors", lambda _: 132)
+    chunk, chunks = cuda.pieces(tokens, 32, blocks, torch.device("cpu"))
+    assert chunk % 32 == 0
+    assert chunk * (chunks - 1) < tokens <= chunk * chunks
+    assert (
+        chunks == 1
+        if blocks == 5000 or tokens <= 32
+        else chunks * blocks >= min(4 * 132, blocks * tokens / 32)
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda_is_said_in_one_line():
+    reason = cuda.absent()
+    assert reason
+    assert "\n" not in reason
+    assert CUDA.missing(macros(0, STATES=16), torch.device("cuda", 0)) == reason
+
+
+def test_the_doctor_says_what_runs_and_builds_nothing(monkeypatch, tmp_path):
+    script = "import sys; from zoo import doctor; doctor.main(); print('lightning' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": "", "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    assert "C compiler: none (no C compiler (cc, gcc or clang) on the PATH)" in done.stdout
+    assert "cpu   torch (no C compiler" in done.stdout
+    assert done.stdout.endswith("False\n")
+    assert not [*tmp_path.rglob("*.so")]
+    if emulator.COMPILER:
+        text = "\n".join(doctor.report())
+        assert str(native.cache_folder()) in text
+        for op in ("selective_scan", "causal_conv", "wkv4", "aft_window", "attend", "delta_rule"):
+            assert op in text
