@@ -13,10 +13,15 @@ the chunk, all of them matrix products:
     y_t   = (q_t G(t, 0))^T S + sum_{s <= t} (q_t^T G(t, s) k_s) v_s
     S_end = G(c, 0) S + sum_s (G(c, s) k_s) v_s^T
 
-Where every channel decays at its own rate the scores q_t^T G(t, s) k_s are found by halving: for
-t in the later and s in the earlier half of a block, G(t, s) = G(t, m) G(m, s) with m between them,
-and the two halves are blocks themselves. No exponent is ever positive, and none is a difference of
-sums, so any decay is exact, from none to one that forgets everything.
+Where every channel decays at its own rate, blocks of tokens double from one to the chunk: for t in
+the later and s in the earlier half, with m between them, the scores are
+
+    q_t^T G(t, s) k_s = (q_t G(t, m))^T (G(m, s) k_s)
+
+of which the later half has the one factor, queries decayed since its start, and the earlier half
+the other, keys decayed to its end. The two halves' factors give those of the doubled block.
+Decays are only multiplied, never divided, and no exponent is positive or a difference of sums: any
+decay is exact, from none to one that forgets everything.
 """
 
 from typing import Any, NamedTuple
@@ -178,32 +183,26 @@ def _decay_by_head(q, k, w, bonus):
 
 
 def _decay_by_channel(q, k, w, bonus):
-    """A rate per channel: the scores by halving."""
-    size, inclusive = w.shape[-2], bonus is None
-    own = _own(q, k, bonus).expand(w.shape[:-1])  # (b, h, n, c)
-    scores, half = own[..., None, None], 1  # blocks of one token: (b, h, n, c, 1, 1)
-    while half < size:
-        q_late, k_early = (_halves(a, half)[i] for a, i in ((q, 1), (k, 0)))
-        early, late = _halves(w, half)
-        later = q_late * _since(late, inclusive).exp()
-        earlier = k_early * _until(early).exp()
-        first, second = scores.unflatten(-3, (-1, 2)).unbind(-3)
-        upper = torch.cat([first, torch.zeros_like(first)], -1)
-        lower = torch.cat([later @ earlier.mT, second], -1)
-        scores, half = torch.cat([upper, lower], -2), 2 * half
-    reads = q * _since(w, inclusive).exp()
-    return scores.squeeze(-3), reads, k * _until(w).exp(), w.sum(-2).exp()
+    """A rate per channel: the scores of ever longer blocks, (b, h, n, blocks, size, size)."""
+    decay = w.exp()
+    reads = q * decay if bonus is None else q.expand_as(w)
+    own = _own(q, k, bonus).expand(w.shape[:-1])[..., None]
+    blocks = [a.unsqueeze(-2) for a in (own, reads, k.expand_as(w), decay)]  # of one token
+    while blocks[0].shape[-3] > 1:
+        pairs = [a.unflatten(-3, (-1, 2)).unbind(-3) for a in blocks]
+        (s0, s1), (reads0, reads1), (writes0, writes1), (decay0, decay1) = pairs
+        earlier = torch.cat([s0, torch.zeros_like(s0)], -1)
+        later = torch.cat([reads1 @ writes0.mT, s1], -1)
+        reads = torch.cat([reads0, decay0 * reads1], -2)
+        writes = torch.cat([decay1 * writes0, writes1], -2)
+        blocks = [torch.cat([earlier, later], -2), reads, writes, decay0 * decay1]
+    scores, reads, writes, decay = (a.squeeze(-3) for a in blocks)
+    return scores, reads, writes, decay.squeeze(-2)
 
 
 def _own(q: Tensor, k: Tensor, bonus: Tensor | None) -> Tensor:
     """What each token's query makes of its own key: (b, h, n, c)."""
     return (q * k if bonus is None else q * bonus[:, None, None] * k).sum(-1)
-
-
-def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """The earlier and the later half of every block: (..., c / 2 half, half, .) each."""
-    earlier, later = x.unflatten(-2, (-1, 2, half)).unbind(-3)
-    return earlier, later
 
 
 def _since(w: Tensor, inclusive: bool) -> Tensor:
