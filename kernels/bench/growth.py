@@ -2,7 +2,8 @@
 
     python kernels/bench/growth.py [--models NAME ...] [--lengths 8192 65536] [--json FILE]
 
-Every `configs/model/*.yaml` at size small, sized as `match=params` sizes it, one sequence of bytes.
+Every `configs/model/*.yaml` at size small, sized as `match=params` sizes it and with the windows
+that training at 1024 tokens gives it, one sequence of bytes.
 A step is forward, loss and backward. Each architecture has a process of its own, so that peak
 memory is its own; there the two lengths (the two prompts) take turns, and the figure is the median
 of the ratios. Cost and memory grow as length^exponent; 1 is linear. Memory is what a step adds to
@@ -30,6 +31,7 @@ from zoo.ops.native import tune_allocator
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 256
+TRAINED = 1024  # seq_len, xPos's window
 PROMPTS = (1024, 16384)
 DECODED = 64  # tokens per turn
 
@@ -55,7 +57,7 @@ def memory(field: str) -> int:
 
 def growth(name: str, lengths: list[int], rounds: int) -> dict:
     """Seconds of a step at each length, in turns, and the memory each adds at its peak."""
-    model = build(name, min(lengths))
+    model = build(name, TRAINED)
 
     def step(length: int) -> None:
         model.loss(torch.randint(VOCABULARY, (1, length + 1))).backward()
@@ -83,7 +85,7 @@ def growth(name: str, lengths: list[int], rounds: int) -> dict:
 
 def decode(name: str, rounds: int) -> dict:
     """Milliseconds per token one by one after each prompt, in turns."""
-    model = build(name, max(PROMPTS) + 2 * DECODED * (rounds + 1)).eval().requires_grad_(False)
+    model = build(name, TRAINED).eval().requires_grad_(False)
     states = {n: model(torch.randint(VOCABULARY, (1, n)), model.empty_state(1))[1] for n in PROMPTS}
 
     def turn(prompt: int) -> None:
@@ -102,7 +104,7 @@ def decode(name: str, rounds: int) -> dict:
 def measure(name: str, lengths: list[int], rounds: int) -> dict:
     """The row of one architecture; quadratic ones are not read at the longest length."""
     tune_allocator()
-    recurrent = build(name, max(lengths)).recurrent
+    recurrent = build(name, TRAINED).recurrent
     row = {"model": name, "recurrent": recurrent}
     if recurrent:
         row |= growth(name, lengths, rounds)

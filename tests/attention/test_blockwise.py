@@ -5,7 +5,7 @@ import torch
 
 from zoo.attention import buckets
 from zoo.attention.blockwise import BlockwiseXPos
-from zoo.attention.reach import distances
+from zoo.attention.reach import Reach, distances
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.positions.relative import RelativeBias
 from zoo.positions.rope import inverse_frequencies
@@ -58,6 +58,17 @@ def test_xpos_is_the_dense_formula_over_a_block_and_the_one_before(tokens, steps
     weights = (scores / WIDTH**0.5).masked_fill(~mask, -torch.inf).softmax(-1)
     expected = torch.einsum("bhij,bjhe->bihe", weights, v)
     assert_same(reach(steps)(q, k, v, 0), expected, leaves)
+
+
+@pytest.mark.parametrize("cuts", [[33], [1, 2, 7, 20, 33], [11, 12, 33], [3, 9, 33]])
+def test_any_chunks_are_read_as_one_block_after_the_other(cuts):
+    q, k, v = leaves = inputs(33)
+    kept, outs, start = (k[:, :0], v[:, :0]), [], 0
+    for end in cuts:
+        kept = [torch.cat([old, x[:, start:end]], 1) for old, x in zip(kept, (k, v), strict=True)]
+        outs.append(reach(512)(q[:, start:end], *kept, start))
+        kept, start = reach(512).keep(*kept), end
+    assert_same(torch.cat(outs, 1), Reach.__call__(reach(512), q, k, v, 0), leaves)
 
 
 def test_within_the_training_length_blocks_hide_nothing():

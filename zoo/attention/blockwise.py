@@ -3,13 +3,23 @@
 Text is cut into blocks of half the training length. Each query sees its own block up to itself and
 the block before, so that within the training length every key is seen and beyond it no distance is
 new. Pairs of channels fade with the distance as in `zoo.positions.xpos`.
+
+Of more tokens than a block has, all blocks are read at once, folded into the batch: each over its
+own keys, and each over the keys of the one before. (One after the other, the gradient of every
+block would fill a tensor as long as the text.)
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.attention.reach import Reach, Scaling, View, plain
+from zoo.attention.window import Partial
+from zoo.ops.attention import Part, attend, merge
+from zoo.positions.rope import turned
 from zoo.positions.xpos import fade
+
+LONGEST = 4096  # tokens of blocks that are read at once
 
 
 class BlockwiseXPos(Reach):
@@ -30,3 +40,40 @@ class BlockwiseXPos(Reach):
 
     def scored(self, q: Tensor, k: Tensor, origin: int) -> tuple[Tensor, Tensor]:
         return fade(q, k, origin)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, start: int, backend: str = "auto"
+    ) -> Tensor:
+        tokens, size = q.shape[1], self.block
+        ahead = start % size  # tokens of the first block that were read before
+        first = int(start < size)  # 1 where the first block has none before it
+        end, keys = start + tokens, ahead + tokens + (1 - first) * size
+        if tokens <= size or size > LONGEST or k.shape[1] < keys:
+            return super().__call__(q, k, v, start, backend)
+        inv_freq, factor = self.scaling(end)
+        q = turned(q, inv_freq, torch.arange(start, end), factor)
+        k = turned(k[:, -keys:], inv_freq, torch.arange(end - keys, end), factor)
+        q = F.pad(q, (0, 0, 0, 0, ahead, 0))
+        q, k, v = (_blocks(x, size) for x in (q, k, v[:, -keys:]))
+        own = _each(q, k[:, 1 - first :], v[:, 1 - first :], 0, backend)
+        before = _each(q[:, first:], k[:, :-1], v[:, :-1], size, backend)
+        if first:
+            out, lse = before
+            pad = (0, 0) * (out.dim() - 2)
+            before = F.pad(out, (*pad, 1, 0)), F.pad(lse, (*pad[2:], 1, 0), value=-torch.inf)
+        out = merge([own, before])[0].flatten(1, 2)
+        return out[:, ahead : ahead + tokens]
+
+
+def _blocks(x: Tensor, size: int) -> Tensor:
+    """(b, t, h, d) -> (b, blocks, size, h, d), the last filled up with zeros, which none sees."""
+    return F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size))
+
+
+def _each(q: Tensor, k: Tensor, v: Tensor, origin: int, backend: str) -> Partial:
+    """Each block of queries over its block of keys, of which the first query is number `origin`."""
+    b, blocks = q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    q, k = fade(q, k, origin)
+    out, lse = attend([Part(q, k, v, causal=origin == 0)], backend=backend)
+    return out.unflatten(0, (b, blocks)), lse.unflatten(0, (b, blocks))
