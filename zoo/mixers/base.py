@@ -9,6 +9,7 @@ decoding is chunks of one token, streaming is anything between.
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -56,6 +57,24 @@ class Mixer(nn.Module):
         """What passes on to the next training window of `window` tokens: the state, detached."""
         del window
         return detach(state)
+
+
+class MultiHead(Mixer):
+    """Queries, keys and values of equal heads, each kind projected from the width to the width."""
+
+    def __init__(self, width: int, heads: int, *, causal: bool, backend: str) -> None:
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"heads={heads} must divide width={width}")
+        self.causal, self.backend = causal, backend
+        self.heads, self.head_width = heads, width // heads
+        self.q_proj, self.k_proj, self.v_proj = (linear(width, width) for _ in range(3))
+
+    def by_head(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... h k"]:
+        return x.unflatten(-1, (self.heads, self.head_width))
+
+    def qkv(self, x: Float[Tensor, "b t d"]) -> list[Float[Tensor, "b t h k"]]:
+        return [self.by_head(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj)]
 
 
 def detach(state: State) -> State:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from zoo.mixers.base import Mixer, linear, refuse_state, residual_gain
+from zoo.mixers.base import MultiHead, linear, refuse_state, residual_gain
 from zoo.ops.linear_attention import SMALLEST, LinearState, linear_attention
 
 
@@ -31,7 +31,7 @@ class CosFormerState(NamedTuple):
     seen: int
 
 
-class CosFormer(Mixer):
+class CosFormer(MultiHead):
     def __init__(
         self,
         *,
@@ -43,15 +43,10 @@ class CosFormer(Mixer):
         layer: int = 0,
         layers: int = 1,
     ) -> None:
-        super().__init__()
-        if heads < 1 or width % heads:
-            raise ValueError(f"heads={heads} must divide width={width}")
+        super().__init__(width, heads, causal=causal, backend=backend)
         if reference_length < 1:
             raise ValueError(f"reference_length={reference_length} must be at least 1")
-        self.heads, self.backend, self.causal = heads, backend, causal
         self.max_length = self.reference_length = reference_length
-        self.q_proj, self.k_proj = linear(width, width), linear(width, width)
-        self.v_proj = linear(width, width)
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: CosFormerState | None = None):
@@ -61,10 +56,7 @@ class CosFormer(Mixer):
             raise ValueError(
                 f"cosformer reads at most {self.max_length} tokens and was given {end}"
             )
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.qkv(x)
         q, k = (self._reweighted(a.relu(), seen) for a in (q, k))
         if not self.causal:
             refuse_state(state)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from zoo.attention.near import relative, relative_around
 from zoo.attention.window import Partial, seen_later
 from zoo.mixers.base import (
-    Mixer,
+    MultiHead,
     Shared,
     State,
     compute_dtype,
@@ -56,7 +56,7 @@ class ETCState(NamedTuple):
     seen: int
 
 
-class ETC(Mixer):
+class ETC(MultiHead):
     recurrent: ClassVar[bool] = False
     shares: ClassVar[bool] = True
 
@@ -73,19 +73,14 @@ class ETC(Mixer):
         layer: int = 0,
         layers: int = 1,
     ) -> None:
-        super().__init__()
-        if width % heads:
-            raise ValueError(f"heads={heads} must divide width={width}")
+        super().__init__(width, heads, causal=causal, backend=backend)
         if not 2 <= labels <= window:
             raise ValueError(f"labels={labels}: distances told apart, from 2 to window={window}")
         if block < 1:
             raise ValueError(f"block={block}: at least 1 token to a global one")
-        self.causal, self.layer = causal, layer
-        self.heads, self.head_width = heads, width // heads
-        self.window, self.block, self.backend = window, block, backend
+        self.layer, self.window, self.block = layer, window, block
         self.held = max(window, block - 1)
         self.min_window = block + 1 if causal else 2
-        self.q_proj, self.k_proj, self.v_proj = (linear(width, width) for _ in range(3))
         self.o_proj = linear(width, width, gain=residual_gain(layers))
         self.first_global = nn.Parameter(torch.randn(width) * LABEL_STD)
         self.global_norm = nn.RMSNorm(width, eps=1e-6)
@@ -107,18 +102,18 @@ class ETC(Mixer):
             refuse_state(state)
             return self._both_ways(x, shared)
         start = state.seen if state else 0
-        q, k, v = self._heads(x)
+        q, k, v = self.qkv(x)
         if state:
             k, v = _after(state.k, k), _after(state.v, v)
         g = self._globals(x, (start % self.block + x.shape[1]) // self.block, shared)
-        g_q, *g_in = self._heads(self.global_norm(g))
+        g_q, *g_in = self.qkv(self.global_norm(g))
         before = state.globals_in if state else (g_in[0][:, :0], g_in[1][:, :0])
         g_in = [_after(a, b) for a, b in zip(before, g_in, strict=True)]
         span = max(g_in[0].shape[1], len(self.g2g))
         among = relative(g_q, g_in[0], g_in[1], self.g2g, span, backend=self.backend)
         g = g + self._out(merge([among, self._own_blocks(g_q, k, v, start, x.shape[1])]))
         self._leave(g, shared)
-        _, g_k, g_v = self._heads(self.global_norm(g))
+        _, g_k, g_v = self.qkv(self.global_norm(g))
         g_out = [g_k + self.l2g[0].to(g_k.dtype), g_v]
         before = state.globals_out if state else (g_out[0][:, :0], g_out[1][:, :0])
         near = relative(q, k, v, self.l2l, self.window + 1, backend=self.backend)
@@ -128,12 +123,6 @@ class ETC(Mixer):
         g_out = [_after(a, b) for a, b in zip(before, g_out, strict=True)]
         k, v = seen_later(k, self.held), seen_later(v, self.held)
         return y, ETCState(k, v, (*g_in,), (*g_out,), start + x.shape[1])
-
-    def _heads(self, x: Tensor) -> list[Tensor]:
-        return [
-            proj(x).unflatten(-1, (self.heads, self.head_width))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        ]
 
     def _out(self, result: Partial) -> Tensor:
         return self.o_proj(result[0].flatten(-2))
@@ -195,14 +184,14 @@ class ETC(Mixer):
         tokens, count = x.shape[1], -(-x.shape[1] // self.block)
         block = torch.arange(tokens, device=x.device) // self.block
         own = torch.arange(count, device=x.device)[:, None] == block  # (g, t)
-        q, k, v = self._heads(x)
+        q, k, v = self.qkv(x)
         g = self._globals(x, count, shared)
-        g_q, g_k, g_v = self._heads(self.global_norm(g))
+        g_q, g_k, g_v = self.qkv(self.global_norm(g))
         span = max(count, len(self.g2g))
         among = relative_around(g_q, g_k, g_v, self.g2g, span, backend=self.backend)
         g = g + self._out(merge([among, *self._two_labels(g_q, k, v, self.g2l, own)]))
         self._leave(g, shared)
-        _, g_k, g_v = self._heads(self.global_norm(g))
+        _, g_k, g_v = self.qkv(self.global_norm(g))
         near = relative_around(q, k, v, self.l2l, self.window + 1, backend=self.backend)
         return self._out(merge([near, *self._two_labels(q, g_k, g_v, self.l2g, own.mT)]))
 

@@ -33,7 +33,7 @@ from torch.nn.functional import pad
 
 from zoo.errors import choose
 from zoo.mixers.base import (
-    Mixer,
+    MultiHead,
     State,
     compute_dtype,
     linear,
@@ -55,7 +55,7 @@ class LinformerState(NamedTuple):
     seen: int
 
 
-class Linformer(Mixer):
+class Linformer(MultiHead):
     recurrent: ClassVar[bool] = False
 
     def __init__(
@@ -75,34 +75,26 @@ class Linformer(Mixer):
         layer: int = 0,
         layers: int = 1,
     ) -> None:
-        super().__init__()
-        if width % heads:
-            raise ValueError(f"heads={heads} must divide width={width}")
+        super().__init__(width, heads, causal=causal, backend=backend)
         if sharing == "layerwise":
             raise ValueError("sharing=layerwise would tie layers, which are built one by one: kv")
         names = ("slots", "block") if causal else ("rank", "max_length")
         few, many = (slots, block) if causal else (rank, max_length)
         if not 1 <= few <= many:
             raise ValueError(f"{names[0]}={few} must be between 1 and {names[1]}={many}")
-        self.causal, self.heads, self.head_width = causal, heads, width // heads
         self.block, self.slots = block, slots
         self.max_length = None if causal else max_length
         self.min_window = block + 1 if causal else 1
         choose("sharing", sharing, ["none", "headwise", "kv"])
         self.positions = choose("positions", positions, ["rope", "none"])
         self.inv_freq = inverse_frequencies(self.head_width, rope_base)
-        self.backend = backend
-        self.q_proj, self.k_proj, self.v_proj = (linear(width, width) for _ in range(3))
         shape = (heads if sharing == "none" else 1, few, many)
         self.E = nn.Parameter(torch.randn(shape) * many**-0.5)
         self.F = self.E if sharing == "kv" else nn.Parameter(torch.randn(shape) * many**-0.5)
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: LinformerState | None = None):
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.qkv(x)
         if not self.causal:
             refuse_state(state)
             return self.o_proj(self._bidirectional(q, k, v).flatten(-2))

@@ -32,7 +32,7 @@ from torch import Tensor
 from zoo.attention.window import Partial, around, by_head, in_window, seen_later, window
 from zoo.errors import choose
 from zoo.mixers.base import (
-    Mixer,
+    MultiHead,
     State,
     compute_dtype,
     linear,
@@ -50,7 +50,7 @@ class LongformerState(NamedTuple):
     seen: int
 
 
-class Longformer(Mixer):
+class Longformer(MultiHead):
     def __init__(
         self,
         *,
@@ -66,9 +66,7 @@ class Longformer(Mixer):
         layer: int = 0,
         layers: int = 1,
     ) -> None:
-        super().__init__()
-        if width % heads:
-            raise ValueError(f"heads={heads} must divide width={width}")
+        super().__init__(width, heads, causal=causal, backend=backend)
         windows = [window] if isinstance(window, int) else list(window)
         if not windows or min(windows) < 1 or not (causal or all(w % 2 == 0 for w in windows)):
             raise ValueError(
@@ -84,8 +82,6 @@ class Longformer(Mixer):
                 f"global_tokens={global_tokens}: 0 or more; causally not 1, "
                 "which would see itself alone"
             )
-        self.causal = causal
-        self.heads, self.head_width, self.backend = heads, width // heads, backend
         self.window = windows[layer * len(windows) // layers]
         self.dilations = dilations if layer >= layers // 2 else [1] * heads
         self.reach = self.window * max(self.dilations)  # how far back the state goes
@@ -95,7 +91,6 @@ class Longformer(Mixer):
         self.inv_freq = (
             inverse_frequencies(self.head_width, rope_base) if positions == "rope" else ()
         )
-        self.q_proj, self.k_proj, self.v_proj = (linear(width, width) for _ in range(3))
         if global_tokens:
             self.q_global, self.k_global, self.v_global = (linear(width, width) for _ in range(3))
             for copy, proj in (
@@ -111,7 +106,7 @@ class Longformer(Mixer):
             refuse_state(state)
         start = state.seen if state else 0
         q, k = (self._turned(proj(x), start) for proj in (self.q_proj, self.k_proj))
-        v = self._heads(self.v_proj(x))
+        v = self.by_head(self.v_proj(x))
         keys, values = (_after(state.k, k), _after(state.v, v)) if state else (k, v)
         local = self._local(q, keys, values)
         out, marked = local[0], ()
@@ -126,11 +121,8 @@ class Longformer(Mixer):
         k, v = seen_later(keys, self.reach), seen_later(values, self.reach)
         return y, LongformerState(k, v, marked, start + x.shape[1])
 
-    def _heads(self, x: Tensor) -> Float[Tensor, "b t h d"]:
-        return x.unflatten(-1, (self.heads, self.head_width))
-
     def _turned(self, x: Tensor, start: int) -> Float[Tensor, "b t h d"]:
-        x = self._heads(x)
+        x = self.by_head(x)
         return rotate(x, self.inv_freq, start) if self.inv_freq else x
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
@@ -144,7 +136,7 @@ class Longformer(Mixer):
         """k and v of the global tokens in x; k_g and v_g of what these see."""
         left = max(0, self.global_tokens - start)
         seen = x[:, :left] if self.causal else x
-        k_g, v_g = self._turned(self.k_global(seen), start), self._heads(self.v_global(seen))
+        k_g, v_g = self._turned(self.k_global(seen), start), self.by_head(self.v_global(seen))
         return k[:, :left], v[:, :left], k_g, v_g
 
     def _with_globals(

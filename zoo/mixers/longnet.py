@@ -35,7 +35,7 @@ from torch import Tensor
 
 from zoo.attention.window import Partial, seen_later
 from zoo.errors import choose
-from zoo.mixers.base import Mixer, State, compute_dtype, linear, residual_gain
+from zoo.mixers.base import MultiHead, State, compute_dtype, linear, residual_gain
 from zoo.ops.attention import Part, attend, merge
 from zoo.positions.rope import inverse_frequencies, rotate
 
@@ -45,7 +45,7 @@ class LongNetState(NamedTuple):
     seen: int
 
 
-class LongNet(Mixer):
+class LongNet(MultiHead):
     def __init__(
         self,
         *,
@@ -60,10 +60,8 @@ class LongNet(Mixer):
         layer: int = 0,
         layers: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(width, heads, causal=True, backend=backend)
         del layer
-        if width % heads:
-            raise ValueError(f"heads={heads} must divide width={width}")
         if len(segments) != len(dilations) or not segments or min(*segments, *dilations) < 1:
             raise ValueError(
                 f"segments={list(segments)} and dilations={list(dilations)}: "
@@ -81,21 +79,16 @@ class LongNet(Mixer):
                 "next of its kind, and each dilation its segment and the one before"
             )
         self.branches = list(zip(segments, dilations, strict=True))
-        self.heads, self.head_width = heads, width // heads
-        self.dedup, self.backend = dedup, backend
+        self.dedup = dedup
         choose("positions", positions, ["rope", "none"])
         self.inv_freq = (
             inverse_frequencies(self.head_width, rope_base) if positions == "rope" else ()
         )
-        self.q_proj, self.k_proj, self.v_proj = (linear(width, width) for _ in range(3))
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: LongNetState | None = None):
         start = state.seen if state else 0
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, self.head_width))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.qkv(x)
         if self.inv_freq:
             q, k = rotate(q, self.inv_freq, start), rotate(k, self.inv_freq, start)
         qkv, results, after = torch.cat([q, k, v], -1), [], []

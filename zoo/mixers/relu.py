@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from zoo.errors import choose
 from zoo.mixers.base import (
-    Mixer,
+    MultiHead,
     State,
     compute_dtype,
     linear,
@@ -38,7 +38,7 @@ from zoo.positions.rope import inverse_frequencies, rotate
 EPS = 1e-6
 
 
-class ReLUAttention(Mixer):
+class ReLUAttention(MultiHead):
     recurrent: ClassVar[bool] = False
 
     def __init__(
@@ -56,23 +56,18 @@ class ReLUAttention(Mixer):
         layer: int = 0,
         layers: int = 1,
     ) -> None:
-        super().__init__()
-        if width % heads:
-            raise ValueError(f"heads={heads} must divide width={width}")
+        super().__init__(width, heads, causal=causal, backend=backend)
         if positions == "alibi" and not causal:
             raise ValueError(
                 "positions=alibi are one-sided: bidirectional attention has rope or none"
             )
         if gated and normalise != "rms":
             raise ValueError(f"gated=true gates normalise=rms, not normalise={normalise}")
-        self.causal, self.heads, self.head_width = causal, heads, width // heads
         self.kernel = choose("kernel", kernel, ["relu", "squared_relu"])
         self.normalise = choose("normalise", normalise, ["length", "sum", "rms"])
         self.positions = choose("positions", positions, ["rope", "alibi", "none"])
         if positions == "rope":
             self.inv_freq = inverse_frequencies(self.head_width, rope_base)
-        self.backend = backend
-        self.q_proj, self.k_proj, self.v_proj = (linear(width, width) for _ in range(3))
         self.norm = nn.RMSNorm(width, eps=EPS) if normalise == "rms" else None
         self.gate = nn.Parameter(torch.zeros(width)) if gated else None
         self.o_proj = linear(width, width, gain=residual_gain(layers))
@@ -81,10 +76,7 @@ class ReLUAttention(Mixer):
         if not self.causal:
             refuse_state(state)
         start = state.seen if state else 0
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.qkv(x)
         if self.positions == "rope":
             q, k = rotate(q, self.inv_freq, start), rotate(k, self.inv_freq, start)
         if state:

@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from zoo.errors import choose
-from zoo.mixers.base import Mixer, linear, refuse_state, residual_gain
+from zoo.mixers.base import MultiHead, linear, refuse_state, residual_gain
 from zoo.ops.linear_attention import linear_attention
 
 EPS = 1e-12  # a channel that was 0 so far is divided by it
@@ -43,7 +43,7 @@ class SimAState(NamedTuple):
     seen: int
 
 
-class SimA(Mixer):
+class SimA(MultiHead):
     def __init__(
         self,
         *,
@@ -56,21 +56,13 @@ class SimA(Mixer):
         layer: int = 0,
         layers: int = 1,
     ) -> None:
-        super().__init__()
-        if width % heads:
-            raise ValueError(f"heads={heads} must divide width={width}")
+        super().__init__(width, heads, causal=causal, backend=backend)
         choose("positions", positions, ["none"])
-        self.causal, self.heads = causal, heads
         self.scale = choose("scale", scale, ["none", "t"])
-        self.backend = backend
-        self.q_proj, self.k_proj, self.v_proj = (linear(width, width) for _ in range(3))
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: SimAState | None = None):
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.qkv(x)
         q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
         if not self.causal:
             refuse_state(state)

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from zoo.attention.near import few
 from zoo.mixers.base import (
-    Mixer,
+    MultiHead,
     Shared,
     compute_dtype,
     linear,
@@ -62,7 +62,7 @@ class StarState(NamedTuple):
     seen: int
 
 
-class Star(Mixer):
+class Star(MultiHead):
     shares: ClassVar[bool] = True
 
     def __init__(
@@ -76,16 +76,11 @@ class Star(Mixer):
         layer: int = 0,
         layers: int = 1,
     ) -> None:
-        super().__init__()
-        if width % heads:
-            raise ValueError(f"heads={heads} must divide width={width}")
+        super().__init__(width, heads, causal=causal, backend=backend)
         if block < 1:
             raise ValueError(f"block={block}: at least 1 token between two relays")
-        self.causal, self.layer = causal, layer
-        self.heads, self.head_width = heads, width // heads
-        self.block, self.backend = block, backend
+        self.layer, self.block = layer, block
         self.min_window = block + 1 if causal else 2
-        self.q_proj, self.k_proj, self.v_proj = (linear(width, width) for _ in range(3))
         self.o_proj = linear(width, width, gain=residual_gain(layers))
         self.places = no_weight_decay(
             nn.Parameter(torch.zeros(4 if causal else 5, heads, self.head_width))
@@ -104,24 +99,24 @@ class Star(Mixer):
     ):
         if not self.causal:
             refuse_state(state)
-        q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.qkv(x)
         e = next(iter(self._from_below("input", shared)), x)
         if e is x and shared is not None:
             shared[f"star_input_{self.layer}"] = x
-        e_k, e_v = (k, v) if e is x else (self._heads(p(e)) for p in (self.k_proj, self.v_proj))
+        e_k, e_v = (k, v) if e is x else (self.by_head(p(e)) for p in (self.k_proj, self.v_proj))
         last = state if state and state.seen else None
         if self.causal:
             start = state.seen if state else 0
             relays, relay = self._relays(x, start, last and last.relay)
             s_k, s_v = (
-                self._heads(proj(relays)).repeat_interleave(self.block, 1)[
+                self.by_head(proj(relays)).repeat_interleave(self.block, 1)[
                     :, start % self.block : start % self.block + x.shape[1]
                 ]
                 for proj in (self.k_proj, self.v_proj)
             )
         else:
             s = self._relay_of_all(x, shared)
-            s_k, s_v = self._heads(self.k_proj(s)), self._heads(self.v_proj(s))
+            s_k, s_v = self.by_head(self.k_proj(s)), self.by_head(self.v_proj(s))
         keys = [k, e_k, s_k, shifted(k, last and last.k[:, 0])]
         values = [v, e_v, s_v, shifted(v, last and last.v[:, 0])]
         there = torch.ones((x.shape[1], len(self.places)), dtype=torch.bool, device=x.device)
@@ -137,9 +132,6 @@ class Star(Mixer):
             return y
         return y, StarState(relay, k[:, -1:], v[:, -1:], start + x.shape[1])
 
-    def _heads(self, x: Tensor) -> Float[Tensor, "... h k"]:
-        return x.unflatten(-1, (self.heads, self.head_width))
-
     def _from_below(self, what: str, shared: Shared | None) -> list[Tensor]:
         """What such layers below left, by a name of its own each: a layer run again finds it."""
         names = (f"star_{what}_{layer}" for layer in range(self.layer))
@@ -151,14 +143,14 @@ class Star(Mixer):
         """The relay that the tokens of each block read, and where its recurrence stands after x."""
         wide = torch.promote_types(x.dtype, torch.float32)
         if relay is None:
-            first = self._heads(self.first_relay.expand(len(x), -1))
+            first = self.by_head(self.first_relay.expand(len(x), -1))
             relay, q = self._begun(self._update(first).to(wide))
         else:
             q = self._query(relay.s)
         first = min(self.block - start % self.block, x.shape[1])
         whole, rest = divmod(x.shape[1] - first, self.block)
         sizes = [first, *[self.block] * whole, *([rest] if rest else [])]
-        k, v = (self._heads(proj(x)).to(wide) for proj in (self.relay_k, self.relay_v))
+        k, v = (self.by_head(proj(x)).to(wide) for proj in (self.relay_k, self.relay_v))
         read = []
         for size, keys, values in zip(sizes, k.split(sizes, 1), v.split(sizes, 1), strict=True):
             read.append(relay.s)
@@ -175,21 +167,21 @@ class Star(Mixer):
         return self.relay_norm(F.relu(self.relay_o(out.flatten(-2))))
 
     def _query(self, s: Float[Tensor, "b d"]) -> Float[Tensor, "b h k"]:
-        return self._heads(self.relay_q(s)).to(s.dtype) * self.head_width**-0.5
+        return self.by_head(self.relay_q(s)).to(s.dtype) * self.head_width**-0.5
 
     def _begun(self, s: Float[Tensor, "b d"]) -> tuple[Relay, Float[Tensor, "b h k"]]:
         """A new block's relay, which so far has seen itself, and its query."""
         q = self._query(s)
-        k, v = (self._heads(proj(s)).to(s.dtype) for proj in (self.relay_k, self.relay_v))
+        k, v = (self.by_head(proj(s)).to(s.dtype) for proj in (self.relay_k, self.relay_v))
         return Relay(s, v, (q * k).sum(-1)), q
 
     def _relay_of_all(self, x: Tensor, shared: Shared | None) -> Float[Tensor, "b 1 d"]:
         """The paper's step: the relay of the layer below over itself and all satellites."""
         relays = self._from_below("relay", shared)
         s = relays[-1] if relays else x.mean(1, keepdim=True)
-        q = self._heads(self.relay_q(s))
+        q = self.by_head(self.relay_q(s))
         parts = [
-            Part(q, self._heads(self.relay_k(u)), self._heads(self.relay_v(u))) for u in (s, x)
+            Part(q, self.by_head(self.relay_k(u)), self.by_head(self.relay_v(u))) for u in (s, x)
         ]
         s = self._update(attention(parts, backend=self.backend))
         if shared is not None:
