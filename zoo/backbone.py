@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.mixers.base import Mixer, Shared, State
+from zoo.ops.rms_norm import RMSNorm
 from zoo.positions.absolute import Learned, Sinusoidal
 
 
@@ -18,9 +19,9 @@ class Block(nn.Module):
 
     def __init__(self, *, width: int, mixer: Mixer, feed_forward: Mixer | None, norm_eps: float):
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(width, eps=norm_eps)
+        self.mixer_norm = RMSNorm(width, norm_eps)
         self.mixer = mixer
-        self.feed_forward_norm = nn.RMSNorm(width, eps=norm_eps) if feed_forward else None
+        self.feed_forward_norm = RMSNorm(width, norm_eps) if feed_forward else None
         self.feed_forward = feed_forward
 
     def forward(self, x: Tensor, state: State = None, shared: Shared | None = None):
@@ -90,7 +91,7 @@ class Backbone(nn.Module):
             )
             blocks.append(block)
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.RMSNorm(width, eps=norm_eps)
+        self.norm = RMSNorm(width, norm_eps)
         self.frequencies: nn.Module | None = None  # trained ones, length -> (inv_freq, factor)
         self.head = nn.Linear(width, vocab_size, bias=False)
         if tied:

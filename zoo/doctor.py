@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from zoo.ops import aft, causal_conv, cuda, native, selective_scan, wkv4
+from zoo.ops import aft, causal_conv, cuda, native, rms_norm, selective_scan, wkv4
 
 # Ops that are matrix products, or library kernels, in PyTorch's own hands.
 BY_TORCH = {
@@ -19,6 +19,7 @@ KERNELS = {
     "causal_conv": (causal_conv.KERNEL, causal_conv.CUDA),
     "wkv4, aft": (wkv4.KERNEL, None),
     "aft_window": (aft.KERNEL, None),
+    "rms_norm": (rms_norm.KERNEL, None),
 }
 
 

@@ -1,4 +1,4 @@
-"""Selective scan and causal convolution: ours, in C and in PyTorch, against public forms.
+"""Selective scan, causal convolution, RMS norm: ours, in C and in PyTorch, against public forms.
 
     python kernels/bench/selective_scan.py [--lengths 8192 65536] [--rounds 3] [--runs 3]
         [--json FILE]
@@ -27,6 +27,7 @@ from record import processor, record
 
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.native import tune_allocator
+from zoo.ops.rms_norm import rms_norm
 from zoo.ops.selective_scan import selective_scan
 
 try:
@@ -55,6 +56,12 @@ def conv_inputs(length: int) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(shape).requires_grad_() for shape in shapes)
 
 
+def norm_inputs(length: int) -> tuple[torch.Tensor, ...]:
+    """x, weight"""
+    torch.manual_seed(0)
+    return torch.randn(1, length, WIDTH).requires_grad_(), torch.ones(WIDTH).requires_grad_()
+
+
 def mambapy_scan(x, dt, A, B, C, D):
     """The scan as users of mambapy write it around its `pscan`."""
     assert pscan is not None
@@ -69,7 +76,14 @@ def conv1d_silu(x, weight, bias):
     return F.silu(y[..., : x.shape[1]]).transpose(1, 2)
 
 
+INPUTS = {"selective_scan": scan_inputs, "causal_conv": conv_inputs, "rms_norm": norm_inputs}
+
+
 def forms(op: str, length: int) -> dict[str, Callable]:
+    if op == "rms_norm":
+        return {
+            name: lambda *a, name=name: rms_norm(*a, 1e-6, name) for name in ("native", "torch")
+        }
     if op == "causal_conv":
         return {"native": lambda *a: causal_conv(*a, backend="native")[0], "conv1d": conv1d_silu}
     found: dict[str, Callable] = {
@@ -92,7 +106,7 @@ def seconds(form: Callable, inputs: tuple, dy: torch.Tensor | None) -> float:
 
 def compare(op: str, length: int, rounds: int) -> list[dict]:
     """A row per form: milliseconds and how many times longer than native it takes, each round."""
-    inputs = (scan_inputs if op == "selective_scan" else conv_inputs)(length)
+    inputs = INPUTS[op](length)
     dy, rows = torch.randn(1, length, WIDTH), []
     found = forms(op, length)
     for phase, gradient in (("forward", None), ("forward+backward", dy)):
@@ -165,9 +179,8 @@ def main() -> None:
     parser.add_argument("--one", choices=["run", "peak"], help=argparse.SUPPRESS)  # fresh process
     options = parser.parse_args()
     tuned = tune_allocator() if options.one != "peak" else None
-    ops = ("selective_scan", "causal_conv")
     if options.one == "run":
-        pairs = [(op, length) for op in ops for length in options.lengths]
+        pairs = [(op, length) for op in INPUTS for length in options.lengths]
         rows = [row for op, length in pairs for row in compare(op, length, options.rounds)]
         sys.stdout.write(json.dumps(rows))
         return

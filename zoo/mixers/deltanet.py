@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from zoo.mixers.base import Mixer, compute_dtype, linear, residual_gain
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.delta_rule import delta_rule, unit_length
+from zoo.ops.rms_norm import RMSNorm
 
 
 class DeltaState(NamedTuple):
@@ -47,7 +48,7 @@ class DeltaNet(Mixer):
         bound = conv_width**-0.5  # a depthwise convolution sees conv_width inputs
         self.conv_weight = nn.Parameter(torch.empty(3 * width, conv_width).uniform_(-bound, bound))
         self.beta_proj = linear(width, heads)
-        self.norm = nn.RMSNorm(width // heads, eps=1e-5)
+        self.norm = RMSNorm(width // heads, 1e-5)
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: DeltaState | None = None):

@@ -44,6 +44,7 @@ from zoo.mixers.base import (
     residual_gain,
 )
 from zoo.ops.attention import Part, attend, merge
+from zoo.ops.rms_norm import RMSNorm
 
 LABEL_STD = 0.02
 
@@ -83,7 +84,7 @@ class ETC(MultiHead):
         self.min_window = block + 1 if causal else 2
         self.o_proj = linear(width, width, gain=residual_gain(layers))
         self.first_global = nn.Parameter(torch.randn(width) * LABEL_STD)
-        self.global_norm = nn.RMSNorm(width, eps=1e-6)
+        self.global_norm = RMSNorm(width, 1e-6)
         distances, sides = (labels + 1, 1) if causal else (2 * labels + 1, 2)
         self.l2l, self.g2g = self._labels(distances), self._labels(distances)
         self.l2g, self.g2l = self._labels(sides), self._labels(sides)

@@ -24,6 +24,7 @@ from zoo.mixers.base import Mixer, compute_dtype, linear, residual_gain
 from zoo.mixers.deltanet import DeltaState
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.delta_rule import delta_rule, unit_length
+from zoo.ops.rms_norm import RMSNorm
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # initial steps: log-uniform, as in Mamba-2
 A_MAX = 16.0  # initial rates: uniform up to this, as published
@@ -67,7 +68,7 @@ class GatedDeltaNet(Mixer):
         dt = torch.empty(heads).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
         self.gate_proj = linear(width, self.widths[2])
-        self.norm = nn.RMSNorm(key * value_factor, eps=1e-5)
+        self.norm = RMSNorm(key * value_factor, 1e-5)
         self.o_proj = linear(self.widths[2], width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: DeltaState | None = None):

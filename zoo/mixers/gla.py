@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zoo.mixers.base import Mixer, linear, residual_gain
 from zoo.ops.linear_attention import linear_attention
+from zoo.ops.rms_norm import RMSNorm
 
 
 class GLA(Mixer):
@@ -46,7 +47,7 @@ class GLA(Mixer):
             linear(width, gate_rank), linear(gate_rank, keys, bias=True)
         )
         self.gate_proj = linear(width, width)
-        self.norm = nn.RMSNorm(width // heads, eps=1e-5)
+        self.norm = RMSNorm(width // heads, 1e-5)
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: Tensor | None = None):

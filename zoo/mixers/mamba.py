@@ -67,7 +67,8 @@ class Mamba(Mixer):
             self.out_proj.weight /= layers**0.5
 
     def forward(self, x: Float[Tensor, "b t d"], state: MambaState | None = None):
-        u, z = self.in_proj(x).split(self.inner_width, -1)
+        # two products: the gradients of the halves of one would have to be joined again
+        u, z = (F.linear(x, weight) for weight in self.in_proj.weight.chunk(2))
         u, conv = causal_conv(
             u,
             self.conv_weight,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from zoo.mixers.base import Mixer, compute_dtype, no_weight_decay
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.linear_attention import linear_attention
+from zoo.ops.rms_norm import RMSNorm
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # initial steps: log-uniform, as published
 A_MIN, A_MAX = 1.0, 16.0  # initial rates: uniform
@@ -67,7 +68,7 @@ class Mamba2(Mixer):
         self.dt_bias = no_weight_decay(nn.Parameter(dt + torch.log(-torch.expm1(-dt))))
         self.A_log = no_weight_decay(nn.Parameter(torch.empty(heads).uniform_(A_MIN, A_MAX).log()))
         self.D = no_weight_decay(nn.Parameter(torch.ones(heads)))
-        self.norm = nn.RMSNorm(inner, eps=1e-5)
+        self.norm = RMSNorm(inner, 1e-5)
         self.out_proj = nn.Linear(inner, width, bias=False)
         with torch.no_grad():
             self.out_proj.weight /= layers**0.5

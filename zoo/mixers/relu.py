@@ -32,6 +32,7 @@ from zoo.mixers.base import (
 )
 from zoo.mixers.softmax import KeyValues
 from zoo.ops.kernel_attention import kernel_attention
+from zoo.ops.rms_norm import RMSNorm
 from zoo.positions.alibi import slopes
 from zoo.positions.rope import inverse_frequencies, rotate
 
@@ -68,7 +69,7 @@ class ReLUAttention(MultiHead):
         self.positions = choose("positions", positions, ["rope", "alibi", "none"])
         if positions == "rope":
             self.inv_freq = inverse_frequencies(self.head_width, rope_base)
-        self.norm = nn.RMSNorm(width, eps=EPS) if normalise == "rms" else None
+        self.norm = RMSNorm(width, EPS) if normalise == "rms" else None
         self.gate = nn.Parameter(torch.zeros(width)) if gated else None
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
