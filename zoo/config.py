@@ -23,10 +23,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zoo.errors import UserError, choose, nearest
 from zoo.options import (
-    ROOT,
     TRAINER_OWNED,
     constructor_parameters,
     leaves,
+    shipped,
     target_parameters,
     trainer_parameters,
     within,
@@ -40,7 +40,7 @@ from zoo.schema import TrainConfig as TrainConfig
 from zoo.schema import plain as plain
 from zoo.schema import validate as validate
 
-CONFIGS = ROOT / "configs"
+CONFIGS = shipped("configs")
 ONE_SIDED = ("xpos", "alibi", "t5")  # positions that bidirectional attention lacks
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
 

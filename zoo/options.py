@@ -14,11 +14,18 @@ from typing import Any
 
 from zoo.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
 
 SUFFIXES = {"k": 2**10, "M": 2**20, "G": 2**30}
 SIZE = re.compile(r"(?P<count>\d+)(?P<suffix>[kKMG])|(?P<base>\d{1,4})\*\*(?P<power>\d{1,2})")
 PLAIN = re.compile(r"[+-]?\d+(_\d+)*")
+
+
+def shipped(folder: str) -> Path:
+    """A folder of ours that is no code: beside the package in a checkout, inside it in a wheel."""
+    beside = ROOT / folder
+    return beside if (ROOT / "pyproject.toml").is_file() else PACKAGE / f"_{folder}"
 
 
 def read_sizes(value: Any) -> Any:

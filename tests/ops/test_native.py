@@ -132,17 +132,6 @@ def test_other_source_is_another_library(cache, monkeypatch, tmp_path):
     assert len(list(cache.glob("*.so"))) == 2
 
 
-def test_sources_are_found_in_a_checkout_and_in_a_wheel(monkeypatch, tmp_path):
-    assert native.kernels_folder() == ROOT / "kernels"
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "zoo" / "ops" / "native.py"))
-    with pytest.raises(native.BuildError, match="not installed"):
-        native.kernels_folder()
-    inside = tmp_path / "zoo" / "_kernels"
-    inside.mkdir(parents=True)
-    (inside / "common.h").touch()
-    assert native.kernels_folder() == inside
-
-
 def test_a_backend_is_named_once_and_only_if_it_runs(cache, caplog):
     asked = []
     available = {"best": lambda: asked.append(1) or "it rains", "good": True, "other": False}

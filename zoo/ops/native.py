@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from zoo.options import shipped
+
 log = logging.getLogger("zoo")
 
 FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-shared", "-Wno-psabi"]
@@ -31,12 +33,11 @@ class BuildError(RuntimeError):
 
 
 def kernels_folder() -> Path:
-    """The C sources: beside the package in a checkout, inside it when installed from a wheel."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package.parent / "kernels", package / "_kernels"):
-        if (folder / "common.h").is_file():
-            return folder
-    raise BuildError("the kernel sources are not installed")
+    """The sources. Raises `BuildError` where they were left behind."""
+    folder = shipped("kernels")
+    if not (folder / "common.h").is_file():
+        raise BuildError("the kernel sources are not installed")
+    return folder
 
 
 @functools.cache
