@@ -1,0 +1,30 @@
+"""`zoo train ..`, `zoo eval ..`, `zoo doctor`: the programs, from wherever the package lies."""
+
+import runpy
+import sys
+
+from zoo.errors import UserError, choose
+from zoo.options import ROOT, shipped
+
+
+def main() -> int:
+    given = sys.argv[1] if len(sys.argv) > 1 else ""
+    try:
+        program = choose("program", given, ["train", "eval", "doctor"])
+    except UserError as error:
+        sys.stderr.write(f"zoo: {error}\n")
+        return 2
+    if program == "doctor":
+        from zoo import doctor
+
+        return doctor.main()
+    file = ROOT / f"{program}.py"
+    if not file.is_file():
+        file = shipped("programs") / file.name
+    sys.argv[:2] = [str(file)]
+    runpy.run_path(str(file), run_name="__main__")  # which exits
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
