@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env compare claims test lint bench gpu-check clean
+.PHONY: help env compare claims reach test lint bench gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,6 +40,17 @@ claims: .venv/ready  ## judge published claims on BOOKS=<folder of books>: an ho
 	for reach in dca streaming_llm window 'pi extension.factor=8' 'ntk extension.factor=8'; do \
 	  $(RUN) eval.py run='runs/claims/transformer-*' $(ASKED) extension=$$reach || exit; done
 	$(RUN) eval.py run='runs/claims*/*' $(ASKED)
+
+READ := task=reach task.perplexity.protocols=[half_tail] \
+  task.perplexity.lengths=[512,1k,2k,4k,8k] task.passkey.lengths=[512,1k,2k,4k,8k]
+FACTOR := extension.factor=8
+
+reach: .venv/ready  ## one rotary model under every training-free extension, on BOOKS=<folder of books>
+	$(RUN) train.py experiment=reach data=text data.path=$(BOOKS)
+	for way in 'pi $(FACTOR)' 'ntk $(FACTOR)' dynamic_ntk 'ntk_by_parts $(FACTOR)' \
+	  'yarn $(FACTOR)' dynamic_yarn dca 'self_extend extension.reach.group=16' rerope \
+	  streaming_llm lm_infinite window none; do \
+	  $(RUN) eval.py run='runs/reach/*' $(READ) extension=$$way || exit; done
 
 test: .venv/ready-dev  ## the whole test suite
 	$(RUN) -m pytest -n 2 --dist loadfile

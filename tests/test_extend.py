@@ -14,6 +14,7 @@ from zoo.positions.rope import inverse_frequencies
 
 TRAINED = 16
 FACTORS = {"pi": 2, "ntk": 2, "ntk_by_parts": 4, "yarn": 4, "llama3": 4, "longrope": 4}
+FACTORS |= {"alibi_interpolation": 4}
 EXTENSIONS = [name for name, tree in extensions().items() if not tree.get("positions")]
 MORE = {
     "lm_infinite": ["extension.reach.sinks=2"],
@@ -32,6 +33,7 @@ IDENTITIES = {
     "dynamic_ntk",
     "dynamic_yarn",
 }
+MODELS = {"alibi_interpolation": "alibi"}  # of the others: transformer
 BOUNDED = {"streaming_llm", "window", "lm_infinite"}
 
 
@@ -52,7 +54,7 @@ def tokens(length: int) -> torch.Tensor:
 
 
 def test_any_chunking_gives_the_whole_also_across_a_switch_of_the_scaling(name, tiny):
-    model = extend(tiny("transformer"), extension(name), TRAINED)
+    model = extend(tiny(MODELS.get(name, "transformer")), extension(name), TRAINED)
     text = tokens(5 * TRAINED + 3)
     whole = model(text)
     for sizes in ([1] * text.shape[1], [TRAINED - 1, 2, 3 * TRAINED, TRAINED + 2]):
@@ -67,7 +69,7 @@ def test_any_chunking_gives_the_whole_also_across_a_switch_of_the_scaling(name, 
 
 
 def test_the_past_is_safe_from_the_future_under_every_extension(name, tiny):
-    model = extend(tiny("transformer"), extension(name), TRAINED)
+    model = extend(tiny(MODELS.get(name, "transformer")), extension(name), TRAINED)
     text = tokens(3 * TRAINED)
     changed = text.clone()
     changed[:, 20:] = (changed[:, 20:] + 1) % 32
@@ -75,15 +77,15 @@ def test_the_past_is_safe_from_the_future_under_every_extension(name, tiny):
 
 
 def test_within_the_trained_length_a_training_free_method_changes_nothing(name, tiny):
-    plain, text = tiny("transformer"), tokens(TRAINED)
-    extended = extend(tiny("transformer"), extension(name), TRAINED)(text)
+    plain, text = tiny(MODELS.get(name, "transformer")), tokens(TRAINED)
+    extended = extend(tiny(MODELS.get(name, "transformer")), extension(name), TRAINED)(text)
     same = torch.allclose(extended, plain(text), rtol=1e-9, atol=1e-10)
     assert same == (name in IDENTITIES)
 
 
 def test_every_extension_reads_beyond_what_it_was_trained_on(name, tiny):
-    plain, text = tiny("transformer"), tokens(4 * TRAINED)
-    extended = extend(tiny("transformer"), extension(name), TRAINED)(text)
+    plain, text = tiny(MODELS.get(name, "transformer")), tokens(4 * TRAINED)
+    extended = extend(tiny(MODELS.get(name, "transformer")), extension(name), TRAINED)(text)
     assert extended.isfinite().all()
     assert torch.allclose(extended, plain(text)) == (name == "none")
 
@@ -105,8 +107,9 @@ def test_a_model_without_rotary_positions_is_refused_in_one_line(model, tiny):
     with pytest.raises(UserError, match="extension=dca acts on rotary positions") as caught:
         extend(tiny(model), extension("dca"), TRAINED)
     assert "\n" not in str(caught.value)
-    trains = "; to train with, randomised" if model in ("alibi", "learned") else ""
-    assert str(caught.value).endswith(f"none: it takes extension=none{trains}")
+    takes = "none, alibi_interpolation" if model == "alibi" else "none"
+    takes += "; to train with, randomised" if model in ("alibi", "learned") else ""
+    assert str(caught.value).endswith(f"none: it takes extension={takes}")
     assert extend(tiny(model), extension("none"), TRAINED)
 
 
@@ -147,6 +150,25 @@ def test_a_training_windows_tokens_stand_where_they_are_placed(model, tiny):
     x = torch.randn(2, 9, mixer.q_proj.in_features, dtype=torch.float64)
     at = torch.stack([torch.randperm(999)[:9].sort().values for _ in range(2)])
     torch.testing.assert_close(mixer(x, shared={"positions": at}), dense(mixer, x, at))
+
+
+def test_interpolated_slopes_are_positions_divided_also_past_a_state(tiny):
+    """And nothing but linear biases takes them, alone."""
+    mixer = extend(tiny("alibi"), extension("alibi_interpolation"), TRAINED).halves()[0]
+    x = torch.randn(2, 40, mixer.q_proj.in_features, dtype=torch.float64)
+    expected = dense(mixer, x, torch.arange(40)[None] / 4)
+    one, state = mixer(x[:, :17], mixer.empty_state(2))
+    two, _ = mixer(x[:, 17:], state)
+    torch.testing.assert_close(torch.cat([one, two], 1), expected)
+    torch.testing.assert_close(mixer(x), expected)
+    with pytest.raises(UserError, match="acts on linear-bias positions") as caught:
+        extend(tiny("transformer"), extension("alibi_interpolation"), TRAINED)
+    assert re.search(r"it takes extension=none, (?!.*alibi).*dca", str(caught.value))
+    more = ("extension.scaling=alibi_interpolation", "extension.factor=2")
+    with pytest.raises(UserError, match="slopes are interpolated by"):
+        extend(tiny("alibi"), extension("dca", *more), TRAINED)
+    with pytest.raises(UserError, match="acts on linear-bias positions"):
+        extend(tiny("transformer"), extension("dca", *more), TRAINED)
 
 
 def test_placed_tokens_are_turned_by_the_scaled_frequencies(tiny):

@@ -21,11 +21,17 @@ from zoo.schema import Extension
 EMBEDDED = {Sinusoidal: "sinusoidal", Learned: "learned"}
 PLACED = ("rope", "alibi", "sinusoidal", "learned")  # what may stand at positions of our choice
 ROTARY = ("rope",)
-ACTS_ON = {ROTARY: "rotary", PLACED: "rotary, linear-bias, sinusoidal or learned"}
+LINEAR = ("alibi",)
+SLOPES = "zoo.positions.alibi.slopes"
+ACTS_ON = {
+    ROTARY: "rotary",
+    LINEAR: "linear-bias",
+    PLACED: "rotary, linear-bias, sinusoidal or learned",
+}
 
 
 def extend(model: Backbone, extension: Extension, trained_length: int) -> Backbone:
-    """The model with every rotary attention under `extension`, in place.
+    """The model with every attention that it acts on under `extension`, in place.
 
     One tuned under LongRoPE may be read under LongRoPE with factors searched for it anew. Lengths
     are tokens. Raises UserError in one line where the extension does not apply to the model or its
@@ -38,7 +44,7 @@ def extend(model: Backbone, extension: Extension, trained_length: int) -> Backbo
             f"extension={extension.name}: this model was trained under an extension of its own, "
             "which extension=none measures"
         )
-    kinds = _acts_on(extension.model_dump())
+    kinds = _acts_on(extension.model_dump(by_alias=True))
     if not _positions(model) & {*kinds}:
         raise UserError(
             f"extension={extension.name} acts on {ACTS_ON[kinds]} positions, and this model has "
@@ -52,6 +58,8 @@ def extend(model: Backbone, extension: Extension, trained_length: int) -> Backbo
     elif kinds == ROTARY:
         for mixer in rotary(model):
             mixer.reach = _reach(mixer, extension, original_length)
+    elif kinds == LINEAR:
+        _interpolate(model, extension)
     model.extended = extension.name
     return model
 
@@ -97,12 +105,18 @@ def _positions(model: Backbone) -> set[str]:
 
 
 def rotary(model: Backbone) -> list[SoftmaxAttention]:
+    return _attending(model, "rope")
+
+
+def _attending(model: Backbone, positions: str) -> list[SoftmaxAttention]:
     mixers = [half for half in model.halves() if isinstance(half, SoftmaxAttention)]
-    return [mixer for mixer in mixers if mixer.positions == "rope"]
+    return [mixer for mixer in mixers if mixer.positions == positions]
 
 
 def _acts_on(tree: Mapping[str, Any]) -> tuple[str, ...]:
     """The kinds of positions that an extension is for."""
+    if isinstance(tree["scaling"], dict) and tree["scaling"]["_target_"] == SLOPES:
+        return LINEAR
     if tree["scaling"] or tree["reach"]:
         return ROTARY
     return PLACED if tree.get("positions") else ()
@@ -146,6 +160,18 @@ def _train_frequencies(model: Backbone, extension: Extension, original_length: i
     model.frequencies = frequencies
     for mixer in mixers:
         mixer.reach = Reach(frequencies, bucket=original_length)
+
+
+def _interpolate(model: Backbone, extension: Extension) -> None:
+    """Every slope divided by the factor."""
+    assert extension.scaling is not None
+    if extension.reach or extension.positions or extension.scaling.options:
+        raise UserError(
+            f"extension={extension.name}: slopes are interpolated by extension.factor alone, "
+            "without a remap, positions or further options"
+        )
+    for mixer in _attending(model, "alibi"):
+        mixer.slope_factor = extension.factor
 
 
 def _reach(mixer: SoftmaxAttention, extension: Extension, original_length: int) -> Reach:

@@ -4,8 +4,8 @@ import pytest
 from synthetic import identity, score_row
 
 from zoo.report.caveats import limits
-from zoo.report.charts import styles
-from zoo.report.figures import retrieval, scores
+from zoo.report.charts import COLORS, styles
+from zoo.report.figures import pngs, reach, retrieval, scores
 from zoo.report.page import render
 from zoo.report.rows import gather, wilson
 from zoo.report.tables import DASH, found, share
@@ -63,6 +63,26 @@ def test_page_terminal_and_limits_tell_what_was_found():
     hidden = "Bits per byte is not retrieval"
     assert not any(hidden in line for line in limits(results))
     assert any(hidden in line for line in limits(gather(ROWS[:6], [])))
+
+
+def test_one_model_under_many_methods_is_told_apart_alike_in_both_panels():
+    ways = [f"transformer + {i}" for i in range(2 * len(COLORS))]
+    rows = [
+        row(way, length, number, model="transformer")
+        for way in ways
+        for length in (512, 1024)
+        for row, number in ((score_row, 2.0), (passkey_row, 10))
+    ]
+    results = gather(rows, [])
+    look = styles(results)
+    assert len({(style.color, style.symbol) for style in look.values()}) == len(ways)
+    left, right = (figure.draw(look).to_dict()["layer"] for figure in reach(results))
+    for channel in ("color", "shape", "x"):
+        assert left[4]["encoding"][channel]["scale"] == right[4]["encoding"][channel]["scale"]
+    assert left[2]["data"]["values"] == []  # so many bands would cover one another
+    assert set(pngs(results, look)) == {"bits_per_byte.png", "reach.png", "speed.png"}
+    assert reach(gather(rows[::2], [])) == reach(gather(rows[1::2], [])) == []
+    assert 'id="spec-reach-passkey-accuracy"' in render(results, look)
 
 
 def test_several_seeds_have_an_interval_within_what_shares_can_be():

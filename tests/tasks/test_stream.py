@@ -2,13 +2,16 @@
 
 import math
 import mmap
+import time
 
 import numpy as np
 import pytest
 import torch
 from fakes import VOCABULARY, ByPosition, Remembers, make_subject, random_text, text_store
 
+from zoo.config import compose
 from zoo.errors import UserError
+from zoo.extend import extend
 from zoo.tasks.memory import held_bytes
 from zoo.tasks.stream import measure
 
@@ -88,6 +91,28 @@ def test_a_recurrent_model_streams_and_attention_says_why_not(precision, tiny, t
     assert other["status"] == "not_applicable"
     assert "grows with the text" in other["reason"]
     assert "\n" not in other["reason"]
+
+
+def test_attention_with_sinks_streams_in_a_state_that_stops_growing(tiny, tmp_path):
+    sinks = compose("eval", ["run=x", "extension=streaming_llm"]).extension
+    model = extend(tiny("transformer", dtype=torch.float32).eval(), sinks, 16)
+    subject = make_subject(model, tmp_path, text_store(random_text(300)))
+    short, long = (next(measure(subject, tokens=n, chunk=64)) for n in (64, 1000))
+    assert (short["status"], long["status"]) == ("ok", "ok")
+    assert long["state_bytes"] == short["state_bytes"] > 0
+
+
+def test_a_model_that_slows_down_is_seen(tmp_path):
+    class Slows(Remembers):
+        def forward(self, tokens, state=None):
+            if state is not None and state.seen >= 900:
+                time.sleep(0.2)
+            return super().forward(tokens, state)
+
+    subject = make_subject(Slows(1), tmp_path, text_store(random_text(1000)))
+    (row,) = measure(subject, tokens=1000, chunk=100)
+    assert row["late_tokens_per_second"] < 500
+    assert row["tokens_per_second"] > 2 * row["late_tokens_per_second"]
 
 
 def test_what_is_known_is_not_streamed_again(tmp_path):

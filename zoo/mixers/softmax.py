@@ -10,9 +10,9 @@ leaves the order to the causal mask (Haviv 2022; Kazemnejad 2023) or to position
 embedding.
 The state is every key and value so far; keys are kept as they were turned on arrival. A `reach`
 (zoo.attention), given to a trained model by zoo.extend, takes over rotary positions, which keys a
-query sees and which are kept. Where `shared` holds "positions", (b, t), the tokens of a training
-window stand there. With `causal=False` every query sees every key (Devlin 2019, BERT), under `rope`
-or `none`.
+query sees and which are kept; its `slope_factor` interpolates ALiBi. Where `shared` holds
+"positions", (b, t), the tokens of a training window stand there. With `causal=False` every query
+sees every key (Devlin 2019, BERT), under `rope` or `none`.
 """
 
 from typing import ClassVar, NamedTuple
@@ -50,6 +50,7 @@ class KeyValues(NamedTuple):
 class SoftmaxAttention(Mixer):
     shares: ClassVar[bool] = True
     reach: Reach | None = None  # of rotary positions; None: every key at its distance
+    slope_factor = 1.0  # that ALiBi's slopes are divided by
 
     def __init__(
         self,
@@ -151,7 +152,7 @@ class SoftmaxAttention(Mixer):
             keys, scale = k[:, :end], None
             if self.positions == "alibi":
                 stand = None if at is None else at[:, :end]
-                rows, keys = add_bias_channels(rows, keys, origin=past, positions=stand)
+                rows, keys = add_bias_channels(rows, keys, past, self.slope_factor, stand)
                 scale = 1.0
             parts = [Part(rows, keys[:, past:], v[:, past:end], causal=True)]
             if past:

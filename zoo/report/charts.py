@@ -94,16 +94,18 @@ def ticks(low: float, high: float, base: int, log: bool) -> list[float]:
 
 
 def styles(results: Results) -> dict[str, Style]:
-    """A symbol per model, a colour per arm, another dash for each further arm of either."""
-    models: dict[str, int] = {}
+    """A symbol per model, a colour per arm, another dash for each further arm of either.
+
+    Of one model alone, read in several ways, every arm has its own symbol.
+    """
+    models = {label: str(results.known(label, "model") or label) for label in results.arms}
+    kinds = list(dict.fromkeys(models.values()))
     drawn: dict[str, Style] = {}
-    for i, label in enumerate(results.arms):
-        model = str(results.known(label, "model") or label)
-        color, used = COLORS[i % len(COLORS)], models.get(model, 0)
+    for i, (label, model) in enumerate(models.items()):
+        color, used = COLORS[i % len(COLORS)], [*models.values()][:i].count(model)
         taken = {style.dash for style in drawn.values() if style.color == color}
         free = [dash for dash in DASHES[used % len(DASHES) :] + DASHES if dash not in taken]
-        models[model] = used + 1
-        symbol = SYMBOLS[list(models).index(model) % len(SYMBOLS)]
+        symbol = SYMBOLS[(kinds.index(model) if len(kinds) > 1 else i) % len(SYMBOLS)]
         drawn[label] = Style(color, (free or DASHES)[0], symbol)
     return drawn
 
@@ -125,6 +127,8 @@ def lines(
 ) -> Drawing | None:
     """One line per arm, with its interval as a band; None where there is nothing to draw.
 
+    More arms than colours have no bands, which would cover one another.
+
     Args:
         points: arm, x, y, low and high (or None); all else is told by the tip.
         about: what a reader who cannot see the figure should know.
@@ -142,14 +146,15 @@ def lines(
     arms = [arm for arm in look if any(point["arm"] == arm for point in points)]
     marks = [{"x": rule, "text": f"trained at {rule:,}"} for rule in rules]
     x_scale, x_axis = x.scale([point["x"] for point in [*points, *marks]])
-    seen = [point[name] for point in points for name in ("y", "low", "high")]
+    drawn = ("y", "low", "high") if len(arms) <= len(COLORS) else ("y",)
+    seen = [point[name] for point in points for name in drawn]
     y_scale, y_axis = y.scale([value for value in seen if drawable(value)])
     y_axis.title, y_axis.grid = None, True
     across, up = alt.X("x:Q", scale=x_scale, axis=x_axis), alt.Y("y:Q", scale=y_scale, axis=y_axis)
 
     bottom = y_scale.domain[0]  # where an interval reaches below all there is to see
     sure = [point for point in points if finite(point["low"]) and finite(point["high"])]
-    bands = [point | {"low": max(point["low"], bottom)} for point in sure]
+    bands = [point | {"low": max(point["low"], bottom)} for point in sure if "low" in drawn]
     symbols: dict[str, Any] = {"symbolSize": 80, "symbolOpacity": 1, "symbolStrokeWidth": 0}
     key = alt.Legend(title=None, orient="bottom", columns=4, **symbols) if legend else None
 
@@ -176,7 +181,7 @@ def lines(
     ]
     if level is not None:
         chance = alt.Chart(alt.Data(values=[{"y": level}])).encode(y=up)
-        layers.append(chance.mark_rule(color=ink, opacity=0.5, strokeDash=[1, 3]))
+        layers.append(chance.mark_rule(color=ink, opacity=0.8, strokeDash=[2, 3]))
     if named:
         ends = alt.Chart(alt.Data(values=_ends(points, arms, y_scale, height)))
         ends = ends.encode(x=alt.value("width"), y=up)

@@ -140,6 +140,14 @@ def retrieval(results: Results, answer: str) -> Lines:
     )
 
 
+def reach(results: Results) -> list[Lines]:
+    """Reading on and finding: scores, and beside them passkeys, where both were measured."""
+    protocol = headline(results)
+    pair = [scores(results, protocol), retrieval(results, "accuracy")] if protocol else []
+    pair = [replace(figure, name=f"reach-{figure.name}") for figure in pair]
+    return pair if all(figure.points for figure in pair) else []
+
+
 def positions(results: Results, task: str) -> Lines:
     """Bits per byte against the position in the text, at the longest length an arm could read."""
     points = []
@@ -213,28 +221,28 @@ def costs(results: Results) -> dict[str, tuple[Cells, Lines]]:
 def pngs(results: Results, look: Mapping[str, Style]) -> dict[str, bytes]:
     """The pictures for a README, on white: file name -> PNG; what has no rows is left out."""
     pictures = {}
-    protocol = headline(results)
+    protocol, train = headline(results), results.train_length()
+    headed = f"Trained at {train:,}, tested beyond" if train else "Bits per byte by test length"
+    large = {"fontSize": 17, "subtitlePadding": 5, "offset": 28}
     how = {"width": 640, "named": True, "ink": INK}
-    found = retrieval(results, "accuracy").draw(look, height=200, **how)
     if protocol and (chart := scores(results, protocol).draw(look, height=400, **how)):
         subtitle = f"bits per byte by test length, lower is better; {PROTOCOLS[protocol].lower()}"
-        train = results.train_length()
-        title = f"Trained at {train:,}, tested beyond" if train else "Bits per byte by test length"
-        title = alt.Title(title, subtitle=subtitle, fontSize=17, subtitlePadding=5, offset=28)
+        title = alt.Title(headed, subtitle=subtitle, **large)
         panels = [chart.properties(title=title)]
         if protocol in SAME_TOKENS and (
             below := changes(results, protocol).draw(look, height=200, **how)
         ):
             panels.append(below)
-        if found:
-            panels.append(found)
         pictures["bits_per_byte.png"] = alt.vconcat(*panels, spacing=26)
-    elif found:
+    elif found := retrieval(results, "accuracy").draw(look, height=240, **how):
         pictures["passkey.png"] = found
-    drawn = [
-        figure.draw(look, width=270, height=240, legend=True, ink=INK)
-        for _, figure in costs(results).values()
-    ]
+    how = {"legend": True, "ink": INK}
+    if panels := [figure.draw(look, width=440, height=380, **how) for figure in reach(results)]:
+        title = alt.Title(headed, subtitle="reading on, and finding what was read", **large)
+        pictures["reach.png"] = alt.concat(*panels, spacing=30, title=title)
+    drawn = (
+        figure.draw(look, width=270, height=240, **how) for _, figure in costs(results).values()
+    )
     if panels := [chart for chart in drawn if chart]:
         pictures["speed.png"] = alt.concat(*panels, columns=2, spacing=30)
     return {

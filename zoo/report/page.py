@@ -16,7 +16,7 @@ from zoo.report import tables
 from zoo.report.caveats import banners, failures, limits
 from zoo.report.charts import Spec, Style, styles, themed
 from zoo.report.claims import claims_table
-from zoo.report.figures import Lines, changes, costs, pngs, positions, retrieval, scores
+from zoo.report.figures import Lines, changes, costs, pngs, positions, reach, retrieval, scores
 from zoo.report.rows import Cells, Results, gather
 from zoo.report.text import as_text
 
@@ -86,6 +86,7 @@ def render(results: Results, look: Mapping[str, Style], title: str | None = None
         banners=banners(results),
         tiles=tiles(results),
         look=look,
+        reach=[figure(lines, height=360) for lines in reach(results)],
         scores=score_blocks(results, look),
         explained={f"scores-{name}": words for name, words in tables.EXPLAINED.items()},
         claims=claims_table(results),

@@ -306,13 +306,21 @@ def _told(results: Results, label: str, name: str) -> str:
 
 def streams(results: Results) -> Table | None:
     """One reading of a very long text: how far, how fast, in how much memory."""
-    heads = ["arm", "tokens read", "tokens/s", "peak memory", "state"]
-    table = Table("One pass over one long text, the state carried on.", [(h, "") for h in heads])
-    columns = {"length": plain, "tokens_per_second": count, "peak_bytes": size, "state_bytes": size}
+    columns = {
+        "length": ("tokens read", plain),
+        "tokens_per_second": ("tokens/s", count),
+        "late_tokens_per_second": ("in the last tenth", count),
+        "peak_bytes": ("peak memory", size),
+        "growth_bytes": ("growth after the first tenth", lambda grown: size(max(grown, 0))),
+        "state_bytes": ("state", size),
+    }
+    heads = [("arm", ""), *((head, "") for head, _ in columns.values())]
+    table = Table("One pass over one long text, the state carried on.", heads)
     for row in results.where(task="stream"):
         if row["status"] == "ok":
-            texts = [f(row[k]) if finite(row.get(k)) else DASH for k, f in columns.items()]
-            table.rows.append([Td(row["label"]), *map(Td, texts)])
+            told = (f(row[k]) if finite(row.get(k)) else DASH for k, (_, f) in columns.items())
+            table.rows.append([Td(row["label"]), *map(Td, told)])
         else:
-            table.rows.append([Td(row["label"]), Td(in_words(row), kind="reason", span=4)])
+            reason = Td(in_words(row), kind="reason", span=len(columns))
+            table.rows.append([Td(row["label"]), reason])
     return table if table.rows else None

@@ -27,9 +27,11 @@ def measure(subject: Subject, *, tokens: int = 2**20, chunk: int = 4096) -> Iter
     """One row: bits per byte by position, speed, memory, over `tokens` tokens read in chunks.
 
     A split shorter than that is read again from its start; `passes` says how often. Only models
-    whose state does not grow are measured. `peak_bytes` is what the state and the reading of a
-    chunk take beyond the model's weights, `growth_bytes` by how much the process grew after the
-    first tenth of the text: near 0 where memory is constant. Both are None where nothing tells.
+    whose state does not grow are measured. `late_tokens_per_second` is the speed over the last
+    tenth, no less than the whole's where a token costs the same however much came before.
+    `peak_bytes` is what the state and the reading of a chunk take beyond the model's weights,
+    `growth_bytes` by how much the process grew after the first tenth of the text: near 0 where
+    memory is constant. Both are None where nothing tells.
     """
     if min(tokens, chunk) < 1:
         raise UserError("stream wants tokens and chunk of at least 1")
@@ -50,14 +52,17 @@ def _read(subject: Subject, tokens: int, chunk: int) -> Row:
     subject.progress.begin(f"stream of {tokens:,}", tokens)
     with subject.arithmetic():
         state, early, began = model.empty_state(1), None, perf_counter()
+        last = (0, began)  # where the last tenth begins, and when
         for start in range(0, tokens, chunk):
+            if 10 * start <= 9 * tokens:
+                last = (start, perf_counter())
             piece = _tokens(store, start, min(chunk, tokens - start) + 1)
             nll, state = score(subject, piece[None], state, chunk=chunk)
             positions = np.arange(start + 1, start + len(piece))
             np.add.at(sums, np.searchsorted(edges, positions, side="right") - 1, nll[0])
             if early is None and 10 * (start + chunk) >= tokens:
                 early = held_bytes(subject.device)
-        seconds, late = perf_counter() - began, held_bytes(subject.device)
+        ended, late = perf_counter(), held_bytes(subject.device)
         held = check_state(model, state)
         piece = _tokens(store, 0, min(chunk, tokens) + 1)[None]
         peak = peak_bytes(subject.device, lambda: score(subject, piece, chunk=chunk))
@@ -72,7 +77,8 @@ def _read(subject: Subject, tokens: int, chunk: int) -> Row:
             "bits_per_byte": bits_per_byte(sums, count, size).tolist(),
             "count": count.tolist(),
         },
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": tokens / (ended - began),
+        "late_tokens_per_second": (tokens - last[0]) / (ended - last[1]),
         "peak_bytes": peak,
         "growth_bytes": None if late is None or early is None else late - early,
         "state_bytes": held,
