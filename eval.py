@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from zoo.applies import check_applies, positions_of
 from zoo.command_line import launch, say
 from zoo.config import resolve
 from zoo.run import find_runs
@@ -28,6 +29,9 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
     folders = find_runs(config.run, config.runs)
     if len(folders) == 1:  # of several, one without weights keeps its row and says why
         folders[0].checkpoint()
+        trained = folders[0].config
+        kinds, before = positions_of(trained.model), trained.extension.name
+        check_applies(config.extension, kinds, before)
     return config
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from zoo.applies import check_applies, positions_of
 from zoo.command_line import launch, say
 from zoo.config import resolve
 from zoo.data.sources import check_source
@@ -29,6 +30,7 @@ def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
         config = resumed(tree, given)
     elif tree["finetune"]:
         config = finetuned(resolve(tree), given)
+        check_applies(config.extension, positions_of(config.model), None)
     else:
         config = validate(TrainConfig, resolve(tree))
     check_source(config.data.model_dump())

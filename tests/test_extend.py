@@ -5,9 +5,11 @@ import re
 import pytest
 import torch
 
-from zoo.config import compose, extensions
+from zoo.applies import positions_of
+from zoo.build import build_model
+from zoo.config import choices, compose, extensions
 from zoo.errors import UserError
-from zoo.extend import extend
+from zoo.extend import _positions, extend
 from zoo.mixers.base import count_bytes
 from zoo.positions.alibi import slopes
 from zoo.positions.rope import inverse_frequencies
@@ -285,3 +287,10 @@ def test_a_mistake_in_an_extension_is_one_clear_line(words, told):
     with pytest.raises(UserError, match=re.escape(told)) as caught:
         compose("eval", ["run=x", *words.split()])
     assert "\n" not in str(caught.value)
+
+
+def test_what_applies_is_told_alike_by_a_configuration_and_by_its_model():
+    for name in choices("model"):
+        words = [f"model={name}", "size=tiny", "match=none", "size.layers=3"]
+        config = compose("train", words)  # as many layers as the hybrid's pattern has
+        assert positions_of(config.model) == _positions(build_model(config, 256)[0]), name

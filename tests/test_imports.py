@@ -15,7 +15,7 @@ LAYERS = [
     {"errors"},
     {"options", "schema", "files"},
     {"data", "report", "config", "ops"},
-    {"run"},
+    {"run", "applies"},
     {"command_line", "positions", "attention"},
     {"mixers"},
     {"backbone"},

@@ -1,15 +1,14 @@
 """Gives a model another reach: rotary scalings, attention remaps, training positions of a longer
 text. New weights only where frequencies are trained (CLEX)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from torch import Generator, Tensor
 
+from zoo.applies import LINEAR, ROTARY, acts_on, check_applies
 from zoo.attention.reach import Reach, Scaling
 from zoo.backbone import Backbone
-from zoo.config import extensions
 from zoo.data.loader import Places
 from zoo.errors import UserError
 from zoo.mixers.softmax import SoftmaxAttention
@@ -19,15 +18,6 @@ from zoo.positions.rope import inverse_frequencies
 from zoo.schema import Extension
 
 EMBEDDED = {Sinusoidal: "sinusoidal", Learned: "learned"}
-PLACED = ("rope", "alibi", "sinusoidal", "learned")  # what may stand at positions of our choice
-ROTARY = ("rope",)
-LINEAR = ("alibi",)
-SLOPES = "zoo.positions.alibi.slopes"
-ACTS_ON = {
-    ROTARY: "rotary",
-    LINEAR: "linear-bias",
-    PLACED: "rotary, linear-bias, sinusoidal or learned",
-}
 
 
 def extend(model: Backbone, extension: Extension, trained_length: int) -> Backbone:
@@ -37,19 +27,10 @@ def extend(model: Backbone, extension: Extension, trained_length: int) -> Backbo
     are tokens. Raises UserError in one line where the extension does not apply to the model or its
     settings do not go together.
     """
-    if not (extension.scaling or extension.reach or extension.positions):
+    check_applies(extension, _positions(model), model.extended)
+    kinds = acts_on(extension.model_dump(by_alias=True))
+    if not kinds:
         return model
-    if model.extended and {model.extended, extension.name} != {"longrope"}:
-        raise UserError(
-            f"extension={extension.name}: this model was trained under an extension of its own, "
-            "which extension=none measures"
-        )
-    kinds = _acts_on(extension.model_dump(by_alias=True))
-    if not _positions(model) & {*kinds}:
-        raise UserError(
-            f"extension={extension.name} acts on {ACTS_ON[kinds]} positions, and this model has "
-            f"none: {_applicable(model)}"
-        )
     original_length = extension.original_length or trained_length
     if extension.positions is not None:
         _check_places(model, extension, original_length, trained_length)
@@ -111,25 +92,6 @@ def rotary(model: Backbone) -> list[SoftmaxAttention]:
 def _attending(model: Backbone, positions: str) -> list[SoftmaxAttention]:
     mixers = [half for half in model.halves() if isinstance(half, SoftmaxAttention)]
     return [mixer for mixer in mixers if mixer.positions == positions]
-
-
-def _acts_on(tree: Mapping[str, Any]) -> tuple[str, ...]:
-    """The kinds of positions that an extension is for."""
-    if isinstance(tree["scaling"], dict) and tree["scaling"]["_target_"] == SLOPES:
-        return LINEAR
-    if tree["scaling"] or tree["reach"]:
-        return ROTARY
-    return PLACED if tree.get("positions") else ()
-
-
-def _applicable(model: Backbone) -> str:
-    """Which extensions apply to the model, in words."""
-    kinds, found = _positions(model), {False: ["none"], True: []}
-    for name, tree in extensions().items():
-        if kinds & {*_acts_on(tree)}:
-            found[bool(tree.get("positions"))].append(name)
-    told = f"it takes extension={', '.join(found[False])}"
-    return told + (f"; to train with, {', '.join(found[True])}" if found[True] else "")
 
 
 def _is_trained(extension: Extension) -> bool:
