@@ -223,7 +223,7 @@ def pngs(results: Results, look: Mapping[str, Style]) -> dict[str, bytes]:
     pictures = {}
     protocol, train = headline(results), results.train_length()
     headed = f"Trained at {train:,}, tested beyond" if train else "Bits per byte by test length"
-    large = {"fontSize": 17, "subtitlePadding": 5, "offset": 28}
+    large: dict[str, Any] = {"fontSize": 17, "subtitlePadding": 5, "offset": 28}
     how = {"width": 640, "named": True, "ink": INK}
     if protocol and (chart := scores(results, protocol).draw(look, height=400, **how)):
         subtitle = f"bits per byte by test length, lower is better; {PROTOCOLS[protocol].lower()}"
@@ -237,7 +237,8 @@ def pngs(results: Results, look: Mapping[str, Style]) -> dict[str, bytes]:
     elif found := retrieval(results, "accuracy").draw(look, height=240, **how):
         pictures["passkey.png"] = found
     how = {"legend": True, "ink": INK}
-    if panels := [figure.draw(look, width=440, height=380, **how) for figure in reach(results)]:
+    drawn = (figure.draw(look, width=440, height=380, **how) for figure in reach(results))
+    if panels := [chart for chart in drawn if chart]:
         title = alt.Title(headed, subtitle="reading on, and finding what was read", **large)
         pictures["reach.png"] = alt.concat(*panels, spacing=30, title=title)
     drawn = (
