@@ -173,6 +173,25 @@ def test_interpolated_slopes_are_positions_divided_also_past_a_state(tiny):
         extend(tiny("transformer"), extension("dca", *more), TRAINED)
 
 
+def test_longrope_reads_by_short_factors_up_to_the_window_and_by_long_ones_strictly_above(tiny):
+    def mixer(long: float, short: float):
+        words = [f"long_factors={16 * [long]}", f"short_factors={16 * [short]}"]
+        words = ["extension.factor=4", *(f"extension.scaling.{word}" for word in words)]
+        found = compose("eval", ["run=x", "extension=longrope", *words]).extension
+        return extend(tiny("transformer"), found, TRAINED).halves()[0]
+
+    both, short, long = mixer(3.5, 1.2), mixer(1.2, 1.2), mixer(3.5, 3.5)
+    x = torch.randn(2, 40, both.q_proj.in_features, dtype=torch.float64)
+    whole = torch.cat([short(x)[:, :TRAINED], long(x)[:, TRAINED:]], 1)
+    assert not torch.allclose(short(x)[:, TRAINED:], long(x)[:, TRAINED:])
+    torch.testing.assert_close(both(x), whole)
+    state, outs = both.empty_state(2), []
+    for piece in x.split([TRAINED - 1, 1, 1, 40 - TRAINED - 1], 1):  # the switch in mid-stream
+        out, state = both(piece, state)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 1), whole)
+
+
 def test_placed_tokens_are_turned_by_the_scaled_frequencies(tiny):
     words = ["finetune=x", "extension=pose", "extension.factor=4"]
     model = extend(tiny("transformer"), compose("train", words).extension, TRAINED)
