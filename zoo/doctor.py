@@ -17,7 +17,7 @@ BY_TORCH = {
 KERNELS = {
     "selective_scan": (selective_scan.KERNEL, selective_scan.CUDA),
     "causal_conv": (causal_conv.KERNEL, causal_conv.CUDA),
-    "wkv4, aft": (wkv4.KERNEL, None),
+    "wkv4, aft": (wkv4.KERNEL, wkv4.CUDA),
     "aft_window": (aft.KERNEL, None),
     "rms_norm": (rms_norm.KERNEL, None),
 }

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 BUDGET = 400  # seconds after which nothing new is timed
 START = time.monotonic()
 WIDTH, STATES, WINDOW = 1536, 16, 4  # of Mamba at 130M parameters
+WKV_WIDTH = 768  # of RWKV-4 at 169M
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}  # relative, of the norm
 
 
@@ -87,6 +88,19 @@ def conv_inputs(b: int, t: int, d: int, width: int, dtype) -> dict:
     return inputs | {"bias": normal(d, kind=torch.float32), "state": normal(b, width - 1, d)}
 
 
+def wkv_inputs(b: int, t: int, d: int, dtype, rate: float = 0.1) -> dict:
+    import torch
+
+    def normal(*shape: int, kind=dtype):
+        return torch.randn(*shape, device="cuda").to(kind)
+
+    inputs = {"k": normal(b, t, d), "v": normal(b, t, d)}
+    inputs |= {"w": rate * normal(d, kind=torch.float32).exp(), "u": normal(d, kind=torch.float32)}
+    p, q, o = normal(3, b, d, kind=torch.float32)
+    inputs["state"] = torch.stack([p, q.exp(), o], 1)
+    return {name: a.requires_grad_() for name, a in inputs.items()}
+
+
 def everything(op: Callable, inputs: dict, weights: list, **options) -> dict:
     """Outputs, state and all gradients of a fixed random function of both."""
     import torch
@@ -117,6 +131,7 @@ def check(record: dict) -> bool:
 
     from zoo.ops.causal_conv import causal_conv
     from zoo.ops.selective_scan import selective_scan
+    from zoo.ops.wkv4 import wkv4
 
     cases: list[tuple[str, Callable, dict]] = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -128,11 +143,14 @@ def check(record: dict) -> bool:
         for b, t, d in [(2, 2, 19), (2, 1001, 1536)]:
             name = f"causal_conv {dtype} b={b} t={t} d={d}"
             cases.append((name, causal_conv, conv_inputs(b, t, d, WINDOW, dtype)))
+        for b, t, d, rate in [(1, 1, 1, 0.1), (3, 1001, 131, 0.1), (1, 4321, 70, 1e-4)]:
+            name = f"wkv4 {dtype} b={b} t={t} d={d} rate={rate}"
+            cases.append((name, wkv4, wkv_inputs(b, t, d, dtype, rate)))
     right = True
     for name, op, inputs in cases:
         found, same = errors(op, inputs)
         worst = max(found, key=lambda k: found[k] if found[k] == found[k] else float("inf"))
-        limit = TOLERANCE[str(inputs["x"].dtype).removeprefix("torch.")]
+        limit = TOLERANCE[str(next(iter(inputs.values())).dtype).removeprefix("torch.")]
         good = same and found[worst] <= limit
         right &= good
         record[name] = {"errors": found, "same_bits_twice": same, "right": good}
@@ -190,6 +208,44 @@ def time_ops(record: dict) -> None:
         record[f"causal_conv b={b} t={t}"] = row
         say(f"causal_conv b={b} t={t}: {json.dumps(row)}")
         torch.cuda.empty_cache()
+
+
+def time_wkv(record: dict) -> None:
+    """Against the published kernel's scheme, from nothing, forward; and against the byte floor."""
+    import torch
+
+    from zoo.ops import cuda
+    from zoo.ops.wkv4 import _macros, wkv4
+
+    steps = cuda.Kernel(
+        "bench/wkv4_steps.cu", sizes="tokens width", rows="k v", sequences="y", pointers="w u"
+    )
+    d, threads = WKV_WIDTH, 32
+    for b, t in [(b, t) for t in (65536, 1024, 4096, 16384) for b in (1, 8)]:
+        if time.monotonic() - START > BUDGET:
+            record["wkv4 left out for want of time"] = f"from b={b} t={t} on"
+            return
+        inputs = wkv_inputs(b, t, d, torch.bfloat16)
+        del inputs["state"]
+        k, v, w, u = (a.detach() for a in inputs.values())
+        y = torch.empty_like(k)
+
+        def step(k=k, v=v, w=w, u=u, y=y, b=b, t=t) -> None:
+            sizes, grid = {"tokens": t, "width": d}, (-(-d // threads), 1, b)
+            steps.call("step_through_time", grid, threads, _macros(k.dtype), sizes,
+                       k=k, v=v, w=w, u=u, y=y)  # fmt: skip
+
+        with torch.no_grad():
+            ours, _ = wkv4(**inputs, backend="native")
+        step()
+        error = float((y.float() - ours.float()).norm() / ours.float().norm())
+        row: dict[str, Any] = {"native": time_one(wkv4, inputs, "native")}
+        row["step_through_time"] = {"forward": milliseconds(step, repeats=5)}
+        row["times_faster_forward"] = row["step_through_time"]["forward"] / row["native"]["forward"]
+        row["bytes"] = {"forward": 3 * 2 * k.numel(), "backward": 5 * 2 * k.numel()}
+        row["differs_from_steps"] = error
+        record[f"wkv4 b={b} t={t}"] = row
+        say(f"wkv4 b={b} t={t}: {json.dumps(row)}")
 
 
 def time_one(op: Callable, inputs: dict, backend: str) -> dict[str, float]:
@@ -260,12 +316,13 @@ def build(record: dict) -> None:
     """First use into an empty cache, and once more from it."""
     import torch
 
-    from zoo.ops import causal_conv, cuda, selective_scan
+    from zoo.ops import causal_conv, cuda, selective_scan, wkv4
 
     target = cuda.architecture(*torch.cuda.get_device_capability())
     for kernel, macros in [
         (selective_scan.CUDA, selective_scan._macros(torch.bfloat16, STATES)),
         (causal_conv.CUDA, causal_conv._macros(torch.bfloat16, WINDOW)),
+        (wkv4.CUDA, wkv4._macros(torch.bfloat16)),
     ]:
         times = []
         for _ in range(2):
@@ -316,6 +373,7 @@ def main() -> int:
             build(record["build"])
             right = check(record["accuracy"])
             if right:  # no time is worth anything of what is wrong
+                time_wkv(record["milliseconds"])
                 time_ops(record["milliseconds"])
                 time_step(record["mamba_130m_step"])
         finally:  # what was found before something failed is kept

@@ -1,7 +1,10 @@
 """WKV is its definition: every backend, every gradient, any chunking, any exponent."""
 
 import math
+import mmap
+import sys
 
+import emulator
 import pytest
 import torch
 from torch import Tensor
@@ -213,3 +216,98 @@ def test_shapes_that_do_not_fit_are_refused():
         wkv4(**(args | {"k": args["k"][:, :0], "v": args["v"][:, :0]}))
     with pytest.raises(UserError, match="did you mean 'native'"):
         wkv4(**args, backend="nativ")
+
+
+# (b, t, d), dtype, exponents' size, rate, whether threads run last first: one chunk, ends within a
+# segment and at a chunk's, more chunks than the composition has warps, decays of every kind
+EMULATED = [
+    ((2, 1, 3), torch.float32, 1.0, 0.1, True),
+    ((2, 67, 70), torch.float32, 1.0, 0.1, False),
+    ((1, 128, 5), torch.float32, 80.0, 1e-3, True),
+    ((1, 2177, 2), torch.float32, 1.0, 1e-4, True),
+    ((1, 4321, 33), torch.float32, 1.0, 1e-2, False),
+    ((2, 200, 3), torch.bfloat16, 1.0, 10.0, False),
+    ((2, 200, 3), torch.float16, 1.0, 0.0, True),
+]
+
+
+@emulator.needed
+@pytest.mark.parametrize(("shape", "dtype", "size", "rate", "reverse"), EMULATED)
+def test_cuda_is_the_reference(shape, dtype, size, rate, reverse, monkeypatch, poisoned):
+    emulator.install(monkeypatch, reverse=reverse)
+    args = arguments(*shape, size=size, rate=rate, dtype=torch.float32)
+    inputs = [args[x].detach().to(dtype) for x in "kv"] + [args[x].detach() for x in NAMES[2:]]
+    y, last, saved = module._wkv_cuda(*inputs, True)
+    torch.manual_seed(1)
+    dy, dlast = (torch.randn(a.shape, dtype=torch.float64).to(a.dtype) for a in (y, last))
+    gradients = module._wkv_backward_cuda(dy, dlast, *inputs[:4], saved)
+    found = {"y": y, "last": last, **dict(zip(NAMES, gradients, strict=True))}
+    assert torch.equal(module._wkv_cuda(*inputs, False)[0], y)
+
+    wide = dict(zip(NAMES, [a.double().requires_grad_() for a in inputs], strict=True))
+    exact, state = wkv4(**wide, backend="native")
+    loss = (exact * dy.double()).sum() + (state * dlast.double()).sum()
+    wanted = dict(zip(NAMES, torch.autograd.grad(loss, list(wide.values())), strict=True))
+    wanted |= {"y": exact, "last": state}
+    rounding = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    for name, value in found.items():
+        assert value.dtype == (dtype if name in ("y", "k", "v") else torch.float32)
+        # a key of 80 is rounded before it is raised
+        tolerance = 2e-5 if size > 1 else 2e-6 if value.dtype == torch.float32 else rounding
+        assert_close({name: value}, {name: wanted[name]}, tolerance)
+
+
+@emulator.needed
+def test_cuda_from_nothing_and_with_nothing_asked_of_the_state(monkeypatch, poisoned):
+    emulator.install(monkeypatch)
+    inputs = [a.detach() for a in arguments(1, 70, 3, dtype=torch.float32).values()]
+    inputs[4] = empty_average(inputs[0], 1, 3)
+    y, _, saved = module._wkv_cuda(*inputs, True)
+    gradients = module._wkv_backward_cuda(torch.ones_like(y), None, *inputs[:4], saved)
+    wide = [a.double().requires_grad_() for a in inputs]
+    wanted, _ = wkv4(*wide, backend="reference")
+    exact = torch.autograd.grad(wanted.sum(), wide)
+    assert_close(dict(enumerate([y, *gradients])), dict(enumerate([wanted, *exact])), 1e-6)
+
+
+# What the emulator must notice: text of the kernel, and the mistake in its place.
+MISTAKES = {
+    "no barrier in the composition": ("    __syncthreads();\n", ""),
+    "a barrier that some threads skip": ("    __sync", "    if (r.here) __sync"),
+    "swapped indices": ("a.k.at(p.b, t, p.channel)", "a.k.at(p.b, p.channel, t)"),
+}
+
+
+@emulator.needed
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+def test_the_emulator_notices(mistake, monkeypatch, poisoned):
+    inputs = [a.detach() for a in arguments(2, 131, 5, dtype=torch.float32).values()]
+    wanted, _ = wkv4(*inputs, backend="reference")
+
+    def check() -> None:
+        for reverse in (False, True):
+            emulator.install(monkeypatch, reverse=reverse, change=mistake)
+            assert_close({"y": module._wkv_cuda(*inputs, False)[0]}, {"y": wanted}, 1e-6)
+
+    with pytest.raises((AssertionError, RuntimeError), match=r"y: |different places"):
+        check()
+
+
+@emulator.needed
+@pytest.mark.skipif(sys.platform != "linux", reason="wants 17 GB of address space for nothing")
+@pytest.mark.parametrize("change", [None, ("t * row", "(int)t * (int)row")])
+def test_cuda_reads_rows_further_apart_than_32_bits_count(change, monkeypatch):
+    """Token 1 lies 2^32 + 64 elements after token 0; nobody touches what is between.
+
+    Offsets of 32 bits, the mistake, would find zeros.
+    """
+    inputs = [a.detach() for a in arguments(1, 2, 4, dtype=torch.float32).values()]
+    emulator.install(monkeypatch)
+    wanted = module._wkv_cuda(*inputs, False)[0]
+    apart, reserve_nothing = 2**32 + 64, 0x4000  # MAP_NORESERVE of Linux
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
+    memory = mmap.mmap(-1, 4 * (apart + 4), flags)
+    k = torch.frombuffer(memory, dtype=torch.float32).as_strided((1, 2, 4), (0, apart, 1))
+    k.copy_(inputs[0])
+    emulator.install(monkeypatch, change=change)
+    assert torch.equal(module._wkv_cuda(k, *inputs[1:], False)[0], wanted) == (change is None)

@@ -28,6 +28,7 @@ log = logging.getLogger("zoo")
 # Denormals mean nothing in a decaying state, and exp2f without them is one instruction.
 OPTIONS = ["--std=c++17", "--ftz=true"]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `DTYPE` of common.cuh
+WARP = 32  # threads that run in step
 MOST_BLOCKS = (2**31 - 1, 65535, 65535)  # of a grid (CUDA programming guide, compute capabilities)
 
 Macros = tuple[tuple[str, int], ...]

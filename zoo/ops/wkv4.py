@@ -6,9 +6,11 @@
 
 The state is (p, q, o): N = p e^o and D = q e^o, with o the largest exponent in them, so that
 nothing overflows. Backends: `reference` is that loop; `torch` does the recurrence over pieces of
-tokens at once and keeps only the state before each; `native` is kernels/wkv4 (CPU).
+tokens at once and keeps only the state before each; `native` is kernels/wkv4 (CPU and CUDA).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops import native
+from zoo.ops import cuda, native
 from zoo.ops.backends import pick
 from zoo.ops.recurrence import linear_scan
 
@@ -27,6 +29,15 @@ KERNEL = native.Kernel(
     rows="k v y dy dk dv",
     pointers="w u state last saved dw du dstate",
 )
+CUDA = cuda.Kernel(
+    "wkv4/wkv4.cu",
+    sizes="tokens width chunks",
+    rows="k v",
+    sequences="y dy dk dv",
+    pointers="w u state last edges ahead top dw du dlast dstate",
+)
+CHUNK, THREADS = 64, 64  # of the CUDA kernel: tokens between saved states, channels of a block
+MOST_WARPS = 32  # that share its composition
 PIECE = 1024  # tokens the torch form holds its intermediate tensors for
 NOTHING = -1e38  # the maximum over no tokens: e to the power of it is zero beside any token's
 
@@ -59,15 +70,25 @@ def wkv4(
             raise ValueError(f"wkv4: {name} is {tuple(tensor.shape)}, wants {shape}")
     if t == 0:
         raise ValueError("wkv4: no tokens")
-    on_cpu = k.device.type == "cpu"
-    name = pick(
-        "wkv4", backend, {"native": on_cpu and KERNEL.missing, "torch": True, "reference": True}
-    )
+    available = {"native": _native_here(k, v), "torch": True, "reference": True}
+    name = pick("wkv4", backend, available)
     wide = torch.promote_types(k.dtype, torch.float32)
     state = empty_average(k, b, d) if state is None else state
     form = {"native": _native, "torch": _torch, "reference": _reference}[name]
-    y, last = form(*(a.to(wide) for a in (k, v, w, u, state)))
+    own = name == "native" and k.device.type == "cuda"  # it reads and writes narrow types itself
+    row = torch.promote_types(k.dtype, v.dtype) if own else wide
+    y, last = form(k.to(row), v.to(row), *(a.to(wide) for a in (w, u, state)))
     return y.to(v.dtype), last
+
+
+def _native_here(k: Tensor, v: Tensor) -> bool | Callable[[], bool | str]:
+    """Whether a kernel of ours takes these inputs, for `pick`."""
+    if k.device.type == "cpu":
+        return KERNEL.missing
+    dtype = torch.promote_types(k.dtype, v.dtype)
+    if k.device.type != "cuda" or dtype not in cuda.DTYPES:
+        return False
+    return partial(CUDA.missing, _macros(dtype), k.device)
 
 
 def _reference(k, v, w, u, state) -> tuple[Tensor, Tensor]:
@@ -145,20 +166,24 @@ def _running_maximum(k: Tensor, w: Tensor, before: Tensor) -> Tensor:
 
 
 def _native(k, v, w, u, state) -> tuple[Tensor, Tensor]:
+    if native.unwatched(k, v, w, u, state):
+        form = _wkv if k.device.type == "cpu" else _wkv_cuda
+        return form(k, v, w, u, state, save=False)[:2]
     save = torch.is_grad_enabled() and any(a.requires_grad for a in (k, v, w, u, state))
     y, last, _ = wkv(k, v, w, u, state, save)
     return y, last
 
 
 def _saved_shape(k: Tensor) -> tuple[int, ...]:
-    """(b, channel blocks, chunks, 4, lanes): the state before each chunk."""
+    """The state before each chunk: (b, channel blocks, chunks, 4, lanes), or (b, chunks, 4, d)."""
+    if k.device.type == "cuda":
+        return _edges_shape(k)
     lanes, chunk = (KERNEL.constant(name, k.dtype) for name in ("lanes", "chunk"))
     b, t, d = k.shape
     return b, (d + lanes - 1) // lanes, (t + chunk - 1) // chunk, 4, lanes
 
 
-@torch.library.custom_op("zoo::wkv4", mutates_args=(), device_types="cpu")
-def wkv(
+def _wkv(
     k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last state, and the chunk starts the backward wants (empty unless `save`)."""
@@ -169,15 +194,17 @@ def wkv(
     return y, last, saved
 
 
+wkv = torch.library.custom_op("zoo::wkv4", _wkv, mutates_args=(), device_types="cpu")
+
+
 @wkv.register_fake
 def _(k, v, w, u, state, save):
-    del v, w, u
-    saved = k.new_empty(_saved_shape(k) if save else 0)
+    del v, u
+    saved = w.new_empty(_saved_shape(k) if save else 0)
     return k.new_empty(k.shape), state.new_empty(state.shape), saved
 
 
-@torch.library.custom_op("zoo::wkv4_backward", mutates_args=(), device_types="cpu")
-def wkv_backward(
+def _wkv_backward(
     dy: Tensor, dlast: Tensor | None, k: Tensor, v: Tensor, w: Tensor, u: Tensor, saved: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of k, v, w, u and the incoming state."""
@@ -190,12 +217,70 @@ def wkv_backward(
     return dk, dv, dw.sum(0), du.sum(0), dstate
 
 
+wkv_backward = torch.library.custom_op(
+    "zoo::wkv4_backward", _wkv_backward, mutates_args=(), device_types="cpu"
+)
+
+
 @wkv_backward.register_fake
 def _(dy, dlast, k, v, w, u, saved):
     del dy, dlast, saved
     b, _, d = k.shape
     dk, dv, dw, du = (a.new_empty(a.shape) for a in (k, v, w, u))
-    return dk, dv, dw, du, k.new_empty((b, 3, d))
+    return dk, dv, dw, du, w.new_empty((b, 3, d))
+
+
+def _macros(dtype: torch.dtype) -> cuda.Macros:
+    return (("DTYPE", cuda.DTYPES[dtype]),)
+
+
+def _edges_shape(k: Tensor) -> tuple[int, ...]:
+    b, t, d = k.shape
+    return b, -(-t // CHUNK), 4, d
+
+
+def _launch(function: str, k: Tensor, chunks: int, **tensors: Tensor | None) -> None:
+    """`chunks` of time, or their composition where that is zero."""
+    b, t, d = k.shape
+    sizes = {"tokens": t, "width": d, "chunks": -(-t // CHUNK)}
+    threads, grid = THREADS, (chunks * -(-d // THREADS), 1, b)
+    if not chunks:
+        threads, grid = cuda.WARP * min(MOST_WARPS, sizes["chunks"]), (-(-d // cuda.WARP), 1, b)
+    CUDA.call(function, grid, threads, _macros(k.dtype), sizes, k=k, **tensors)
+
+
+@wkv.register_kernel("cuda")
+def _wkv_cuda(
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, last = k.new_empty(k.shape), w.new_empty(state.shape)
+    k, v, w, u, state = cuda.dense(k), cuda.dense(v), *(a.contiguous() for a in (w, u, state))
+    shape = _edges_shape(k)
+    edges = w.new_empty(shape) if save or shape[1] > 1 else None
+    tensors = {"v": v, "w": w, "u": u, "state": state, "edges": edges}
+    if shape[1] > 1:  # nobody asks what is after the last
+        _launch("chunk_ends", k, shape[1] - 1, **tensors)
+    if edges is not None:
+        _launch("compose", k, 0, **tensors)
+    _launch("outputs", k, shape[1], **tensors, y=y, last=last)
+    return y, last, edges if save and edges is not None else w.new_empty(0)
+
+
+@wkv_backward.register_kernel("cuda")
+def _wkv_backward_cuda(
+    dy: Tensor, dlast: Tensor | None, k: Tensor, v: Tensor, w: Tensor, u: Tensor, saved: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    b, chunks, _, d = _edges_shape(k)
+    dk, dv, dstate = k.new_empty(k.shape), k.new_empty(k.shape), w.new_empty((b, 3, d))
+    dw, du = w.new_empty((b, chunks, d)), w.new_empty((b, chunks, d))
+    k, v, w, u = cuda.dense(k), cuda.dense(v), w.contiguous(), u.contiguous()
+    tensors = {"v": v, "w": w, "u": u, "edges": saved, "dy": dy.contiguous()}
+    tensors |= {"ahead": torch.empty_like(saved), "top": w.new_empty((b, d))}
+    tensors["dlast"] = None if dlast is None else dlast.contiguous()
+    _launch("chunk_futures", k, chunks, **tensors)
+    _launch("compose_back", k, 0, **tensors)
+    _launch("gradients", k, chunks, **tensors, dk=dk, dv=dv, dw=dw, du=du, dstate=dstate)
+    return dk, dv, dw.sum((0, 1)), du.sum((0, 1)), dstate
 
 
 def _save(ctx, inputs, output) -> None:
@@ -210,7 +295,10 @@ def _backward(ctx, dy, dlast, _):
         raise RuntimeError("wkv4: the forward was told to save nothing for a backward")
     k, v, w, u, saved = ctx.saved_tensors
     dy = torch.zeros_like(k) if dy is None else dy
-    return *wkv_backward(dy, dlast, k, v, w, u, saved), None
+    form = wkv_backward
+    if native.unwatched(dy, dlast, k, v, w, u, saved):
+        form = _wkv_backward if dy.device.type == "cpu" else _wkv_backward_cuda
+    return *form(dy, dlast, k, v, w, u, saved), None
 
 
 wkv.register_autograd(_backward, setup_context=_save)
