@@ -246,7 +246,7 @@ def _launch(function: str, k: Tensor, chunks: int, **tensors: Tensor | None) -> 
     threads, grid = THREADS, (chunks * -(-d // THREADS), 1, b)
     if not chunks:
         threads, grid = cuda.WARP * min(MOST_WARPS, sizes["chunks"]), (-(-d // cuda.WARP), 1, b)
-    CUDA.call(function, grid, threads, _macros(k.dtype), sizes, k=k, **tensors)
+    CUDA.call(function, grid, threads, _macros(k.dtype), sizes, k=cuda.dense(k), **tensors)
 
 
 @wkv.register_kernel("cuda")
@@ -254,10 +254,10 @@ def _wkv_cuda(
     k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, last = k.new_empty(k.shape), w.new_empty(state.shape)
-    k, v, w, u, state = cuda.dense(k), cuda.dense(v), *(a.contiguous() for a in (w, u, state))
+    w, u, state = w.contiguous(), u.contiguous(), state.contiguous()
     shape = _edges_shape(k)
     edges = w.new_empty(shape) if save or shape[1] > 1 else None
-    tensors = {"v": v, "w": w, "u": u, "state": state, "edges": edges}
+    tensors = {"v": cuda.dense(v), "w": w, "u": u, "state": state, "edges": edges}
     if shape[1] > 1:  # nobody asks what is after the last
         _launch("chunk_ends", k, shape[1] - 1, **tensors)
     if edges is not None:
@@ -273,8 +273,8 @@ def _wkv_backward_cuda(
     b, chunks, _, d = _edges_shape(k)
     dk, dv, dstate = k.new_empty(k.shape), k.new_empty(k.shape), w.new_empty((b, 3, d))
     dw, du = w.new_empty((b, chunks, d)), w.new_empty((b, chunks, d))
-    k, v, w, u = cuda.dense(k), cuda.dense(v), w.contiguous(), u.contiguous()
-    tensors = {"v": v, "w": w, "u": u, "edges": saved, "dy": dy.contiguous()}
+    tensors = {"v": cuda.dense(v), "w": w.contiguous(), "u": u.contiguous(), "edges": saved}
+    tensors |= {"dy": dy.contiguous()}
     tensors |= {"ahead": torch.empty_like(saved), "top": w.new_empty((b, d))}
     tensors["dlast"] = None if dlast is None else dlast.contiguous()
     _launch("chunk_futures", k, chunks, **tensors)
