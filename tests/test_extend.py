@@ -11,8 +11,9 @@ from zoo.config import choices, compose, extensions
 from zoo.errors import UserError
 from zoo.extend import _positions, extend
 from zoo.mixers.base import count_bytes
+from zoo.mixers.softmax import SoftmaxAttention
 from zoo.positions.alibi import slopes
-from zoo.positions.rope import inverse_frequencies
+from zoo.positions.rope import inverse_frequencies, rotate
 
 TRAINED = 16
 FACTORS = {"pi": 2, "ntk": 2, "ntk_by_parts": 4, "yarn": 4, "llama3": 4, "longrope": 4}
@@ -190,6 +191,36 @@ def test_longrope_reads_by_short_factors_up_to_the_window_and_by_long_ones_stric
         out, state = both(piece, state)
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 1), whole)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_a_learned_sink_is_one_more_key_at_no_distance(window, tiny):
+    model = tiny("sink")
+    if window:
+        extend(model, extension("window", f"extension.reach.window={window}"), TRAINED)
+    mixer = model.halves()[0]
+    for learned in (mixer.sink_k, mixer.sink_v):
+        torch.nn.init.normal_(learned)
+    x = torch.randn(2, 20, mixer.q_proj.in_features, dtype=torch.float64)
+    q, k, v = (
+        p(x).unflatten(-1, (mixer.heads, -1)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    )
+    sink = torch.einsum("bihd,hd->bhi", q, mixer.sink_k)[..., None]
+    q, k = (rotate(y, inverse_frequencies(mixer.head_width)) for y in (q, k))
+    apart = torch.arange(20)[:, None] - torch.arange(20)
+    unseen = (apart < 0) | (apart >= (window or 20))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k).masked_fill(unseen, -torch.inf)
+    weights = (torch.cat([scores, sink], -1) / mixer.head_width**0.5).softmax(-1)
+    v = torch.cat([v, mixer.sink_v.expand(2, 1, -1, -1)], 1)
+    expected = mixer.o_proj(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(-2))
+    torch.testing.assert_close(mixer(x), expected)
+    state, outs = mixer.empty_state(2), []
+    for piece in x.split([11, 1, 1, 7], 1):
+        out, state = mixer(piece, state)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 1), expected)
+    with pytest.raises(ValueError, match="a sink stands at none"):
+        SoftmaxAttention(width=8, heads=2, positions="alibi", sink=True)
 
 
 def test_placed_tokens_are_turned_by_the_scaled_frequencies(tiny):

@@ -8,7 +8,7 @@ chunking of the text and any block of queries gives the same output. Keys are ke
 before any turn, because a remap or a scaling may turn the same key to several positions.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,8 +83,12 @@ class Reach:
         v: Float[Tensor, "b n h e"],
         start: int,
         backend: str = "auto",
+        always: Sequence[Part] = (),
     ) -> Float[Tensor, "b t h e"]:
-        """Attention of the queries at start, start + 1, ... over the kept keys and their own."""
+        """Attention of the queries at start, start + 1, ... over the kept keys and their own.
+
+        `always` are further keys that each of these queries sees, as they are.
+        """
         dropped = start + q.shape[1] - k.shape[1]
 
         def place(position: int) -> int:
@@ -102,7 +106,8 @@ class Reach:
                 before, scaled, length = scaled, self.scaling(reached), reached
                 keys = keys if _same(before, scaled) else {}
             inv_freq, factor = scaled
-            here, parts = slice(rows.start - start, rows.stop - start), []
+            here = slice(rows.start - start, rows.stop - start)
+            parts = [part._replace(q=part.q[:, here]) for part in always]
             for view in self.views(rows):
                 view = self._kept(view, dropped)
                 if view is None:

@@ -13,13 +13,17 @@ The state is every key and value so far; keys are kept as they were turned on ar
 query sees and which are kept; its `slope_factor` interpolates ALiBi. Where `shared` holds
 "positions", (b, t), the tokens of a training window stand there. With `causal=False` every query
 sees every key (Devlin 2019, BERT), under `rope` or `none`.
+
+With `sink` every head has a learned key and value that each query sees, zero at first: the zero
+sink, softmax_1, of Xiao 2023 (section 3.3). Departure from its learnable sink, a token before the
+text: queries see it before they are turned, at no distance, the same however far they stand.
 """
 
 from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.attention.blockwise import BlockwiseXPos
 from zoo.attention.buckets import bucketed
@@ -63,6 +67,7 @@ class SoftmaxAttention(Mixer):
         window: int | None = None,
         backend: str = "auto",
         causal: bool = True,
+        sink: bool = False,
         layer: int = 0,
         layers: int = 1,
     ) -> None:
@@ -82,7 +87,12 @@ class SoftmaxAttention(Mixer):
                 "positions=xpos, and no others, take window, the training length, of which their "
                 f"blocks are half: model=xpos sets it (positions={positions}, window={window})"
             )
-        self.causal = causal
+        if sink and positions in ("alibi", "t5"):
+            raise ValueError(
+                f"positions={positions} bias keys by their distance, and a sink stands at none: "
+                "it goes with rope, xpos or none"
+            )
+        self.causal, self.sink = causal, sink
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, width // heads
         self.rope_base = rope_base
         self.inv_freq = (
@@ -94,6 +104,10 @@ class SoftmaxAttention(Mixer):
         if positions == "t5":
             self.bias = RelativeBias(heads=heads)
             no_weight_decay(self.bias.weight)
+        if sink:
+            shape = (self.heads, self.head_width)
+            self.sink_k = no_weight_decay(nn.Parameter(torch.zeros(shape)))
+            self.sink_v = no_weight_decay(nn.Parameter(torch.zeros(shape)))
         self.backend = backend
         self.q_proj = linear(width, width)
         self.k_proj = linear(width, kv_heads * self.head_width)
@@ -114,6 +128,7 @@ class SoftmaxAttention(Mixer):
             proj(x).unflatten(-1, (-1, self.head_width))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        sinks = self._sinks(q)
         if self.positions == "rope" and at is not None:
             inv_freq, factor = self._frequencies(at, shared)
             q, k = turned(q, inv_freq, at, factor), turned(k, inv_freq, at, factor)
@@ -121,7 +136,7 @@ class SoftmaxAttention(Mixer):
             q, k = rotate(q, self.inv_freq, start), rotate(k, self.inv_freq, start)
         if state:
             k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
-        y = self.o_proj(self._attend(q, k, v, start, at).flatten(-2))
+        y = self.o_proj(self._attend(q, k, v, start, at, sinks).flatten(-2))
         if state is None:
             return y
         if self.reach:
@@ -136,16 +151,31 @@ class SoftmaxAttention(Mixer):
             return self.inv_freq, 1.0
         return self.reach.scaling(int(at.max()) + 1 if self.reach.bucket else 0)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, at: Tensor | None) -> Tensor:
+    def _sinks(self, q: Tensor) -> list[Part]:
+        """The learned key and value, for queries that are not turned; none without them."""
+        if not self.sink:
+            return []
+        k, v = (x.to(q.dtype).expand(len(q), 1, -1, -1) for x in (self.sink_k, self.sink_v))
+        return [Part(q, k, v)]
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: int,
+        at: Tensor | None,
+        sinks: list[Part],
+    ) -> Tensor:
         """Each query over the keys up to its own; the queries are the last of the keys."""
         groups = self.heads // self.kv_heads
         k, v = (x.repeat_interleave(groups, 2) if groups > 1 else x for x in (k, v))
         if self.reach and at is None:
-            return self.reach(q, k, v, start, self.backend)
+            return self.reach(q, k, v, start, self.backend, sinks)
         if self.positions == "t5":
             return bucketed(q, k, v, self.bias, backend=self.backend)
         if not self.causal:
-            return attention([Part(q, k, v)], backend=self.backend)
+            return attention([Part(q, k, v), *sinks], backend=self.backend)
         end, outs = k.shape[1] - q.shape[1], []
         for rows in q.split(CHUNK if self.positions == "alibi" else q.shape[1], 1):
             past, end = end, end + rows.shape[1]
@@ -157,6 +187,7 @@ class SoftmaxAttention(Mixer):
             parts = [Part(rows, keys[:, past:], v[:, past:end], causal=True)]
             if past:
                 parts.append(Part(rows, keys[:, :past], v[:, :past]))
+            parts += sinks  # rows are all of q: where they are cut, there are none
             outs.append(attention(parts, scale=scale, backend=self.backend))
         return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
 
