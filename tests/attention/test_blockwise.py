@@ -7,6 +7,7 @@ from zoo.attention import buckets
 from zoo.attention.blockwise import BlockwiseXPos
 from zoo.attention.reach import Reach, distances
 from zoo.mixers.softmax import SoftmaxAttention
+from zoo.ops.attention import Part
 from zoo.positions.relative import RelativeBias
 from zoo.positions.rope import inverse_frequencies
 from zoo.positions.xpos import zetas
@@ -69,6 +70,13 @@ def test_any_chunks_are_read_as_one_block_after_the_other(cuts):
         outs.append(reach(512)(q[:, start:end], *kept, start))
         kept, start = reach(512).keep(*kept), end
     assert_same(torch.cat(outs, 1), Reach.__call__(reach(512), q, k, v, 0), leaves)
+
+
+def test_further_keys_that_all_see_are_merged_with_every_block():
+    q, k, v = leaves = inputs(33)
+    more = Part(q, k[:, 3:5] * 0.5, v[:, 7:9])
+    found = reach(512)(q, k, v, 0, always=[more])
+    assert_same(found, Reach.__call__(reach(512), q, k, v, 0, always=[more]), leaves)
 
 
 def test_within_the_training_length_blocks_hide_nothing():

@@ -9,6 +9,8 @@ own keys, and each over the keys of the one before. (One after the other, the gr
 block would fill a tensor as long as the text.)
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,14 +44,20 @@ class BlockwiseXPos(Reach):
         return fade(q, k, origin)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, start: int, backend: str = "auto"
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: int,
+        backend: str = "auto",
+        always: Sequence[Part] = (),
     ) -> Tensor:
         tokens, size = q.shape[1], self.block
         ahead = start % size  # tokens of the first block that were read before
         first = int(start < size)  # 1 where the first block has none before it
         end, keys = start + tokens, ahead + tokens + (1 - first) * size
         if tokens <= size or size > LONGEST or k.shape[1] < keys:
-            return super().__call__(q, k, v, start, backend)
+            return super().__call__(q, k, v, start, backend, always)
         inv_freq, factor = self.scaling(end)
         q = turned(q, inv_freq, torch.arange(start, end), factor)
         k = turned(k[:, -keys:], inv_freq, torch.arange(end - keys, end), factor)
@@ -61,8 +69,8 @@ class BlockwiseXPos(Reach):
             out, lse = before
             pad = (0, 0) * (out.dim() - 2)
             before = F.pad(out, (*pad, 1, 0)), F.pad(lse, (*pad[2:], 1, 0), value=-torch.inf)
-        out = merge([own, before])[0].flatten(1, 2)
-        return out[:, ahead : ahead + tokens]
+        out, lse = (x.flatten(1, 2)[:, ahead:][:, :tokens] for x in merge([own, before]))
+        return merge([(out, lse), attend(always, backend=backend)])[0] if always else out
 
 
 def _blocks(x: Tensor, size: int) -> Tensor:
