@@ -74,9 +74,11 @@ def test_any_chunks_are_read_as_one_block_after_the_other(cuts):
 
 def test_further_keys_that_all_see_are_merged_with_every_block():
     q, k, v = leaves = inputs(33)
-    more = Part(q, k[:, 3:5] * 0.5, v[:, 7:9])
-    found = reach(512)(q, k, v, 0, always=[more])
-    assert_same(found, Reach.__call__(reach(512), q, k, v, 0, always=[more]), leaves)
+    found, wanted = (
+        form(reach(512), q, k, v, 0, always=[Part(q, k[:, 3:5] * 0.5, v[:, 7:9])])
+        for form in (BlockwiseXPos.__call__, Reach.__call__)
+    )
+    assert_same(found, wanted, leaves)
 
 
 def test_within_the_training_length_blocks_hide_nothing():
