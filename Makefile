@@ -42,7 +42,7 @@ claims: .venv/ready  ## judge published claims on BOOKS=<folder of books>: an ho
 	$(RUN) eval.py run='runs/claims*/*' $(ASKED)
 
 READ := task=reach task.perplexity.protocols=[half_tail] \
-  task.perplexity.lengths=[512,1k,2k,4k,8k] task.passkey.lengths=[512,1k,2k,4k,8k]
+  task.perplexity.lengths=[128,256,512,1k,2k] task.passkey.lengths=[128,256,512,1k,2k]
 FACTOR := extension.factor=8
 
 reach: .venv/ready  ## one rotary model under every training-free extension, on BOOKS=<folder of books>
