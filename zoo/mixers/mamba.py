@@ -74,7 +74,7 @@ class Mamba(Mixer):
             self.conv_weight,
             self.conv_bias,
             state=state.conv if state else None,
-            backend=self.backend,
+            backend="auto" if self.backend == "mamba_ssm" else self.backend,
         )
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], -1)
         dt = F.linear(dt, self.dt_proj.weight)  # its bias joins inside the scan, in float32

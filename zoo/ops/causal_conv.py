@@ -4,7 +4,7 @@
 
 The state is the last `width - 1` inputs; before the first token they are zero.
 Backends: `reference` is that sum; `torch` is `F.conv1d`; `native` is kernels/causal_conv (CPU and
-CUDA).
+CUDA); `causal_conv1d`, by name only, is that library (CUDA).
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.errors import choose
-from zoo.ops import cuda, native
+from zoo.ops import cuda, libraries, native
 from zoo.ops.backends import pick
 
 KERNEL = native.Kernel(
@@ -63,13 +63,25 @@ def causal_conv(
     here = KERNEL.missing if x.device.type == "cpu" else False
     if x.device.type == "cuda" and x.dtype in cuda.DTYPES:
         here = partial(CUDA.missing, _macros(x.dtype, width), x.device)
-    name = pick("causal_conv", backend, {"native": here, "torch": True, "reference": True})
+    theirs = libraries.usable(
+        "causal_conv1d",
+        x,
+        (width > 4, "its window is 2 to 4 tokens wide"),
+        (d % 8 != 0, "it wants a multiple of 8 channels"),
+        (x.dtype not in libraries.DTYPES, "it has no float64"),
+    )
+    available = {"native": here, "torch": True, "causal_conv1d": theirs, "reference": True}
+    name = pick("causal_conv", backend, available)
     wide = torch.promote_types(x.dtype, torch.float32)
     before = x.new_zeros((b, width - 1, d)) if state is None else state
     narrow = name == "native" and x.device.type == "cuda"  # it reads and writes x's type itself
     x_, before = (a.to(x.dtype if narrow else wide) for a in (x, before))
     w, bias = weight.to(wide), None if bias is None else bias.to(wide)
-    if name == "native":
+    if name == "causal_conv1d":
+        before = before.to(x.dtype)
+        y = libraries.causal_conv(x, w, bias, None if state is None else before, activation)
+        last = torch.cat([before, x[:, -(width - 1) :]], 1)[:, -(width - 1) :]
+    elif name == "native":
         form = conv
         if native.unwatched(x_, w, bias, before):
             form = _conv_cuda if narrow else _conv

@@ -44,7 +44,8 @@ factor is the exponential of a positive number, so blocks are the longest in whi
 stronger than any bound. No decay is clamped, and exp(-inf) = 0 is a decay too.
 
 Backends: `reference` is the recurrence, `torch` the chunks, recomputed piece by piece in the
-backward pass.
+backward pass. `fla`, by name only, is that library: the delta rule with no decay or one per head
+(CUDA, 16-bit sequences).
 """
 
 import math
@@ -57,6 +58,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops import libraries
 from zoo.ops.backends import pick
 
 CHUNK = 32  # tokens solved as one triangular system; a power of two
@@ -114,6 +116,20 @@ def delta_rule(
     errors as above.
     """
     _check(q, k, v, beta=beta, log_decay=log_decay, state=state)
+    theirs = libraries.usable(
+        "fla",
+        v,
+        (log_decay is not None and log_decay.ndim == 4, "it takes one decay per head"),
+        (
+            k.shape[-1] > libraries.MOST_KEYS,
+            f"its keys have at most {libraries.MOST_KEYS} channels",
+        ),
+        (v.dtype not in (torch.bfloat16, torch.float16), "it is used with bfloat16 or float16"),
+    )
+    available = {"torch": True, "fla": theirs, "reference": True}
+    if pick("delta_rule", backend, available) == "fla":
+        state = None if state is None else state.float()
+        return libraries.delta_rule(q, k, v, beta, log_decay, state)
     wide = torch.promote_types(v.dtype, torch.float32)
     k, read = k.to(wide), -k.to(wide)
     if log_decay is not None:

@@ -22,6 +22,8 @@ of which the later half has the one factor, queries decayed since its start, and
 the other, keys decayed to its end. The two halves' factors give those of the doubled block.
 Decays are only multiplied, never divided, and no exponent is positive or a difference of sums: any
 decay is exact, from none to one that forgets everything.
+
+`fla`, by name only, is that library (CUDA, 16-bit sequences, no normaliser).
 """
 
 from typing import Any, NamedTuple
@@ -32,6 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from zoo.ops import libraries
 from zoo.ops.backends import pick
 from zoo.ops.recurrence import linear_scan
 
@@ -63,7 +66,18 @@ def linear_attention(
     ValueError on shapes that do not fit.
     """
     w = _decay(q, k, v, log_decay)
-    name = pick("linear_attention", backend, {"torch": True, "reference": True})
+    theirs = libraries.usable(
+        "fla",
+        v,
+        (normalise, "it is used without a normaliser"),
+        (v.dtype not in (torch.bfloat16, torch.float16), "it is used with bfloat16 or float16"),
+    )
+    name = pick("linear_attention", backend, {"torch": True, "fla": theirs, "reference": True})
+    if name == "fla":
+        assert state is None or isinstance(state, Tensor)  # no normaliser
+        return libraries.linear_attention(
+            q, k, v, w, bonus, None if state is None else state.float()
+        )
     wide = torch.promote_types(v.dtype, torch.float32)
     dtype, (b, _, h, width) = v.dtype, v.shape
     q, k, v = (a.to(wide) for a in (q, k, v))

@@ -5,7 +5,8 @@
     y_t    = (C_t . h_t + D x_t) silu(z_t)
 
 Backends: `reference` is that loop; `torch` does the recurrence in blocks of tokens and keeps only
-the state before each piece; `native` is kernels/selective_scan (CPU and CUDA).
+the state before each piece; `native` is kernels/selective_scan (CPU and CUDA); `mamba_ssm`, by name
+only, is that library (CUDA, from an empty state).
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops import cuda, native
+from zoo.ops import cuda, libraries, native
 from zoo.ops.backends import pick
 from zoo.ops.recurrence import linear_scan
 
@@ -59,8 +60,22 @@ def selective_scan(
     that do not fit, `UserError` where the backend is not there.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, state)
-    available = {"native": _native_here(x, dt, A, B, C, z), "torch": True, "reference": True}
+    theirs = libraries.usable(
+        "mamba_ssm",
+        x,
+        (state is not None, "it starts from an empty state only"),
+        (A.shape[1] > libraries.MOST_STATES, f"it has at most {libraries.MOST_STATES} states"),
+        (_common_dtype(x, dt, B, C, z) not in libraries.DTYPES, "it has no float64"),
+    )
+    available = {"native": _native_here(x, dt, A, B, C, z), "torch": True}
+    available |= {"mamba_ssm": theirs, "reference": True}
     name = pick("selective_scan", backend, available)
+    if name == "mamba_ssm":
+        dtype = _common_dtype(x, dt, B, C, z)
+        x_, dt, B, C = (a.to(dtype) for a in (x, dt, B, C))
+        z = None if z is None else z.to(dtype)
+        y, last = libraries.selective_scan(x_, dt, A, B, C, D, z, dt_bias)
+        return y.to(x.dtype), last
     wide = torch.promote_types(x.dtype, torch.float32)
     if state is None and name != "native":
         state = x.new_zeros((x.shape[0], *A.shape), dtype=wide)

@@ -1,0 +1,169 @@
+"""Other people's CUDA kernels for whoever has them installed: our interface over their layouts.
+
+`mamba_ssm` (Dao & Gu), `causal_conv1d` (Dao) and `fla` (flash-linear-attention, Yang & Zhang) are
+imported when asked for by name and never chosen by `auto`, which has a form of ours everywhere.
+What a library cannot carry is refused in one line. They are written to the libraries' published
+sources and tested with stand-ins that check shapes, types and strides; none has been run against
+the real library on a GPU.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from zoo.errors import UserError
+
+PACKAGES = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d", "fla": "fla-core"}
+OPS = {
+    "mamba_ssm": "selective_scan",
+    "causal_conv1d": "causal_conv",
+    "fla": "linear_attention, delta_rule",
+}
+DEVICES = ("cuda",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_STATES = 256  # mamba_ssm, csrc/selective_scan/selective_scan.cpp
+MOST_KEYS = 256  # fla, chunk_gated_delta_rule_fwd_h
+
+
+def installed(name: str) -> bool:
+    """Whether a library is there; imports nothing."""
+    return importlib.util.find_spec(name) is not None
+
+
+def usable(name: str, tensor: Tensor, *refusals: tuple[bool, str]) -> Callable[[], bool | str]:
+    """For `backends.pick`: whether a library takes inputs that lie where `tensor` does.
+
+    `refusals` are what it cannot carry and whether that is asked of it.
+    """
+    return partial(_usable, name, tensor.device, refusals)
+
+
+def _usable(name: str, device: torch.device, refusals: tuple[tuple[bool, str], ...]) -> bool | str:
+    try:
+        importlib.import_module(name)
+    except (ImportError, OSError) as error:  # also one built for another PyTorch
+        return f"{str(error).splitlines()[0]}; pip install {PACKAGES[name]}"
+    if device.type not in DEVICES:
+        return f"it takes CUDA tensors, not {device.type}"
+    return next((reason for asked, reason in refusals if asked), True)
+
+
+def _load(module: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(module), name)
+
+
+def selective_scan(
+    x: Float[Tensor, "b t d"],
+    dt: Float[Tensor, "b t d"],
+    A: Float[Tensor, "d n"],
+    B: Float[Tensor, "b t n"],
+    C: Float[Tensor, "b t n"],
+    D: Float[Tensor, " d"] | None,
+    z: Float[Tensor, "b t d"] | None,
+    dt_bias: Float[Tensor, " d"] | None,
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d n"]]:
+    """mamba_ssm's `selective_scan_fn`: time last, sequences of one type, parameters float32.
+
+    It forgets the gradient of the state it returns, so asking for that raises `UserError`.
+    """
+    selective_scan_fn = _load("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
+
+    u, delta, B, C = (a.mT.contiguous() for a in (x, dt, B, C))
+    z = None if z is None else z.mT.contiguous()
+    D, dt_bias = (None if a is None else a.float().contiguous() for a in (D, dt_bias))
+    y, last = selective_scan_fn(
+        u,
+        delta,
+        A.float().contiguous(),
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        delta_softplus=True,
+        return_last_state=True,
+    )
+    return y.mT, _NoGradient.apply(last.float().contiguous())
+
+
+class _NoGradient(torch.autograd.Function):
+    """The state, refusing the gradient that would be lost behind it."""
+
+    @staticmethod
+    def forward(ctx, state: Tensor) -> Tensor:
+        del ctx
+        return state.clone()
+
+    @staticmethod
+    def backward(ctx, dstate: Tensor) -> NoReturn:
+        del ctx, dstate
+        raise UserError("selective_scan: mamba_ssm passes no gradient through the outgoing state")
+
+
+def causal_conv(
+    x: Float[Tensor, "b t d"],
+    weight: Float[Tensor, "d width"],
+    bias: Float[Tensor, " d"] | None,
+    state: Float[Tensor, "b width-1 d"] | None,
+    activation: str | None,
+) -> Float[Tensor, "b t d"]:
+    """causal_conv1d's `causal_conv1d_fn`, channels last: the layout that takes a state."""
+    causal_conv1d_fn = _load("causal_conv1d", "causal_conv1d_fn")
+
+    before = None if state is None else state.contiguous().mT
+    y = causal_conv1d_fn(
+        x.contiguous().mT, weight, bias, initial_states=before, activation=activation
+    )
+    return y.mT
+
+
+def linear_attention(
+    q: Float[Tensor, "b t #h k"],
+    k: Float[Tensor, "b t #h k"],
+    v: Float[Tensor, "b t h v"],
+    w: Float[Tensor, "b t h #k"] | None,
+    bonus: Float[Tensor, "h k"] | None,
+    state: Float[Tensor, "b h k v"] | None,
+) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
+    """fla's kernel for the decay at hand: none or one per head, per channel, or with a bonus."""
+    shape = (*v.shape[:3], k.shape[-1])
+    q, k = (a.to(v.dtype).expand(shape) for a in (q, k))
+    options = {"scale": 1.0, "initial_state": state, "output_final_state": True}
+    if bonus is not None:
+        chunk_rwkv6 = _load("fla.ops.rwkv6", "chunk_rwkv6")
+
+        w = k.new_zeros(shape, dtype=torch.float32) if w is None else w.float().expand(shape)
+        return chunk_rwkv6(q, k, v, w, bonus.to(v.dtype), **options)
+    if w is None or w.shape[-1] == 1:
+        chunk_simple_gla = _load("fla.ops.simple_gla", "chunk_simple_gla")
+
+        return chunk_simple_gla(q, k, v, g=None if w is None else w[..., 0].float(), **options)
+    chunk_gla = _load("fla.ops.gla", "chunk_gla")
+
+    return chunk_gla(q, k, v, g=w.float(), **options)
+
+
+def delta_rule(
+    q: Float[Tensor, "b t h k"],
+    k: Float[Tensor, "b t h k"],
+    v: Float[Tensor, "b t h v"],
+    beta: Float[Tensor, "b t h"],
+    log_decay: Float[Tensor, "b t h"] | None,
+    state: Float[Tensor, "b h k v"] | None,
+) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
+    """fla's `chunk_delta_rule`, or with a decay per head `chunk_gated_delta_rule`."""
+    q, k, beta = (a.to(v.dtype) for a in (q, k, beta))
+    options = {"scale": 1.0, "initial_state": state, "output_final_state": True}
+    if log_decay is None:
+        chunk_delta_rule = _load("fla.ops.delta_rule", "chunk_delta_rule")
+
+        return chunk_delta_rule(q, k, v, beta, **options)
+    chunk_gated_delta_rule = _load("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
+
+    return chunk_gated_delta_rule(q, k, v, log_decay.float(), beta, **options)
