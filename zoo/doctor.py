@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from zoo.ops import aft, causal_conv, cuda, native, rms_norm, selective_scan, wkv4
+from zoo.ops import aft, causal_conv, cuda, libraries, native, rms_norm, selective_scan, wkv4
 
 # Ops that are matrix products, or library kernels, in PyTorch's own hands.
 BY_TORCH = {
@@ -48,7 +48,13 @@ def report() -> list[str]:
             kernel = "native (compiled on first use)" if on_cuda else "torch (no CUDA kernel yet)"
             lines.append(f"    cuda  {kernel}")
     lines += [f"  {ops}\n    torch ({why})" for ops, why in BY_TORCH.items()]
+    lines.append("libraries that backend=<name> takes, on CUDA only:")
+    lines += [f"  {name:<15}{_library(name)} ({ops})" for name, ops in libraries.OPS.items()]
     return lines
+
+
+def _library(name: str) -> str:
+    return "installed" if libraries.installed(name) else f"pip install {libraries.PACKAGES[name]}"
 
 
 def _on_cpu(kernel: native.Kernel, no_compiler: str | None) -> str:

@@ -11,6 +11,7 @@ import types
 import pytest
 import torch
 
+from zoo import doctor
 from zoo.errors import UserError
 from zoo.mixers.gla import GLA
 from zoo.mixers.mamba import Mamba
@@ -278,3 +279,11 @@ def test_a_model_trains_on_a_library_under_autocast(stand_ins, mixer):
     assert any(backend in names.split("+") for names in backends.chosen().values())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
     backends.forget()
+
+
+def test_the_doctor_names_what_is_there_and_how_to_get_the_rest(stand_ins, monkeypatch):
+    absent = {"causal_conv1d"}
+    monkeypatch.setattr(libraries, "installed", lambda name: name not in absent)
+    text = "\n".join(doctor.report())
+    assert "mamba_ssm      installed (selective_scan)" in text
+    assert "causal_conv1d  pip install causal-conv1d (causal_conv)" in text
