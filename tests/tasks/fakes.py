@@ -19,7 +19,7 @@ VOCABULARY = 16
 class Remembers(nn.Module):
     """Predicts from the last `memory` tokens alone; before the first token it remembers nothing."""
 
-    causal, recurrent, max_length, positions, extended = True, True, None, None, False
+    causal, recurrent, max_length, positions, extended = True, True, None, None, None
 
     def __init__(self, memory: int):
         super().__init__()
