@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from synthetic import experiment, score_row
 
 from zoo.report.charts import COLORS, Axis, _ends, styles, ticks
-from zoo.report.figures import changes, positions, scores, state_cells
+from zoo.report.figures import MANY, changes, pngs, positions, scores, state_cells, table
 from zoo.report.rows import gather, interval
 
 
@@ -114,3 +114,24 @@ def test_the_training_length_is_within_the_figure():
     spec = scores(results, "half_tail").draw(styles(results)).to_dict()
     low, high = spec["layer"][0]["encoding"]["x"]["scale"]["domain"]
     assert low < 512 < high
+
+
+def test_many_arms_are_a_table_best_first_and_shaded_by_what_they_lost():
+    rows = [score_row(f"a{i}", 512, 2.0) for i in range(MANY)]
+    rows += [score_row(f"a{i}", 4096, 4.0 - 0.1 * i) for i in range(MANY)]
+    rows.append(score_row("learned", 512, 2.0))
+    results = gather(rows, [])
+    drawn = table(results, "half_tail").to_dict()
+    cells = {(cell["arm"], cell["x"]): cell for cell in drawn["data"]["values"]}
+    order = drawn["layer"][0]["encoding"]["y"]["sort"]
+    assert order == [f"a{i}" for i in reversed(range(MANY))] + ["learned"]
+    assert cells["a13", 512]["shade"] == 0
+    assert cells["a13", 4096] | {"shade": 0} == {
+        "arm": "a13",
+        "x": 4096,
+        "text": "2.700",
+        "shade": 0,
+    }
+    assert cells["a13", 4096]["shade"] == pytest.approx(0.7)
+    assert cells["a0", 4096]["shade"] == 1  # two bits lost are as dark as one
+    assert pngs(results, styles(results))["bits_per_byte.png"].startswith(b"\x89PNG")

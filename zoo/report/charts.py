@@ -199,6 +199,33 @@ def lines(
     )
 
 
+def grid(
+    values: Sequence[Spec], arms: Sequence[str], x: Axis, *, about: str = "", ink: str
+) -> Drawing:
+    """A cell per arm and length, for more arms than lines could tell apart.
+
+    `values` have arm, x, text, and `shade` from 0 (as at the training length) to 1, or None.
+    """
+    order = sorted({value["x"] for value in values})
+    words = json.dumps([x.text(length) for length in order])
+    axis = alt.Axis(
+        title=x.title,
+        orient="top",
+        labelAngle=0,
+        labelPadding=20,  # its words have two lines
+        labelExpr=f"{words}[indexof({json.dumps(order)}, datum.value)]",
+    )
+    across = alt.X("x:O", axis=axis, sort=order)
+    up = alt.Y("arm:N", sort=list(arms), title=None, axis=alt.Axis(labelLimit=230))
+    base = alt.Chart(alt.Data(values=list(values))).encode(across, up)
+    shades = alt.Scale(domain=[0, 1], range=["#f4f4f2", COLORS[1]], interpolate="rgb")
+    shade = alt.Color("shade:Q", legend=None, scale=shades)
+    cells = base.transform_filter("isValid(datum.shade)").mark_rect(stroke="white", strokeWidth=1.5)
+    text = base.mark_text(fontSize=12, color=ink).encode(text="text:N")
+    size = {"width": alt.Step(74), "height": alt.Step(20)}
+    return alt.layer(cells.encode(color=shade), text).properties(**size, description=about)
+
+
 def _ends(points: Sequence[Spec], arms: Sequence[str], scale: alt.Scale, height: int) -> list[Spec]:
     """Where the names at the right go: level with the last point, pushed apart where they touch."""
     log, inverse = (math.log, math.exp) if scale.type == "log" else (float, float)

@@ -9,7 +9,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from zoo.report.charts import Axis, Drawing, Spec, Style, lines, themed
+from zoo.report.charts import Axis, Drawing, Spec, Style, grid, lines, themed
 from zoo.report.rows import Cells, Results, Row, finite
 from zoo.report.tables import (
     ANSWERS,
@@ -28,6 +28,9 @@ from zoo.report.tables import (
 )
 
 INK, PAPER = "#1d1f23", "#ffffff"
+MANY = 14  # arms, of which lines would be a tangle
+SHADED = "orange: what is lost against the arm's own score at its training length, full at 1 bit"
+WORST = 1.0  # bits per byte lost, from which on a cell has the full shade
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,26 @@ def changes(results: Results, protocol: str) -> Lines:
         "Change of bits per byte against the arm's own at its training length, one line per arm.",
         trained(results),
     )
+
+
+def table(results: Results, protocol: str) -> Drawing:
+    """Bits per byte of many arms by test length, best at the longest length first."""
+    cells = results.cells("perplexity", "bits_per_byte", protocol=protocol)
+    lost, values = results.changes(protocol), []
+    for label, mine in cells.items():
+        for length, cell in mine.items():
+            value, change = cell.value, lost[label][length].value
+            shade = None if change is None else min(max(change / WORST, 0.0), 1.0)
+            text = DASH if value is None else score(value)
+            values.append({"arm": label, "x": length, "text": text, "shade": shade})
+
+    def rank(label: str) -> float:
+        longest = cells[label][max(cells[label])].value
+        return math.inf if longest is None else longest
+
+    x = lengths(results, "test length in tokens, and in training lengths")
+    about = "Bits per byte by test length, a row per arm, darker where it lost more."
+    return grid(values, sorted(cells, key=rank), x, about=about, ink=INK)
 
 
 def retrieval(results: Results, answer: str) -> Lines:
@@ -225,8 +248,12 @@ def pngs(results: Results, look: Mapping[str, Style]) -> dict[str, bytes]:
     headed = f"Trained at {train:,}, tested beyond" if train else "Bits per byte by test length"
     large: dict[str, Any] = {"fontSize": 17, "subtitlePadding": 5, "offset": 28}
     how = {"width": 640, "named": True, "ink": INK}
-    if protocol and (chart := scores(results, protocol).draw(look, height=400, **how)):
-        subtitle = f"bits per byte by test length, lower is better; {PROTOCOLS[protocol].lower()}"
+    told = PROTOCOLS[protocol].lower() if protocol else ""
+    subtitle = f"bits per byte by test length, lower is better; {told}"
+    if protocol and len(results.arms) > MANY:
+        title = alt.Title(headed, subtitle=[subtitle, SHADED], **large)
+        pictures["bits_per_byte.png"] = table(results, protocol).properties(title=title)
+    elif protocol and (chart := scores(results, protocol).draw(look, height=400, **how)):
         title = alt.Title(headed, subtitle=subtitle, **large)
         panels = [chart.properties(title=title)]
         if protocol in SAME_TOKENS and (
