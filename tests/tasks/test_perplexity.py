@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from zoo.data.loader import evaluation_text
 from zoo.data.masking import mask_tokens
 from zoo.errors import UserError
-from zoo.mixers.base import Mixer
 from zoo.tasks.perplexity import CAUSAL, measure, windows
 
 LENGTHS, STRIDE, UNITS = [32, 48, 96, 192], 16, 3  # 48 and 96 divide the longest, 128 would not
@@ -201,34 +200,6 @@ def test_text_is_read_once_for_all_lengths_whose_windows_start_there(store, tmp_
     rows += measure(subject, lengths=[48, 96, 192], units=2)
     assert model.read == 2 * (192 + 96 + 2 * 48) + 2 * (192 + 2 * 96 + 3 * 48)
     assert len(rows) == 3 + 2 * 3
-
-
-class LengthDependent(Mixer):
-    length_dependent = True
-
-
-class ByCall(Remembers):
-    """Costs depend on how many tokens a call was given, as where frequencies follow the length."""
-
-    def halves(self):
-        return [LengthDependent()]
-
-    def forward(self, tokens, state):
-        logits, after = super().forward(tokens, state)
-        return logits * tokens.shape[1] / 100, after
-
-
-def test_a_model_that_minds_the_length_reads_every_window_for_itself(store, tmp_path):
-    subject = make_subject(ByCall(memory=5), tmp_path, store)
-    together = list(measure(subject, lengths=LENGTHS, units=2, stride=STRIDE))
-    for row in together:
-        length = row["length"]
-        (alone,) = [
-            found
-            for found in measure(subject, lengths=[length, 192], units=2, stride=STRIDE)
-            if (found["protocol"], found["length"]) == (row["protocol"], length)
-        ]
-        assert row["nll_sum"] == alone["nll_sum"]
 
 
 def test_short_windows_are_spread_over_the_whole_stretch_when_not_all_are_read():

@@ -36,7 +36,6 @@ class Mixer(nn.Module):
     max_length: int | None = None  # tokens it can read; beyond, forward raises ValueError
     min_window: int = 1  # tokens; trained on shorter windows, some of its parameters learn nothing
     shares: ClassVar[bool] = False
-    length_dependent: ClassVar[bool] = False  # output t may depend on the length read so far
     recurrent: ClassVar[bool] = True  # the state's size does not grow with the tokens seen
 
     def forward(self, x: Tensor, state: State = None) -> Any:

@@ -186,7 +186,7 @@ def _read(
     `hidden` is what an encoder is shown of the text, and where it is asked; it keeps no state.
     """
     check_length(subject.model, length)
-    if hidden is not None or any(half.length_dependent for half in subject.model.halves()):
+    if hidden is not None:  # an encoder minds how much follows
         takers = tallies[length]
         read = set()
     else:
