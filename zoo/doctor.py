@@ -18,7 +18,7 @@ KERNELS = {
     "selective_scan": (selective_scan.KERNEL, selective_scan.CUDA),
     "causal_conv": (causal_conv.KERNEL, causal_conv.CUDA),
     "wkv4, aft": (wkv4.KERNEL, wkv4.CUDA),
-    "aft_window": (aft.KERNEL, None),
+    "aft_window": (aft.KERNEL, aft.CUDA),
     "rms_norm": (rms_norm.KERNEL, None),
 }
 

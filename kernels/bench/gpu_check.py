@@ -29,7 +29,8 @@ sys.path.insert(0, str(ROOT))
 BUDGET = 400  # seconds after which nothing new is timed
 START = time.monotonic()
 WIDTH, STATES, WINDOW = 1536, 16, 4  # of Mamba at 130M parameters
-WKV_WIDTH = 768  # of RWKV-4 at 169M
+WKV_WIDTH = 768  # of RWKV-4 at 169M, and of AFT
+AFT_WINDOW = 32  # its default
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}  # relative, of the norm
 
 
@@ -101,6 +102,28 @@ def wkv_inputs(b: int, t: int, d: int, dtype, rate: float = 0.1) -> dict:
     return {name: a.requires_grad_() for name, a in inputs.items()}
 
 
+def aft_inputs(b: int, t: int, d: int, s: int, dtype) -> dict:
+    import torch
+
+    def normal(*shape: int, kind=dtype):
+        return torch.randn(*shape, device="cuda").to(kind)
+
+    inputs = {"k": normal(b, t, d), "v": normal(b, t, d), "w": normal(1, d, s, kind=torch.float32)}
+    p, q, o = normal(3, b, d, kind=torch.float32)
+    inputs["older"] = torch.stack([p, q.exp(), o], 1)
+    inputs |= {"past_k": normal(b, s - 1, d), "past_v": normal(b, s - 1, d)}
+    return {name: a.requires_grad_() for name, a in inputs.items()}
+
+
+def aft_window_flat(k, v, w, older=None, past_k=None, past_v=None, backend="auto"):
+    """`aft_window` with a state of tensors; the last keys and values are the inputs'."""
+    from zoo.ops.aft import Window, aft_window
+
+    state = None if older is None else Window(older, past_k, past_v)
+    y, after = aft_window(k, v, w, state, backend)
+    return y, after.older
+
+
 def everything(op: Callable, inputs: dict, weights: list, **options) -> dict:
     """Outputs, state and all gradients of a fixed random function of both."""
     import torch
@@ -146,6 +169,9 @@ def check(record: dict) -> bool:
         for b, t, d, rate in [(1, 1, 1, 0.1), (3, 1001, 131, 0.1), (1, 4321, 70, 1e-4)]:
             name = f"wkv4 {dtype} b={b} t={t} d={d} rate={rate}"
             cases.append((name, wkv4, wkv_inputs(b, t, d, dtype, rate)))
+        for b, t, d, s in [(1, 1, 1, 1), (3, 1001, 131, 32), (1, 4321, 70, 9), (2, 300, 35, 128)]:
+            name = f"aft_window {dtype} b={b} t={t} d={d} s={s}"
+            cases.append((name, aft_window_flat, aft_inputs(b, t, d, s, dtype)))
     right = True
     for name, op, inputs in cases:
         found, same = errors(op, inputs)
@@ -248,6 +274,25 @@ def time_wkv(record: dict) -> None:
         say(f"wkv4 b={b} t={t}: {json.dumps(row)}")
 
 
+def time_aft(record: dict) -> None:
+    import torch
+
+    for t in (65536, 1024, 4096, 16384):
+        if time.monotonic() - START > BUDGET:
+            record["aft_window left out for want of time"] = f"from t={t} on"
+            return
+        inputs = aft_inputs(1, t, WKV_WIDTH, AFT_WINDOW, torch.bfloat16)
+        inputs = {name: inputs[name] for name in ("k", "v", "w")}
+        row: dict[str, Any] = {
+            name: time_one(aft_window_flat, inputs, name) for name in ("native", "torch")
+        }
+        numbers = inputs["k"].numel()
+        row["bytes"] = {"forward": 3 * 2 * numbers, "backward": 5 * 2 * numbers}
+        record[f"aft_window b=1 t={t}"] = row
+        say(f"aft_window b=1 t={t}: {json.dumps(row)}")
+        torch.cuda.empty_cache()
+
+
 def time_one(op: Callable, inputs: dict, backend: str) -> dict[str, float]:
     import torch
 
@@ -316,13 +361,14 @@ def build(record: dict) -> None:
     """First use into an empty cache, and once more from it."""
     import torch
 
-    from zoo.ops import causal_conv, cuda, selective_scan, wkv4
+    from zoo.ops import aft, causal_conv, cuda, selective_scan, wkv4
 
     target = cuda.architecture(*torch.cuda.get_device_capability())
     for kernel, macros in [
         (selective_scan.CUDA, selective_scan._macros(torch.bfloat16, STATES)),
         (causal_conv.CUDA, causal_conv._macros(torch.bfloat16, WINDOW)),
         (wkv4.CUDA, wkv4._macros(torch.bfloat16)),
+        (aft.CUDA, aft._macros(torch.bfloat16, AFT_WINDOW)),
     ]:
         times = []
         for _ in range(2):
@@ -374,6 +420,7 @@ def main() -> int:
             right = check(record["accuracy"])
             if right:  # no time is worth anything of what is wrong
                 time_wkv(record["milliseconds"])
+                time_aft(record["milliseconds"])
                 time_ops(record["milliseconds"])
                 time_step(record["mamba_130m_step"])
         finally:  # what was found before something failed is kept

@@ -1,11 +1,16 @@
 """The averages of AFT are its formula: every variant, backend, gradient and chunking."""
 
+import mmap
+import sys
+
+import emulator
 import pytest
 import torch
 from torch import Tensor
 
 from zoo.errors import UserError
 from zoo.ops import aft as module
+from zoo.ops import cuda
 from zoo.ops.aft import Window, aft, aft_full, aft_window
 from zoo.ops.wkv4 import empty_average
 
@@ -249,5 +254,120 @@ def test_what_does_not_fit_is_refused():
         aft_window(k, v[:, :4], w)
     with pytest.raises(ValueError, match="do not fit"):
         aft_full(k, v, torch.zeros(6, 2), torch.zeros(5, 2))
+    with pytest.raises(ValueError, match="3 keys before those of a window of 3"):
+        aft_window(k, v, w, Window(empty_average(k, 2, 6), k[:, :3], v[:, :3]))
     with pytest.raises(UserError, match="does not take these inputs"):
         aft_window(k, v, torch.zeros(5, 2, 3), backend="native")
+
+
+# (b, t, d, s, keys before), dtype, exponents' size, whether threads run last first: one query,
+# windows of one token, of whole tiles, and the longest; ends within a tile and at a chunk's; more
+# chunks than the composition has warps; several chunks to a walk
+EMULATED = [
+    ((2, 1, 3, 1, 0), torch.float32, 1.0, 1, True),
+    ((1, 70, 35, 1, 0), torch.float32, 1.0, 4096, False),
+    ((2, 77, 3, 9, 8), torch.float32, 1.0, 4096, True),
+    ((1, 203, 66, 32, 31), torch.float32, 1.0, 2, False),
+    ((2, 150, 3, 33, 5), torch.float32, 80.0, 4096, True),
+    ((1, 130, 3, 128, 127), torch.float32, 1.0, 4096, False),
+    ((1, 2117, 2, 9, 0), torch.float32, 1.0, 5, True),
+    ((2, 100, 3, 32, 31), torch.bfloat16, 1.0, 4096, False),
+    ((2, 100, 3, 5, 2), torch.float16, 1.0, 4096, True),
+]
+
+
+def cuda_arguments(b: int, t: int, d: int, s: int, n: int, size: float = 1.0) -> list[Tensor]:
+    """k, v of n + t tokens, m and a state, float32."""
+    torch.manual_seed(0)
+    k, v = size * torch.randn(b, n + t, d), torch.randn(b, n + t, d)
+    p, q, o = torch.randn(3, b, d)
+    m = torch.cat([torch.rand(s, d) + 0.2, torch.ones(1, d)])
+    return [k, v, m, torch.stack([p, q.exp(), size * o], 1)]
+
+
+@emulator.needed
+@pytest.mark.parametrize(("shape", "dtype", "size", "blocks", "reverse"), EMULATED)
+def test_cuda_is_the_definition(shape, dtype, size, blocks, reverse, monkeypatch, poisoned):
+    emulator.install(monkeypatch, reverse=reverse)
+    monkeypatch.setattr(module, "MOST_BLOCKS", blocks)
+    t, n = shape[1], shape[4]
+    k, v, m, state = cuda_arguments(*shape, size=size)
+    if n == 0 and t > 1:  # from nothing; of one token alone no weight matters
+        state = empty_average(k, len(k), k.shape[2])
+    inputs = [k.to(dtype), v.to(dtype), m, state]
+    y, last, saved = module._window_cuda(*inputs, t, True)
+    torch.manual_seed(1)
+    dy, dlast = (torch.randn(a.shape, dtype=torch.float64).to(a.dtype) for a in (y, last))
+    found = [y, last, *module._window_backward_cuda(dy, dlast, *inputs[:3], saved)]
+    assert torch.equal(module._window_cuda(*inputs, t, False)[0], y)
+
+    wide = [a.double().requires_grad_() for a in inputs]
+    exact, after, _ = module.window(*wide, t, True)
+    loss = (exact * dy.double()).sum() + (after * dlast.double()).sum()
+    wanted = [exact, after, *torch.autograd.grad(loss, wide)]
+    rounding = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    for name, value, right in zip(
+        ["y", "last", "k", "v", "m", "state"], found, wanted, strict=True
+    ):
+        assert value.dtype == (dtype if name in ("y", "k", "v") else torch.float32)
+        # a key of 80 is rounded before it is raised
+        tolerance = 2e-5 if size > 1 else 2e-6 if value.dtype == torch.float32 else rounding
+        assert_close({name: value}, {name: right.detach()}, tolerance)
+
+
+# What the emulator must notice: text of the kernel, and the mistake in its place.
+MISTAKES = {
+    "no barrier in the composition": ("    __syncthreads();\n", ""),
+    "swapped indices": ("a.k.at(p.b, t, p.channel)", "a.k.at(p.b, p.channel, t)"),
+}
+
+
+@emulator.needed
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+def test_the_emulator_notices(mistake, monkeypatch, poisoned):
+    inputs = cuda_arguments(2, 131, 5, 9, 8)
+    wanted = module.window(*(a.double() for a in inputs), 131, False)[0]
+
+    def check() -> None:
+        for reverse in (False, True):
+            emulator.install(monkeypatch, reverse=reverse, change=mistake)
+            assert_close({"y": module._window_cuda(*inputs, 131, False)[0]}, {"y": wanted}, 2e-6)
+
+    with pytest.raises(AssertionError, match="y: "):
+        check()
+
+
+@emulator.needed
+@pytest.mark.skipif(sys.platform != "linux", reason="wants 17 GB of address space for nothing")
+@pytest.mark.parametrize("change", [None, ("t * row", "(int)t * (int)row")])
+def test_cuda_reads_rows_further_apart_than_32_bits_count(change, monkeypatch):
+    """Token 1 lies 2^32 + 64 elements after token 0; nobody touches what is between.
+
+    Offsets of 32 bits, the mistake, would find zeros.
+    """
+    k, *others = cuda_arguments(1, 2, 4, 9, 0)
+    emulator.install(monkeypatch)
+    wanted = module._window_cuda(k, *others, 2, False)[0]
+    apart, reserve_nothing = 2**32 + 64, 0x4000  # MAP_NORESERVE of Linux
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
+    memory = mmap.mmap(-1, 4 * (apart + 4), flags)
+    far = torch.frombuffer(memory, dtype=torch.float32).as_strided((1, 2, 4), (0, apart, 1))
+    far.copy_(k)
+    emulator.install(monkeypatch, change=change)
+    found = module._window_cuda(far, *others, 2, False)[0]
+    assert torch.equal(found, wanted) == (change is None)
+
+
+def test_cuda_batches_are_not_bound_by_the_grids_smaller_sides(monkeypatch):
+    grids = []
+
+    class Recorder:
+        def launch(self, function, grid, threads, words):
+            grids.append((function, grid))
+
+    monkeypatch.setattr(cuda, "load", lambda *_: Recorder())
+    k, v, m, state = cuda_arguments(70_000, 1, 1, 9, 8)
+    _, _, saved = module._window_cuda(k, v, m, state, 1, True)
+    module._window_backward_cuda(torch.ones(70_000, 1, 1), None, k, v, m, saved)
+    names = ["compose", "outputs", "reads", "compose_back", "gradients"]
+    assert grids == [(name, (70_000, 1, 1)) for name in names]

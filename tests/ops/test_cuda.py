@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zoo import doctor
 from zoo.errors import UserError
+from zoo.ops import aft as aft_module
 from zoo.ops import causal_conv as conv_module
 from zoo.ops import cuda, native
 from zoo.ops import selective_scan as scan_module
@@ -20,6 +21,7 @@ from zoo.ops.selective_scan import CUDA
 ROOT = Path(__file__).resolve().parents[2]
 SCAN = "selective_scan/selective_scan.cu"
 WKV = "wkv4/wkv4.cu"
+AFT = "aft/aft.cu"
 TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 
 
@@ -32,6 +34,7 @@ BUILDS = [(SCAN, macros(1, STATES=16), target) for target in TARGETS]
 BUILDS += [(SCAN, macros(0, STATES=64), "sm_90")]
 BUILDS += [("causal_conv/causal_conv.cu", macros(1, WINDOW=4), target) for target in TARGETS]
 BUILDS += [(WKV, macros(1), target) for target in TARGETS]
+BUILDS += [(AFT, macros(1, TILES=4), target) for target in TARGETS]
 BUILDS += [("bench/wkv4_steps.cu", macros(1), "sm_90")]
 # Registers, of 65536: three blocks of 128 threads to a multiprocessor, or ten of 64.
 CEILINGS = {WKV: 96}
@@ -165,6 +168,11 @@ def test_cuda_tensors_reach_the_kernels_in_their_own_types(monkeypatch):
         assert (saved.dtype, saved.shape) == (torch.float32, (2, 3, 4, 6))
         gradients = wkv_module.wkv_backward(y, None, k, k, w, w, saved)
         assert [a.dtype for a in gradients] == [k.dtype, k.dtype, *[torch.float32] * 3]
+        m = empty(34, 6, dtype=torch.float32)
+        y, last, saved = aft_module.window(k, k, m, state, 100, True)
+        assert (saved.dtype, saved.shape) == (torch.float32, (2, 4, 3, 6))
+        gradients = aft_module.window_backward(y, None, k, k, m, saved)
+        assert [a.dtype for a in gradients] == [k.dtype, k.dtype, *[torch.float32] * 2]
         with pytest.raises(UserError, match="does not take these inputs"):
             scan_module.selective_scan(
                 x, x, empty(6, 65), empty(2, 40, 65), empty(2, 40, 65), backend="native"

@@ -8,9 +8,12 @@ does not): the last tokens one by one and a running average of the rest. `aft_fu
 every pair: quadratic, in tiles.
 
 Backends of `aft_window`: `reference` is the definition, query by query; `torch` does blocks of
-queries at once, in pieces recomputed in the backward; `native` is kernels/aft (CPU, AFT-conv).
+queries at once, in pieces recomputed in the backward; `native` is kernels/aft (CPU and CUDA,
+AFT-conv).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops import native
+from zoo.ops import cuda, native
 from zoo.ops.backends import pick
 from zoo.ops.exponential_sums import Sums, average, square, triangle
 from zoo.ops.wkv4 import NOTHING, empty_average, running_averages, wkv4
@@ -31,10 +34,20 @@ KERNEL = native.Kernel(
     rows="k v y dy dk dv",
     pointers="m state last saved dm dstate",
 )
+CUDA = cuda.Kernel(
+    "aft/aft.cu",
+    sizes="batch tokens before width window chunks run",
+    rows="k v",
+    sequences="y dy dk dv",
+    pointers="m state last edges read ahead dm dlast dstate",
+)
+TILE, PER = 8, 8  # of the CUDA kernel: tokens of a tile, tiles of a chunk
+MOST_WARPS = 32  # that share its composition
+MOST_BLOCKS = 4096  # about, that walk: several times what a device runs at once, and each keeps dm
 BLOCK = 32  # queries at least of a block of the torch form
 PIECE = 1024  # tokens it holds intermediate tensors for
 ROWS = 128  # queries of a tile of `aft_full`
-LONGEST = 128  # tokens in the kernel's window
+LONGEST = 128  # tokens in the kernels' window
 
 
 def aft(
@@ -77,8 +90,10 @@ def aft_window(
         raise ValueError(
             f"aft_window: k {tuple(k.shape)}, v {tuple(v.shape)} and w {tuple(w.shape)} do not fit"
         )
-    fits = k.device.type == "cpu" and rows == 1 and s <= LONGEST
-    available = {"native": fits and KERNEL.missing, "torch": True, "reference": True}
+    if state is not None and state.k.shape[1] >= s:
+        raise ValueError(f"aft_window: {state.k.shape[1]} keys before those of a window of {s}")
+    fits = rows == 1 and s <= LONGEST
+    available = {"native": fits and _native_here(k, v, s), "torch": True, "reference": True}
     name = pick("aft_window", backend, available)
     wide = torch.promote_types(k.dtype, torch.float32)
     if state is None:
@@ -88,9 +103,21 @@ def aft_window(
         values, older = torch.cat([state.v.to(v.dtype), v], 1), state.older
     kept = max(0, keys.shape[1] - (s - 1))
     form = {"native": _native, "torch": _torch, "reference": _reference}[name]
+    own = name == "native" and k.device.type == "cuda"  # it reads and writes narrow types itself
+    row = torch.promote_types(k.dtype, v.dtype) if own else wide
     with torch.autocast(k.device.type, enabled=False):
-        y, older = form(*(x.to(wide) for x in (keys, values, w, older)), t)
+        y, older = form(keys.to(row), values.to(row), w.to(wide), older.to(wide), t)
     return y.to(v.dtype), Window(older, keys[:, kept:], values[:, kept:])
+
+
+def _native_here(k: Tensor, v: Tensor, s: int) -> bool | Callable[[], bool | str]:
+    """Whether a kernel of ours takes these inputs and a window of s, for `pick`."""
+    if k.device.type == "cpu":
+        return KERNEL.missing
+    dtype = torch.promote_types(k.dtype, v.dtype)
+    if k.device.type != "cuda" or dtype not in cuda.DTYPES:
+        return False
+    return partial(CUDA.missing, _macros(dtype, s), k.device)
 
 
 def absorb(
@@ -196,10 +223,14 @@ def _native(k, v, w, older, t: int) -> tuple[Tensor, Tensor]:
     return y, last
 
 
-def _saved_shape(k: Tensor, t: int) -> tuple[int, ...]:
-    """(b, channel blocks, chunks, 3, lanes): the older tokens' state before each chunk."""
+def _saved_shape(k: Tensor, t: int, s: int) -> tuple[int, ...]:
+    """The older tokens' state before each chunk, (b, channel blocks, chunks, 3, lanes) on the CPU;
+    (b, chunks + 1, 3, d) on CUDA, the last state at the end."""
+    b, _, d = k.shape
+    if k.device.type == "cuda":
+        return b, _chunks(t, s) + 1, 3, d
     lanes, chunk = (KERNEL.constant(name, k.dtype) for name in ("lanes", "chunk"))
-    return k.shape[0], -(-k.shape[2] // lanes), -(-t // chunk), 3, lanes
+    return b, -(-d // lanes), -(-t // chunk), 3, lanes
 
 
 @torch.library.custom_op("zoo::aft_window", mutates_args=(), device_types="cpu")
@@ -210,7 +241,7 @@ def window(
     the backward wants (empty unless `save`). m (s + 1, d) weighs them, e^w."""
     b, n, d = k.shape
     y, last = torch.empty((b, t, d), dtype=k.dtype), torch.empty(state.shape, dtype=k.dtype)
-    saved = torch.empty(_saved_shape(k, t) if save else 0, dtype=k.dtype)
+    saved = torch.empty(_saved_shape(k, t, len(m) - 1) if save else 0, dtype=k.dtype)
     outputs = {"y": y, "last": last, "saved": saved if save else None}
     KERNEL.call("forward", (b, n, n - t, d, len(m) - 1), k=k, v=v, m=m, state=state, **outputs)
     return y, last, saved
@@ -218,8 +249,8 @@ def window(
 
 @window.register_fake
 def _(k, v, m, state, t, save):
-    del v, m
-    saved = k.new_empty(_saved_shape(k, t) if save else 0)
+    del v
+    saved = m.new_empty(_saved_shape(k, t, len(m) - 1) if save else 0)
     return k.new_empty((k.shape[0], t, k.shape[2])), state.new_empty(state.shape), saved
 
 
@@ -242,7 +273,89 @@ def window_backward(
 def _(dy, dlast, k, v, m, saved):
     del dy, dlast, saved
     dk, dv, dm = (a.new_empty(a.shape) for a in (k, v, m))
-    return dk, dv, dm, k.new_empty((k.shape[0], 3, k.shape[2]))
+    return dk, dv, dm, m.new_empty((k.shape[0], 3, k.shape[2]))
+
+
+def _tiles(s: int) -> int:
+    """Tiles before its own in which a query may have tokens of its window."""
+    return -(-(s - 1) // TILE)
+
+
+def _macros(dtype: torch.dtype, s: int) -> cuda.Macros:
+    return ("DTYPE", cuda.DTYPES[dtype]), ("TILES", _tiles(s))
+
+
+def _chunks(t: int, s: int) -> int:
+    """Chunks of keys: those of queries begin as many tiles later as a query sees."""
+    return -(-(-(-t // TILE) + _tiles(s)) // PER)
+
+
+def _channels(s: int) -> int:
+    """Of a thread block: fewer where the window takes much of its shared memory."""
+    return 64 if _tiles(s) <= 4 else 32
+
+
+def _walks(k: Tensor, t: int, s: int) -> tuple[int, int]:
+    """Parts of the time of the queries, and the chunks of each part."""
+    chunks = -(-t // (TILE * PER))
+    run = -(-len(k) * chunks * -(-k.shape[2] // _channels(s)) // MOST_BLOCKS)
+    return -(-chunks // run), run
+
+
+def _launch(function: str, k: Tensor, t: int, s: int, parts: int, **tensors: Tensor | None) -> None:
+    """`parts` of time, or the composition of the chunks where that is zero."""
+    b, n, d = k.shape
+    chunks, run = _chunks(t, s), _walks(k, t, s)[1]
+    sizes = {"batch": b, "tokens": n, "before": n - t, "width": d, "window": s}
+    sizes |= {"chunks": chunks, "run": run}
+    threads = channels = _channels(s)
+    if not parts:
+        threads, channels = cuda.WARP * min(MOST_WARPS, chunks), cuda.WARP
+    grid = (b * max(parts, 1) * -(-d // channels), 1, 1)
+    CUDA.call(function, grid, threads, _macros(k.dtype, s), sizes, k=cuda.dense(k), **tensors)
+
+
+def _all_weights(m: Tensor) -> Tensor:
+    """m of every distance within the tiles a query sees, and beyond."""
+    s = len(m) - 1
+    rows = TILE * _tiles(s) + 2
+    return torch.cat([m, m[-1:].expand(rows - len(m), -1)])
+
+
+@window.register_kernel("cuda")
+def _window_cuda(
+    k: Tensor, v: Tensor, m: Tensor, state: Tensor, t: int, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    (b, _, d), s = k.shape, len(m) - 1
+    y, last = k.new_empty((b, t, d)), m.new_empty(state.shape)
+    chunks = _chunks(t, s)
+    edges = m.new_empty(_saved_shape(k, t, s)) if save or chunks > 1 else None
+    tensors = {"v": cuda.dense(v), "m": _all_weights(m), "state": state.contiguous()}
+    tensors["edges"] = edges
+    if chunks > 1:  # nobody asks what is after the last
+        _launch("chunk_sums", k, t, s, chunks - 1, **tensors)
+    if edges is not None:
+        _launch("compose", k, t, s, 0, **tensors)
+    _launch("outputs", k, t, s, _walks(k, t, s)[0], **tensors, y=y, last=last)
+    return y, last, edges if save and edges is not None else m.new_empty(0)
+
+
+@window_backward.register_kernel("cuda")
+def _window_backward_cuda(
+    dy: Tensor, dlast: Tensor | None, k: Tensor, v: Tensor, m: Tensor, saved: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (b, _, d), t, s = k.shape, dy.shape[1], len(m) - 1
+    chunks, walks, weights = _chunks(t, s), _walks(k, t, s)[0], _all_weights(m)
+    dk, dv, dstate = k.new_empty(k.shape), k.new_empty(k.shape), m.new_empty((b, 3, d))
+    dm = m.new_empty((b, walks, *weights.shape))
+    tensors = {"v": cuda.dense(v), "m": weights, "edges": saved, "dy": dy.contiguous()}
+    tensors |= {"read": m.new_empty((b, t, 2, d)), "ahead": m.new_empty((b, chunks, 2, d))}
+    tensors["dlast"] = None if dlast is None else dlast.contiguous()
+    _launch("reads", k, t, s, walks, **tensors, dm=dm)
+    _launch("compose_back", k, t, s, 0, **tensors, dstate=dstate)
+    _launch("gradients", k, t, s, chunks, **tensors, dk=dk, dv=dv)
+    dm = dm.sum((0, 1))
+    return dk, dv, torch.cat([dm[:s], dm[s:].sum(0, keepdim=True)]), dstate
 
 
 def _save(ctx, inputs, output) -> None:
