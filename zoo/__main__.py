@@ -18,9 +18,8 @@ def main() -> int:
         from zoo import doctor
 
         return doctor.main()
-    file = ROOT / f"{program}.py"
-    if not file.is_file():
-        file = shipped("programs") / file.name
+    folder = shipped("programs")
+    file = (folder if folder.is_dir() else ROOT) / f"{program}.py"
     sys.argv[:2] = [str(file)]
     runpy.run_path(str(file), run_name="__main__")  # which exits
     return 0

@@ -39,15 +39,15 @@ def positions_of(model: Model) -> set[str]:
     return kinds | ({model.embedding_positions} if model.embedding_positions else set())
 
 
-def check_applies(extension: Extension, kinds: Set[str], before: str | None) -> None:
-    """Raise UserError where an extension has nothing to act on among the `kinds` of a model.
+def check_applies(extension: Extension, kinds: Set[str], before: str | None) -> tuple[str, ...]:
+    """The kinds of positions that an extension acts on, of which a model with `kinds` has some.
 
-    `before` names the extension it was trained under; LongRoPE may follow LongRoPE, with
-    factors that were searched for anew.
+    `before` names the extension it was trained under; LongRoPE may follow LongRoPE, with factors
+    that were searched for anew. Raises UserError where it has nothing to act on.
     """
     wanted = acts_on(extension.model_dump(by_alias=True))
     if not wanted:
-        return
+        return wanted
     if before not in (None, "none") and {before, extension.name} != {"longrope"}:
         raise UserError(
             f"extension={extension.name}: this model was trained under an extension of its own, "
@@ -58,6 +58,7 @@ def check_applies(extension: Extension, kinds: Set[str], before: str | None) -> 
             f"extension={extension.name} acts on {NAMES[wanted]} positions, and this model has "
             f"none: {_applicable(kinds)}"
         )
+    return wanted
 
 
 def _applicable(kinds: Set[str]) -> str:

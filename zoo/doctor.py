@@ -45,7 +45,7 @@ def report() -> list[str]:
         lines.append(f"  {op}")
         lines.append(f"    cpu   {_on_cpu(on_cpu, no_compiler)}")
         if not no_cuda:
-            kernel = "native (compiled on first use)" if on_cuda else "torch (no CUDA kernel yet)"
+            kernel = "native (compiled on first use)" if on_cuda else "torch (PyTorch's own kernel)"
             lines.append(f"    cuda  {kernel}")
     lines += [f"  {ops}\n    torch ({why})" for ops, why in BY_TORCH.items()]
     lines.append("libraries that backend=<name> takes, on CUDA only:")

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Generator, Tensor
 
-from zoo.applies import LINEAR, ROTARY, acts_on, check_applies
+from zoo.applies import LINEAR, ROTARY, check_applies
 from zoo.attention.reach import Reach, Scaling
 from zoo.backbone import Backbone
 from zoo.data.loader import Places
@@ -27,8 +27,7 @@ def extend(model: Backbone, extension: Extension, trained_length: int) -> Backbo
     are tokens. Raises UserError in one line where the extension does not apply to the model or its
     settings do not go together.
     """
-    check_applies(extension, _positions(model), model.extended)
-    kinds = acts_on(extension.model_dump(by_alias=True))
+    kinds = check_applies(extension, _positions(model), model.extended)
     if not kinds:
         return model
     original_length = extension.original_length or trained_length

@@ -23,9 +23,9 @@ PLAIN = re.compile(r"[+-]?\d+(_\d+)*")
 
 
 def shipped(folder: str) -> Path:
-    """A folder of ours that is no code: beside the package in a checkout, inside it in a wheel."""
-    beside = ROOT / folder
-    return beside if (ROOT / "pyproject.toml").is_file() else PACKAGE / f"_{folder}"
+    """A folder of ours that is no code: inside the package in a wheel, beside it in a checkout."""
+    inside = PACKAGE / f"_{folder}"
+    return inside if inside.is_dir() else ROOT / folder
 
 
 def read_sizes(value: Any) -> Any:

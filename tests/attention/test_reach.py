@@ -9,7 +9,7 @@ import torch
 from zoo.attention import reach as reach_module
 from zoo.attention.dual_chunk import DualChunk
 from zoo.attention.lm_infinite import LMInfinite
-from zoo.attention.parallel_windows import ParallelWindows, StructuredPrompting
+from zoo.attention.parallel_windows import ParallelWindows
 from zoo.attention.reach import Reach, distances
 from zoo.attention.self_extend import ReRoPE, SelfExtend
 from zoo.attention.streaming_llm import StreamingLLM
@@ -82,7 +82,10 @@ CASES = {
     "self_extend": (SelfExtend(scaling, original_length=8, group=3, window=4), by_self_extend),
     "rerope": (ReRoPE(scaling, original_length=8, window=4), by_rerope),
     "pcw": (ParallelWindows(scaling, original_length=8, windows=4), by_parallel),
-    "structured": (StructuredPrompting(scaling, original_length=8, windows=4), by_parallel),
+    "structured": (
+        ParallelWindows(scaling, original_length=8, windows=4, rescaled=True),
+        by_parallel,
+    ),
 }
 
 
@@ -146,7 +149,7 @@ def test_outputs_and_gradients_equal_dense_attention_with_these_distances(case, 
     inputs = random_inputs(40)
     out = found(*inputs, 0, backend=backend)
     times = torch.ones(40, 40).double()
-    if isinstance(found, StructuredPrompting):
+    if found is CASES["structured"][0]:
         times = matrix(counted, 40).nan_to_num(1)
     expected = dense(*inputs, matrix(rule, 40), times)
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
@@ -180,10 +183,10 @@ def test_within_its_window_a_reach_is_plain_rotary_attention(name):
     torch.testing.assert_close(found(*inputs, 0), Reach(scaling)(*inputs, 0))
 
 
-@pytest.mark.parametrize("kind", [ParallelWindows, StructuredPrompting])
-def test_one_parallel_window_is_the_model_itself(kind):
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_one_parallel_window_is_the_model_itself(rescaled):
     inputs = random_inputs(20)
-    one = kind(scaling, original_length=8, windows=1)
+    one = ParallelWindows(scaling, original_length=8, windows=1, rescaled=rescaled)
     torch.testing.assert_close(one(*inputs, 0), Reach(scaling)(*inputs, 0))
 
 
@@ -238,7 +241,7 @@ def test_a_key_seen_twice_is_an_error_of_the_reach():
         (lambda: SelfExtend(scaling, original_length=8, group=2, window=9), "window=9"),
         (lambda: ReRoPE(scaling, original_length=8, window=0), "window=0"),
         (lambda: ParallelWindows(scaling, original_length=8, windows=0), "windows=0"),
-        (lambda: StructuredPrompting(scaling, original_length=8, windows=2, window=8), "window=8"),
+        (lambda: ParallelWindows(scaling, original_length=8, windows=2, window=8), "window=8"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(build, told):

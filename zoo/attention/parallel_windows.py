@@ -24,7 +24,10 @@ from zoo.attention.reach import Reach, Scaling, View
 
 
 class ParallelWindows(Reach):
-    """`windows` of `window` tokens, 3/4 of the trained length unless given."""
+    """`windows` of `window` tokens, 3/4 of the trained length unless given.
+
+    `rescaled`: the task's own keys count `windows` times, as in Structured Prompting.
+    """
 
     def __init__(
         self,
@@ -33,6 +36,7 @@ class ParallelWindows(Reach):
         original_length: int,
         windows: int,
         window: int | None = None,
+        rescaled: bool = False,
         bucket: int | None = None,
     ) -> None:
         super().__init__(scaling, bucket=bucket)
@@ -44,7 +48,7 @@ class ParallelWindows(Reach):
             )
         self.window, self.context = window, windows * window
         self.steps.append(window)  # no block of queries lies in two windows
-        self.own_times = 1.0
+        self.own_times = float(windows) if rescaled else 1.0
 
     def views(self, rows: range) -> list[View]:
         at = self.placed(torch.arange(rows.start, rows.stop))
@@ -59,20 +63,3 @@ class ParallelWindows(Reach):
     def placed(self, positions: torch.Tensor) -> torch.Tensor:
         task = positions - self.context + self.window
         return torch.where(positions < self.context, positions % self.window, task)
-
-
-class StructuredPrompting(ParallelWindows):
-    """The same windows; each of the task's own keys counts as many times as there are windows."""
-
-    def __init__(
-        self,
-        scaling: Scaling,
-        *,
-        original_length: int,
-        windows: int,
-        window: int | None = None,
-        bucket: int | None = None,
-    ) -> None:
-        sizes = {"original_length": original_length, "windows": windows, "window": window}
-        super().__init__(scaling, **sizes, bucket=bucket)
-        self.own_times = float(windows)

@@ -12,7 +12,6 @@ queries at once, in pieces recomputed in the backward; `native` is kernels/aft (
 AFT-conv).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -93,8 +92,9 @@ def aft_window(
     if state is not None and state.k.shape[1] >= s:
         raise ValueError(f"aft_window: {state.k.shape[1]} keys before those of a window of {s}")
     fits = rows == 1 and s <= LONGEST
-    available = {"native": fits and _native_here(k, v, s), "torch": True, "reference": True}
-    name = pick("aft_window", backend, available)
+    row = torch.promote_types(k.dtype, v.dtype)
+    here = fits and cuda.native_here(KERNEL, CUDA, k.device, row, partial(_macros, s=s))
+    name = pick("aft_window", backend, {"native": here, "torch": True, "reference": True})
     wide = torch.promote_types(k.dtype, torch.float32)
     if state is None:
         keys, values, older = k, v, empty_average(k, b, d)
@@ -104,20 +104,10 @@ def aft_window(
     kept = max(0, keys.shape[1] - (s - 1))
     form = {"native": _native, "torch": _torch, "reference": _reference}[name]
     own = name == "native" and k.device.type == "cuda"  # it reads and writes narrow types itself
-    row = torch.promote_types(k.dtype, v.dtype) if own else wide
+    row = row if own else wide
     with torch.autocast(k.device.type, enabled=False):
         y, older = form(keys.to(row), values.to(row), w.to(wide), older.to(wide), t)
     return y.to(v.dtype), Window(older, keys[:, kept:], values[:, kept:])
-
-
-def _native_here(k: Tensor, v: Tensor, s: int) -> bool | Callable[[], bool | str]:
-    """Whether a kernel of ours takes these inputs and a window of s, for `pick`."""
-    if k.device.type == "cpu":
-        return KERNEL.missing
-    dtype = torch.promote_types(k.dtype, v.dtype)
-    if k.device.type != "cuda" or dtype not in cuda.DTYPES:
-        return False
-    return partial(CUDA.missing, _macros(dtype, s), k.device)
 
 
 def absorb(

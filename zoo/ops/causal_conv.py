@@ -60,9 +60,8 @@ def causal_conv(
         raise ValueError("causal_conv: no tokens")
     if not 2 <= width <= 8:
         raise ValueError(f"causal_conv: the window is 2 to 8 tokens wide, not {width}")
-    here = KERNEL.missing if x.device.type == "cpu" else False
-    if x.device.type == "cuda" and x.dtype in cuda.DTYPES:
-        here = partial(CUDA.missing, _macros(x.dtype, width), x.device)
+    macros = partial(_macros, window=width)
+    here = cuda.native_here(KERNEL, CUDA, x.device, x.dtype, macros)
     theirs = libraries.usable(
         "causal_conv1d",
         x,

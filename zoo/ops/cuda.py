@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import threading
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -319,6 +319,21 @@ class Kernel:
             raise ValueError(f"{self.source}: CUDA runs no grid of {grid} blocks")
         words = self.pack(sizes, tensors)
         load(self.source, macros, devices.pop()).launch(function, grid, threads, words)
+
+
+def native_here(
+    on_cpu: native.Kernel,
+    on_cuda: Kernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    macros: Callable[[torch.dtype], Macros],
+) -> bool | Callable[[], bool | str]:
+    """Whether a kernel of ours takes sequences of this type on this device, for `backends.pick`."""
+    if device.type == "cpu":
+        return on_cpu.missing
+    if device.type != "cuda" or dtype not in DTYPES:
+        return False
+    return functools.partial(on_cuda.missing, macros(dtype), device)
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:

@@ -9,7 +9,6 @@ the state before each piece; `native` is kernels/selective_scan (CPU and CUDA); 
 only, is that library (CUDA, from an empty state).
 """
 
-from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any
 
@@ -67,11 +66,13 @@ def selective_scan(
         (A.shape[1] > libraries.MOST_STATES, f"it has at most {libraries.MOST_STATES} states"),
         (_common_dtype(x, dt, B, C, z) not in libraries.DTYPES, "it has no float64"),
     )
-    available = {"native": _native_here(x, dt, A, B, C, z), "torch": True}
+    dtype, macros = _common_dtype(x, dt, B, C, z), partial(_macros, n=A.shape[1])
+    fits = x.device.type == "cpu" or A.shape[1] <= MOST_STATES
+    here = fits and cuda.native_here(KERNEL, CUDA, x.device, dtype, macros)
+    available = {"native": here, "torch": True}
     available |= {"mamba_ssm": theirs, "reference": True}
     name = pick("selective_scan", backend, available)
     if name == "mamba_ssm":
-        dtype = _common_dtype(x, dt, B, C, z)
         x_, dt, B, C = (a.to(dtype) for a in (x, dt, B, C))
         z = None if z is None else z.to(dtype)
         y, last = libraries.selective_scan(x_, dt, A, B, C, D, z, dt_bias)
@@ -94,16 +95,6 @@ SEQUENCES = ("x", "dt", "B", "C", "z")
 
 def _common_dtype(*sequences: Tensor | None) -> torch.dtype:
     return reduce(torch.promote_types, (a.dtype for a in sequences if a is not None))
-
-
-def _native_here(x, dt, A, B, C, z) -> bool | Callable[[], bool | str]:
-    """Whether a kernel of ours takes these inputs, for `pick`."""
-    if x.device.type == "cpu":
-        return KERNEL.missing
-    dtype = _common_dtype(x, dt, B, C, z)
-    if x.device.type != "cuda" or dtype not in cuda.DTYPES or A.shape[1] > MOST_STATES:
-        return False
-    return partial(CUDA.missing, _macros(dtype, A.shape[1]), x.device)
 
 
 def _check(x, dt, A, B, C, D, z, dt_bias, state) -> None:

@@ -9,8 +9,6 @@ nothing overflows. Backends: `reference` is that loop; `torch` does the recurren
 tokens at once and keeps only the state before each; `native` is kernels/wkv4 (CPU and CUDA).
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -70,25 +68,16 @@ def wkv4(
             raise ValueError(f"wkv4: {name} is {tuple(tensor.shape)}, wants {shape}")
     if t == 0:
         raise ValueError("wkv4: no tokens")
-    available = {"native": _native_here(k, v), "torch": True, "reference": True}
-    name = pick("wkv4", backend, available)
+    row = torch.promote_types(k.dtype, v.dtype)
+    here = cuda.native_here(KERNEL, CUDA, k.device, row, _macros)
+    name = pick("wkv4", backend, {"native": here, "torch": True, "reference": True})
     wide = torch.promote_types(k.dtype, torch.float32)
     state = empty_average(k, b, d) if state is None else state
     form = {"native": _native, "torch": _torch, "reference": _reference}[name]
     own = name == "native" and k.device.type == "cuda"  # it reads and writes narrow types itself
-    row = torch.promote_types(k.dtype, v.dtype) if own else wide
+    row = row if own else wide
     y, last = form(k.to(row), v.to(row), *(a.to(wide) for a in (w, u, state)))
     return y.to(v.dtype), last
-
-
-def _native_here(k: Tensor, v: Tensor) -> bool | Callable[[], bool | str]:
-    """Whether a kernel of ours takes these inputs, for `pick`."""
-    if k.device.type == "cpu":
-        return KERNEL.missing
-    dtype = torch.promote_types(k.dtype, v.dtype)
-    if k.device.type != "cuda" or dtype not in cuda.DTYPES:
-        return False
-    return partial(CUDA.missing, _macros(dtype), k.device)
 
 
 def _reference(k, v, w, u, state) -> tuple[Tensor, Tensor]:
