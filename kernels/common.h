@@ -34,6 +34,8 @@ typedef int64_t Int;
 typedef Real Vec __attribute__((vector_size(BYTES)));
 typedef Bits Mask __attribute__((vector_size(BYTES)));
 #define INLINE static inline __attribute__((always_inline))
+/* For what takes the compiler long and the processor not, so that it is compiled once. */
+#define ONCE static __attribute__((noinline, noclone, unused))
 
 /* A (b, t, width) array whose last dimension is dense; strides count Reals. */
 typedef struct {
@@ -78,7 +80,7 @@ INLINE Vec if_negative(Vec v, Vec a, Vec b) { /* by the sign bit: -0 and -NaN co
 }
 INLINE Vec negative(Vec v) { return (Vec)((Mask)v | (Mask)splat((Real)-0.0)); } /* -|v| */
 
-INLINE Real largest_lane(Vec v) { /* or 0; NaN does not count */
+ONCE Real largest_lane(Vec v) { /* or 0; NaN does not count */
     Real most[4] = {};
     for (int i = 0; i < LANES; i++) most[i % 4] = v[i] > most[i % 4] ? v[i] : most[i % 4];
     for (int i = 1; i < 4; i++) most[0] = most[i] > most[0] ? most[i] : most[0];
@@ -86,29 +88,35 @@ INLINE Real largest_lane(Vec v) { /* or 0; NaN does not count */
 }
 
 /* `count` channels are left: fewer than LANES, or none, where a width ends inside the vector. */
-INLINE Vec load(const Real *from, Int count) {
-    typedef Vec Anywhere __attribute__((aligned(sizeof(Real)), may_alias));
-    if (count >= LANES) return *(const Anywhere *)from;
+ONCE __attribute__((cold)) Vec load_some(const Real *from, Int count) {
     Vec v = {};
     if (count > 0) memcpy(&v, from, count * sizeof *from);
     return v;
 }
+ONCE __attribute__((cold)) void store_some(Real *to, Vec v, Int count) {
+    if (count > 0) memcpy(to, &v, count * sizeof *to);
+}
+INLINE Vec load(const Real *from, Int count) {
+    typedef Vec Anywhere __attribute__((aligned(sizeof(Real)), may_alias));
+    if (__builtin_expect(count >= LANES, 1)) return *(const Anywhere *)from;
+    return load_some(from, count);
+}
 INLINE void store(Real *to, Vec v, Int count) {
-    if (count >= LANES) memcpy(to, &v, sizeof v);
-    else if (count > 0) memcpy(to, &v, count * sizeof *to);
+    if (__builtin_expect(count >= LANES, 1)) memcpy(to, &v, sizeof v);
+    else store_some(to, v, count);
 }
 /* `count` rows of n Reals, as the channels of a (d, n) matrix are: vector i has their element i. */
-INLINE void load_columns(Vec *to, const Real *from, Int n, Int count) {
+ONCE void load_columns(Vec *to, const Real *from, Int n, Int count) {
     for (Int i = 0; i < n && count < LANES; i++) to[i] = splat(0);
     for (Int lane = 0; lane < min_int(count, LANES); lane++)
         for (Int i = 0; i < n; i++) to[i][lane] = from[lane * n + i];
 }
-INLINE void store_columns(Real *to, const Vec *from, Int n, Int count) {
+ONCE void store_columns(Real *to, const Vec *from, Int n, Int count) {
     for (Int lane = 0; lane < min_int(count, LANES); lane++)
         for (Int i = 0; i < n; i++) to[lane * n + i] = from[i][lane];
 }
 /* A lane to each of `count` places `stride` apart. */
-INLINE void store_strided(Real *to, Vec v, Int stride, Int count) {
+ONCE void store_strided(Real *to, Vec v, Int stride, Int count) {
     for (Int i = 0; i < min_int(count, LANES); i++) to[i * stride] = v[i];
 }
 

@@ -147,6 +147,12 @@ INLINE void look(Window *x, Found *f, Int i, Vec c, int many) {
     }
 }
 
+/* As many as `together` says. Both sweeps call it, not to be compiled for each. */
+ONCE void look_together(Window *x, Found *f, Int i, Vec c, int many) {
+    if (many == MANY) look(x, f, i, c, MANY);
+    else look(x, f, i, c, 1);
+}
+
 /* How many of the queries from i on can go side by side, and c after them. */
 INLINE int together(const Window *x, Int i, Vec *c) {
     if (i + MANY <= x->steps) {
@@ -181,8 +187,7 @@ static void forward_unit(const void *job, Int unit) {
                 Found f;
                 Vec c;
                 int many = together(&x, i, &c);
-                if (many == MANY) look(&x, &f, i, c, MANY);
-                else look(&x, &f, i, c, 1);
+                look_together(&x, &f, i, c, many);
                 for (Int m = 0; m < many; m++)
                     store(row(a->y, b, start - j->s.before + i + m) + x.channel,
                           f.num[m] / f.den[m], x.count);
@@ -282,8 +287,9 @@ static void backward_chunk(const Job *j, Int b, Int block, Int start, Future *u)
         Found f;
         Vec c;
         int many = together(&x, i, &c);
-        if (many == MANY) look(&x, &f, i, c, MANY), weigh(&x, &f, u, &h, i, MANY);
-        else look(&x, &f, i, c, 1), weigh(&x, &f, u, &h, i, 1);
+        look_together(&x, &f, i, c, many);
+        if (many == MANY) weigh(&x, &f, u, &h, i, MANY);
+        else weigh(&x, &f, u, &h, i, 1);
         i += many;
     }
     for (i = 0; i < near + 2; i++) u->dm[i] += h.dm[i];

@@ -105,7 +105,7 @@ INLINE void sweep_as_needed(Chunk *k, Int i, int many, Vec *h, const Vec *A2, Re
 
 /* Loads a chunk of the block at channel c: step, u, y = D x.
  * BATCH tokens at once; past the last token it repeats that one. */
-static void begin(Chunk *k, const Job *j, Int b, Int c, Int start, Int steps, int slope) {
+ONCE void begin(Chunk *k, const Job *j, Int b, Int c, Int start, Int steps, int slope) {
     const Arrays *a = &j->a;
     const Real *x = row(a->x, b, start) + c, *dt = row(a->dt, b, start) + c;
     Int count = j->s.width - c;
@@ -124,7 +124,7 @@ static void begin(Chunk *k, const Job *j, Int b, Int c, Int start, Int steps, in
     k->B_row = a->B.row, k->C_row = a->C.row, k->steps = steps;
 }
 /* gate = silu(z), and its derivative unless `slope` is null */
-static void open_gate(Vec *gate, Vec *slope, const Job *j, Int b, Int c, Int start, Int steps) {
+ONCE void open_gate(Vec *gate, Vec *slope, const Job *j, Int b, Int c, Int start, Int steps) {
     const Real *z = row(j->a.z, b, start) + c;
     Vec v[BATCH];
     for (Int t = 0; t < steps; t += BATCH) {
@@ -133,7 +133,7 @@ static void open_gate(Vec *gate, Vec *slope, const Job *j, Int b, Int c, Int sta
     }
 }
 /* max |A2| over every MANY state indices; where some state grows it is beyond all bounds */
-INLINE void steepness(Real *steepest, const Vec *A2, Int n) {
+ONCE void steepness(Real *steepest, const Vec *A2, Int n) {
     for (Int i = 0; i + MANY <= n; i += MANY) {
         Vec most = splat(0);
         ALL(m, MANY) most = larger(most, choose(A2[i + m] > 0, splat(INFINITY), -A2[i + m]));
@@ -211,7 +211,7 @@ INLINE void reverse(Chunk *k, Tape *tape, Int i, int many, Vec *future, const Ve
     ALL(m, many) future[m] = q[m], dA[m] += sum[m];
 }
 /* Sums over the lanes: (CHUNK, many) vectors to (many, CHUNK) Reals. Leaves zeros behind. */
-static void add_lanes(Vec *from, int many, Real *to) {
+ONCE void add_lanes(Vec *from, int many, Real *to) {
     for (int m = 0; m < many; m++)
         for (Int start = 0; start < CHUNK; start += LANES) {
             Vec rows[LANES];
