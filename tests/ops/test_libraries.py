@@ -21,6 +21,7 @@ from zoo.ops import backends, libraries
 from zoo.ops import causal_conv as causal_conv_module
 from zoo.ops import delta_rule as delta_rule_module
 from zoo.ops import selective_scan as selective_scan_module
+from zoo.ops.attention import Part, attend
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.delta_rule import delta_rule
 from zoo.ops.linear_attention import linear_attention
@@ -135,7 +136,65 @@ def chunk_gated_delta_rule(
     return delta_rule(q, k, v, beta, g, **of_fla(q, k, v, initial_state, scale))
 
 
+class LowerTriangularMask:
+    pass
+
+
+def scores(q, k, v, attn_bias, scale):
+    """As xformers' kernels form them, after what they refuse; heads before tokens."""
+    (b, t, h, width), n = q.shape, k.shape[1]
+    assert k.shape == (b, n, h, width)
+    assert v.shape[:3] == (b, n, h)
+    for a in (q, k, v):
+        assert a.dtype in libraries.DTYPES
+        assert a.dtype == q.dtype
+        assert a.stride(-1) == 1
+        assert a.shape[-1] % 8 == a.stride(-2) % 8 == 0
+    q, k = (a.transpose(1, 2).float() for a in (q, k))
+    s = q @ k.mT * scale
+    if isinstance(attn_bias, LowerTriangularMask):
+        return s.masked_fill(torch.ones(t, n).triu(1).bool(), -torch.inf)
+    if attn_bias is not None:
+        assert attn_bias.shape == (b, h, t, n)
+        assert attn_bias.dtype == v.dtype
+        assert attn_bias.stride(-1) == 1
+        assert attn_bias.stride(-2) % 8 == 0
+        assert attn_bias.isfinite().all()
+        s = s + attn_bias.float()
+    return s
+
+
+def memory_efficient_attention_forward_requires_grad(
+    query, key, value, attn_bias=None, p=0.0, scale=None
+):
+    assert p == 0.0
+    s = scores(query, key, value, attn_bias, scale)
+    out = torch.softmax(s, -1) @ value.transpose(1, 2).float()
+    lse = torch.nn.functional.pad(s.logsumexp(-1), (0, -s.shape[2] % 32), value=torch.nan)
+    return out.transpose(1, 2).to(value.dtype), lse
+
+
+def memory_efficient_attention_backward(
+    grad, output, lse, query, key, value, attn_bias=None, p=0.0, scale=None
+):
+    """Knows no gradient of the lse, and takes what it is given for output and lse."""
+    s = scores(query, key, value, attn_bias, scale)
+    assert grad.shape == output.shape == (*query.shape[:3], value.shape[-1])
+    assert lse.shape[-1] % 32 == 0
+    q, k, v, g, o = (a.transpose(1, 2).float() for a in (query, key, value, grad, output))
+    weights = torch.exp(s - lse[..., : s.shape[2], None])
+    ds = weights * (g @ v.mT - (g * o).sum(-1, keepdim=True)) * scale
+    grads = ds @ k, ds.mT @ q, weights.mT @ g
+    return [a.transpose(1, 2).to(query.dtype) for a in grads]
+
+
+XFORMERS = [
+    LowerTriangularMask,
+    memory_efficient_attention_forward_requires_grad,
+    memory_efficient_attention_backward,
+]
 STAND_INS = {
+    "xformers.ops": XFORMERS,
     "mamba_ssm.ops.selective_scan_interface": [selective_scan_fn],
     "causal_conv1d": [causal_conv1d_fn],
     "fla.ops.simple_gla": [chunk_simple_gla],
@@ -225,6 +284,35 @@ def test_a_library_gives_the_reference_and_all_its_gradients(stand_ins, case):
         assert error <= 2**-8  # bfloat16 rounds by half of that
 
 
+@pytest.mark.parametrize("seen", ["all", "causal", "masked"])
+@pytest.mark.parametrize("value_width", [8, 16])
+def test_attention_in_parts_by_xformers(stand_ins, seen, value_width):
+    """Merged parts, of which one may show a query nothing: gradients flow through every lse."""
+    n = 9 if seen == "causal" else 13
+    shapes = {"q": (2, 9, 3, 16), "k": (2, n, 3, 16), "v": (2, n, 3, value_width)}
+    mask = torch.rand(9, n, generator=torch.Generator().manual_seed(2)) < 0.5
+    mask[4] = False
+    found = []
+    for backend in ("xformers", "reference"):
+        torch.manual_seed(0)
+        given = {name: torch.randn(shape).requires_grad_() for name, shape in shapes.items()}
+        part = Part(**given, causal=seen == "causal", mask=mask if seen == "masked" else None)
+        out, lse = attend([part], backend=backend)
+        more = {"k": torch.randn(2, 5, 3, 16), "v": torch.randn(2, 5, 3, value_width)}
+        both, _ = attend([part, Part(given["q"], **more)], backend=backend)
+        found.append(
+            [out, lse, both, *torch.autograd.grad(loss_of(out, lse, both), given.values())]
+        )
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
+
+
+def loss_of(*tensors):
+    torch.manual_seed(1)
+    seen = [a.masked_fill(a == -torch.inf, 0.0) for a in tensors]
+    return sum((a * torch.randn(a.shape)).sum() for a in seen)
+
+
 def test_what_a_library_cannot_carry_is_refused(stand_ins):
     scan, matrices = draw(BF16, **SCAN), draw(BF16, **MATRICES)
     _, state = selective_scan(**scan, backend="mamba_ssm")
@@ -238,6 +326,8 @@ def test_what_a_library_cannot_carry_is_refused(stand_ins):
         ("normaliser", linear_attention, "fla", matrices | {"normalise": True}),
         ("bfloat16", linear_attention, "fla", draw(torch.float32, **MATRICES)),
         ("one decay per head", delta_rule, "fla", tall),
+        ("multiple of 8 wide", attend, "xformers", {"parts": [Part(*torch.randn(3, 1, 4, 2, 12))]}),
+        ("no float64", attend, "xformers", {"parts": [Part(*torch.randn(3, 1, 4, 2, 8).double())]}),
     ]
     for match, op, backend, given in refused:
         with pytest.raises(UserError, match=match):
@@ -252,6 +342,7 @@ def test_a_library_that_is_not_there_is_told_and_how_to_get_it(monkeypatch):
                 "mamba_ssm": lambda: selective_scan(**draw(BF16, **SCAN), backend="mamba_ssm"),
                 "causal_conv1d": lambda: causal_conv(**draw(BF16, **CONV), backend="causal_conv1d"),
                 "fla": lambda: linear_attention(**draw(BF16, **MATRICES), backend="fla"),
+                "xformers": lambda: attend([Part(*torch.randn(3, 1, 4, 2, 8))], backend="xformers"),
             }[name]()
 
 

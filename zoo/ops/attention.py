@@ -9,12 +9,13 @@ and the gradient flows through both (Dao 2022, FlashAttention, section 3.1; Liu 
 Attention, section 3). Every softmax mixer is a list of `Part`s.
 
 Backends of one part: `reference` (the formula, as it stands), `torch` (the formula in tiles of
-queries, recomputed in the backward pass: any device, any mask, memory linear in the tokens) and
-`flash` (PyTorch's fused CPU kernel under a gradient that accepts d lse).
+queries, recomputed in the backward pass: any device, any mask, memory linear in the tokens),
+`flash` (PyTorch's fused CPU kernel under a gradient that accepts d lse) and, by name only,
+`xformers` (that library's CUDA kernels under the same gradient).
 """
 
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from math import log
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops import libraries
 from zoo.ops.backends import pick
 
 TILE = 512  # queries per tile of the `torch` backend
@@ -89,9 +91,18 @@ def _partial(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Ten
     if causal and (mask is not None or q.shape[1] != k.shape[1]):
         raise ValueError("a causal part has as many keys as queries and no mask of its own")
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    on_cpu = q.device.type == "cpu"
-    chosen = pick("attend", backend, {"flash": on_cpu, "torch": True, "reference": True})
-    form = {"flash": _flash, "torch": _tiled, "reference": _formula}[chosen]
+    theirs = libraries.usable(
+        "xformers",
+        q,
+        (q.dtype not in libraries.DTYPES, "it has no float64"),
+        (
+            any(x.shape[-1] % libraries.ALIGNED for x in (q, v)),
+            "it wants heads a multiple of 8 wide",
+        ),
+    )
+    available = {"flash": q.device.type == "cpu", "torch": True, "xformers": theirs}
+    chosen = pick("attend", backend, available | {"reference": True})
+    form = _FORMS[chosen]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if causal and form is _formula:
         mask = _causal_mask(q, k)
@@ -140,17 +151,31 @@ def _tiled(
     return torch.cat(outs, -2), torch.cat(lses, -1)
 
 
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+class Fused(NamedTuple):
+    """A fused kernel over (b h t d) that tells its lse, and its gradient for d out alone."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]  # q, k, v, bias, causal, scale -> out, lse
+    backward: Callable[..., Sequence[Tensor]]  # d out, q, k, v, out, lse, bias, causal, scale
+    more: int  # channels that one more takes, for the kernel's alignment
+
+
+def _fused(
+    kernel: Fused,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's fused CPU kernel, which wants one width for queries, keys and values."""
+    """By a kernel that wants one width for queries, keys and values."""
     width = max(q.shape[-1], v.shape[-1])
     q, k, padded = (_widen(x, width) for x in (q, k, v))
     bias = None
     if mask is not None:
         bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-    out, lse = _FlashCPU.apply(q, k, padded, bias, causal, scale)
-    if mask is not None:  # the kernel reports lse 0 for a query that sees nothing
+    out, lse = _FusedGradient.apply(kernel, q, k, padded, bias, causal, scale)
+    if mask is not None:  # kernels differ in the lse of a query that sees nothing
         lse = lse.masked_fill(~mask.any(-1), -torch.inf)
     return out[..., : v.shape[-1]], lse
 
@@ -159,7 +184,7 @@ def _widen(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-class _FlashCPU(torch.autograd.Function):
+class _FusedGradient(torch.autograd.Function):
     """The kernel's own backward knows only d out; d lse enters as one more value channel.
 
     The kernel forms dS = P * (dO v^T - D) with D = rowsum(dO * O), and the lse adds P * d lse.
@@ -167,29 +192,48 @@ class _FlashCPU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, causal, scale):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=bias, scale=scale
-        )
+    def forward(ctx, kernel, q, k, v, bias, causal, scale):
+        out, lse = kernel.forward(q, k, v, bias, causal, scale)
         ctx.save_for_backward(q, k, v, bias, out, lse)
-        ctx.causal, ctx.scale = causal, scale
+        ctx.kernel, ctx.causal, ctx.scale = kernel, causal, scale
         ctx.set_materialize_grads(False)
-        return out, lse
+        return out, lse[..., : q.shape[-2]]
 
     @staticmethod
     def backward(ctx, d_out, d_lse):
         q, k, v, bias, out, lse = ctx.saved_tensors
-        width = q.shape[-1]
+        width, kernel = q.shape[-1], ctx.kernel
         if d_out is None:
             d_out = torch.zeros_like(out)
         if d_lse is not None:
-            q, k, out = (F.pad(x, (0, 1)) for x in (q, k, out))
-            v = F.pad(v, (0, 1), value=1.0)
+            q, k, out = (F.pad(x, (0, kernel.more)) for x in (q, k, out))
+            v = F.pad(v, (0, kernel.more), value=1.0)
             d_out = torch.cat([d_out, d_lse.unsqueeze(-1).to(d_out.dtype)], -1)
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out, q, k, v, out, lse, 0.0, ctx.causal, attn_mask=bias, scale=ctx.scale
-        )
-        return *(grad[..., :width] for grad in grads), None, None, None
+            d_out = F.pad(d_out, (0, kernel.more - 1))
+        grads = kernel.backward(d_out, q, k, v, out, lse, bias, ctx.causal, ctx.scale)
+        return None, *(grad[..., :width] for grad in grads), None, None, None
+
+
+def _cpu_forward(q, k, v, bias, causal, scale) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+    )
+
+
+def _cpu_backward(d_out, q, k, v, out, lse, bias, causal, scale) -> Sequence[Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        d_out, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+    )
+
+
+_CPU = Fused(_cpu_forward, _cpu_backward, 1)
+_XFORMERS = Fused(libraries.attention, libraries.attention_backward, libraries.ALIGNED)
+_FORMS = {
+    "flash": partial(_fused, _CPU),
+    "torch": _tiled,
+    "xformers": partial(_fused, _XFORMERS),
+    "reference": _formula,
+}
 
 
 @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)

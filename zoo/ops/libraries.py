@@ -1,10 +1,10 @@
 """Other people's CUDA kernels for whoever has them installed: our interface over their layouts.
 
-`mamba_ssm` (Dao & Gu), `causal_conv1d` (Dao) and `fla` (flash-linear-attention, Yang & Zhang) are
-imported when asked for by name and never chosen by `auto`, which has a form of ours everywhere.
-What a library cannot carry is refused in one line. They are written to the libraries' published
-sources and tested with stand-ins that check shapes, types and strides; none has been run against
-the real library on a GPU.
+`mamba_ssm` (Dao & Gu), `causal_conv1d` (Dao), `fla` (flash-linear-attention, Yang & Zhang) and
+`xformers` (Lefaudeux) are imported when asked for by name and never chosen by `auto`, which has a
+form of ours everywhere. What a library cannot carry is refused in one line. The adapters are
+written to the libraries' published sources and tested with stand-ins that check shapes, types and
+strides; none has been run against the real library on a GPU.
 """
 
 import importlib
@@ -14,20 +14,29 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from zoo.errors import UserError
 
-PACKAGES = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d", "fla": "fla-core"}
+PACKAGES = {
+    "mamba_ssm": "mamba-ssm",
+    "causal_conv1d": "causal-conv1d",
+    "fla": "fla-core",
+    "xformers": "xformers",
+}
 OPS = {
     "mamba_ssm": "selective_scan",
     "causal_conv1d": "causal_conv",
     "fla": "linear_attention, delta_rule",
+    "xformers": "attend",
 }
 DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_STATES = 256  # mamba_ssm, csrc/selective_scan/selective_scan.cpp
+ALIGNED = 8  # xformers: heads and rows of a bias, a multiple of 16 bytes
+HIDDEN = -(2.0**15)  # for float16 too
 MOST_KEYS = 256  # fla, chunk_gated_delta_rule_fwd_h
 
 
@@ -121,6 +130,62 @@ def causal_conv(
         x.contiguous().mT, weight, bias, initial_states=before, activation=activation
     )
     return y.mT
+
+
+def attention(
+    q: Float[Tensor, "b h t d"],
+    k: Float[Tensor, "b h n d"],
+    v: Float[Tensor, "b h n d"],
+    bias: Float[Tensor, "#b #h t n"] | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b h m"]]:
+    """xformers' fused attention, and its lse as it is: some of its kernels fill up the length."""
+    forward = _load("xformers.ops", "memory_efficient_attention_forward_requires_grad")
+
+    blind = _blind(bias)
+    q, k, v = (a.transpose(1, 2) for a in (q, k, v))
+    out, lse = forward(q, k, v, attn_bias=_xformers_bias(q, k, bias, causal), scale=scale)
+    out = out.transpose(1, 2)
+    return out if blind is None else out.masked_fill(blind, 0.0), lse
+
+
+def attention_backward(
+    d_out: Float[Tensor, "b h t d"],
+    q: Float[Tensor, "b h t d"],
+    k: Float[Tensor, "b h n d"],
+    v: Float[Tensor, "b h n d"],
+    out: Float[Tensor, "b h t d"],
+    lse: Float[Tensor, "b h m"],
+    bias: Float[Tensor, "#b #h t n"] | None,
+    causal: bool,
+    scale: float,
+) -> list[Tensor]:
+    """The gradients of q, k and v, from what `attention` returned."""
+    backward = _load("xformers.ops", "memory_efficient_attention_backward")
+
+    blind = _blind(bias)
+    d_out = d_out if blind is None else d_out.masked_fill(blind, 0.0)
+    d_out, q, k, v, out = (a.transpose(1, 2) for a in (d_out, q, k, v, out))
+    given = _xformers_bias(q, k, bias, causal)
+    grads = backward(d_out, out, lse, q, k, v, attn_bias=given, scale=scale)
+    return [grad.transpose(1, 2) for grad in grads]
+
+
+def _blind(bias: Tensor | None) -> Tensor | None:
+    """Queries that see no key, (b h t 1): kernels differ in what they make of a row of -inf."""
+    return None if bias is None else bias.amax(-1, keepdim=True) == -torch.inf
+
+
+def _xformers_bias(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Any:
+    """A mask by name, or a finite tensor of full shape whose rows begin aligned."""
+    if causal:
+        return _load("xformers.ops", "LowerTriangularMask")()
+    if bias is None:
+        return None
+    keys = k.shape[1]
+    rows = F.pad(bias.clamp(min=HIDDEN), (0, -keys % ALIGNED))[..., :keys]
+    return rows.expand(q.shape[0], q.shape[2], q.shape[1], keys)
 
 
 def linear_attention(
