@@ -112,13 +112,18 @@ class Reach:
                 view = self._kept(view, dropped)
                 if view is None:
                     continue
-                if view.keys_at not in keys:
-                    keys[view.keys_at] = turned(k, inv_freq, view.keys_at(stands), factor)
                 run = slice(place(view.keys.start), place(view.keys.stop - 1) + 1)
+                at = view.queries_at
+                if self._turns_keys_alone(view, inv_freq):
+                    back = view.keys_at(stands[run]) - at[0]
+                    seen, turned_q = turned(k[:, run], inv_freq, back, factor**2), q[:, here]
+                else:
+                    if view.keys_at not in keys:
+                        keys[view.keys_at] = turned(k, inv_freq, view.keys_at(stands), factor)
+                    seen = keys[view.keys_at][:, run]
+                    turned_q = turned(q[:, here], inv_freq, at, factor)
+                turned_q, seen = self.scored(turned_q, seen, rows.start - view.keys.start)
                 mask = None if view.mask is None else view.mask[None, None].to(q.device)
-                turned_q = turned(q[:, here], inv_freq, view.queries_at, factor)
-                origin = rows.start - view.keys.start
-                turned_q, seen = self.scored(turned_q, keys[view.keys_at][:, run], origin)
                 parts.append(Part(turned_q, seen, v[:, run], view.causal, mask, view.times))
             results = [attend(parts, backend=backend)] if parts else []
             if near:
@@ -137,6 +142,12 @@ class Reach:
         k = turned(k, inv_freq, at, factor)
         q = turned(q, inv_freq, at[k.shape[1] - q.shape[1] :], factor)
         return window(q, k, v, self.nearest, backend=backend)
+
+    def _turns_keys_alone(self, view: View, inv_freq: Frequencies) -> bool:
+        """Where many queries are turned to one position, their few keys are turned back instead."""
+        at = view.queries_at
+        few = len(view.keys) < len(at) and not callable(inv_freq)
+        return few and bool((at == at[0]).all())
 
     def _kept(self, view: View, dropped: int) -> View | None:
         """The view without keys that are gone: those a training window left behind."""

@@ -15,7 +15,7 @@ queries, recomputed in the backward pass: any device, any mask, memory linear in
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import partial
 from math import log
 from typing import Any, NamedTuple
 
@@ -80,8 +80,10 @@ def merge(
     total = weights.sum(0)
     seen = total > 0
     total = total.masked_fill(~seen, 1.0)
-    weighted = (w.unsqueeze(-1) * o for w, (o, _) in zip(weights / total, results, strict=True))
-    out = reduce(torch.add, weighted)
+    (first, *others), share = results, (weights / total).unsqueeze(-1)
+    out = share[0] * first[0]
+    for weight, (o, _) in zip(share[1:], others, strict=True):
+        out = torch.addcmul(out, weight, o.to(out.dtype))
     lse = (top + torch.log(total)).masked_fill(~seen, -torch.inf)
     return out.to(results[0][0].dtype), lse
 
