@@ -188,7 +188,7 @@ def check(record: dict) -> bool:
         for b, t, d, s in [(1, 1, 1, 1), (3, 1001, 131, 32), (1, 4321, 70, 9), (2, 300, 35, 128)]:
             name = f"aft_window {dtype} b={b} t={t} d={d} s={s}"
             cases.append((name, aft_window_flat, aft_inputs(b, t, d, s, dtype)))
-        for b, t, d, memory in [(1, 1, 1, 2.0), (3, 1001, 131, 2.0), (1, 4321, 70, 500.0)]:
+        for b, t, d, memory in [(1, 1, 1, 4.0), (3, 1001, 131, 2.0), (1, 4321, 70, 500.0)]:
             name = f"linear_recurrence {dtype} b={b} t={t} d={d} memory={memory}"
             cases.append((name, linear_recurrence, recurrence_inputs(b, t, d, dtype, memory)))
     right = True
