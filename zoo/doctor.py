@@ -7,7 +7,17 @@ import sys
 
 import torch
 
-from zoo.ops import aft, causal_conv, cuda, libraries, native, rms_norm, selective_scan, wkv4
+from zoo.ops import (
+    aft,
+    causal_conv,
+    cuda,
+    libraries,
+    linear_recurrence,
+    native,
+    rms_norm,
+    selective_scan,
+    wkv4,
+)
 
 # Ops that are matrix products, or library kernels, in PyTorch's own hands.
 BY_TORCH = {
@@ -19,6 +29,7 @@ KERNELS = {
     "causal_conv": (causal_conv.KERNEL, causal_conv.CUDA),
     "wkv4, aft": (wkv4.KERNEL, wkv4.CUDA),
     "aft_window": (aft.KERNEL, aft.CUDA),
+    "linear_recurrence": (linear_recurrence.KERNEL, linear_recurrence.CUDA),
     "rms_norm": (rms_norm.KERNEL, None),
 }
 

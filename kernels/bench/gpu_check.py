@@ -31,6 +31,7 @@ START = time.monotonic()
 WIDTH, STATES, WINDOW = 1536, 16, 4  # of Mamba at 130M parameters
 WKV_WIDTH = 768  # of RWKV-4 at 169M, and of AFT
 AFT_WINDOW = 32  # its default
+RECURRENCE_WIDTH = 1024  # of Hawk at the width 768
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}  # relative, of the norm
 
 
@@ -115,6 +116,20 @@ def aft_inputs(b: int, t: int, d: int, s: int, dtype) -> dict:
     return {name: a.requires_grad_() for name, a in inputs.items()}
 
 
+def recurrence_inputs(b: int, t: int, d: int, dtype, memory: float = 2.0) -> dict:
+    """Decays that keep a state for about so many tokens; at 2 any, 0 and 1 among them."""
+    import torch
+
+    def normal(*shape: int, kind=dtype):
+        return torch.randn(*shape, device="cuda").to(kind)
+
+    a = 1 - torch.rand(b, t, d, device="cuda") / (memory / 2)
+    if memory == 2:
+        a = a.mul(1.5).sub(0.25).clamp(0, 1)
+    inputs = {"a": a.to(dtype), "u": normal(b, t, d), "state": normal(b, d, kind=torch.float32)}
+    return {name: x.requires_grad_() for name, x in inputs.items()}
+
+
 def aft_window_flat(k, v, w, older=None, past_k=None, past_v=None, backend="auto"):
     """`aft_window` with a state of tensors; the last keys and values are the inputs'."""
     from zoo.ops.aft import Window, aft_window
@@ -153,6 +168,7 @@ def check(record: dict) -> bool:
     import torch
 
     from zoo.ops.causal_conv import causal_conv
+    from zoo.ops.linear_recurrence import linear_recurrence
     from zoo.ops.selective_scan import selective_scan
     from zoo.ops.wkv4 import wkv4
 
@@ -172,6 +188,9 @@ def check(record: dict) -> bool:
         for b, t, d, s in [(1, 1, 1, 1), (3, 1001, 131, 32), (1, 4321, 70, 9), (2, 300, 35, 128)]:
             name = f"aft_window {dtype} b={b} t={t} d={d} s={s}"
             cases.append((name, aft_window_flat, aft_inputs(b, t, d, s, dtype)))
+        for b, t, d, memory in [(1, 1, 1, 4.0), (3, 1001, 131, 2.0), (1, 4321, 70, 500.0)]:
+            name = f"linear_recurrence {dtype} b={b} t={t} d={d} memory={memory}"
+            cases.append((name, linear_recurrence, recurrence_inputs(b, t, d, dtype, memory)))
     right = True
     for name, op, inputs in cases:
         found, same = errors(op, inputs)
@@ -293,6 +312,27 @@ def time_aft(record: dict) -> None:
         torch.cuda.empty_cache()
 
 
+def time_recurrence(record: dict) -> None:
+    """Against the byte floor and the PyTorch form."""
+    import torch
+
+    from zoo.ops.linear_recurrence import linear_recurrence
+
+    for b, t in [(b, t) for t in (65536, 1024, 4096, 16384) for b in (1, 8)]:
+        if time.monotonic() - START > BUDGET:
+            record["linear_recurrence left out for want of time"] = f"from b={b} t={t} on"
+            return
+        inputs = recurrence_inputs(b, t, RECURRENCE_WIDTH, torch.bfloat16, memory=100.0)
+        del inputs["state"]
+        backends = ("native", "torch") if b * t <= 65536 else ("native",)
+        row: dict[str, Any] = {name: time_one(linear_recurrence, inputs, name) for name in backends}
+        numbers = inputs["u"].numel()
+        row["bytes"] = {"forward": 3 * 2 * numbers, "backward": 5 * 2 * numbers}
+        record[f"linear_recurrence b={b} t={t}"] = row
+        say(f"linear_recurrence b={b} t={t}: {json.dumps(row)}")
+        torch.cuda.empty_cache()
+
+
 def time_one(op: Callable, inputs: dict, backend: str) -> dict[str, float]:
     import torch
 
@@ -361,7 +401,7 @@ def build(record: dict) -> None:
     """First use into an empty cache, and once more from it."""
     import torch
 
-    from zoo.ops import aft, causal_conv, cuda, selective_scan, wkv4
+    from zoo.ops import aft, causal_conv, cuda, linear_recurrence, selective_scan, wkv4
 
     target = cuda.architecture(*torch.cuda.get_device_capability())
     for kernel, macros in [
@@ -369,6 +409,7 @@ def build(record: dict) -> None:
         (causal_conv.CUDA, causal_conv._macros(torch.bfloat16, WINDOW)),
         (wkv4.CUDA, wkv4._macros(torch.bfloat16)),
         (aft.CUDA, aft._macros(torch.bfloat16, AFT_WINDOW)),
+        (linear_recurrence.CUDA, linear_recurrence._macros(torch.bfloat16)),
     ]:
         times = []
         for _ in range(2):
@@ -421,6 +462,7 @@ def main() -> int:
             if right:  # no time is worth anything of what is wrong
                 time_wkv(record["milliseconds"])
                 time_aft(record["milliseconds"])
+                time_recurrence(record["milliseconds"])
                 time_ops(record["milliseconds"])
                 time_step(record["mamba_130m_step"])
         finally:  # what was found before something failed is kept

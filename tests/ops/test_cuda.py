@@ -14,6 +14,7 @@ from zoo.errors import UserError
 from zoo.ops import aft as aft_module
 from zoo.ops import causal_conv as conv_module
 from zoo.ops import cuda, native
+from zoo.ops import linear_recurrence as recurrence_module
 from zoo.ops import selective_scan as scan_module
 from zoo.ops import wkv4 as wkv_module
 from zoo.ops.selective_scan import CUDA
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCAN = "selective_scan/selective_scan.cu"
 WKV = "wkv4/wkv4.cu"
 AFT = "aft/aft.cu"
+RECURRENCE = "linear_recurrence/linear_recurrence.cu"
 TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 
 
@@ -35,9 +37,10 @@ BUILDS += [(SCAN, macros(0, STATES=64), "sm_90")]
 BUILDS += [("causal_conv/causal_conv.cu", macros(1, WINDOW=4), target) for target in TARGETS]
 BUILDS += [(WKV, macros(1), target) for target in TARGETS]
 BUILDS += [(AFT, macros(1, TILES=4), target) for target in TARGETS]
+BUILDS += [(RECURRENCE, macros(1), target) for target in TARGETS]
 BUILDS += [("bench/wkv4_steps.cu", macros(1), "sm_90")]
 # Registers, of 65536: three blocks of 128 threads to a multiprocessor, or ten of 64.
-CEILINGS = {WKV: 96}
+CEILINGS = {WKV: 96, RECURRENCE: 96}
 
 
 def nvrtc_missing() -> str:
@@ -141,7 +144,7 @@ def test_arguments_that_do_not_fit_are_refused():
 
 
 def test_cuda_tensors_reach_the_kernels_in_their_own_types(monkeypatch):
-    for op in (scan_module, conv_module, wkv_module):
+    for op in (scan_module, conv_module, wkv_module, recurrence_module):
         monkeypatch.setattr(op.CUDA, "missing", lambda *_: True)
 
     def empty(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
@@ -173,6 +176,10 @@ def test_cuda_tensors_reach_the_kernels_in_their_own_types(monkeypatch):
         assert (saved.dtype, saved.shape) == (torch.float32, (2, 4, 3, 6))
         gradients = aft_module.window_backward(y, None, k, k, m, saved)
         assert [a.dtype for a in gradients] == [k.dtype, k.dtype, *[torch.float32] * 2]
+        h, last = recurrence_module.linear_recurrence(k, k, backend="native")
+        assert (h.dtype, h.shape, last.dtype, last.shape) == (k.dtype, k.shape, w.dtype, (2, 6))
+        gradients = recurrence_module.recurrence_backward(h, None, k, h, last)
+        assert [a.dtype for a in gradients] == [k.dtype, k.dtype, torch.float32]
         with pytest.raises(UserError, match="does not take these inputs"):
             scan_module.selective_scan(
                 x, x, empty(6, 65), empty(2, 40, 65), empty(2, 40, 65), backend="native"
@@ -218,5 +225,5 @@ def test_the_doctor_says_what_runs_and_builds_nothing(monkeypatch, tmp_path):
     if emulator.COMPILER:
         text = "\n".join(doctor.report())
         assert str(native.cache_folder()) in text
-        for op in ("selective_scan", "causal_conv", "wkv4", "aft_window", "attend", "delta_rule"):
+        for op in (*doctor.KERNELS, "attend", "delta_rule"):
             assert op in text

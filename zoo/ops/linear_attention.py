@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.ops import libraries
 from zoo.ops.backends import pick
-from zoo.ops.recurrence import linear_scan
+from zoo.ops.linear_recurrence import linear_scan
 
 CHUNK = 64  # tokens whose scores are a matrix
 PIECE = 4096  # tokens whose scores exist at one time; recomputed in the backward

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops import cuda, native
 from zoo.ops.backends import pick
-from zoo.ops.recurrence import linear_scan
+from zoo.ops.linear_recurrence import linear_scan
 
 KERNEL = native.Kernel(
     "wkv4/wkv4.c",
