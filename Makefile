@@ -30,7 +30,7 @@ compare: .venv/ready  ## train three models at 512 bytes, measure them to 16384,
 
 BOOKS ?= books
 CLAIMS := experiment=claims data=text data.path=$(BOOKS)
-ASKED := task=perplexity task.perplexity.lengths=[512,1k,2k,4k,8k,16k]
+ASKED := task=perplexity task.perplexity.units=4 task.perplexity.lengths=[512,1k,2k,4k,8k,16k]
 
 claims: .venv/ready  ## judge published claims on BOOKS=<folder of books>: an hour
 	$(RUN) train.py -m $(CLAIMS)

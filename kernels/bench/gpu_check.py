@@ -61,7 +61,9 @@ WIDTH, STATES, WINDOW = 1536, 16, 4  # of Mamba at 130M parameters
 WKV_WIDTH = 768  # of RWKV-4 at 169M, and of AFT
 RECURRENCE_WIDTH = 1024  # of Hawk's recurrence, at 768
 AFT_WINDOW = 32  # its default
-TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}  # relative, of the norm
+# Relative, of the norm. Of float32: sums over 4321 tokens, by chance the root of that many halves
+# of its last place; of the others: their own rounding, twice.
+TOLERANCE = {"float32": 4e-6, "bfloat16": 8e-3, "float16": 1e-3}
 SCANNED = (65536, 1024, 8192, 262144)  # tokens that the scan is timed at,
 TIMED = (65536, 1024, 4096, 16384)  # and the others
 
@@ -137,10 +139,14 @@ def aft_inputs(dtype, b: int, t: int, d: int, s: int) -> dict:
 
 
 def aft_window(k, v, w, older=None, past_k=None, past_v=None, backend="auto"):
-    """The op with a state of tensors; the last keys and values are the inputs'."""
+    """The op with a state of tensors; of the one after, both sums over older tokens.
+
+    Not their maximum: where two keys share it, which of them has its gradient is anyone's choice.
+    """
     state = None if older is None else aft.Window(older, past_k, past_v)
     y, after = aft.aft_window(k, v, w, state, backend)
-    return y, after.older
+    p, q, o = after.older.unbind(1)
+    return y, torch.stack([p, q], 1) * o.exp()[:, None]
 
 
 def recurrence_inputs(dtype, b: int, t: int, d: int, memory: float = 2.0) -> dict:
@@ -176,13 +182,13 @@ OPS: dict[str, tuple[Callable, Callable]] = {
 }
 CHECKED: dict[str, list[tuple]] = {
     "selective_scan": [
-        *((1, 1, 1, 1), (3, 1001, 131, 16), (1, 4099, 200, 16), (2, 300, 70, 33)),
+        *((64, 1, 17, 1), (3, 1001, 131, 16), (1, 4099, 200, 16), (2, 300, 70, 33)),
         (2, 513, 64, 8, 30.0),
     ],
     "causal_conv": [(2, 2, 19), (2, 1001, 1536)],
-    "wkv4": [(1, 1, 1), (3, 1001, 131), (1, 4321, 70, 1e-4)],
-    "aft_window": [(1, 1, 1, 1), (3, 1001, 131, 32), (1, 4321, 70, 9), (2, 300, 35, 128)],
-    "linear_recurrence": [(1, 1, 1, 4.0), (3, 1001, 131), (1, 4321, 70, 500.0)],
+    "wkv4": [(64, 1, 17), (3, 1001, 131), (1, 4321, 70, 1e-4)],
+    "aft_window": [(64, 1, 17, 1), (3, 1001, 131, 32), (1, 4321, 70, 9), (2, 300, 35, 128)],
+    "linear_recurrence": [(64, 1, 17, 4.0), (3, 1001, 131), (1, 4321, 70, 500.0)],
 }
 # Libraries, with what of the inputs they do not take, and types and sizes they do.
 LIBRARIES: dict[str, tuple[Callable, Callable, tuple[str, ...], torch.dtype, tuple]] = {
@@ -212,7 +218,8 @@ def errors(op: Callable, inputs: dict, backend: str, weighted: int = 2) -> tuple
     found, again = (everything(op, inputs, weights, backend) for _ in range(2))
     same = all(torch.equal(found[k], again[k]) for k in found)
     with torch.no_grad():
-        apart = {k: float((found[k].double() - v).norm() / v.norm()) for k, v in wanted.items()}
+        known = {k: v for k, v in wanted.items() if v.numel()}  # a window of one has no past
+        apart = {k: float((found[k].double() - v).norm() / v.norm()) for k, v in known.items()}
     return apart, same
 
 
@@ -335,7 +342,7 @@ def time_ops(record: dict) -> None:
                 ours, _ = op(**inputs, backend="native")
             apart = (step().float() - ours.float()).norm() / ours.float().norm()
             row["step_through_time"] = {"forward": milliseconds(step, repeats=5)}
-            row["differs_from_steps"] = float(apart)
+            row["differs_from_steps"] = apart.item()
         record[f"{name} b={b} t={t}"] = row
         say(f"{name} b={b} t={t}: {json.dumps(row)}")
         if DEVICE == "cuda":
