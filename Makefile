@@ -62,10 +62,10 @@ lint: .venv/ready-dev  ## formatting, lint and types
 
 bench: .venv/ready-dev  ## time the CPU kernels and training steps against other implementations
 	$(RUN) kernels/bench/selective_scan.py --json kernels/bench/results/selective_scan.json
-	$(RUN) kernels/bench/wkv4.py --json kernels/bench/results/wkv4.json
-	$(RUN) kernels/bench/linear_recurrence.py --json kernels/bench/results/linear_recurrence.json
+	$(RUN) kernels/bench/recurrences.py --json kernels/bench/results/recurrences.json
 	$(RUN) kernels/bench/matrix_state.py --json kernels/bench/results/matrix_state.json
 	$(RUN) kernels/bench/steps.py --json kernels/bench/results/steps.json
+	$(RUN) kernels/bench/reach.py --json kernels/bench/results/reach.json
 	$(RUN) kernels/bench/growth.py --json kernels/bench/results/growth.json
 
 gpu-check:  ## build, check and time the CUDA kernels on a GPU, with PYTHON's own torch
