@@ -160,6 +160,14 @@ def test_outputs_and_gradients_equal_dense_attention_with_these_distances(case, 
         torch.testing.assert_close(grad, want, rtol=1e-8, atol=1e-9)
 
 
+def test_an_attention_factor_multiplies_all_scores_by_its_square(case, monkeypatch):
+    found, _ = case
+    q, k, v = random_inputs(40)
+    wanted = found(1.3**2 * q, k, v, 0)
+    monkeypatch.setattr(found, "scaling", lambda tokens: (scaling(tokens)[0], 1.3))
+    torch.testing.assert_close(found(q, k, v, 0), wanted, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("sizes", [[1] * 40, [39, 1], [1, 39], [5, 7, 13, 2, 13]])
 def test_any_chunking_sees_the_same_and_keeps_as_much_as_declared(case, sizes):
     found, _ = case
