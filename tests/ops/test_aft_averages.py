@@ -205,14 +205,6 @@ def test_full_is_the_papers_formula(n, t):
         torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
 
 
-@pytest.fixture
-def poisoned():
-    """Every `torch.empty` is full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("shape", CONV)
 def test_native_writes_all_of_its_outputs(shape, poisoned):
     assert torch.isnan(torch.empty(3)).all()

@@ -152,14 +152,6 @@ def test_narrow_types_come_and_go_while_the_state_stays_float32(backend, dtype):
     assert h.dtype == dtype  # u's, whatever the decays have
 
 
-@pytest.fixture
-def poisoned():
-    """Every `torch.empty` is full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_native_writes_all_of_its_outputs(shape, poisoned):
     assert torch.isnan(torch.empty(3)).all()

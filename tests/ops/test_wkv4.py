@@ -177,14 +177,6 @@ def test_bfloat16_comes_and_goes_while_the_state_stays_float32(backend):
     assert_close({"last": state}, {"last": last}, 1e-6)
 
 
-@pytest.fixture
-def poisoned():
-    """Every `torch.empty` is full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_native_writes_all_of_its_outputs(shape, poisoned):
     assert torch.isnan(torch.empty(3)).all()

@@ -103,8 +103,8 @@ def aft_window(
         values, older = torch.cat([state.v.to(v.dtype), v], 1), state.older
     kept = max(0, keys.shape[1] - (s - 1))
     form = {"native": _native, "torch": _torch, "reference": _reference}[name]
-    own = name == "native" and k.device.type == "cuda"  # it reads and writes narrow types itself
-    row = row if own else wide
+    if not (name == "native" and k.device.type == "cuda"):  # that reads narrow types itself
+        row = wide
     with torch.autocast(k.device.type, enabled=False):
         y, older = form(keys.to(row), values.to(row), w.to(wide), older.to(wide), t)
     return y.to(v.dtype), Window(older, keys[:, kept:], values[:, kept:])

@@ -210,8 +210,8 @@ class _FusedGradient(torch.autograd.Function):
         if d_lse is not None:
             q, k, out = (F.pad(x, (0, kernel.more)) for x in (q, k, out))
             v = F.pad(v, (0, kernel.more), value=1.0)
-            d_out = torch.cat([d_out, d_lse.unsqueeze(-1).to(d_out.dtype)], -1)
-            d_out = F.pad(d_out, (0, kernel.more - 1))
+            d_out = F.pad(d_out, (0, kernel.more))
+            d_out[..., width] = d_lse
         grads = kernel.backward(d_out, q, k, v, out, lse, bias, ctx.causal, ctx.scale)
         return None, *(grad[..., :width] for grad in grads), None, None, None
 

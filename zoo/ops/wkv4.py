@@ -74,8 +74,8 @@ def wkv4(
     wide = torch.promote_types(k.dtype, torch.float32)
     state = empty_average(k, b, d) if state is None else state
     form = {"native": _native, "torch": _torch, "reference": _reference}[name]
-    own = name == "native" and k.device.type == "cuda"  # it reads and writes narrow types itself
-    row = row if own else wide
+    if not (name == "native" and k.device.type == "cuda"):  # that reads narrow types itself
+        row = wide
     y, last = form(k.to(row), v.to(row), *(a.to(wide) for a in (w, u, state)))
     return y.to(v.dtype), last
 
