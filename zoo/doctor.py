@@ -11,10 +11,13 @@ from zoo.ops import (
     aft,
     causal_conv,
     cuda,
+    few_keys,
     libraries,
     linear_recurrence,
+    merge,
     native,
     rms_norm,
+    rotary,
     selective_scan,
     wkv4,
 )
@@ -30,7 +33,10 @@ KERNELS = {
     "wkv4, aft": (wkv4.KERNEL, wkv4.CUDA),
     "aft_window": (aft.KERNEL, aft.CUDA),
     "linear_recurrence": (linear_recurrence.KERNEL, linear_recurrence.CUDA),
+    "attend, few keys": (few_keys.KERNEL, None),
+    "merge": (merge.KERNEL, None),
     "rms_norm": (rms_norm.KERNEL, None),
+    "rotary": (rotary.KERNEL, None),
 }
 
 

@@ -57,11 +57,10 @@ def pairs(reach: Reach, length: int) -> int:
     """Queries and keys that see each other."""
     width = reach.nearest or 0
     total = sum(min(at + 1, width) for at in range(length))
-    for rows in reach.blocks(range(length)):
-        for view in reach.views(rows):
-            t, n = len(rows), len(view.keys)
-            seen = t * (t + 1) // 2 if view.causal else t * n
-            total += int(view.mask.sum()) if view.mask is not None else seen
+    for block in reach.blocks(range(length)):
+        for view in reach.views(block):
+            t, n = len(view.rows or block), len(view.keys)
+            total += t * (t + 1) // 2 if view.causal else t * n
     return total
 
 

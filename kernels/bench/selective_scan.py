@@ -1,9 +1,9 @@
-"""Selective scan, causal convolution, RMS norm: ours, in C and in PyTorch, against public forms.
+"""Selective scan, convolution, norm, turns, merges: ours, in C and in PyTorch, and public forms.
 
     python kernels/bench/selective_scan.py [--lengths 8192 65536] [--rounds 3] [--runs 3]
         [--json FILE]
 
-float32, one sequence, width 256, state 16. All forms take turns in one process on the same
+float32, one sequence, width 256, state 16, heads of 32. All forms take turns in one process on the same
 threads, so that a ratio means something on a machine that others use; a process lays its memory out
 once, so there are several. A time is the least of a run's rounds, a ratio their median; the table
 shows the median run, and the range of the ratio over all rounds of all runs. The file has every
@@ -26,8 +26,10 @@ import torch.nn.functional as F
 from record import processor, record
 
 from zoo.ops.causal_conv import causal_conv
+from zoo.ops.merge import merge
 from zoo.ops.native import tune_allocator
 from zoo.ops.rms_norm import rms_norm
+from zoo.ops.rotary import rotary
 from zoo.ops.selective_scan import selective_scan
 
 try:
@@ -35,7 +37,7 @@ try:
 except ImportError:
     pscan = None
 
-WIDTH, STATE, WINDOW = 256, 16, 4
+WIDTH, STATE, WINDOW, HEAD = 256, 16, 4, 32
 MAMBAPY_BYTES = 140_000  # a token; it keeps several (t, d, n) tensors: 9 GB at 65536
 
 
@@ -62,6 +64,19 @@ def norm_inputs(length: int) -> tuple[torch.Tensor, ...]:
     return torch.randn(1, length, WIDTH).requires_grad_(), torch.ones(WIDTH).requires_grad_()
 
 
+def rotary_inputs(length: int) -> tuple[torch.Tensor, ...]:
+    """x"""
+    torch.manual_seed(0)
+    return (torch.randn(1, length, WIDTH // HEAD, HEAD).requires_grad_(),)
+
+
+def merge_inputs(length: int) -> tuple[torch.Tensor, ...]:
+    """out and lse of two parts"""
+    torch.manual_seed(0)
+    shapes = [(1, length, WIDTH // HEAD, HEAD), (1, length, WIDTH // HEAD)] * 2
+    return tuple(torch.randn(shape).requires_grad_() for shape in shapes)
+
+
 def mambapy_scan(x, dt, A, B, C, D):
     """The scan as users of mambapy write it around its `pscan`."""
     assert pscan is not None
@@ -76,13 +91,30 @@ def conv1d_silu(x, weight, bias):
     return F.silu(y[..., : x.shape[1]]).transpose(1, 2)
 
 
-INPUTS = {"selective_scan": scan_inputs, "causal_conv": conv_inputs, "rms_norm": norm_inputs}
+INPUTS = {
+    "selective_scan": scan_inputs,
+    "causal_conv": conv_inputs,
+    "rms_norm": norm_inputs,
+    "rotary": rotary_inputs,
+    "merge": merge_inputs,
+}
 
 
 def forms(op: str, length: int) -> dict[str, Callable]:
     if op == "rms_norm":
         return {
             name: lambda *a, name=name: rms_norm(*a, 1e-6, name) for name in ("native", "torch")
+        }
+    if op == "rotary":
+        cos, sin = torch.randn(2, length, 1, HEAD // 2)
+        return {
+            name: lambda x, name=name: rotary(x, cos, sin, name).flatten(2)
+            for name in ("native", "torch", "reference")
+        }
+    if op == "merge":
+        return {
+            name: lambda a, b, c, d, name=name: merge([(a, b), (c, d)], name)[0].flatten(2)
+            for name in ("native", "torch")
         }
     if op == "causal_conv":
         return {"native": lambda *a: causal_conv(*a, backend="native")[0], "conv1d": conv1d_silu}

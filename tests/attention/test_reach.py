@@ -93,8 +93,7 @@ CASES = {
 def case(request, monkeypatch):
     """A reach, in blocks of seven queries where it has no blocks of its own, and its rule."""
     found, rule = CASES[request.param]
-    usual = (reach_module.BLOCK, reach_module.FEW)
-    blocks = [7 if step in usual else step for step in found.steps]
+    blocks = [7 if step >= reach_module.BLOCK else step for step in found.steps]
     monkeypatch.setattr(found, "steps", blocks)
     return found, rule
 
@@ -182,6 +181,21 @@ def test_any_chunking_sees_the_same_and_keeps_as_much_as_declared(case, sizes):
         kept_k, kept_v = found.keep(kept_k, kept_v)
         assert kept_k.shape[1] == found.kept(start)
     torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("gone", [3, 9, 20])
+def test_keys_that_are_gone_are_not_seen_and_others_stay_where_they_are(case, gone):
+    """As after a training window that left keys behind; sinks stay."""
+    found, rule = case
+    q, k, v = random_inputs(40)
+    seen = matrix(rule, 40)
+    seen[:, found.sinks : found.sinks + gone] = torch.nan
+    times = torch.ones(40, 40).double()
+    if found is CASES["structured"][0]:
+        times = matrix(counted, 40).nan_to_num(1)
+    kept = [torch.cat([x[:, : found.sinks], x[:, found.sinks + gone :]], 1) for x in (k, v)]
+    out = found(q[:, 25:], *kept, 25)
+    torch.testing.assert_close(out, dense(q, k, v, seen, times)[:, 25:], rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["dual_chunk", "streaming_llm", "lm_infinite", "self_extend"])

@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.attention.window import around, by_head, in_window, seen_later, window
-from zoo.ops.attention import Part, attend, merge
+from zoo.ops.attention import Part, attend
+from zoo.ops.merge import merge
 
 H, D, E = 3, 4, 5
 EXACT = {"rtol": 1e-10, "atol": 1e-11}

@@ -7,7 +7,8 @@ import torch
 
 from zoo.errors import UserError
 from zoo.ops import attention
-from zoo.ops.attention import Part, attend, merge
+from zoo.ops.attention import Part, attend
+from zoo.ops.merge import merge
 
 D, E, H = 8, 6, 3
 

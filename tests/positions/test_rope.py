@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from zoo.positions.rope import inverse_frequencies, rotate, turn_table
+from zoo.positions.rope import _turn_table, inverse_frequencies, rotate
 
 
 def test_frequencies_of_width_128_are_the_published_ones():
@@ -128,7 +128,7 @@ def test_a_million_tokens_in_angles_are_those_of_exact_arithmetic():
 def test_autocast_and_half_precision_do_not_reach_the_angles(place):
     theta = inverse_frequencies(32)
     x = torch.randn(1, 4, 2, 32)
-    turn_table.cache_clear()
+    _turn_table.cache_clear()
     with torch.autocast("cpu", torch.bfloat16):
         inside = rotate(x, theta, **place)
         frequencies = rotate(x, torch.tensor(theta, dtype=torch.float64), **place)

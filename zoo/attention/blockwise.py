@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.attention.reach import Reach, Scaling, View, plain
-from zoo.attention.window import Partial
-from zoo.ops.attention import Part, attend, merge
+from zoo.ops.attention import Part, attend
+from zoo.ops.merge import Partial, merge
 from zoo.positions.rope import turned
 from zoo.positions.xpos import fade
 

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from zoo.ops.attention import Part, attend, merge
+from zoo.ops.attention import Part, attend
+from zoo.ops.merge import merge
 from zoo.positions.relative import RelativeBias
 
 TILE = 512  # queries
@@ -36,7 +37,7 @@ def bucketed(
         if near:
             out, lse = attend([Part(rows, k[:, :near], v[:, :near])], backend=backend)
             results.append((out, lse + bias.weight[-1]))
-        outs.append(merge(results)[0] if near else results[0][0])
+        outs.append(merge(results)[0])
         first = last
     return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
 

@@ -9,7 +9,7 @@ neighbours true, and at c - 1 otherwise (successive-chunk, eq. 4); any later one
 
 import torch
 
-from zoo.attention.reach import Reach, Scaling, View
+from zoo.attention.reach import BLOCK, Reach, Scaling, View, positions_of
 
 
 class DualChunk(Reach):
@@ -41,20 +41,24 @@ class DualChunk(Reach):
         self.last = c - 1 if far_position is None else far_position
         if not s <= self.last < c:
             raise ValueError(f"dual chunk attention: chunk={s} <= far_position={self.last} < {c}")
-        self.steps = [s, *self.steps[1:]]
+        self.steps[0] = -(-BLOCK // s) * s
 
     def views(self, rows: range) -> list[View]:
-        s, own = self.chunk, rows.start // self.chunk * self.chunk
-        at = torch.arange(rows.start, rows.stop) - own
-        far_at = torch.full_like(at, self.last)
-        views = [View(rows, at, self.in_chunk, causal=True)]
-        if own < rows.start:  # intra-chunk keys of blocks before this one
-            views.append(View(range(own, rows.start), at, self.in_chunk))
-        if own:
-            next_at = torch.where(at < self.local, (s + at).clamp(max=self.last), far_at)
-            views.append(View(range(own - s, own), next_at, self.in_chunk))
-        if own > s:
-            views.append(View(range(own - s), far_at, self.in_chunk))
+        s, last = self.chunk, torch.tensor([self.last])
+        first = rows.start // s * s
+        views = [View(range(first - s), last, self.in_chunk)] if first > s else []
+        for own in range(first, rows.stop, s):
+            mine = range(max(own, rows.start), min(own + s, rows.stop))
+            at = positions_of(mine) - own
+            views.append(View(mine, at, self.in_chunk, mine, causal=True))
+            if own < mine.start:  # intra-chunk keys of blocks before this one
+                views.append(View(range(own, mine.start), at, self.in_chunk, mine))
+            if own:
+                next_at = torch.where(at < self.local, (s + at).clamp(max=self.last), last)
+                views.append(View(range(own - s, own), next_at, self.in_chunk, mine))
+            if own > first:  # inter-chunk keys that the first chunk of the block does not see so
+                between = range(max(first - s, 0), own - s)
+                views += [View(between, last, self.in_chunk, mine)] if between else []
         return views
 
     def in_chunk(self, positions: torch.Tensor) -> torch.Tensor:

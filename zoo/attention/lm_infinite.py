@@ -26,5 +26,5 @@ class LMInfinite(Reach):
         self.sinks, self.steps = sinks, [FEW]
 
     def views(self, rows: range) -> list[View]:
-        limit = torch.full((len(rows),), self.window)
-        return far(rows, self.window, limit, origin, last=self.sinks)
+        limit = torch.tensor([self.window])
+        return far(rows, self.window, lambda _: limit, origin, last=self.sinks)

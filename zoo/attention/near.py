@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from zoo.attention.window import Partial, window
-from zoo.ops.attention import merge
+from zoo.attention.window import window
+from zoo.ops.merge import Partial, merge
 
 
 def few(

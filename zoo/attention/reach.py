@@ -1,7 +1,7 @@
 """How far rotary attention reaches: which keys a query sees, and at what distance it sees them.
 
-A `Reach` answers for a block of queries with a list of views: some keys, the positions that the
-queries and these keys are turned to, and a mask. One that sees the `nearest` keys where they stand
+A `Reach` answers for a block of queries with a list of views: some keys, which of the queries see
+them, and the positions that both are turned to. One that sees the `nearest` keys where they stand
 names their number instead, and lists the others. Views of disjoint keys are parts of one softmax
 (`zoo.ops.attention`), so a remap of distances is a short list of views and nothing else; any
 chunking of the text and any block of queries gives the same output. Keys are kept as they were
@@ -9,18 +9,20 @@ before any turn, because a remap or a scaling may turn the same key to several p
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from zoo.attention.window import Partial, seen_later, window
-from zoo.ops.attention import Part, attend, merge
+from zoo.attention.window import seen_later, window
+from zoo.ops.attention import Part, attend
+from zoo.ops.merge import Partial, merge
 from zoo.positions.rope import Frequencies, turned
 
-BLOCK = 512  # queries that share a list of views,
-FEW = 4096  # and where views are of few keys
+BLOCK = 1024  # queries that share a list of views: fused kernels take large tiles of that many,
+FEW = 8192  # and where views are of few keys
 
 KeyMap = Callable[[Int[Tensor, " n"]], Tensor]  # where keys stand -> where they are turned to
 Scaling = Callable[[int], tuple[Frequencies, float]]  # length -> (inv_freq, attention factor)
@@ -30,16 +32,21 @@ class View(NamedTuple):
     """Keys as a block of queries sees them."""
 
     keys: range  # where they stand in the text
-    queries_at: Tensor  # (t,), the positions the queries are turned to
+    queries_at: Tensor  # (t,), the positions the queries are turned to, or (1,), the same for all
     keys_at: KeyMap
-    mask: Bool[Tensor, "t n"] | None = None  # True where the query sees the key
-    causal: bool = False  # the queries' own keys: each sees those up to its own
+    rows: range | None = None  # where the queries stand that see them; None: the whole block
+    causal: bool = False  # as many keys as queries: the i-th sees the first i
     times: float = 1.0  # that each key counts in the softmax
 
 
 def plain(positions: Tensor) -> Tensor:
     """Keys turned to where they stand."""
     return positions
+
+
+def positions_of(rows: range) -> Tensor:
+    """Queries turned to where they stand."""
+    return torch.arange(rows.start, rows.stop)
 
 
 def origin(positions: Tensor) -> Tensor:
@@ -56,7 +63,7 @@ class Reach:
     """
 
     nearest: int | None = None  # keys seen where they stand, besides those of the views
-    sinks = 0  # keys kept from the beginning of the text
+    sinks = 0  # keys kept from the beginning of the text; views are of these alone if there are any
     recent: int | None = None  # and from its end; None: all
 
     def __init__(self, scaling: Scaling, *, bucket: int | None = None) -> None:
@@ -64,9 +71,7 @@ class Reach:
         self.steps = [BLOCK] + ([bucket] if bucket else [])
 
     def views(self, rows: range) -> list[View]:
-        at = torch.arange(rows.start, rows.stop)
-        views = [View(rows, at, plain, causal=True)]
-        return [*views, View(range(rows.start), at, plain)] if rows.start else views
+        return far(rows, 0, positions_of, plain)
 
     def blocks(self, rows: range) -> Iterator[range]:
         """`rows` cut at every multiple of every one of `steps`."""
@@ -96,39 +101,43 @@ class Reach:
 
         stands = torch.arange(k.shape[1])
         stands = torch.where(stands < self.sinks, stands, stands + dropped)
+        whole = range(start, start + q.shape[1])
         near = self._near(q, k, v, start, backend) if self.nearest else None
         outs, keys, scaled, length = [], {}, None, None
-        for rows in self.blocks(range(start, start + q.shape[1])):
+        for block in self.blocks(whole):
             reached = (
-                rows.stop if self.bucket is None else -(-rows.stop // self.bucket) * self.bucket
+                block.stop if self.bucket is None else -(-block.stop // self.bucket) * self.bucket
             )
             if scaled is None or (self.bucket and reached != length):
                 before, scaled, length = scaled, self.scaling(reached), reached
                 keys = keys if _same(before, scaled) else {}
             inv_freq, factor = scaled
-            here = slice(rows.start - start, rows.stop - start)
-            parts = [part._replace(q=part.q[:, here]) for part in always]
-            for view in self.views(rows):
+            results = [(whole, near)] if near else []
+            if always:
+                parts = [part._replace(q=_cut(part.q, whole, block)) for part in always]
+                results.append((block, attend(parts, backend=backend)))
+            for view in self.views(block):
                 view = self._kept(view, dropped)
                 if view is None:
                     continue
+                rows, at = view.rows or block, view.queries_at
+                queries = _cut(q, whole, rows)
                 run = slice(place(view.keys.start), place(view.keys.stop - 1) + 1)
-                at = view.queries_at
-                if self._turns_keys_alone(view, inv_freq):
-                    back = view.keys_at(stands[run]) - at[0]
-                    seen, turned_q = turned(k[:, run], inv_freq, back, factor**2), q[:, here]
+                if self.sinks and len(at) == 1 and not callable(inv_freq):
+                    # few keys are turned back by where all of the queries stand, which stay
+                    back = view.keys_at(stands[run]) - at
+                    seen = turned(k[:, run], inv_freq, back, factor**2)
                 else:
                     if view.keys_at not in keys:
-                        keys[view.keys_at] = turned(k, inv_freq, view.keys_at(stands), factor)
+                        of = slice(self.sinks or None)
+                        keys_at = view.keys_at(stands[of])
+                        keys[view.keys_at] = turned(k[:, of], inv_freq, keys_at, factor)
                     seen = keys[view.keys_at][:, run]
-                    turned_q = turned(q[:, here], inv_freq, at, factor)
-                turned_q, seen = self.scored(turned_q, seen, rows.start - view.keys.start)
-                mask = None if view.mask is None else view.mask[None, None].to(q.device)
-                parts.append(Part(turned_q, seen, v[:, run], view.causal, mask, view.times))
-            results = [attend(parts, backend=backend)] if parts else []
-            if near:
-                results.append((near[0][:, here], near[1][:, here]))
-            outs.append(merge(results)[0] if len(results) > 1 else results[0][0])
+                    queries = turned(queries, inv_freq, at, factor)
+                queries, seen = self.scored(queries, seen, rows.start - view.keys.start)
+                part = Part(queries, seen, v[:, run], view.causal, times=view.times)
+                results.append((rows, attend([part], backend=backend)))
+            outs += _merged(block, results)
         return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
 
     def _near(self, q: Tensor, k: Tensor, v: Tensor, start: int, backend: str) -> Partial:
@@ -143,20 +152,19 @@ class Reach:
         q = turned(q, inv_freq, at[k.shape[1] - q.shape[1] :], factor)
         return window(q, k, v, self.nearest, backend=backend)
 
-    def _turns_keys_alone(self, view: View, inv_freq: Frequencies) -> bool:
-        """Where many queries are turned to one position, their few keys are turned back instead."""
-        at = view.queries_at
-        few = len(view.keys) < len(at) and not callable(inv_freq)
-        return few and bool((at == at[0]).all())
-
     def _kept(self, view: View, dropped: int) -> View | None:
         """The view without keys that are gone: those a training window left behind."""
         gone = self.sinks + dropped - view.keys.start
         if gone <= 0 or view.keys.start < self.sinks:
             return view
-        keys = range(view.keys.start + gone, view.keys.stop)
-        mask = None if view.mask is None else view.mask[:, gone:]
-        return view._replace(keys=keys, mask=mask) if len(keys) else None
+        if gone >= len(view.keys):
+            return None
+        view = view._replace(keys=view.keys[gone:])
+        if not view.causal:
+            return view
+        assert view.rows is not None
+        at = view.queries_at if len(view.queries_at) == 1 else view.queries_at[gone:]
+        return view._replace(rows=view.rows[gone:], queries_at=at)
 
     def scored(self, q: Tensor, k: Tensor, origin: int) -> tuple[Tensor, Tensor]:
         """Turned queries and the keys of a view as their products score.
@@ -187,32 +195,43 @@ def _same(one: tuple[Frequencies, float] | None, other: tuple[Frequencies, float
     return one[0] == other[0]
 
 
+def _cut(x: Tensor, whole: range, rows: range) -> Tensor:
+    """Those rows of a tensor that has all of `whole`."""
+    return x[:, rows.start - whole.start : rows.stop - whole.start]
+
+
+def _merged(block: range, results: Sequence[tuple[range, Partial]]) -> list[Tensor]:
+    """The block's outputs, cut where the rows of some partial results begin or end."""
+    edges = {edge for rows, _ in results for edge in (rows.start, rows.stop) if edge in block}
+    outs = []
+    for first, last in pairwise(sorted(edges | {block.start, block.stop})):
+        over = [
+            (_cut(out, rows, range(first, last)), _cut(lse, rows, range(first, last)))
+            for rows, (out, lse) in results
+            if first in rows
+        ]
+        outs.append(merge(over)[0])
+    return outs
+
+
 def far(
-    rows: range, width: int, queries_at: Tensor, keys_at: KeyMap, last: int | None = None
+    rows: range,
+    width: int,
+    queries_at: Callable[[range], Tensor],
+    keys_at: KeyMap,
+    last: int | None = None,
 ) -> list[View]:
     """Keys (before `last`) that lie `width` or more before the query, as the maps say."""
-    end = rows.stop - width if last is None else min(rows.stop - width, last)
-    whole = max(min(rows.start - width + 1, end), 0)  # seen by every row
-    views = [View(range(whole), queries_at, keys_at)] if whole else []
-    if whole < end:
-        ragged = range(whole, end)
-        views.append(View(ragged, queries_at, keys_at, mask=distance(rows, ragged) >= width))
-    return views
-
-
-def distance(rows: range, keys: range) -> Int[Tensor, "t n"]:
-    """How far each key lies before each query."""
-    return torch.arange(rows.start, rows.stop)[:, None] - torch.arange(keys.start, keys.stop)
-
-
-def _nearest(rows: range, width: int | None) -> list[View]:
-    """The view that `nearest` stands for."""
-    if width is None:
+    if last is not None and rows.stop > width + last:  # these see all of them
+        late = range(max(rows.start, width + last), rows.stop)
+        views = [View(range(last), queries_at(late), keys_at, late)] if last else []
+        return [*far(range(rows.start, late.start), width, queries_at, keys_at), *views]
+    seeing = range(max(rows.start, width), rows.stop)
+    if not seeing:
         return []
-    keys = range(max(rows.start - width + 1, 0), rows.stop)
-    apart = distance(rows, keys)
-    at = torch.arange(rows.start, rows.stop)
-    return [View(keys, at, plain, mask=(apart >= 0) & (apart < width))]
+    at, first = queries_at(seeing), seeing.start - width
+    views = [View(range(first, seeing.stop - width), at, keys_at, seeing, causal=True)]
+    return [*views, View(range(first), at, keys_at, seeing)] if first else views
 
 
 def distances(reach: Reach, tokens: int) -> Float[Tensor, "n n"]:
@@ -221,16 +240,19 @@ def distances(reach: Reach, tokens: int) -> Float[Tensor, "n n"]:
     Raises ValueError where a key is seen twice.
     """
     seen = torch.full((tokens, tokens), torch.nan, dtype=torch.float64)
-    for rows in reach.blocks(range(tokens)):
-        for view in [*reach.views(rows), *_nearest(rows, reach.nearest)]:
-            stand = torch.arange(view.keys.start, view.keys.stop)
-            apart = view.queries_at[:, None] - view.keys_at(stand).double()
-            mask = view.mask
-            if view.causal:
-                mask = distance(rows, view.keys) >= 0
-            mask = torch.ones_like(apart, dtype=torch.bool) if mask is None else mask
-            cells = seen[rows.start : rows.stop, view.keys.start : view.keys.stop]
-            if (mask & ~cells.isnan()).any():
+    at = torch.arange(tokens)
+    if reach.nearest:
+        apart = at[:, None] - at
+        near = (apart >= 0) & (apart < reach.nearest)
+        seen[near] = apart[near].double()
+    for block in reach.blocks(range(tokens)):
+        for view in reach.views(block):
+            rows, keys = (slice(x.start, x.stop) for x in (view.rows or block, view.keys))
+            apart = view.queries_at[:, None] - view.keys_at(at[keys]).double()
+            cells = seen[rows, keys]
+            sees = torch.ones_like(cells, dtype=torch.bool)
+            sees = sees.tril() if view.causal else sees
+            if (sees & ~cells.isnan()).any():
                 raise ValueError("a query sees a key twice")
-            cells[mask] = apart[mask]
+            cells[sees] = apart.expand_as(cells)[sees]
     return seen

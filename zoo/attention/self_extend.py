@@ -7,7 +7,7 @@ of one per G tokens. With G without bound every far key stands at distance w: Re
 
 import torch
 
-from zoo.attention.reach import Reach, Scaling, View, far, origin
+from zoo.attention.reach import Reach, Scaling, View, far, origin, positions_of
 
 
 class SelfExtend(Reach):
@@ -30,9 +30,10 @@ class SelfExtend(Reach):
         self.group = group
 
     def views(self, rows: range) -> list[View]:
-        shift = self.window - self.window // self.group
-        at = torch.arange(rows.start, rows.stop) // self.group + shift
-        return far(rows, self.window, at, self.grouped)
+        return far(rows, self.window, self.queries_at, self.grouped)
+
+    def queries_at(self, rows: range) -> torch.Tensor:
+        return positions_of(rows) // self.group + self.window - self.window // self.group
 
     def grouped(self, positions: torch.Tensor) -> torch.Tensor:
         return positions // self.group
@@ -53,5 +54,5 @@ class ReRoPE(Reach):
             )
 
     def views(self, rows: range) -> list[View]:
-        limit = torch.full((len(rows),), self.window)
-        return far(rows, self.window, limit, origin)
+        limit = torch.tensor([self.window])
+        return far(rows, self.window, lambda _: limit, origin)

@@ -8,7 +8,7 @@ the paper shows to collapse.
 
 import torch
 
-from zoo.attention.reach import FEW, Reach, Scaling, View, far, plain
+from zoo.attention.reach import FEW, Reach, Scaling, View, far, plain, positions_of
 
 
 class StreamingLLM(Reach):
@@ -29,5 +29,9 @@ class StreamingLLM(Reach):
         self.steps = [FEW]
 
     def views(self, rows: range) -> list[View]:
-        at = torch.arange(rows.start, rows.stop).clamp(max=self.window - 1)
-        return far(rows, self.window - self.sinks, at, plain, last=self.sinks)
+        return far(rows, self.window - self.sinks, self.queries_at, plain, last=self.sinks)
+
+    def queries_at(self, rows: range) -> torch.Tensor:
+        whole = rows.start >= self.window  # nothing in the cache moves any more
+        last = self.window - 1
+        return torch.tensor([last]) if whole else positions_of(rows).clamp(max=last)

@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from zoo.ops.attention import Part, attend, merge
+from zoo.ops.attention import Part, attend
+from zoo.ops.merge import Partial, merge
 
 PIECE = 4096  # queries whose keys are unfolded at a time
 LANES = 16  # block sizes are multiples of it: odd ones cost matrix kernels half as much again
-
-Partial = tuple[Float[Tensor, "b t h e"], Float[Tensor, "b t h"]]  # (out, lse)
 
 
 def window(
@@ -58,36 +57,35 @@ def window(
         pieces.append(attend(parts, backend=backend))
     if whole < tokens:
         first = past + whole - (size - 1)
-        pieces.append(_band(q[:, whole:], k[:, first:], v[:, first:], size, backend))
+        pieces += _band(q[:, whole:], k[:, first:], v[:, first:], size, backend)
     if len(pieces) == 1:
         return pieces[0]
     out, lse = (torch.cat(parts, 1) for parts in zip(*pieces, strict=True))
     return out, lse
 
 
-def _band(q: Tensor, k: Tensor, v: Tensor, size: int, backend: str) -> Partial:
+def _band(q: Tensor, k: Tensor, v: Tensor, size: int, backend: str) -> list[Partial]:
     """The window where none of it lies before the first key: t queries, t + size - 1 keys.
 
     Piece by piece: unfolded, the keys of all blocks take more than the keys.
     """
-    if q.shape[1] > PIECE:
-        starts, over = range(0, q.shape[1], PIECE), PIECE + size - 1
-        pieces = [(q[:, i : i + PIECE], k[:, i : i + over], v[:, i : i + over]) for i in starts]
-        results = [_band(*piece, size, backend) for piece in pieces]
-        out, lse = (torch.cat(parts, 1) for parts in zip(*results, strict=True))
-        return out, lse
     tokens, before = q.shape[1], -(-(size - 1) // LANES) * LANES
     block = min(tokens, max(2, -(-before // (8 * LANES))) * LANES)
-    q = _blocks(q, block)
-    n, keys = q.shape[1], before + block
-    padding = (before - (size - 1), n * block - tokens)
-    k, v = (_padded(x, *padding).unfold(1, keys, block) for x in (k, v))
-    k, v = (x.permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))
+    keys, more, step = before + block, before - (size - 1), max(PIECE // block, 1) * block
     at = torch.arange(keys, device=q.device)
-    mask = in_window(at[before:], at, size)[None, None]
-    results = attend([Part(q.flatten(0, 1), k, v, mask=mask)], backend=backend)
-    out, lse = (x.unflatten(0, (-1, n)).flatten(1, 2)[:, :tokens] for x in results)
-    return out, lse
+    mask, results = in_window(at[before:], at, size)[None, None], []
+    for first in range(0, tokens, step):
+        queries = _blocks(q[:, first : first + step], block)
+        n, missing = queries.shape[1], max(more - first, 0)
+        read = slice(first - more + missing, first + n * block + size - 1)
+        padding = (missing, max(first + n * block - tokens, 0))
+        seen = (_padded(x[:, read], *padding).unfold(1, keys, block) for x in (k, v))
+        seen_k, seen_v = (x.permute(0, 1, 4, 2, 3).flatten(0, 1) for x in seen)
+        part = Part(queries.flatten(0, 1), seen_k, seen_v, mask=mask)
+        partial = attend([part], backend=backend)
+        out, lse = (x.unflatten(0, (-1, n)).flatten(1, 2)[:, : tokens - first] for x in partial)
+        results.append((out, lse))
+    return results
 
 
 def _blocks(x: Tensor, block: int) -> Float[Tensor, "b blocks block h d"]:
@@ -163,7 +161,8 @@ def in_window(
 ) -> Bool[Tensor, "t n"]:
     """Whether each query's window holds each key, by their positions."""
     distance = queries[:, None] - keys
-    return (distance >= 0) & (distance < size * dilation) & (distance % dilation == 0)
+    near = (distance >= 0) & (distance < size * dilation)
+    return near if dilation == 1 else near & (distance % dilation == 0)
 
 
 def seen_later(x: Float[Tensor, "b n h d"], most: int) -> Float[Tensor, "b m h d"]:

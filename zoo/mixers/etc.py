@@ -32,7 +32,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from zoo.attention.near import relative, relative_around
-from zoo.attention.window import Partial, seen_later
+from zoo.attention.window import seen_later
 from zoo.mixers.base import (
     MultiHead,
     Shared,
@@ -43,7 +43,8 @@ from zoo.mixers.base import (
     refuse_state,
     residual_gain,
 )
-from zoo.ops.attention import Part, attend, merge
+from zoo.ops.attention import Part, attend
+from zoo.ops.merge import Partial, merge
 from zoo.ops.rms_norm import RMSNorm
 
 LABEL_STD = 0.02

@@ -40,7 +40,8 @@ from zoo.mixers.base import (
     refuse_state,
     residual_gain,
 )
-from zoo.ops.attention import Part, attend, attention, merge
+from zoo.ops.attention import Part, attend, attention
+from zoo.ops.merge import merge
 from zoo.positions.alibi import add_bias_channels, slopes
 from zoo.positions.rope import inverse_frequencies, rotate
 

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from zoo.attention.window import Partial, around, by_head, in_window, seen_later, window
+from zoo.attention.window import around, by_head, in_window, seen_later, window
 from zoo.errors import choose
 from zoo.mixers.base import (
     MultiHead,
@@ -39,7 +39,8 @@ from zoo.mixers.base import (
     refuse_state,
     residual_gain,
 )
-from zoo.ops.attention import Part, attend, merge
+from zoo.ops.attention import Part, attend
+from zoo.ops.merge import Partial, merge
 from zoo.positions.rope import inverse_frequencies, rotate
 
 

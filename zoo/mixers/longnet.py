@@ -33,10 +33,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from zoo.attention.window import Partial, seen_later
+from zoo.attention.window import seen_later
 from zoo.errors import choose
 from zoo.mixers.base import MultiHead, State, compute_dtype, linear, residual_gain
-from zoo.ops.attention import Part, attend, merge
+from zoo.ops.attention import Part, attend
+from zoo.ops.merge import Partial, merge
 from zoo.positions.rope import inverse_frequencies, rotate
 
 

@@ -1,17 +1,14 @@
-"""Softmax attention over parts of the keys, and the exact merge of the parts.
+"""Softmax attention over parts of the keys.
 
 Attention over any set of keys gives a partial result: the output `o` and the logarithm of its
-denominator `lse`. Partial results over disjoint sets of keys merge exactly, in any order:
-
-    lse = log sum_p exp(lse_p)          o = sum_p exp(lse_p - lse) o_p
-
-and the gradient flows through both (Dao 2022, FlashAttention, section 3.1; Liu 2023, Ring
-Attention, section 3). Every softmax mixer is a list of `Part`s.
+denominator `lse`. Partial results over disjoint sets of keys merge exactly (`zoo.ops.merge`), and
+the gradient flows through both. Every softmax mixer is a list of `Part`s.
 
 Backends of one part: `reference` (the formula, as it stands), `torch` (the formula in tiles of
 queries, recomputed in the backward pass: any device, any mask, memory linear in the tokens),
-`flash` (PyTorch's fused CPU kernel under a gradient that accepts d lse) and, by name only,
-`xformers` (that library's CUDA kernels under the same gradient).
+`flash` (PyTorch's fused CPU kernel under a gradient that accepts d lse), `native` (a CPU kernel for
+a handful of keys where no gradient is wanted) and, by name only, `xformers` (that library's CUDA
+kernels under flash's gradient).
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +23,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops import libraries
+from zoo.ops import few_keys, libraries
 from zoo.ops.backends import pick
+from zoo.ops.merge import merge
 
 TILE = 512  # queries per tile of the `torch` backend
 
@@ -51,8 +49,7 @@ def attend(
     `scale` multiplies the scores; 1/sqrt(d) unless given. A query that sees no key gets output 0
     and lse -inf. Returns the output in v's dtype and the lse in float32 or better.
     """
-    results = [_partial(part, scale, backend) for part in parts]
-    return results[0] if len(results) == 1 else merge(results)
+    return merge([_partial(part, scale, backend) for part in parts])
 
 
 def attention(
@@ -69,25 +66,6 @@ def attention(
     return attend(parts, scale=scale, backend=backend)[0]
 
 
-def merge(
-    results: Sequence[tuple[Tensor, Tensor]],
-) -> tuple[Float[Tensor, "b t h e"], Float[Tensor, "b t h"]]:
-    """Merge partial results `(out, lse)` over disjoint keys; differentiable through every lse."""
-    lses = torch.stack([lse for _, lse in results])
-    top = lses.detach().amax(0)
-    top = top.masked_fill(top == -torch.inf, 0.0)  # no part sees a key: all weights become 0
-    weights = torch.exp(lses - top)
-    total = weights.sum(0)
-    seen = total > 0
-    total = total.masked_fill(~seen, 1.0)
-    (first, *others), share = results, (weights / total).unsqueeze(-1)
-    out = share[0] * first[0]
-    for weight, (o, _) in zip(share[1:], others, strict=True):
-        out = torch.addcmul(out, weight, o.to(out.dtype))
-    lse = (top + torch.log(total)).masked_fill(~seen, -torch.inf)
-    return out.to(results[0][0].dtype), lse
-
-
 def _partial(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Tensor]:
     q, k, v, causal, mask, times = part
     if causal and (mask is not None or q.shape[1] != k.shape[1]):
@@ -102,8 +80,12 @@ def _partial(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Ten
             "it wants heads a multiple of 8 wide",
         ),
     )
-    available = {"flash": q.device.type == "cpu", "torch": True, "xformers": theirs}
+    few = few_keys.takes(q, k, v) if mask is None and not causal else False
+    available = {"native": few, "flash": q.device.type == "cpu", "torch": True, "xformers": theirs}
     chosen = pick("attend", backend, available | {"reference": True})
+    if chosen == "native":
+        out, lse = few_keys.few_keys(q, k, v, factor)
+        return out, lse + log(times)
     form = _FORMS[chosen]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if causal and form is _formula:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.positions.rope import inverse_frequencies, turn_table, turns_at
+from zoo.positions.rope import inverse_frequencies, turn_table
 
 
 class Sinusoidal(nn.Module):
@@ -28,10 +28,8 @@ class Sinusoidal(nn.Module):
         self, x: Float[Tensor, "b t d"], start: int = 0, positions: Tensor | None = None
     ) -> Float[Tensor, "b t d"]:
         if positions is None:
-            cos, sin = turn_table(self.inv_freq, start, x.shape[1], x.device, x.dtype)
-        else:
-            turns = turns_at(torch.tensor(self.inv_freq, dtype=torch.float64), positions)
-            cos, sin = (f.to(x.device, x.dtype) for f in turns)
+            positions = torch.arange(start, start + x.shape[1])
+        cos, sin = turn_table(self.inv_freq, positions, x.device, x.dtype)
         return self.scale * x + torch.stack([sin, cos], -1).flatten(-3)
 
 

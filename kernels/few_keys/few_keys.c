@@ -1,0 +1,88 @@
+/* Softmax attention of many queries over a few keys, forward; README.md says how. */
+#include "../common.h"
+
+enum { TOKENS = 128, WIDEST = 256, SIDE_BY_SIDE = 8 };
+
+const Int most = LANES;          /* keys */
+const Int widest = WIDEST;        /* channels of a head */
+
+typedef struct {
+    Int batch, tokens, keys, heads, width, value_width, threads;
+} Sizes;
+
+typedef struct {
+    Rows q, k, v, out; /* (b, t or keys, heads width) */
+    Rows lse;          /* (b, t, heads) */
+    Real *scale;       /* (1) */
+} Arrays;
+
+typedef struct {
+    Sizes s;
+    Arrays a;
+    Int segments;
+} Job;
+
+/* Every lane of each vector gets its largest, or the sum, of all. */
+#define ACROSS(i, w) (i ^ w)
+#define SPREAD(v, w, with) \
+    if (LANES > w) ALL(m, many) v[m] = with(v[m], SHUFFLE(v[m], v[m], EACH_LANE(ACROSS, w)))
+INLINE Vec plus(Vec a, Vec b) { return a + b; }
+
+/* One head of `many` tokens from t on; lanes are keys. */
+INLINE void tokens(const Job *j, Int b, Int t, Int h, const Vec *keys, Mask there, int many) {
+    const Arrays *a = &j->a;
+    const Int d = j->s.width, e = j->s.value_width;
+    const Real *q[SIDE_BY_SIDE];
+    Vec scores[SIDE_BY_SIDE] = {}, top[SIDE_BY_SIDE];
+    Vec below[SIDE_BY_SIDE], sum[SIDE_BY_SIDE];
+    ALL(m, many) q[m] = row(a->q, b, t + m) + h * d;
+    for (Int c = 0; c < d; c++) ALL(m, many) scores[m] += q[m][c] * keys[c];
+    ALL(m, many) scores[m] = choose(there, scores[m], splat(-INFINITY));
+    ALL(m, many) top[m] = scores[m];
+    SPREAD(top, 8, larger);
+    SPREAD(top, 4, larger);
+    SPREAD(top, 2, larger);
+    SPREAD(top, 1, larger);
+    ALL(m, many) below[m] = scores[m] - top[m];
+    exp2_products(scores, splat((Real)LOG2E), below, many, ANY);
+    ALL(m, many) sum[m] = scores[m] = choose(there, scores[m], splat(0));
+    SPREAD(sum, 8, plus);
+    SPREAD(sum, 4, plus);
+    SPREAD(sum, 2, plus);
+    SPREAD(sum, 1, plus);
+    ALL(m, many) {
+        row(a->lse, b, t + m)[h] = top[m][0] + (sizeof(Real) == 8 ? log(sum[m][0]) : logf(sum[m][0]));
+        scores[m] /= sum[m];
+    }
+    for (Int c = 0; c < e; c += LANES) {
+        Vec out[SIDE_BY_SIDE] = {};
+        for (Int i = 0; i < j->s.keys; i++) {
+            Vec v = load(row(a->v, b, i) + h * e + c, e - c);
+            ALL(m, many) out[m] += scores[m][i] * v;
+        }
+        ALL(m, many) store(row(a->out, b, t + m) + h * e + c, out[m], e - c);
+    }
+}
+
+static void forward_unit(const void *job, Int unit) {
+    const Job *j = job;
+    const Int b = unit / j->segments, start = unit % j->segments * TOKENS, n = j->s.keys;
+    const Int end = min_int(start + TOKENS, j->s.tokens), d = j->s.width;
+    Vec keys[WIDEST] = {};
+    Mask there = {};
+    for (Int i = 0; i < n; i++) there[i] = -1;
+    for (Int h = 0; h < j->s.heads; h++) {
+        for (Int i = 0; i < n; i++)
+            for (Int c = 0; c < d; c++) keys[c][i] = row(j->a.k, b, i)[h * d + c] * *j->a.scale;
+        Int t = start;
+        for (; t + SIDE_BY_SIDE <= end; t += SIDE_BY_SIDE) tokens(j, b, t, h, keys, there, SIDE_BY_SIDE);
+        for (; t < end; t++) tokens(j, b, t, h, keys, there, 1);
+    }
+}
+
+int forward(Sizes s, Arrays a) {
+    Job job = {s, a, (s.tokens + TOKENS - 1) / TOKENS};
+    Int threads = s.batch * s.tokens * s.heads * s.width < 1 << 15 ? 1 : s.threads;
+    parallel_for(threads, s.batch * job.segments, forward_unit, &job);
+    return 0;
+}

@@ -1,0 +1,99 @@
+/* Two partial attention results into one, forward and backward; README.md derives them. */
+#include "../common.h"
+
+enum { TOKENS = 128 };
+
+typedef struct {
+    Int batch, tokens, heads, width, threads;
+} Sizes;
+
+typedef struct {
+    Rows o1, o2, out, d_out, d_o1, d_o2;     /* (b, t, heads width) */
+    Rows lse1, lse2, lse, d_lse, d_l1, d_l2; /* (b, t, heads) */
+} Arrays;
+
+typedef struct {
+    Sizes s;
+    Arrays a;
+    Int segments;
+} Job;
+
+/* The weights e^(lse_p - lse) of LANES heads, 0 where the part sees nothing, and the merged lse. */
+INLINE Vec weights(Vec lse1, Vec lse2, Vec *w1, Vec *w2) {
+    const Vec nothing = splat(-INFINITY);
+    Vec top = larger(lse1, lse2), e, more;
+    Vec apart = choose(top == nothing, splat(0), lse2 - lse1); /* not inf - inf */
+    Vec below = negative(apart);
+    exp_minus_abs(&e, &apart, 1);
+    softplus(&more, 0, &below, 1); /* log(1 + e) */
+    *w1 = choose(lse1 == nothing, splat(0), if_negative(apart, splat(1), e) / (1 + e));
+    *w2 = choose(lse2 == nothing, splat(0), if_negative(apart, e, splat(1)) / (1 + e));
+    return top + more;
+}
+
+static void forward_unit(const void *job, Int unit) {
+    const Job *j = job;
+    const Arrays *a = &j->a;
+    const Int b = unit / j->segments, start = unit % j->segments * TOKENS;
+    const Int end = min_int(start + TOKENS, j->s.tokens), heads = j->s.heads, d = j->s.width;
+    for (Int t = start; t < end; t++)
+        for (Int first = 0; first < heads; first += LANES) {
+            const Int count = heads - first;
+            Vec w1, w2;
+            Vec lse1 = load(row(a->lse1, b, t) + first, count);
+            Vec lse2 = load(row(a->lse2, b, t) + first, count);
+            store(row(a->lse, b, t) + first, weights(lse1, lse2, &w1, &w2), count);
+            for (Int h = 0; h < min_int(LANES, count); h++) {
+                const Int at = (first + h) * d;
+                const Real *o1 = row(a->o1, b, t) + at, *o2 = row(a->o2, b, t) + at;
+                Real *out = row(a->out, b, t) + at;
+                for (Int c = 0; c < d; c += LANES)
+                    store(out + c, load(o1 + c, d - c) * w1[h] + load(o2 + c, d - c) * w2[h], d - c);
+            }
+        }
+}
+
+static void backward_unit(const void *job, Int unit) {
+    const Job *j = job;
+    const Arrays *a = &j->a;
+    const Int b = unit / j->segments, start = unit % j->segments * TOKENS;
+    const Int end = min_int(start + TOKENS, j->s.tokens), heads = j->s.heads, d = j->s.width;
+    for (Int t = start; t < end; t++)
+        for (Int first = 0; first < heads; first += LANES) {
+            const Int count = heads - first;
+            Vec w1, w2, along[LANES] = {};
+            Vec lse1 = load(row(a->lse1, b, t) + first, count);
+            Vec lse2 = load(row(a->lse2, b, t) + first, count);
+            weights(lse1, lse2, &w1, &w2);
+            for (Int h = 0; h < min_int(LANES, count); h++) {
+                const Int at = (first + h) * d;
+                const Real *o1 = row(a->o1, b, t) + at, *o2 = row(a->o2, b, t) + at;
+                const Real *d_out = row(a->d_out, b, t) + at;
+                Real *d_o1 = row(a->d_o1, b, t) + at, *d_o2 = row(a->d_o2, b, t) + at;
+                for (Int c = 0; c < d; c += LANES) {
+                    Vec g = load(d_out + c, d - c);
+                    along[h] += g * (load(o1 + c, d - c) - load(o2 + c, d - c));
+                    store(d_o1 + c, g * w1[h], d - c);
+                    store(d_o2 + c, g * w2[h], d - c);
+                }
+            }
+            Vec pull = row_sums(along) * w1 * w2;
+            Vec d_lse = a->d_lse.data ? load(row(a->d_lse, b, t) + first, count) : splat(0);
+            store(row(a->d_l1, b, t) + first, w1 * d_lse + pull, count);
+            store(row(a->d_l2, b, t) + first, w2 * d_lse - pull, count);
+        }
+}
+
+static void run(Sizes s, Arrays a, Work *work) {
+    Job job = {s, a, (s.tokens + TOKENS - 1) / TOKENS};
+    Int threads = s.batch * s.tokens * s.heads * s.width < 1 << 15 ? 1 : s.threads;
+    parallel_for(threads, s.batch * job.segments, work, &job);
+}
+int forward(Sizes s, Arrays a) {
+    run(s, a, forward_unit);
+    return 0;
+}
+int backward(Sizes s, Arrays a) {
+    run(s, a, backward_unit);
+    return 0;
+}

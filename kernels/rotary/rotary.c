@@ -1,0 +1,47 @@
+/* Rotary turns of the heads of every token; README.md derives them. */
+#include "../common.h"
+
+enum { TOKENS = 128 };
+
+typedef struct {
+    Int batch, tokens, heads, width, half, threads;
+} Sizes;
+
+typedef struct {
+    Rows x, y;     /* (b, t, heads width) */
+    Rows cos, sin; /* (b, t, half) */
+} Arrays;
+
+typedef struct {
+    Sizes s;
+    Arrays a;
+    Int segments;
+} Job;
+
+static void turn_unit(const void *job, Int unit) {
+    const Job *j = job;
+    const Int b = unit / j->segments, start = unit % j->segments * TOKENS;
+    const Int end = min_int(start + TOKENS, j->s.tokens), half = j->s.half, d = j->s.width;
+    for (Int t = start; t < end; t++) {
+        const Real *cos = row(j->a.cos, b, t), *sin = row(j->a.sin, b, t);
+        for (Int h = 0; h < j->s.heads; h++) {
+            const Real *x = row(j->a.x, b, t) + h * d;
+            Real *y = row(j->a.y, b, t) + h * d;
+            for (Int i = 0; i < half; i += LANES) {
+                Int count = half - i;
+                Vec x1 = load(x + i, count), x2 = load(x + half + i, count);
+                Vec c = load(cos + i, count), s = load(sin + i, count);
+                store(y + i, x1 * c - x2 * s, count);
+                store(y + half + i, x1 * s + x2 * c, count);
+            }
+            if (2 * half < d) memcpy(y + 2 * half, x + 2 * half, (d - 2 * half) * sizeof *y);
+        }
+    }
+}
+
+int turn(Sizes s, Arrays a) {
+    Job job = {s, a, (s.tokens + TOKENS - 1) / TOKENS};
+    Int threads = s.batch * s.tokens * s.heads * s.width < 1 << 15 ? 1 : s.threads;
+    parallel_for(threads, s.batch * job.segments, turn_unit, &job);
+    return 0;
+}

@@ -1,0 +1,76 @@
+"""Attention over a handful of keys is attention: any width, any number of keys, large scores."""
+
+import pytest
+import torch
+
+from zoo.ops.attention import Part, attend
+from zoo.ops.backends import chosen, forget
+from zoo.ops.few_keys import FEW, KERNEL, few_keys, takes
+
+
+def inputs(keys: int, width: int, value_width: int, tokens: int = 300):
+    torch.manual_seed(0)
+    shapes = [(2, tokens, 3, width), (2, keys, 3, width), (2, keys, 3, value_width)]
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+@pytest.mark.parametrize("keys", [1, 2, 3, 8])
+@pytest.mark.parametrize(("width", "value_width"), [(2, 1), (20, 36), (64, 64), (256, 8)])
+def test_it_is_the_formula(keys, width, value_width):
+    if keys > KERNEL.constant("most", torch.float64):
+        pytest.skip("registers of this machine have fewer lanes")
+    q, k, v = inputs(keys, width, value_width)
+    wanted = attend([Part(q, k, v)], scale=0.7, backend="reference")
+    torch.testing.assert_close(few_keys(q, k, v, 0.7), wanted, rtol=1e-12, atol=1e-12)
+    out, lse = few_keys(q.float(), k.float(), v.float(), 0.7)
+    assert (out - wanted[0]).norm() <= 1e-6 * wanted[0].norm()
+    assert (lse - wanted[1]).norm() <= 1e-6 * wanted[1].norm()
+
+
+def test_as_many_keys_as_a_register_of_single_precision_has_lanes():
+    q, k, v = inputs(FEW, 16, 16)
+    found = attend([Part(q.float(), k.float(), v.float())])
+    wanted = attend([Part(q, k, v)], backend="reference")
+    torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 127, 129])
+def test_any_number_of_queries_in_slices(tokens, poisoned):
+    q, k, v = inputs(2, 20, 20, tokens=140)
+    q, k, v = q[:, 3 : 3 + tokens, 1:], k[:, :, 1:], v[:, :, :2]
+    wanted = attend([Part(q, k, v)], scale=1.0, backend="reference")
+    torch.testing.assert_close(few_keys(q, k, v, 1.0), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_scores_of_thousands_neither_overflow_nor_vanish():
+    q, k, v = inputs(2, 16, 16)
+    q = 1e3 * q
+    wanted = attend([Part(q, k, v)], scale=1.0, backend="reference")
+    torch.testing.assert_close(few_keys(q, k, v, 1.0), wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_threads_do_not_change_a_bit():
+    q, k, v = (x.float() for x in inputs(2, 32, 32, tokens=2000))
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(few_keys(q, k, v, 1.0))
+    torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+def test_attention_takes_it_where_no_gradient_is_wanted_and_keys_are_few():
+    q, k, v = inputs(2, 16, 16)
+    forget()
+    attend([Part(q, k, v)])
+    assert chosen() == {"attend": "native"}
+    for part in (
+        Part(q.clone().requires_grad_(), k, v),
+        Part(q, *inputs(17, 16, 16)[1:]),
+        Part(q, k, v, mask=torch.ones(1, 1, 300, 2, dtype=torch.bool)),
+        Part(q[:, :2], k, v, causal=True),
+    ):
+        forget()
+        attend([part])
+        assert chosen() == {"attend": "flash"}
+    assert takes(q.bfloat16(), k.bfloat16(), v.bfloat16()) is False

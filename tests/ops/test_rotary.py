@@ -1,0 +1,75 @@
+"""The turn is its formula: every backend, its gradient, any shape and slice."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoo.ops import rotary as module
+from zoo.ops.rotary import rotary
+
+# (b, t, h, d), half: heads no vector divides, channels that stay as they are, several segments
+SHAPES = [((1, 1, 1, 2), 1), ((2, 3, 2, 10), 5), ((2, 300, 3, 38), 17), ((1, 5, 4, 64), 8)]
+
+
+def table(shape: tuple[int, ...], half: int) -> tuple[Tensor, Tensor]:
+    angles = torch.randn(*shape, 1, half, dtype=torch.float64)
+    return angles.cos(), angles.sin()
+
+
+def everything(x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    y = rotary(x, cos, sin, backend)
+    torch.manual_seed(1)
+    return [y, *torch.autograd.grad(y, x, torch.randn(x.shape).to(x))]
+
+
+def assert_close(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        assert (a.double() - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "native"])
+def test_a_quarter_turn_by_hand(backend):
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).view(1, 1, 1, 5)
+    cos, sin = torch.tensor([0.0, 1.0]).view(1, 1, 2), torch.tensor([1.0, 0.0]).view(1, 1, 2)
+    assert rotary(x, cos, sin, backend).flatten().tolist() == [-3.0, 2.0, 1.0, 4.0, 5.0]
+
+
+@pytest.mark.parametrize(("shape", "half"), SHAPES)
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("of", ["tokens", "rows", "all"])
+def test_the_gradient_is_that_of_the_formula(backend, shape, half, of):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    cos, sin = table({"tokens": shape[1:2], "rows": shape[:2], "all": (1,)}[of], half)
+    wanted = everything(x, cos, sin, "reference")
+    assert_close(everything(x, cos, sin, backend), wanted, 1e-15)
+    assert_close(everything(x.float(), cos.float(), sin.float(), backend), wanted, 2e-7)
+
+
+def test_it_reads_slices_where_they_lie_and_leaves_nothing_unwritten(poisoned):
+    whole = torch.randn(2, 40, 5, 20, dtype=torch.float64)
+    cos, sin = table((37,), 8)
+    for x in (
+        whole[:, 3:],
+        whole[:, 3:, 1:3],
+        whole[:, 3:, :, 2:18],
+        whole.transpose(1, 2)[:, :, 3:],
+    ):
+        few = (cos[: x.shape[1]], sin[: x.shape[1]])
+        found = everything(x, *few, "native")
+        assert_close(found, everything(x.clone(), *few, "reference"), 1e-15)
+
+
+def test_operator_checks():
+    x, (cos, sin) = torch.randn(2, 5, 3, 8, requires_grad=True), table((5,), 3)
+    torch.library.opcheck(module.turn, (x, cos.float(), sin.float()))
+
+
+def test_angles_that_are_learned_get_their_gradient_and_no_tokens_are_none():
+    x, (cos, sin) = torch.randn(1, 4, 2, 6, dtype=torch.float64), table((4,), 3)
+    inputs = (x, cos.requires_grad_(), sin.requires_grad_())
+    assert torch.autograd.gradcheck(rotary, inputs)
+    assert rotary(x[:, :0], cos[:0].detach(), sin[:0].detach()).shape == (1, 0, 2, 6)
+    with pytest.raises(ValueError, match="rotary width 6 is more than the head width 4"):
+        rotary(x[..., :4], cos, sin)

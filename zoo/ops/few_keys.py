@@ -1,0 +1,51 @@
+"""Softmax attention over no more keys than a register has lanes, by kernels/few_keys (CPU).
+
+A backend of `zoo.ops.attention` for the sinks of a stream and the like. Forward only.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from zoo.ops import native
+from zoo.ops.backends import Available
+
+KERNEL = native.Kernel(
+    "few_keys/few_keys.c",
+    sizes="batch tokens keys heads width value_width",
+    rows="q k v out lse",
+    pointers="scale",
+)
+KINDS = (torch.float32, torch.float64)  # of the kernel
+FEW = 16  # keys: lanes of the widest register there is
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor) -> Available:
+    """Whether the kernel takes these (`attend`'s argument shapes), for `backends.pick`."""
+    fits = q.device.type == "cpu" and q.dtype in KINDS and q.dtype == k.dtype == v.dtype
+    if not (fits and 0 < k.shape[1] <= FEW and q.numel() and v.numel()):
+        return False
+    return (lambda: _missing(q, k)) if native.unwatched(q, k, v) else False
+
+
+def _missing(q: Tensor, k: Tensor) -> bool | str:
+    reason = KERNEL.missing()
+    if reason is not True:
+        return reason
+    most, widest = (KERNEL.constant(name, q.dtype) for name in ("most", "widest"))
+    return k.shape[1] <= most and q.shape[-1] <= widest
+
+
+def few_keys(
+    q: Float[Tensor, "b t h d"],
+    k: Float[Tensor, "b n h d"],
+    v: Float[Tensor, "b n h e"],
+    scale: float,
+) -> tuple[Float[Tensor, "b t h e"], Float[Tensor, "b t h"]]:
+    """Outputs and the logarithms of their denominators."""
+    (b, t, h, d), n, e = q.shape, k.shape[1], v.shape[-1]
+    out, lse = q.new_empty((b, t, h, e)), q.new_empty((b, t, h))
+    rows = {"q": q, "k": k, "v": v, "out": out}
+    flat = {name: x.flatten(2) for name, x in rows.items()}
+    KERNEL.call("forward", (b, t, n, h, d, e), **flat, lse=lse, scale=q.new_tensor([scale]))
+    return out, lse

@@ -1,0 +1,108 @@
+"""Rotary turns of pairs of channels by given angles (Su 2021, RoFormer, section 3.4).
+
+    y_i        = x_i cos_i - x_(i+half) sin_i
+    y_(i+half) = x_i sin_i + x_(i+half) cos_i        i = 0 .. half - 1, the rest as they are
+
+Backends: `reference` is the formula, `torch` writes it in place, `native` is kernels/rotary (CPU).
+The angles are fixed for the last two, whose gradient is the turn back; where cos or sin want a
+gradient the formula is taken.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from zoo.ops import native
+from zoo.ops.backends import pick
+
+KERNEL = native.Kernel(
+    "rotary/rotary.c",
+    sizes="batch tokens heads width half",
+    rows="x y cos sin",
+    pointers="",
+)
+KINDS = (torch.float32, torch.float64)  # of the kernel
+
+
+def rotary(
+    x: Float[Tensor, "b t h d"],
+    cos: Float[Tensor, "*bt 1 half"],
+    sin: Float[Tensor, "*bt 1 half"],
+    backend: str = "auto",
+) -> Float[Tensor, "b t h d"]:
+    """x turned, in its dtype; cos and sin are broadcast over the batch, the tokens and the heads.
+
+    Raises `ValueError` on more pairs than channels, `UserError` where the backend is not there.
+    """
+    width = 2 * cos.shape[-1]
+    if width > x.shape[-1]:
+        raise ValueError(f"rotary width {width} is more than the head width {x.shape[-1]}")
+    fixed = not (cos.requires_grad or sin.requires_grad)
+    fits = fixed and x.device.type == "cpu" and x.dtype == cos.dtype and x.dtype in KINDS
+    here = KERNEL.missing if fits and x.numel() else False
+    name = pick("rotary", backend, {"native": here, "torch": fixed, "reference": True})
+    if name == "native":
+        form: Callable[..., Tensor] = _turn if native.unwatched(x) else turn
+        return form(x, cos, sin)
+    turned, rest = x[..., :width], x[..., width:]
+    turned = _InPlace.apply(turned, cos, sin) if name == "torch" else _formula(turned, cos, sin)
+    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def _formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat(turned_pairs(x1, x2, cos, sin), -1)
+
+
+def turned_pairs(x1: Tensor, x2: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return x1 * cos - x2 * sin, x1 * sin + x2 * cos
+
+
+class _InPlace(torch.autograd.Function):
+    """The formula without its copies, which are half of its time."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        out = x.new_empty(x.shape)
+        (x1, x2), (y1, y2) = x.chunk(2, -1), out.chunk(2, -1)
+        torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
+        torch.mul(x1, sin, out=y2).addcmul_(x2, cos)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _InPlace.apply(grad, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (b, t, h, d), half = x.shape, cos.shape[-1]
+    y = torch.empty(x.shape, dtype=x.dtype)
+    cos, sin = (f.squeeze(-2).expand(b, t, half) for f in (cos, sin))
+    KERNEL.call("turn", (b, t, h, d, half), x=x.flatten(2), y=y.flatten(2), cos=cos, sin=sin)
+    return y
+
+
+turn = torch.library.custom_op("zoo::rotary", _turn, mutates_args=(), device_types="cpu")
+
+
+@turn.register_fake
+def _(x, cos, sin):
+    del cos, sin
+    return x.new_empty(x.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    del output
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx, dy):
+    cos, sin = ctx.saved_tensors
+    return (_turn if native.unwatched(dy) else turn)(dy, cos, -sin), None, None
+
+
+turn.register_autograd(_backward, setup_context=_save)
