@@ -3,11 +3,11 @@
     python kernels/bench/selective_scan.py [--lengths 8192 65536] [--rounds 3] [--runs 3]
         [--json FILE]
 
-float32, one sequence, width 256, state 16, heads of 32. All forms take turns in one process on the same
-threads, so that a ratio means something on a machine that others use; a process lays its memory out
-once, so there are several. A time is the least of a run's rounds, a ratio their median; the table
-shows the median run, and the range of the ratio over all rounds of all runs. The file has every
-round. Memory is the growth of a fresh process over its inputs.
+float32, one sequence, width 256, state 16, heads of 32. All forms take turns in one process on the
+same threads, so that a ratio means something on a machine that others use; a process lays memory
+out once, so there are several. A time is the least of a run's rounds, a ratio their median; the
+table shows the median run, and the range of the ratio over all rounds of all runs. The file has
+every round. Memory is the growth of a fresh process over its inputs.
 """
 
 import argparse
