@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import emulator
 import pytest
@@ -78,6 +79,22 @@ def test_the_target_is_the_newest_that_the_device_runs():
     assert cuda.architecture(8, 9) == "sm_89"
     with pytest.raises(native.BuildError, match="does not compile for sm_30"):
         cuda.architecture(3, 0)
+
+
+@pytest.mark.parametrize(("answer", "options"), [(0, ("--split-compile=0",)), (5, ())])
+def test_functions_are_compiled_side_by_side_where_the_compiler_can(monkeypatch, answer, options):
+    def done(*_):
+        return 0
+
+    library = SimpleNamespace(
+        nvrtcCreateProgram=done,
+        nvrtcCompileProgram=lambda *_: answer,
+        nvrtcDestroyProgram=done,
+    )
+    monkeypatch.setattr(cuda, "nvrtc", lambda: library)
+    cuda._split.cache_clear()
+    assert cuda._split() == options
+    cuda._split.cache_clear()
 
 
 @pytest.fixture
