@@ -35,10 +35,11 @@ class BlockwiseXPos(Reach):
         self.steps = [*self.steps, block]
 
     def views(self, rows: range) -> list[View]:
-        at = torch.arange(rows.start, rows.stop)
         first = max(rows.start // self.block - 1, 0) * self.block
-        views = [View(rows, at, plain, causal=True)]
-        return [*views, View(range(first, rows.start), at, plain)] if first < rows.start else views
+        views = [View(rows, plain, plain, causal=True)]
+        return (
+            [*views, View(range(first, rows.start), plain, plain)] if first < rows.start else views
+        )
 
     def scored(self, q: Tensor, k: Tensor, origin: int) -> tuple[Tensor, Tensor]:
         return fade(q, k, origin)

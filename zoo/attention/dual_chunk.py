@@ -9,7 +9,7 @@ neighbours true, and at c - 1 otherwise (successive-chunk, eq. 4); any later one
 
 import torch
 
-from zoo.attention.reach import BLOCK, Reach, Scaling, View, positions_of
+from zoo.attention.reach import BLOCK, Reach, Scaling, View, fixed
 
 
 class DualChunk(Reach):
@@ -44,22 +44,24 @@ class DualChunk(Reach):
         self.steps[0] = -(-BLOCK // s) * s
 
     def views(self, rows: range) -> list[View]:
-        s, last = self.chunk, torch.tensor([self.last])
-        first = rows.start // s * s
-        views = [View(range(first - s), last, self.in_chunk)] if first > s else []
+        s, far, first = self.chunk, fixed(self.last), rows.start // self.chunk * self.chunk
+        views = [View(range(first - s), far, self.intra)] if first > s else []
         for own in range(first, rows.stop, s):
             mine = range(max(own, rows.start), min(own + s, rows.stop))
-            at = positions_of(mine) - own
-            views.append(View(mine, at, self.in_chunk, mine, causal=True))
-            if own < mine.start:  # intra-chunk keys of blocks before this one
-                views.append(View(range(own, mine.start), at, self.in_chunk, mine))
+            views.append(View(mine, self.intra, self.intra, mine, causal=True))
+            if own < mine.start:  # keys of the same chunk before this block
+                views.append(View(range(own, mine.start), self.intra, self.intra, mine))
             if own:
-                next_at = torch.where(at < self.local, (s + at).clamp(max=self.last), last)
-                views.append(View(range(own - s, own), next_at, self.in_chunk, mine))
-            if own > first:  # inter-chunk keys that the first chunk of the block does not see so
+                views.append(View(range(own - s, own), self.next, self.intra, mine))
+            if own - s > max(first - s, 0):  # what is far from here and not from all of the block
                 between = range(max(first - s, 0), own - s)
-                views += [View(between, last, self.in_chunk, mine)] if between else []
+                views.append(View(between, far, self.intra, mine))
         return views
 
-    def in_chunk(self, positions: torch.Tensor) -> torch.Tensor:
+    def intra(self, positions: torch.Tensor) -> torch.Tensor:
         return positions % self.chunk
+
+    def next(self, positions: torch.Tensor) -> torch.Tensor:
+        inside = positions % self.chunk
+        near = (self.chunk + inside).clamp(max=self.last)
+        return torch.where(inside < self.local, near, self.last)

@@ -4,9 +4,7 @@ Every query sees the last `window` keys at their true distance and the first `si
 min(distance, window). Unlike StreamingLLM's, positions are those of the text and not of the cache.
 """
 
-import torch
-
-from zoo.attention.reach import FEW, Reach, Scaling, View, far, origin
+from zoo.attention.reach import FEW, Reach, Scaling, View, far, fixed
 
 
 class LMInfinite(Reach):
@@ -26,5 +24,4 @@ class LMInfinite(Reach):
         self.sinks, self.steps = sinks, [FEW]
 
     def views(self, rows: range) -> list[View]:
-        limit = torch.tensor([self.window])
-        return far(rows, self.window, lambda _: limit, origin, last=self.sinks)
+        return far(rows, self.window, fixed(self.window), fixed(0), last=self.sinks)

@@ -51,14 +51,15 @@ class ParallelWindows(Reach):
         self.own_times = float(windows) if rescaled else 1.0
 
     def views(self, rows: range) -> list[View]:
-        at = self.placed(torch.arange(rows.start, rows.stop))
         in_context = rows.start < self.context
         first = rows.start - rows.start % self.window if in_context else self.context
         times = 1.0 if in_context else self.own_times
-        views = [View(rows, at, self.placed, causal=True, times=times)]
+        views = [View(rows, self.placed, self.placed, causal=True, times=times)]
         if first < rows.start:
-            views.append(View(range(first, rows.start), at, self.placed, times=times))
-        return views if in_context else [*views, View(range(self.context), at, self.placed)]
+            views.append(View(range(first, rows.start), self.placed, self.placed, times=times))
+        if not in_context:
+            views.append(View(range(self.context), self.placed, self.placed))
+        return views
 
     def placed(self, positions: torch.Tensor) -> torch.Tensor:
         task = positions - self.context + self.window

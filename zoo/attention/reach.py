@@ -9,6 +9,7 @@ before any turn, because a remap or a scaling may turn the same key to several p
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -24,7 +25,8 @@ from zoo.positions.rope import Frequencies, turned
 BLOCK = 1024  # queries that share a list of views: fused kernels take large tiles of that many,
 FEW = 8192  # and where views are of few keys
 
-KeyMap = Callable[[Int[Tensor, " n"]], Tensor]  # where keys stand -> where they are turned to
+# Where tokens stand -> where they are turned to: each, or one number for all of them.
+Places = Callable[[Int[Tensor, " n"]], Tensor]
 Scaling = Callable[[int], tuple[Frequencies, float]]  # length -> (inv_freq, attention factor)
 
 
@@ -32,26 +34,22 @@ class View(NamedTuple):
     """Keys as a block of queries sees them."""
 
     keys: range  # where they stand in the text
-    queries_at: Tensor  # (t,), the positions the queries are turned to, or (1,), the same for all
-    keys_at: KeyMap
+    queries_at: Places
+    keys_at: Places
     rows: range | None = None  # where the queries stand that see them; None: the whole block
     causal: bool = False  # as many keys as queries: the i-th sees the first i
     times: float = 1.0  # that each key counts in the softmax
 
 
 def plain(positions: Tensor) -> Tensor:
-    """Keys turned to where they stand."""
+    """Tokens turned to where they stand."""
     return positions
 
 
-def positions_of(rows: range) -> Tensor:
-    """Queries turned to where they stand."""
-    return torch.arange(rows.start, rows.stop)
-
-
-def origin(positions: Tensor) -> Tensor:
-    """Keys not turned at all, so that a query turned to m sees them at distance m."""
-    return torch.zeros_like(positions)
+@cache  # the same function every time: tokens turned by it are kept under its name
+def fixed(position: int) -> Places:
+    """All tokens turned to one position; keys at 0 are seen at the distance the query stands at."""
+    return lambda positions: torch.tensor([position])
 
 
 class Reach:
@@ -71,7 +69,7 @@ class Reach:
         self.steps = [BLOCK] + ([bucket] if bucket else [])
 
     def views(self, rows: range) -> list[View]:
-        return far(rows, 0, positions_of, plain)
+        return far(rows, 0, plain, plain)
 
     def blocks(self, rows: range) -> Iterator[range]:
         """`rows` cut at every multiple of every one of `steps`."""
@@ -101,6 +99,7 @@ class Reach:
 
         stands = torch.arange(k.shape[1])
         stands = torch.where(stands < self.sinks, stands, stands + dropped)
+        viewed = slice(self.sinks or None)
         whole = range(start, start + q.shape[1])
         near = self._near(q, k, v, start, backend) if self.nearest else None
         outs, keys, scaled, length = [], {}, None, None
@@ -110,8 +109,10 @@ class Reach:
             )
             if scaled is None or (self.bucket and reached != length):
                 before, scaled, length = scaled, self.scaling(reached), reached
-                keys = keys if _same(before, scaled) else {}
+                if not _same(before, scaled):
+                    keys = _Turned(k[:, viewed], stands[viewed], *scaled)
             inv_freq, factor = scaled
+            queries = _Turned(_cut(q, whole, block), _positions(block), *scaled)
             results = [(whole, near)] if near else []
             if always:
                 parts = [part._replace(q=_cut(part.q, whole, block)) for part in always]
@@ -120,22 +121,17 @@ class Reach:
                 view = self._kept(view, dropped)
                 if view is None:
                     continue
-                rows, at = view.rows or block, view.queries_at
-                queries = _cut(q, whole, rows)
+                rows, at = view.rows or block, view.queries_at(_positions(view.rows or block))
                 run = slice(place(view.keys.start), place(view.keys.stop - 1) + 1)
                 if self.sinks and len(at) == 1 and not callable(inv_freq):
                     # few keys are turned back by where all of the queries stand, which stay
-                    back = view.keys_at(stands[run]) - at
-                    seen = turned(k[:, run], inv_freq, back, factor**2)
+                    seen = turned(k[:, run], inv_freq, view.keys_at(stands[run]) - at, factor**2)
+                    seeing = _cut(q, whole, rows)
                 else:
-                    if view.keys_at not in keys:
-                        of = slice(self.sinks or None)
-                        keys_at = view.keys_at(stands[of])
-                        keys[view.keys_at] = turned(k[:, of], inv_freq, keys_at, factor)
                     seen = keys[view.keys_at][:, run]
-                    queries = turned(queries, inv_freq, at, factor)
-                queries, seen = self.scored(queries, seen, rows.start - view.keys.start)
-                part = Part(queries, seen, v[:, run], view.causal, times=view.times)
+                    seeing = _cut(queries[view.queries_at], block, rows)
+                seeing, seen = self.scored(seeing, seen, rows.start - view.keys.start)
+                part = Part(seeing, seen, v[:, run], view.causal, times=view.times)
                 results.append((rows, attend([part], backend=backend)))
             outs += _merged(block, results)
         return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
@@ -159,12 +155,8 @@ class Reach:
             return view
         if gone >= len(view.keys):
             return None
-        view = view._replace(keys=view.keys[gone:])
-        if not view.causal:
-            return view
-        assert view.rows is not None
-        at = view.queries_at if len(view.queries_at) == 1 else view.queries_at[gone:]
-        return view._replace(rows=view.rows[gone:], queries_at=at)
+        rows = view.rows[gone:] if view.causal and view.rows else view.rows
+        return view._replace(keys=view.keys[gone:], rows=rows)
 
     def scored(self, q: Tensor, k: Tensor, origin: int) -> tuple[Tensor, Tensor]:
         """Turned queries and the keys of a view as their products score.
@@ -195,6 +187,23 @@ def _same(one: tuple[Frequencies, float] | None, other: tuple[Frequencies, float
     return one[0] == other[0]
 
 
+class _Turned(dict[Places, Tensor]):
+    """Tokens turned to all the places that are asked for, once to each."""
+
+    def __init__(self, x: Tensor, stands: Tensor, inv_freq: Frequencies, factor: float) -> None:
+        super().__init__()
+        self.x, self.stands, self.scaled = x, stands, (inv_freq, factor)
+
+    def __missing__(self, places: Places) -> Tensor:
+        inv_freq, factor = self.scaled
+        self[places] = turned(self.x, inv_freq, places(self.stands), factor)
+        return self[places]
+
+
+def _positions(rows: range) -> Tensor:
+    return torch.arange(rows.start, rows.stop)
+
+
 def _cut(x: Tensor, whole: range, rows: range) -> Tensor:
     """Those rows of a tensor that has all of `whole`."""
     return x[:, rows.start - whole.start : rows.stop - whole.start]
@@ -217,21 +226,21 @@ def _merged(block: range, results: Sequence[tuple[range, Partial]]) -> list[Tens
 def far(
     rows: range,
     width: int,
-    queries_at: Callable[[range], Tensor],
-    keys_at: KeyMap,
+    queries_at: Places,
+    keys_at: Places,
     last: int | None = None,
 ) -> list[View]:
     """Keys (before `last`) that lie `width` or more before the query, as the maps say."""
     if last is not None and rows.stop > width + last:  # these see all of them
         late = range(max(rows.start, width + last), rows.stop)
-        views = [View(range(last), queries_at(late), keys_at, late)] if last else []
+        views = [View(range(last), queries_at, keys_at, late)] if last else []
         return [*far(range(rows.start, late.start), width, queries_at, keys_at), *views]
     seeing = range(max(rows.start, width), rows.stop)
     if not seeing:
         return []
-    at, first = queries_at(seeing), seeing.start - width
-    views = [View(range(first, seeing.stop - width), at, keys_at, seeing, causal=True)]
-    return [*views, View(range(first), at, keys_at, seeing)] if first else views
+    first = seeing.start - width
+    views = [View(range(first, seeing.stop - width), queries_at, keys_at, seeing, causal=True)]
+    return [*views, View(range(first), queries_at, keys_at, seeing)] if first else views
 
 
 def distances(reach: Reach, tokens: int) -> Float[Tensor, "n n"]:
@@ -248,7 +257,7 @@ def distances(reach: Reach, tokens: int) -> Float[Tensor, "n n"]:
     for block in reach.blocks(range(tokens)):
         for view in reach.views(block):
             rows, keys = (slice(x.start, x.stop) for x in (view.rows or block, view.keys))
-            apart = view.queries_at[:, None] - view.keys_at(at[keys]).double()
+            apart = view.queries_at(at[rows])[:, None] - view.keys_at(at[keys]).double()
             cells = seen[rows, keys]
             sees = torch.ones_like(cells, dtype=torch.bool)
             sees = sees.tril() if view.causal else sees

@@ -7,7 +7,7 @@ of one per G tokens. With G without bound every far key stands at distance w: Re
 
 import torch
 
-from zoo.attention.reach import Reach, Scaling, View, far, origin, positions_of
+from zoo.attention.reach import Reach, Scaling, View, far, fixed
 
 
 class SelfExtend(Reach):
@@ -32,8 +32,8 @@ class SelfExtend(Reach):
     def views(self, rows: range) -> list[View]:
         return far(rows, self.window, self.queries_at, self.grouped)
 
-    def queries_at(self, rows: range) -> torch.Tensor:
-        return positions_of(rows) // self.group + self.window - self.window // self.group
+    def queries_at(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions // self.group + self.window - self.window // self.group
 
     def grouped(self, positions: torch.Tensor) -> torch.Tensor:
         return positions // self.group
@@ -54,5 +54,4 @@ class ReRoPE(Reach):
             )
 
     def views(self, rows: range) -> list[View]:
-        limit = torch.tensor([self.window])
-        return far(rows, self.window, lambda _: limit, origin)
+        return far(rows, self.window, fixed(self.window), fixed(0))

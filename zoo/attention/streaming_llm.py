@@ -8,7 +8,7 @@ the paper shows to collapse.
 
 import torch
 
-from zoo.attention.reach import FEW, Reach, Scaling, View, far, plain, positions_of
+from zoo.attention.reach import FEW, Reach, Scaling, View, far, plain
 
 
 class StreamingLLM(Reach):
@@ -31,7 +31,6 @@ class StreamingLLM(Reach):
     def views(self, rows: range) -> list[View]:
         return far(rows, self.window - self.sinks, self.queries_at, plain, last=self.sinks)
 
-    def queries_at(self, rows: range) -> torch.Tensor:
-        whole = rows.start >= self.window  # nothing in the cache moves any more
-        last = self.window - 1
-        return torch.tensor([last]) if whole else positions_of(rows).clamp(max=last)
+    def queries_at(self, positions: torch.Tensor) -> torch.Tensor:
+        at = positions.clamp(max=self.window - 1)
+        return at[:1] if at[0] == at[-1] else at
