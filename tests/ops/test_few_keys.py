@@ -73,4 +73,6 @@ def test_attention_takes_it_where_no_gradient_is_wanted_and_keys_are_few():
         forget()
         attend([part])
         assert chosen() == {"attend": "flash"}
+    with pytest.raises(ValueError, match="17 keys of width 16 are too many"):
+        few_keys(*inputs(17, 16, 16), 1.0)
     assert takes(q.bfloat16(), k.bfloat16(), v.bfloat16()) is False

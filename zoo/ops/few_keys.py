@@ -30,8 +30,10 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> Available:
 
 def _missing(q: Tensor, k: Tensor) -> bool | str:
     reason = KERNEL.missing()
-    if reason is not True:
-        return reason
+    return _fits(q, k) if reason is True else reason
+
+
+def _fits(q: Tensor, k: Tensor) -> bool:
     most, widest = (KERNEL.constant(name, q.dtype) for name in ("most", "widest"))
     return k.shape[1] <= most and q.shape[-1] <= widest
 
@@ -42,7 +44,12 @@ def few_keys(
     v: Float[Tensor, "b n h e"],
     scale: float,
 ) -> tuple[Float[Tensor, "b t h e"], Float[Tensor, "b t h"]]:
-    """Outputs and the logarithms of their denominators."""
+    """Outputs and the logarithms of their denominators.
+
+    Raises `ValueError` on more keys than lanes, or heads wider than the kernel has room for.
+    """
+    if not _fits(q, k):
+        raise ValueError(f"few_keys: {k.shape[1]} keys of width {q.shape[-1]} are too many")
     (b, t, h, d), n, e = q.shape, k.shape[1], v.shape[-1]
     out, lse = q.new_empty((b, t, h, e)), q.new_empty((b, t, h))
     rows = {"q": q, "k": k, "v": v, "out": out}
