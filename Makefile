@@ -32,7 +32,7 @@ BOOKS ?= books
 CLAIMS := experiment=claims data=text data.path=$(BOOKS)
 ASKED := task=perplexity task.perplexity.units=4 task.perplexity.lengths=[512,1k,2k,4k,8k,16k]
 
-claims: .venv/ready  ## judge published claims on BOOKS=<folder of books>: an hour or two
+claims: .venv/ready  ## judge published claims on BOOKS=<folder of books>: 40 minutes
 	$(RUN) train.py -m $(CLAIMS)
 	for run in runs/claims/transformer-*; do \
 	  $(RUN) train.py finetune=$$run extension=pi extension.factor=8 runs=runs/claims_tuned \
