@@ -37,9 +37,9 @@ class BlockwiseXPos(Reach):
     def views(self, rows: range) -> list[View]:
         first = max(rows.start // self.block - 1, 0) * self.block
         views = [View(rows, plain, plain, causal=True)]
-        return (
-            [*views, View(range(first, rows.start), plain, plain)] if first < rows.start else views
-        )
+        if first < rows.start:
+            views.append(View(range(first, rows.start), plain, plain))
+        return views
 
     def scored(self, q: Tensor, k: Tensor, origin: int) -> tuple[Tensor, Tensor]:
         return fade(q, k, origin)

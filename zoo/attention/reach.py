@@ -121,9 +121,10 @@ class Reach:
                 view = self._kept(view, dropped)
                 if view is None:
                     continue
-                rows, at = view.rows or block, view.queries_at(_positions(view.rows or block))
+                rows = view.rows or block
                 run = slice(place(view.keys.start), place(view.keys.stop - 1) + 1)
-                if self.sinks and len(at) == 1 and not callable(inv_freq):
+                at = view.queries_at(_positions(rows)) if self.sinks else None
+                if at is not None and len(at) == 1 and not callable(inv_freq):
                     # few keys are turned back by where all of the queries stand, which stay
                     seen = turned(k[:, run], inv_freq, view.keys_at(stands[run]) - at, factor**2)
                     seeing = _cut(q, whole, rows)

@@ -3,7 +3,6 @@
 A backend of `zoo.ops.attention` for the sinks of a stream and the like. Forward only.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,16 +15,14 @@ KERNEL = native.Kernel(
     rows="q k v out lse",
     pointers="scale",
 )
-KINDS = (torch.float32, torch.float64)  # of the kernel
 FEW = 16  # keys: lanes of the widest register there is
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> Available:
     """Whether the kernel takes these (`attend`'s argument shapes), for `backends.pick`."""
-    fits = q.device.type == "cpu" and q.dtype in KINDS and q.dtype == k.dtype == v.dtype
-    if not (fits and 0 < k.shape[1] <= FEW and q.numel() and v.numel()):
+    if k.shape[1] > FEW or not KERNEL.takes(q, k, v) or not native.unwatched(q, k, v):
         return False
-    return (lambda: _missing(q, k)) if native.unwatched(q, k, v) else False
+    return lambda: _missing(q, k)
 
 
 def _missing(q: Tensor, k: Tensor) -> bool | str:

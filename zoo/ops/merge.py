@@ -23,7 +23,6 @@ KERNEL = native.Kernel(
     rows="o1 o2 out d_out d_o1 d_o2 lse1 lse2 lse d_lse d_l1 d_l2",
     pointers="",
 )
-KINDS = (torch.float32, torch.float64)  # of the kernel
 
 Partial = tuple[Float[Tensor, "b *t h e"], Float[Tensor, "b *t h"]]  # (out, lse)
 
@@ -39,11 +38,10 @@ def merge(results: Sequence[Partial], backend: str = "auto") -> Partial:
     if out.dim() != 4:  # queries in blocks, say
         flat = [(o.flatten(1, -3), x.flatten(1, -2)) for o, x in results]
         return tuple(x.unflatten(1, out.shape[1:-2]) for x in merge(flat, backend))  # type: ignore
-    same = out.dtype in KINDS and all(x.dtype == out.dtype for x in sum(results, ()))
-    here = KERNEL.missing if same and out.device.type == "cpu" and out.numel() else False
-    if pick("merge", backend, {"native": here, "torch": True}) == "torch":
+    tensors = sum(results, ())
+    if pick("merge", backend, {"native": KERNEL.takes(*tensors), "torch": True}) == "torch":
         return _formula(results)
-    two: Callable[..., Partial] = _both if native.unwatched(*sum(results, ())) else both
+    two: Callable[..., Partial] = _both if native.unwatched(*tensors) else both
     return reduce(lambda a, b: two(*a, *b), results[1:], (out, lse))
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from zoo.ops.backends import Available
 from zoo.options import shipped
 
 log = logging.getLogger("zoo")
@@ -173,6 +174,12 @@ class Kernel:
         except (BuildError, OSError) as error:
             return str(error)
         return True
+
+    def takes(self, *tensors: Tensor) -> Available:
+        """Whether it can read these, for `backends.pick`: of one type, on the CPU, none empty."""
+        kinds = {(tensor.device.type, tensor.dtype) for tensor in tensors}
+        fits = kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
+        return self.missing if fits and all(tensor.numel() for tensor in tensors) else False
 
     def constant(self, name: str, dtype: torch.dtype) -> int:
         """An int64 that the kernel publishes."""

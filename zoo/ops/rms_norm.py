@@ -19,7 +19,6 @@ KERNEL = native.Kernel(
     rows="x y dy dx",
     pointers="weight eps dweight",
 )
-KINDS = (torch.float32, torch.float64)  # of the kernel
 
 
 def rms_norm(
@@ -33,8 +32,7 @@ def rms_norm(
         raise ValueError(f"rms_norm: x is {tuple(x.shape)} and weight {tuple(weight.shape)}")
     if x.dim() != 3:
         return rms_norm(x.reshape(1, -1, len(weight)), weight, eps, backend).view(x.shape)
-    fits = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in KINDS and x.numel()
-    here = KERNEL.missing if fits else False
+    here = KERNEL.takes(x, weight)
     name = pick("rms_norm", backend, {"native": here, "torch": True, "reference": True})
     if name == "torch":
         return F.rms_norm(x, weight.shape, weight, eps)

@@ -23,7 +23,6 @@ KERNEL = native.Kernel(
     rows="x y cos sin",
     pointers="",
 )
-KINDS = (torch.float32, torch.float64)  # of the kernel
 
 
 def rotary(
@@ -40,8 +39,7 @@ def rotary(
     if width > x.shape[-1]:
         raise ValueError(f"rotary width {width} is more than the head width {x.shape[-1]}")
     fixed = not (cos.requires_grad or sin.requires_grad)
-    fits = fixed and x.device.type == "cpu" and x.dtype == cos.dtype and x.dtype in KINDS
-    here = KERNEL.missing if fits and x.numel() else False
+    here = KERNEL.takes(x, cos, sin) if fixed else False
     name = pick("rotary", backend, {"native": here, "torch": fixed, "reference": True})
     if name == "native":
         form: Callable[..., Tensor] = _turn if native.unwatched(x) else turn
