@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zoo.data import sources
 from zoo.data.corpora import open_corpus
 from zoo.data.sources import SPLITS, check_source, split_files
+from zoo.data.tokenizers import bytes_by_token, open_tokenizer
 from zoo.errors import UserError
 
 STDLIB = {"name": "stdlib", "tokenizer": "bytes", "eval_documents": "joined"}
@@ -69,6 +70,16 @@ def test_a_flat_folder_is_split_by_file(flat, tmp_path):
     found = [documents(store) for store in stores(open_corpus(text(flat), tmp_path / "cache"))]
     assert sorted(itertools.chain(*found)) == [b"alpha", b"bravo", b"charlie", b"delta"]
     assert all(found)
+
+
+def test_which_file_went_into_which_split_is_recorded(flat, split, tmp_path):
+    corpus = open_corpus(text(split), tmp_path / "cache")
+    for store in stores(corpus):
+        assert store.documents == [f"{store.name}/one.txt", f"{store.name}/two.txt"]
+    corpus = open_corpus(text(flat), tmp_path / "cache")
+    for store in stores(corpus):
+        assert [(flat / name).read_bytes() for name in store.documents] == documents(store)
+    assert corpus.summary["test"] == {"documents": 1, "tokens": 6, "bytes": 6}
 
 
 def test_folders_within_folders_are_read(flat, tmp_path):
@@ -277,11 +288,20 @@ def test_the_early_check_needs_neither_numpy_nor_time(flat, spec):
 
 
 @pytest.fixture
-def words(tmp_path) -> str:
-    library = pytest.importorskip("tokenizers")
-    model = library.models.WordLevel({"alpha": 0, "bravo": 1, "?": 2}, unk_token="?")
-    tokenizer = library.Tokenizer(model)
-    tokenizer.pre_tokenizer = library.pre_tokenizers.Whitespace()
+def library_of_tokenizers():
+    return pytest.importorskip("tokenizers")
+
+
+@pytest.fixture
+def words(tmp_path, library_of_tokenizers) -> str:
+    """Byte-level BPE: every byte is a token, and so are "al" and "pha"."""
+    library = library_of_tokenizers
+    alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "al", "ph", "pha"])}
+    merges = [("a", "l"), ("p", "h"), ("ph", "a")]
+    tokenizer = library.Tokenizer(library.models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=5)
     tokenizer.save(str(tmp_path / "words.json"))
@@ -289,19 +309,95 @@ def words(tmp_path) -> str:
 
 
 def test_a_tokenizer_file_gives_its_tokens_and_one_that_ends(split, tmp_path, words):
-    write(split / "train", one="alpha bravo alpha alpha", two="charlie")
-    corpus = open_corpus(text(split, tokenizer=words), tmp_path / "cache")
-    assert corpus.train.tokens.tolist() == [0, 1, 0, 0, 3, 2, 3]
-    assert corpus.train.tokens.dtype == np.uint16
-    assert corpus.vocab_size == 4
-    assert corpus.tokenizer.startswith("words.json@")
+    write(split / "train", one="alpha", two="alalpha")
+    store = open_corpus(text(split, tokenizer=words), tmp_path / "cache").train
+    al, pha, end = 256, 258, 259
+    assert store.tokens.tolist() == [al, pha, end, al, al, pha, end]
+    assert store.tokens.dtype == np.uint16
     # text and, as for bytes, one per document for its end: bits per byte compare
-    assert corpus.train.bytes_per_token == (len("alpha bravo alpha alpha") + len("charlie") + 2) / 7
+    assert store.bytes_per_token == (len("alpha") + len("alalpha") + 2) / 7
+    assert store.bytes_of(0, 7).tolist() == [2, 3, 1, 2, 2, 3, 1]
+    corpus = open_corpus(text(split, tokenizer=words), tmp_path / "cache")
+    assert corpus.vocab_size == 260
+    assert corpus.tokenizer.startswith("words.json@")
+
+
+@given(
+    st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), max_size=4)
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_bytes_of_a_document_are_those_of_its_tokens(words, documents):
+    tokenizer = open_tokenizer(words)
+    for document in documents:
+        tokens, sizes = tokenizer.encode_checked(document.encode())
+        assert tokens == tokenizer.encode(document.encode())
+        assert len(tokens) == len(sizes)
+        assert sum(sizes) == len(document.encode()) + 1
+        assert min(sizes) > 0  # a character of four bytes is four tokens, each of them one
+        single = tokenizer.encode_checked(("x" + document).encode())[1]
+        assert single[0] == 1
+
+
+def test_bytes_that_a_tokenizer_leaves_out_count_with_the_token_after_them():
+    spans = [(0, 3), (5, 7), (7, 8), (7, 8), (7, 8), (9, 9)]
+    assert bytes_by_token("one  tw€oé", spans) == [3, 4, 1, 1, 1, 1, 3]
+
+
+def lossy(library, kind: str):
+    """Tokenisers that do not give back what they were given."""
+    if kind == "unknown words":
+        model = library.models.WordLevel({"alpha": 0, "?": 1}, unk_token="?")
+        tokenizer = library.Tokenizer(model)
+        tokenizer.pre_tokenizer = library.pre_tokenizers.Whitespace()
+        return tokenizer
+    alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = library.Tokenizer(library.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    if kind == "no decoder":
+        tokenizer.decoder = library.decoders.Fuse()
+    elif kind == "a space before":
+        tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    else:
+        tokenizer.normalizer = getattr(library.normalizers, kind)()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "given_text"),
+    [
+        ("unknown words", "alpha beta"),
+        ("no decoder", "alpha beta"),
+        ("a space before", "alpha beta"),
+        ("Lowercase", "Alpha"),
+        ("NFC", "e\u0301"),
+        ("NFKC", "\ufb01"),
+        ("Strip", " alpha"),
+        ("StripAccents", "e\u0301"),
+    ],
+)
+def test_a_tokenizer_that_loses_text_is_refused_by_document_and_place(
+    split, tmp_path, library_of_tokenizers, kind, given_text
+):
+    lossy(library_of_tokenizers, kind).save(str(tmp_path / "lossy.json"))
+    write(split / "valid", late=f"{given_text}")
+    for kept in (split / "train", split / "test"):  # these come back
+        for file in kept.iterdir():
+            file.unlink()
+        write(kept, fine=f"alpha{' alpha' * (kept.name == 'test')}")
+    for file in (split / "valid").glob("[ot]*.txt"):
+        file.unlink()
+    where = "train/fine" if kind == "a space before" else "valid/late"
+    match = rf"lossy\.json: text must come back .* at character \d.*lossless.*in {where}\.txt"
+    spec = text(split, tokenizer=str(tmp_path / "lossy.json"))
+    refused(spec, match, tmp_path / "cache", early=False)
 
 
 def test_another_tokenizer_has_other_tokens_and_another_fingerprint(flat, tmp_path, words):
     one = open_corpus(text(flat), tmp_path / "cache")
     other = open_corpus(text(flat, tokenizer=words), tmp_path / "cache")
+    assert other.summary["train"]["bytes"] == one.summary["train"]["bytes"]
+    assert other.summary["train"]["tokens"] < one.summary["train"]["tokens"]
     assert one.fingerprint != other.fingerprint
     assert open_corpus(text(flat), tmp_path / "cache").fingerprint == one.fingerprint
 

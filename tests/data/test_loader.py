@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zoo.data import store as store_module
-from zoo.data.loader import evaluation_text, train_loader, valid_batch
+from zoo.data.loader import evaluation_bytes, evaluation_text, train_loader, valid_batch
 from zoo.data.order import stream_restarts, window_starts
 from zoo.data.passkey import Passkeys
 from zoo.data.store import TokenStore, write_store
@@ -26,7 +26,8 @@ def make_store(folder, lengths: list[int]) -> TokenStore:
         f"{i}".encode(): (int(end - n), int(end))
         for i, (n, end) in enumerate(zip(lengths, ends, strict=True))
     }
-    write_store(folder / "test", spans, lambda document: array("I", range(*spans[document])))
+    named = [(name.decode(), name) for name in spans]
+    write_store(folder / "test", named, lambda document: array("I", range(*spans[document])))
     return TokenStore.open(folder / "test")
 
 
@@ -84,7 +85,7 @@ def test_workers_change_nothing_and_hash_nothing(store, monkeypatch):
     def forbidden(files):
         raise AssertionError("a worker hashed the store")
 
-    monkeypatch.setattr(store_module, "_digest_of", forbidden)  # inherited by forked workers
+    monkeypatch.setattr(store_module, "_digests_of", forbidden)  # inherited by forked workers
     assert same(batches(store, workers=2), alone)
 
 
@@ -182,6 +183,20 @@ def test_whole_evaluation_never_crosses_a_document(tmp_path_factory, lengths, un
     spread_without_overlap(found)
     owner = np.searchsorted(store.offsets, found, side="right")
     assert (owner == owner[:, :1]).all()
+
+
+@pytest.mark.parametrize("how", ["whole", "joined"])
+def test_the_bytes_of_evaluated_text_are_those_of_its_tokens(tmp_path, how):
+    tokens = array("H", range(90))
+    sizes = array("H", [(7 * i) % 5 for i in range(90)])
+    cuts = {"a": slice(0, 30), "b": slice(30, 90)}
+    encode = {name.encode(): (tokens[cut], sizes[cut]) for name, cut in cuts.items()}
+    named = [(name, name.encode()) for name in cuts]
+    write_store(tmp_path / "test", named, encode.__getitem__)
+    store = TokenStore.open(tmp_path / "test")
+    text, found = (read(store, 11, 4, how) for read in (evaluation_text, evaluation_bytes))
+    assert found.shape == text.shape
+    np.testing.assert_array_equal(found, np.array(sizes)[text])
 
 
 def test_whole_evaluation_is_spread_over_the_documents(tmp_path):

@@ -15,11 +15,13 @@ from zoo.data import store as store_module
 from zoo.data.store import StoreError, TokenStore, open_or_build, write_store
 from zoo.errors import UserError
 
-DOCUMENTS = [b"one", b"two and two", b"three" * 100]
+DOCUMENTS = [("1", b"one"), ("2", b"two and two"), ("3", b"three" * 100)]
 
 
-def encode(document: bytes) -> array:
-    return array("B", document + b"\0")
+def encode(document: bytes) -> tuple[array, array]:
+    """A token for each byte, which stands for two where it is a `t`."""
+    sizes = [1 + (byte == ord("t")) for byte in document]
+    return array("B", document + b"\0"), array("H", [*sizes, 1])
 
 
 def build(folder: Path) -> None:
@@ -38,20 +40,23 @@ def forbidden(folder: Path) -> None:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     opened(tmp_path / "corpus")
-    store_module._digest.cache_clear()  # as a new process
+    store_module._digests.cache_clear()  # as a new process
     return tmp_path / "corpus"
 
 
 @given(st.lists(st.binary(max_size=20), min_size=1), st.sampled_from("BHI"))
 def test_documents_come_back_as_written(tmp_path_factory, documents, code):
     folder = tmp_path_factory.mktemp("store") / "split"
-    write_store(folder, documents, lambda d: array(code, [*d, 0]))
+    names = [f"{number}.txt" for number in range(len(documents))]
+    write_store(folder, zip(names, documents, strict=True), lambda d: array(code, [*d, 0]))
     store = TokenStore.open(folder)
     pieces = [store.tokens[a:b] for a, b in zip(store.offsets, store.offsets[1:], strict=False)]
     assert [piece.tolist() for piece in pieces] == [[*document, 0] for document in documents]
     assert store.tokens.dtype == np.dtype(code)
     assert len(store) == store.offsets[-1]
     assert store.bytes_per_token == 1.0
+    assert store.bytes_of(0, len(store)).tolist() == [1] * len(store)
+    assert store.documents == names
 
 
 def test_tokens_cannot_be_written(folder):
@@ -78,10 +83,12 @@ def alter(file: Path) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("file", ["tokens.bin", "offsets.npy", "meta.json"])
+@pytest.mark.parametrize(
+    "file", ["tokens.bin", "offsets.npy", "bytes.bin", "documents.json", "meta.json"]
+)
 @pytest.mark.parametrize("damage", [shorten, alter, Path.unlink])
 def test_damage_is_told_and_mended(folder, file, damage):
-    if file == "meta.json" and damage is not Path.unlink:
+    if file == "meta.json" and damage is shorten:
         (folder / "a" / file).write_text("{")
     else:
         damage(folder / "a" / file)
@@ -98,6 +105,34 @@ def test_truncation_is_told_without_a_hash(folder):
     shorten(folder / "a" / "tokens.bin")
     with pytest.raises(StoreError, match="is truncated"):
         TokenStore.open(folder / "a", verify=False)
+
+
+@pytest.mark.parametrize("field", ["source_bytes", "tokens", "dtype", "tokenizer", "source"])
+def test_an_altered_figure_beside_the_tokens_is_told(folder, field):
+    meta = folder / "a" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {field: 7}))
+    with pytest.raises(StoreError, match="was altered"):
+        TokenStore.open(folder / "a")
+
+
+@pytest.mark.parametrize("text", ["[]", "7", '"a"', "null", "{}", "[" * 100_000, "\0", "\udcff"])
+def test_a_record_of_another_kind_is_told(folder, text):
+    (folder / "a" / "meta.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(StoreError, match="is damaged"):
+        TokenStore.open(folder / "a")
+
+
+def test_the_bytes_behind_tokens_are_those_of_any_stretch(folder):
+    store, _ = opened(folder)
+    assert store.bytes_of(0, 4).tolist() == [1, 1, 1, 1]
+    assert store.bytes_of(4, 16).sum() == len("two and two") + 2 + 1  # two t's, and the end
+    assert store.bytes_of(0, 1).dtype == np.int64
+    assert store.bytes_of(5, 5).tolist() == []
+
+
+def test_the_bytes_behind_tokens_do_not_change_what_text_it_is(folder, tmp_path):
+    write_store(tmp_path / "plain", DOCUMENTS, lambda document: encode(document)[0])
+    assert TokenStore.open(tmp_path / "plain").sha256 == opened(folder)[0].sha256
 
 
 def test_another_format_is_refused(folder):
@@ -170,15 +205,15 @@ def test_two_processes_at_once_build_once(tmp_path):
 def test_a_process_hashes_a_store_once(folder):
     opened(folder)
     opened(folder)
-    assert store_module._digest.cache_info().misses == 2  # stores a and b
+    assert store_module._digests.cache_info().misses == 2  # stores a and b
 
 
 def test_a_worker_maps_the_same_file_without_hashing(folder):
     store, _ = opened(folder)
     sent = pickle.dumps(store)
-    store_module._digest.cache_clear()
+    store_module._digests.cache_clear()
     received = pickle.loads(sent)
-    assert store_module._digest.cache_info().misses == 0
+    assert store_module._digests.cache_info().misses == 0
     assert len(sent) < 500
     assert isinstance(received.tokens, np.memmap)
     np.testing.assert_array_equal(received.tokens, store.tokens)
@@ -186,7 +221,7 @@ def test_a_worker_maps_the_same_file_without_hashing(folder):
 
 def test_a_worker_refuses_a_store_replaced_meanwhile(folder):
     sent = pickle.dumps(opened(folder)[0])
-    other = [*DOCUMENTS, b"more"]
+    other = [*DOCUMENTS, ("4", b"more")]
     opened(folder, lambda f: [write_store(f / n, other, encode, source="t") for n in "ab"], "t")
     with pytest.raises(StoreError, match="replaced while in use"):
         pickle.loads(sent)

@@ -100,7 +100,8 @@ class BothSides(Remembers):
 def text_store(tokens: np.ndarray, documents: int = 1, bytes_per_token: int = 1) -> TokenStore:
     offsets = np.linspace(0, len(tokens), documents + 1).astype(np.int64)
     meta = {"source_bytes": bytes_per_token * len(tokens)}
-    return TokenStore(Path("nowhere/test"), tokens.astype(np.uint8), offsets, "sha", meta)
+    sizes = np.full(len(tokens), bytes_per_token, np.uint16)
+    return TokenStore(Path("nowhere/test"), tokens.astype(np.uint8), offsets, "sha", meta, sizes)
 
 
 def random_text(count: int, seed: int = 0) -> np.ndarray:

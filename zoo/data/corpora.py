@@ -38,6 +38,18 @@ class Corpus:
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     @property
+    def summary(self) -> dict[str, dict[str, int]]:
+        """Documents, tokens and bytes of each split."""
+        return {
+            split: {
+                "documents": len(store.offsets) - 1,
+                "tokens": len(store),
+                "bytes": store.source_bytes,
+            }
+            for split, store in zip(SPLITS, (self.train, self.valid, self.test), strict=True)
+        }
+
+    @property
     def passkeys(self) -> Passkeys | None:
         """What a training window may hold besides the text."""
         return Passkeys(self.passkey, self.encode) if self.passkey else None
@@ -82,7 +94,7 @@ def _build(folder: Path, source: Source, tokenizer: Tokenizer) -> None:
         write_store(
             folder / split,
             documents,
-            tokenizer.encode,
+            tokenizer.encode_checked,
             tokenizer=tokenizer.name,
             vocab_size=tokenizer.vocab_size,
             source=source.fingerprint,

@@ -139,9 +139,21 @@ def evaluation_text(
     "whole": each lies within one document; "joined": documents are read one after another, as in
     training. Raises UserError where no document ("whole") or the split ("joined") is long enough.
     """
+    return _windows(store, _evaluation_starts(store, unit, count, documents), unit)
+
+
+def evaluation_bytes(
+    store: TokenStore, unit: int, count: int, documents: str = "whole"
+) -> np.ndarray:
+    """int64 (n, unit + 1): the bytes of text that each token of `evaluation_text` stands for."""
+    starts = _evaluation_starts(store, unit, count, documents)
+    return np.stack([store.bytes_of(start, start + unit + 1) for start in starts])
+
+
+def _evaluation_starts(store: TokenStore, unit: int, count: int, documents: str) -> np.ndarray:
     choose("documents", documents, ("whole", "joined"))
     if documents == "joined":
-        return _windows(store, _spread(store, unit + 1, count), unit)
+        return _spread(store, unit + 1, count)
     lengths = np.diff(store.offsets)
     if lengths.max() < unit + 1:
         raise UserError(
@@ -153,7 +165,7 @@ def evaluation_text(
     within = np.arange(fit.sum()) - np.repeat(np.cumsum(fit) - fit, fit)
     starts = np.repeat(store.offsets[:-1], fit) + within * (unit + 1)
     n = min(count, len(starts))
-    return _windows(store, starts[(2 * np.arange(n) + 1) * len(starts) // (2 * n)], unit)
+    return starts[(2 * np.arange(n) + 1) * len(starts) // (2 * n)]
 
 
 def _spread(store: TokenStore, size: int, count: int) -> np.ndarray:

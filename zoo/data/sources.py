@@ -39,11 +39,15 @@ PG19 = "emozilla/pg19"  # parquet; the original deepmind/pg19 is a script that n
 PATIENCE = 2.0  # seconds for the hub to answer
 
 
+# (name, text): the file relative to the corpus's folder, and its bytes, UTF-8 without NUL.
+Documents = Iterable[tuple[str, bytes]]
+
+
 class Source(NamedTuple):
     """A corpus before tokens: what tells that it changed, and its documents when asked for."""
 
     fingerprint: str
-    documents: Callable[[], dict[str, Iterable[bytes]]]  # by split; UTF-8 without NUL
+    documents: Callable[[], dict[str, "Documents"]]  # by split
 
 
 def check_source(spec: Spec) -> None:
@@ -125,10 +129,10 @@ def _stdlib_files(root: Path) -> list[Path]:
     return files
 
 
-def _stdlib_documents(root: Path, files: list[Path]) -> dict[str, Iterable[bytes]]:
+def _stdlib_documents(root: Path, files: list[Path]) -> dict[str, Documents]:
     sources = [path for path in files if _fault(_read(path)) is None]  # some test other encodings
     splits = split_files(root, _distinct(sources).values(), STDLIB_HELD_OUT)
-    return {split: map(_checked, paths) for split, paths in splits.items()}
+    return {split: _named(root, paths) for split, paths in splits.items()}
 
 
 def _text_root(spec: Spec) -> Path:
@@ -158,7 +162,7 @@ def _text_files(root: Path) -> dict[str, list[Path]]:
     return groups
 
 
-def _text_documents(root: Path, groups: dict[str, list[Path]]) -> dict[str, Iterable[bytes]]:
+def _text_documents(root: Path, groups: dict[str, list[Path]]) -> dict[str, Documents]:
     distinct = {split: _distinct(files) for split, files in groups.items()}
     for split, files in distinct.items():
         if not files:
@@ -173,7 +177,11 @@ def _text_documents(root: Path, groups: dict[str, list[Path]]) -> dict[str, Iter
                     "text; a document may stand in one split only"
                 )
         splits = {split: list(files.values()) for split, files in distinct.items()}
-    return {split: map(_checked, paths) for split, paths in splits.items()}
+    return {split: _named(root, paths) for split, paths in splits.items()}
+
+
+def _named(root: Path, files: Iterable[Path]) -> Documents:
+    return ((path.relative_to(root).as_posix(), _checked(path)) for path in files)
 
 
 def _enough(root: Path, files: Iterable[Path]) -> list[Path]:
@@ -186,19 +194,19 @@ def _enough(root: Path, files: Iterable[Path]) -> list[Path]:
     return found
 
 
-def _pg19_documents(count: int | None) -> dict[str, Iterable[bytes]]:
+def _pg19_documents(count: int | None) -> dict[str, Documents]:
     _require_pg19()
     names = {"train": "train", "valid": "validation", "test": "test"}
     return {split: _pg19_stream(names[split], count) for split in SPLITS}
 
 
-def _pg19_stream(split: str, count: int | None) -> Iterator[bytes]:
+def _pg19_stream(split: str, count: int | None) -> Iterator[tuple[str, bytes]]:
     try:
         books = importlib.import_module("datasets").load_dataset(PG19, split=split, streaming=True)
-        for book in itertools.islice(books, count):
+        for number, book in enumerate(itertools.islice(books, count)):
             document = book["text"].encode()
             if document and _fault(document) is None:
-                yield document
+                yield f"{split}/{number} {book.get('short_book_title', '')}".rstrip(), document
     except Exception as error:  # of the library, its file systems or the network
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"data=pg19: reading {PG19} ({split}) failed: {reason}") from error

@@ -1,8 +1,16 @@
 """Token store: one split's tokens in a file that is mapped, never loaded, and never half-written.
 
-A folder of `tokens.bin` (the tokens, documents one after another), `offsets.npy` (where each
-document starts, and the end) and `meta.json`. Stores are built next to their place and renamed, so
-that what stands there is whole; a truncated or altered one is told by size and by hash when opened.
+A folder of
+
+    tokens.bin       the tokens, documents one after another
+    offsets.npy      where each document starts, and the end
+    bytes.bin        how many bytes of text each token stands for; absent where that is one each
+    documents.json   the name of each document: its file, relative to the corpus's folder
+    meta.json        sizes and hashes of the others, and a hash of itself
+
+Stores are built next to their place and renamed, so that what stands there is whole; a truncated or
+altered one is told by size and by hash when opened. What makes a text this text and no other is the
+hash of the first two files alone.
 """
 
 import fcntl
@@ -22,7 +30,8 @@ import numpy as np
 
 from zoo.errors import UserError
 
-FORMAT = 1  # stores of another format are built again
+FORMAT = 2  # stores of another format are built again
+Encoded = array | tuple[array, array]  # tokens, or tokens and the bytes each stands for
 
 
 class StoreError(UserError):
@@ -41,6 +50,7 @@ class TokenStore:
     offsets: np.ndarray  # int64
     sha256: str  # over both files
     meta: dict[str, Any]
+    sizes: np.ndarray | None = None  # (n,) uint16, bytes of text by token; None: one each
 
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> "TokenStore":
@@ -48,24 +58,31 @@ class TokenStore:
 
         Sizes are always checked; the hash once per process, and not at all without `verify`.
         """
-        files = folder / "tokens.bin", folder / "offsets.npy"
+        altered = f"token store {folder} was altered: its hash is not the recorded"
         try:
-            meta = json.loads((folder / "meta.json").read_text())
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             if meta["format"] != FORMAT:
                 raise StoreError(f"token store {folder} has format {meta['format']}, not {FORMAT}")
-            if [file.stat().st_size for file in files] != meta["sizes"]:
+            if meta.pop("record") != _record_hash(meta):
+                raise StoreError(altered)
+            files = [folder / name for name in meta["sizes"]]
+            if [file.stat().st_size for file in files] != list(meta["sizes"].values()):
                 raise StoreError(f"token store {folder} is truncated")
-            if verify and _digest_of(files) != meta["sha256"]:
-                raise StoreError(f"token store {folder} was altered: its hash is not the recorded")
+            if verify and _digests_of(files) != (meta["sha256"], meta["whole"]):
+                raise StoreError(altered)
             tokens = np.memmap(files[0], dtype=np.dtype(meta["dtype"]), mode="r")
             offsets = np.load(files[1], allow_pickle=False)
+            sizes = folder / "bytes.bin"
+            sizes = np.memmap(sizes, dtype=np.uint16, mode="r") if sizes in files else None
         except FileNotFoundError as error:
             raise StoreError(f"no token store in {folder}") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, StoreError):
-                raise
+        except StoreError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise StoreError(f"token store {folder} is damaged: {error}") from error
-        return cls(folder, tokens, offsets, meta["sha256"], meta)
+        except RecursionError as error:
+            raise StoreError(f"token store {folder} is damaged: meta.json is too deep") from error
+        return cls(folder, tokens, offsets, meta["sha256"], meta, sizes)
 
     def __len__(self) -> int:
         """Tokens, those that end documents included."""
@@ -81,6 +98,21 @@ class TokenStore:
         """Bytes of text behind the tokens, one more per document for its end."""
         return self.meta["source_bytes"]
 
+    def bytes_of(self, start: int, stop: int) -> np.ndarray:
+        """int64 (stop - start,): the bytes of text that each of tokens[start:stop] stands for.
+
+        A document's tokens together stand for its bytes and one more, the end's. Of a character
+        that several tokens share each counts its part.
+        """
+        if self.sizes is None:
+            return np.ones(len(self.tokens[start:stop]), np.int64)
+        return self.sizes[start:stop].astype(np.int64)
+
+    @property
+    def documents(self) -> list[str]:
+        """The documents' names, in their order: files relative to the corpus's folder."""
+        return json.loads((self.folder / "documents.json").read_text(encoding="utf-8"))
+
     @property
     def bytes_per_token(self) -> float:
         """Measured on this store; exactly 1 where tokens are bytes."""
@@ -93,39 +125,61 @@ class TokenStore:
 
 def write_store(
     folder: Path,
-    documents: Iterable[bytes],
-    encode: Callable[[bytes], array],
+    documents: Iterable[tuple[str, bytes]],
+    encode: Callable[[bytes], Encoded],
     **meta: object,
 ) -> None:
-    """Write the store of `documents` into a new folder; `meta` is kept beside it.
+    """Write the store of `documents`, (name, text) each, into a new folder; `meta` is kept with it.
 
-    Raises UserError where there is no document.
+    `encode` gives a document's tokens, and how many bytes each stands for unless that is one each;
+    these sum to the document's length and 1, for its end. Raises UserError where there is no
+    document, and where `encode` raises ValueError: the line names the document.
     """
     folder.mkdir(parents=True)
-    offsets, source_bytes, dtype = [0], 0, np.dtype(np.uint8)
-    files = folder / "tokens.bin", folder / "offsets.npy"
-    with files[0].open("wb") as file:
-        for document in documents:
-            tokens = encode(document)
+    offsets, names, source_bytes, dtype = [0], [], 0, np.dtype(np.uint8)
+    tokens_bin, bytes_bin = folder / "tokens.bin", folder / "bytes.bin"
+    with tokens_bin.open("wb") as file, bytes_bin.open("wb") as sizes_file:
+        for name, document in documents:
+            try:
+                encoded = encode(document)
+            except ValueError as error:
+                raise UserError(f"{error} (in {name}, {folder.name} split)") from error
+            tokens, sizes = encoded if isinstance(encoded, tuple) else (encoded, None)
             dtype = np.dtype(tokens.typecode)
             tokens.tofile(file)
+            if sizes is not None:
+                sizes.tofile(sizes_file)
+            names.append(name)
             offsets.append(offsets[-1] + len(tokens))
             source_bytes += len(document) + 1
-    if len(offsets) == 1:
+    if not names:
         raise UserError(f"the {folder.name} split has no document")
+    files = [tokens_bin, folder / "offsets.npy", bytes_bin, folder / "documents.json"]
+    if not bytes_bin.stat().st_size:
+        bytes_bin.unlink()
+        files.remove(bytes_bin)
     np.save(files[1], np.array(offsets, dtype=np.int64), allow_pickle=False)
+    files[-1].write_text(json.dumps(names) + "\n", encoding="utf-8")
+    sha256, whole = _digests_of(files)
     record = {
         "format": FORMAT,
         "dtype": dtype.str,
-        "documents": len(offsets) - 1,
+        "documents": len(names),
         "tokens": offsets[-1],
         "source_bytes": source_bytes,
         "bytes_per_token": source_bytes / offsets[-1],
-        "sizes": [file.stat().st_size for file in files],
-        "sha256": _digest_of(files),
+        "sizes": {file.name: file.stat().st_size for file in files},
+        "sha256": sha256,
+        "whole": whole,
         **meta,
     }
-    (folder / "meta.json").write_text(json.dumps(record, indent=2) + "\n")
+    record["record"] = _record_hash(record)
+    (folder / "meta.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _record_hash(record: dict[str, Any]) -> str:
+    """Of meta.json itself, so that an altered figure in it is told like an altered token."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def open_or_build(
@@ -185,20 +239,22 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _digest_of(files: Iterable[Path]) -> str:
+def _digests_of(files: Iterable[Path]) -> tuple[str, str]:
+    """sha256 over the first two files, and over all of them."""
     stats = [(file, file.stat()) for file in files]
-    return _digest(tuple((file, s.st_ino, s.st_size, s.st_mtime_ns) for file, s in stats))
+    return _digests(tuple((file, s.st_ino, s.st_size, s.st_mtime_ns) for file, s in stats))
 
 
 @functools.lru_cache(maxsize=64)
-def _digest(files: tuple[tuple[Path, int, int, int], ...]) -> str:
+def _digests(files: tuple[tuple[Path, int, int, int], ...]) -> tuple[str, str]:
     """Over the contents of `files`; the rest of the key tells that they are as they were."""
-    digest = hashlib.sha256()
+    digest, after = hashlib.sha256(), []
     for path, *_ in files:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    return digest.hexdigest()
+        after.append(digest.hexdigest())
+    return after[1], after[-1]
 
 
 def _reopen(folder: Path, sha256: str) -> TokenStore:

@@ -3,8 +3,9 @@
 import hashlib
 import importlib
 import importlib.util
+import itertools
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +17,16 @@ Encode = Callable[[bytes], array]
 
 
 class Tokenizer(NamedTuple):
-    """`encode` maps one document's UTF-8 bytes to its tokens, the end-of-document token last."""
+    """`encode` maps one document's UTF-8 bytes to its tokens, the end-of-document token last.
+
+    `encode_checked` gives them with how many bytes each stands for (None: one each), and raises
+    ValueError where the document does not come back from them as it was.
+    """
 
     name: str  # "bytes", or the file's name and the hash of its contents
     vocab_size: int
     encode: Encode  # to unsigned 1, 2 or 4 byte integers
+    encode_checked: Callable[[bytes], array | tuple[array, array]]
 
 
 def open_tokenizer(choice: str) -> Tokenizer:
@@ -31,7 +37,7 @@ def open_tokenizer(choice: str) -> Tokenizer:
     and where the file is no tokeniser.
     """
     if choice == BYTES:
-        return Tokenizer(BYTES, 256, encode_bytes)
+        return Tokenizer(BYTES, 256, encode_bytes, encode_bytes)
     name = identify_tokenizer(choice)
     try:
         model = importlib.import_module("tokenizers").Tokenizer.from_file(choice)
@@ -45,7 +51,53 @@ def open_tokenizer(choice: str) -> Tokenizer:
     def encode(document: bytes) -> array:
         return array(code, [*model.encode(document.decode(), add_special_tokens=False).ids, end])
 
-    return Tokenizer(name, end + 1, encode)
+    def encode_checked(document: bytes) -> tuple[array, array]:
+        text = document.decode()
+        encoding = model.encode(text, add_special_tokens=False)
+        returned = model.decode(encoding.ids, skip_special_tokens=False)
+        if returned != text:
+            raise ValueError(f"data.tokenizer={choice}: {_first_change(text, returned)}")
+        sizes = bytes_by_token(text, encoding.offsets)
+        return array(code, [*encoding.ids, end]), array("H", sizes)
+
+    return Tokenizer(name, end + 1, encode, encode_checked)
+
+
+def bytes_by_token(text: str, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """How many of the text's UTF-8 bytes each token stands for, and the end: the rest and one more.
+
+    `spans` are the tokens' (start, stop) in characters. Bytes that no span covers count with the
+    token after them; those of a span that several tokens share, as where a character is cut into
+    its bytes, are shared out among them.
+    """
+    widths = (1 + (c > "\x7f") + (c > "\u07ff") + (c > "\uffff") for c in text)
+    to_byte = [*itertools.accumulate(widths, initial=0)]
+    sizes, covered, start = [], 0, 0
+    while start < len(spans):
+        stop = start + 1
+        while stop < len(spans) and spans[stop] == spans[start]:
+            stop += 1
+        reached = max(covered, to_byte[spans[start][1]])
+        each, more = divmod(reached - covered, stop - start)
+        sizes += [each + (i < more) for i in range(stop - start)]
+        covered, start = reached, stop
+    sizes.append(to_byte[-1] - covered + 1)
+    if max(sizes) >= 2**16:
+        raise ValueError(f"a token stands for {max(sizes):,} bytes: at most 65,535 are supported")
+    return sizes
+
+
+def _first_change(text: str, returned: str) -> str:
+    """Where a text first differs from what a tokeniser made of it."""
+    same = next(
+        (i for i, pair in enumerate(zip(text, returned, strict=False)) if pair[0] != pair[1]),
+        min(len(text), len(returned)),
+    )
+    given, came = text[same : same + 12], returned[same : same + 12]
+    return (
+        f"text must come back from its tokens as it was, but {given!r} at character {same:,} "
+        f"became {came!r}. Use a lossless tokenizer (byte-level BPE, say) or data.tokenizer={BYTES}"
+    )
 
 
 def encode_bytes(document: bytes) -> array:
