@@ -22,7 +22,7 @@ LAYERS = [
     {"build", "convert"},
     {"callbacks", "learner", "extend"},
     {"tasks"},
-    {"doctor", "train", "eval", "__main__"},
+    {"doctor", "patterns", "train", "eval", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 COLUMNS = {"data", "report"}  # know nothing of the rest but `errors`
