@@ -248,18 +248,6 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine(tiny):
     assert factor(110) == pytest.approx(0.1)
 
 
-def test_weight_decay_spares_vectors_and_what_an_architecture_exempts(tiny):
-    model = tiny("mamba")
-    module = learner.Learner(model=model, optim=train_config().optim, max_steps=1, seq_len=8)
-    (optimizer,), _ = module.configure_optimizers()
-    decayed, kept = (group["params"] for group in optimizer.param_groups)
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert len(decayed) + len(kept) == len(names)
-    assert all(p.ndim >= 2 for p in decayed)
-    spared = {names[id(p)].rpartition(".")[2] for p in kept if p.ndim >= 2}
-    assert spared == {"A_log"}
-
-
 def test_windows_that_carry_their_state_read_as_one_long_window(tiny):
     """Two windows with state passing see what one window of twice the length sees."""
     model = tiny("hybrid")

@@ -1,7 +1,5 @@
 """RWKV-4 is its equations, and the implementation in transformers."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -52,27 +50,6 @@ def test_channel_mixing_is_the_papers():
     k = mixer.k_proj(blend(x, mixer.mix_k))
     wanted = torch.sigmoid(r) * mixer.v_proj(k.clamp(min=0) ** 2)
     torch.testing.assert_close(mixer(x), wanted)
-
-
-def test_the_initial_values_are_the_published_functions_of_the_layer():
-    width, layers = 8, 4
-    for layer in range(layers):
-        mixer, channel = (
-            kind(width=width, layer=layer, layers=layers) for kind in (RWKV4, ChannelMixing)
-        )
-        deep, shallow = layer / 3, 1 - layer / 4
-        for h in range(width):
-            wanted = {
-                "decay": -5 + 8 * (h / 7) ** (0.7 + 1.3 * deep),
-                "bonus": math.log(0.3) + 0.5 * [0, 1, -1][h % 3],
-                "mix_k": (h / 8) ** shallow,
-                "mix_v": (h / 8) ** shallow + 0.3 * deep,
-                "mix_r": (h / 8) ** (shallow / 2),
-            }
-            for name, value in wanted.items():
-                assert getattr(mixer, name)[h].item() == pytest.approx(value, abs=1e-6), name
-            assert channel.mix_k[h].item() == pytest.approx((h / 8) ** shallow, abs=1e-6)
-            assert channel.mix_r[h].item() == pytest.approx((h / 8) ** shallow, abs=1e-6)
 
 
 def time_mixing(theirs: nn.Module) -> dict[str, Tensor]:

@@ -64,23 +64,6 @@ def test_the_present_is_read_by_its_bonus_and_not_by_its_decay():
     torch.testing.assert_close(mixer(x), changed(x))
 
 
-def test_the_initial_values_are_the_authors_functions_of_the_layer():
-    width, layers = 8, 4
-    for layer in range(layers):
-        mixer = RWKV6(width=width, heads=2, layer=layer, layers=layers)
-        deep, shallow = layer / 3, 1 - layer / 4
-        for h in range(width):
-            share = (h / 8) ** shallow
-            wanted = [1 - share, 1 - share, 1 - share - 0.3 * deep]  # w, k, v, then r, g
-            wanted += [1 - (h / 8) ** (shallow / 2)] * 2
-            assert mixer.mix[:, h].tolist() == pytest.approx(wanted, abs=1e-6)
-            assert mixer.mix_x[h].item() == pytest.approx(1 - share, abs=1e-6)
-            decay = -6 + 5 * (h / 7) ** (0.7 + 1.3 * deep)
-            assert mixer.decay[h].item() == pytest.approx(decay, abs=1e-6)
-            bonus = deep * (1 - h / 7) + 0.1 * [0, 1, -1][h % 3]
-            assert mixer.bonus.flatten()[h].item() == pytest.approx(bonus, abs=1e-6)
-
-
 @pytest.mark.parametrize(("width", "mix", "decay"), [(64, 8, 16), (128, 16, 32), (768, 32, 64)])
 def test_low_ranks_are_the_published_ones_where_the_width_bears_them(width, mix, decay):
     with torch.device("meta"):
