@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import inspect
 import os
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 from building import ARCHITECTURES, train_config
@@ -37,6 +39,23 @@ def built(name: str, *options: str):
     torch.manual_seed(0)
     config = train_config(f"model={name}", "size=tiny", "seq_len=256", *options)
     return build_model(config, vocab_size=32)[0]
+
+
+@pytest.fixture
+def in_pytorch(monkeypatch) -> Callable[[str], ModuleType]:
+    """in_pytorch(path) -> a module of transformers whose functions are its own, in PyTorch.
+
+    Where fla, mamba_ssm or causal_conv1d can be imported, transformers calls their GPU kernels in
+    its functions' place, on a CPU too. Skips where transformers is not installed.
+    """
+
+    def imported(path: str) -> ModuleType:
+        module = pytest.importorskip(path)
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            monkeypatch.setattr(module, name, inspect.unwrap(function))
+        return module
+
+    return imported
 
 
 @pytest.fixture(params=ARCHITECTURES)

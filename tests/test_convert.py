@@ -34,8 +34,9 @@ def test_llama_weights_give_llamas_logits():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits.double(), rtol=0, atol=1e-5)
 
 
-def test_mamba_weights_give_mambas_logits():
+def test_mamba_weights_give_mambas_logits(in_pytorch):
     transformers = pytest.importorskip("transformers")
+    in_pytorch("transformers.models.mamba.modeling_mamba")
     config = transformers.MambaConfig(
         vocab_size=50, hidden_size=32, state_size=16, num_hidden_layers=3, layer_norm_epsilon=1e-5,
         use_mambapy=False,
@@ -51,8 +52,9 @@ def test_mamba_weights_give_mambas_logits():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits.double(), rtol=0, atol=1e-5)
 
 
-def test_mamba2_weights_give_mamba2s_logits():
+def test_mamba2_weights_give_mamba2s_logits(in_pytorch):
     transformers = pytest.importorskip("transformers")
+    in_pytorch("transformers.models.mamba2.modeling_mamba2")
     config = transformers.Mamba2Config(
         vocab_size=50, hidden_size=32, state_size=16, num_hidden_layers=3, layer_norm_epsilon=1e-5,
         num_heads=4, head_dim=16, n_groups=1, chunk_size=8, tie_word_embeddings=True,

@@ -1,5 +1,8 @@
 """Gated DeltaNet is its paper's layer, token by token, and the public one."""
 
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,8 +50,22 @@ def test_the_layer_is_the_paper_token_by_token(mixer):
     torch.testing.assert_close(mixer(x), wanted, rtol=1e-10, atol=1e-11)
 
 
-def test_a_public_layer_with_the_same_weights_agrees(mixer):
-    public = pytest.importorskip("transformers.models.olmo_hybrid.modeling_olmo_hybrid")
+@pytest.fixture(params=["as it is here", "with fla"])
+def public(request, monkeypatch, in_pytorch):
+    """transformers' module of the layer; its kernels by fla, where that is there, need a GPU."""
+    path = "transformers.models.olmo_hybrid.modeling_olmo_hybrid"
+    if request.param == "with fla":
+        fla = types.ModuleType("fla.ops.gated_delta_rule")
+        fla.chunk_gated_delta_rule = lambda *_, **__: pytest.fail("a GPU kernel is called")
+        for name in ("fla", "fla.ops", "fla.ops.gated_delta_rule"):
+            monkeypatch.setitem(sys.modules, name, fla)
+        fla.ops = fla.gated_delta_rule = fla
+        pytest.importorskip(path)
+        monkeypatch.delitem(sys.modules, path)  # it looks for fla while it is imported
+    return in_pytorch(path)
+
+
+def test_a_public_layer_with_the_same_weights_agrees(mixer, public):
     config = public.OlmoHybridConfig(
         hidden_size=WIDTH,
         num_hidden_layers=2,

@@ -316,8 +316,8 @@ def test_the_triangular_systems_are_counted():
     assert counts[torch.ops.aten.linalg_solve_triangular] == systems * CHUNK * CHUNK * columns
 
 
-def test_a_public_recurrence_with_a_decay_per_head_agrees():
-    public = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+def test_a_public_recurrence_with_a_decay_per_head_agrees(in_pytorch):
+    public = in_pytorch("transformers.models.qwen3_next.modeling_qwen3_next")
     args = {name: x.detach().float() for name, x in rule_arguments(75, "head").items()}
     q, k, v, g, beta = (args[name] for name in ("q", "k", "v", "log_decay", "beta"))
     wanted = public.torch_recurrent_gated_delta_rule(
