@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from building import train_config
+from torch.utils._pytree import tree_leaves
 
 from zoo import learner
 from zoo.backbone import Backbone
@@ -248,11 +249,16 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine(tiny):
     assert factor(110) == pytest.approx(0.1)
 
 
-def test_windows_that_carry_their_state_read_as_one_long_window(tiny):
-    """Two windows with state passing see what one window of twice the length sees."""
-    model = tiny("hybrid")
-    tokens = torch.randint(32, (2, 65))
+def test_windows_that_carry_their_state_read_as_one_long_window(architecture, tiny):
+    """Two windows with state passing see what one of twice the length sees, and learn apart."""
+    model = tiny(architecture)
+    tokens = torch.randint(32, (2, 129))
     whole = model.loss(tokens)
-    first, state = model.loss(tokens[:, :33], model.empty_state(2))
-    second = model.loss(tokens[:, 32:], model.carry(state, 64))[0]
+    first, state = model.loss(tokens[:, :65], model.empty_state(2))
+    carried = model.carry(state, 128)
+    leaves = [leaf for leaf in tree_leaves(carried) if isinstance(leaf, torch.Tensor)]
+    assert not any(leaf.requires_grad for leaf in leaves)
+    second = model.loss(tokens[:, 64:], carried)[0]
     torch.testing.assert_close((first + second) / 2, whole, rtol=1e-10, atol=1e-12)
+    alone = model.loss(tokens[:, 64:])
+    assert abs(second - alone) > 1e-6, "what it carries changes nothing"
