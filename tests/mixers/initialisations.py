@@ -248,6 +248,18 @@ def hawk(m, _, layers: int) -> Laws:
     return found | {"decay": Through(open_gate_decay, Uniform(0.9, 0.999))}
 
 
+@states("zoo.mixers.lstm.LSTM")
+def lstm(m, _, layers: int) -> Laws:
+    """torch's nn.LSTM; forget gates open at first, bias 1 (Jozefowicz 2015, section 5.1)."""
+    width = m.lstm.hidden_size
+    bias = torch.zeros(4, width)
+    bias[1] = 1.0  # gates in the order i, f, g, o
+    found: Laws = {"lstm.bias_ih_l0": Exactly(bias.flatten()), "lstm.bias_hh_l0": Exactly(0.0)}
+    for name in ("lstm.weight_ih_l0", "lstm.weight_hh_l0"):
+        found[name] = Uniform(-(width**-0.5), width**-0.5)
+    return found | fan_in(m, "o_proj", gain=branch(layers))
+
+
 @states("zoo.mixers.mamba.Mamba")
 def mamba(m, _, layers: int) -> Laws:
     """Gu & Dao 2023, section 3.6 and their program: S4D-real A = -(1 .. N), D = 1."""

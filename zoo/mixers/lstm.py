@@ -1,0 +1,55 @@
+"""LSTM, the nonlinear recurrence that every linear one is a departure from (Hochreiter 1997; the
+forget gate: Gers 2000). The control of the synthetic tasks: it tracks states that no linear
+recurrence with positive decays can, and reads one token after another.
+
+    i, f, o     sigmoid of W x_t + R h_{t-1} + b, the input, forget and output gates
+    g           tanh of the same with weights of its own
+    c_t         f * c_{t-1} + i * g
+    h_t         o * tanh(c_t)
+    y           W_o h_t
+
+Weights start at U(+-1/sqrt(width)), PyTorch's own, and forget gates open, with a bias of 1
+(Jozefowicz 2015, section 5.1). The state is h and c, in float32; autocast leaves the recurrence
+alone, whose products with itself would drift.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from zoo.mixers.base import Mixer, linear, residual_gain
+
+FORGET_BIAS = 1.0
+
+
+class LSTMState(NamedTuple):
+    h: Float[Tensor, "b d"]
+    c: Float[Tensor, "b d"]
+
+
+class LSTM(Mixer):
+    """One layer of `torch.nn.LSTM`, as wide as the model, and an output projection."""
+
+    def __init__(self, *, width: int, layer: int = 0, layers: int = 1) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+        with torch.no_grad():
+            self.lstm.bias_hh_l0.zero_()  # PyTorch adds two biases: the other is enough
+            self.lstm.bias_ih_l0.zero_()
+            self.lstm.bias_ih_l0[width : 2 * width] = FORGET_BIAS  # gates in the order i, f, g, o
+        self.o_proj = linear(width, width, gain=residual_gain(layers))
+
+    def forward(self, x: Float[Tensor, "b t d"], state: LSTMState | None = None):
+        before = state or self.empty_state(len(x))
+        with torch.autocast(x.device.type, enabled=False):
+            u = x.to(self.lstm.weight_ih_l0.dtype)
+            y, (h, c) = self.lstm(u, (before.h[None].contiguous(), before.c[None].contiguous()))
+        y = self.o_proj(y.to(x.dtype))
+        return y if state is None else (y, LSTMState(h[0], c[0]))
+
+    def empty_state(self, batch: int) -> LSTMState:
+        weight = self.lstm.weight_hh_l0
+        zeros = weight.new_zeros((batch, weight.shape[1]))
+        return LSTMState(zeros, zeros)
