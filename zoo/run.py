@@ -33,15 +33,11 @@ from zoo.config import TrainConfig, identity, plain, run_name, validate
 from zoo.errors import UserError
 from zoo.files import Metrics, append_line, cannot_write, one_line, write_text
 from zoo.files import replacing as replacing  # part of what a run folder offers
+from zoo.measurement import replaces
 from zoo.options import ROOT, within
 
 log = logging.getLogger("zoo")
 
-# The fields that say what a row measured; the others say what came out.
-ROW_IDENTITY = (
-    *("task", "protocol", "phase", "length", "split", "extension_settings"),
-    *("fingerprint", "device", "dtype"),
-)
 # What a run that goes on may change; all else makes it another run.
 RESUMABLE = ("trainer.max_steps", "trainer.devices", "logger", "workers", "threads")
 
@@ -240,17 +236,24 @@ class RunFolder:
         append_line(self.path / "results.jsonl", json.dumps(dict(row)))
 
     def rows(self) -> list[dict[str, Any]]:
-        """The measurements; of several with the same `ROW_IDENTITY` the last."""
+        """The measurements; of several that answer one question, and of several checkpoints'
+        rows those of the last."""
         file = self.path / "results.jsonl"
-        latest: dict[tuple[Any, ...], dict[str, Any]] = {}
+        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        weights = None
         for number, line in enumerate(file.read_text().splitlines() if file.exists() else (), 1):
             try:
                 row = json.loads(line)
             except ValueError:
                 log.warning("%s: line %d was not written whole and is left out", file, number)
                 continue
-            latest[tuple(row.get(field) for field in ROW_IDENTITY)] = row
-        return list(latest.values())
+            same = groups.setdefault(
+                tuple(map(row.get, ("task", "protocol", "phase", "length"))), []
+            )
+            same[:] = [other for other in same if not replaces(row, other)] + [row]
+            weights = row.get("train_steps")
+        rows = [row for same in groups.values() for row in same]
+        return [row for row in rows if row.get("train_steps") == weights]
 
     def metrics(self, columns: Sequence[str], *, step: int = 0) -> Metrics:
         """The writer of metrics.csv for a run that continues after `step`."""

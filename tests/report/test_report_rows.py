@@ -7,6 +7,7 @@ import pytest
 from synthetic import experiment, identity, score_row
 
 from zoo.report.rows import gather, interval
+from zoo.report.text import as_text
 
 
 def cell(rows, label="mamba", length=512):
@@ -147,6 +148,113 @@ def test_a_run_without_rows_keeps_its_place_with_the_reason():
     cells = results.cells("perplexity", "bits_per_byte")
     assert results.arms == ["mamba", "rwkv"]
     assert cells["rwkv"][512].reason == "failed: loss is nan at step 7"
+
+
+YARN = {"arm": "transformer + yarn x8", "extension": "yarn", "extension_factor": 8.0}
+
+
+def read_with(name: str, seed: int = 0, **options):
+    """A row of a transformer read under an extension of those settings."""
+    row = score_row("transformer", 512, 2.0, seed=seed)
+    return row | YARN | {"extension_settings": name, "extension_options": options}
+
+
+def test_two_settings_of_one_extension_are_two_arms_and_say_what_differs():
+    rows = [
+        read_with("yarn-1", **{"factor": 8.0, "scaling.beta_fast": 32.0, "reach.window": None}),
+        read_with("yarn-2", **{"factor": 8.0, "scaling.beta_fast": 16.0, "reach.window": 64}),
+    ]
+    first, second = (f"{YARN['arm']} · beta_fast {b} · window {w}" for b, w in PAIRS)
+    assert gather(rows, []).arms == [first, second]
+    mixed = [rows[0], rows[1] | {"seed": 1}]
+    assert gather(mixed, []).arms == [first, second]
+
+
+PAIRS = (("32", "default"), ("16", "64"))
+
+
+def test_settings_known_by_their_hash_alone_are_still_two_arms():
+    rows = [read_with("yarn-1", seed=0), read_with("yarn-2", seed=1)]
+    assert gather(rows, []).arms == [f"{YARN['arm']} · settings yarn-{i}" for i in (1, 2)]
+
+
+def test_one_setting_measured_with_two_seeds_is_one_arm():
+    rows = [read_with("yarn-1", seed=seed, factor=8.0) for seed in (0, 1)]
+    assert gather(rows, []).arms == [YARN["arm"]]
+
+
+def trained_with(seed: int, **settings):
+    run = f"mamba-{seed}-{settings}"
+    return score_row("mamba", 512, 2.0, seed=seed, run=run), {"run": run, "settings": settings}
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("optim.weight_decay", "weight_decay"),
+        ("model.blocks.0.mixer.state_size", "state_size"),
+        ("base.optim.betas", "betas"),
+        ("batch_size", "batch_size"),
+    ],
+)
+def test_any_other_option_of_training_makes_another_arm(name, word):
+    pairs = [trained_with(0, **{name: 1}), trained_with(1, **{name: 2})]
+    rows, runs = zip(*pairs, strict=True)
+    assert gather(rows, runs).arms == [f"mamba · {word} 1", f"mamba · {word} 2"]
+    rows, runs = zip(trained_with(0, **{name: 1}), trained_with(1, **{name: 1}), strict=True)
+    assert gather(rows, runs).arms == ["mamba"]
+
+
+def test_many_differences_are_told_by_a_hash():
+    pairs = [trained_with(i, **{f"optim.o{k}": i for k in range(9)}) for i in (0, 1)]
+    one, two = gather(*zip(*pairs, strict=True)).arms
+    assert one != two
+    assert one.startswith("mamba · 9 options ")
+
+
+def test_settings_of_one_last_name_are_told_apart_by_the_whole():
+    pairs = [trained_with(i, **{"a.x": i, "b.x": i}) for i in (0, 1)]
+    assert gather(*zip(*pairs, strict=True)).arms[0] == "mamba · a.x 0 · b.x 0"
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("passkey", "candidates"),
+        ("passkey", "depths"),
+        ("passkey", "key_seed"),
+        ("perplexity", "stride"),
+        ("perplexity", "unit"),
+        ("perplexity", "documents"),
+        ("stream", "chunk"),
+        ("newest", "difficulty"),
+    ],
+)
+def test_answers_to_different_questions_are_never_averaged(task, name):
+    def asked(value, seed):
+        row = score_row("mamba", 512, 2.0, seed=seed, task=task, accuracy=0.5) | {name: value}
+        return row | ({"question": ["length", name]} if task == "newest" else {})
+
+    one, two = gather([asked(3, 0), asked(5, 1)], []).arms
+    assert (one, two) == (f"mamba · {name} 3", f"mamba · {name} 5")
+    assert gather([asked(3, 0), asked(3, 1)], []).arms == ["mamba"]
+
+
+def test_a_shorter_length_of_another_question_does_not_split_an_arm():
+    rows = [score_row("mamba", n, 2.0, windows=1024 // n) for n in (512, 1024)]
+    assert gather(rows, []).arms == ["mamba"]
+
+
+def test_what_was_asked_for_is_told_from_what_stands_beside_it():
+    rows = [score_row("mamba", 512, 2.0), score_row("transformer", 512, 2.0, requested=False)]
+    results = gather(rows, [])
+    assert [results.requested(label) for label in results.arms] == [True, False]
+    assert "mamba *" in as_text(results)
+    assert "transformer *" not in as_text(results)
+    assert "* asked for now" in as_text(results)
+    alone = gather(rows[:1], [])
+    assert not alone.requested("mamba")
+    assert "*" not in as_text(alone)
 
 
 def test_a_stopped_run_says_how_far_it_came():

@@ -4,11 +4,13 @@ import io
 import json
 
 import pytest
+import torch
 from fakes import Remembers, random_text, text_corpus, text_store
 
 import zoo.tasks
 from zoo.config import compose
 from zoo.errors import UserError
+from zoo.measurement import question
 from zoo.run import RunFolder
 from zoo.tasks import evaluate
 from zoo.tasks.progress import Progress
@@ -29,7 +31,7 @@ IDENTITY = {
     *("threads", "status", "reason", "seconds", "time"),
 }
 SMALL = ["run=any", "task=perplexity", "report=null"]
-SMALL += ["task.perplexity.lengths=[32,64]", "task.perplexity.units=4"]
+PERPLEXITY = ["task.perplexity.lengths=[32,64]", "task.perplexity.units=4"]
 
 
 @pytest.fixture
@@ -57,7 +59,9 @@ def run_folder(path, *words: str, **info) -> RunFolder:
 def run_eval(folders, *words: str, fresh: bool = False) -> tuple[int, str, list[dict]]:
     """The exit code, what was said, and all rows of the folders."""
     mirrored = f"runs={folders[0].path.parent}"
-    options = {word.split("=")[0]: word for word in (*SMALL, mirrored, *words)}
+    alone = any(word in ("task=passkey", "task=stream") for word in words)
+    small = SMALL if alone else SMALL + PERPLEXITY
+    options = {word.split("=")[0]: word for word in (*small, mirrored, *words)}
     said: list[str] = []
     config = compose("eval", list(options.values()))
     code = evaluate(config, folders, say=said.append, progress=Progress(), fresh=fresh)
@@ -217,6 +221,87 @@ def test_the_report_has_the_same_questions_under_every_extension_asked_before(
     assert arms("extension=pi", "extension.factor=2", "task.perplexity.units=2") == [
         ("transformer + pi x2", 2)
     ]
+
+
+def test_two_settings_of_one_extension_are_reported_as_two_arms(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo.tasks, "extend", lambda model, *_: model)
+    folder = run_folder(tmp_path / "a")
+    yarn = ["extension=yarn", "extension.factor=8"]
+    run_eval([folder], *yarn)
+    _, said, _ = run_eval([folder], *yarn, "extension.scaling.beta_fast=16")
+    assert "transformer + yarn x8 · beta_fast 16 *" in said
+    assert "transformer + yarn x8 · beta_fast 32  " in said
+    _, said, _ = run_eval([folder], "extension=dca", "extension.scaling=ntk", "extension.factor=4")
+    assert "transformer + dca over ntk x4 *" in said
+
+
+def test_a_run_trained_otherwise_is_no_seed_of_the_same_arm(model, tmp_path):
+    folders = [
+        run_folder(tmp_path / "a", "seed=0"),
+        run_folder(tmp_path / "b", "seed=1", "optim.weight_decay=0.2"),
+        run_folder(tmp_path / "c", "seed=2", "valid_every=7", "save_every=9"),
+    ]
+    _, said, _ = run_eval(folders)
+    assert "transformer · weight_decay 0.1" in said
+    assert "transformer · weight_decay 0.2" in said
+    assert "valid_every" not in said
+
+
+def test_runs_tuned_from_seeds_of_one_base_are_one_arm(model, tmp_path):
+    tuned = []
+    for seed in (0, 1):
+        base = run_folder(tmp_path / f"base{seed}", f"seed={seed}")
+        words = [f"seed={seed}", f"finetune={base}", "extension=pi", "extension.factor=2"]
+        tuned.append(run_folder(tmp_path / f"tuned{seed}", *words))
+    other = run_folder(tmp_path / "base2", "seed=2", "optim.lr=0.1")
+    words = ["seed=2", f"finetune={other}", "extension=pi", "extension.factor=2"]
+    tuned.append(run_folder(tmp_path / "tuned2", *words))
+    _, said, _ = run_eval(tuned[:2])
+    assert "transformer tuned with pi x2  " in said
+    assert "·" not in said
+    _, said, _ = run_eval(tuned)
+    assert "transformer tuned with pi x2 · lr 0.1" in said
+
+
+def test_answers_under_other_settings_of_a_task_are_kept_and_reused(model, tmp_path):
+    folder = run_folder(tmp_path / "a")
+    settings = [["task.passkey.candidates=3"], ["task.passkey.candidates=5"], []]
+    settings += [["task.passkey.depths=2"], ["task.passkey.repeats=3"], ["task.passkey.seed=1"]]
+    asked = ["task=passkey", "task.passkey.lengths=[128]", "task.passkey.repeats=2"]
+    generator = torch.Generator().manual_seed(1)
+    model.logits = torch.nn.Parameter(torch.randn(97, 256, generator=generator).double())
+
+    def said() -> list[str]:
+        every = [dict(w.split("=") for w in (*asked, *words)) for words in settings]
+        return [run_eval([folder], *("=".join(w) for w in own.items()))[1] for own in every]
+
+    first = said()
+    read = model.read
+    again = said()
+    assert model.read == read
+    assert again == first
+    rows = [row for row in folder.rows() if row["status"] == "ok"]
+    assert sorted({row["candidates"] for row in rows}) == [3, 5, 10]
+    for row in folder.rows():
+        if row["status"] == "ok":
+            assert row["question"], row
+
+
+def test_every_task_says_which_of_a_rows_fields_are_its_question(model, tmp_path):
+    """What a row records and what older rows are read by is the same."""
+    folder = run_folder(tmp_path / "a")
+    words = ["task=extrapolation", "task.speed.lengths=[16]"]
+    words += ["task.perplexity.protocols=[half_tail,blocks,stride_tail,window_mean]"]
+    run_eval([folder], *words)
+    run_eval([folder], "task=stream", "task.stream.tokens=100")
+    rows = folder.rows()
+    assert {row["task"] for row in rows} == {"perplexity", "speed", "stream"}
+    for row in rows:
+        before = {name: value for name, value in row.items() if name != "question"}
+        assert {k for k, v in question(before).items() if v is not None} == {
+            "task",
+            *row["question"],
+        }
 
 
 def test_the_report_takes_the_rows(model, tmp_path):

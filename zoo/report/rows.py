@@ -1,17 +1,22 @@
 """Rows to numbers: which arms there are, what was measured on each, and how sure it is.
 
-An arm is what one line of a figure or table shows: one way to build and train a model, over all of
-its seeds. Rows that share an arm's name but not its training (rate, size, budget, data, ...) are
-never averaged: the name is lengthened by what differs.
+An arm is what one line of a figure or table shows: one way to build, train and read a model, over
+all of its seeds. Rows are averaged over seeds of one and the same question only: those that share
+an arm's name but not its training (rate, size, budget, data, any other option), its extension's
+settings or what was asked get longer names, by every setting that differs.
 """
 
 import functools
+import hashlib
 import itertools
+import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
+
+from zoo.measurement import question
 
 Row = dict[str, Any]
 
@@ -25,8 +30,10 @@ TRAINING = {
     **{"train_tokens": "train tokens", "lr": "lr", "match": "match", "state_passing": "states"},
     **{"fingerprint": "data", "tokenizer": "tokenizer", "parameters": "parameters"},
 }
-# What tells apart repeated measurements of one arm with one seed: they are not two seeds.
-REPEATS = {"run": "run", "device": "on", "dtype": "in", "threads": "threads"}
+# What a run's weights were read by and in.
+READ = {"device": "on", "dtype": "in", "threads": "threads"}
+WORDS = 4  # settings that a label names; of more, a hash
+LONG = 24  # characters of a value that a label shows; of more, a hash
 
 # Rows that agree in these were scored on the same tokens.
 SAME_TEXT = ("fingerprint", "split", "documents", "unit", "units", "count")
@@ -71,6 +78,11 @@ class Results:
     def by_arm(self) -> dict[str, list[Row]]:
         """label -> its rows."""
         return {label: self.where(label=label) for label in self.arms}
+
+    def requested(self, label: str) -> bool:
+        """Whether an arm was asked for now, where others stand beside it that were not."""
+        beside = any(row.get("requested") is False for row in self.rows)
+        return beside and any(row.get("requested", True) for row in self.by_arm[label])
 
     def where(self, **equal: Any) -> list[Row]:
         """The rows whose fields have these values."""
@@ -233,10 +245,7 @@ def gather(rows: Iterable[Mapping[str, Any]], runs: Iterable[Mapping[str, Any]])
         value = row.get(HEADLINE.get(str(row.get("task")), ""), 0.0)
         if row["status"] == "ok" and not finite(value):
             row |= {"status": "failed", "reason": f"the result is {value}, not a number"}
-    for field, word in TRAINING.items():
-        _split(records, field, word)
-    for field, word in REPEATS.items():
-        _split(_repeated(records), field, word)
+    _lengthen(records, runs)
     arms = list(dict.fromkeys(row["label"] for row in records))
     plain = [
         row["label"]
@@ -263,19 +272,83 @@ def _run_row(run: Row) -> Row:
     return run | about | {"status": "failed" if failed else "unfinished", "reason": reason}
 
 
-def _split(rows: Sequence[Row], field: str, word: str) -> None:
-    """Lengthen the labels under which `field` has several values by "word value"."""
-    values = defaultdict(set)
+def _lengthen(rows: Sequence[Row], runs: Sequence[Row]) -> None:
+    """Tell apart by their labels the rows that are not one arm's, setting by setting."""
+    trained = {run.get("run"): run.get("settings") or {} for run in runs}
+    for field, word in (*TRAINING.items(), *READ.items()):
+        _split(rows, functools.partial(_named, field=field, word=word))
+    _split(rows, lambda row: trained.get(row.get("run"), {}))
+    _split(rows, lambda row: row.get("extension_options") or {})
+    _split(rows, functools.partial(_named, field="extension_settings", word="settings"))
+    _split_questions(rows)
+    _split(_repeated(rows), lambda row: {"run": row.get("run")})
+
+
+def _named(row: Row, field: str, word: str) -> Row:
+    """A row's value in that field under the word for it, or nothing."""
+    return {} if missing(row.get(field)) else {word: row[field]}
+
+
+def _split(rows: Iterable[Row], settings: Callable[[Row], Mapping[str, Any]]) -> None:
+    """Lengthen the labels under which settings have several values by their names and values."""
+    for same in _grouped(rows, lambda row: row["label"]):
+        told = [settings(row) for row in same]
+        names = _differing([own for own in told if own])
+        for row, own in zip(same, told, strict=True):
+            if own:  # a row that says nothing of them, as of a run that broke, stays as it is
+                row["label"] += _words(names, own)
+
+
+def _split_questions(rows: Iterable[Row]) -> None:
+    """Lengthen the labels whose rows at one length were asked different questions."""
+    shown = ("task", "protocol", "phase")
+    for same in _grouped(rows, lambda row: (row["label"], *map(row.get, shown))):
+        names: dict[str, None] = {}
+        for asked in _grouped(same, lambda row: row.get("length")):
+            answers = [question(row) for row in asked if row["status"] == "ok"]
+            names |= dict.fromkeys(_differing(answers))
+        for row in same:
+            row["label"] += _words([*names], row)
+
+
+def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[list[Row]]:
+    groups: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
-        if not missing(row.get(field)):
-            values[row["label"]].add(str(row[field]))
-    for row in rows:
-        if len(values[row["label"]]) > 1 and not missing(row.get(field)):
-            value = row[field]
-            short = str(value)[:8] if field == "fingerprint" else value
-            row["label"] += (
-                f" · {word} {short:,}" if isinstance(short, int) else f" · {word} {short}"
-            )
+        groups[key(row)].append(row)
+    return [*groups.values()]
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of those that do not have the same value everywhere; a missing one is None."""
+    names = dict.fromkeys(name for own in settings for name in own)
+    return [name for name in names if len({_text(own.get(name)) for own in settings}) > 1]
+
+
+def _words(names: Sequence[str], settings: Mapping[str, Any]) -> str:
+    """ " · name value" for each, or for many a hash of all; names without what precedes the dot."""
+    if len(names) > WORDS:
+        told = json.dumps([settings.get(name) for name in names], sort_keys=True, default=str)
+        return f" · {len(names)} options {hashlib.sha256(told.encode()).hexdigest()[:6]}"
+    short = [name.rpartition(".")[2] for name in names]
+    words = ""
+    for name, last in zip(names, short, strict=True):
+        value = settings.get(name)
+        words += f" · {last if short.count(last) == 1 else name} {_text(value)}"
+    return words
+
+
+def _text(value: Any) -> str:
+    """A value as a label has it: thousands apart, long ones cut, 64 hexadecimal digits to 8."""
+    if missing(value):
+        return "default"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = text.removesuffix(".0") if isinstance(value, float) else text
+    if len(text) == 64 and not set(text) - set("0123456789abcdef"):
+        return text[:8]
+    cut = hashlib.sha256(text.encode()).hexdigest()[:6]
+    return text if len(text) <= LONG else f"{text[: LONG - 8]}..{cut}"
 
 
 def _repeated(rows: Sequence[Row]) -> list[Row]:

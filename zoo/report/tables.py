@@ -170,7 +170,7 @@ def grid(
     table = Table(caption, [("arm", ""), *head])
     first = {length: winner(cells, length, best) if best else None for length in lengths}
     for label, mine in cells.items():
-        row = [Td(label)]
+        row = [Td(label, "asked for now" if results.requested(label) else "")]
         for reason, group in groupby(mine, key=lambda length: mine[length].reason):
             same = list(group)
             if reason:

@@ -18,11 +18,16 @@ from zoo.report.tables import (
     times,
 )
 
+MARK = " *"  # after the label of an arm that was asked for, among others
+
 
 def as_text(results: Results) -> str:
     """The tables for a terminal: scores by length, what was found, long texts, and the claims."""
     tables = [*(found(results, answer) for answer in ANSWERS), streams(results)]
-    said = [*_scores_as_text(results), *map(_table_as_text, tables), _claims_as_text(results)]
+    shown = [_table_as_text(results, table) for table in tables]
+    said = [*_scores_as_text(results), *shown, _claims_as_text(results)]
+    if any(map(results.requested, results.arms)) and any(said):
+        said.append(f"{MARK.strip()} asked for now; the others stand beside it as measured before")
     return "\n\n".join(text for text in said if text) or "no score measured yet"
 
 
@@ -56,7 +61,8 @@ def _scores_as_text(results: Results) -> list[str]:
         return "unknown" if own is None else f"{own}{own.ends}"
 
     lines = [[*heads[0], "effective"], [*heads[1], "context"]]
-    lines += [[label, *map(shown, mine.values()), known(label)] for label, mine in cells.items()]
+    for label, mine in cells.items():
+        lines.append([_marked(results, label), *map(shown, mine.values()), known(label)])
     title = f"bits per byte by test length, lower is better ({PROTOCOLS[protocol].lower()})"
     notes = [f"({i}) {why}" for i, why in enumerate(reasons, 1)]
     if widest := max(cell.half for cell in every):
@@ -66,7 +72,9 @@ def _scores_as_text(results: Results) -> list[str]:
     if protocol in SAME_TOKENS:
         more = {"change against the training length": results.changes(protocol)} | more
     for title, signs in more.items():
-        lines = [[label, *map(_signed, mine.values())] for label, mine in signs.items()]
+        lines = [
+            [_marked(results, label), *map(_signed, mine.values())] for label, mine in signs.items()
+        ]
         if lines:
             said.append("\n".join([f"{title} (with 95% interval)", *_aligned([*heads, *lines])]))
     return said
@@ -78,10 +86,16 @@ def _signed(cell: Cell) -> str:
     return signed(cell.value) + (f" {PLUS_MINUS}{score(cell.half)}" if cell.half else "")
 
 
-def _table_as_text(table: Table | None) -> str:
+def _marked(results: Results, label: str) -> str:
+    return label + MARK * (label in results.by_arm and results.requested(label))
+
+
+def _table_as_text(results: Results, table: Table | None) -> str:
     if table is None:
         return ""
-    lines = [[head for head, _ in table.head], *([cell.text for cell in row] for row in table.rows)]
+    lines = [[head for head, _ in table.head]]
+    for arm, *cells in table.rows:
+        lines.append([_marked(results, arm.text), *(cell.text for cell in cells)])
     width = max(map(len, lines))
     return "\n".join(
         [table.caption, *_aligned([line + [""] * (width - len(line)) for line in lines])]

@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from zoo.config import plain
+from zoo.config import extensions, identity, plain
 from zoo.data.corpora import open_corpus
 from zoo.errors import UserError
 from zoo.extend import extend
 from zoo.learner import device_name, load, pick_device
+from zoo.measurement import agrees
+from zoo.options import flat, within
 from zoo.report import write_report
 from zoo.report.rows import gather
 from zoo.report.text import as_text
@@ -27,7 +30,11 @@ from zoo.schema import EvalConfig, Extension
 from zoo.tasks.progress import Progress
 from zoo.tasks.score import AUTOCAST, NotApplicableError, Row, Subject, attempt, told
 
-EXTENDED = ("arm", "extension", "extension_factor", "extension_settings")  # what tells them apart
+LABELS = ("arm", "extension_options")  # in words what `extension_settings` identifies
+UNSHAPED = (  # options that leave a run's weights as they are; the text is known by its fingerprint
+    *("data.path", "data.cache", "valid_every", "valid_windows", "save_every"),
+)
+EXTENDED = (*LABELS, "extension", "extension_factor", "extension_settings")
 
 
 def evaluate(
@@ -54,7 +61,7 @@ def evaluate(
         progress.run = folder.name
         extension = _found(config.extension, folder)
         about = _identity(extension, folder, device)
-        runs.append(about | folder.info)
+        runs.append(about | folder.info | {"settings": _trained_settings(folder)})
         settled = config.model_copy(update={"extension": extension})
         asked: list[Row] = []
         found = list(_measure_run(settled, folder, about, device, progress, fresh, asked))
@@ -96,34 +103,41 @@ def _measure_run(
         return
     for task, part in config.task.items():
         named, reused = about | {"task": task}, []
-        known = [] if fresh else [row for row in folder.rows() if _holds(row, named)]
+        # The label may have been another then: it does not say what was measured.
+        same = {name: value for name, value in named.items() if name not in LABELS}
+        known = [] if fresh else [row for row in folder.rows() if agrees(row, same)]
+        keys: list[Row] = []
 
-        def measured(key: Row, known=known, reused=reused, task=task) -> bool:
-            asked.append({"task": task} | key)
-            same = [row for row in known if row["status"] == "ok" and _holds(row, key)]
-            reused.extend(same[-1:])
+        def measured(key: Row, known=known, reused=reused, keys=keys, named=named) -> bool:
+            keys.append(key)
+            same = [row for row in known if row["status"] == "ok" and agrees(row, key)]
+            reused.extend(row | named | {"question": sorted(key)} for row in same[-1:])
             return bool(same)
 
         try:
             for found in part.load()(replace(opened.value, measured=measured)):
                 now = datetime.now(UTC).isoformat(timespec="seconds")
-                row = named | found | {"time": now}
+                key = next((key for key in keys if agrees(found, key)), None)
+                row = named | found | {"question": key and sorted(key), "time": now}
                 folder.append_row(row)
                 yield row
         except UserError:
             raise  # the settings': no other run would do better
         except Exception as error:
             yield named | told(error)
+        asked.extend({"task": task} | key for key in keys)
         yield from reused
 
 
 def _under_others(folder: RunFolder, about: Row, asked: Sequence[Row]) -> Iterator[Row]:
     """The last answers to the same questions by the same weights under other extensions."""
     alike = {name: value for name, value in about.items() if name not in EXTENDED}
-    rows = [row for row in folder.rows() if row["status"] == "ok" and _holds(row, alike)]
+    rows = [row for row in folder.rows() if row["status"] == "ok" and agrees(row, alike)]
     for key in asked:
-        same = {row["extension_settings"]: row for row in rows if _holds(row, key)}
-        yield from (row for name, row in same.items() if name != about["extension_settings"])
+        same = {row["extension_settings"]: row for row in rows if agrees(row, key)}
+        for name, row in same.items():
+            if name != about["extension_settings"]:
+                yield row | {"requested": False}
 
 
 def _not_done(info: Row) -> Row:
@@ -187,6 +201,7 @@ def _identity(extension: Extension, folder: RunFolder, device: torch.device) -> 
         "extension": extension.name,
         "extension_factor": extension.factor,
         "extension_settings": _settings(extension),
+        "extension_options": flat(plain(extension)),
         "parameters": info.get("parameters"),
         "flops_per_token": info.get("flops_per_token"),
         "train_length": trained.seq_len,
@@ -206,7 +221,33 @@ def _identity(extension: Extension, folder: RunFolder, device: torch.device) -> 
 
 
 def _label(extension: Extension) -> str:
-    return extension.name + (f" x{extension.factor:g}" if extension.factor > 1 else "")
+    """Its name, under a remap that of the scaling beneath, and the factor."""
+    name = extension.name
+    if extension.scaling and extension.reach:
+        targets = {
+            tree["scaling"]["_target_"]: other
+            for other, tree in extensions().items()
+            if isinstance(tree["scaling"], dict) and not tree["reach"] and not tree.get("positions")
+        }
+        name += f" over {targets.get(extension.scaling.target, extension.scaling.target)}"
+    return name + (f" x{extension.factor:g}" if extension.factor > 1 else "")
+
+
+def _trained_settings(folder: RunFolder) -> dict[str, Any]:
+    """Every option that shaped a run's weights but the seed: equal for runs that are its seeds.
+
+    A fine-tuned run has its base's beside its own, in place of where the base lies.
+    """
+    config, base = folder.config, {}
+    every = flat(identity(config))
+    settings = {k: v for k, v in every.items() if not within(k, ("seed", *UNSHAPED))}
+    if config.finetune and Path(config.finetune).is_dir():
+        try:
+            base = _trained_settings(RunFolder.open(config.finetune))
+        except UserError:  # damaged since
+            return settings
+        del settings["finetune"]
+    return settings | {f"base.{name}": value for name, value in base.items()}
 
 
 def _settings(extension: Extension) -> str:
@@ -215,8 +256,3 @@ def _settings(extension: Extension) -> str:
         return "none"
     told = json.dumps(plain(extension), sort_keys=True)
     return f"{extension.name}-{hashlib.sha256(told.encode()).hexdigest()[:6]}"
-
-
-def _holds(row: Row, part: Row) -> bool:
-    """Whether the row has these fields, as JSON would have written them."""
-    return all(row.get(name) == json.loads(json.dumps(value)) for name, value in part.items())

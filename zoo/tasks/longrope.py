@@ -65,9 +65,11 @@ def measure(
         raise UserError(f"longrope: {error}") from error
     corpus = subject.corpus
     text = evaluation_text(corpus.valid, problem.length, texts, corpus.eval_documents)
-    key = {"split": "valid", "length": problem.length, "units": len(text), "searched": generations}
     settings = {"texts": len(text), "times": times, "magnitude": problem.magnitude, **sizes}
-    settings |= {"most": most, "weights": _fingerprint(subject)}
+    settings |= {"most": most}
+    key = {"split": "valid", "length": problem.length, "units": len(text), "searched": generations}
+    key |= settings
+    settings |= {"weights": _fingerprint(subject)}
     file = subject.folder / found_file(times)
     if _resume(search, file, settings) or not subject.measured(key):
         outcome = attempt(lambda: _search(subject, search, problem, text, generations, chunk, file))
