@@ -8,10 +8,10 @@ from zoo.mixers.deltanet import DeltaNet
 WIDTH, HEADS, TOKENS = 16, 2, 43
 
 
-@pytest.fixture
-def mixer() -> DeltaNet:
+@pytest.fixture(params=[False, True], ids=["beta to 1", "beta to 2"])
+def mixer(request) -> DeltaNet:
     torch.manual_seed(0)
-    return DeltaNet(width=WIDTH, heads=HEADS).double()
+    return DeltaNet(width=WIDTH, heads=HEADS, negative_eigenvalues=request.param).double()
 
 
 def by_hand(mixer: DeltaNet, x: torch.Tensor) -> torch.Tensor:
@@ -26,7 +26,7 @@ def by_hand(mixer: DeltaNet, x: torch.Tensor) -> torch.Tensor:
         u = u / (1 + torch.exp(-u))
         q, k, v = (part.view(HEADS, head) for part in u.split(WIDTH))
         q, k = (part / part.square().sum(-1, keepdim=True).sqrt() for part in (q, k))
-        beta = 1 / (1 + torch.exp(-(mixer.beta_proj.weight @ x[t])))
+        beta = mixer.largest_beta / (1 + torch.exp(-(mixer.beta_proj.weight @ x[t])))
         outs = []
         for h in range(HEADS):
             old = S[h] @ k[h]
@@ -44,6 +44,21 @@ def test_the_layer_is_the_paper_token_by_token(mixer):
     x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
     wanted = torch.stack([by_hand(mixer, row) for row in x])
     torch.testing.assert_close(mixer(x), wanted, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize(("negative", "after_two"), [(True, 1.0), (False, 0.0)])
+def test_with_negative_eigenvalues_a_key_flips_what_it_held_and_back(negative, after_two):
+    """The transition along a key is 1 - beta: -1 at most with beta up to 2, 0 with beta up to 1."""
+    from zoo.ops.delta_rule import delta_rule
+
+    largest = DeltaNet(width=WIDTH, heads=1, negative_eigenvalues=negative).largest_beta
+    key = torch.zeros(1, 3, 1, 4, dtype=torch.float64)
+    key[..., 0] = 1.0
+    start = torch.ones(1, 1, 4, 4, dtype=torch.float64)
+    beta = torch.full((1, 3, 1), largest, dtype=torch.float64)
+    y, _ = delta_rule(key, key, torch.zeros_like(key), beta, state=start)
+    held = y[0, :, 0, 0].tolist()
+    assert held == [1 - largest, after_two, after_two * (1 - largest)]
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

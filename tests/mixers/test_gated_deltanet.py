@@ -29,7 +29,7 @@ def by_hand(mixer: GatedDeltaNet, x: torch.Tensor) -> torch.Tensor:
     for t in range(len(x)):
         u = sum(projected[t - i] * mixer.conv_weight[:, 3 - i] for i in range(min(4, t + 1)))
         q, k, v = F.silu(u).split([HEADS * KEY, HEADS * KEY, HEADS * VALUE])
-        beta = torch.sigmoid(mixer.beta_proj.weight @ x[t])
+        beta = mixer.largest_beta * torch.sigmoid(mixer.beta_proj.weight @ x[t])
         step = torch.log1p(torch.exp(mixer.a_proj.weight @ x[t] + mixer.dt_bias))
         alpha = torch.exp(-torch.exp(mixer.A_log) * step)
         gate, outs = F.silu(mixer.gate_proj.weight @ x[t]).view(HEADS, VALUE), []
@@ -44,7 +44,11 @@ def by_hand(mixer: GatedDeltaNet, x: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def test_the_layer_is_the_paper_token_by_token(mixer):
+@pytest.mark.parametrize("negative", [False, True])
+def test_the_layer_is_the_paper_token_by_token(mixer, negative):
+    fresh = GatedDeltaNet(width=WIDTH, heads=HEADS, negative_eigenvalues=negative)
+    mixer.largest_beta = fresh.largest_beta
+    assert mixer.largest_beta == (2.0 if negative else 1.0)
     x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
     wanted = torch.stack([by_hand(mixer, row) for row in x])
     torch.testing.assert_close(mixer(x), wanted, rtol=1e-10, atol=1e-11)

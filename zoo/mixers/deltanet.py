@@ -6,6 +6,10 @@
     S_t         S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T        (Schlag 2021, section 4.2)
     o_t         S_t q_t, RMS-normalised per head; y = W_o o
 
+With `negative_eigenvalues` beta_t = 2 sigmoid(W_beta x_t): along k_t the transition's eigenvalue
+1 - beta_t then lies in (-1, 1) instead of (0, 1), and a state can flip, which parity and other
+state tracking need (Grazzi 2024, arXiv 2411.12537, section 4).
+
 The state is the convolutions' last `conv_width - 1` inputs and S, in float32 (here (k, v) per head,
 the paper's transposed). One projection and one convolution serve q, k and v.
 """
@@ -34,6 +38,7 @@ class DeltaNet(Mixer):
         width: int,
         heads: int,
         conv_width: int = 4,
+        negative_eigenvalues: bool = False,
         backend: str = "auto",
         layer: int = 0,
         layers: int = 1,
@@ -44,6 +49,7 @@ class DeltaNet(Mixer):
         if not 2 <= conv_width <= 8:
             raise ValueError(f"conv_width={conv_width} must be 2 to 8")
         self.heads, self.conv_width, self.backend = heads, conv_width, backend
+        self.largest_beta = 2.0 if negative_eigenvalues else 1.0
         self.qkv_proj = linear(width, 3 * width)
         bound = conv_width**-0.5  # a depthwise convolution sees conv_width inputs
         self.conv_weight = nn.Parameter(torch.empty(3 * width, conv_width).uniform_(-bound, bound))
@@ -61,7 +67,7 @@ class DeltaNet(Mixer):
             unit_length(q),
             unit_length(k),
             v.to(wide),
-            torch.sigmoid(self.beta_proj(x)),
+            self.largest_beta * torch.sigmoid(self.beta_proj(x)),
             state=state.S if state else None,
             backend=self.backend,
         )

@@ -7,6 +7,8 @@
     S_t         S_{t-1} alpha_t (I - beta_t k_t k_t^T) + beta_t v_t k_t^T
     o_t         S_t q_t, RMS-normalised per head, times silu(W_g x_t); y = W_o o
 
+With `negative_eigenvalues` beta_t = 2 sigmoid(W_beta x_t), as in `DeltaNet`.
+
 Published sizes: keys have 3/4 of the width, shared by the heads, values twice that, so that the
 mixer has 6 width^2 parameters. The state is the convolutions' last `conv_width - 1` inputs and S,
 in float32 (here (k, v) per head, the paper's transposed). One projection and one convolution
@@ -41,6 +43,7 @@ class GatedDeltaNet(Mixer):
         head_width: int | None = None,
         value_factor: int = 2,
         conv_width: int = 4,
+        negative_eigenvalues: bool = False,
         backend: str = "auto",
         layer: int = 0,
         layers: int = 1,
@@ -56,6 +59,7 @@ class GatedDeltaNet(Mixer):
         if not 2 <= conv_width <= 8:
             raise ValueError(f"conv_width={conv_width} must be 2 to 8")
         self.heads, self.conv_width, self.backend = heads, conv_width, backend
+        self.largest_beta = 2.0 if negative_eigenvalues else 1.0
         self.widths = [heads * key, heads * key, heads * key * value_factor]  # of q, k, v
         self.qkv_proj = linear(width, sum(self.widths))
         bound = conv_width**-0.5  # a depthwise convolution sees conv_width inputs
@@ -82,7 +86,7 @@ class GatedDeltaNet(Mixer):
             unit_length(q),
             unit_length(k),
             v.to(wide),
-            torch.sigmoid(self.beta_proj(x)),
+            self.largest_beta * torch.sigmoid(self.beta_proj(x)),
             -self.A_log.to(wide).exp() * step,
             state=state.S if state else None,
             backend=self.backend,
