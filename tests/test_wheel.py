@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ("zoo", "configs", "kernels", "train.py", "eval.py", "pyproject.toml", "README.md")
+SHIPPED = (
+    *("zoo", "configs", "kernels", "train.py", "eval.py"),
+    *("pyproject.toml", "README.md", "LICENSE"),
+)
 BUILD = "import setuptools.build_meta as b; print(b.build_wheel('.'))"
 
 
