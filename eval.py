@@ -7,6 +7,8 @@ from typing import Any
 from zoo.applies import check_applies, positions_of
 from zoo.command_line import launch, say
 from zoo.config import resolve
+from zoo.files import check_writable
+from zoo.inert import check_extension, check_names
 from zoo.run import find_runs
 from zoo.schema import EvalConfig, validate
 
@@ -24,8 +26,11 @@ flags: -m sweep over values separated by commas; --cfg job show the configuratio
 
 def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
     """The configuration of a composed tree, its runs found. Imports nothing heavy."""
-    del given
+    check_names("eval", tree, given)
     config = validate(EvalConfig, resolve(tree))
+    check_extension(config.extension, given)
+    if config.report is not None:
+        check_writable("report", config.report)
     folders = find_runs(config.run, config.runs)
     if len(folders) == 1:  # of several, one without weights keeps its row and says why
         folders[0].checkpoint()

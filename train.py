@@ -9,6 +9,7 @@ from zoo.applies import check_applies, positions_of
 from zoo.command_line import launch, say
 from zoo.config import resolve
 from zoo.data.sources import check_source
+from zoo.inert import check_effects, check_names, notes
 from zoo.run import RunFolder, finetuned, resumed
 from zoo.schema import TrainConfig, validate
 
@@ -26,6 +27,7 @@ flags: -m sweep over values separated by commas; --cfg job show the configuratio
 
 def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
     """The configuration of a composed tree, or of the run to resume. Imports nothing heavy."""
+    check_names("train", tree, given)
     if tree["resume"]:
         config = resumed(tree, given)
     elif tree["finetune"]:
@@ -33,6 +35,8 @@ def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
         check_applies(config.extension, positions_of(config.model), None)
     else:
         config = validate(TrainConfig, resolve(tree))
+    if not tree["resume"]:
+        check_effects(config, tree, given)
     check_source(config.data.model_dump())
     return config
 
@@ -50,6 +54,8 @@ def job(config: TrainConfig, sweep: bool) -> int:
         with folder.training(keep=sweep):
             folder.save_config(config)
             start = f"from {last.name}" if last else f"for {config.trainer.max_steps} steps"
+            for note in () if last else notes(config):
+                say(note)
             say(f"{folder}: training {config.model.name} {start}")
             fit(config, folder)
     return 0

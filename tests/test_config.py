@@ -1,7 +1,6 @@
 """The command line: what is refused, in which words, how fast; what options and YAML files mean."""
 
 import importlib.util
-import inspect
 import os
 import resource
 import subprocess
@@ -14,7 +13,7 @@ import yaml
 
 from zoo.config import compose, run_name
 from zoo.errors import UserError
-from zoo.options import read_count, target_parameters, trainer_parameters
+from zoo.options import read_count, target_parameters
 from zoo.run import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +83,50 @@ REFUSED = {
     "model=hybrid model.pattern=mamba": "is a list of models",
     "hybrid=[mamba,mmaba]": "did you mean 'mamba'?",
     "hybrid=[x*mamba]": "model.pattern holds 'x*mamba'",
+    "seq_len=inf": "seq_len=inf: is not a whole number",
+    "seq_len=nan": "seq_len=nan: is not a whole number",
+    "seed=1e309": "seed=inf: is not a whole number",
+    "seed=4294967296": "seed=4294967296: must be less than 4294967296",
+    "optim.lr=5000": "optim.lr=5000: must be less than or equal to 1000",
+    "optim.lr=true": "optim.lr=True: must be a number",
+    "optim.betas=[0.9,1]": "optim.betas.1=1: must be less than 1",
+    "optim.warmup_steps=2000": "must be at most trainer.max_steps=1000. Use a shorter warm-up",
+    "batch_tokens=1": "batch_tokens=1: must be at least seq_len=512, one window. Use batch_tokens",
+    "batch_tokens=8192 batch_size=3": "batch_size=3 says how many windows a step reads",
+    "threads=100000": "threads=100000: must be less than or equal to 1024",
+    "workers=1000": "workers=1000: must be less than or equal to 64",
+    "size.width=1000000000": "size.width=1000000000: must be less than or equal to 131072",
+    "size.layers=1000000": "size.layers=1000000: must be less than or equal to",
+    "resume=": "resume=: must have at least 1 character",
+    "finetune=": "finetune=: must have at least 1 character",
+    "trainer.devices=0": "must be auto, a number of devices from 1 on, or a list such as [0,1]",
+    "trainer.devices=-1": "trainer.devices=-1: must be auto, ",
+    "trainer.devices=abc": "trainer.devices=abc: must be auto, ",
+    "trainer.devices=[]": "trainer.devices=[]: must be auto, ",
+    "trainer.accelerator=tpu": "trainer.accelerator=tpu: must be 'auto', 'cpu', 'gpu'",
+    "trainer.max_time=abc": "must be days:hours:minutes:seconds such as 00:08:00:00",
+    "trainer.log_every_n_steps=0": "trainer.log_every_n_steps=0: must be greater than or equal",
+    "trainer.strategy=deepspeed": "trainer.strategy=deepspeed: must be 'auto' or 'ddp'",
+    "trainer.accumulate_grad_batches=1.5": "is not a whole number",
+    "trainer.accumulate_grad_batches={0:2}": "is not a whole number",
+    "trainer.deterministic=maybe": "trainer.deterministic=maybe: must be true, false or warn",
+    "trainer.benchmark=1k": "trainer.benchmark=1024: must be a valid boolean",
+    "trainer.brand_new=1": "unknown option 'trainer.brand_new'",
+    "model.mixer.heads=abc": "model.mixer.heads=abc: must be a whole number",
+    "model.mixer.rope_base=nan": "model.mixer.rope_base=nan: must be a finite number",
+    "model=mamba model.mixer.state_size=null": "state_size=null: must be a whole number",
+    "model=longformer model.mixer.window=[1,a]": "must be a whole number or a list, each a whole",
+    "model.max_length=64": "positions=rope have no length to learn",
+    "model.feed_forward.hidden_width=1000": "match=params sets this width. Add match=none",
+    "model=mamba model.mixer.inner_width=100": "match=params sets this width. Add match=none",
+    "model.name=other": "model.name=other: a file sets it. Use model=other.",
+    "size.name=tiny": "Use size=tiny.",
+    "extension.name=yarn extension.factor=4": "extension.name=yarn: a file sets it. Use extension=",
+    "extension.factor=4": "extension=none has no settings. Choose an extension",
+    "extension.original_length=64": "extension=none has no settings. Choose an extension",
+    "model=alibi model.positions=rope": "model=alibi is the variant with alibi. Choose another",
+    "model=sink model.mixer.sink=false": "model=sink is the variant with true",
+    "extension=dca": "extension=dca: acts on a trained model. Add finetune=<run folder>",
     "hybrid=[mamba] model=mamba": "'model' is given twice",
     "objective=maksed": "objective=maksed: must be 'causal' or 'masked'",
     "objective=masked model=mamba": "model=mamba has no bidirectional form, which",
@@ -139,6 +182,14 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_written(words, comma
         "run=x model=mamba": "unknown option 'model'",
         "run=x task.perplexity.lenghts=[1]": "did you mean 'task.perplexity.lengths'?",
         "run=x device=gpu0": "device=gpu0",
+        "run=x extension.name=yarn extension.factor=4": "Use extension=yarn.",
+        "run=x extension=dca extension.factor=4": "extension=dca has no scaling that takes it",
+        "run=x extension=window extension.reach.sinks=4": "is the variant with 0. Choose another",
+        "run=x threads=100000": "threads=100000: must be less than or equal to 1024",
+        "run=[]": "run=[]: must be a run folder, a pattern or a list of them",
+        "run=x report=/proc/x/report.html": "report=/proc/x/report.html: cannot be written",
+        "run=x report=": "report=: must have at least 1 character",
+        "run=x report=.": "it is a folder. Name a file in it",
     }.items(),
 )
 def test_eval_refuses_alike(words, told, command, tmp_path):
@@ -211,14 +262,6 @@ def test_sizes_are_read_in_lists_and_in_the_arguments_of_the_zoo():
     assert part.options["lengths"] == [512, 4096]
     mixer = compose("train", ["model=mamba", "model.mixer.inner_width=1k"]).model.blocks[0].mixer
     assert mixer.options["inner_width"] == 1024
-
-
-def test_any_argument_of_lightnings_trainer_passes_through():
-    from lightning import Trainer
-
-    config = compose("train", ["trainer.accumulate_grad_batches=4", "trainer.deterministic=true"])
-    assert config.trainer.options == {"accumulate_grad_batches": 4, "deterministic": True}
-    assert set(trainer_parameters()) < set(inspect.signature(Trainer).parameters)
 
 
 def test_arguments_are_read_from_the_source():

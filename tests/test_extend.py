@@ -300,7 +300,7 @@ def test_what_tells_where_tokens_stand_is_refused_where_it_cannot(tiny):
     {
         "streaming_llm window=-3": "0 <= sinks=4 < window=-3",
         "streaming_llm window=8 sinks=9": "0 <= sinks=9 < window=8",
-        "streaming_llm window=abc": "extension=streaming_llm: '<",
+        "streaming_llm window=abc": "window=abc: must be a whole number or null",
         "window window=17": "window=17 <= the trained length 16",
         "lm_infinite window=8 sinks=-1": "0 <= sinks=-1 < window=8",
         "self_extend window=-1": "window=-1 between 1 and the trained length 16",

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "measurement"},
     {"options", "schema", "files"},
     {"data", "report", "config", "ops"},
-    {"run", "applies"},
+    {"run", "applies", "inert"},
     {"command_line", "positions", "attention"},
     {"mixers"},
     {"backbone"},

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from zoo.errors import UserError, choose, nearest
 from zoo.options import (
     TRAINER_OWNED,
+    TRAINER_REFUSED,
     constructor_parameters,
     leaves,
     shipped,
@@ -151,8 +152,8 @@ def _chooses_a_file(program: str, override: Override) -> bool:
 def check_key(key: str, tree: DictConfig, also: Sequence[str]) -> None:
     """Refuse an option that neither the YAML files nor the code they configure know."""
     known = [*also, *_paths(OmegaConf.to_container(tree))]
-    if key in known or key in [f"trainer.{name}" for name in TRAINER_OWNED]:
-        return  # the schema tells where those are set
+    if key in known or key in [f"trainer.{name}" for name in (*TRAINER_OWNED, *TRAINER_REFUSED)]:
+        return  # the schema tells what to use instead
     parent = key.rpartition(".")[0]
     while parent and parent not in known:
         parent = parent.rpartition(".")[0]
@@ -198,6 +199,12 @@ def resolve(tree: dict[str, Any]) -> dict[str, Any]:
         parts = [part for entry in model["pattern"] for part in _load_models(str(entry), tree)]
     if tree.get("objective") == "masked":
         _check_bidirectional(parts)
+    for part in parts:
+        if part.get("max_length") is not None and part.get("positions") != "learned":
+            raise UserError(
+                f"model.max_length={part['max_length']}: positions={part.get('positions')} have no "
+                "length to learn. Leave it out, or use model.positions=learned."
+            )
     embedded = {part["positions"]: part for part in parts if _is_embedded(part)}
     if len(embedded) > 1:
         raise UserError(f"model.pattern mixes {' and '.join(sorted(embedded))} positions")

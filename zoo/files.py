@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -51,6 +52,25 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, UserError) or not (told := cannot_write(path, error)):
             raise
         raise told from error
+
+
+def check_writable(option: str, path: str) -> None:
+    """Refuse a file that could not be written. Nothing is left behind.
+
+    UserError names `option`.
+    """
+    file, told = Path(path), f"{option}={path}: cannot be written"
+    folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if file.is_dir():
+        raise UserError(
+            f"{told}, it is a folder. Name a file in it, such as {file / 'report.html'}."
+        )
+    try:
+        if file.exists():
+            open(file, "ab").close()
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{told} ({folder}: {error.strerror}). Name a file elsewhere.") from None
 
 
 def write_text(path: Path, text: str) -> None:

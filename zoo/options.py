@@ -7,8 +7,10 @@ that a misspelt argument is refused without importing anything heavy.
 import ast
 import functools
 import importlib.util
+import json
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +46,24 @@ def read_sizes(value: Any) -> Any:
 def read_count(value: Any) -> int:
     """A whole number from what YAML or the command line holds: 512, 64k, 1M, 65_536, 2**16."""
     value = read_sizes(value)
-    if isinstance(value, str) and PLAIN.fullmatch(value):
+    if isinstance(value, str) and len(value) < 100 and PLAIN.fullmatch(value):
         return int(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-        raise ValueError("is not a whole number (such as 512, 64k, 1M, 65_536 or 2**16)")
-    return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, float) and value.is_integer():  # neither nan nor inf
+        return int(value)
+    raise ValueError("is not a whole number (such as 512, 64k, 1M, 65_536 or 2**16)")
 
 
 def is_target(text: str) -> bool:
     return re.fullmatch(r"zoo(\.[a-z]\w*)+\.[A-Za-z]\w*", text) is not None
 
 
-def parameters(file: Path, name: str) -> list[str] | None:
-    """Names that function or class `name` in `file` takes; None where its source does not tell."""
+def parameters(file: Path, name: str) -> dict[str, ast.expr | None] | None:
+    """What function or class `name` in `file` takes: {name: annotation}.
+
+    None where its source does not tell.
+    """
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -70,7 +77,8 @@ def parameters(file: Path, name: str) -> list[str] | None:
         node = inits[0] if inits else node
     if not isinstance(node, ast.FunctionDef) or node.args.kwarg:
         return None
-    return [arg.arg for arg in node.args.args + node.args.kwonlyargs if arg.arg != "self"]
+    given = [arg for arg in node.args.args + node.args.kwonlyargs if arg.arg != "self"]
+    return {arg.arg: arg.annotation for arg in given}
 
 
 # Set by the backbone, by the objective (a causal model must not be asked to look ahead) and by what
@@ -90,8 +98,60 @@ def target_parameters(target: str) -> list[str] | None:
 
 def constructor_parameters(target: str) -> list[str] | None:
     """All that the zoo's `target` takes; None where its source does not tell."""
+    found = _annotations(target)
+    return None if found is None else list(found)
+
+
+@functools.cache
+def _annotations(target: str) -> dict[str, ast.expr | None] | None:
     module, _, name = target.rpartition(".")
     return parameters(ROOT / (module.replace(".", "/") + ".py"), name)
+
+
+def check_types(target: str, values: Mapping[str, Any]) -> None:
+    """Refuse values that are not of the types that the zoo's `target` declares for them."""
+    declared = _annotations(target) or {}
+    for name, value in values.items():
+        annotation = declared.get(name)
+        if annotation is not None and not _fits(value, annotation):
+            shown = json.dumps(value) if value is None or isinstance(value, bool) else value
+            raise UserError(f"{name}={shown}: must be {_in_words(annotation)}")
+
+
+SIMPLE = {"int": "a whole number", "float": "a finite number", "bool": "true or false"}
+SIMPLE |= {"str": "a word", "None": "null"}
+MANY = ("Sequence", "list", "tuple")
+
+
+def _fits(value: Any, annotation: ast.expr) -> bool:
+    """Whether `value` is of the annotated type, of those that options have; any other holds all."""
+    match annotation:
+        case ast.BinOp(left=left, right=right):
+            return _fits(value, left) or _fits(value, right)
+        case ast.Subscript(value=ast.Name(id=kind), slice=item) if kind in MANY:
+            return isinstance(value, list) and all(_fits(one, item) for one in value)
+        case ast.Constant(value=None):
+            return value is None
+        case ast.Name(id="bool"):
+            return isinstance(value, bool)
+        case ast.Name(id="int"):
+            return isinstance(value, int) and not isinstance(value, bool)
+        case ast.Name(id="float"):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            return number and abs(value) <= sys.float_info.max  # neither nan nor inf
+        case ast.Name(id="str"):
+            return isinstance(value, str)
+    return True
+
+
+def _in_words(annotation: ast.expr) -> str:
+    match annotation:
+        case ast.BinOp(left=left, right=right):
+            return f"{_in_words(left)} or {_in_words(right)}"
+        case ast.Subscript(slice=item):
+            return f"a list, each {_in_words(item)}"
+    name = ast.unparse(annotation)
+    return SIMPLE.get(name, name)
 
 
 # Trainer arguments that are decided elsewhere, and where.
@@ -103,17 +163,42 @@ TRAINER_OWNED = {
     "gradient_clip_val": "the option optim.clip",
     "val_check_interval": "the option valid_every",
     "enable_checkpointing": "the option save_every",
+    "use_distributed_sampler": "the order of the data, which every process shares",
+}
+# Those that would do nothing here, or not what they say, and what to use. What neither these nor
+# `schema.Trainer` names, such as an argument of a later Lightning, is refused as well.
+_LENGTH = "a run is as long as trainer.max_steps or trainer.max_time says"
+_VALIDATION = "validation reads valid_windows windows every valid_every steps"
+TRAINER_REFUSED = {
+    **dict.fromkeys(("max_epochs", "min_epochs", "min_steps", "limit_train_batches"), _LENGTH),
+    **dict.fromkeys(("fast_dev_run", "overfit_batches"), f"{_LENGTH}, for a trial too"),
+    **dict.fromkeys(("limit_val_batches", "check_val_every_n_epoch"), _VALIDATION),
+    **dict.fromkeys(("num_sanity_val_steps", "inference_mode"), _VALIDATION),
+    **dict.fromkeys(("limit_test_batches", "limit_predict_batches"), "eval.py measures"),
+    "gradient_clip_algorithm": "gradients are clipped by their norm: optim.clip sets it",
+    "num_nodes": "a run trains on one machine",
+    "sync_batchnorm": "no architecture normalises over a batch",
+    "reload_dataloaders_every_n_epochs": "the order of the data follows from seed and step",
+    "profiler": "its report is not written; torch.profiler or py-spy can watch the program",
+    "enable_model_summary": "run.json has the number of parameters",
+    "barebones": "metrics and checkpoints are always written",
+    "enable_autolog_hparams": "config.yaml has every option",
+    "model_registry": "the run folder is the record",
 }
 
 
 @functools.cache
 def trainer_parameters() -> list[str]:
-    """What Lightning's Trainer takes, in the installed version, without importing it."""
+    """What Lightning's Trainer takes, in the installed version, and nothing above decides.
+
+    Read from its source, without importing it.
+    """
     spec = importlib.util.find_spec("lightning")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("lightning is not installed: run `make` in the project's folder")
     file = Path(spec.submodule_search_locations[0]) / "pytorch" / "trainer" / "trainer.py"
-    return [name for name in parameters(file, "Trainer") or [] if name not in TRAINER_OWNED]
+    decided = {*TRAINER_OWNED, *TRAINER_REFUSED}
+    return [name for name in parameters(file, "Trainer") or {} if name not in decided]
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

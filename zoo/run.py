@@ -35,6 +35,7 @@ from zoo.files import Metrics, append_line, cannot_write, one_line, write_text
 from zoo.files import replacing as replacing  # part of what a run folder offers
 from zoo.measurement import replaces
 from zoo.options import ROOT, within
+from zoo.schema import as_now
 
 log = logging.getLogger("zoo")
 
@@ -145,7 +146,7 @@ class RunFolder:
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{file} is damaged: {one_line(error)}") from error
         try:
-            return validate(TrainConfig, tree)
+            return validate(TrainConfig, as_now(tree))
         except UserError as error:
             raise UserError(f"{file} is damaged or of another version: {error}") from error
 

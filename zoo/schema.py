@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -21,6 +23,8 @@ from pydantic_core import ErrorDetails
 from zoo.errors import UserError, choose, refuse
 from zoo.options import (
     TRAINER_OWNED,
+    TRAINER_REFUSED,
+    check_types,
     is_target,
     read_count,
     read_sizes,
@@ -28,9 +32,22 @@ from zoo.options import (
     trainer_parameters,
 )
 
-Positive = Annotated[int, BeforeValidator(read_count), Field(ge=1)]
-Natural = Annotated[int, BeforeValidator(read_count), Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+MANY = (
+    2**48
+)  # more steps, tokens or windows than anyone counts; what fits the memory is asked later
+Positive = Annotated[int, BeforeValidator(read_count), Field(ge=1, le=MANY)]
+Natural = Annotated[int, BeforeValidator(read_count), Field(ge=0, le=MANY)]
+Number = Annotated[float, BeforeValidator(_not_bool)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Threads = Annotated[Positive, Field(le=1024)]  # far more and the C library aborts
+Path = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
 
 
@@ -68,6 +85,7 @@ class Part(OpenSection):
         allowed = target_parameters(self.target)
         for name in self.options if allowed is not None else ():
             choose("option", name, allowed or [])
+        check_types(self.target, self.options)
         return self
 
     def load(self) -> functools.partial[Any]:
@@ -102,9 +120,9 @@ class Model(Section):
 
 class Size(Section):
     name: Name
-    width: Positive
-    layers: Positive
-    heads: Positive
+    width: Annotated[Positive, Field(le=2**17)]
+    layers: Annotated[Positive, Field(le=2**12)]
+    heads: Annotated[Positive, Field(le=2**17)]
 
 
 class Data(OpenSection):
@@ -119,29 +137,82 @@ class Data(OpenSection):
         return {key: v for key, v in write(self).items() if (key, v) != ("passkey", 0.0)}
 
 
+Momentum = Annotated[Number, Field(ge=0, lt=1)]
+
+
 class Optim(Section):
-    lr: Annotated[float, Field(gt=0)] = Field(description="peak learning rate")
-    weight_decay: Annotated[float, Field(ge=0)]
-    betas: tuple[Fraction, Fraction]
-    eps: Annotated[float, Field(gt=0)]
+    lr: Annotated[Number, Field(gt=0, le=1e3)] = Field(description="peak learning rate")
+    weight_decay: Annotated[Number, Field(ge=0, le=1e3)]
+    betas: tuple[Momentum, Momentum]
+    eps: Annotated[Number, Field(gt=0, le=1)]
     warmup_steps: Natural
     min_lr_ratio: Fraction
-    clip: Annotated[float, Field(gt=0)]
+    clip: Annotated[Number, Field(gt=0)]
+
+
+def _devices(value: Any) -> Any:
+    """The devices as Lightning takes them; -1 is a word of its own, `auto`."""
+    if value == "auto":
+        return value
+    every = value if isinstance(value, list) else [value]
+    whole = all(isinstance(one, int) and not isinstance(one, bool) for one in every)
+    least = 0 if isinstance(value, list) else 1
+    if not every or not whole or min(every) < least or len({*every}) < len(every):
+        raise ValueError("must be auto, a number of devices from 1 on, or a list such as [0,1]")
+    return value
+
+
+def _duration(value: Any) -> Any:
+    """A time as Lightning takes it: 00:08:00:00 (days to seconds) or {hours: 8}."""
+    if value is None or (isinstance(value, str) and re.fullmatch(r"\d+(:\d\d){3}", value)):
+        return value
+    units = {"weeks", "days", "hours", "minutes", "seconds"}
+    numbers = [*value.values()] if isinstance(value, dict) and {*value} <= units else []
+    if numbers and all(type(one) in (int, float) and 0 <= one < 1e6 for one in numbers):
+        return value
+    raise ValueError("must be days:hours:minutes:seconds such as 00:08:00:00, or {hours:8}")
+
+
+def _determinism(value: Any) -> Any:
+    if value in (True, False, None, "warn"):
+        return value
+    raise ValueError("must be true, false or warn")
 
 
 class Trainer(OpenSection):
+    """The arguments of Lightning's Trainer that a run carries through; others are refused."""
+
     max_steps: Positive = Field(description="optimiser steps")
     precision: Literal["32-true", "bf16-mixed"] = Field(description="32-true or bf16-mixed")
-    accelerator: str = Field(description="auto, cpu, gpu ...")
-    devices: int | str | list[int] = Field(description="auto, a number, or [0, 1]")
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = Field(
+        description="auto, cpu, gpu ..."
+    )
+    devices: Annotated[int | str | list[int], BeforeValidator(_devices)] = Field(
+        description="auto, a number, or [0, 1]"
+    )
+    strategy: Literal["auto", "ddp"] | None = None
+    accumulate_grad_batches: Positive | None = None
+    max_time: Annotated[str | dict[str, float] | None, BeforeValidator(_duration)] = None
+    log_every_n_steps: Positive | None = None
+    deterministic: Annotated[bool | str | None, BeforeValidator(_determinism)] = None
+    benchmark: bool | None = None
+    detect_anomaly: bool | None = None
+    enable_progress_bar: bool | None = None
 
     @model_validator(mode="after")
     def _known(self) -> "Trainer":
         for name in self.options:
+            choose("option", name, [*trainer_parameters(), *TRAINER_OWNED, *TRAINER_REFUSED])
+            why = TRAINER_REFUSED.get(name, "it is not carried through to the run")
             if name in TRAINER_OWNED:
-                raise UserError(f"{name} is set by {TRAINER_OWNED[name]}")
-            choose("option", name, trainer_parameters())
+                why = f"it is set by {TRAINER_OWNED[name]}"
+            raise UserError(f"{name}={self.options[name]}: not accepted, {why}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is not given: Lightning's own defaults, and the names of earlier runs."""
+        return {key: value for key, value in write(self).items() if value is not None}
 
 
 class Logger(Section):
@@ -162,7 +233,7 @@ class Extension(Section):
     """How a model reads beyond the length of the windows it is trained on."""
 
     name: Name
-    factor: Annotated[float, Field(ge=1)] = Field(
+    factor: Annotated[Number, Field(ge=1, le=2**20)] = Field(
         description="times the trained length, for scaling"
     )
     original_length: Positive | None = Field(description="trained length; null: the run's seq_len")
@@ -190,7 +261,7 @@ class TrainConfig(Section):
     seq_len: Positive = Field(description="tokens in a training window")
     batch_tokens: Positive = Field(description="tokens per optimiser step")
     batch_size: Positive = Field(description="windows per step; null: batch_tokens / seq_len")
-    seed: Natural = Field(description="of weights and data order")
+    seed: Annotated[Natural, Field(lt=2**32)] = Field(description="of weights and data order")
     objective: Literal["causal", "masked"] = Field(
         description="causal: the next token; masked: encoders in the form their papers publish"
     )
@@ -202,15 +273,15 @@ class TrainConfig(Section):
     valid_every: Positive = Field(description="steps between validations")
     valid_windows: Positive = Field(description="windows in a validation")
     save_every: Positive = Field(description="steps between checkpoints")
-    runs: str = Field(min_length=1, description="folder that holds the run folders")
+    runs: Path = Field(description="folder that holds the run folders")
     name: Name | None = Field(description="run folder's name; null: made from the options")
-    resume: str | None = Field(description="run folder to continue")
-    finetune: str | None = Field(description="run folder to train further, under `extension`")
+    resume: Path | None = Field(description="run folder to continue")
+    finetune: Path | None = Field(description="run folder to train further, under `extension`")
     extension: Extension
     fresh: bool = Field(description="true: train again in a new folder")
     allocator: Literal["tuned", "system"] = Field(description="tuned: keeps freed memory (glibc)")
-    threads: Positive | None = Field(description="CPU threads; null: all cores")
-    workers: Natural = Field(description="data loading processes")
+    threads: Threads | None = Field(description="CPU threads; null: all cores")
+    workers: Annotated[Natural, Field(le=64)] = Field(description="data loading processes")
 
     @field_validator("batch_size", mode="before")
     @classmethod
@@ -224,7 +295,11 @@ class TrainConfig(Section):
     def _fits_together(self) -> "TrainConfig":
         acts = self.extension.scaling is not None or self.extension.reach is not None
         if acts and not self.finetune:
-            raise UserError("extension= acts on a trained model: name its run with finetune=")
+            raise UserError(
+                f"extension={self.extension.name}: acts on a trained model. Add "
+                "finetune=<run folder>, or measure one: python eval.py run=<run folder> "
+                f"extension={self.extension.name}"
+            )
         if self.extension.positions is not None:
             if self.extension.reach is not None:
                 raise UserError("extension.positions place the tokens of windows without a remap")
@@ -238,21 +313,30 @@ class TrainConfig(Section):
         return self
 
 
+def _folders(value: Any) -> Any:
+    every = value if isinstance(value, list) else [value]
+    if not every or not all(isinstance(one, str) and one for one in every):
+        raise ValueError("must be a run folder, a pattern or a list of them")
+    return value
+
+
 class EvalConfig(Section):
     """A measurement of trained runs. Paths are relative to the working directory."""
 
-    run: str | list[str] = Field(description="run folder, or a pattern such as 'runs/compare/*'")
+    run: Annotated[str | list[str], BeforeValidator(_folders)] = Field(
+        description="run folder, or a pattern such as 'runs/compare/*'"
+    )
     task: dict[str, TaskPart]
     extension: Extension
     logger: Logger
-    runs: str = Field(min_length=1, description="folder that holds the run folders")
+    runs: Path = Field(description="folder that holds the run folders")
     split: Literal["train", "valid", "test"] = Field(description="part of the corpus to measure on")
     fresh: bool = Field(description="true: measure again what is known")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
         description="auto, cpu, cuda, cuda:1 ..."
     )
-    threads: Positive | None = Field(description="CPU threads; null: all cores")
-    report: str | None = Field(description="HTML file to write; null: none")
+    threads: Threads | None = Field(description="CPU threads; null: all cores")
+    report: Path | None = Field(description="HTML file to write; null: none")
 
     @model_validator(mode="after")
     def _measures(self) -> "EvalConfig":
@@ -266,6 +350,44 @@ class EvalConfig(Section):
 
 
 Config = TypeVar("Config", TrainConfig, EvalConfig)
+
+UNSET_BY_ZERO = ("kv_heads", "dt_rank", "inner_width", "hidden_width")
+
+
+def as_now(tree: Any) -> Any:
+    """A run's stored configuration without the options that did nothing and now are refused.
+
+    Arguments of Lightning that were accepted and not carried through, and zeros that were read as
+    null.
+    """
+    if not isinstance(tree, dict):
+        return tree
+    tree = {**tree}
+    if isinstance(trainer := tree.get("trainer"), dict):
+        tree["trainer"] = {key: v for key, v in trainer.items() if _still_accepted(key, v)}
+    if isinstance(model := tree.get("model"), dict) and isinstance(model.get("blocks"), list):
+        tree["model"] = {**model, "blocks": [_without_zeros(block) for block in model["blocks"]]}
+    return tree
+
+
+def _still_accepted(argument: str, value: Any) -> bool:
+    if argument in TRAINER_REFUSED or argument in TRAINER_OWNED:
+        return False
+    allowed = {"strategy": ("auto", "ddp"), "deterministic": (True, False, None, "warn")}
+    return value in allowed.get(argument, (value,))
+
+
+def _without_zeros(block: Any) -> Any:
+    if not isinstance(block, Mapping):
+        return block
+    parts = {**block}
+    for slot, part in parts.items():
+        if isinstance(part, Mapping):
+            zeros = {
+                key: None for key in UNSET_BY_ZERO if type(part.get(key)) is int and not part[key]
+            }
+            parts[slot] = {**part, **zeros}
+    return parts
 
 
 def validate(schema: type[Config], tree: dict[str, Any]) -> Config:
@@ -288,9 +410,11 @@ def _explain(error: ErrorDetails, schema: type[BaseModel]) -> str:
     if error["type"] == "missing":
         return f"option {path!r} is missing"
     if isinstance(cause := context.get("error"), UserError):
-        return f"{path}: {cause}"
+        path = re.sub(r"^model\.blocks\.\d+", "model", path)  # as the option is written
+        named = re.match(r"\w+=", str(cause)) is not None  # it begins with the option's last name
+        return f"{path}.{cause}" if named and path else f"{path}: {cause}" if path else str(cause)
     shown = f"{path}={'null' if given is None else given}"
-    return f"{shown}: {cause or error['msg'].replace('Input should be', 'must be')}"
+    return f"{shown}: {cause or re.sub('^(Input|String|List) should', 'must', error['msg'])}"
 
 
 def plain(config: BaseModel) -> dict[str, Any]:
