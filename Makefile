@@ -5,13 +5,13 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env compare claims reach test lint bench gpu-check clean
+.PHONY: help env compare claims reach test lint constraints bench gpu-check clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 15) else f"Python 3.11 to 3.14 is needed (PyTorch has wheels for no other), $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 
 .venv/ready: pyproject.toml constraints.txt | $(BIN)/python
@@ -59,6 +59,11 @@ lint: .venv/ready-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+constraints: .venv/ready-dev  ## pin what pyproject.toml needs, for every platform; WITH=--upgrade
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
+	  --custom-compile-command 'make constraints' $(WITH) \
+	  --extra dev --extra oracles --extra corpora pyproject.toml --output-file constraints.txt
 
 bench: .venv/ready-dev  ## time the CPU kernels and training steps against other implementations
 	$(RUN) kernels/bench/selective_scan.py --json kernels/bench/results/selective_scan.json

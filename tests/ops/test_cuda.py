@@ -67,6 +67,20 @@ def test_kernels_keep_to_their_registers(source, defines, target):
     assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), log
 
 
+def test_nvrtc_is_loaded_after_its_builtins(tmp_path, monkeypatch):
+    folder = tmp_path / "cu13" / "lib"
+    folder.mkdir(parents=True)
+    for name in ("libnvrtc.so.13", "libnvrtc-builtins.so.13.0", "libnvrtc-builtins.alt.so.13.0"):
+        (folder / name).touch()
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda _: package)
+    opened = []
+    library = SimpleNamespace(nvrtcGetErrorString=SimpleNamespace())
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: opened.append(name) or library)
+    assert cuda.nvrtc.__wrapped__() is library
+    assert opened == [str(folder / "libnvrtc-builtins.so.13.0"), str(folder / "libnvrtc.so.13")]
+
+
 @needs_nvrtc
 def test_a_compile_error_is_one_line():
     with pytest.raises(native.BuildError, match=r"^NVRTC .*failed: .*error.*STATES.*$"):
@@ -79,22 +93,6 @@ def test_the_target_is_the_newest_that_the_device_runs():
     assert cuda.architecture(8, 9) == "sm_89"
     with pytest.raises(native.BuildError, match="does not compile for sm_30"):
         cuda.architecture(3, 0)
-
-
-@pytest.mark.parametrize(("answer", "options"), [(0, ("--split-compile=0",)), (5, ())])
-def test_functions_are_compiled_side_by_side_where_the_compiler_can(monkeypatch, answer, options):
-    def done(*_):
-        return 0
-
-    library = SimpleNamespace(
-        nvrtcCreateProgram=done,
-        nvrtcCompileProgram=lambda *_: answer,
-        nvrtcDestroyProgram=done,
-    )
-    monkeypatch.setattr(cuda, "nvrtc", lambda: library)
-    cuda._split.cache_clear()
-    assert cuda._split() == options
-    cuda._split.cache_clear()
 
 
 @pytest.fixture

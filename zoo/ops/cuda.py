@@ -52,12 +52,21 @@ def nvrtc() -> ctypes.CDLL:
     found.sort(key=lambda path: path.suffix != f".{major}")
     for name in (*map(str, found), f"libnvrtc.so.{major}", "libnvrtc.so"):
         try:
-            library = ctypes.CDLL(name)
+            library = _open_nvrtc(name)
         except OSError:
             continue
         library.nvrtcGetErrorString.restype = ctypes.c_char_p
         return library
     raise BuildError("no CUDA compiler: pip install nvidia-cuda-nvrtc brings NVRTC")
+
+
+def _open_nvrtc(name: str) -> ctypes.CDLL:
+    """Load NVRTC and before it its builtins, which not every release finds beside itself."""
+    folder = Path(name).parent
+    if folder.is_absolute():
+        for builtins in sorted(folder.glob("libnvrtc-builtins.so*[0-9]")):
+            ctypes.CDLL(str(builtins))
+    return ctypes.CDLL(name)
 
 
 def _nvrtc(function: str, *arguments) -> None:
@@ -104,7 +113,7 @@ def compile_source(source: str, macros: Macros, target: str, extra: tuple[str, .
         (ctypes.c_char_p * 1)(b"../common.cuh"),
     )
     try:
-        options = [*OPTIONS, *_split(), *extra, f"--gpu-architecture={target}", *_defines(macros)]
+        options = [*OPTIONS, *extra, f"--gpu-architecture={target}", *_defines(macros)]
         encoded = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
         failed = nvrtc().nvrtcCompileProgram(program, len(options), encoded)
         report = _read(program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
@@ -115,19 +124,6 @@ def compile_source(source: str, macros: Macros, target: str, extra: tuple[str, .
         return Binary(_read(program, "CUBIN"), report)
     finally:
         nvrtc().nvrtcDestroyProgram(ctypes.byref(program))
-
-
-@functools.cache
-def _split() -> tuple[str, ...]:
-    """The option by which functions are compiled side by side, where this NVRTC has it."""
-    option, program = b"--split-compile=0", ctypes.c_void_p()
-    source = ctypes.c_char_p(b"")
-    _nvrtc("nvrtcCreateProgram", ctypes.byref(program), source, None, 0, None, None)
-    try:
-        failed = nvrtc().nvrtcCompileProgram(program, 1, (ctypes.c_char_p * 1)(option))
-    finally:
-        nvrtc().nvrtcDestroyProgram(ctypes.byref(program))
-    return () if failed else (option.decode(),)
 
 
 def _read(program: ctypes.c_void_p, what: str) -> bytes:
