@@ -1,5 +1,7 @@
 """Drawing: every arm told from every other, round ticks, names that do not overlap."""
 
+import json
+import math
 from itertools import pairwise
 
 import altair as alt
@@ -8,8 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import experiment, score_row
 
-from zoo.report.charts import COLORS, Axis, _ends, styles, ticks
-from zoo.report.figures import MANY, changes, pngs, positions, scores, state_cells, table
+from zoo.report.charts import COLORS, DISTINCT, Axis, Style, _ends, lines, styles, ticks
+from zoo.report.figures import (
+    MANY,
+    POOLED,
+    changes,
+    drawn,
+    drawn_words,
+    pngs,
+    positions,
+    scores,
+    state_cells,
+    table,
+)
 from zoo.report.rows import gather, interval
 
 
@@ -66,6 +79,83 @@ def test_the_curve_is_averaged_over_seeds_by_token_count():
     assert point["y"] == 1.75
     assert point["x"] == 2.0  # the geometric middle of the first to the fourth token
     assert point["positions"] == "0 to 3"
+
+
+def curve(counts, bits) -> list[dict]:
+    edges = [2**i for i in range(len(counts) + 1)]
+    row = score_row("mamba", 1024, 2.0, protocol="blocks")
+    row["curve"] = {"edges": edges, "bits_per_byte": bits, "count": counts}
+    return positions(gather([row], []), "perplexity").points
+
+
+def test_the_last_bucket_of_a_few_tokens_does_not_bend_the_line():
+    """Eight tokens are a bit or more off by chance: they weigh as eight tokens do."""
+    points = curve([512, 1024, 8], [3.0, 2.0, 3.5])
+    assert [point["y"] for point in points] == pytest.approx([3.0, (1024 * 2 + 8 * 3.5) / 1032])
+    assert [point["positions"] for point in points] == ["1 to 1", "2 to 7"]
+    assert [point["scored tokens"] for point in points] == ["512", "1,032"]
+
+
+def test_every_point_by_position_rests_on_enough_tokens():
+    points = curve([8] * 5 + [300, 8, 8], [6.0, 5.0, 4.0, 4.0, 4.0, 2.0, 9.0, 9.0])
+    assert [point["scored tokens"] for point in points] == ["356"]
+    points = curve([8] * 10 + [300, 8], list(range(12)))
+    assert min(int(point["scored tokens"]) for point in points) >= POOLED
+    few = curve([8, 8], [6.0, 5.0])  # all there is
+    assert [(point["y"], point["scored tokens"]) for point in few] == [(5.5, "16")]
+
+
+@pytest.mark.parametrize(("values", "named"), [([1.0, 4.0], True), ([1.0, 1.1], False)])
+def test_a_logarithmic_scale_is_named_on_its_axis(values, named):
+    points = [
+        {"arm": "a", "x": 10 * value, "y": value, "low": None, "high": None} for value in values
+    ]
+    look = {"a": Style("#000000", (1, 0), "")}
+    spec = lines(points, look, Axis("length", str), Axis("bits", str)).to_dict()  # type: ignore
+    scales = spec["layer"][-1]["encoding"]
+    for axis, words in (("x", scales["x"]["axis"]["title"]), ("y", json.dumps(spec["title"]))):
+        assert (scales[axis]["scale"]["type"] == "log") == named
+        assert ("log scale" in words) == named
+
+
+@pytest.mark.parametrize("arms", [1, 3, 30, 35])
+def test_names_beside_the_lines_have_room_for_a_line_of_text_each(arms):
+    rows = [score_row(f"a{i}", n, 2.0 + i / 99 * n / 512) for i in range(arms) for n in (512, 1024)]
+    results = gather(rows, [])
+    for figure in (changes(results, "half_tail"), scores(results, "half_tail")):
+        drawn = figure.draw(styles(results), named=True, height=240)
+        spec = drawn.to_dict()
+        ends = next(layer for layer in spec["layer"] if layer.get("name") == "ends")
+        scale = ends["encoding"]["y"]["scale"]
+        log = math.log if scale["type"] == "log" else float
+        low, high = map(log, scale["domain"])
+        ys = [log(end["y"]) for end in ends["data"]["values"]]
+        at = sorted((y - low) / (high - low) * spec["height"] for y in ys)
+        assert len(at) == arms
+        assert all(b - a > 16 for a, b in pairwise(at))
+        assert max(at) <= spec["height"] + 1e-6
+
+
+def test_figures_draw_no_more_arms_than_can_be_told_apart_and_say_so(tmp_path):
+    rows = [score_row(f"a{i}", n, 4.0 - i / 99) for i in range(90) for n in (512, 1024)]
+    results = gather(rows, [])
+    best = [f"a{i}" for i in range(90 - DISTINCT, 90)]
+    assert drawn(results) == best
+    look = styles(results, drawn(results))
+    assert len({(style.color, style.dash) for style in look.values()}) == DISTINCT
+    spec = scores(results, "half_tail").draw(look).to_dict()
+    line = next(layer for layer in spec["layer"] if layer["mark"]["type"] == "line")
+    assert {point["arm"] for point in line["data"]["values"]} == set(best)
+    assert drawn_words(results).startswith("35 of 90 arms are drawn")
+    few = gather(rows[:4], [])
+    assert (drawn(few), drawn_words(few)) == (few.arms, "")
+
+
+def test_a_legend_names_every_arm():
+    rows = [score_row(f"a{i}", n, 2.0) for i in range(35) for n in (512, 1024)]
+    results = gather(rows, [])
+    text = json.dumps(scores(results, "half_tail").draw(styles(results), legend=True).to_dict())
+    assert '"symbolLimit": 0' in text
 
 
 def test_the_curve_is_that_of_the_longest_length():

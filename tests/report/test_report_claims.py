@@ -41,6 +41,42 @@ def test_a_claim_is_decided_by_whole_intervals_of_every_seed(beyond, verdict):
     assert values == pytest.approx([bits - 1.05 * 2.0 for bits in beyond])
 
 
+@pytest.mark.parametrize(
+    ("beyond", "why"),
+    [
+        ([2.516], "1 seed, at least 2 are needed"),
+        ([2.05, 3.0], "the seeds disagree"),
+        ([3.0, 2.1003], "an interval holds 0"),
+        ([3.0, 2.3], ""),
+    ],
+)
+def test_what_was_not_decided_says_why(beyond, why):
+    results = rotary(*beyond)
+    (found,) = judge(results)
+    assert found.why == why
+    table = claims_table(results)
+    assert table is not None
+    assert why in table.rows[0][1].text
+    assert why in as_text(results)
+
+
+def test_an_arm_measured_in_several_settings_decides_nothing():
+    results = rotary(3.0, 3.0)
+    others = [{**one, "lr": 0.1, "bits_per_byte": 2.0} for one in results.rows]
+    (found,) = judge(gather([*({**one, "lr": 0.2} for one in results.rows), *others], []))
+    assert found.verdict == "not shown at this scale"
+    assert found.why == "transformer was measured in 2 settings, which may not be mixed"
+
+
+def test_an_arm_that_has_not_learned_decides_nothing():
+    rows = rotary(3.0, 3.0).rows
+    for one in rows:
+        one |= {"tokenizer": "bytes", "bits_per_byte": one["bits_per_byte"] + 7.7 - 2.0}
+    (found,) = judge(gather(rows, []))
+    assert found.verdict == "not shown at this scale"
+    assert "has not learned" in found.why
+
+
 def test_a_seed_without_an_interval_decides_nothing():
     results = rotary(3.0, 3.0)
     for one in results.rows:

@@ -116,6 +116,30 @@ def test_pictures_are_written_for_the_readme(report):
         assert min(struct.unpack(">II", head[16:24])) > 800
 
 
+def test_a_reports_pictures_lie_beside_it_and_older_ones_go(tmp_path):
+    rows = experiment()
+    html = tmp_path / "july.html"
+    write_report(rows, run_records(rows), html)
+    folder = tmp_path / "july"
+    assert {path.name for path in folder.iterdir()} == {"bits_per_byte.png", "speed.png"}
+    (folder / "mine.png").write_text("mine")
+    scores = [row | {"state_bytes": None} for row in rows if row["task"] == "perplexity"]
+    write_report(scores, run_records(scores), html)
+    assert {path.name for path in folder.iterdir()} == {"bits_per_byte.png", "mine.png"}
+    write_report(rows, run_records(rows), tmp_path / "plain")
+    assert (tmp_path / "plain-pictures" / "speed.png").is_file()
+    assert (tmp_path / "plain").is_file()
+
+
+def test_ninety_arms_make_a_page_of_less_than_five_megabytes(tmp_path):
+    arms = {f"arm-{i:02d}": (1.8 + i / 50, 0.02 * (i % 4), None) for i in range(90)}
+    rows = [row for row in experiment(arms) if row["task"] != "speed" or row["length"] < 1000]
+    page, _ = make(tmp_path, rows)
+    assert (tmp_path / "report.html").stat().st_size < 5e6
+    assert "35 of 90 arms are drawn" in page.text
+    assert all(arm in page.text for arm in arms)
+
+
 def test_names_and_reasons_cannot_break_out(tmp_path):
     rows = [score_row(EVIL, 512, 2.0), score_row(EVIL, 1024, 2.0)]
     rows[1] |= {"status": "failed", "reason": EVIL}

@@ -223,6 +223,20 @@ def test_the_report_has_the_same_questions_under_every_extension_asked_before(
     ]
 
 
+def test_the_report_has_the_latest_answers_of_tasks_that_were_not_asked_now(model, tmp_path):
+    folder = run_folder(tmp_path / "a")
+    run_eval([folder], "task.perplexity.units=2", "task.perplexity.lengths=[32,64,128]")
+    _, scores, _ = run_eval([folder])
+    words = ["task=stream", "task.stream.tokens=100"]
+    _, said, _ = run_eval([folder], *words)
+    assert "no score measured yet" not in said
+    assert "One pass over one long text" in said
+    assert scores.splitlines()[3] in said  # the same scores, of the latest settings alone
+    assert "128" not in said.splitlines()[1]
+    _, alone, _ = run_eval([run_folder(tmp_path / "b")], *words)
+    assert "bits per byte by test length" not in alone
+
+
 def test_two_settings_of_one_extension_are_reported_as_two_arms(model, tmp_path, monkeypatch):
     monkeypatch.setattr(zoo.tasks, "extend", lambda model, *_: model)
     folder = run_folder(tmp_path / "a")
@@ -314,6 +328,9 @@ def test_the_report_takes_the_rows(model, tmp_path):
     _, said, _ = run_eval(folders, *words)
     assert (tmp_path / "out/report.html").is_file()
     assert list((tmp_path / "out/report").glob("*.png"))
+    other = f"report={tmp_path}/out/other.html"
+    run_eval(folders, *words[:2], other)
+    assert list((tmp_path / "out/other").glob("*.png"))
     for word in ("transformer", "mamba", "loss is nan"):
         assert word in said
 

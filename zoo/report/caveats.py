@@ -1,17 +1,20 @@
 """What to beware of: unequal arms, unfinished runs, failures, and what the figures cannot show."""
 
 from collections import defaultdict
+from collections.abc import Collection, Sequence
 
 from zoo.report.rows import Results, Row, finite, in_words, missing, unfinished
-from zoo.report.tables import DASH, Table, Td, plain
+from zoo.report.tables import DASH, Table, Td, dead, plain
+from zoo.report.validity import LEAKS
 
 DRAWN = ("perplexity", "passkey", "speed", "stream", None)
+NAMED = 6  # arms that a sentence lists
 
 
 def banners(results: Results) -> list[str]:
     """What makes the arms unequal or the figures weak, to be read before any table."""
-    said = []
-    must_agree = {"fingerprint": "data", "tokenizer": "tokenizer"}
+    said = [*_invalid(results)]
+    must_agree = {"fingerprint": "data", "tokenizer": "tokenizer", "commit": "code (commit)"}
     must_agree |= {"train_tokens": "train tokens", "train_length": "train length"}
     for field, words in must_agree.items():
         groups = defaultdict(list)
@@ -19,14 +22,9 @@ def banners(results: Results) -> list[str]:
             if not missing(value := results.known(label, field)):
                 groups[plain(value)[:12]].append(label)
         if len(groups) > 1:
-            parts = "; ".join(f"{value} ({', '.join(who)})" for value, who in groups.items())
+            parts = "; ".join(f"{value} ({names(who)})" for value, who in groups.items())
             said.append(f"Not a fair comparison: the arms differ in {words}: {parts}.")
-    base = results.known(results.reference, "parameters") if results.reference else None
-    for label in results.arms:
-        own = results.known(label, "parameters")
-        if finite(own) and finite(base) and abs(own / base - 1) > 0.01:
-            off = f"{own / base - 1:+.1%} against {results.reference}"
-            said.append(f"Unequal size: {label} has {plain(own)} parameters, {off}.")
+    said += _unequal_sizes(results)
     for task in ("speed", "perplexity"):
         for field in ("device", "threads", "dtype"):
             values = {plain(row.get(field)) for row in results.where(task=task, status="ok")}
@@ -35,32 +33,97 @@ def banners(results: Results) -> list[str]:
     if waiting := [
         f"{run.get('run')} ({unfinished(run)})" for run in results.runs if unfinished(run)
     ]:
-        said.append(f"Runs that have not finished: {', '.join(waiting)}.")
+        said.append(f"Runs that have not finished: {names(waiting)}.")
     if lone := _single(results):
-        who = "every arm" if len(lone) == len(results.arms) else ", ".join(lone)
+        who = _who(lone, _measured(results))
         said.append(f"One seed only ({who}): a ranking may change with another training.")
+    if fixed := _untuned(results):
+        who = _who(fixed, {_model(row) for row in results.rows})
+        said.append(f"Untuned learning rates: one was tried for {who}. {RATES}")
     return said
+
+
+RATES = "Architectures want different rates, so a small gap may be the rate's."
+
+
+def _invalid(results: Results) -> list[str]:
+    """Arms whose scores are withdrawn, mean nothing or mix two versions of the code."""
+    said = []
+    leaky = {row["label"]: row.get("reason") for row in results.where(status=LEAKS)}
+    for label, why in leaky.items():
+        said.append(f"Leak: {label} sees the tokens it is to predict, and is not ranked: {why}.")
+    said += [f"Not learned: {label} {why}." for label, why in dead(results).items()]
+    for label in results.arms:
+        codes = {row["sources"] for row in results.by_arm[label] if row.get("sources")}
+        if len(codes) > 1:
+            runs = {row["sources"]: row.get("run") for row in results.by_arm[label]}
+            which = ", ".join(f"{code[:8]} ({runs[code]})" for code in sorted(codes))
+            said.append(f"Mixed code: the runs of {label} come from different sources: {which}.")
+    return said
+
+
+def _unequal_sizes(results: Results) -> list[str]:
+    """Arms with more or fewer parameters than the reference arm, each told or all together."""
+    base = results.known(results.reference, "parameters") if results.reference else None
+    off = {}
+    for label in results.arms:
+        own = results.known(label, "parameters")
+        if finite(own) and finite(base) and base and abs(own / base - 1) > 0.01:
+            off[label] = (own, own / base - 1)
+    against = f"against {results.reference}"
+    if len(off) <= NAMED:
+        told = (f"{label} has {plain(n)} parameters, {by:+.1%}" for label, (n, by) in off.items())
+        return [f"Unequal size: {words} {against}." for words in told]
+    least, most = min(by for _, by in off.values()), max(by for _, by in off.values())
+    span = f"from {least:+.1%} to {most:+.1%}"
+    return [f"Unequal size: {len(off)} arms differ by {span} in parameters {against}."]
+
+
+def names(who: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = len(who) - NAMED
+    return ", ".join(who) if more < 2 else f"{', '.join(who[:NAMED])} and {more} more"
+
+
+def _who(some: Sequence[str], every: Collection[str]) -> str:
+    return "every arm" if len(some) == len(every) else names(some)
+
+
+def _measured(results: Results) -> set[str]:
+    return {row["label"] for row in results.where(status="ok")}
+
+
+def _model(row: Row) -> str:
+    return str(row.get("model") or row["label"])
+
+
+def _untuned(results: Results) -> list[str]:
+    """The models that were trained at one learning rate only."""
+    rates = defaultdict(set)
+    for row in results.rows:
+        if not missing(row.get("lr")):
+            rates[_model(row)].add(row["lr"])
+    return [model for model, tried in rates.items() if len(tried) == 1]
 
 
 def limits(results: Results) -> list[str]:
     """What these figures cannot show, derived from the rows."""
     said, lone = [], _single(results)
     if lone:
-        who = "Every arm" if len(lone) == len(results.arms) else ", ".join(lone)
+        who = _who(lone, _measured(results))
         said.append(
-            f"{who}: one seed. The intervals are over text, not over seeds: they say how sure the "
-            "score of this one training is, not whether another training would rank the same."
+            f"{who[0].upper()}{who[1:]}: one seed. The intervals are over text, not over seeds: "
+            "they say how sure the score of this one training is, not whether another training "
+            "would rank the same."
         )
-    if len(lone) < len({row["label"] for row in results.where(status="ok")}):
+    if len(lone) < len(_measured(results)):
         said.append("Several seeds: the interval is over seeds (Student's t), wide when few.")
-    rates = defaultdict(set)
-    for row in results.rows:
-        if not missing(row.get("lr")):
-            rates[row.get("model") or row["label"]].add(row["lr"])
-    if fixed := [str(model) for model, tried in rates.items() if len(tried) == 1]:
+    if fixed := _untuned(results):
+        said.append(f"Learning rates are not tuned: one was tried for {names(fixed)}. {RATES}")
+    if several := _chosen(results):
         said.append(
-            f"Learning rates are not tuned: one was tried for {', '.join(fixed)}. Architectures "
-            "want different rates, so a small gap may be the rate's."
+            f"The best of several trainings of {names(several)} is named by its test score: that "
+            "choice flatters it by a little."
         )
     if not results.where(task="passkey"):
         said.append(
@@ -69,7 +132,7 @@ def limits(results: Results) -> list[str]:
     if results.where(task="speed"):
         said.append("Speed is of one machine under its load: compare ratios, not absolute figures.")
     if other := sorted({row["task"] for row in results.rows if row.get("task") not in DRAWN}):
-        said.append(f"Measured, but not drawn on this page: {', '.join(other)}.")
+        said.append(f"Shown as tables, without a figure: {', '.join(other)}.")
     return said
 
 
@@ -92,6 +155,14 @@ def failures(results: Results) -> Table | None:
             texts = [label, "training", state, plain(run.get("run"))]
             table.rows.append([Td(text, kind="words") for text in texts])
     return table if table.rows else None
+
+
+def _chosen(results: Results) -> list[str]:
+    """The architectures with several arms, of which headlines name the best."""
+    arms = defaultdict(set)
+    for row in results.where(status="ok"):
+        arms[str(row.get("arm") or row["label"])].add(row["label"])
+    return [arm for arm, labels in arms.items() if len(labels) > 1]
 
 
 def _single(results: Results) -> list[str]:

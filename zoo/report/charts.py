@@ -19,6 +19,7 @@ Drawing = alt.LayerChart | alt.FacetChart
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
 DASHES = ((1, 0), (6, 3), (2, 2.5), (9, 3, 2, 3), (1, 4))
+LOG = "log scale"
 SYMBOLS = (  # SVG paths in a square from -1 to 1
     "M-1,0A1,1,0,1,1,1,0A1,1,0,1,1,-1,0Z",
     "M-0.9,-0.9H0.9V0.9H-0.9Z",
@@ -27,12 +28,14 @@ SYMBOLS = (  # SVG paths in a square from -1 to 1
     "M0,1.1L1.1,-0.9H-1.1Z",
     "M-0.4,-1.1H0.4V-0.4H1.1V0.4H0.4V1.1H-0.4V0.4H-1.1V-0.4H-0.4Z",
 )
+DISTINCT = len(COLORS) * len(DASHES)  # arms that can be told apart
+NAME = 17  # pixels that a name beside a line needs
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
 
 
 @dataclass(frozen=True)
 class Style:
-    """How an arm is drawn: no two alike, up to 35."""
+    """How an arm is drawn: no two alike, up to `DISTINCT`."""
 
     color: str
     dash: tuple[float, ...]
@@ -41,7 +44,10 @@ class Style:
 
 @dataclass(frozen=True)
 class Axis:
-    """A scale: its title, the words for its ticks, and from which ratio on it is logarithmic."""
+    """A scale: its title, the words for its ticks, and from which ratio on it is logarithmic.
+
+    A figure names its scale where that is logarithmic.
+    """
 
     title: str
     text: Callable[[float], str | list[str]]
@@ -66,7 +72,7 @@ class Axis:
         # The words are looked up by position: languages spell numbers differently.
         words = json.dumps([self.text(value) for value in at])
         axis = alt.Axis(
-            title=self.title,
+            title=f"{self.title}, {LOG}" if log else self.title,
             values=at,
             labelExpr=f"{words}[indexof({json.dumps(at)}, datum.value)]",
             labelOverlap="greedy",
@@ -93,12 +99,13 @@ def ticks(low: float, high: float, base: int, log: bool) -> list[float]:
     ]
 
 
-def styles(results: Results) -> dict[str, Style]:
+def styles(results: Results, arms: Sequence[str] | None = None) -> dict[str, Style]:
     """A symbol per model, a colour per arm, another dash for each further arm of either.
 
-    Of one model alone, read in several ways, every arm has its own symbol.
+    `arms` are those that are drawn, by default all. Of one model alone, read in several ways, every
+    arm has its own symbol.
     """
-    models = {label: str(results.known(label, "model") or label) for label in results.arms}
+    models = {label: str(results.known(label, "model") or label) for label in arms or results.arms}
     kinds = list(dict.fromkeys(models.values()))
     drawn: dict[str, Style] = {}
     for i, (label, model) in enumerate(models.items()):
@@ -125,7 +132,7 @@ def lines(
     legend: bool = False,
     ink: str = "currentColor",
 ) -> Drawing | None:
-    """One line per arm, with its interval as a band; None where there is nothing to draw.
+    """One line per arm of `look`, with its interval as a band; None where there is none to draw.
 
     More arms than colours have no bands, which would cover one another.
 
@@ -134,13 +141,14 @@ def lines(
         about: what a reader who cannot see the figure should know.
         rules: x positions (training lengths) marked by a vertical rule.
         level: a y position (chance) marked by a horizontal rule.
-        named: name the arms at the right, beside the ends of their lines.
+        named: name the arms at the right, beside the ends of their lines; makes a figure of many
+            arms as high as their names.
     """
 
     def drawable(value: Any) -> bool:
         return finite(value) and (y.signed or value > 0)
 
-    points = [point for point in points if point["x"] > 0 and drawable(point["y"])]
+    points = [p for p in points if p["arm"] in look and p["x"] > 0 and drawable(p["y"])]
     if not points:
         return None
     arms = [arm for arm in look if any(point["arm"] == arm for point in points)]
@@ -150,12 +158,14 @@ def lines(
     seen = [point[name] for point in points for name in drawn]
     y_scale, y_axis = y.scale([value for value in seen if drawable(value)])
     y_axis.title, y_axis.grid = None, True
+    height = max(height, NAME * len(arms)) if named else height
     across, up = alt.X("x:Q", scale=x_scale, axis=x_axis), alt.Y("y:Q", scale=y_scale, axis=y_axis)
 
     bottom = y_scale.domain[0]  # where an interval reaches below all there is to see
     sure = [point for point in points if finite(point["low"]) and finite(point["high"])]
     bands = [point | {"low": max(point["low"], bottom)} for point in sure if "low" in drawn]
     symbols: dict[str, Any] = {"symbolSize": 80, "symbolOpacity": 1, "symbolStrokeWidth": 0}
+    symbols["symbolLimit"] = 0  # by default a long legend ends in "6 entries"
     key = alt.Legend(title=None, orient="bottom", columns=4, **symbols) if legend else None
 
     def scale(field: str) -> alt.Scale:
@@ -195,7 +205,11 @@ def lines(
         width=width,
         height=height,
         description=about,
-        title=alt.Title(y.title, offset=26 if marks else 12),
+        title=alt.Title(
+            y.title,
+            subtitle=LOG if y_scale.type == "log" else alt.Undefined,
+            offset=26 if marks else 12,
+        ),
     )
 
 
@@ -235,7 +249,7 @@ def _ends(points: Sequence[Spec], arms: Sequence[str], scale: alt.Scale, height:
     end = max(point["x"] for point in points)
     order = sorted(arms, key=lambda arm: last[arm]["y"])
     at = [(log(last[arm]["y"]) - bottom) * pixel for arm in order]  # pixels above the bottom
-    gap = min(17.0, height / len(arms))
+    gap = min(NAME, height / len(arms))
     for i in range(1, len(at)):
         at[i] = max(at[i], at[i - 1] + gap)
     at[-1] = min(at[-1], height)

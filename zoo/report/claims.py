@@ -4,8 +4,9 @@ A claim is a list of comparisons. In each the score of an arm at a length, less 
 another's, must lie below or above 0 on the same tokens: of every seed, with its whole 95% interval
 over the stretches of text. (An interval over two or three seeds is wider than anything it could
 tell; that the others repeat what one shows is asked instead.) A claim holds where all do, does not
-hold where one lies wholly on the other side for every seed, and is otherwise not shown; nor is it
-with fewer than two seeds. It is judged where all it compares was measured.
+hold where one lies wholly on the other side for every seed, and is otherwise not shown, for a
+reason that is told: fewer than two seeds, seeds that disagree, an interval that holds 0. It is
+judged where all it compares was measured.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,13 @@ from typing import Literal
 
 from zoo.report.rows import Cell, Results, Row, contrast
 from zoo.report.tables import PLUS_MINUS, Table, Td, signed
+from zoo.report.validity import unlearned
 
 Verdict = Literal["holds", "does not hold", "not shown at this scale"]
+HOLDS: Verdict = "holds"
+FAILS: Verdict = "does not hold"
+OPEN: Verdict = "not shown at this scale"
+ORDER: tuple[Verdict, ...] = (FAILS, OPEN, HOLDS)  # what one comparison is enough for, first
 
 A_LITTLE = 1.05  # "a few per cent", "a small rise", "a clear margin": the same 5 % throughout
 SEEDS = 2  # at least
@@ -61,14 +67,24 @@ class Comparison:
         return [cell for cell in found if cell.value is not None]
 
     def verdict(self, cells: Sequence[Cell]) -> Verdict:
+        """The verdict of this comparison alone."""
+        return self.decide(cells)[0]
+
+    def decide(self, cells: Sequence[Cell]) -> tuple[Verdict, str]:
+        """The verdict, and why nothing is decided where that is so."""
         ends = [(c.low, c.high) for c in cells if c.low is not None and c.high is not None]
-        if len(ends) < max(SEEDS, len(cells)):
-            return "not shown at this scale"
+        if len(cells) < SEEDS:
+            return OPEN, f"{_seeds(len(cells))}, at least {SEEDS} are needed"
+        if len(ends) < len(cells):
+            return OPEN, "a seed has no interval: its score by stretch of text is missing"
         if self.side == "below":
             ends = [(-high, -low) for low, high in ends]
-        if all(low > 0 for low, _ in ends):
-            return "holds"
-        return "does not hold" if all(high < 0 for _, high in ends) else "not shown at this scale"
+        sides = {1 if low > 0 else -1 if high < 0 else 0 for low, high in ends}
+        if sides == {1}:
+            return HOLDS, ""
+        if sides == {-1}:
+            return FAILS, ""
+        return OPEN, "the seeds disagree" if {1, -1} <= sides else "an interval holds 0"
 
 
 @dataclass(frozen=True)
@@ -85,6 +101,7 @@ class Claim:
 class Judged:
     claim: Claim
     verdict: Verdict
+    why: str  # nothing was decided, if so
     cells: tuple[list[Cell], ...]  # one per seed of each comparison
 
 
@@ -96,10 +113,29 @@ def judge(results: Results) -> list[Judged]:
         if not all(cells):
             continue
         pairs = zip(claim.comparisons, cells, strict=True)
-        found = {each.verdict(seeds) for each, seeds in pairs}
-        order: tuple[Verdict, ...] = ("does not hold", "not shown at this scale", "holds")
-        judged.append(Judged(claim, next(v for v in order if v in found), cells))
+        found = [each.decide(seeds) for each, seeds in pairs]
+        if problem := _problem(results, claim):
+            found = [(OPEN, problem)]
+        verdict = min((verdict for verdict, _ in found), key=ORDER.index)
+        whys = dict.fromkeys(why for v, why in found if why and v == verdict)
+        judged.append(Judged(claim, verdict, "; ".join(whys), cells))
     return judged
+
+
+def _problem(results: Results, claim: Claim) -> str:
+    """Why these runs cannot decide the claim whatever they scored, or nothing."""
+    for score in (score for each in claim.comparisons for score in (each.score, each.other)):
+        rows = score.rows(results)
+        labels = {row["label"] for row in rows}
+        if len(labels) > 1:
+            return f"{score.arm} was measured in {len(labels)} settings, which may not be mixed"
+        if why := unlearned(rows):
+            return f"{score.arm} {next(iter(why.values()))}"
+    return ""
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' if count != 1 else ''}"
 
 
 def _rises(arm: str, times: int) -> Comparison:
@@ -179,7 +215,8 @@ def claims_table(results: Results) -> Table | None:
     table = Table("Published claims, judged on these runs.", head)
     for own in judge(results):
         kind = {"holds": "best", "does not hold": "lead"}.get(own.verdict, "")
-        verdict = Td(own.verdict, own.claim.source, kind)
+        said = f"{own.verdict}: {own.why}" if own.why else own.verdict
+        verdict = Td(said, own.claim.source, kind)
         evidence = Td("; ".join(told(own)), kind="words")
         table.rows.append([Td(f"{own.claim.number}. {own.claim.words}"), verdict, evidence])
     return table if table.rows else None

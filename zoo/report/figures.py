@@ -4,13 +4,14 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import altair as alt
 import vl_convert
 
-from zoo.report.charts import Axis, Drawing, Spec, Style, grid, lines, themed
-from zoo.report.rows import Cells, Results, Row, finite
+from zoo.report.charts import DISTINCT, Axis, Drawing, Spec, Style, grid, lines, themed
+from zoo.report.rows import Cell, Cells, Results, Row, finite
 from zoo.report.tables import (
     ANSWERS,
     DASH,
@@ -28,8 +29,10 @@ from zoo.report.tables import (
 )
 
 INK, PAPER = "#1d1f23", "#ffffff"
+PICTURES = ("bits_per_byte.png", "passkey.png", "reach.png", "speed.png")  # of a report
 MANY = 14  # arms, of which lines would be a tangle
 SHADED = "orange: what is lost against the arm's own score at its training length, full at 1 bit"
+POOLED = 256  # scored tokens that a point by position rests on at least
 WORST = 1.0  # bits per byte lost, from which on a cell has the full shade
 
 
@@ -54,6 +57,23 @@ class Lines:
 def number(value: float) -> str:
     """Words for a tick."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def drawn(results: Results) -> list[str]:
+    """The arms that figures show: all, or of more than can be told apart the best at the longest
+    length."""
+    if len(results.arms) <= DISTINCT:
+        return results.arms
+    protocol = headline(results)
+    cells = results.cells("perplexity", "bits_per_byte", protocol=protocol) if protocol else {}
+    best = sorted(results.arms, key=lambda label: _at_the_end(cells.get(label, {})))[:DISTINCT]
+    return [label for label in results.arms if label in best]
+
+
+def _at_the_end(mine: Mapping[int, Cell]) -> float:
+    """An arm's score at the longest length; infinity where it has none."""
+    value = mine[max(mine)].value if mine else None
+    return math.inf if value is None else value
 
 
 def lengths(results: Results, title: str) -> Axis:
@@ -134,13 +154,11 @@ def table(results: Results, protocol: str) -> Drawing:
             text = DASH if value is None else score(value)
             values.append({"arm": label, "x": length, "text": text, "shade": shade})
 
-    def rank(label: str) -> float:
-        longest = cells[label][max(cells[label])].value
-        return math.inf if longest is None else longest
-
     x = lengths(results, "test length in tokens, and in training lengths")
     about = "Bits per byte by test length, a row per arm, darker where it lost more."
-    return grid(values, sorted(cells, key=rank), x, about=about, ink=INK)
+    return grid(
+        values, sorted(cells, key=lambda label: _at_the_end(cells[label])), x, about=about, ink=INK
+    )
 
 
 def retrieval(results: Results, answer: str) -> Lines:
@@ -181,33 +199,55 @@ def positions(results: Results, task: str) -> Lines:
         longest = max((row["length"] for row in rows), default=0)
         points += _curve(label, [row["curve"] for row in rows if row["length"] == longest])
     about = "Bits per byte by position within the text, one line per arm."
-    x = Axis("position in the text (tokens read before)", short, base=2)
+    x = Axis("tokens read before", short, base=2)
     y = Axis("bits per byte (lower is better)", number, log_from=2.5)
     return Lines(f"positions-{task}", points, x, y, about, trained(results))
 
 
 def _curve(label: str, curves: list[Row]) -> list[Spec]:
-    """Points at the middle of the position buckets, averaged over seeds by token count."""
+    """Points at the middle of ranges of positions, averaged over seeds by token count.
+
+    A range is as many neighbouring buckets as hold `POOLED` tokens: a few tokens, such as those at
+    the very first and last positions, differ by a bit and more from what a model scores there.
+    """
     total: dict[tuple[int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for curve in curves:
         edges, bits = curve["edges"], curve["bits_per_byte"]
-        counts = curve.get("count") or [1] * len(bits)
+        if edges != curves[-1]["edges"]:  # of an older version: its ranges would overlap
+            continue
+        # Where nothing was counted, every position was scored at least once.
+        counts = curve.get("count") or [b - a for a, b in pairwise(edges)]
         for *bucket, value, weight in zip(edges, edges[1:], bits, counts, strict=False):
-            if finite(value) and finite(weight):
+            if finite(value) and finite(weight) and weight > 0:
                 total[bucket[0], bucket[1]][0] += value * weight
                 total[bucket[0], bucket[1]][1] += weight
     points = []
-    for (first, end), (bits, weight) in total.items():
-        if weight:
-            where = {
-                "x": math.sqrt((first + 1) * end),
-                "y": bits / weight,
-                "low": None,
-                "high": None,
-            }
-            tip = {"positions": f"{first:,} to {end - 1:,}", "bits per byte": score(bits / weight)}
-            points.append({"arm": label, **where, **tip})
+    for first, end, bits, tokens in _pooled(total):
+        where = {"x": math.sqrt((first + 1) * end), "y": bits, "low": None, "high": None}
+        tip = {"positions": f"{first:,} to {end - 1:,}", "bits per byte": score(bits)}
+        points.append({"arm": label, **where, **tip, "scored tokens": f"{tokens:,.0f}"})
     return points
+
+
+def _pooled(total: Mapping[tuple[int, int], list[float]]) -> list[tuple[int, int, float, float]]:
+    """(first position, end, mean, tokens) of neighbouring buckets with `POOLED` tokens or more.
+
+    What is left at the end joins the range before it, where there is one.
+    """
+    pools: list[tuple[int, int, float, float]] = []  # first, end, sum, tokens
+
+    def join(end: int, amount: float, tokens: float) -> None:
+        first, _, before, had = pools.pop()
+        pools.append((first, end, before + amount, had + tokens))
+
+    for (first, end), (amount, tokens) in sorted(total.items()):
+        if pools and pools[-1][3] < POOLED:
+            join(end, amount, tokens)
+        else:
+            pools.append((first, end, amount, tokens))
+    if len(pools) > 1 and pools[-1][3] < POOLED:
+        join(*pools.pop()[1:])
+    return [(first, end, amount / tokens, tokens) for first, end, amount, tokens in pools]
 
 
 def state_cells(results: Results) -> Cells:
@@ -250,11 +290,13 @@ def pngs(results: Results, look: Mapping[str, Style]) -> dict[str, bytes]:
     how = {"width": 640, "named": True, "ink": INK}
     told = PROTOCOLS[protocol].lower() if protocol else ""
     subtitle = f"bits per byte by test length, lower is better; {told}"
+    part = [drawn_words(results)] if drawn_words(results) else []
     if protocol and len(results.arms) > MANY:
         title = alt.Title(headed, subtitle=[subtitle, SHADED], **large)
         pictures["bits_per_byte.png"] = table(results, protocol).properties(title=title)
     elif protocol and (chart := scores(results, protocol).draw(look, height=400, **how)):
-        title = alt.Title(headed, subtitle=subtitle, **large)
+        scale = [s for s in [chart.title.subtitle] if isinstance(s, str)]
+        title = alt.Title(headed, subtitle=", ".join([subtitle, *scale]), **large)
         panels = [chart.properties(title=title)]
         if protocol in SAME_TOKENS and (
             below := changes(results, protocol).draw(look, height=200, **how)
@@ -264,16 +306,25 @@ def pngs(results: Results, look: Mapping[str, Style]) -> dict[str, bytes]:
     elif found := retrieval(results, "accuracy").draw(look, height=240, **how):
         pictures["passkey.png"] = found
     how = {"legend": True, "ink": INK}
-    drawn = (figure.draw(look, width=440, height=380, **how) for figure in reach(results))
-    if panels := [chart for chart in drawn if chart]:
-        title = alt.Title(headed, subtitle="reading on, and finding what was read", **large)
+    shown = (figure.draw(look, width=440, height=380, **how) for figure in reach(results))
+    if panels := [chart for chart in shown if chart]:
+        words = ["reading on, and finding what was read", *part]
+        title = alt.Title(headed, subtitle=words, **large)
         pictures["reach.png"] = alt.concat(*panels, spacing=30, title=title)
-    drawn = (
+    shown = (
         figure.draw(look, width=270, height=240, **how) for _, figure in costs(results).values()
     )
-    if panels := [chart for chart in drawn if chart]:
-        pictures["speed.png"] = alt.concat(*panels, columns=2, spacing=30)
+    if panels := [chart for chart in shown if chart]:
+        title = {"title": alt.Title("Speed and memory", subtitle=part, **large)} if part else {}
+        pictures["speed.png"] = alt.concat(*panels, columns=2, spacing=30, **title)
     return {
         name: vl_convert.vegalite_to_png(themed(chart, INK, PAPER, padding=20), scale=2)
         for name, chart in pictures.items()
     }
+
+
+def drawn_words(results: Results) -> str:
+    """Says how many arms figures leave out, where they do."""
+    some, every = len(drawn(results)), len(results.arms)
+    best = " (the best at the longest length)" if headline(results) else ""
+    return f"{some} of {every} arms are drawn{best}; the tables have all" if some < every else ""

@@ -3,7 +3,7 @@
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,24 @@ from zoo.report import tables
 from zoo.report.caveats import banners, failures, limits
 from zoo.report.charts import Spec, Style, styles, themed
 from zoo.report.claims import claims_table
-from zoo.report.figures import Lines, changes, costs, pngs, positions, reach, retrieval, scores
-from zoo.report.rows import Cells, Results, gather
+from zoo.report.figures import (
+    PICTURES,
+    POOLED,
+    Lines,
+    changes,
+    costs,
+    drawn,
+    drawn_words,
+    pngs,
+    positions,
+    reach,
+    retrieval,
+    scores,
+)
+from zoo.report.headlines import one_text, tiles
+from zoo.report.rows import Results, gather
 from zoo.report.text import as_text
-
-Best = Callable[[Iterable[float]], float]
+from zoo.report.validity import blind_guess
 
 
 @dataclass(frozen=True)
@@ -36,36 +49,42 @@ class Block:
     more: tuple["Block", ...] = ()
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A result in a few words."""
-
-    title: str
-    arm: str
-    value: str
-    detail: str
-
-
 def write_report(
     rows: Sequence[Mapping[str, Any]],
     runs: Sequence[Mapping[str, Any]],
     html: Path,
-    figures: Path,
+    figures: Path | None = None,
     title: str | None = None,
 ) -> str:
     """Write the page and the PNGs from rows and run records; return the table to print.
+
+    Pictures that an earlier report of this name left in the folder, and this one has none of, go.
 
     Args:
         rows: the rows of `results.jsonl` of every run.
         runs: the contents of every `run.json`, with the run's name as "run".
         html: the file to write, replaced whole.
-        figures: the folder for the PNGs.
+        figures: the folder for the PNGs; None: `pictures_folder`.
     """
     results = gather(rows, runs)
-    look = styles(results)
+    look, figures = styles(results, drawn(results)), figures or pictures_folder(html)
+    pictures = pngs(results, look)
     _write(html, render(results, look, title).encode())
-    for name, picture in pngs(results, look).items():
+    for name, picture in pictures.items():
         _write(figures / name, picture)
+    for name in PICTURES:
+        if name not in pictures:
+            (figures / name).unlink(missing_ok=True)
+    return terminal(results)
+
+
+def pictures_folder(html: Path) -> Path:
+    """The folder of a report's own PNGs, beside it: out/july.html has them in out/july/."""
+    return html.with_suffix("") if html.suffix else html.with_name(f"{html.name}-pictures")
+
+
+def terminal(results: Results) -> str:
+    """The tables for a terminal, and what to beware of."""
     return "\n".join([as_text(results), *(f"! {line}" for line in banners(results))])
 
 
@@ -86,6 +105,7 @@ def render(results: Results, look: Mapping[str, Style], title: str | None = None
         banners=banners(results),
         tiles=tiles(results),
         look=look,
+        partly=drawn_words(results),
         reach=[figure(lines, height=360) for lines in reach(results)],
         scores=score_blocks(results, look),
         explained={f"scores-{name}": words for name, words in tables.EXPLAINED.items()},
@@ -94,6 +114,8 @@ def render(results: Results, look: Mapping[str, Style], title: str | None = None
         retrieval=retrieval_blocks(results, look),
         curve=figure(positions(results, "perplexity")),
         costs=cost_blocks(results, look),
+        pooled=tables.plain(POOLED),
+        blind=blind_guess(results.rows),
         stream=figure(positions(results, "stream"), table=tables.streams(results)),
         budgets=tables.budgets(results),
         failures=failures(results),
@@ -136,66 +158,14 @@ def facts(results: Results) -> list[str]:
     return said
 
 
-def tiles(results: Results) -> list[Tile]:
-    """The results in a few words."""
-    said: list[Tile | None] = []
-    protocol = tables.headline(results)
-    equal = {"spread": True, "protocol": protocol}
-    cells = results.cells("perplexity", "bits_per_byte", **equal) if protocol else {}
-    if protocol and cells:
-        tied = tables.ties(results, protocol)
-        train, longest = results.train_length(), max(next(iter(cells.values())))
-        for length in dict.fromkeys([train or longest, longest]):
-            multiple = "" if length == train else f"{tables.times(length, train)} "
-            title = f"Best at {length:,} tokens, {multiple}the training length"
-            said.append(_best(title, cells, length, min, tables.score, "bits/byte", tied))
-    if reach := {label: own for label, own in tables.reaches(results).items() if own}:
-        far = max(own.length for own in reach.values())
-        who = [label for label, own in reach.items() if own.length == far]
-        arms = " and ".join(who) if len(who) < 3 else f"{len(who)} arms"
-        detail = f"{tables.times(far, results.train_length(who[0]))} the training length"
-        said.append(Tile("Longest effective context", arms, f"{reach[who[0]]} tokens", detail))
-    if decode := results.cells("speed", "milliseconds", phase="decode"):
-        longest = max(next(iter(decode.values())))
-        title = f"Fastest decoding after {longest:,} tokens"
-        said.append(_best(title, decode, longest, min, tables.count, "ms/token"))
-    return [tile for tile in said if tile]
-
-
-def _best(
-    title: str,
-    cells: Cells,
-    length: int,
-    best: Best,
-    text: Callable[[float], str],
-    unit: str,
-    tied: tables.Tied | None = None,
-) -> Tile | None:
-    """The best arm of a column, what it cannot be told from, and how many arms have no result."""
-    column = {label: mine[length] for label, mine in cells.items() if length in mine}
-    values = {label: cell.value for label, cell in column.items() if cell.value is not None}
-    if not values:
-        return None
-    top = best(values.values())
-    who = next(label for label, value in values.items() if value == top)
-    others = [label for label in values if label != who]
-    close = [label for label in others if tied and tied(label, who, length)]
-    detail = [f"not told apart from {', '.join(close)}"] if close else []
-    if others and not close:
-        second = next(label for label in others if values[label] == best(values[o] for o in others))
-        detail = [f"then {second}, {text(values[second])}"]
-    if len(values) < len(column):
-        detail.append(f"{len(column) - len(values)} of {len(column)} arms have no result")
-    return Tile(title, who, f"{text(top)} {unit}", "; ".join(detail))
-
-
 def score_blocks(results: Results, look: Mapping[str, Style]) -> list[Block]:
     """Bits per byte by length, once per protocol."""
     blocks = []
     for protocol, words in tables.PROTOCOLS.items():
         cells = results.cells("perplexity", "bits_per_byte", spread=True, protocol=protocol)
         caption, tied = f"Bits per byte. {words}.", tables.ties(results, protocol)
-        table = tables.grid(results, cells, caption, tables.score, min, tied)
+        best = min if one_text(results) else None
+        table = tables.grid(results, cells, caption, tables.score, best, tied)
         block = _block(scores(results, protocol), words, table, look=look, named=True, height=380)
         blocks.append(replace(block, more=tuple(_compared(results, protocol, look))))
     return [block for block in blocks if block.table]
@@ -247,7 +217,7 @@ def _block(
     """A figure as it goes on the page, as wide as its box and in the theme's colours."""
     chart = figure.draw(look, **how)
     spec = themed(chart) if chart else None
-    arms = list(dict.fromkeys(point["arm"] for point in figure.points))
+    arms = list(dict.fromkeys(p["arm"] for p in figure.points if p["arm"] in look))
     return Block(figure.name, title, figure.about, spec, table, arms)
 
 

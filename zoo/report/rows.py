@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from zoo.measurement import question
+from zoo.report.validity import drop_partial_budgets, mark_leaks, spread_leaks
 
 Row = dict[str, Any]
 
@@ -77,16 +78,36 @@ class Results:
     @functools.cached_property
     def by_arm(self) -> dict[str, list[Row]]:
         """label -> its rows."""
-        return {label: self.where(label=label) for label in self.arms}
+        found: dict[str, list[Row]] = {label: [] for label in self.arms}
+        for row in self.rows:
+            found[row["label"]].append(row)
+        return found
+
+    @functools.cached_property
+    def by_task(self) -> dict[Any, list[Row]]:
+        """task -> its rows."""
+        found: dict[Any, list[Row]] = defaultdict(list)
+        for row in self.rows:
+            found[row.get("task")].append(row)
+        return {**found}
 
     def requested(self, label: str) -> bool:
         """Whether an arm was asked for now, where others stand beside it that were not."""
-        beside = any(row.get("requested") is False for row in self.rows)
-        return beside and any(row.get("requested", True) for row in self.by_arm[label])
+        return label in self.asked_for and len(self.asked_for) < len(self.arms)
+
+    @functools.cached_property
+    def asked_for(self) -> set[str]:
+        """The arms with a row that was asked for now."""
+        return {row["label"] for row in self.rows if row.get("requested", True)}
 
     def where(self, **equal: Any) -> list[Row]:
         """The rows whose fields have these values."""
-        return [row for row in self.rows if all(row.get(k) == v for k, v in equal.items())]
+        rows = self.rows
+        if "task" in equal:
+            rows = self.by_task.get(equal["task"], [])
+        if "label" in equal:
+            rows = min(rows, self.by_arm.get(equal["label"], []), key=len)
+        return [row for row in rows if all(row.get(k) == v for k, v in equal.items())]
 
     def known(self, label: str, field: str) -> Any:
         """What an arm's rows say of it: the first value that is there."""
@@ -239,6 +260,8 @@ def gather(rows: Iterable[Mapping[str, Any]], runs: Iterable[Mapping[str, Any]])
     runs = [dict(run) for run in runs]
     measured = {row.get("run") for row in records}
     records += [_run_row(run) for run in runs if run.get("run") not in measured]
+    mark_leaks(records, runs)
+    drop_partial_budgets(records, runs)
     for row in records:
         row["status"] = row.get("status") or "ok"
         row["label"] = str(row.get("arm") or row.get("model") or "unnamed")
@@ -246,6 +269,7 @@ def gather(rows: Iterable[Mapping[str, Any]], runs: Iterable[Mapping[str, Any]])
         if row["status"] == "ok" and not finite(value):
             row |= {"status": "failed", "reason": f"the result is {value}, not a number"}
     _lengthen(records, runs)
+    spread_leaks(records)
     arms = list(dict.fromkeys(row["label"] for row in records))
     plain = [
         row["label"]

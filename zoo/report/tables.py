@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, takewhile
 
 from zoo.report.rows import Cell, Cells, Results, contrast, finite, in_words, missing
+from zoo.report.validity import LEAKS, unlearned
 
 Tied = Callable[[str, str, int], bool]  # two arms and a length
 
@@ -174,7 +175,8 @@ def grid(
         for reason, group in groupby(mine, key=lambda length: mine[length].reason):
             same = list(group)
             if reason:
-                row.append(Td(reason, kind="reason", span=len(same)))
+                kind = LEAKS if reason.startswith(LEAKS) else "reason"
+                row.append(Td(reason, kind=kind, span=len(same)))
                 continue
             for length in same:
                 top, kind = first[length], ""
@@ -245,21 +247,36 @@ def reach(excess: dict[int, Cell], train: int | None) -> Reach | None:
     return Reach(point, last("high"), last("low"), after is None, after.reason if after else "")
 
 
+def dead(results: Results) -> dict[str, str]:
+    """Arm -> why its scores show no learning, of those that show none."""
+    rows = results.where(task="perplexity", protocol=headline(results), status="ok")
+    return unlearned([row for row in rows if finite(row.get("bits_per_byte"))])
+
+
 def reaches(results: Results) -> dict[str, Reach | None]:
-    """Effective context of every arm, from the scores on the same tokens at every length."""
-    protocol = headline(results)
+    """Effective context of every arm, from the scores on the same tokens at every length.
+
+    None where there is no score at the training length, or where the arm has not learned: a score
+    that no text could make worse stays level at any length.
+    """
+    protocol, without = headline(results), dead(results)
     excess = results.changes(protocol, 1 + SHARE) if protocol in SAME_TOKENS else {}
-    return {label: reach(mine, results.train_length(label)) for label, mine in excess.items()}
+    return {
+        label: None if label in without else reach(mine, results.train_length(label))
+        for label, mine in excess.items()
+    }
 
 
 def contexts(results: Results) -> Table | None:
     """Effective context as a table."""
     heads = ("arm", "tokens", "of the training length", "95% interval", "ends because")
     caption = f"Largest length up to which bits per byte stay within {SHARE:.0%} of the arm's own."
-    table = Table(caption, [(head, "") for head in heads])
+    table, without = Table(caption, [(head, "") for head in heads]), dead(results)
     for label, own in reaches(results).items():
         if own is None:
-            cells = [Td("unknown: no score at the training length", kind="reason", span=4)]
+            why = without.get(label) or _unscored(results, label)
+            kind = LEAKS if why.startswith(LEAKS) else "reason"
+            cells = [Td(why, kind=kind, span=4)]
         else:
             why = "it does not: the tests end here" if own.open_end else own.then or "scores rise"
             ends = f"{own.low:,}{DASH}{own.high:,}"
@@ -267,6 +284,12 @@ def contexts(results: Results) -> Table | None:
             cells = [Td(str(own), kind="lead"), Td(multiple), Td(ends), Td(why, kind="words")]
         table.rows.append([Td(label), *cells])
     return table if table.rows else None
+
+
+def _unscored(results: Results, label: str) -> str:
+    """Why an arm has no score at its training length."""
+    leaks = (in_words(row) for row in results.by_arm[label] if row["status"] == LEAKS)
+    return next(leaks, "unknown: no score at the training length")
 
 
 BUDGET = {  # (column, line below it) -> their fields
@@ -321,6 +344,7 @@ def streams(results: Results) -> Table | None:
             told = (f(row[k]) if finite(row.get(k)) else DASH for k, (_, f) in columns.items())
             table.rows.append([Td(row["label"]), *map(Td, told)])
         else:
-            reason = Td(in_words(row), kind="reason", span=len(columns))
+            kind = LEAKS if row["status"] == LEAKS else "reason"
+            reason = Td(in_words(row), kind=kind, span=len(columns))
             table.rows.append([Td(row["label"]), reason])
     return table if table.rows else None

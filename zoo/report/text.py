@@ -9,6 +9,7 @@ from zoo.report.tables import (
     PROTOCOLS,
     SAME_TOKENS,
     Table,
+    dead,
     found,
     headline,
     reaches,
@@ -35,7 +36,8 @@ def _claims_as_text(results: Results) -> str:
     """Each claim's verdict, and below it what was compared."""
     lines = []
     for own in judge(results):
-        lines.append(f"claim {own.claim.number} {own.verdict}: {own.claim.words}")
+        why = f" ({own.why})" if own.why else ""
+        lines.append(f"claim {own.claim.number} {own.verdict}{why}: {own.claim.words}")
         lines += [f"    {line}" for line in told(own)]
     return "\n".join(lines)
 
@@ -47,7 +49,7 @@ def _scores_as_text(results: Results) -> list[str]:
     cells = results.cells("perplexity", "bits_per_byte", **equal) if protocol else {}
     if not protocol or not cells:
         return []
-    reach_of, train = reaches(results), results.train_length()
+    reach_of, without, train = reaches(results), dead(results), results.train_length()
     lengths = list(next(iter(cells.values())))
     every = [cell for mine in cells.values() for cell in mine.values()]
     reasons = list(dict.fromkeys(cell.reason for cell in every if cell.reason))
@@ -58,7 +60,9 @@ def _scores_as_text(results: Results) -> list[str]:
 
     def known(label: str) -> str:
         own = reach_of.get(label)
-        return "unknown" if own is None else f"{own}{own.ends}"
+        if own is None:
+            return "not learned" if label in without else "unknown"
+        return f"{own}{own.ends}"
 
     lines = [[*heads[0], "effective"], [*heads[1], "context"]]
     for label, mine in cells.items():

@@ -19,11 +19,11 @@ from zoo.data.corpora import open_corpus
 from zoo.errors import UserError
 from zoo.extend import extend
 from zoo.learner import device_name, load, pick_device
-from zoo.measurement import agrees
+from zoo.measurement import agrees, question
 from zoo.options import flat, within
 from zoo.report import write_report
+from zoo.report.page import terminal
 from zoo.report.rows import gather
-from zoo.report.text import as_text
 from zoo.report.wandb import mirror
 from zoo.run import RunFolder, with_found
 from zoo.schema import EvalConfig, Extension
@@ -34,6 +34,7 @@ LABELS = ("arm", "extension_options")  # in words what `extension_settings` iden
 UNSHAPED = (  # options that leave a run's weights as they are; the text is known by its fingerprint
     *("data.path", "data.cache", "valid_every", "valid_windows", "save_every"),
 )
+PLACES = ("length", "protocol", "phase", "windows")  # which of a task's answers a row is
 EXTENDED = (*LABELS, "extension", "extension_factor", "extension_settings")
 
 
@@ -49,9 +50,9 @@ def evaluate(
 
     A measurement that a run's `results.jsonl` already holds, of the same checkpoint under the same
     settings, is not repeated unless `fresh`. What it holds of the same questions under other
-    extensions stands beside it in the report. The code is 0, or 1 where a run or a measurement
-    failed or nothing was measured. Raises UserError for settings that fit no run, such as an
-    extension that does not apply to the only one.
+    extensions, and of tasks that are not asked now, stands beside it in the report. The code is 0,
+    or 1 where a run or a measurement failed or nothing was measured. Raises UserError for settings
+    that fit no run, such as an extension that does not apply to the only one.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -68,13 +69,12 @@ def evaluate(
         if len(folders) == 1 and all(row["status"] == "not_applicable" for row in found):
             raise UserError(found[0]["reason"])
         statuses |= {row["status"] for row in found}
-        rows += [*found, *_under_others(folder, about, asked)]
+        rows += [*found, *_known_besides(folder, about, asked)]
         progress.clear()
     if config.report:
-        page = Path(config.report)
-        say(write_report(rows, runs, page, page.parent / "report"))
+        say(write_report(rows, runs, Path(config.report)))
     else:
-        say(as_text(gather(rows, runs)))
+        say(terminal(gather(rows, runs)))
     if config.logger.name == "wandb":
         mirror(rows, runs, Path(config.runs), config.logger.mode, project=config.logger.project)
     return int("failed" in statuses or "ok" not in statuses)
@@ -129,15 +129,31 @@ def _measure_run(
         yield from reused
 
 
-def _under_others(folder: RunFolder, about: Row, asked: Sequence[Row]) -> Iterator[Row]:
-    """The last answers to the same questions by the same weights under other extensions."""
+def _known_besides(folder: RunFolder, about: Row, asked: Sequence[Row]) -> Iterator[Row]:
+    """The last answers of the same weights to what was not asked now.
+
+    To the same questions under other extensions, and to the questions of the other tasks, whose
+    settings are those of their latest answer.
+    """
     alike = {name: value for name, value in about.items() if name not in EXTENDED}
     rows = [row for row in folder.rows() if row["status"] == "ok" and agrees(row, alike)]
+    others: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: str(row.get("time"))):
+        if row["task"] not in {key["task"] for key in asked}:
+            others.setdefault(row["task"], []).append(row)
     for key in asked:
         same = {row["extension_settings"]: row for row in rows if agrees(row, key)}
         for name, row in same.items():
             if name != about["extension_settings"]:
                 yield row | {"requested": False}
+    for answers in others.values():
+        yield from (row | {"requested": False} for row in answers if _alike(row, answers[-1]))
+
+
+def _alike(row: Row, latest: Row) -> bool:
+    """Whether two rows of a task were asked under the same settings, at whatever length."""
+    one, other = question(row), question(latest)
+    return all(one[name] == other[name] for name in one.keys() & other.keys() - set(PLACES))
 
 
 def _not_done(info: Row) -> Row:

@@ -1,0 +1,163 @@
+"""What may be ranked: nothing that leaks, no context of a model that has not learned."""
+
+import pytest
+from synthetic import LENGTHS, experiment, identity, run_records, score_row
+
+from zoo.report import tables
+from zoo.report.caveats import banners, failures
+from zoo.report.charts import styles
+from zoo.report.headlines import tiles
+from zoo.report.page import render
+from zoo.report.rows import gather
+from zoo.report.text import as_text
+from zoo.report.validity import blind_guess
+
+WHY = "output 40 changes with input 41"
+LEAKY = {"audit": WHY}, {"status": "leaks", "reason": WHY}
+
+
+def leaky(**how) -> list[dict]:
+    """A model that scores 0.05 because it reads the future, beside an honest one."""
+    rows = [score_row("transformer", n, 2.0) for n in LENGTHS]
+    rows += [score_row("mamba", n, 0.05) | how for n in LENGTHS]
+    speed = {"task": "speed", "phase": "decode", "length": 512, "tokens_per_second": 1.0}
+    rows.append(identity("transformer") | speed | {"milliseconds": 9.0})
+    rows.append(identity("mamba") | speed | {"milliseconds": 1.0} | how)
+    return rows
+
+
+def audited(rows: list[dict]) -> list[dict]:
+    records = run_records(rows)
+    records[1]["audit"] = {"ok": False, "reason": WHY}
+    return records
+
+
+@pytest.mark.parametrize("place", [*LEAKY, "run.json"], ids=["in audit", "in status", "in run"])
+def test_a_leaky_arm_is_shown_with_its_reason_and_never_ranked(place):
+    rows = leaky(**({} if place == "run.json" else place))
+    results = gather(rows, audited(rows) if place == "run.json" else run_records(rows))
+    assert {tile.arm for tile in tiles(results)} == {"transformer"}
+    assert not any("mamba" in tile.detail for tile in tiles(results))
+    assert tables.reaches(results)["mamba"] is None
+    page = render(results, styles(results))
+    assert f'<td class="leaks" colspan="8"><span>leaks: {WHY}' in page
+    assert "0.050" not in page
+    assert "td.leaks { text-align: left; color: var(--bad)" in page
+    assert banners(results)[0] == (
+        f"Leak: mamba sees the tokens it is to predict, and is not ranked: {WHY}."
+    )
+    table = failures(results)
+    assert table is not None
+    assert [row[2].text for row in table.rows] == [f"leaks: {WHY}"]
+    assert f"(1) leaks: {WHY}" in as_text(results)
+
+
+def test_another_seed_of_the_same_leaky_code_is_withdrawn_too():
+    rows = [
+        score_row("mamba", 512, 0.05, seed=seed, run=f"m{seed}", sources="a") for seed in (0, 1)
+    ]
+    rows.append(score_row("mamba", 512, 2.0, seed=2, run="m2", sources="b"))
+    rows[0]["audit"] = WHY
+    results = gather(rows, [])
+    assert [row["status"] for row in results.rows] == ["leaks", "leaks", "ok"]
+    cell = results.cells("perplexity", "bits_per_byte")["mamba"][512]
+    assert (cell.value, cell.seeds, cell.tried) == (2.0, 1, 3)
+    assert any("Mixed code: the runs of mamba" in line for line in banners(results))
+
+
+def test_an_audit_that_passed_changes_nothing():
+    rows = [score_row("mamba", 512, 2.0, audit=None)]
+    runs = [{"run": "mamba-0", "status": "done", "audit": {"ok": True, "reason": None}}]
+    assert gather(rows, runs).rows[0]["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("bits", "other", "has_learned"),
+    [
+        (7.8, {}, False),
+        (8.0, {}, False),
+        (7.5, {}, True),
+        (4.6, {"unigram_bits": 4.7}, False),
+        (2.0, {"unigram_bits": 4.7}, True),
+        (3.4, {"tokenizer": "bpe@1", "uniform_bits": 3.5}, False),
+        (7.8, {"tokenizer": "bpe@1"}, True),  # nothing to compare with
+    ],
+)
+def test_a_model_that_has_not_learned_has_no_effective_context(bits, other, has_learned):
+    rows = [score_row("dead", n, bits, **other) for n in (512, 1024, 2048)]
+    rows += [score_row("mamba", n, 2.0 * n / 512) for n in (512, 1024, 2048)]
+    results = gather(rows, [])
+    assert (tables.reaches(results)["dead"] is not None) == has_learned
+    tile = next(tile for tile in tiles(results) if "ffective context" in tile.title)
+    assert (tile.arm == "dead") == has_learned
+    assert any(line.startswith("Not learned: dead") for line in banners(results)) != has_learned
+    assert ("not learned" in as_text(results)) != has_learned
+
+
+def test_one_seed_that_has_not_learned_is_not_hidden_in_the_mean():
+    rows = [score_row("m", n, bits, seed=bits) for n in (512, 1024) for bits in (2, 2.1, 8)]
+    assert tables.reaches(gather(rows, []))["m"] is None
+
+
+def test_a_blind_guess_is_eight_bits_of_bytes_alone():
+    assert blind_guess([{"tokenizer": "bytes"}]) == "8 is a blind guess"
+    other = {"tokenizer": "bpe@1", "uniform_bits": 3.456}
+    assert blind_guess([other]) == "a blind guess is 3.46 for bpe@1"
+    both = blind_guess([other, {"tokenizer": "bytes"}, {"tokenizer": "x"}])
+    assert both.endswith("8 for bytes, log2(vocabulary) / bytes per token for x")
+
+
+def test_an_arm_that_diverged_is_not_another_budget():
+    rows = [score_row("mamba", 512, 2.0, seed=0), score_row("rwkv", 512, 2.1)]
+    broken = identity("mamba", 1, train_tokens=0, train_steps=3)
+    broken |= {"task": "perplexity", "status": "failed", "reason": "the loss is nan at step 3"}
+    runs = [*run_records(rows), {"run": "mamba-1", "status": "failed", "step": 3}]
+    results = gather([*rows, broken], runs)
+    assert results.arms == ["mamba", "rwkv"]
+    assert not any("train tokens" in line for line in banners(results))
+    alone = gather([broken | {"run": "x", "arm": "x", "model": "x"}, *rows], [*runs, {"run": "x"}])
+    assert not any("train tokens" in line for line in banners(alone))
+
+
+def test_headlines_are_about_architectures():
+    rows = experiment()
+    for lr in (0.003, 0.01):
+        again = [row | {"lr": lr, "run": f"{row['run']}-{lr}"} for row in experiment()]
+        rows += [row for row in again if row["model"] == "mamba"]
+    told = {tile.title.split(" ")[0]: tile for tile in tiles(gather(rows, run_records(rows)))}
+    assert told["Fastest"].arm.startswith("mamba · lr")
+    assert "mamba" not in told["Fastest"].detail.replace("of 3 arms of mamba", "")
+    assert told["Fastest"].detail.startswith("then transformer, ")
+    assert "the best of 3 arms of mamba" in told["Fastest"].detail
+    assert "mamba" not in told["Best"].detail.replace("of 3 arms of mamba", "")
+    assert told["Longest"].arm.count("mamba") == 1
+
+
+def test_one_architecture_is_best_and_fastest_of_nothing():
+    rows = [row for row in experiment() if row["arm"] == "mamba"]
+    titles = [tile.title for tile in tiles(gather(rows, run_records(rows)))]
+    assert titles
+    assert not any(word in title for title in titles for word in ("Best", "Fastest", "Longest"))
+
+
+def test_arms_scored_on_different_texts_are_not_ranked():
+    rows = [score_row("transformer", 512, 2.0), score_row("mamba", 512, 1.9, fingerprint="b" * 64)]
+    results = gather(rows, run_records(rows))
+    assert not any(tile.title.startswith("Best") for tile in tiles(results))
+    assert 'class="best"' not in render(results, styles(results))
+
+
+def test_untuned_rates_and_one_seed_stand_at_the_top():
+    said = banners(gather(experiment(), []))
+    assert any(line.startswith("Untuned learning rates: one was tried for") for line in said)
+    assert any(line.startswith("One seed only") for line in said)
+    many = [score_row("mamba", 512, 2.0, seed=seed, lr=lr) for seed in (0, 1) for lr in (1, 2)]
+    assert banners(gather(many, [])) == []
+
+
+def test_banners_stay_readable_with_ninety_arms():
+    rows = [score_row(f"arm{i}", 512, 2.0, parameters=1000 + 90 * i) for i in range(90)]
+    rows[0]["model"] = "transformer"
+    said = banners(gather(rows, []))
+    assert len(said) < 6
+    assert all(len(line) < 400 for line in said)
