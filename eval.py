@@ -7,10 +7,12 @@ from typing import Any
 from zoo.applies import check_applies, positions_of
 from zoo.command_line import launch, say
 from zoo.config import resolve
+from zoo.data.sources import check_source
 from zoo.files import check_writable
 from zoo.inert import check_extension, check_names
-from zoo.run import find_runs
-from zoo.schema import EvalConfig, validate
+from zoo.resume import with_place
+from zoo.run import RunFolder, find_runs
+from zoo.schema import EvalConfig, plain, validate
 
 USAGE = """
 python eval.py run=<folder or pattern> [option=value ...]    measure trained runs, write a report
@@ -33,10 +35,12 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
         check_writable("report", config.report)
     folders = find_runs(config.run, config.runs)
     if len(folders) == 1:  # of several, one without weights keeps its row and says why
-        folders[0].checkpoint()
+        RunFolder.open(folders[0].path).checkpoint()
         trained = folders[0].config
         kinds, before = positions_of(trained.model), trained.extension.name
         check_applies(config.extension, kinds, before)
+        if config.data.path or config.data.cache:
+            check_source(with_place(plain(trained)["data"], plain(config.data)))
     return config
 
 

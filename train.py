@@ -9,8 +9,10 @@ from zoo.applies import check_applies, positions_of
 from zoo.command_line import launch, say
 from zoo.config import resolve
 from zoo.data.sources import check_source
+from zoo.errors import UserError
 from zoo.inert import check_effects, check_names, notes
-from zoo.run import RunFolder, finetuned, resumed
+from zoo.resume import finetuned, resumed
+from zoo.run import RunFolder
 from zoo.schema import TrainConfig, validate
 
 USAGE = """
@@ -47,18 +49,37 @@ def job(config: TrainConfig, sweep: bool) -> int:
     info, last = folder.info, folder.checkpoint()
     if os.environ.get("LOCAL_RANK", "0") != "0":
         fit(config, folder)  # a further rank of a run that rank 0 locks and records
-    elif info["status"] == "done" and info["step"] >= config.trainer.max_steps:
+        return 0
+    if info["step"] and not last:
+        told = f"{folder} has lost the checkpoints of its {info['step']:,} steps"
+        raise UserError(f"{told}: put them back, or fresh=true trains a new run")
+    check_code(config, folder)
+    if info["status"] == "done" and info["step"] >= config.trainer.max_steps:
         say(f"already trained: {folder} (fresh=true trains again)")
     else:
         sys.argv[1:] = [f"resume={folder}"]  # what Lightning starts further ranks with
-        with folder.training(keep=sweep):
-            folder.save_config(config)
+        with folder.training(keep=sweep), folder.going_on(config):
             start = f"from {last.name}" if last else f"for {config.trainer.max_steps} steps"
             for note in () if last else notes(config):
                 say(note)
             say(f"{folder}: training {config.model.name} {start}")
             fit(config, folder)
     return 0
+
+
+def check_code(config: TrainConfig, folder: RunFolder) -> None:
+    """Refuse a run whose code changed since it was trained, unless told to accept that."""
+    files = folder.changed_code(config)
+    if files is None and folder.info["step"]:
+        say(f"{folder}: what code trained it is not known (it is older than that record)")
+    if not files:
+        return
+    told = f"{folder} was trained by other code: {', '.join(files[:3])}"
+    told += f" and {len(files) - 3} more" * (len(files) > 3) + " changed since"
+    if config.changed_code == "refuse":
+        told += ". fresh=true trains a new run beside it"
+        raise UserError(f"{told}, changed_code=accept goes on with this one and records it")
+    say(f"{told} (accepted)")
 
 
 def fit(config: TrainConfig, folder: RunFolder) -> None:

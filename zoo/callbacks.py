@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from zoo.checkpoints import seal
 from zoo.run import RunFolder, replacing
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -50,6 +51,7 @@ class Checkpoints(Callback):
         if trainer.is_global_zero:
             with replacing(folder / f"step={step:08d}.ckpt") as file:
                 torch.save(checkpoint, file)
+                seal(file, self.folder.info.get("id"), step)
             for old in sorted(folder.glob("step=*.ckpt"))[:-KEEP]:
                 os.remove(old)
             self.folder.update(step=step, tokens_seen=step * self.tokens_per_step)

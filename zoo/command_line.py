@@ -43,7 +43,7 @@ Job = Callable[[Config, bool], int]  # config, one of a sweep -> exit code
 
 SHOWN = {  # of the options inside groups, those that --help explains
     "train": ("optim.lr", "trainer.max_steps", "trainer.precision", "trainer.devices"),
-    "eval": (),
+    "eval": ("data.path",),
 }
 
 
@@ -225,6 +225,7 @@ def _help(program: str, usage: str) -> str:
         tree[group] = yaml.safe_load(file.read_text()) if file.exists() else None
     values = dict(leaves(tree))
     schema = SCHEMAS[program]
+    defaults = {**defaults, "data": None}  # a section, not an option
     for key in [*(k for k in schema.model_fields if k not in defaults), *SHOWN[program]]:
         section, _, last = key.rpartition(".")
         owner: Any = schema.model_fields[section].annotation if section else schema

@@ -48,6 +48,7 @@ SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
 # What changes neither the weights nor the figures: where and how a run is carried out.
 INCIDENTAL = (
     *("runs", "name", "resume", "fresh", "logger", "workers", "threads", "allocator"),
+    "changed_code",
     *("trainer.devices", "trainer.accelerator", "trainer.enable_progress_bar"),
     *("trainer.enable_model_summary", "trainer.log_every_n_steps", "trainer.profiler"),
 )
@@ -113,11 +114,14 @@ def _spelled_out(word: str) -> list[str]:
 
 def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
     """What the YAML files and single-valued options make, names and values as they were given."""
+    also = [*groups(program)]
+    if {"resume", "finetune"} & {override.key_or_group for override in overrides}:
+        also.append("data.path")  # of that run's data, whatever this tree's default is
     try:
         tree = compose_groups(program, overrides)
         for override in overrides:
             if not _chooses_a_file(program, override):
-                check_key(override.key_or_group, tree, list(groups(program)))
+                check_key(override.key_or_group, tree, also)
                 OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
         container: Any = OmegaConf.to_container(tree, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:

@@ -1,7 +1,14 @@
-"""Writes that survive a kill, a full disk and a read-only folder: whole files, whole lines."""
+"""Writes that survive a kill, a full disk and a read-only folder: whole files, whole lines.
+
+And reads that survive what such a file was altered to: a damaged one is a UserError of one line, a
+damaged line is left out and said.
+"""
 
 import csv
+import hashlib
 import io
+import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,6 +17,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from zoo.errors import RunError, UserError
+
+log = logging.getLogger("zoo")
+
+LARGEST = 2**26  # bytes of a text file that is read whole; ours have a few thousand
+CHECK = "check"  # the field that holds the hash of the others
 
 
 def one_line(error: BaseException) -> str:
@@ -38,7 +50,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(draft, "wb") as file:
+        with open(draft, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -92,12 +104,49 @@ def append_line(path: Path, line: str) -> None:
         raise cannot_write(path, error) or error from error
 
 
+def read_text(path: Path) -> str:
+    """A file's text. UserError where it cannot be read, is not UTF-8 or is far too large."""
+    try:
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"{path} is damaged: it has more than {LARGEST:,} bytes")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {one_line(error)}") from error
+
+
+def parse_json(text: str) -> Any:
+    """What JSON says, or ValueError: nesting too deep for Python is one too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def checked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with a hash of its fields, by which `altered` tells that one was changed."""
+    fields = {key: value for key, value in record.items() if key != CHECK}
+    return {**fields, CHECK: _hash(fields)}
+
+
+def altered(record: dict[str, Any]) -> bool:
+    """Take the hash out of a record; whether it says that another field was changed.
+
+    Records without one, of before there was any, are taken as they stand.
+    """
+    return CHECK in record and record.pop(CHECK) != _hash(record)
+
+
+def _hash(fields: Mapping[str, Any]) -> str:
+    told = json.dumps(json.loads(json.dumps(fields)), sort_keys=True)  # as it will be read again
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
 class Metrics:
     """Figures by step as CSV: the column `step`, then `columns`; empty where a row has none."""
 
     def __init__(self, path: Path, columns: Sequence[str], *, step: int = 0) -> None:
         self.path = path
-        kept = [row for row in _read_metrics(path) if int(row["step"]) <= step]
+        kept = [row for row in read_metrics(path) if int(row["step"]) <= step]
         older = [key for row in kept for key in row]
         self.columns = list(dict.fromkeys(["step", *columns, *older]))
         write_text(path, self._csv(kept, header=True))
@@ -115,7 +164,51 @@ class Metrics:
         return text.getvalue()
 
 
-def _read_metrics(path: Path) -> list[dict[str, str]]:
-    """Rows whose line ends: a kill may have cut the last one."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return list(csv.DictReader(line for line in lines if line.endswith("\n")))
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv; none where there is no file.
+
+    Left out: a last line without an end, which a kill cut, and in words lines that hold no row of
+    figures under the header.
+    """
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+    if not lines:
+        return []
+    header, bad, rows = _fields(lines[0]), [], []
+    if not header or header[0] != "step" or len(set(header)) < len(header) or "" in header:
+        log.warning("%s is damaged: it does not begin with the names of its columns", path)
+        return []
+    for number, line in enumerate(lines[1:], 2):
+        fields = _fields(line)
+        if len(fields) == len(header) and _step(fields[0]) and all(map(_figure, fields)):
+            rows.append(dict(zip(header, fields, strict=True)))
+        else:
+            bad.append(number)
+    if bad:
+        log.warning(
+            "%s: %d lines hold no figures and are left out (line %d)", path, len(bad), bad[0]
+        )
+    return rows
+
+
+def _fields(line: bytes) -> list[str]:
+    """What a line of CSV holds; nothing where it is no text."""
+    try:
+        return next(csv.reader([line.decode("ascii")]), []) if b"\0" not in line else []
+    except (UnicodeDecodeError, csv.Error):
+        return []
+
+
+def _figure(text: str) -> bool:
+    try:
+        return not text or float(text) is not None
+    except ValueError:
+        return False
+
+
+def _step(text: str) -> bool:
+    return text.isdecimal() and len(text) < 19

@@ -18,11 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.backbone import Backbone
 from zoo.build import build_model, count_parameters
 from zoo.callbacks import Checkpoints, Metrics
+from zoo.checkpoints import reject
 from zoo.config import plain
 from zoo.data.corpora import Corpus, open_corpus
 from zoo.data.loader import train_loader, valid_batch
 from zoo.errors import RunError, UserError
 from zoo.extend import extend, places
+from zoo.files import one_line
 from zoo.ops import backends
 from zoo.ops.native import tune_allocator
 from zoo.report import wandb
@@ -177,13 +179,17 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     if config.allocator == "tuned" and (told := tune_allocator()):
         log.info("%s; allocator=system leaves it alone", told)
     corpus = open_corpus(config.data.model_dump(), Path(config.data.options["cache"]))
+    _check_text(corpus, folder)
     lightning.seed_everything(config.seed, verbose=False)
     masked = corpus.vocab_size if config.objective == "masked" else None
     model, knobs = build_model(config, corpus.vocab_size + (masked is not None))
-    last = folder.checkpoint()
+    last, state = last_checkpoint(folder)
     if config.finetune and not last:
         model.load_state_dict(trained_weights(RunFolder.open(config.finetune)))
     extend(model, config.extension, config.seq_len)
+    if state:
+        load_weights(model, state, folder)
+        del state
     options = {**config.trainer.model_dump()}
     tokens_per_step = config.batch_size * config.seq_len * options.get("accumulate_grad_batches", 1)
     checkpoints = Checkpoints(folder, every=config.save_every, tokens_per_step=tokens_per_step)
@@ -214,6 +220,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         tokens_per_step=tokens_per_step,
         fingerprint=corpus.fingerprint,
         tokenizer=corpus.tokenizer,
+        data=corpus.summary,
         device=device_name(trainer.strategy.root_device),
         threads=torch.get_num_threads(),
     )
@@ -255,21 +262,95 @@ def _logger(config: TrainConfig, folder: RunFolder) -> Any:
 
 
 def load(folder: RunFolder, device: torch.device | str = "cpu") -> Backbone:
-    """The model of a run, with the weights of its last good checkpoint, ready to measure."""
-    weights = trained_weights(folder)
-    model, _ = build_model(folder.config, weights["embedding.weight"].shape[0])
+    """The model of a run, with the weights of its last good checkpoint, ready to measure.
+
+    UserError where there is none, or where it is of another model than config.yaml's.
+    """
+    path, state = _a_checkpoint(folder)
+    vocabulary = state["state_dict"].get("model.embedding.weight")
+    if not isinstance(vocabulary, Tensor) or vocabulary.ndim != 2:
+        raise UserError(f"{path} holds no model of ours: it has no embedding")
+    model, _ = build_model(folder.config, vocabulary.shape[0])
     extend(model, folder.config.extension, folder.config.seq_len)
-    model.load_state_dict(weights)
+    load_weights(model, state, folder)
     return model.to(device).eval().requires_grad_(False)
+
+
+def load_weights(model: Backbone, state: dict[str, Any], folder: RunFolder) -> None:
+    """Give a model the weights in a checkpoint. UserError where they are another model's."""
+    weights = _weights(state)
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        mine = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        theirs = {name: tuple(value.shape) for name, value in weights.items()}
+        differ = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        told = f"{folder}: config.yaml's model does not fit the checkpoint"
+        if not differ:
+            raise UserError(f"{told}: {str(error).splitlines()[0]}") from None
+        name = differ[0]
+        one, other = (shapes.get(name, "none") for shapes in (mine, theirs))
+        raise UserError(
+            f"{told}: {len(differ)} of its {len(mine)} weights differ, such as {name}, which is "
+            f"{one} there and {other} here"
+        ) from None
 
 
 def trained_weights(folder: RunFolder) -> dict[str, Tensor]:
     """The model's weights in a run's last good checkpoint. UserError where it has none."""
-    path = folder.checkpoint()
+    return _weights(_a_checkpoint(folder)[1])
+
+
+def _a_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]]:
+    path, state = last_checkpoint(folder)
     if path is None:
-        raise UserError(f"{folder} has no checkpoint yet")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    return {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
+        step = folder.info["step"]
+        raise UserError(
+            f"{folder} has no checkpoint{f' of its {step:,} steps' if step else ' yet'}"
+        )
+    return path, state
+
+
+def _weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {name.removeprefix("model."): value for name, value in state["state_dict"].items()}
+
+
+def last_checkpoint(folder: RunFolder) -> tuple[Path | None, dict[str, Any]]:
+    """The file of a run's last checkpoint that can be read, and what it holds; (None, {}) before
+    the first.
+
+    What PyTorch cannot read, or refuses to, is passed over in words like what is damaged. UserError
+    where none is left.
+    """
+    unread = ""
+    for whole in folder.whole_checkpoints():
+        try:
+            state = torch.load(whole.path, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
+                raise ValueError("it holds no weights")
+            if type(state.get("global_step")) is not int:
+                raise ValueError("it holds no step")
+        except Exception as error:  # torch has no class of its own for what it cannot read
+            unread = f"{whole.path.name} cannot be read ({one_line(error)[:120]})"
+            log.warning("%s: %s: passed over", folder, unread)
+            reject(whole.path)
+            continue
+        return whole.path, state
+    if unread:
+        raise UserError(f"{folder} has no checkpoint that can be read: {unread}")
+    return None, {}
+
+
+def _check_text(corpus: Corpus, folder: RunFolder) -> None:
+    """Refuse to go on with a run on another text than it began on."""
+    info = folder.info
+    began = info.get("fingerprint")
+    if info["step"] and began and began != corpus.fingerprint:
+        raise UserError(
+            f"data={corpus.name} is not the text that {folder} was trained on so far: its "
+            f"fingerprint is {corpus.fingerprint[:8]}, the run's {began[:8]}. Put the text back, "
+            "name it with data.path=, or begin a new run with fresh=true"
+        )
 
 
 def pick_device(name: str = "auto") -> torch.device:

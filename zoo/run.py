@@ -7,68 +7,56 @@
     results.jsonl    one measurement per line; a later line replaces an earlier one
 
 Files are replaced whole or grow by whole lines, so a kill at any moment leaves a readable folder.
+What was altered since it was written is told: config.yaml, checkpoints and rows hold hashes of
+themselves and, the first two, the id of their run, so that another run's file is told as well.
 """
 
 import errno
 import fcntl
 import glob
-import importlib.metadata
+import hashlib
 import json
 import logging
 import os
 import platform
-import re
 import shutil
-import subprocess
-import zipfile
+import textwrap
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from zoo import checkpoints
+from zoo.checkpoints import Checkpoint
 from zoo.config import TrainConfig, identity, plain, run_name, validate
 from zoo.errors import UserError
-from zoo.files import Metrics, append_line, cannot_write, one_line, write_text
+from zoo.files import (
+    Metrics,
+    altered,
+    append_line,
+    cannot_write,
+    checked,
+    one_line,
+    parse_json,
+    read_text,
+    write_text,
+)
 from zoo.files import replacing as replacing  # part of what a run folder offers
 from zoo.measurement import replaces
-from zoo.options import ROOT, within
+from zoo.provenance import changed, digest, provenance, sources
 from zoo.schema import as_now
 
 log = logging.getLogger("zoo")
 
-# What a run that goes on may change; all else makes it another run.
-RESUMABLE = ("trainer.max_steps", "trainer.devices", "logger", "workers", "threads")
-
-
-def provenance() -> dict[str, Any]:
-    """What produced a run: commit and dirty flag (null outside a checkout), versions, time."""
-    return {**_checkout(), "versions": _versions(), "created": datetime.now(UTC).isoformat()}
-
-
-def _checkout() -> dict[str, Any]:
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(ROOT), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() == ROOT:
-            return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        pass
-    return {"commit": None, "dirty": None}
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("zoo", "torch", "lightning"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
+STATUSES = ("running", "done", "failed", "stopped")
+# What else run.json may hold is shown, not reckoned with.
+WORDS = ("reason", "fingerprint", "tokenizer", "device", "id", "sources", "commit")
+COUNTS = ("tokens_seen", "tokens_per_step", "parameters")
+TOLD = 300  # characters of what a damaged file holds
+HEADER = "# sha256 "
 
 
 class RunFolder:
@@ -84,12 +72,13 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path, config: TrainConfig, info: Mapping[str, Any]) -> "RunFolder":
         """A new folder, which appears whole; the existing one where another process was first."""
-        draft = cls(path.with_name(f".{path.name}.{os.getpid()}.tmp"))
+        draft = cls(path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp"))
         try:
+            remove_drafts(path.parent)
             (draft.path / "checkpoints").mkdir(parents=True)
-            draft.save_config(config)
             start = {"status": "running", "reason": None, "step": 0, "tokens_seen": 0}
-            write_text(draft.path / "run.json", json.dumps({**start, **info}, indent=2))
+            draft._write_info({**start, **info})
+            draft.save_config(config)
             os.rename(draft.path, path)
         except (OSError, UserError) as error:
             shutil.rmtree(draft.path, ignore_errors=True)
@@ -110,7 +99,10 @@ class RunFolder:
         for name in ("config.yaml", "run.json"):
             if not (folder.path / name).is_file():
                 raise UserError(f"{folder} is not a run folder: it has no {name}")
-        _ = folder.config, folder.info
+        _ = folder.config
+        if altered(folder._read_info()):
+            told = "was altered since it was written: its figures are taken as they stand"
+            log.warning("%s %s", folder.path / "run.json", told)
         return folder
 
     @classmethod
@@ -124,14 +116,63 @@ class RunFolder:
         while config.fresh and path.exists():
             number += 1
             path = base.with_name(f"{base.name}-{number}")
+        base = _base(config)
         if not path.exists():
-            return cls.create(path, config, provenance())
+            files = sources(config)
+            made = {"id": uuid.uuid4().hex[:12], **provenance(), **base}
+            return cls.create(path, config, {**made, "sources": digest(files), "files": files})
         folder = cls.open(path)
         theirs, ours = identity(folder.config), identity(config)
         if differ := [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]:
             told = f"{folder} holds another run, which differs in {', '.join(differ)}"
             raise UserError(f"{told}: choose another name= or fresh=true")
+        before = folder.info.get("base")
+        if base and isinstance(before, dict) and before.get("weights") != base["base"]["weights"]:
+            told = f"{folder} was fine-tuned from other weights than {config.finetune} now holds"
+            raise UserError(f"{told}: fresh=true fine-tunes these, in a new run")
         return folder
+
+    @contextmanager
+    def going_on(self, config: TrainConfig) -> Iterator[None]:
+        """Record a configuration and the code it runs by while the caller trains under them.
+
+        A UserError before the first step of it puts back what was recorded.
+        """
+        before, info = self.config, self.info
+        self.save_config(config)
+        self.record_code(config)
+        try:
+            yield
+        except UserError:
+            if self.path.exists() and self.info["step"] == info["step"]:
+                self.save_config(before)
+                kept = {name: info.get(name) for name in ("sources", "files", "earlier_sources")}
+                self.update(**{name: value for name, value in kept.items() if value is not None})
+            raise
+
+    def changed_code(self, config: TrainConfig) -> list[str] | None:
+        """The files behind the run's numbers that changed since it was trained.
+
+        None where that is not known: the run is older than the record, or has no step yet.
+        """
+        info = self.info
+        if not info["step"] or not info.get("sources"):
+            return None
+        files, before = sources(config), info.get("files")
+        if digest(files) == info["sources"]:
+            return []
+        return changed(before, files) if isinstance(before, dict) else ["files not recorded"]
+
+    def record_code(self, config: TrainConfig) -> None:
+        """Note in run.json the code that trains the run from now on, and what it was before."""
+        info, files = self.info, sources(config)
+        now, before = digest(files), info.get("sources")
+        if info["step"] and not before:
+            return  # its first steps were taken by code that nobody knows
+        earlier = list(info.get("earlier_sources") or [])
+        if info["step"] and before != now:
+            earlier.append({"sources": before, "until_step": info["step"]})
+        self.update(sources=now, files=files, earlier_sources=earlier)
 
     @property
     def name(self) -> str:
@@ -139,37 +180,77 @@ class RunFolder:
 
     @property
     def config(self) -> TrainConfig:
-        """The resolved configuration."""
+        """The resolved configuration. UserError where it was altered since it was written."""
         file = self.path / "config.yaml"
+        text = read_text(file)
+        header, _, rest = text.partition("\n")
+        if header.startswith(HEADER) and header.split()[2] != self._config_hash(rest):
+            told = "was altered since the run began, or is another run's: put it back, or remove"
+            raise UserError(f"{file} {told} its first line to have it taken as it stands")
         try:
-            tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{file} is damaged: {one_line(error)}") from error
-        try:
+            tree = yaml.safe_load(text)
+            if not isinstance(tree, dict):
+                raise UserError("it holds no options")
             return validate(TrainConfig, as_now(tree))
+        except RecursionError:
+            raise UserError(f"{file} is damaged: it is nested too deeply") from None
         except UserError as error:
-            raise UserError(f"{file} is damaged or of another version: {error}") from error
+            told = textwrap.shorten(str(error), TOLD)
+            raise UserError(f"{file} is damaged or of another version: {told}") from error
+        except (ValueError, yaml.YAMLError) as error:
+            told = textwrap.shorten(one_line(error), TOLD)
+            raise UserError(f"{file} is damaged: {told}") from error
 
     def save_config(self, config: TrainConfig) -> None:
-        """Replace config.yaml; the folder is what `resume` names, so its copy does not."""
+        """Replace config.yaml; the folder is what `resume` names, so its copy does not.
+
+        Nor does it say `changed_code`, which is a word for one time.
+        """
         tree = {**plain(config), "resume": None, "fresh": False}
-        write_text(self.path / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
+        tree.pop("changed_code", None)
+        text = yaml.safe_dump(tree, sort_keys=False)
+        header = f"{HEADER}{self._config_hash(text)} of what follows"
+        write_text(self.path / "config.yaml", f"{header}\n{text}")
+
+    def _config_hash(self, text: str) -> str:
+        told = f"{self.info.get('id')}\n{text}"
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     @property
     def info(self) -> dict[str, Any]:
         """run.json, read anew."""
+        info = self._read_info()
+        altered(info)
+        return info
+
+    def _read_info(self) -> dict[str, Any]:
+        """run.json with the hash in it. UserError where its fields are not what they must be."""
         file = self.path / "run.json"
         try:
-            info = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} is damaged: {one_line(error)}") from error
-        if not isinstance(info, dict) or "status" not in info:
-            raise UserError(f"{file} is damaged: it holds no status")
+            info = parse_json(read_text(file))
+            if not isinstance(info, dict):
+                raise ValueError("it holds no fields")
+            if (status := info.get("status")) not in STATUSES:
+                raise ValueError(f"status={status!r} must be one of {', '.join(STATUSES)}")
+            if not _is_count(info.get("step")):
+                raise ValueError(f"step={info.get('step')!r} must be a number of steps")
+            for name in COUNTS:
+                if info.get(name) is not None and not _is_count(info[name]):
+                    raise ValueError(f"{name}={info[name]!r} must be a whole number or null")
+            for name in WORDS:
+                if info.get(name) is not None and not isinstance(info[name], str):
+                    raise ValueError(f"{name}={info[name]!r} must be text or null")
+        except ValueError as error:
+            told = textwrap.shorten(one_line(error).removeprefix(f"{file} is damaged: "), TOLD)
+            raise UserError(f"{file} is damaged: {told}") from error
         return info
 
     def update(self, **changes: Any) -> None:
         """Change fields of run.json."""
-        write_text(self.path / "run.json", json.dumps({**self.info, **changes}, indent=2))
+        self._write_info({**self.info, **changes})
+
+    def _write_info(self, info: Mapping[str, Any]) -> None:
+        write_text(self.path / "run.json", json.dumps(checked(info), indent=2))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -181,7 +262,7 @@ class RunFolder:
             file = open(self.path / ".lock", "a+")  # noqa: SIM115 (held while the caller works)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = (self.path / ".lock").read_text().strip()
+            holder = (self.path / ".lock").read_text(errors="replace").strip()
             raise UserError(f"{self} is already being trained by process {holder}") from None
         except OSError as error:
             raise cannot_write(self.path / ".lock", error) or error from error
@@ -191,6 +272,7 @@ class RunFolder:
             file.flush()
             for leftover in self.path.rglob(".*.tmp"):
                 leftover.unlink()
+            (self.path / "checkpoints").mkdir(exist_ok=True)
             yield
 
     @contextmanager
@@ -220,37 +302,56 @@ class RunFolder:
 
     def checkpoint(self) -> Path | None:
         """The last whole checkpoint; None before the first. UserError where all are damaged."""
-        damaged: list[str] = []
+        last = next(self.whole_checkpoints(), None)
+        return last and last.path
+
+    def whole_checkpoints(self) -> Iterator[Checkpoint]:
+        """The checkpoints of this run that have every byte they were written with, last first.
+
+        Those passed over are named in a warning. UserError where there are files and none is good.
+        """
+        info, damaged, foreign, found = self.info, [], [], 0
         files = (self.path / "checkpoints").glob("*.ckpt")
-        for file in sorted(files, key=_recency, reverse=True):
-            if _is_whole(file):
-                if damaged:
-                    log.warning("%s: %s damaged, %s is whole", self, ", ".join(damaged), file.name)
-                return file
-            damaged.append(file.name)
-        if damaged:
-            raise UserError(f"{self} has no whole checkpoint: {', '.join(damaged)} damaged")
-        return None
+        for file in sorted(files, key=checkpoints.recency, reverse=True):
+            whole = checkpoints.read(file)
+            if whole is None:
+                damaged.append(file.name)
+            elif whole.run and info.get("id") and whole.run != info["id"]:
+                foreign.append(file.name)
+            else:
+                if bad := _passed_over(damaged, foreign):
+                    log.warning("%s: %s, %s is whole", self, bad, file.name)
+                    damaged, foreign = [], []
+                found += 1
+                yield whole
+        if not found and (bad := _passed_over(damaged, foreign)):
+            raise UserError(f"{self} has no whole checkpoint: {bad}")
 
     def append_row(self, row: Mapping[str, Any]) -> None:
         """Add one measurement to results.jsonl."""
-        append_line(self.path / "results.jsonl", json.dumps(dict(row)))
+        append_line(self.path / "results.jsonl", json.dumps(checked(row)))
 
     def rows(self) -> list[dict[str, Any]]:
         """The measurements; of several that answer one question, and of several checkpoints'
         rows those of the last."""
         file = self.path / "results.jsonl"
-        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        try:
+            lines = file.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {one_line(error)}") from error
+        groups: dict[str, list[dict[str, Any]]] = {}
         weights = None
-        for number, line in enumerate(file.read_text().splitlines() if file.exists() else (), 1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                log.warning("%s: line %d was not written whole and is left out", file, number)
+        for number, line in enumerate(lines, 1):
+            if not line and number == len(lines):
                 continue
-            same = groups.setdefault(
-                tuple(map(row.get, ("task", "protocol", "phase", "length"))), []
-            )
+            row = _row(line)
+            if isinstance(row, str):
+                log.warning("%s: line %d %s and is left out", file, number, row)
+                continue
+            key = json.dumps([row.get(name) for name in ("task", "protocol", "phase", "length")])
+            same = groups.setdefault(key, [])
             same[:] = [other for other in same if not replaces(row, other)] + [row]
             weights = row.get("train_steps")
         rows = [row for same in groups.values() for row in same]
@@ -261,26 +362,81 @@ class RunFolder:
         return Metrics(self.path / "metrics.csv", columns, step=step)
 
 
-def _recency(file: Path) -> tuple[bool, list[int]]:
-    """last.ckpt first, then by the numbers in the name (step=000200.ckpt)."""
-    return file.stem == "last", [int(number) for number in re.findall(r"\d+", file.stem)]
+def _passed_over(damaged: Sequence[str], foreign: Sequence[str]) -> str:
+    told = [f"{', '.join(damaged)} damaged"] if damaged else []
+    return ", ".join([*told, *(f"{name} is another run's" for name in foreign)])
 
 
-def _is_whole(file: Path) -> bool:
-    """Whether a torch checkpoint (a zip archive) has every byte it was written with."""
+def _base(config: TrainConfig) -> dict[str, Any]:
+    """What run.json says of the run that this one fine-tunes: which weights, made by what code."""
+    if not config.finetune:
+        return {}
+    folder = RunFolder.open(config.finetune)
+    weights = next(folder.whole_checkpoints(), None)
+    info = {"run": config.finetune, "weights": weights and weights.content}
+    return {"base": {**info, "sources": trained_by(folder.info)}}
+
+
+def trained_by(info: Mapping[str, Any]) -> str | None:
+    """One name for all code that made a run's weights: its base's, before a resume, and since.
+
+    None for a run that is older than the record; a part of it may be `unknown`.
+    """
+    base, earlier = info.get("base"), info.get("earlier_sources")
+    parts = [base.get("sources") or "unknown"] if isinstance(base, dict) else []
+    parts += [str(part["sources"]) for part in earlier] if isinstance(earlier, list) else []
+    parts += [info.get("sources") or "unknown"]
+    told = "+".join(dict.fromkeys(parts))
+    return None if told == "unknown" else told
+
+
+def _row(line: bytes) -> dict[str, Any] | str:
+    """The measurement in a line of results.jsonl, or what is wrong with it."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            return archive.testzip() is None
-    except PermissionError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
-    except Exception:  # a damaged archive fails in a dozen ways
+        row = parse_json(line.decode("utf-8"))
+    except ValueError:
+        return "was not written whole"
+    if not isinstance(row, dict) or not row:
+        return "holds no measurement"
+    if altered(row):
+        return "was altered since it was written"
+    asked = row.get("question") or []
+    if not isinstance(row.get("task", ""), str) or not isinstance(asked, list):
+        return "holds no measurement"
+    if not all(isinstance(name, str) for name in asked):
+        return "holds no measurement"
+    return row
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def remove_drafts(runs: Path) -> None:
+    """Remove what processes that died while creating a run left: `.<name>.<host>.<pid>.tmp`."""
+    for draft in runs.glob(".*.tmp"):
+        _, *rest, pid, _ = draft.name.split(".")
+        host = platform.node()
+        here = draft.name.endswith(f".{host}.{pid}.tmp") or len(rest) < 2
+        if here and pid.isdecimal() and draft.is_dir() and not _is_alive(int(pid)):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
         return False
+    except OSError:
+        pass
+    return True
 
 
 def find_runs(patterns: str | Sequence[str], runs: str) -> list[RunFolder]:
     """The run folders that `patterns` name, as paths or within `runs`.
 
-    UserError where one names none.
+    UserError where one names none. Those that a pattern found are not opened: one that is damaged
+    does not keep the others from being measured.
     """
     found: dict[Path, RunFolder] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -292,26 +448,9 @@ def find_runs(patterns: str | Sequence[str], runs: str) -> list[RunFolder]:
             paths = [place for place in places if os.path.exists(place)][:1] or [pattern]
         if not paths:
             raise UserError(f"no run folder matches {pattern!r}")
-        found |= {Path(path).resolve(): RunFolder.open(path) for path in paths}
+        opened = RunFolder if glob.has_magic(pattern) else RunFolder.open
+        found |= {Path(path).resolve(): opened(Path(path)) for path in paths}
     return list(found.values())
-
-
-def resumed(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
-    """The configuration of the run `tree["resume"]`, with those of the options `given` that may
-    change. UserError for any other, and where there is no whole run to resume."""
-    folder = RunFolder.open(str(tree["resume"]))
-    changes = [key for key in given if key != "resume"]
-    if fixed := [key for key in changes if not within(key, RESUMABLE)]:
-        told = (
-            f"resume={folder} goes on with the run's own options: {', '.join(fixed)} cannot change"
-        )
-        raise UserError(f"{told} ({', '.join(RESUMABLE)} can)")
-    folder.checkpoint()
-    config = plain(folder.config)
-    for key in changes:
-        section, _, last = ("", "", "logger") if key.startswith("logger") else key.rpartition(".")
-        (config[section] if section else config)[last] = (tree[section] if section else tree)[last]
-    return validate(TrainConfig, {**config, "resume": str(folder)})
 
 
 def with_found(extension: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
@@ -337,30 +476,3 @@ def with_found(extension: Mapping[str, Any], folder: RunFolder) -> dict[str, Any
 def found_file(factor: float) -> str:
     """Where in a run's folder a LongRoPE search keeps itself and what it found."""
     return f"longrope-x{factor:g}.json"
-
-
-def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
-    """The configuration that trains the run `tree["finetune"]` further, under an extension.
-
-    What was trained, on what and with which seed comes from that run, unless `given`. So does the
-    window, times the extension's factor unless it places tokens. UserError where there is no whole
-    run to start from.
-    """
-    folder = RunFolder.open(str(tree["finetune"]))
-    folder.checkpoint()
-    base = plain(folder.config)
-    if fixed := [key for key in given if within(key, ("model", "size", "match", "objective"))]:
-        raise UserError(f"finetune={folder} keeps its model: {', '.join(fixed)} cannot change")
-    if base["extension"]["name"] != "none":
-        raise UserError(f"finetune={folder} was fine-tuned itself: start from the run it came from")
-    kept = {key: base[key] for key in ("model", "size", "match", "objective")}
-    for section in ("data", "seed"):
-        if not any(within(key, (section,)) for key in given):
-            kept[section] = base[section]
-    extension = with_found(tree["extension"], folder)
-    extension["original_length"] = extension.get("original_length") or base["seq_len"]
-    if "seq_len" not in given:
-        longer = 1 if extension.get("positions") else extension["factor"]
-        kept["seq_len"] = int(base["seq_len"] * longer)
-    tree = {**tree, **kept, "extension": extension, "finetune": str(folder)}
-    return validate(TrainConfig, tree)

@@ -279,6 +279,9 @@ class TrainConfig(Section):
     finetune: Path | None = Field(description="run folder to train further, under `extension`")
     extension: Extension
     fresh: bool = Field(description="true: train again in a new folder")
+    changed_code: Literal["refuse", "accept"] = Field(
+        default="refuse", description="accept: go on with a run that other code began"
+    )
     allocator: Literal["tuned", "system"] = Field(description="tuned: keeps freed memory (glibc)")
     threads: Threads | None = Field(description="CPU threads; null: all cores")
     workers: Annotated[Natural, Field(le=64)] = Field(description="data loading processes")
@@ -320,11 +323,21 @@ def _folders(value: Any) -> Any:
     return value
 
 
+class DataPlace(Section):
+    """Where a run's text is now, if not where the run was trained on it."""
+
+    path: str | None = None
+    cache: str | None = None
+
+
 class EvalConfig(Section):
     """A measurement of trained runs. Paths are relative to the working directory."""
 
     run: Annotated[str | list[str], BeforeValidator(_folders)] = Field(
         description="run folder, or a pattern such as 'runs/compare/*'"
+    )
+    data: DataPlace = Field(
+        default_factory=DataPlace, description="data.path, where a run's text was moved to"
     )
     task: dict[str, TaskPart]
     extension: Extension

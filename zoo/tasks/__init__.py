@@ -6,6 +6,7 @@ made. `evaluate` adds who was measured, appends the rows to the run's `results.j
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -21,14 +22,18 @@ from zoo.extend import extend
 from zoo.learner import device_name, load, pick_device
 from zoo.measurement import agrees, question
 from zoo.options import flat, within
+from zoo.provenance import measured_by
 from zoo.report import write_report
 from zoo.report.page import terminal
-from zoo.report.rows import gather
+from zoo.report.rows import gather, in_words
 from zoo.report.wandb import mirror
-from zoo.run import RunFolder, with_found
+from zoo.resume import with_place
+from zoo.run import RunFolder, trained_by, with_found
 from zoo.schema import EvalConfig, Extension
 from zoo.tasks.progress import Progress
 from zoo.tasks.score import AUTOCAST, NotApplicableError, Row, Subject, attempt, told
+
+log = logging.getLogger("zoo")
 
 LABELS = ("arm", "extension_options")  # in words what `extension_settings` identifies
 UNSHAPED = (  # options that leave a run's weights as they are; the text is known by its fingerprint
@@ -60,9 +65,20 @@ def evaluate(
     rows, runs, statuses = [], [], set()
     for folder in folders:
         progress.run = folder.name
-        extension = _found(config.extension, folder)
-        about = _identity(extension, folder, device)
-        runs.append(about | folder.info | {"settings": _trained_settings(folder)})
+        try:
+            folder = RunFolder.open(folder.path)
+            extension = _found(config.extension, folder)
+            about = _identity(extension, folder, device)
+            _tell_code(folder)
+            runs.append(about | folder.info | {"settings": _trained_settings(folder)})
+        except UserError as error:  # a damaged one of several keeps its place
+            if len(folders) == 1:
+                raise
+            bad = {"run": folder.name, "arm": folder.name, "status": "failed"}
+            runs.append(bad | {"reason": str(error)})
+            statuses.add("failed")
+            log.warning("%s", error)
+            continue
         settled = config.model_copy(update={"extension": extension})
         asked: list[Row] = []
         found = list(_measure_run(settled, folder, about, device, progress, fresh, asked))
@@ -71,6 +87,9 @@ def evaluate(
         statuses |= {row["status"] for row in found}
         rows += [*found, *_known_besides(folder, about, asked)]
         progress.clear()
+        without = [row for row in found if row["status"] in ("failed", "unfinished")]
+        for line in dict.fromkeys(f"{folder}: {in_words(row)}" for row in without):
+            log.warning("%s", line)
     if config.report:
         say(write_report(rows, runs, Path(config.report)))
     else:
@@ -96,13 +115,13 @@ def _measure_run(
     """
     why = _not_done(folder.info)
     if not why:
-        opened = attempt(lambda: _open(config, folder, device, progress))
+        opened = attempt(lambda: _open(config, folder, device, progress, about))
         why = {} if opened.ok else opened.row
     if why:
         yield from (about | {"task": task} | why for task in config.task)
         return
     for task, part in config.task.items():
-        named, reused = about | {"task": task}, []
+        named, reused = about | {"task": task} | _measured_by(config, folder, task), []
         # The label may have been another then: it does not say what was measured.
         same = {name: value for name, value in named.items() if name not in LABELS}
         known = [] if fresh else [row for row in folder.rows() if agrees(row, same)]
@@ -129,14 +148,26 @@ def _measure_run(
         yield from reused
 
 
+def _measured_by(config: EvalConfig, folder: RunFolder, task: str) -> Row:
+    """The code that measures: what other code measured is measured again."""
+    extended = config.extension.name != "none"
+    return {"measured_by": measured_by(folder.config, task, extended)}
+
+
 def _known_besides(folder: RunFolder, about: Row, asked: Sequence[Row]) -> Iterator[Row]:
-    """The last answers of the same weights to what was not asked now.
+    """The last answers of the same weights, by the code that is here, to what was not asked now.
 
     To the same questions under other extensions, and to the questions of the other tasks, whose
     settings are those of their latest answer.
     """
     alike = {name: value for name, value in about.items() if name not in EXTENDED}
-    rows = [row for row in folder.rows() if row["status"] == "ok" and agrees(row, alike)]
+    alike |= {"status": "ok"}
+    rows = [
+        row for row in folder.rows() if agrees(row, alike) and row.keys() >= {"task", *EXTENDED}
+    ]
+    kinds = {(row["task"], row["extension"] != "none") for row in rows}
+    now = {kind: measured_by(folder.config, *kind) for kind in kinds}
+    rows = [r for r in rows if r.get("measured_by") == now[r["task"], r["extension"] != "none"]]
     others: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: str(row.get("time"))):
         if row["task"] not in {key["task"] for key in asked}:
@@ -165,19 +196,30 @@ def _not_done(info: Row) -> Row:
     return {"status": status, "reason": info.get("reason") or stopped}
 
 
+def _tell_code(folder: RunFolder) -> None:
+    """Say where a run was trained by other code than is here to measure it."""
+    if files := folder.changed_code(folder.config):
+        more = f" and {len(files) - 3} more" * (len(files) > 3)
+        told = f"{', '.join(files[:3])}{more} changed since it was trained"
+        log.warning("%s: %s: train.py with fresh=true trains it by this code", folder, told)
+
+
 def _open(
-    config: EvalConfig, folder: RunFolder, device: torch.device, progress: Progress
+    config: EvalConfig, folder: RunFolder, device: torch.device, progress: Progress, about: Row
 ) -> Subject:
-    """The run's model and text. UserError where either is gone, or the text is another one."""
+    """The run's model and text; `about` takes the step of the weights. UserError where either is
+    gone, or the text is another one."""
     trained, info = folder.config, folder.info
-    data = plain(trained)["data"]
+    data = with_place(plain(trained)["data"], plain(config.data))
     corpus = open_corpus(data, Path(data["cache"]))
-    if corpus.fingerprint != info["fingerprint"]:
+    if corpus.fingerprint != info.get("fingerprint"):
+        known = f"the run's {info['fingerprint'][:8]}" if info.get("fingerprint") else "not known"
         raise UserError(
             f"data={corpus.name} is not the text the run was trained on: its fingerprint is "
-            f"{corpus.fingerprint[:8]}, the run's {info['fingerprint'][:8]}"
+            f"{corpus.fingerprint[:8]}, {known}. data.path=<folder> says where that text is now"
         )
     model = load(folder, device)
+    about.update(_weights_of(folder))
     try:
         extend(model, config.extension, trained.seq_len)
     except UserError as error:
@@ -221,19 +263,33 @@ def _identity(extension: Extension, folder: RunFolder, device: torch.device) -> 
         "parameters": info.get("parameters"),
         "flops_per_token": info.get("flops_per_token"),
         "train_length": trained.seq_len,
-        "train_tokens": info.get("tokens_seen"),
-        "train_steps": info.get("step"),
+        **_weights_of(folder),
         "lr": trained.optim.lr,
         "match": trained.match,
         "state_passing": trained.state_passing,
         "data": trained.data.name,
         "fingerprint": info.get("fingerprint"),
         "tokenizer": info.get("tokenizer"),
+        "sources": trained_by(info),
         "commit": info.get("commit"),
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
+
+
+def _weights_of(folder: RunFolder) -> Row:
+    """What the weights have read that are measured: after damage, not the run's last."""
+    info = folder.info
+    try:
+        last = next(folder.whole_checkpoints(), None)
+    except UserError:
+        last = None
+    step = info["step"] if last is None or last.step is None else last.step
+    tokens = info.get("tokens_seen")
+    if step != info["step"]:
+        tokens = step * info["tokens_per_step"] if info.get("tokens_per_step") else None
+    return {"train_tokens": tokens, "train_steps": step}
 
 
 def _label(extension: Extension) -> str:
