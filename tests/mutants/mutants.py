@@ -114,7 +114,7 @@ def _test(tests: tuple[str, ...], place: Path, printed: Path) -> int:
     os.chdir(place)
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(place))
-    words = ["-x", "-q", "-p", "no:cacheprovider", "--tb=line", f"--rootdir={place}"]
+    words = ["-x", "-q", "-p", "no:cacheprovider", "--tb=line", f"--rootdir={place}", "-Wignore"]
     code = int(pytest.main([*words, "-c", f"{place}/pyproject.toml", *tests]))
     sys.stdout.flush()
     return code

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import UserError
 from zoo.ops import attention
@@ -121,3 +122,12 @@ def test_a_causal_part_takes_no_mask():
     q, k, v = leaves(2, 3, 3)
     with pytest.raises(ValueError, match="as many keys as queries"):
         attend([Part(q, k, v, causal=True)])
+
+
+def test_operations_are_two_products_per_score_and_half_of_them_where_causal():
+    q, k, v = (x.detach() for x in leaves(32, 32, 32))
+    for causal, share in ((False, 1.0), (True, 0.5)):
+        with FlopCounterMode(display=False) as counter:
+            attend([Part(q, k, v, causal=causal)], backend="flash")
+        width = max(D, E)  # the kernel's one width for queries, keys and values
+        assert counter.get_total_flops() == share * 2 * 2 * H * 32 * 32 * 2 * width

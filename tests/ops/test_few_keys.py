@@ -76,3 +76,12 @@ def test_attention_takes_it_where_no_gradient_is_wanted_and_keys_are_few():
     with pytest.raises(ValueError, match="17 keys of width 16 are too many"):
         few_keys(*inputs(17, 16, 16), 1.0)
     assert takes(q.bfloat16(), k.bfloat16(), v.bfloat16()) is False
+
+
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_keys_that_count_three_times_are_three_of_each(needs_gradient):
+    q, k, v = inputs(2, 16, 16, tokens=9)
+    q.requires_grad_(needs_gradient)
+    thrice = attend([Part(q, k, v, times=3.0)])
+    copies = attend([Part(q, k.repeat(1, 3, 1, 1), v.repeat(1, 3, 1, 1))], backend="reference")
+    torch.testing.assert_close(thrice, copies, rtol=1e-12, atol=1e-12)

@@ -124,6 +124,16 @@ def test_no_weight_divides_by_the_smallest_normaliser_and_stays_finite():
     assert (state.z == 0).all()
 
 
+@pytest.mark.parametrize("size", [1e-4, 1.0])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_normalised_it_is_an_average_of_the_values_however_small_the_weights(backend, size):
+    q, k, v, *_ = (x.detach() for x in inputs(50, "none", normalise=True) if x is not None)
+    weights = torch.einsum("bihk,bjhk->bhij", q, k).tril()
+    wanted = torch.einsum("bhij,bjhv->bihv", weights / weights.sum(-1, keepdim=True), v)
+    found, _ = linear_attention(size * q, k, v, normalise=True, backend=backend)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
