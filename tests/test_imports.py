@@ -12,7 +12,7 @@ SOURCES = sorted([*ROOT.glob("zoo/**/*.py"), ROOT / "train.py", ROOT / "eval.py"
 
 # A module may import from its own layer and from lower ones.
 LAYERS = [
-    {"errors", "measurement"},
+    {"errors", "locks", "measurement"},
     {"options", "schema", "files"},
     {"data", "report", "config", "ops"},
     {"checkpoints", "provenance", "applies"},

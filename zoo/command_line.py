@@ -219,10 +219,10 @@ def _help(program: str, usage: str) -> str:
         lines.append(f"  {group:<11}{' '.join(names)}")
     more = " or argument of Lightning's Trainer" if program == "train" else ""
     lines += ["", f"options (any other key of the YAML files{more} likewise):"]
-    tree = yaml.safe_load((CONFIGS / f"{program}.yaml").read_text())
+    tree = yaml.safe_load((CONFIGS / f"{program}.yaml").read_text(encoding="utf-8"))
     for group, chosen in defaults.items():
         file = CONFIGS / group / f"{chosen}.yaml"
-        tree[group] = yaml.safe_load(file.read_text()) if file.exists() else None
+        tree[group] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
     values = dict(leaves(tree))
     schema = SCHEMAS[program]
     defaults = {**defaults, "data": None}  # a section, not an option

@@ -73,7 +73,7 @@ def compose(program: str, words: Sequence[str] = ()) -> TrainConfig | EvalConfig
 @functools.cache
 def groups(program: str) -> dict[str, str | None]:
     """The program's groups and the choice each has unless told otherwise."""
-    entries = yaml.safe_load((CONFIGS / f"{program}.yaml").read_text())["defaults"]
+    entries = yaml.safe_load((CONFIGS / f"{program}.yaml").read_text(encoding="utf-8"))["defaults"]
     pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
     return {group: choice for group, choice in pairs if not group.startswith("override ")}
 

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -55,9 +56,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk
-        os.fsync(folder)
-        os.close(folder)
+        if sys.platform != "win32":  # where a folder can be opened
+            folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk
+            os.fsync(folder)
+            os.close(folder)
     except Exception as error:
         with suppress(OSError):
             draft.unlink()

@@ -37,7 +37,7 @@ def check_names(program: str, tree: Mapping[str, Any], given: Sequence[str]) -> 
 def _own(group: str, name: str) -> Iterator[tuple[str, Any]]:
     """What the YAML file of a variant sets over the one that it is a variant of."""
     file = CONFIGS / group / f"{name}.yaml"
-    tree = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    tree = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if not tree.pop("defaults", None):
         return
     for path, value in leaves(tree):

@@ -12,7 +12,6 @@ themselves and, the first two, the id of their run, so that another run's file i
 """
 
 import errno
-import fcntl
 import glob
 import hashlib
 import json
@@ -45,6 +44,7 @@ from zoo.files import (
     write_text,
 )
 from zoo.files import replacing as replacing  # part of what a run folder offers
+from zoo.locks import lock_file
 from zoo.measurement import replaces
 from zoo.provenance import changed, digest, provenance, sources
 from zoo.schema import as_now
@@ -259,10 +259,11 @@ class RunFolder:
         UserError where a live process trains in it. What a killed one left half-written goes.
         """
         try:
-            file = open(self.path / ".lock", "a+")  # noqa: SIM115 (held while the caller works)
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = self.path / ".lock"
+            file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115 (held while the caller works)
+            lock_file(file, wait=False)
         except BlockingIOError:
-            holder = (self.path / ".lock").read_text(errors="replace").strip()
+            holder = (self.path / ".lock").read_text(encoding="utf-8", errors="replace").strip()
             raise UserError(f"{self} is already being trained by process {holder}") from None
         except OSError as error:
             raise cannot_write(self.path / ".lock", error) or error from error

@@ -13,7 +13,6 @@ altered one is told by size and by hash when opened. What makes a text this text
 hash of the first two files alone.
 """
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from zoo.errors import UserError
+from zoo.locks import lock_file
 
 FORMAT = 2  # stores of another format are built again
 Encoded = array | tuple[array, array]  # tokens, or tokens and the bytes each stands for
@@ -234,8 +234,8 @@ def _replace(folder: Path, build: Callable[[Path], None]) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with path.open("w", encoding="utf-8") as file:
+        lock_file(file, wait=True)
         yield
 
 

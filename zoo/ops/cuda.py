@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import logging
+import sys
 import threading
 from array import array
 from collections.abc import Callable, Mapping
@@ -163,6 +164,8 @@ def binary(source: str, macros: Macros, target: str) -> bytes:
 @functools.cache
 def driver() -> ctypes.CDLL:
     """The driver's library. Raises `BuildError` where there is none."""
+    if sys.platform == "win32":
+        raise BuildError("the CUDA kernels are launched on Linux, and under Windows in WSL")
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError:

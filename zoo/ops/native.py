@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from array import array
 from pathlib import Path
@@ -72,6 +73,8 @@ def _command(dtype: torch.dtype) -> list[str]:
 @functools.cache
 def _compiler() -> tuple[str, ...]:
     """The command of the first working compiler, its own identity and machine flags included."""
+    if sys.platform == "win32":
+        raise BuildError("the C kernels are built on Linux and macOS, and under Windows in WSL")
     found = [path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
     for path in found:
         version = subprocess.run([path, "--version"], capture_output=True, text=True)
@@ -88,7 +91,7 @@ def _compiler() -> tuple[str, ...]:
 def _cpu() -> str:
     """What -march=native depends on: a cache may be shared by machines."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     except OSError:
         return platform.processor() + platform.machine()
     return "\n".join(x for x in lines if x.startswith(("model name", "flags", "CPU", "Features")))
@@ -125,7 +128,9 @@ def read_intact(library: Path) -> bytes | None:
     """What `keep` wrote, or None where it is missing or damaged."""
     try:
         content = library.read_bytes()
-        whole = hashlib.sha256(content).hexdigest() == _checksum(library).read_text()
+        whole = hashlib.sha256(content).hexdigest() == _checksum(library).read_text(
+            encoding="utf-8"
+        )
     except OSError:
         return None
     return content if whole else None
@@ -137,7 +142,7 @@ def keep(library: Path, content: bytes) -> None:
         built = Path(folder) / library.name
         built.write_bytes(content)
         built.chmod(0o700)
-        _checksum(built).write_text(hashlib.sha256(content).hexdigest())
+        _checksum(built).write_text(hashlib.sha256(content).hexdigest(), encoding="utf-8")
         built.replace(library)
         _checksum(built).replace(_checksum(library))
 
