@@ -1,10 +1,12 @@
 """Tables and caveats, on rows made by hand with known answers."""
 
 import pytest
-from synthetic import experiment, run_records, score_row
+from synthetic import experiment, identity, run_records, score_row
 
 from zoo.report import tables
 from zoo.report.caveats import banners, failures, limits
+from zoo.report.charts import styles
+from zoo.report.page import render
 from zoo.report.rows import Cell, gather, interval
 from zoo.report.tables import DASH, TIMES
 from zoo.report.text import as_text
@@ -149,6 +151,58 @@ def test_the_text_tells_changes_and_differences_with_their_intervals():
     assert changes.splitlines()[-2].split() == ["transformer", "+0.000", DASH]
     assert differences.splitlines()[0].startswith("difference to transformer")
     assert differences.splitlines()[-1].split() == ["mamba", "-0.100", f"±{half_apart:.3f}", DASH]
+
+
+def test_a_new_task_that_yields_lengths_and_values_is_shown_in_the_terminal_and_on_the_page():
+    rows = [
+        identity(arm) | {"task": "needles", "length": n, "value": 1 / n, "depth": 3}
+        for arm in ("mamba", "transformer")
+        for n in (512, 1024)
+    ]
+    results = gather(rows, [])
+    text = as_text(results)
+    assert "no score measured yet" not in text
+    assert text.splitlines()[0] == "needles: value."
+    assert text.splitlines()[2].split() == ["mamba", "0.00195", "0.000977"]
+    assert "needles: value." in render(results, styles(results))
+
+
+def test_a_new_task_without_lengths_is_shown_by_its_numbers_and_its_failures():
+    row = {"task": "recall", "found": 0.5, "interval": [0.25, 0.75], "question": ["depth"]}
+    rows = [identity("mamba") | row | {"depth": 3}]
+    rows.append(identity("rwkv") | row | {"status": "failed", "reason": "too long"})
+    text = as_text(gather(rows, []))
+    assert text.splitlines()[:4] == [
+        "recall.",
+        "arm    found",
+        "mamba    0.5",
+        "rwkv     (1)",
+    ]
+    assert "(1) failed: too long" in text
+
+
+def test_speed_alone_is_shown_in_the_terminal():
+    rows = [row for row in experiment() if row["task"] == "speed"]
+    text = as_text(gather(rows, []))
+    assert "no score measured yet" not in text
+    assert "Forward, tokens per second" in text
+    assert "(1) n/a: learned positions end at 512" in text
+
+
+def test_each_arm_without_a_result_says_why_in_the_terminal():
+    rows = [score_row("transformer", 512, 2.0)]
+    why = {"young": "training is running at step 7", "gone": "no checkpoint can be read"}
+    rows += [
+        identity(arm) | {"task": "perplexity", "status": "failed", "reason": reason}
+        for arm, reason in why.items()
+    ]
+    for some in (rows, rows[1:]):
+        text = as_text(gather(some, []))
+        for reason in why.values():
+            assert text.count(f"failed: {reason}") == 1
+    assert text.startswith("no score measured yet\n\nwithout a result:\n  young (young-0)")
+    both = as_text(gather([*rows[1:], identity("a") | {"task": "passkey", "status": "failed"}], []))
+    assert "a (a-0), passkey: failed" in both
 
 
 def test_nothing_measured_is_said():

@@ -3,11 +3,11 @@
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 
+from zoo.report.others import other_tasks
 from zoo.report.rows import Results, Row, finite, in_words, missing, unfinished
 from zoo.report.tables import DASH, Table, Td, dead, plain
 from zoo.report.validity import LEAKS
 
-DRAWN = ("perplexity", "passkey", "speed", "stream", None)
 NAMED = 6  # arms that a sentence lists
 
 
@@ -131,7 +131,7 @@ def limits(results: Results) -> list[str]:
         )
     if results.where(task="speed"):
         said.append("Speed is of one machine under its load: compare ratios, not absolute figures.")
-    if other := sorted({row["task"] for row in results.rows if row.get("task") not in DRAWN}):
+    if other := other_tasks(results):
         said.append(f"Shown as tables, without a figure: {', '.join(other)}.")
     return said
 

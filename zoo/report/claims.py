@@ -21,7 +21,7 @@ Verdict = Literal["holds", "does not hold", "not shown at this scale"]
 HOLDS: Verdict = "holds"
 FAILS: Verdict = "does not hold"
 OPEN: Verdict = "not shown at this scale"
-ORDER: tuple[Verdict, ...] = (FAILS, OPEN, HOLDS)  # what one comparison is enough for, first
+ORDER: list[Verdict] = ["does not hold", "not shown at this scale", "holds"]  # one is enough
 
 A_LITTLE = 1.05  # "a few per cent", "a small rise", "a clear margin": the same 5 % throughout
 SEEDS = 2  # at least
@@ -112,12 +112,14 @@ def judge(results: Results) -> list[Judged]:
         cells = tuple(each.cells(results) for each in claim.comparisons)
         if not all(cells):
             continue
+        if problem := _problem(results, claim):
+            judged.append(Judged(claim, OPEN, problem, cells))
+            continue
         pairs = zip(claim.comparisons, cells, strict=True)
         found = [each.decide(seeds) for each, seeds in pairs]
-        if problem := _problem(results, claim):
-            found = [(OPEN, problem)]
-        verdict = min((verdict for verdict, _ in found), key=ORDER.index)
-        whys = dict.fromkeys(why for v, why in found if why and v == verdict)
+        verdicts: set[Verdict] = {one for one, _ in found}
+        verdict = next(one for one in ORDER if one in verdicts)
+        whys = dict.fromkeys(why for each, why in found if why and each == verdict)
         judged.append(Judged(claim, verdict, "; ".join(whys), cells))
     return judged
 

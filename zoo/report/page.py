@@ -31,6 +31,7 @@ from zoo.report.figures import (
     scores,
 )
 from zoo.report.headlines import one_text, tiles
+from zoo.report.others import other_tables
 from zoo.report.rows import Results, gather
 from zoo.report.text import as_text
 from zoo.report.validity import blind_guess
@@ -117,6 +118,7 @@ def render(results: Results, look: Mapping[str, Style], title: str | None = None
         pooled=tables.plain(POOLED),
         blind=blind_guess(results.rows),
         stream=figure(positions(results, "stream"), table=tables.streams(results)),
+        others=other_tables(results),
         budgets=tables.budgets(results),
         failures=failures(results),
         limits=limits(results),

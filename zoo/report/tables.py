@@ -327,6 +327,19 @@ def _told(results: Results, label: str, name: str) -> str:
     return ", ".join(w[:8] if name in ("fingerprint", "commit") else w for w in words) or DASH
 
 
+def speeds(results: Results) -> list[Table]:
+    """Speed by length, for a terminal."""
+    known = {
+        "forward": ("Forward, tokens per second, higher is better.", "tokens_per_second"),
+        "decode": ("Decoding, milliseconds per token, lower is better.", "milliseconds"),
+    }
+    tables = [
+        grid(results, results.cells("speed", field, phase=phase), caption, count)
+        for phase, (caption, field) in known.items()
+    ]
+    return [table for table in tables if table]
+
+
 def streams(results: Results) -> Table | None:
     """One reading of a very long text: how far, how fast, in how much memory."""
     columns = {

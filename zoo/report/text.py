@@ -1,6 +1,8 @@
 """The tables for a terminal: scores by length, what they differ by, and long texts."""
 
+from zoo.report.caveats import failures
 from zoo.report.claims import judge, told
+from zoo.report.others import other_tables
 from zoo.report.rows import Cell, Results
 from zoo.report.tables import (
     ANSWERS,
@@ -15,21 +17,35 @@ from zoo.report.tables import (
     reaches,
     score,
     signed,
+    speeds,
     streams,
     times,
 )
+from zoo.report.validity import LEAKS
 
 MARK = " *"  # after the label of an arm that was asked for, among others
 
 
 def as_text(results: Results) -> str:
-    """The tables for a terminal: scores by length, what was found, long texts, and the claims."""
-    tables = [*(found(results, answer) for answer in ANSWERS), streams(results)]
-    shown = [_table_as_text(results, table) for table in tables]
+    """The tables for a terminal: whatever was measured, the claims, and why what failed did."""
+    tables = [*(found(results, answer) for answer in ANSWERS), *speeds(results), streams(results)]
+    shown = [_table_as_text(results, table) for table in (*tables, *other_tables(results))]
     said = [*_scores_as_text(results), *shown, _claims_as_text(results)]
+    said = [text for text in said if text] or ["no score measured yet"]
     if any(map(results.requested, results.arms)) and any(said):
         said.append(f"{MARK.strip()} asked for now; the others stand beside it as measured before")
-    return "\n\n".join(text for text in said if text) or "no score measured yet"
+    return "\n\n".join([*said, *_failures_as_text(results, "\n".join(said))])
+
+
+def _failures_as_text(results: Results, said: str) -> list[str]:
+    """What has no result, with the reasons that the tables have not told."""
+    table = failures(results)
+    lines = []
+    for arm, what, why, run in table.rows if table else ():
+        if why.text not in said:
+            where = "" if run.text in (DASH, arm.text) else f" ({run.text})"
+            lines.append(f"  {arm.text}{where}, {what.text}: {why.text}")
+    return ["\n".join(["without a result:", *lines])] if lines else []
 
 
 def _claims_as_text(results: Results) -> str:
@@ -98,12 +114,16 @@ def _table_as_text(results: Results, table: Table | None) -> str:
     if table is None:
         return ""
     lines = [[head for head, _ in table.head]]
+    whys = [cell.text for row in table.rows for cell in row if cell.kind in ("reason", LEAKS)]
+    reasons = list(dict.fromkeys(whys))
     for arm, *cells in table.rows:
-        lines.append([_marked(results, arm.text), *(cell.text for cell in cells)])
-    width = max(map(len, lines))
-    return "\n".join(
-        [table.caption, *_aligned([line + [""] * (width - len(line)) for line in lines])]
-    )
+        texts = []
+        for cell in cells:
+            why = f"({reasons.index(cell.text) + 1})" if cell.text in reasons else cell.text
+            texts += [why] * cell.span
+        lines.append([_marked(results, arm.text), *texts])
+    notes = [f"({i}) {why}" for i, why in enumerate(reasons, 1)]
+    return "\n".join([table.caption, *_aligned(lines), *notes])
 
 
 def _aligned(lines: list[list[str]]) -> list[str]:

@@ -24,7 +24,7 @@ from zoo.measurement import agrees, question
 from zoo.options import flat, within
 from zoo.provenance import measured_by
 from zoo.report import write_report
-from zoo.report.page import terminal
+from zoo.report.page import pictures_folder, terminal
 from zoo.report.rows import gather, in_words
 from zoo.report.wandb import mirror
 from zoo.resume import with_place
@@ -61,6 +61,9 @@ def evaluate(
     """
     if config.threads:
         torch.set_num_threads(config.threads)
+    if config.report and (folder := pictures_folder(Path(config.report))).is_file():
+        told = f"report={config.report}: its pictures go to the folder {folder}, which is a file."
+        raise UserError(f"{told} Name another file.")
     device, progress = pick_device(config.device), progress or Progress.on_stderr()
     rows, runs, statuses = [], [], set()
     for folder in folders:
