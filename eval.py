@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from zoo.applies import check_applies, positions_of
-from zoo.command_line import launch, say
+from zoo.command_line import Arm, launch, say
 from zoo.config import resolve
 from zoo.data.sources import check_source
 from zoo.files import check_writable
@@ -44,9 +44,9 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
     return config
 
 
-def job(config: EvalConfig, sweep: bool) -> int:
+def job(config: EvalConfig, arm: Arm | None) -> int:
     """Measure the runs one after another; the exit code tells whether every one could be."""
-    del sweep
+    del arm
     folders = find_runs(config.run, config.runs)
     say(f"measuring {', '.join(map(str, folders))}")
     from zoo.tasks import evaluate  # heavy: seconds

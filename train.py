@@ -3,17 +3,23 @@
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from zoo import processes
 from zoo.applies import check_applies, positions_of
-from zoo.command_line import launch, say
+from zoo.checkpoints import step_of
+from zoo.command_line import Arm, launch, say
 from zoo.config import resolve
 from zoo.data.sources import check_source
 from zoo.errors import UserError
 from zoo.inert import check_effects, check_names, notes
 from zoo.resume import finetuned, resumed
 from zoo.run import RunFolder
+from zoo.schedule import tell_continuation
 from zoo.schema import TrainConfig, validate
+from zoo.stopping import current
+from zoo.training.shares import check_shares, process_count
 
 USAGE = """
 python train.py [option=value ...]    train a model; the same line again continues a stopped run
@@ -37,16 +43,32 @@ def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
         check_applies(config.extension, positions_of(config.model), None)
     else:
         config = validate(TrainConfig, resolve(tree))
+    if config.optim.continuation != "cosine" and not tree["resume"]:
+        raise UserError(
+            f"optim.continuation={config.optim.continuation}: says how a run goes on that is given "
+            "more steps. Use it with resume=<run> trainer.max_steps=<more>."
+        )
     if not tree["resume"]:
         check_effects(config, tree, given)
+    check_shares(config)
     check_source(config.data.model_dump())
     return config
 
 
-def job(config: TrainConfig, sweep: bool) -> int:
+def job(config: TrainConfig, arm: Arm | None) -> int:
     """Train one configuration in its run folder, from the last checkpoint where there is one."""
+    try:
+        return _train(config, arm)
+    finally:
+        if arm and arm.folder:
+            arm.loss = RunFolder(Path(arm.folder)).last_figure("valid_loss")
+
+
+def _train(config: TrainConfig, arm: Arm | None) -> int:
     folder = RunFolder.claim(config)
     info, last = folder.info, folder.checkpoint()
+    if arm:
+        arm.folder = str(folder)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         fit(config, folder)  # a further rank of a run that rank 0 locks and records
         return 0
@@ -57,13 +79,21 @@ def job(config: TrainConfig, sweep: bool) -> int:
     if info["status"] == "done" and info["step"] >= config.trainer.max_steps:
         say(f"already trained: {folder} (fresh=true trains again)")
     else:
-        sys.argv[1:] = [f"resume={folder}"]  # what Lightning starts further ranks with
-        with folder.training(keep=sweep), folder.going_on(config):
+        told = tell_continuation(folder.config, config, step_of(last))
+        training = folder.training(keep=arm is not None)
+        with training, current().recording(folder.stopped), folder.going_on(config):
+            if arm:
+                folder.update(sweep=arm.sweep, arm=arm.options)
             start = f"from {last.name}" if last else f"for {config.trainer.max_steps} steps"
             for note in () if last else notes(config):
                 say(note)
+            if told:
+                say(told)
             say(f"{folder}: training {config.model.name} {start}")
-            fit(config, folder)
+            if arm or process_count(config) > 1:
+                fit_apart(config, folder, process_count(config))
+            else:
+                fit(config, folder)
     return 0
 
 
@@ -87,6 +117,20 @@ def fit(config: TrainConfig, folder: RunFolder) -> None:
     from zoo.learner import train
 
     train(config, folder)
+
+
+def fit_apart(config: TrainConfig, folder: RunFolder, count: int) -> None:
+    """Train in as many processes, beside this one: one that crashes is told of, here.
+
+    One alone trains in this process where it cannot be forked.
+    """
+    processes.load("zoo.learner")
+    from zoo.learner import train
+
+    if "LOCAL_RANK" in os.environ or (count == 1 and not processes.can_fork()):
+        train(config, folder)  # further ranks were started by another program
+    else:
+        processes.run(train, config, folder, count=count)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

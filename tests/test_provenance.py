@@ -38,11 +38,14 @@ EDITS = [  # file, what is edited, the models that it makes others
     ("zoo/ops/wkv4.py", ("NOTHING = ", "MORE = 1\nNOTHING = "), {"rwkv4"}),
     ("zoo/mixers/base.py", ("class Mixer", "MORE = 1\nclass Mixer"), {"*"}),
     ("zoo/backbone.py", ("class Backbone", "MORE = 1\nclass Backbone"), {"*"}),
-    ("zoo/learner.py", ("class Learner", "MORE = 1\nclass Learner"), {"*"}),
+    ("zoo/training/module.py", ("class Learner", "MORE = 1\nclass Learner"), {"*"}),
+    ("zoo/training/windows.py", ("class Windows", "MORE = 1\nclass Windows"), {"*"}),
+    ("zoo/schedule.py", ("def learning", "MORE = 1\ndef learning"), {"*"}),
+    ("zoo/training/callbacks.py", ("class Metrics", "MORE = 1\nclass Metrics"), set()),
     ("zoo/data/order.py", ("def ", "MORE = 1\ndef "), {"*"}),
     ("zoo/data/masking.py", ("def ", "MORE = 1\ndef "), {"*"}),
     ("zoo/report/rows.py", ("def missing", "MORE = 1\ndef missing"), set()),
-    ("zoo/command_line.py", ("def say", "MORE = 1\ndef say"), set()),
+    ("zoo/command_line.py", ("def launch", "MORE = 1\ndef launch"), set()),
     ("zoo/tasks/score.py", ("def nats", "MORE = 1\ndef nats"), set()),
     ("zoo/attention/dual_chunk.py", ("class ", "MORE = 1\nclass "), set()),
     ("kernels/wkv4/wkv4.c", ("#include", "#define MORE 1\n#include"), {"rwkv4"}),
@@ -123,7 +126,7 @@ def test_what_measures_is_another_name_than_what_trains(package, monkeypatch):
     monkeypatch.setattr(provenance, "_closure", relocated(provenance._closure, package))
     before = [measured_by(config, task, extended) for extended in (False, True)]
     assert before[1].startswith(f"{before[0]}-")
-    edit(package / "learner.py", "class Learner", "MORE = 1\nclass Learner")
+    edit(package / "training/module.py", "class Learner", "MORE = 1\nclass Learner")
     assert [measured_by(config, task, extended) for extended in (False, True)] == before
     edit(package / "positions/clex.py", "class ", "MORE = 1\nclass ")
     plain, extended = (measured_by(config, task, extended) for extended in (False, True))

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.mixers.base import Mixer, Shared, State
 from zoo.ops.rms_norm import RMSNorm
 from zoo.positions.absolute import Learned, Sinusoidal
+from zoo.positions.rope import by_row
 
 
 class Block(nn.Module):
@@ -118,7 +119,7 @@ class Backbone(nn.Module):
         if positions is not None:
             shared["positions"] = positions
             if self.frequencies is not None:  # once for all layers
-                shared["inv_freq"], _ = self.frequencies(int(positions.max()) + 1)
+                shared["inv_freq"], _ = by_row(self.frequencies, positions)
         for index, block in enumerate(self.blocks):
             before = state.blocks[index] if state else None
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():

@@ -109,6 +109,11 @@ def _unsealed(path: Path) -> Checkpoint | None:
     return Checkpoint(path, None, int(number[1]) if number else None, content)
 
 
+def step_of(file: Path | None) -> int:
+    """The step after which a checkpoint was written, from its name; 0 for none."""
+    return max(recency(file)[1], default=0) if file else 0
+
+
 def recency(file: Path) -> tuple[bool, list[int]]:
     """last.ckpt first, then by the numbers in the name (step=000200.ckpt)."""
     return file.stem == "last", [int(number) for number in re.findall(r"\d+", file.stem)]

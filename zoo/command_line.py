@@ -10,8 +10,12 @@ import itertools
 import json
 import logging
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import hydra
@@ -32,24 +36,43 @@ from zoo.config import (
     groups,
     parse,
 )
+from zoo.console import label
+from zoo.console import say as say
 from zoo.errors import RunError, UserError
 from zoo.files import one_line
 from zoo.options import leaves, read_sizes
 from zoo.schema import TrainConfig, plain
+from zoo.stopping import STOPPED, handled
 
 Config = TypeVar("Config", bound=BaseModel)
 Check = Callable[[dict[str, Any], list[str]], Config]  # composed tree, options given -> config
-Job = Callable[[Config, bool], int]  # config, one of a sweep -> exit code
+Job = Callable[[Config, "Arm | None"], int]  # config, which arm of a sweep -> exit code
+
+
+@dataclass
+class Arm:
+    """One of a sweep's runs, and what became of it."""
+
+    number: int
+    options: str  # those that not all arms have
+    sweep: str  # the same for all arms
+    seed: int | None = None
+    folder: str | None = None  # noted by the job, like the validation loss
+    loss: float | None = None
+    failed: str | None = None
+
+
+class _Lines(logging.Handler):
+    """What the modules tell, in the program's own plain lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
 
 SHOWN = {  # of the options inside groups, those that --help explains
     "train": ("optim.lr", "trainer.max_steps", "trainer.precision", "trainer.devices"),
     "eval": ("data.path",),
 }
-
-
-def say(text: str) -> None:
-    """One line to the user, beside what the program produces."""
-    sys.stderr.write(f"{text}\n")
 
 
 def launch(program: str, argv: Sequence[str] | None, *, usage: str, check: Check, job: Job) -> int:
@@ -58,12 +81,11 @@ def launch(program: str, argv: Sequence[str] | None, *, usage: str, check: Check
     `check` turns a composed tree into a configuration without importing anything heavy; `job`
     carries one configuration out.
     """
-    log = logging.getLogger("zoo")
-    if not log.handlers:  # what the modules tell, in the program's own plain lines
-        log.addHandler(logging.StreamHandler())
-        log.setLevel(logging.INFO)
+    _log()
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _launch(program, sys.argv[1:] if argv is None else list(argv), usage, check, job)
+        with handled():
+            return _launch(program, words, usage, check, job)
     except (UserError, OSError) as error:
         say(f"{program}.py: {one_line(error)}")
         return 2
@@ -71,8 +93,15 @@ def launch(program: str, argv: Sequence[str] | None, *, usage: str, check: Check
         say(f"{program}.py: {one_line(error)}")
         return 1
     except KeyboardInterrupt as stop:
-        say(f"{program}.py: {stop or 'stopped'}")
-        return 130
+        say(f"{program}.py: {str(stop) or 'stopped'}")
+        return STOPPED
+
+
+def _log() -> None:
+    log = logging.getLogger("zoo")
+    if not log.handlers:
+        log.addHandler(_Lines())
+        log.setLevel(logging.INFO)
 
 
 def _launch(program: str, argv: list[str], usage: str, check: Check, job: Job) -> int:
@@ -95,8 +124,9 @@ def _launch(program: str, argv: list[str], usage: str, check: Check, job: Job) -
             return 0
         if len(arms) > 1 or flags.multirun:
             words = [_for_hydra(program, override, params) for override in overrides]
-            return _sweep(program, words, configs, check, job)
-    return job(configs[0], False)
+            lines = [{_label([o.input_line or ""]) for o in arm} for arm in arms]
+            return _sweep(program, words, configs, set.intersection(*lines), check, job)
+    return job(configs[0], None)
 
 
 class _Flags(argparse.ArgumentParser):
@@ -160,23 +190,75 @@ def _tell_sizes(arms: list[list[Override]], configs: list[Any]) -> None:
         say(line)
 
 
-def _sweep(program: str, words: list[str], configs: list[Any], check: Check, job: Job) -> int:
-    """Run the arms by Hydra's sweeper and launcher, then list those that failed."""
+def _sweep(
+    program: str,
+    words: list[str],
+    configs: list[Any],
+    common: set[str],
+    check: Check,
+    job: Job,
+) -> int:
+    """Run the arms by Hydra's sweeper and launcher, then list them, and again those that failed.
+
+    `common` are the options that all arms have.
+    """
     names = [c.name for c in configs if isinstance(c, TrainConfig) and c.name and not c.resume]
     if len(set(names)) < len(names):
         raise UserError("name= is one folder, and these are several runs: leave it out")
-    task = functools.partial(_arm, program, len(configs), check, job)
+    task = functools.partial(_arm, program, len(configs), common, check, job)
     front = GlobalHydra.instance().hydra
     assert front is not None
-    returned = front.multirun(config_name=program, task_function=task, overrides=words)
+    with _announced(Path(configs[0].runs)):
+        returned = front.multirun(config_name=program, task_function=task, overrides=words)
     batches = returned if isinstance(returned, list) else []  # an optimiser's sweeper keeps them
     results = [result for batch in batches for result in batch]
-    failed = [(_label(r.overrides), r.return_value) for r in results if r.return_value]
+    if program == "train" and len(results) > 1:
+        say(_table([result.return_value for result in results]))
+    failed = [r for r in results if r.return_value.failed]
     if failed:
         say(f"{program}.py: {len(failed)} of {len(results)} arms failed:")
-        for label, reason in failed:
-            say(f"  {label}: {reason}")
+        for result in failed:
+            say(f"  {_label(result.overrides)}: {result.return_value.failed}")
     return 1 if failed else 0
+
+
+def _table(arms: list[Arm]) -> str:
+    """The arms of a sweep with their validation losses, a line each."""
+    rows = [("arm", "options", "seed", "valid loss", "folder")]
+    for arm in arms:
+        options = " ".join(o for o in arm.options.split() if not o.startswith("seed="))
+        loss = "" if arm.loss is None else f"{arm.loss:.4f}"
+        seed = "" if arm.seed is None else str(arm.seed)
+        result = "failed" if arm.failed else loss
+        rows.append((str(arm.number), options, seed, result, arm.folder or ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+@contextmanager
+def _announced(runs: Path) -> Iterator[None]:
+    """Say where the jobs that a cluster's launcher (submitit) submits meanwhile keep their logs."""
+    pattern, done = ".sweeps/*/.submitit/*", threading.Event()
+    known = {*runs.glob(pattern)}
+
+    def tell() -> None:
+        for job in sorted({*runs.glob(pattern)} - known):
+            known.add(job)
+            say(f"job {job.name}: logs in {job}")
+
+    def watch() -> None:
+        while not done.wait(1):
+            tell()
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watching.join()
+        tell()
 
 
 def _for_hydra(program: str, override: Override, params: dict[str, str]) -> str:
@@ -187,24 +269,39 @@ def _for_hydra(program: str, override: Override, params: dict[str, str]) -> str:
 
 
 def _label(words: Sequence[str]) -> str:
-    return " ".join(word.lstrip("+") for word in words)
+    return " ".join(map(_bare, words))
 
 
-def _arm(program: str, count: int, check: Check, job: Job, composed: DictConfig) -> str | None:
-    """One arm, wherever the launcher put it; returns why it failed."""
-    words = list(HydraConfig.get().overrides.task)
+def _arm(
+    program: str, count: int, common: set[str], check: Check, job: Job, composed: DictConfig
+) -> Arm:
+    """One arm, wherever the launcher put it."""
+    words, number = list(HydraConfig.get().overrides.task), HydraConfig.get().job.num + 1
     given = [word.lstrip("+").partition("=")[0] for word in words]
-    say(f"[{HydraConfig.get().job.num + 1}/{count}] {_label(words)}")
-    HydraConfig.instance().cfg = None  # Lightning would start further ranks through Hydra's files
+    options = " ".join(word for word in map(_bare, words) if word not in common)
+    arm = Arm(number, options, Path(HydraConfig.get().sweep.dir).name)
+    _log()
+    label(f"[{number}/{count}] ")
     try:
+        say(_label(words))
+        HydraConfig.instance().cfg = None  # a further rank must not compose the sweep's own
         tree: Any = OmegaConf.to_container(composed, resolve=True)
-        code = job(check(tree, given), True)
-        return f"exit code {code}" if code else None
+        arm.seed = tree.get("seed")
+        with handled():
+            code = job(check(tree, given), arm)
+        arm.failed = f"exit code {code}" if code else None
     except Exception as error:
         if not isinstance(error, UserError | RunError):
             traceback.print_exc()
         say(f"{program}.py: {one_line(error)}")
-        return one_line(error)
+        arm.failed = one_line(error)
+    finally:
+        label("")
+    return arm
+
+
+def _bare(word: str) -> str:
+    return word.lstrip("+")
 
 
 def _yaml(config: BaseModel) -> str:

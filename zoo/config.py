@@ -49,7 +49,8 @@ SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
 INCIDENTAL = (
     *("runs", "name", "resume", "fresh", "logger", "workers", "threads", "allocator"),
     "changed_code",
-    *("trainer.devices", "trainer.accelerator", "trainer.enable_progress_bar"),
+    *("trainer.devices", "trainer.accelerator", "trainer.strategy", "trainer.max_time"),
+    *("trainer.accumulate_grad_batches", "trainer.enable_progress_bar"),
     *("trainer.enable_model_summary", "trainer.log_every_n_steps", "trainer.profiler"),
 )
 

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,7 +50,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     UserError where the disk is full or the folder read-only; what was there stays.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     try:
         with open(draft, "w+b") as file:
             yield file
@@ -148,7 +149,7 @@ class Metrics:
 
     def __init__(self, path: Path, columns: Sequence[str], *, step: int = 0) -> None:
         self.path = path
-        kept = [row for row in read_metrics(path) if int(row["step"]) <= step]
+        self.kept = kept = [row for row in read_metrics(path) if int(row["step"]) <= step]
         older = [key for row in kept for key in row]
         self.columns = list(dict.fromkeys(["step", *columns, *older]))
         write_text(path, self._csv(kept, header=True))

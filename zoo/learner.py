@@ -1,180 +1,61 @@
-"""The one LightningModule, and `train`, which fits it into a run folder."""
+"""`train` fits the model of a configuration into a run folder; `load` gets it back from there."""
 
-import hashlib
+import functools
 import logging
-import math
+import os
+import shlex
 import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.backbone import Backbone
 from zoo.build import build_model, count_parameters
-from zoo.callbacks import Checkpoints, Metrics
 from zoo.checkpoints import reject
 from zoo.config import plain
+from zoo.console import say
 from zoo.data.corpora import Corpus, open_corpus
-from zoo.data.loader import train_loader, valid_batch
-from zoo.errors import RunError, UserError
-from zoo.extend import extend, places
+from zoo.data.loader import valid_batch
+from zoo.errors import UserError
+from zoo.extend import extend
 from zoo.files import one_line
 from zoo.ops import backends
 from zoo.ops.native import tune_allocator
 from zoo.report import wandb
 from zoo.run import RunFolder
-from zoo.schema import Optim, TrainConfig
+from zoo.schema import TrainConfig
+from zoo.stopping import current
+from zoo.training.callbacks import Checkpoints, Metrics
+from zoo.training.module import Learner, NonFiniteError
+from zoo.training.shares import micro_batches, process_count
+from zoo.training.windows import Windows
 
 log = logging.getLogger("zoo")
 
 FLOP_PROBE = 1024  # tokens; a longer window's operations are extrapolated from here
 
 
-class NonFiniteError(RunError):
-    """The loss or the gradient is no longer a number; says where, and what to go back to."""
-
-
-class Learner(lightning.LightningModule):
-    """Next-token prediction, or that of masked tokens, with AdamW, warm-up and a cosine decay.
-
-    `state_passing="carry"` starts every window from the state that the row's previous window left
-    (truncated backpropagation through time, Williams 1990; Transformer-XL's memory for softmax),
-    detached, and from the empty state where the row's text starts anew.
-    """
-
-    def __init__(
-        self,
-        *,
-        model: Backbone,
-        optim: Optim,
-        max_steps: int,
-        seq_len: int,
-        state_passing: str = "none",
-    ) -> None:
-        super().__init__()
-        self.model, self.optim = model, optim
-        self.max_steps, self.seq_len = max_steps, seq_len
-        self.carries = state_passing == "carry"
-        self.carried: Any = None
-
-    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        tokens = self._tokens = batch["tokens"]
-        if self.carries:
-            state = self.carried
-            if state is None or bool(batch["restart"].any()):
-                state = self.model.empty_state(len(tokens))
-            loss, state = self.model.loss(tokens, state)
-            self.carried = self.model.carry(state, self.seq_len)
-        else:
-            loss = self.loss(batch)
-        self._check("loss", loss)
-        self.log("train/loss", loss.detach())
-        return loss
-
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The mean loss over a batch, each window from the empty state."""
-        if "chosen" in batch:
-            tokens = batch["tokens"][:, :-1]
-            return self.model.masked_loss(batch["shown"], tokens, batch["chosen"])
-        return self.model.loss(batch["tokens"], positions=batch.get("positions"))
-
-    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
-        """Clip to the configured norm, and stop before a broken gradient reaches the weights."""
-        norm = nn.utils.clip_grad_norm_(self.parameters(), self.optim.clip)
-        self._check("gradient norm", norm)
-        self.log("train/grad_norm", norm)
-
-    def _check(self, what: str, value: Tensor) -> None:
-        if not torch.isfinite(value):
-            fingerprint = hashlib.sha256(self._tokens.cpu().numpy().tobytes()).hexdigest()[:12]
-            raise NonFiniteError(
-                f"the {what} is {value.item()} at step {self.global_step + 1}, batch {fingerprint}"
-            )
-
-    def configure_optimizers(self) -> Any:
-        """AdamW; weight decay on matrices alone, and not on those an architecture exempts."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        decayed = [p for p in trained if p.ndim >= 2 and not getattr(p, "no_weight_decay", False)]
-        kept = [p for p in trained if all(p is not other for other in decayed)]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": self.optim.weight_decay},
-                {"params": kept, "weight_decay": 0.0},
-            ],
-            lr=self.optim.lr,
-            betas=self.optim.betas,
-            eps=self.optim.eps,
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-    def learning_rate_factor(self, step: int) -> float:
-        """Linear warm-up to 1, then a cosine down to `min_lr_ratio` at the last step."""
-        warmup, floor = self.optim.warmup_steps, self.optim.min_lr_ratio
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, self.max_steps - warmup))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.carried is not None:  # its leaves: a checkpoint holds plain containers alone
-            checkpoint["carried"] = tree_flatten(self.carried)[0]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "carried" in checkpoint:
-            leaves = checkpoint["carried"]
-            batch = next(leaf for leaf in leaves if isinstance(leaf, Tensor)).shape[0]
-            structure = tree_flatten(self.model.empty_state(batch))[1]
-            leaves = [x.to(self.device) if isinstance(x, Tensor) else x for x in leaves]
-            self.carried = tree_unflatten(leaves, structure)
-
-
-class Windows(lightning.LightningDataModule):
-    """The corpus as training windows in the order of (seed, step), from the step we are at."""
-
-    def __init__(self, corpus: Corpus, config: TrainConfig) -> None:
-        super().__init__()
-        self.corpus, self.config = corpus, config
-
-    def train_dataloader(self) -> "Windows":
-        return self
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        trainer, config = self.trainer, self.config
-        assert trainer is not None
-        accumulate = trainer.accumulate_grad_batches
-        loader = train_loader(
-            self.corpus.train,
-            seq_len=config.seq_len,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=trainer.global_step * accumulate,
-            steps=(trainer.max_steps - trainer.global_step) * accumulate,
-            contiguous=config.state_passing == "carry",
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-            workers=config.workers,
-            masked=self.corpus.vocab_size if config.objective == "masked" else None,
-            places=places(config.extension, config.seq_len),
-            passkeys=self.corpus.passkeys,
-        )
-        return iter(loader)
-
-
 def train(config: TrainConfig, folder: RunFolder) -> None:
     """Train the configured model in its run folder, from its last good checkpoint if it has one.
 
-    Writes metrics, checkpoints and the status as it goes. Raises UserError for what the user can
-    mend, NonFiniteError when the loss is lost, KeyboardInterrupt after a stop by signal.
+    Writes metrics, checkpoints and the status as it goes; of several processes the first does.
+    Raises UserError for what the user can mend, NonFiniteError when the loss is lost,
+    KeyboardInterrupt after a stop by signal.
     """
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    log.setLevel(logging.INFO if first else logging.ERROR)
+    if not first:
+        warnings.simplefilter("ignore")  # the first process says it too
     if config.threads:
         torch.set_num_threads(config.threads)
+    elif (processes := process_count(config)) > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     backends.forget()
     if config.allocator == "tuned" and (told := tune_allocator()):
         log.info("%s; allocator=system leaves it alone", told)
@@ -190,16 +71,80 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     if state:
         load_weights(model, state, folder)
         del state
-    options = {**config.trainer.model_dump()}
-    tokens_per_step = config.batch_size * config.seq_len * options.get("accumulate_grad_batches", 1)
-    checkpoints = Checkpoints(folder, every=config.save_every, tokens_per_step=tokens_per_step)
+    learner = Learner(
+        model=model,
+        optim=config.optim,
+        max_steps=config.trainer.max_steps,
+        seq_len=config.seq_len,
+        state_passing=config.state_passing,
+        micro_batches=micro_batches(config),
+        rows=config.batch_size,
+    )
+    stop, tokens_per_step = current(), config.batch_size * config.seq_len
+    checkpoints = Checkpoints(
+        folder, every=config.save_every, tokens_per_step=tokens_per_step, stop=stop
+    )
     metrics = Metrics(
         folder,
         valid=valid_batch(corpus.valid, config.seq_len, config.valid_windows, masked),
         valid_every=config.valid_every,
         tokens_per_step=tokens_per_step,
+        stop=stop,
     )
-    trainer = lightning.Trainer(
+    about = {
+        "parameters": count_parameters(model),
+        "flops_per_token": forward_flops(model, config.seq_len),
+        "sized": knobs,
+        "tokens_per_step": tokens_per_step,
+        "fingerprint": corpus.fingerprint,
+        "tokenizer": corpus.tokenizer,
+        "data": corpus.summary,
+        "threads": torch.get_num_threads(),
+    }
+    trainer = _trainer(config, folder, [metrics, checkpoints], about)
+    if first:
+        device = device_name(trainer.strategy.root_device)
+        folder.update(**about, device=device, processes=trainer.world_size)
+        _tell(config, corpus, about)
+    try:
+        with stop.deferred():
+            _fit(trainer, learner, Windows(corpus, config), last)
+    except NonFiniteError as error:
+        good = folder.checkpoint()
+        raise NonFiniteError(f"{error}; last good checkpoint: {good or 'none yet'}") from None
+    finally:
+        if first:
+            folder.update(backends=backends.chosen())
+    if checkpoints.interrupted:
+        by = stop.asked or "SIGTERM"  # which another process may have got
+        raise KeyboardInterrupt(f"stopped by {by} at step {trainer.global_step}")
+    if first:
+        _conclude(config, folder, trainer, metrics)
+
+
+def _fit(trainer: lightning.Trainer, learner: Learner, windows: Windows, last: Path | None) -> None:
+    """Lightning's `fit`, in which signals are ours alone, and a stop is one."""
+    # Lightning's handler of SIGTERM broadcasts, in the midst of whatever the others are doing.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    try:
+        trainer.fit(
+            learner, datamodule=windows, ckpt_path=str(last) if last else None, weights_only=True
+        )
+    except SystemExit as end:  # what it makes of a KeyboardInterrupt
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise end.__context__ from None
+        raise
+
+
+def _trainer(
+    config: TrainConfig, folder: RunFolder, callbacks: list[Any], about: Mapping[str, Any]
+) -> lightning.Trainer:
+    """Lightning's Trainer under the run's options. UserError where this machine has no such."""
+    options = config.trainer.model_dump()
+    if options["devices"] == "auto":
+        options["devices"] = 1
+    make = functools.partial(
+        lightning.Trainer,
         **{
             "max_epochs": -1,
             "enable_progress_bar": False,
@@ -208,56 +153,68 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
             "log_every_n_steps": 10,
             **options,
         },
-        callbacks=[metrics, checkpoints],
-        logger=_logger(config, folder),
+        callbacks=callbacks,
         enable_checkpointing=False,
         default_root_dir=folder.path,
     )
-    folder.update(
-        parameters=count_parameters(model),
-        flops_per_token=forward_flops(model, config.seq_len),
-        sized=knobs,
-        tokens_per_step=tokens_per_step,
-        fingerprint=corpus.fingerprint,
-        tokenizer=corpus.tokenizer,
-        data=corpus.summary,
-        device=device_name(trainer.strategy.root_device),
-        threads=torch.get_num_threads(),
-    )
-    learner = Learner(
-        model=model,
-        optim=config.optim,
-        max_steps=trainer.max_steps,
-        seq_len=config.seq_len,
-        state_passing=config.state_passing,
-    )
     try:
-        trainer.fit(
-            learner,
-            datamodule=Windows(corpus, config),
-            ckpt_path=str(last) if last else None,
-            weights_only=True,
-        )
-    except NonFiniteError as error:
-        good = folder.checkpoint()
-        raise NonFiniteError(f"{error}; last good checkpoint: {good or 'none yet'}") from None
-    except SIGTERMException:
-        raise KeyboardInterrupt(f"stopped by SIGTERM at step {trainer.global_step}") from None
-    finally:
-        folder.update(backends=backends.chosen())
-    if checkpoints.interrupted:
-        raise KeyboardInterrupt(f"stopped by Ctrl-C at step {trainer.global_step}")
-    folder.update(status="done", reason=None)
+        make(logger=False)  # before W&B begins a run that cannot be
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        given = (f"trainer.{key}={options[key]}" for key in ("accelerator", "devices"))
+        told = str(error).split(". ")[0].rstrip(".")
+        raise UserError(
+            f"{' '.join(given)}: not to be had on this machine ({told}). Use trainer.accelerator="
+            "auto or cpu, and trainer.devices=1."
+        ) from None
+    return make(logger=_logger(config, folder, about))
 
 
-def _logger(config: TrainConfig, folder: RunFolder) -> Any:
-    """W&B's mirror of the run folder, or False for none."""
-    if config.logger.name == "none":
+def _tell(config: TrainConfig, corpus: Corpus, about: Mapping[str, Any]) -> None:
+    """What is trained, on what."""
+    say(f"model: {config.model.name}, {about['parameters']:,} parameters")
+    text, read = len(corpus.train), config.trainer.max_steps * about["tokens_per_step"]
+    say(
+        f"data: {config.data.name}, {text:,} tokens to train on, {len(corpus.valid):,} to validate "
+        f"({corpus.tokenizer}); {config.trainer.max_steps:,} steps of {about['tokens_per_step']:,} "
+        f"tokens read it {read / text:.2g} times"
+    )
+
+
+def _conclude(
+    config: TrainConfig, folder: RunFolder, trainer: lightning.Trainer, metrics: Metrics
+) -> None:
+    """Record how far the run came, and say what comes next."""
+    step, last, name = trainer.global_step, config.trainer.max_steps, shlex.quote(str(folder))
+    if step >= last:
+        folder.update(status="done", reason=None)
+        loss = "" if metrics.valid_loss is None else f", validation loss {metrics.valid_loss:.4f}"
+        say(f"saved to {folder}{loss}; next: python eval.py run={name}")
+        return
+    limit = config.trainer.model_dump().get("max_time")
+    by = f"trainer.max_time={limit} at step" if limit else "step"
+    folder.update(status="stopped", reason=f"stopped by {by} {step} of {last}")
+    say(f"stopped by {by} {step} of {last}; python train.py resume={name} goes on")
+
+
+def _logger(config: TrainConfig, folder: RunFolder, about: Mapping[str, Any]) -> Any:
+    """W&B's mirror of the run folder, or False for none: the first process has it alone."""
+    if config.logger.name == "none" or os.environ.get("LOCAL_RANK", "0") != "0":
         return False
     from lightning.pytorch.loggers import WandbLogger
 
-    about = {"project": config.logger.project, "name": folder.name, "dir": str(folder.path)}
-    run = wandb.begin(config.logger.mode, config=plain(config), job_type="train", **about)
+    info = folder.info
+    run = wandb.begin(
+        config.logger.mode,
+        project=config.logger.project,
+        name=folder.name,
+        dir=str(folder.path),
+        config={**plain(config), "run": {**about, "commit": info.get("commit")}},
+        job_type="train",
+        group=info.get("sweep"),
+        id=info.get("wandb"),
+        resume="allow",
+    )
+    folder.update(wandb=run.id)
     return WandbLogger(experiment=run)
 
 
@@ -396,6 +353,7 @@ def forward_flops(model: Backbone, tokens: int) -> float:
 
 
 # Lightning's advertisements and notes to itself; what matters here is said by the callbacks.
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+for library in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(library).setLevel(logging.WARNING)
 for noise in (".*does not have many workers.*", ".*LeafSpec.*", ".*weights_only.*"):
     warnings.filterwarnings("ignore", message=noise)

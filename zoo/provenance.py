@@ -31,7 +31,8 @@ MEASURING = ("backbone", "build", "extend")  # makes a trained one again
 # how text became tokens (the fingerprint has that).
 APART = (
     *("errors", "files", "options", "schema", "config", "applies", "command_line", "doctor"),
-    *("provenance", "checkpoints", "run", "runs", "report", "callbacks", "audit"),
+    *("provenance", "checkpoints", "run", "runs", "report", "audit"),
+    *("console", "stopping", "processes", "training.callbacks"),
     *("data.sources", "data.store", "data.corpora"),
 )
 # They know every architecture, to build or to extend the one that the configuration names.

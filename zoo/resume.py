@@ -3,14 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from zoo.checkpoints import step_of
 from zoo.config import TrainConfig, plain, validate
 from zoo.errors import UserError
 from zoo.options import within
 from zoo.run import RunFolder, with_found
+from zoo.schedule import continued
 
 # What a run that goes on may change; all else makes it another run.
 RESUMABLE = (
-    *("trainer.max_steps", "trainer.devices", "logger", "workers", "threads"),
+    *("trainer.max_steps", "trainer.max_time", "logger", "workers", "threads"),
+    *("trainer.devices", "trainer.accelerator", "trainer.strategy"),
+    *("trainer.accumulate_grad_batches", "optim.continuation"),
     *("data.path", "data.cache", "changed_code"),
 )
 MOVABLE = ("data.path", "data.cache")  # where a text is says nothing of what it is
@@ -26,14 +30,16 @@ def resumed(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
             f"resume={folder} goes on with the run's own options: {', '.join(fixed)} cannot change"
         )
         raise UserError(f"{told} ({', '.join(RESUMABLE)} can)")
-    folder.checkpoint()
-    config = plain(folder.config)
+    reached = step_of(folder.checkpoint())
+    before, config = folder.config, plain(folder.config)
     for key in changes:
         section, _, last = ("", "", "logger") if key.startswith("logger") else key.rpartition(".")
         if section == "data":
             config["data"] = with_place(config["data"], {last: tree["data"][last]})
             continue
         (config[section] if section else config)[last] = (tree[section] if section else tree)[last]
+    config = plain(validate(TrainConfig, config))
+    continued(before, config, reached, given)
     return validate(TrainConfig, {**config, "resume": str(folder)})
 
 

@@ -40,6 +40,7 @@ from zoo.files import (
     checked,
     one_line,
     parse_json,
+    read_metrics,
     read_text,
     write_text,
 )
@@ -252,6 +253,10 @@ class RunFolder:
     def _write_info(self, info: Mapping[str, Any]) -> None:
         write_text(self.path / "run.json", json.dumps(checked(info), indent=2))
 
+    def stopped(self, reason: str) -> None:
+        """Record that the work in it was stopped."""
+        self.update(status="stopped", reason=reason)
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder against other processes; the lock goes with the process that has it.
@@ -357,6 +362,11 @@ class RunFolder:
             weights = row.get("train_steps")
         rows = [row for same in groups.values() for row in same]
         return [row for row in rows if row.get("train_steps") == weights]
+
+    def last_figure(self, column: str) -> float | None:
+        """The last figure in a column of metrics.csv; None where there is none."""
+        found = [row[column] for row in read_metrics(self.path / "metrics.csv") if row.get(column)]
+        return float(found[-1]) if found else None
 
     def metrics(self, columns: Sequence[str], *, step: int = 0) -> Metrics:
         """The writer of metrics.csv for a run that continues after `step`."""

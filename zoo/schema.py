@@ -148,6 +148,17 @@ class Optim(Section):
     warmup_steps: Natural
     min_lr_ratio: Fraction
     clip: Annotated[Number, Field(gt=0)]
+    # How a run goes on that is given more steps than it had; from which step, and at which rate
+    # (over `lr`) it was there: see zoo.schedule.
+    continuation: Literal["cosine", "constant", "rewarm"] = "cosine"
+    continued_at: Natural | None = None
+    continued_from: Fraction | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what only a run has that was given more steps: runs keep their names."""
+        plain = {"continuation": "cosine", "continued_at": None, "continued_from": None}
+        return {key: v for key, v in write(self).items() if key not in plain or plain[key] != v}
 
 
 def _devices(value: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.data.masking import mask_windows
+from zoo.data.masking import chosen_count, mask_windows
 from zoo.data.order import stream_restarts, window_starts
 from zoo.data.passkey import Passkeys
 from zoo.data.store import TokenStore
@@ -19,7 +19,10 @@ Places = Callable[[int, int, torch.Generator], Tensor]
 
 
 class Steps(Dataset):
-    """Item i is what `rank` of `world` reads at step `start_step` + i; a pure function of i."""
+    """Item i is the i-th micro-batch that `rank` of `world` reads from `start_step` on.
+
+    A pure function of i.
+    """
 
     def __init__(
         self,
@@ -33,6 +36,7 @@ class Steps(Dataset):
         contiguous: bool,
         rank: int,
         world: int,
+        micro_batches: int,
         masked: int | None,
         places: Places | None,
         passkeys: Passkeys | None,
@@ -42,34 +46,42 @@ class Steps(Dataset):
         self.passkeys = passkeys
         self.shape = len(store), seq_len, batch_size, seed
         self.start_step, self.steps = start_step, steps
-        self.rows = slice(rank, None, world)
+        self.rank, self.world, self.micro_batches = rank, world, micro_batches
         window_starts(*self.shape, start_step, contiguous)  # refuses a short text at once
 
     def __len__(self) -> int:
-        return self.steps
+        return self.steps * self.micro_batches
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < self.steps:
+        if not 0 <= index < len(self):
             raise IndexError(index)
-        step, (_, seq_len, batch_size, seed) = self.start_step + index, self.shape
-        starts = window_starts(*self.shape, step, self.contiguous)[self.rows]
+        done, micro = divmod(index, self.micro_batches)
+        step, (_, seq_len, batch_size, seed) = self.start_step + done, self.shape
+        shares = self.world * self.micro_batches
+        rows = slice(micro * self.world + self.rank, None, shares)
+        starts = window_starts(*self.shape, step, self.contiguous)[rows]
         if self.contiguous:
             restart = stream_restarts(*self.shape, step)
         else:
             restart = np.ones(batch_size, dtype=bool)
-        keys = [(seed, step, row) for row in range(batch_size)[self.rows]]
-        windows, placed = _windows(self.store, starts, seq_len), {}
+        keys = [(seed, step, row) for row in range(batch_size)]
+        mine = keys[rows]
+        windows, more = _windows(self.store, starts, seq_len), {}
         if self.passkeys:
-            windows = self.passkeys.plant(windows, keys)
+            windows = self.passkeys.plant(windows, mine)
         if self.places:
             entropy = np.random.SeedSequence([seed, step], spawn_key=(0,)).generate_state(2)
             generator = torch.Generator().manual_seed(int(entropy.view(np.uint64)[0]))
-            placed["positions"] = self.places(batch_size, seq_len, generator)[self.rows]
+            more["positions"] = self.places(batch_size, seq_len, generator)[rows]
+        if self.masked is not None and shares > 1:
+            counts = np.array([chosen_count(seq_len, key) for key in keys])
+            more["share"] = float(counts[rows].sum() * shares / counts.sum())
         return {
-            **placed,
-            **_batch(windows, self.masked, keys),
-            "restart": torch.from_numpy(restart[self.rows]),
+            **more,
+            **_batch(windows, self.masked, mine),
+            "restart": torch.from_numpy(restart[rows]),
             "step": step,
+            "micro": micro,
         }
 
 
@@ -84,24 +96,30 @@ def train_loader(
     contiguous: bool,
     rank: int = 0,
     world: int = 1,
+    micro_batches: int = 1,
     workers: int = 0,
     masked: int | None = None,
     places: Places | None = None,
     passkeys: Passkeys | None = None,
 ) -> DataLoader:
-    """`steps` batches from `start_step` on, one per optimiser step, in the order of `order`.
+    """The batches of `steps` optimiser steps from `start_step` on, in the order of `order`.
 
-    A batch: "tokens" int64 (batch_size / world, seq_len + 1), of which the last seq_len are the
-    targets; "restart" bool (batch_size / world,), rows whose state begins anew (all, unless
-    `contiguous`); "step" int. Rank r takes rows r::world, so that any number of ranks and workers
-    reads the same. `masked`, a vocabulary's size, adds what a masked objective reads: "shown" int64
-    and "chosen" bool, (batch_size / world, seq_len) each, see `masking`. `places` adds "positions",
-    (batch_size / world, seq_len), drawn by a generator of (seed, step) for all rows; `passkeys`
-    puts keys into some windows, see `passkey`. Raises UserError where the text is too short, a
-    window has no room for a key or the ranks do not divide the batch.
+    A step reads `batch_size` windows, which `world` ranks and `micro_batches` share: b rows each.
+    A batch: "tokens" int64 (b, seq_len + 1), of which the last seq_len are the targets; "restart"
+    bool (b,), rows whose state begins anew (all, unless `contiguous`); "step" and "micro" int. Rank
+    r takes the rows m * world + r :: world * micro_batches in micro-batch m, so that a step reads
+    the same however it is shared. `masked`, a vocabulary's size, adds what a masked objective
+    reads: "shown" int64 and "chosen" bool, (b, seq_len) each, see `masking`, and "share", the
+    tokens chosen over their mean in all of the step's batches. `places` adds "positions",
+    (b, seq_len), drawn by a generator of (seed, step) for all rows; `passkeys` puts keys into some
+    windows, see `passkey`. Raises UserError where the text is too short, a window has no room for a
+    key or the batch cannot be shared equally.
     """
-    if batch_size % world:
-        raise UserError(f"batch_size={batch_size} cannot be shared equally by {world} processes")
+    if batch_size % (world * micro_batches):
+        raise UserError(
+            f"batch_size={batch_size} cannot be shared equally by {world} processes, each in "
+            f"{micro_batches} micro-batches"
+        )
     dataset = Steps(
         store,
         seq_len=seq_len,
@@ -112,6 +130,7 @@ def train_loader(
         contiguous=contiguous,
         rank=rank,
         world=world,
+        micro_batches=micro_batches,
         masked=masked,
         places=places,
         passkeys=passkeys,

@@ -17,13 +17,22 @@ def mask_tokens(
     At least one token is chosen, so that a loss over them exists. `key` seeds the choice.
     """
     generator = np.random.default_rng(key)
-    draw = generator.random(len(tokens))
-    chosen = draw < max(CHOSEN, np.nextafter(draw.min(), 1.0))
+    chosen = _choose(len(tokens), generator)
     how = generator.random(len(tokens))
     shown = np.where(chosen & (how < MASKED), vocab_size, tokens)
     strange = chosen & (how >= MASKED) & (how < MASKED + RANDOM)
     other = generator.integers(vocab_size, size=len(tokens))
     return np.where(strange, other, shown), chosen
+
+
+def chosen_count(count: int, key: Sequence[int]) -> int:
+    """How many of `count` tokens `mask_tokens` chooses under `key`, whatever they are."""
+    return int(_choose(count, np.random.default_rng(key)).sum())
+
+
+def _choose(count: int, generator: np.random.Generator) -> Bool[np.ndarray, " t"]:
+    draw = generator.random(count)
+    return draw < max(CHOSEN, np.nextafter(draw.min(), 1.0))
 
 
 def mask_windows(

@@ -42,7 +42,7 @@ from zoo.mixers.base import (
 from zoo.ops.attention import Part, attention
 from zoo.positions.alibi import CHUNK, add_bias_channels
 from zoo.positions.relative import RelativeBias
-from zoo.positions.rope import Frequencies, inverse_frequencies, rotate, turned
+from zoo.positions.rope import Frequencies, by_row, inverse_frequencies, rotate, turned
 
 
 class KeyValues(NamedTuple):
@@ -149,7 +149,7 @@ class SoftmaxAttention(Mixer):
             return shared["inv_freq"], 1.0
         if self.reach is None:
             return self.inv_freq, 1.0
-        return self.reach.scaling(int(at.max()) + 1 if self.reach.bucket else 0)
+        return by_row(self.reach.scaling, at) if self.reach.bucket else self.reach.scaling(0)
 
     def _sinks(self, q: Tensor) -> list[Part]:
         """The learned key and value, for queries that are not turned; none without them."""

@@ -10,10 +10,11 @@ turn: they are formed in float64 and only their cosine and sine are rounded.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from zoo.ops.rotary import rotary, turned_pairs
@@ -89,6 +90,24 @@ def rotate(
     pairs = turned_pairs(wide[..., 0:width:2], wide[..., 1:width:2], cos, sin)
     turned = torch.stack(pairs, -1).flatten(-2).to(x.dtype)
     return torch.cat([turned, x[..., width:]], -1) if width < x.shape[-1] else turned
+
+
+def by_row(
+    scaling: Callable[[int], tuple[Any, float]], positions: Int[Tensor, "b t"]
+) -> tuple[Any, Any]:
+    """The frequencies and the attention factor of texts that reach as far as each row of positions.
+
+    `scaling` gives them for a length. Where rows reach equally far they are what it gives;
+    otherwise tensors with a row for each, (b, 1, half) and (b, 1, 1, 1): what a row reads never
+    depends on the rows beside it.
+    """
+    lengths = (positions.amax(1) + 1).tolist()
+    found = {length: scaling(int(length)) for length in dict.fromkeys(lengths)}
+    if len(found) == 1:
+        return found[lengths[0]]
+    inv_freq = {n: torch.as_tensor(f, dtype=torch.float64) for n, (f, _) in found.items()}
+    factors = torch.tensor([found[n][1] for n in lengths], dtype=torch.float64)
+    return torch.stack([inv_freq[n] for n in lengths])[:, None], factors[:, None, None, None]
 
 
 def turned(

@@ -1,0 +1,102 @@
+"""Several processes and micro-batches train what one does: the same weights, whoever reads what.
+
+`pytest -m slow` walks every architecture and every way to train one.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from building import ARCHITECTURES, ENCODERS
+
+from zoo.config import extensions
+from zoo.run import RunFolder
+
+Layouts = list[tuple[int, int]]  # processes, micro-batches; the first is the plain run
+KINDS = {
+    "carry": ["model=hybrid", "model.pattern=[mamba,transformer]", "state_passing=carry"],
+    "masked": ["objective=masked"],
+    # by how far each row reaches:
+    "placed": ["finetune=runs/base", "extension=pose", "extension.scaling=dynamic_ntk"],
+}
+KINDS["placed"].append("extension.factor=4")
+
+
+def every_kind() -> Iterator[tuple[str, list[str]]]:
+    """Every architecture under each objective and state passing; every way to place tokens."""
+    for name in ARCHITECTURES:
+        for state in ("none", "carry"):
+            yield f"{name}-{state}", [f"model={name}", f"state_passing={state}"]
+    for name in ENCODERS:
+        yield f"{name}-masked", [f"model={name}", "objective=masked"]
+    for name, tree in extensions().items():
+        if tree.get("positions"):
+            words = ["finetune=runs/base", f"extension={name}", "extension.factor=4"]
+            yield name, words
+            if name != "clex":
+                yield f"{name}-scaled", [*words, "extension.scaling=dynamic_yarn"]
+    yield "passkeys", ["data.passkey=0.5", "seq_len=128"]
+
+
+def figures(folder: RunFolder) -> dict[str, list[float]]:
+    with open(folder.path / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    names = ("step", "tokens", "train_loss", "valid_loss", "grad_norm", "learning_rate")
+    return {name: [float(row[name]) for row in rows if row[name]] for name in names}
+
+
+def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
+    file = folder.checkpoint()
+    assert file is not None
+    return torch.load(file, weights_only=True)["state_dict"]
+
+
+def differences(folder: RunFolder, plain: RunFolder) -> list[str]:
+    """In what a run is not the plain one, beyond rounding: weights move by 1e-2 a step at most."""
+    found = []
+    for name, values in figures(plain).items():
+        if figures(folder)[name] != pytest.approx(values, rel=2e-5):
+            found.append(f"{folder.name} {name}: {figures(folder)[name]}, not {values}")
+    theirs = weights(folder)
+    for name, weight in weights(plain).items():
+        apart = float((theirs[name] - weight).abs().max())
+        if not apart < 5e-6:
+            found.append(f"{folder.name} {name}: {apart:.1e} apart")
+    return found
+
+
+def check(folder: Path, kinds: dict[str, list[str]], layouts: Layouts) -> None:
+    for split, start in (("train", 0), ("valid", 5000), ("test", 7000)):
+        (folder / "text" / split).mkdir(parents=True)
+        words = " ".join(f"{i} and then {i * i % 97}," for i in range(start, start + 300))
+        (folder / "text" / split / "a.txt").write_text(words)
+    command = [sys.executable, str(Path(__file__).with_name("grid.py"))]
+    done = subprocess.run(
+        [*command, json.dumps([kinds, layouts])], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    found = []
+    for kind in kinds:
+        plain, *others = (RunFolder.open(folder / f"runs/{kind}-{r}-{m}") for r, m in layouts)
+        halves = [RunFolder.open(path) for path in (folder / "runs").glob(f"{kind}-half-*")]
+        assert len(halves) == ("carry" in kind) * len(layouts)
+        for other in [*others, *halves]:
+            assert other.info["status"] == plain.info["status"] == "done"
+            assert other.info["tokens_seen"] == plain.info["tokens_seen"]
+            found += differences(other, plain)
+    assert not found, "\n".join(found)
+
+
+def test_processes_and_micro_batches_train_what_one_does(tmp_path):
+    check(tmp_path, KINDS, [(1, 1), (2, 2), (4, 1)])
+
+
+@pytest.mark.slow
+def test_every_architecture_trains_the_same_in_any_number_of_processes(tmp_path):
+    check(tmp_path, dict(every_kind()), [(1, 1), (2, 2)])

@@ -1,0 +1,187 @@
+"""What happens beside the training steps: validation, metrics, progress, checkpoints, a stop."""
+
+import os
+import time
+from datetime import timedelta
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from zoo.checkpoints import seal
+from zoo.console import say
+from zoo.run import RunFolder, replacing
+from zoo.stopping import Stop
+from zoo.training.ranks import any_of, gathered, rank, world
+
+SECONDS_BETWEEN_LINES = 5.0
+KEEP = 2  # checkpoints; the one before the last is there should the last be damaged
+COLUMNS = ("tokens", "train_loss", "valid_loss", "learning_rate", "grad_norm", "tokens_per_second")
+# A validation's windows at once: at most so many, with so many tokens, and so many logits (a copy
+# or two of them in float32 is what a model with a large vocabulary needs most memory for).
+MAX_ROWS, MAX_TOKENS, MAX_LOGITS = 8, 2**16, 2**24
+
+
+class AtStepEnds(Callback):
+    """Calls `on_step_end` once for each optimiser step, after its last micro-batch."""
+
+    _step = -1
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self.on_step_end(trainer, module)
+
+    def on_step_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        raise NotImplementedError
+
+
+class Checkpoints(AtStepEnds):
+    """Saves every so many steps, at the end, and before a stop that a signal asked for.
+
+    Signals reach processes one by one and at any time: at the end of each step all of them agree
+    whether to go on, so that none waits for another that has left.
+    """
+
+    def __init__(self, folder: RunFolder, *, every: int, tokens_per_step: int, stop: Stop) -> None:
+        self.folder, self.every, self.tokens_per_step = folder, every, tokens_per_step
+        self.stop, self.interrupted = stop, False
+        self._saved = 0
+
+    def on_step_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        self.interrupted = any_of(self.stop.asked is not None, module.device)
+        if self.interrupted:
+            trainer.should_stop = True
+            self.stop.be_patient()
+        if trainer.global_step % self.every == 0 or self.interrupted:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        step = trainer.global_step
+        if step <= self._saved:
+            return
+        folder = self.folder.path / "checkpoints"
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint()  # what save_checkpoint writes
+        if trainer.is_global_zero:
+            with replacing(folder / f"step={step:08d}.ckpt") as file:
+                torch.save(checkpoint, file)
+                seal(file, self.folder.info.get("id"), step)
+            for old in sorted(folder.glob("step=*.ckpt"))[:-KEEP]:
+                os.remove(old)
+            self.folder.update(step=step, tokens_seen=step * self.tokens_per_step)
+        self._saved = step
+
+
+class Metrics(AtStepEnds):
+    """Validates every so many steps; writes metrics.csv and a progress line on stderr."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        valid: dict[str, Tensor],
+        valid_every: int,
+        tokens_per_step: int,
+        stop: Stop,
+    ) -> None:
+        self.folder, self.valid, self.valid_every = folder, valid, valid_every
+        self.tokens_per_step, self.stop = tokens_per_step, stop
+        self.valid_loss: float | None = None  # the last
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        super().on_train_start(trainer, module)
+        self._first, self._began = trainer.global_step, time.monotonic()
+        self._said, self._validating = -SECONDS_BETWEEN_LINES, 0.0
+        missing = False
+        if trainer.is_global_zero:
+            self._writer = self.folder.metrics(COLUMNS, step=self._first)
+            here = [row for row in self._writer.kept if int(row["step"]) == self._first]
+            due = bool(here) and self._first % self.valid_every == 0
+            missing = due and not any(row.get("valid_loss") for row in here)
+        if any_of(missing, module.device):  # a stop had cut the validation short
+            self.valid_loss = self._validate(trainer, module)
+            if trainer.is_global_zero:
+                self._write(self._first, {"valid_loss": self.valid_loss})
+
+    def on_step_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        step, last = trainer.global_step, trainer.max_steps
+        figures = trainer.callback_metrics
+        row: dict[str, Any] = {}
+        if step % trainer.log_every_n_steps == 0 or step == last:  # type: ignore[attr-defined]
+            row = {
+                "train_loss": figures["train/loss"].item(),
+                "grad_norm": figures["train/grad_norm"].item(),
+                "learning_rate": module.learning_rate,
+                "tokens_per_second": round(self._speed(step)),
+            }
+            module.log("train/tokens_per_second", float(row["tokens_per_second"]))
+        if step % self.valid_every == 0 or step == last:
+            row["valid_loss"] = self.valid_loss = self._validate(trainer, module)
+        if trainer.is_global_zero:
+            if row:
+                self._write(step, row)
+            self._say(step, last, figures["train/loss"])
+
+    def _write(self, step: int, row: dict[str, Any]) -> None:
+        self._writer.write({"step": step, "tokens": step * self.tokens_per_step, **row})
+
+    def _speed(self, step: int) -> float:
+        """Tokens per second of training since this process began, validation left out."""
+        spent = time.monotonic() - self._began - self._validating
+        return (step - self._first) * self.tokens_per_step / spent
+
+    def _validate(self, trainer: lightning.Trainer, module: Any) -> float | None:
+        """Mean loss over the fixed windows, in nats per token; None where a stop cut it short.
+
+        Processes take pieces in turn; all of them add up the same numbers in the same order.
+        """
+        start = time.monotonic()
+        pieces = self._pieces(module.model.vocab_size)
+        sums = torch.zeros(len(pieces) + 1, dtype=torch.float64)
+        module.eval()
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            for index, piece in enumerate(pieces):
+                if self.stop.asked:
+                    sums[-1] = 1
+                    break
+                if index % world() == rank():
+                    batch = {name: x.to(module.device) for name, x in piece.items()}
+                    sums[index] = float(module.loss(batch)) * _asked(piece)
+        module.train()
+        self._validating += time.monotonic() - start
+        if world() > 1:
+            sums = torch.stack(gathered(sums.to(module.device))).sum(0).cpu()
+        if sums[-1]:
+            return None
+        loss = sum(sums[:-1].tolist()) / sum(_asked(piece) for piece in pieces)
+        module.log("valid/loss", loss)
+        return loss
+
+    def _pieces(self, vocab_size: int) -> list[dict[str, Tensor]]:
+        """The windows in parts that a forward pass has memory for."""
+        tokens = self.valid["tokens"].shape[1] - 1
+        rows = min(MAX_ROWS, MAX_TOKENS // tokens, MAX_LOGITS // (tokens * vocab_size))
+        parts = zip(*(x.split(max(1, rows)) for x in self.valid.values()), strict=True)
+        return [dict(zip(self.valid, part, strict=True)) for part in parts]
+
+    def _say(self, step: int, last: int, loss: Tensor) -> None:
+        now = time.monotonic()
+        if now - self._said < SECONDS_BETWEEN_LINES and step < last:
+            return
+        self._said, speed = now, self._speed(step)
+        left = timedelta(seconds=round((last - step) * self.tokens_per_step / speed))
+        valid = "" if self.valid_loss is None else f"  valid {self.valid_loss:.4f}"
+        say(f"step {step}/{last}  loss {loss:.4f}{valid}  {speed:,.0f} tokens/s  {left} left")
+
+
+def _asked(piece: dict[str, Tensor]) -> int:
+    """What the mean loss of a piece counts for: the windows, or the tokens chosen in them."""
+    return int(piece["chosen"].sum()) if "chosen" in piece else len(piece["tokens"])
