@@ -12,13 +12,8 @@ SOURCES = sorted([*ROOT.glob("zoo/**/*.py"), ROOT / "train.py", ROOT / "eval.py"
 
 # A module may import from its own layer and from lower ones.
 LAYERS = [
-<<<<<<< HEAD
-    {"errors", "locks", "measurement"},
-    {"options", "schema", "files"},
-=======
-    {"errors", "measurement", "console", "stopping"},
+    {"errors", "locks", "measurement", "console", "stopping"},
     {"options", "schema", "schedule", "files", "processes"},
->>>>>>> af68c17 (training: processes and micro-batches share a step without changing it)
     {"data", "report", "config", "ops"},
     {"checkpoints", "provenance", "applies"},
     {"run", "inert"},
