@@ -12,7 +12,7 @@ from zoo.checkpoints import step_of
 from zoo.command_line import Arm, launch, say
 from zoo.config import resolve
 from zoo.data.sources import check_source
-from zoo.errors import UserError
+from zoo.errors import RunError, UserError
 from zoo.inert import check_effects, check_names, notes
 from zoo.resume import finetuned, resumed
 from zoo.run import RunFolder
@@ -94,6 +94,9 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
                 fit_apart(config, folder, process_count(config))
             else:
                 fit(config, folder)
+    audit = folder.info.get("audit") or {}
+    if audit.get("ok") is False:
+        raise RunError(f"{folder}: the model leaks and will not be ranked: {audit['reason']}")
     return 0
 
 

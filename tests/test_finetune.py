@@ -15,6 +15,7 @@ from zoo.config import compose, plain
 from zoo.data.corpora import open_corpus
 from zoo.data.loader import evaluation_text, train_loader
 from zoo.extend import extend, places
+from zoo.mixers.feed_forward import SwiGLU
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.run import RunFolder, with_found
 from zoo.schema import Extension
@@ -176,3 +177,32 @@ def test_positions_are_randomised_from_the_start_too():
     assert found.shape == (3, 512)
     assert (found.diff() > 0).all()
     assert 1800 < found.max() < 2048
+
+
+def test_a_leak_is_told_where_it_is_trained_and_is_never_scored(program, monkeypatch):
+    """A feed-forward that reads the next token by mistake."""
+    honest = SwiGLU.forward
+
+    def peeks(self, x, state=None):
+        found = honest(self, torch.nn.functional.pad(x[:, 1:], (0, 0, 0, 1)), state)
+        return found
+
+    words = ["size=tiny", f"seq_len={L}", "data=text", f"data.path={Path('text').resolve()}"]
+    words += ["data.cache=cache", "match=none", "name=leaky", *FEW]
+    monkeypatch.setattr(SwiGLU, "forward", peeks)
+    for _ in range(2):  # trained, and found trained
+        code, error = program("train", *words)
+        assert code == 1
+        assert "leaks" in error
+        assert "it reads the future: changing later tokens alone changes the output after" in error
+        info = RunFolder.open("runs/leaky").info
+        assert (info["status"], info["audit"]["ok"]) == ("done", False)
+    code, _ = program("eval", "run=runs/leaky", "task=perplexity", "report=null")
+    assert code == 1
+    assert {row["status"] for row in RunFolder.open("runs/leaky").rows()} == {"leaks"}
+
+
+def test_training_records_that_a_model_does_not_leak(trained):
+    audit = RunFolder.open(trained / "runs/base").info["audit"]
+    assert (audit["ok"], audit["reason"], audit["lengths"]) == (True, None, [L, 2 * L])
+    assert audit["worst"] < 0.5

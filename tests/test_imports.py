@@ -20,7 +20,7 @@ LAYERS = [
     {"resume", "command_line", "positions", "attention"},
     {"mixers"},
     {"backbone"},
-    {"build", "convert"},
+    {"build", "convert", "audit"},
     {"training", "learner", "extend"},
     {"tasks"},
     {"doctor", "patterns", "train", "eval", "__main__"},

@@ -1,5 +1,6 @@
 """Embedding -> N x (norm, mixer, norm, feed-forward) -> norm -> head. Knows no mixer by name."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -9,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from zoo.errors import NoStateError
 from zoo.mixers.base import Mixer, Shared, State
 from zoo.ops.rms_norm import RMSNorm
 from zoo.positions.absolute import Learned, Sinusoidal
@@ -36,13 +38,27 @@ class Block(nn.Module):
             if state is None:
                 x = x + half(norm(x), **more)
             else:
-                y, new = half(norm(x), state[index], **more)
+                y, new = _with_state(half, norm(x), state[index], more)
                 x = x + y
                 after.append(new)
         return x if state is None else (x, tuple(after))
 
     def halves(self) -> list[Mixer]:
         return [half for half in (self.mixer, self.feed_forward) if half is not None]
+
+
+def _with_state(half: Mixer, x: Tensor, state: State, more: dict[str, Any]) -> tuple[Tensor, State]:
+    """What it returns for a state; NoStateError where it keeps none."""
+    found: Any = None
+    if "state" in inspect.signature(half.forward).parameters:
+        found = half(x, state, **more)
+    if not isinstance(found, tuple) or len(found) != 2:
+        name = type(half).__name__
+        raise NoStateError(
+            f"{name} keeps no state, so it cannot read a text in chunks or write token by token: "
+            "given a state, forward must return (y, state)"
+        )
+    return found
 
 
 class BackboneState(NamedTuple):

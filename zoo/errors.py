@@ -13,6 +13,10 @@ class RunError(RuntimeError):
     """Why a run cannot go on, told in one line; the programs print it and exit with code 1."""
 
 
+class NoStateError(TypeError):
+    """A mixer that keeps no state was given one: it can be read whole, not in chunks."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
     """The allowed spelling closest to `name`, or None where nothing is close."""
     found = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.55)

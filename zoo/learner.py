@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from zoo.audit import AUTOCAST, audit, stretch
 from zoo.backbone import Backbone
 from zoo.build import build_model, count_parameters
 from zoo.checkpoints import reject
@@ -119,6 +120,9 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         by = stop.asked or "SIGTERM"  # which another process may have got
         raise KeyboardInterrupt(f"stopped by {by} at step {trainer.global_step}")
     if first:
+        if trainer.global_step >= config.trainer.max_steps:
+            model.to(trainer.strategy.root_device)  # which fit has left
+            folder.update(audit=_audited(model, corpus, config))
         _conclude(config, folder, trainer, metrics)
 
 
@@ -194,6 +198,17 @@ def _conclude(
     by = f"trainer.max_time={limit} at step" if limit else "step"
     folder.update(status="stopped", reason=f"stopped by {by} {step} of {last}")
     say(f"stopped by {by} {step} of {last}; python train.py resume={name} goes on")
+
+
+def _audited(model: Backbone, corpus: Corpus, config: TrainConfig) -> dict[str, Any]:
+    """What the audit for leaks finds on the trained weights, as run.json holds it."""
+    lengths = config.seq_len, 2 * config.seq_len
+    text, dtype = stretch(corpus.valid.tokens, lengths[1]), AUTOCAST.get(config.trainer.precision)
+    try:
+        return audit(model, text, lengths=lengths, autocast=dtype).record()
+    except Exception as error:  # such as too little memory: no reason to lose the training
+        log.warning("the audit for leaks could not be carried out: %s", one_line(error))
+        return {"ok": None, "reason": one_line(error)}
 
 
 def _logger(config: TrainConfig, folder: RunFolder, about: Mapping[str, Any]) -> Any:

@@ -23,7 +23,7 @@ QUESTIONS = {
     "speed": ("phase", "repeats", "decode_tokens", "length"),
     "longrope": (
         *("split", "length", "units", "searched", "texts", "times", "magnitude", "population"),
-        *("mutations", "crossovers", "parents", "seed", "most"),
+        *("mutations", "crossovers", "parents", "search_seed", "most"),
     ),
 }
 

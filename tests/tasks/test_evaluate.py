@@ -318,6 +318,82 @@ def test_every_task_says_which_of_a_rows_fields_are_its_question(model, tmp_path
         }
 
 
+class ReadsAhead(Remembers):
+    """Knows each token that it is to predict, where the state is not empty or always."""
+
+    def forward(self, tokens, state=None):
+        found = super().forward(tokens, state)
+        logits = found if state is None else found[0]
+        ahead = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
+        logits = logits + 9 * torch.nn.functional.one_hot(ahead, logits.shape[-1])
+        return logits if state is None else (logits, found[1])
+
+
+def test_a_model_that_leaks_is_never_scored_and_says_why(tmp_path, monkeypatch):
+    held = {"good": Remembers(memory=5), "leaky": ReadsAhead(memory=5)}
+    monkeypatch.setattr(zoo.tasks, "load", lambda folder, device: held[folder.name])
+    monkeypatch.setattr(zoo.tasks, "open_corpus", lambda spec, cache: CORPUS)
+    folders = [
+        run_folder(tmp_path / "good", "model=alibi"),
+        run_folder(tmp_path / "leaky", "model=mamba"),
+    ]
+    words = ["task=extrapolation", "task.speed.lengths=[16]"]
+    code, said, rows = run_eval(folders, *words)
+    assert code == 1
+    assert {row["audit"] for row in rows if row["run"] == "good"} == {None}
+    leaks = [row for row in rows if row["run"] == "leaky"]
+    assert {row["task"] for row in leaks} == {"perplexity", "speed"}
+    for row in leaks:
+        assert row["status"] == "leaks"
+        assert row["reason"].startswith("it reads the future: ")
+        assert row["audit"] == row["reason"]
+        assert "bits_per_byte" not in row
+    assert "it reads the future" in said
+    assert run_eval(folders, *words)[0] == 1  # the second time as well
+
+
+def test_scores_from_before_the_leak_was_seen_are_not_shown(model, tmp_path, monkeypatch):
+    folder = run_folder(tmp_path / "a")
+    _, _, rows = run_eval([folder])
+    old = run_folder(tmp_path / "b")
+    for row in rows:
+        old.append_row({k: v for k, v in row.items() if k != "audit"} | {"run": "b"})
+    monkeypatch.setattr(zoo.tasks, "load", lambda folder, device: ReadsAhead(memory=5))
+    code, said, _ = run_eval([old])
+    assert code == 1
+    assert f"{rows[0]['bits_per_byte']:.3f}" not in said
+    assert "it reads the future" in said
+
+
+def test_what_was_audited_is_not_audited_again(model, tmp_path, monkeypatch):
+    folder = run_folder(tmp_path / "a")
+    _, said, rows = run_eval([folder])
+    monkeypatch.setattr("zoo.tasks.score.audit", None)
+    assert run_eval([folder]) == (0, said, rows)
+
+
+def test_a_model_that_cannot_be_audited_is_not_scored(model, tmp_path, monkeypatch):
+    def breaks(*_, **__):
+        raise MemoryError("too long")
+
+    monkeypatch.setattr("zoo.tasks.score.audit", breaks)
+    code, _, rows = run_eval([run_folder(tmp_path / "a")])
+    assert code == 1
+    reason = "it could not be audited for leaks: MemoryError: too long"
+    assert {(row["status"], row["reason"]) for row in rows} == {("failed", reason)}
+
+
+def test_a_run_whose_training_leaked_is_not_scored(model, tmp_path):
+    audit = {"ok": False, "reason": "it reads the future: ..."}
+    folder = run_folder(tmp_path / "a", audit=audit)
+    code, _, rows = run_eval([folder])
+    assert code == 1
+    assert {row["status"] for row in rows} == {"leaks"}
+    assert rows[0]["audit"] == "trained with a leak: it reads the future: ..."
+    folder.update(audit={"ok": True, "reason": None})
+    assert run_eval([folder])[0] == 0
+
+
 def test_the_report_takes_the_rows(model, tmp_path):
     folders = [
         run_folder(tmp_path / "a"),

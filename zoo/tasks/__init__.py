@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from zoo.audit import AUTOCAST
 from zoo.config import extensions, identity, plain
 from zoo.data.corpora import open_corpus
 from zoo.errors import UserError
@@ -31,7 +32,15 @@ from zoo.resume import with_place
 from zoo.run import RunFolder, trained_by, with_found
 from zoo.schema import EvalConfig, Extension
 from zoo.tasks.progress import Progress
-from zoo.tasks.score import AUTOCAST, NotApplicableError, Row, Subject, attempt, told
+from zoo.tasks.score import (
+    LeakError,
+    Leaks,
+    NotApplicableError,
+    Row,
+    Subject,
+    attempt,
+    told,
+)
 
 log = logging.getLogger("zoo")
 
@@ -58,6 +67,9 @@ def evaluate(
     extensions, and of tasks that are not asked now, stands beside it in the report. The code is 0,
     or 1 where a run or a measurement failed or nothing was measured. Raises UserError for settings
     that fit no run, such as an extension that does not apply to the only one.
+
+    Before anything of a run is measured its model is audited for leaks, under the extension. One
+    that leaks is not measured: its row has the status `leaks` and the reason, and the code is 1.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -87,10 +99,11 @@ def evaluate(
         found = list(_measure_run(settled, folder, about, device, progress, fresh, asked))
         if len(folders) == 1 and all(row["status"] == "not_applicable" for row in found):
             raise UserError(found[0]["reason"])
-        statuses |= {row["status"] for row in found}
-        rows += [*found, *_known_besides(folder, about, asked)]
+        own = {row["status"] for row in found}
+        statuses |= own
+        rows += [*found, *(() if "leaks" in own else _known_besides(folder, about, asked))]
         progress.clear()
-        without = [row for row in found if row["status"] in ("failed", "unfinished")]
+        without = [row for row in found if row["status"] in ("failed", "unfinished", "leaks")]
         for line in dict.fromkeys(f"{folder}: {in_words(row)}" for row in without):
             log.warning("%s", line)
     if config.report:
@@ -99,7 +112,7 @@ def evaluate(
         say(terminal(gather(rows, runs)))
     if config.logger.name == "wandb":
         mirror(rows, runs, Path(config.runs), config.logger.mode, project=config.logger.project)
-    return int("failed" in statuses or "ok" not in statuses)
+    return int(bool({"failed", "leaks"} & statuses) or "ok" not in statuses)
 
 
 def _measure_run(
@@ -114,15 +127,20 @@ def _measure_run(
     """The rows of one run, each appended to `results.jsonl` unless it was found there.
 
     `asked` takes the questions, the fields that name a measurement. What kept the run from being
-    measured at all is in its run.json; such rows are not appended.
+    measured at all is in its run.json; such rows are not appended, but for those of a leak.
     """
-    why = _not_done(folder.info)
+    why = _not_done(folder.info) or _leaked(folder.info)
     if not why:
         opened = attempt(lambda: _open(config, folder, device, progress, about))
         why = {} if opened.ok else opened.row
     if why:
-        yield from (about | {"task": task} | why for task in config.task)
+        for task in config.task:
+            row = about | {"task": task} | why
+            if row["status"] == "leaks":
+                folder.append_row(row)
+            yield row
         return
+    leaks = Leaks(opened.value)
     for task, part in config.task.items():
         named, reused = about | {"task": task} | _measured_by(config, folder, task), []
         # The label may have been another then: it does not say what was measured.
@@ -132,19 +150,26 @@ def _measure_run(
 
         def measured(key: Row, known=known, reused=reused, keys=keys, named=named) -> bool:
             keys.append(key)
-            same = [row for row in known if row["status"] == "ok" and agrees(row, key)]
-            reused.extend(row | named | {"question": sorted(key)} for row in same[-1:])
+            same = [row for row in known if row["status"] == "ok" and agrees(row, key)][-1:]
+            if not same or "audit" not in same[0]:  # not measured, or before there were audits
+                leaks.check(key)
+            reused.extend(row | named | {"question": sorted(key)} for row in same)
             return bool(same)
 
         try:
             for found in part.load()(replace(opened.value, measured=measured)):
                 now = datetime.now(UTC).isoformat(timespec="seconds")
                 key = next((key for key in keys if agrees(found, key)), None)
-                row = named | found | {"question": key and sorted(key), "time": now}
+                row = named | leaks.judge(found) | {"question": key and sorted(key), "time": now}
                 folder.append_row(row)
                 yield row
         except UserError:
             raise  # the settings': no other run would do better
+        except LeakError as leak:
+            row = named | told(leak)
+            folder.append_row(row)
+            yield row
+            continue
         except Exception as error:
             yield named | told(error)
         asked.extend({"task": task} | key for key in keys)
@@ -205,6 +230,14 @@ def _tell_code(folder: RunFolder) -> None:
         more = f" and {len(files) - 3} more" * (len(files) > 3)
         told = f"{', '.join(files[:3])}{more} changed since it was trained"
         log.warning("%s: %s: train.py with fresh=true trains it by this code", folder, told)
+
+
+def _leaked(info: Row) -> Row:
+    """Status and reason of a run whose model leaked when its training ended, or nothing."""
+    found = info.get("audit")
+    if not isinstance(found, dict) or found.get("ok") is not False:
+        return {}
+    return told(LeakError(f"trained with a leak: {found.get('reason')}"))
 
 
 def _open(
@@ -278,6 +311,7 @@ def _identity(extension: Extension, folder: RunFolder, device: torch.device) -> 
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "audit": None,  # of a model that leaks, the reason
     }
 
 

@@ -68,7 +68,7 @@ def measure(
     settings = {"texts": len(text), "times": times, "magnitude": problem.magnitude, **sizes}
     settings |= {"most": most}
     key = {"split": "valid", "length": problem.length, "units": len(text), "searched": generations}
-    key |= settings
+    key |= {"search_seed" if name == "seed" else name: settings[name] for name in settings}
     settings |= {"weights": _fingerprint(subject)}
     file = subject.folder / found_file(times)
     if _resume(search, file, settings) or not subject.measured(key):

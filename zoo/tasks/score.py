@@ -19,18 +19,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from zoo.audit import AUTOCAST, Audit, audit, stretch
 from zoo.backbone import Backbone, BackboneState
 from zoo.data.corpora import Corpus
 from zoo.data.store import TokenStore
-from zoo.errors import UserError
+from zoo.errors import NoStateError, UserError
 from zoo.mixers.base import count_bytes
 from zoo.tasks.progress import Progress
 
 Row = dict[str, Any]
 
 LOGITS = 2**26  # numbers per forward, 256 MiB in float32: what the output of one chunk may take
+AUDITED = 4096  # tokens: up to so many an audit reads as far as the measurements will
 PER_OCTAVE = 4  # points of a curve: 50 to 16k tokens, 75 to a million
-AUTOCAST = {"bf16-mixed": torch.bfloat16}  # by Lightning's name for the precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +157,42 @@ class NotApplicableError(Exception):
     """The measurement has no meaning for this model; the message says why."""
 
 
+class LeakError(Exception):
+    """The model's predictions depend on what they must not; the message says how that was seen."""
+
+
+class Leaks:
+    """The audit of a subject's model, made once, before its first measurement."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.found: Audit | None = None
+        self.problem: Row = {}  # status and reason of a model that could not be audited
+
+    def check(self, key: Row) -> None:
+        """Audit at the training length and at a longer one that is measured, `key["length"]` or
+        twice the training length at least; LeakError where the model leaks."""
+        if self.found is None and not self.problem:
+            self._make(key)
+        if self.found and not self.found.ok:
+            raise LeakError(self.found.reason)
+
+    def _make(self, key: Row) -> None:
+        subject, train = self.subject, self.subject.train_length
+        longest = max(int(key.get("unit") or key.get("length") or 0), 2 * train)
+        lengths = train, max(2 * train, min(longest, AUDITED))
+        text, dtype = stretch(subject.store.tokens, lengths[1]), AUTOCAST.get(subject.precision)
+        try:
+            self.found = audit(subject.model, text, lengths=lengths, autocast=dtype)
+        except Exception as error:  # what breaks the audit may well break the measurement: see it
+            reason = f"it could not be audited for leaks: {told(error)['reason']}"
+            self.problem = {"status": "failed", "reason": reason}
+
+    def judge(self, row: Row) -> Row:
+        """The row, but without success where the model could not be audited."""
+        return row | (self.problem if row["status"] == "ok" else {})
+
+
 class Outcome(NamedTuple):
     """What a measurement gave, or nothing, and the row's fields that say how it went."""
 
@@ -184,7 +221,9 @@ def told(error: Exception) -> Row:
     line = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, NotApplicableError):
         return {"status": "not_applicable", "reason": line}
-    if isinstance(error, UserError):
+    if isinstance(error, LeakError):
+        return {"status": "leaks", "reason": line, "audit": line}
+    if isinstance(error, UserError | NoStateError):
         return {"status": "failed", "reason": line}
     memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     # PyTorch's CPU allocator raises a bare RuntimeError.
