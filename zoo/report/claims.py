@@ -117,8 +117,7 @@ def judge(results: Results) -> list[Judged]:
             continue
         pairs = zip(claim.comparisons, cells, strict=True)
         found = [each.decide(seeds) for each, seeds in pairs]
-        verdicts: set[Verdict] = {one for one, _ in found}
-        verdict = next(one for one in ORDER if one in verdicts)
+        verdict = ORDER[min(ORDER.index(one) for one, _ in found)]
         whys = dict.fromkeys(why for each, why in found if why and each == verdict)
         judged.append(Judged(claim, verdict, "; ".join(whys), cells))
     return judged
