@@ -10,7 +10,7 @@ from zoo import processes
 from zoo.applies import check_applies, positions_of
 from zoo.checkpoints import step_of
 from zoo.command_line import Arm, launch, say
-from zoo.config import resolve
+from zoo.config import resolve, run_name
 from zoo.data.sources import check_source
 from zoo.errors import RunError, UserError
 from zoo.inert import check_effects, check_names, notes
@@ -56,7 +56,12 @@ def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
 
 
 def job(config: TrainConfig, arm: Arm | None) -> int:
-    """Train one configuration in its run folder, from the last checkpoint where there is one."""
+    """Train one configuration in its run folder, from the last checkpoint where there is one.
+
+    A run that cannot be leaves no folder; an arm of a sweep does, with the reason.
+    """
+    if not arm and os.environ.get("LOCAL_RANK", "0") == "0" and not _is_trained(config):
+        rehearse(config, apart=process_count(config) > 1)
     try:
         return _train(config, arm)
     finally:
@@ -84,6 +89,7 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
         with training, current().recording(folder.stopped), folder.going_on(config):
             if arm:
                 folder.update(sweep=arm.sweep, arm=arm.options)
+                rehearse(config, apart=True)
             start = f"from {last.name}" if last else f"for {config.trainer.max_steps} steps"
             for note in () if last else notes(config):
                 say(note)
@@ -113,6 +119,29 @@ def check_code(config: TrainConfig, folder: RunFolder) -> None:
         told += ". fresh=true trains a new run beside it"
         raise UserError(f"{told}, changed_code=accept goes on with this one and records it")
     say(f"{told} (accepted)")
+
+
+def _is_trained(config: TrainConfig) -> bool:
+    path = Path(config.resume or Path(config.runs) / run_name(config))
+    if config.fresh or not path.is_dir():
+        return False
+    info = RunFolder.open(path).info
+    return info["status"] == "done" and info["step"] >= config.trainer.max_steps
+
+
+def rehearse(config: TrainConfig, apart: bool) -> None:
+    """Refuse what is slow to find out, before anything is written.
+
+    `apart`: in a process beside this one, which is still to be forked from.
+    """
+    if apart:
+        processes.load("zoo.learner")
+    from zoo.rehearse import rehearse
+
+    if apart and processes.can_fork():
+        processes.run(rehearse, config)
+    else:
+        rehearse(config)
 
 
 def fit(config: TrainConfig, folder: RunFolder) -> None:

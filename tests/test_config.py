@@ -78,11 +78,18 @@ REFUSED = {
     "model.mixer._target_=os.system": "'os.system' is not in zoo.mixers.",
     "model.mixer._target_=zoo.run.os.system": "is not in zoo.mixers.",
     "model.mixer._target_=zoo.mixers.mamba.torch": "there is no torch in",
-    "model=hybrid model.pattern=[mamba,hybrid]": "is a pattern itself",
+    "model=hybrid model.pattern=[mamba,hybrid]": "hybrid is a pattern itself",
     "model=hybrid model.pattern=[mmaba]": "did you mean 'mamba'?",
-    "model=hybrid model.pattern=mamba": "is a list of models",
+    "model=hybrid model.pattern=mamba": "hybrid=mamba: must be a list of models, such as",
+    "hybrid=[]": "hybrid=[]: must be a list of models, such as [7*mamba,transformer]",
     "hybrid=[mamba,mmaba]": "did you mean 'mamba'?",
-    "hybrid=[x*mamba]": "model.pattern holds 'x*mamba'",
+    "hybrid=[x*mamba]": "hybrid=[x*mamba]: layers in a row are written 7*mamba",
+    "hybrid=[99999999*mamba]": "with a number from 1 to 999",
+    "hybrid=[999*mamba]": "999 layers, more than a model can have",
+    "hybrid=[mamba] model=mamba": "model=mamba takes no pattern. Leave model=mamba out, or",
+    "-m hybrid=[mamba] model=mamba,gla": "sweep over both: -m model=mamba,gla,hybrid",
+    "hybrid=[mamba] model.pattern=[mamba]": "hybrid= says the same. Leave one of the two out",
+    "-m seed=0,1,0": "seed=0 is given twice. Give each run once.",
     "seq_len=inf": "seq_len=inf: is not a whole number",
     "seq_len=nan": "seq_len=nan: is not a whole number",
     "seed=1e309": "seed=inf: is not a whole number",
@@ -115,7 +122,7 @@ REFUSED = {
     "model.mixer.heads=abc": "model.mixer.heads=abc: must be a whole number",
     "model.mixer.rope_base=nan": "model.mixer.rope_base=nan: must be a finite number",
     "model=mamba model.mixer.state_size=null": "state_size=null: must be a whole number",
-    "model=longformer model.mixer.window=[1,a]": "must be a whole number or a list, each a whole",
+    "model=longformer model.mixer.window=[1,a]": "window=[1, 'a']: must be a whole number",
     "model.max_length=64": "positions=rope have no length to learn",
     "model.feed_forward.hidden_width=1000": "match=params sets this width. Add match=none",
     "model=mamba model.mixer.inner_width=100": "match=params sets this width. Add match=none",
@@ -127,7 +134,6 @@ REFUSED = {
     "model=alibi model.positions=rope": "model=alibi is the variant with alibi. Choose another",
     "model=sink model.mixer.sink=false": "model=sink is the variant with true",
     "extension=dca": "extension=dca: acts on a trained model. Add finetune=<run folder>",
-    "hybrid=[mamba] model=mamba": "'model' is given twice",
     "objective=maksed": "objective=maksed: must be 'causal' or 'masked'",
     "objective=masked model=mamba": "model=mamba has no bidirectional form, which",
     "objective=masked model=alibi": "those that have one: ",
@@ -306,6 +312,20 @@ def test_hybrid_is_short_for_its_pattern_and_repeats_layers():
     short = compose("train", ["hybrid=[2*mamba,alibi]", "size=tiny"])
     words = ["model=hybrid", "model.pattern=[mamba,mamba,alibi]", "size=tiny"]
     assert short == compose("train", words)
+    assert short == compose("train", ["model=hybrid", "hybrid=[2*mamba,alibi]", "size=tiny"])
+
+
+def test_hybrids_are_swept_beside_plain_models_and_other_hybrids(command):
+    def swept(*words: str) -> list[list[str]]:
+        code, out, _ = command("train", "-m", *words, "--cfg", "job")
+        assert code == 0
+        models = [tree["model"]["blocks"] for tree in yaml.safe_load_all(out)]
+        return [[block["mixer"]["_target_"].rpartition(".")[2] for block in one] for one in models]
+
+    pattern = ["GLA", "SoftmaxAttention"]
+    assert swept("model=mamba,hybrid", "hybrid=[gla,transformer]") == [["Mamba"], pattern]
+    assert swept("model=mamba,hybrid") == [["Mamba"], ["Mamba", "Mamba", "SoftmaxAttention"]]
+    assert swept("hybrid=[mamba],[gla,transformer]") == [["Mamba"], pattern]
 
 
 def test_parts_load_with_their_arguments():

@@ -21,7 +21,7 @@ LAYERS = [
     {"mixers"},
     {"backbone"},
     {"build", "convert", "audit"},
-    {"training", "learner", "extend"},
+    {"training", "learner", "extend", "rehearse"},
     {"tasks"},
     {"doctor", "patterns", "train", "eval", "__main__"},
 ]

@@ -18,7 +18,7 @@ from zoo.mixers.feed_forward import SwiGLU
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.options import constructor_parameters
 from zoo.positions.absolute import Learned, Sinusoidal
-from zoo.schema import Part, TrainConfig
+from zoo.schema import Part, Size, TrainConfig
 
 TOLERANCE = 0.01  # arms of a comparison differ by at most this share of the parameters
 STEPS = (16, 8, 4, 2, 1)  # widths are multiples of the first of these that meets the tolerance
@@ -35,13 +35,13 @@ def build_model(config: TrainConfig, vocab_size: int) -> tuple[Backbone, dict[st
     try:
         if config.match == "params":
             knobs = _match(config, vocab_size)
-        model = _assemble(config, vocab_size, knobs)
+        model = assemble(config, vocab_size, knobs)
         _check_window(model, config.seq_len)
         return model, knobs
     except UserError:
         raise
     except (TypeError, ValueError) as error:  # an architecture's own word on its arguments
-        raise UserError(f"model={config.model.name}: {error}") from error
+        raise UserError(f"model={config.model.name}: {str(error).splitlines()[0]}") from error
 
 
 def _check_window(model: Backbone, window: int) -> None:
@@ -59,7 +59,8 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _assemble(config: TrainConfig, vocab_size: int, knobs: Mapping[str, int]) -> Backbone:
+def assemble(config: TrainConfig, vocab_size: int, knobs: Mapping[str, int]) -> Backbone:
+    """The configured model with the layers and widths that `knobs` name in place of its own."""
     model, width = config.model, config.size.width
     causal, positions = config.objective == "causal", None
     if model.embedding_positions:
@@ -92,21 +93,31 @@ def _constructor(
     return partial(part.load(), **widths)
 
 
+def _reference_parameters(size: Size, vocab_size: int) -> int:
+    """Those of the transformer of that size, whose layers are all alike."""
+
+    def parameters(layers: int) -> int:
+        with torch.device("meta"):
+            return count_parameters(
+                Backbone(
+                    vocab_size=vocab_size,
+                    width=size.width,
+                    layers=layers,
+                    mixers=[partial(SoftmaxAttention, heads=size.heads)],
+                    feed_forwards=[SwiGLU],
+                )
+            )
+
+    one, two = parameters(1), parameters(2)
+    return one + (size.layers - 1) * (two - one)
+
+
 def _match(config: TrainConfig, vocab_size: int) -> dict[str, int]:
-    size, cycle = config.size, len(config.model.blocks)
-    with torch.device("meta"):
-        reference = Backbone(
-            vocab_size=vocab_size,
-            width=size.width,
-            layers=size.layers,
-            mixers=[partial(SoftmaxAttention, heads=size.heads)],
-            feed_forwards=[SwiGLU],
-        )
-    goal = count_parameters(reference)
+    cycle, goal = len(config.model.blocks), _reference_parameters(config.size, vocab_size)
 
     def cost(knobs: Mapping[str, int]) -> int:
         with torch.device("meta"):
-            return count_parameters(_assemble(config, vocab_size, knobs))
+            return count_parameters(assemble(config, vocab_size, knobs))
 
     knobs: dict[str, int] = {}
     for knob in config.model.match:
@@ -115,15 +126,38 @@ def _match(config: TrainConfig, vocab_size: int) -> dict[str, int]:
             per_layer = (at[2 * cycle] - at[cycle]) / cycle
             layers = max(1, round(cycle + (goal - at[cycle]) / per_layer))
             knobs["layers"] = layers
+        elif not _has(config, knob, knobs):
+            continue
         elif abs(cost(knobs) - goal) > TOLERANCE * goal:
             knobs[knob] = _fit_width(lambda w, k=knob: cost({**knobs, k: w}), goal)
     found = cost(knobs)
     if abs(found - goal) > TOLERANCE * goal:
+        if (layers := knobs.get("layers", cycle)) < cycle:
+            raise UserError(told_pattern(config, layers))
         raise UserError(
-            f"model={config.model.name} cannot be sized to the reference's {goal:,} parameters "
-            f"within 1 % (nearest {found:,}): match=none trains it at its own size"
+            f"model={config.model.name}, match=params: cannot be sized to the reference's {goal:,} "
+            f"parameters within 1 % (nearest {found:,}). match=none trains it at its own size."
         )
     return knobs
+
+
+def told_pattern(config: TrainConfig, layers: int) -> str:
+    """Why a hybrid of so few `layers` is none, and what to do."""
+    pattern, size = len(config.model.blocks), config.size.name
+    matched = config.match == "params" and "layers" in config.model.match
+    how = f"size={size}: match=params makes {layers} layers of it" if matched else ""
+    return (
+        f"{how or f'size.layers={layers}'}, and the pattern of model={config.model.name} has "
+        f"{pattern}: its last models would be in none. Use a larger size, a pattern of at most "
+        f"{layers} layers, or match=none size.layers={pattern}."
+    )
+
+
+def _has(config: TrainConfig, knob: str, knobs: Mapping[str, int]) -> bool:
+    """Whether one of the layers has the part whose width `knob` names."""
+    slot = knob.rpartition(".")[0]
+    layers, blocks = knobs.get("layers", config.size.layers), config.model.blocks
+    return any(getattr(block, slot) is not None for block in blocks[:layers])
 
 
 def _fit_width(cost: Callable[[int], int], goal: int) -> int:

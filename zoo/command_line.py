@@ -35,6 +35,7 @@ from zoo.config import (
     composing,
     groups,
     parse,
+    run_name,
 )
 from zoo.console import label
 from zoo.console import say as say
@@ -118,6 +119,7 @@ def _launch(program: str, argv: list[str], usage: str, check: Check, job: Job) -
         arms = _arms(overrides, params)
         given = [o.key_or_group for o in overrides if not o.is_hydra_override()]
         configs = [check(compose_tree(program, arm), given) for arm in arms]
+        _check_distinct(arms, configs)
         _tell_sizes(arms, configs)
         if flags.cfg:
             sys.stdout.write("---\n".join(_yaml(config) for config in configs))
@@ -174,6 +176,18 @@ def _values(override: Override) -> list[Override]:
         return [override]
     key = override.key_or_group
     return [parse([f"{key}={value}"])[0] for value in override.sweep_string_iterator()]
+
+
+def _check_distinct(arms: list[list[Override]], configs: list[Any]) -> None:
+    """Refuse two arms that are one run, which side by side would share a folder."""
+    seen = set()
+    for arm, config in zip(arms, configs, strict=True):
+        if isinstance(config, TrainConfig) and not config.fresh and not config.name:
+            name = run_name(config)
+            if name in seen:
+                label = " ".join(str(override.input_line) for override in arm)
+                raise UserError(f"{label} is given twice. Give each run once.")
+            seen.add(name)
 
 
 def _tell_sizes(arms: list[list[Override]], configs: list[Any]) -> None:

@@ -8,6 +8,7 @@ to names (a hybrid's pattern, where positions act) and the schema checks every v
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
 
@@ -34,6 +35,7 @@ from zoo.options import (
 )
 
 # "x as x": who composes a configuration also finds its types here.
+from zoo.schema import MAX_LAYERS
 from zoo.schema import EvalConfig as EvalConfig
 from zoo.schema import Optim as Optim
 from zoo.schema import Part as Part
@@ -85,11 +87,10 @@ def choices(group: str) -> list[str]:
 
 
 def parse(words: Sequence[str]) -> list[Override]:
-    """The words as Hydra reads them, hybrid=[a,b] short for model=hybrid model.pattern=[a,b].
+    """The words as Hydra reads them, model=hybrid added where hybrid=[a,b] has no model beside it.
 
-    UserError for one it cannot read or a key given twice.
+    UserError for one it cannot read, a key given twice, or a pattern that no model takes.
     """
-    words = [plain for word in words for plain in _spelled_out(word)]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     found: dict[str, Override] = {}
     for word in words:
@@ -105,12 +106,25 @@ def parse(words: Sequence[str]) -> list[Override]:
         if override.key_or_group in found:
             raise UserError(f"{override.key_or_group!r} is given twice")
         found[override.key_or_group] = override
+    if "hybrid" in found and found["hybrid"].value() is None:
+        pass  # the pattern of the file, as without it
+    elif "hybrid" in found and "model" not in found:
+        found["model"] = parser.parse_override("model=hybrid")
+    elif "hybrid" in found and "hybrid" not in _swept_values(found["model"]):
+        line = found["model"].input_line
+        raise UserError(
+            f"{found['hybrid'].input_line}: {line} takes no pattern. "
+            f"Leave {line} out, or sweep over both: -m {line},hybrid"
+        )
+    if "hybrid" in found and "model.pattern" in found:
+        raise UserError("model.pattern: hybrid= says the same. Leave one of the two out.")
     return list(found.values())
 
 
-def _spelled_out(word: str) -> list[str]:
-    name, _, pattern = word.partition("=")
-    return ["model=hybrid", f"model.pattern={pattern}"] if name == "hybrid" else [word]
+def _swept_values(override: Override) -> list[str]:
+    if override.is_sweep_override():
+        return list(override.sweep_string_iterator())
+    return [str(override.value())]
 
 
 def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
@@ -194,14 +208,13 @@ def resolve(tree: dict[str, Any]) -> dict[str, Any]:
     extension = tree.get("extension")
     if isinstance(extension, dict) and isinstance(extension.get("scaling"), str):
         tree = {**tree, "extension": {**extension, "scaling": _scaling(extension["scaling"])}}
-    model = tree.get("model")
+    model, pattern = tree.get("model"), tree.get("hybrid")
+    tree = {key: value for key, value in tree.items() if key != "hybrid"}
     if not isinstance(model, dict) or "blocks" in model:
         return tree
     parts = [model]
-    if "pattern" in model:
-        if not isinstance(model["pattern"], list) or not model["pattern"]:
-            raise UserError("model.pattern is a list of models, such as [7*mamba,transformer]")
-        parts = [part for entry in model["pattern"] for part in _load_models(str(entry), tree)]
+    if "pattern" in model:  # the other models of a sweep have no use for one
+        parts = _hybrid(model["pattern"] if pattern is None else pattern, tree)
     if tree.get("objective") == "masked":
         _check_bidirectional(parts)
     for part in parts:
@@ -269,14 +282,27 @@ def _block(part: dict[str, Any]) -> dict[str, Any]:
     return {"mixer": mixer, "feed_forward": part.get("feed_forward")}
 
 
+def _hybrid(pattern: Any, tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models of a hybrid's layers, by the pattern that is repeated over them."""
+    if not isinstance(pattern, list) or not pattern:
+        shown = "null" if pattern is None else pattern
+        raise UserError(f"hybrid={shown}: must be a list of models, such as [7*mamba,transformer]")
+    parts = [part for entry in pattern for part in _load_models(str(entry), tree)]
+    if len(parts) > MAX_LAYERS:
+        raise UserError(f"hybrid={pattern}: {len(parts)} layers, more than a model can have")
+    return parts
+
+
 def _load_models(entry: str, tree: dict[str, Any]) -> list[dict[str, Any]]:
     """The sections of an entry such as mamba or 7*mamba, under the size and options of `tree`."""
     times, star, name = entry.rpartition("*")
-    if star and not (times.isdigit() and int(times)):
-        raise UserError(f"model.pattern holds {entry!r}: layers in a row are written 7*mamba")
-    part = _inherited(choose("model in model.pattern", name, choices("model")))
+    if star and not re.fullmatch(r"[1-9]\d{0,2}", times):
+        raise UserError(
+            f"hybrid=[{entry}]: layers in a row are written 7*mamba, with a number from 1 to 999"
+        )
+    part = _inherited(choose("model in hybrid", name, choices("model")))
     if "pattern" in part:
-        raise UserError(f"model.pattern holds {name!r}, which is a pattern itself")
+        raise UserError(f"hybrid=[{entry}]: {name} is a pattern itself. Write its models out.")
     whole: Any = OmegaConf.to_container(OmegaConf.create({**tree, "model": part}), resolve=True)
     return [whole["model"]] * int(times or 1)
 

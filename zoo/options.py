@@ -118,7 +118,12 @@ def check_types(target: str, values: Mapping[str, Any]) -> None:
             raise UserError(f"{name}={shown}: must be {_in_words(annotation)}")
 
 
-SIMPLE = {"int": "a whole number", "float": "a finite number", "bool": "true or false"}
+LARGEST = 10**15  # of a whole number: beyond, sizes overflow before memory is asked for
+SIMPLE = {
+    "int": "a whole number of at most 15 digits",
+    "float": "a finite number",
+    "bool": "true or false",
+}
 SIMPLE |= {"str": "a word", "None": "null"}
 MANY = ("Sequence", "list", "tuple")
 
@@ -135,7 +140,8 @@ def _fits(value: Any, annotation: ast.expr) -> bool:
         case ast.Name(id="bool"):
             return isinstance(value, bool)
         case ast.Name(id="int"):
-            return isinstance(value, int) and not isinstance(value, bool)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            return whole and abs(value) < LARGEST
         case ast.Name(id="float"):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             return number and abs(value) <= sys.float_info.max  # neither nan nor inf

@@ -118,10 +118,13 @@ class Model(Section):
     match: list[Matched]  # what match=params may change, in this order
 
 
+MAX_LAYERS = 256
+
+
 class Size(Section):
     name: Name
     width: Annotated[Positive, Field(le=2**17)]
-    layers: Annotated[Positive, Field(le=2**12)]
+    layers: Annotated[Positive, Field(le=MAX_LAYERS)]
     heads: Annotated[Positive, Field(le=2**17)]
 
 

@@ -76,6 +76,13 @@ class MultiHead(Mixer):
         return [self.by_head(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj)]
 
 
+def at_least(minimum: float, **values: float) -> None:
+    """Raise ValueError that names the first of a constructor's `values` below `minimum`."""
+    for name, value in values.items():
+        if not value >= minimum:  # nan is neither
+            raise ValueError(f"{name}={value} must be at least {minimum}")
+
+
 def detach(state: State) -> State:
     """The same state, out of the graph: gradients stop at the window's edge."""
     return tree_map_only(Tensor, Tensor.detach, state)

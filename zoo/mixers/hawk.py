@@ -87,7 +87,8 @@ class Hawk(Mixer):
         if gate_blocks < 1:
             raise ValueError(f"gate_blocks={gate_blocks} must be at least 1")
         step = math.lcm(8, gate_blocks)
-        inner = inner_width or step * max(1, round(4 * width / 3 / step))
+        default = step * max(1, round(4 * width / 3 / step))
+        inner = default if inner_width is None else inner_width
         if inner < 1 or inner % gate_blocks:
             raise ValueError(f"gate_blocks={gate_blocks} must divide inner_width={inner}")
         if not 2 <= conv_width <= 8:

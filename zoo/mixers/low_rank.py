@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.mixers.base import Mixer, State, linear, residual_gain
+from zoo.mixers.base import Mixer, State, at_least, linear, residual_gain
 from zoo.mixers.softmax import SoftmaxAttention
 
 
@@ -107,7 +107,9 @@ class LowRankFeedForward(Mixer):
     ) -> None:
         super().__init__()
         rank = _checked(rank, width)
-        hidden = hidden_width or (round(8 * width / 3 / 8) * 8 if gated else 4 * width)
+        default = round(8 * width / 3 / 8) * 8 if gated else 4 * width
+        hidden = default if hidden_width is None else hidden_width
+        at_least(1, hidden_width=hidden)
         self.gate_proj = LowRank(width, hidden, rank) if gated else None
         self.up_proj = LowRank(width, hidden, rank)
         self.down_proj = LowRank(hidden, width, rank, gain=residual_gain(layers))

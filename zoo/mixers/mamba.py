@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.mixers.base import Mixer, compute_dtype, no_weight_decay
+from zoo.mixers.base import Mixer, at_least, compute_dtype, no_weight_decay
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.selective_scan import selective_scan
 
@@ -43,8 +43,11 @@ class Mamba(Mixer):
         layers: int = 1,
     ) -> None:
         super().__init__()
-        inner = inner_width or 2 * width
-        rank = dt_rank or math.ceil(width / 16)
+        inner = 2 * width if inner_width is None else inner_width
+        rank = math.ceil(width / 16) if dt_rank is None else dt_rank
+        at_least(1, inner_width=inner, dt_rank=rank, state_size=state_size)
+        if not 2 <= conv_width <= 8:
+            raise ValueError(f"conv_width={conv_width} must be 2 to 8")
         self.inner_width, self.state_size, self.conv_width = inner, state_size, conv_width
         self.dt_rank, self.backend = rank, backend
 

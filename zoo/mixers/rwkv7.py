@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.mixers.base import Mixer, Shared, linear, no_weight_decay, residual_gain, shifted
+from zoo.mixers.base import Mixer, Shared, at_least, linear, no_weight_decay, residual_gain, shifted
 from zoo.ops.delta_rule import diagonal_plus_rank_one, unit_length
 
 NORM_EPS = 64e-5
@@ -155,7 +155,8 @@ class ChannelMixing(Mixer):
         self, *, width: int, hidden_width: int | None = None, layer: int = 0, layers: int = 1
     ) -> None:
         super().__init__()
-        hidden = hidden_width or 4 * width
+        hidden = 4 * width if hidden_width is None else hidden_width
+        at_least(1, hidden_width=hidden)
         channel = torch.arange(width) / width
         self.mu = nn.Parameter(1 - channel ** ((1 - layer / layers) ** 4))
         self.k_proj = nn.Linear(width, hidden, bias=False)

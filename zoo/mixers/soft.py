@@ -47,6 +47,7 @@ from zoo.errors import choose
 from zoo.mixers.base import (
     Mixer,
     State,
+    at_least,
     compute_dtype,
     linear,
     refuse_state,
@@ -91,6 +92,7 @@ class Soft(Mixer):
         layers: int = 1,
     ) -> None:
         super().__init__()
+        at_least(1, heads=heads)
         if width % heads:
             raise ValueError(f"heads={heads} must divide width={width}")
         least = {"block": block, "landmarks": landmarks, "iterations": iterations}

@@ -33,6 +33,7 @@ from zoo.mixers.base import (
     Mixer,
     Shared,
     State,
+    at_least,
     compute_dtype,
     linear,
     no_weight_decay,
@@ -72,7 +73,8 @@ class SoftmaxAttention(Mixer):
         layers: int = 1,
     ) -> None:
         super().__init__()
-        kv_heads = kv_heads or heads
+        kv_heads = heads if kv_heads is None else kv_heads
+        at_least(1, heads=heads, kv_heads=kv_heads)
         if width % heads or heads % kv_heads:
             raise ValueError(
                 f"heads={heads} must divide width={width}, and kv_heads={kv_heads} divide the heads"

@@ -1,0 +1,115 @@
+"""What a run would need is found before anything is written: its model, its devices, its memory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from building import train_config
+
+import zoo.rehearse
+from zoo.build import build_model
+from zoo.errors import UserError
+from zoo.rehearse import machine_memory, rehearse
+
+ROOT = Path(__file__).parents[1]
+GB = 10**9
+
+REFUSED = {
+    "model=mamba model.mixer.state_size=0": "model=mamba: state_size=0 must be at least 1",
+    "model=mamba model.mixer.dt_rank=0": "dt_rank=0 must be at least 1",
+    "model=mamba model.mixer.conv_width=-1": "conv_width=-1 must be 2 to 8",
+    "model.mixer.heads=0": "heads=0 must be at least 1",
+    "model.mixer.kv_heads=-1": "kv_heads=-1 must be at least 1",
+    "model.feed_forward.hidden_width=0 match=none": "hidden_width=0 must be at least 1",
+    "model.mixer.backend=foo": "unknown attend backend 'foo'",
+    "model=learned extension=randomised extension.factor=8": "model.max_length=4096 gives it as",
+    "batch_tokens=100000000000000": "a step needs at least",
+    "batch_size=1000000000": "Use fewer batch_tokens, trainer.accumulate_grad_batches=<parts",
+    "model=mamba seq_len=1M": "checkpoint_activations=true, a shorter seq_len or a smaller size",
+    "size.width=131072": "training needs at least",
+    "model=mamba match=none model.mixer.state_size=1000000000000": "PB for 3,072,",
+    "hybrid=[7*mamba,transformer]": "match=params makes 6 layers of it, and the pattern",
+    "hybrid=[7*mamba,transformer] size=tiny": "match=params makes 3 layers of it, and the pattern",
+    "hybrid=[mamba,gla,transformer] match=none size=tiny": "or match=none size.layers=3.",
+    "trainer.devices=[0,1]": "a list names GPUs",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_run_that_cannot_be_is_told_in_one_line(words, monkeypatch):
+    monkeypatch.setattr(zoo.rehearse, "machine_memory", lambda: 32 * GB)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.mps, "is_available", lambda: False)
+    with pytest.raises(UserError) as caught:
+        rehearse(train_config(*words.split()))
+    assert REFUSED[words] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("asked", ["gpu", "cuda", "mps"])
+def test_a_machine_without_an_accelerator_says_so(asked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"^trainer.accelerator={asked}: there is none here. Use"):
+        rehearse(train_config("size=tiny", f"trainer.accelerator={asked}"))
+
+
+@pytest.mark.parametrize("devices", ["3", "[0,2]"])
+def test_more_gpus_than_there_are_is_refused_with_their_number(devices, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"this machine has 2\. Use at most 2\."):
+        rehearse(train_config("size=tiny", f"trainer.devices={devices}"))
+
+
+def test_a_hybrid_of_seven_to_one_trains_attention_at_a_size_that_holds_it():
+    with torch.device("meta"):
+        model, _ = build_model(train_config("hybrid=[7*mamba,transformer]", "size=base"), 256)
+    names = [type(block.mixer).__name__ for block in model.blocks]
+    assert names.count("SoftmaxAttention") == len(names) // 8 >= 2
+    assert names[7] == "SoftmaxAttention"
+
+
+@pytest.mark.parametrize("name", ["transformer", "mamba", "rwkv7", "hybrid"])
+def test_the_memory_told_is_what_a_step_keeps(name, monkeypatch):
+    """Against tensors counted in the whole model at the whole window."""
+    config = train_config(f"model={name}", "size=tiny", "seq_len=512", "batch_size=4")
+    model, knobs = build_model(config, 256)
+    kept = zoo.rehearse._kept_by(model, 4, 512)
+    told = 4 * zoo.rehearse._kept_per_row(config, 256, knobs)
+    assert told == pytest.approx(kept, rel=0.05)
+
+
+def test_memory_a_little_short_is_refused_and_enough_is_not(monkeypatch):
+    config = train_config("size=tiny", "seq_len=512", "batch_size=64")
+    model, _ = build_model(config, 256)
+    needed = 16 * sum(p.numel() for p in model.parameters())
+    needed += zoo.rehearse._kept_by(model, 64, 512) + 8 * 64 * 513
+    monkeypatch.setattr(zoo.rehearse, "machine_memory", lambda: int(needed * 1.05))
+    rehearse(config)
+    monkeypatch.setattr(zoo.rehearse, "machine_memory", lambda: int(needed * 0.95))
+    with pytest.raises(UserError, match="batch_size=64, seq_len=512: a step needs at least"):
+        rehearse(config)
+    rehearse(train_config("size=tiny", "batch_size=64", "trainer.accumulate_grad_batches=2"))
+
+
+def test_this_machine_has_memory():
+    assert machine_memory() is None or GB // 2 < machine_memory() < 10**6 * GB
+
+
+@pytest.mark.parametrize("sweep", [(), ("-m",)])
+def test_nothing_is_written_for_a_run_that_cannot_be_and_an_arm_keeps_its_place(sweep, tmp_path):
+    words = ["model=mamba", "model.mixer.state_size=0", "size=tiny", "logger=none"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *sweep, *words],
+        **{"cwd": tmp_path, "capture_output": True, "text": True},
+    )
+    said = done.stderr.splitlines()
+    assert "model=mamba: state_size=0 must be at least 1" in said[-1]
+    if sweep:
+        assert done.returncode == 1
+        assert len([name for name in os.listdir(tmp_path / "runs") if name[0] != "."]) == 1
+    else:
+        assert (done.returncode, len(said), os.listdir(tmp_path)) == (2, 1, [])
