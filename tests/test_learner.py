@@ -234,7 +234,7 @@ def test_arms_matched_by_parameters_are_within_one_percent(size, architecture):
 
 def test_what_cannot_be_matched_is_refused_with_both_counts():
     config = train_config("model=learned", "size=tiny", "seq_len=64k")
-    with pytest.raises(UserError, match=r"within 1 % \(nearest [\d,]+\): match=none"):
+    with pytest.raises(UserError, match=r"within 1 % \(nearest [\d,]+\)\. match=none"):
         build_model(config, 256)
 
 
