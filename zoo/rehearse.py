@@ -92,9 +92,9 @@ def _check_memory(
     kept = read if read > memory else read + rows * _kept_per_row(config, vocab_size, knobs)
     if trained + kept > memory:
         raise UserError(
-            f"batch_size={config.batch_size}, seq_len={window}: a step needs at least {_bytes(trained + kept)} "
-            f"({numbers}; {_bytes(kept)} for {rows * window:,} tokens at once), and this machine has "
-            f"{_bytes(memory)}. Use fewer batch_tokens, trainer.accumulate_grad_batches=<parts of "
+            f"batch_size={config.batch_size}, seq_len={window}: a step needs at least "
+            f"{_bytes(trained + kept)} ({numbers}; {_bytes(kept)} for {rows * window:,} tokens at "
+            f"once), and this machine has {_bytes(memory)}. Use fewer batch_tokens, trainer.accumulate_grad_batches=<parts of "
             "a step>, checkpoint_activations=true, a shorter seq_len or a smaller size."
         )
 
