@@ -94,8 +94,9 @@ def _check_memory(
         raise UserError(
             f"batch_size={config.batch_size}, seq_len={window}: a step needs at least "
             f"{_bytes(trained + kept)} ({numbers}; {_bytes(kept)} for {rows * window:,} tokens at "
-            f"once), and this machine has {_bytes(memory)}. Use fewer batch_tokens, trainer.accumulate_grad_batches=<parts of "
-            "a step>, checkpoint_activations=true, a shorter seq_len or a smaller size."
+            f"once), and this machine has {_bytes(memory)}. Use fewer batch_tokens, "
+            "trainer.accumulate_grad_batches=<parts of a step>, checkpoint_activations=true, "
+            "a shorter seq_len or a smaller size."
         )
 
 
