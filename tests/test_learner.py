@@ -68,41 +68,6 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 90) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("state_passing", ["none", "carry"])
-def test_killed_and_resumed_is_bit_equal_to_unbroken(text, tmp_path, state_passing):
-    """kill -9 in the middle, then the same command again: the same losses and weights."""
-    common = arguments(
-        text,
-        "model=hybrid",
-        "model.pattern=[mamba,transformer]",
-        f"state_passing={state_passing}",
-        "trainer.max_steps=60",
-        "save_every=8",
-        "trainer.log_every_n_steps=1",
-    )
-    whole = program(*common, "name=whole", cwd=tmp_path)
-    killed = program(*common, "name=killed", cwd=tmp_path)
-    checkpoints = tmp_path / "runs/killed/checkpoints"
-    wait_for(lambda: any(checkpoints.glob("step=*[1-9]*.ckpt")), killed)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    output, _ = whole.communicate(timeout=120)
-    assert whole.returncode == 0, output
-    reached = max(losses(tmp_path / "runs/killed"))
-    assert 8 <= reached < 60, "killed too late to show anything"
-
-    again = program(*common, "name=killed", cwd=tmp_path)
-    output, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, output
-    a, b = (RunFolder.open(tmp_path / "runs" / name) for name in ("whole", "killed"))
-    assert losses(a.path) == losses(b.path)
-    assert len(losses(a.path)) == 60
-    assert a.info["status"] == b.info["status"] == "done"
-    assert a.info["tokens_seen"] == b.info["tokens_seen"] == 60 * 128
-    for (name, mine), theirs in zip(weights(a).items(), weights(b).values(), strict=True):
-        assert torch.equal(mine, theirs), name
-
-
 def test_sigterm_saves_first_and_says_so(text, tmp_path):
     words = arguments(
         text, "name=run", "trainer.max_steps=100000", "save_every=100000", "valid_every=100000"

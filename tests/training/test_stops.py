@@ -1,0 +1,162 @@
+"""Signals, crashes and threads: the record is true, the lock free, and the rest goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from zoo.run import RunFolder, find_runs
+
+STUB = Path(__file__).with_name("stub.py")
+
+
+def start(how: str, *words: str, cwd: Path, **env: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(STUB), how, *words],
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(how: str, *words: str, cwd: Path) -> tuple[int, str]:
+    process = start(how, *words, cwd=cwd)
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+def until(process: subprocess.Popen, line: str) -> None:
+    assert process.stdout is not None
+    for said in process.stdout:
+        if line in said:
+            return
+    raise AssertionError(f"it never said {line!r}")
+
+
+def the_run(folder: Path) -> RunFolder:
+    (found,) = find_runs(str(folder / "runs/*"), "runs")
+    return found
+
+
+def test_an_arm_that_crashes_is_a_failed_arm(tmp_path):
+    code, output = run("crash", "-m", "seed=0,1,2", cwd=tmp_path)
+    assert code == 1, output
+    runs = {folder.config.seed: folder.info for folder in find_runs(str(tmp_path / "runs/*"), "")}
+    assert [runs[seed]["status"] for seed in (0, 1, 2)] == ["done", "failed", "done"]
+    assert "SIGSEGV" in runs[1]["reason"]
+    assert "1 of 3 arms failed" in output
+    assert "Traceback" not in output
+    assert [runs[seed]["arm"] for seed in (0, 1, 2)] == ["seed=0", "seed=1", "seed=2"]
+    assert len({info["sweep"] for info in runs.values()}) == 1
+    table = output[output.index("arm  options") :].splitlines()[1:4]
+    assert [line.split()[1] for line in table] == ["0", "1", "2"]  # seeds
+    assert ["failed" in line for line in table] == [False, True, False]
+    assert all(line.startswith(f"{n}  ") for n, line in enumerate(table, 1))
+    assert "[2/3] runs/" in output
+
+
+def test_a_rank_that_crashes_is_the_runs_reason(tmp_path):
+    code, output = run("crash_of_one_rank", "trainer.devices=2", cwd=tmp_path)
+    assert code == 1, output
+    info = the_run(tmp_path).info
+    assert info["status"] == "failed"
+    assert "process 2 of 2 was ended by SIGKILL" in info["reason"]
+
+
+def test_what_one_rank_says_comes_before_what_others_lose_by_it(tmp_path):
+    code, output = run("refuse", "trainer.devices=2", "runs='a b=c'", cwd=tmp_path)
+    assert code == 1, output
+    (folder,) = find_runs(str(tmp_path / "a b=c/*"), "runs")
+    assert folder.info["status"] == "failed"
+    assert folder.info["reason"] == "the loss is nan at step 3"
+
+
+def test_seven_ranks_have_one_record_and_one_voice(tmp_path):
+    code, output = run("done", "trainer.devices=7", "batch_size=14", cwd=tmp_path)
+    assert code == 0, output
+    assert len(output.splitlines()) == 2, output  # what a step reads, and where it trains
+    assert the_run(tmp_path).info["status"] == "done"
+
+
+def test_a_thread_trains_and_the_command_line_stays_the_callers(tmp_path):
+    code, output = run("done_in_a_thread", cwd=tmp_path)
+    assert code == 0, output
+    assert the_run(tmp_path).info["status"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("how", "number"),
+    [
+        ("steps", signal.SIGTERM),
+        ("building", signal.SIGINT),
+        ("steps -m", signal.SIGINT),
+        ("steps trainer.devices=2", signal.SIGTERM),
+    ],
+)
+def test_a_first_signal_stops_it_in_order(how, number, tmp_path):
+    process = start(*how.split(), cwd=tmp_path)
+    until(process, "training\n")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    info, name = the_run(tmp_path).info, {15: "SIGTERM", 2: "Ctrl-C"}[number]
+    assert info["status"] == "stopped"
+    assert info["reason"].startswith(f"stopped by {name}")
+    assert output.splitlines()[-1].startswith(f"train.py: stopped by {name}")
+    with the_run(tmp_path).lock():
+        pass
+
+
+@pytest.mark.parametrize("layout", ["trainer.devices=1", "trainer.devices=2"])
+def test_what_does_not_end_is_ended(layout, tmp_path):
+    """In C, Python's handlers never run: the process ends all the same, and the record is true."""
+    process = start("one_long_step", layout, cwd=tmp_path, GRACE="1")
+    until(process, "training\n")
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=30)
+    assert time.monotonic() - began < 15
+    assert process.returncode == 130, output
+    assert the_run(tmp_path).info["status"] == "stopped"
+    assert "SIGTERM" in the_run(tmp_path).info["reason"]
+    with the_run(tmp_path).lock():
+        pass
+
+
+@pytest.mark.parametrize("layout", ["trainer.devices=1", "trainer.devices=2"])
+def test_a_second_signal_ends_it_at_once(layout, tmp_path):
+    process = start("one_long_step", layout, cwd=tmp_path, GRACE="60")
+    until(process, "training\n")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, output
+    assert the_run(tmp_path).info["status"] == "stopped"
+
+
+def test_ranks_end_with_the_process_that_started_them(tmp_path):
+    process = start("one_long_step", "trainer.devices=2", cwd=tmp_path)
+    until(process, "training\n")
+    process.kill()
+    process.communicate(timeout=30)  # whoever lives holds its output open
+    with the_run(tmp_path).lock():
+        pass
+
+
+def test_an_early_stop_is_said_in_words(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    from zoo.command_line import launch
+
+    def check(*_):
+        raise KeyboardInterrupt
+
+    assert launch("train", [], usage="", check=check, job=lambda *_: 0) == 130
+    assert capsys.readouterr().err == "train.py: stopped\n"
