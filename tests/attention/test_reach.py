@@ -76,6 +76,10 @@ def counted(i, j, window=6, windows=4):
 CASES = {
     "plain": (Reach(scaling), by_plain),
     "dual_chunk": (DualChunk(scaling, original_length=10, chunk=6, local=4), by_dual_chunk),
+    "dual_chunk_local": (
+        DualChunk(scaling, original_length=10, chunk=6, local=2),
+        lambda i, j: by_dual_chunk(i, j, w=2),
+    ),
     "streaming_llm": (StreamingLLM(scaling, original_length=6, sinks=2), by_streaming),
     "window": (StreamingLLM(scaling, original_length=5, sinks=0), by_window),
     "lm_infinite": (LMInfinite(scaling, original_length=5, sinks=2), by_lm_infinite),

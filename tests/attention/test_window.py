@@ -103,7 +103,7 @@ def test_around_sees_as_far_ahead_as_back(tokens, side, dilation):
 
 def test_heads_of_different_dilation_come_back_in_their_order():
     q, k, v = inputs(40)
-    dilations = [3, 1, 3]
+    dilations = [3, 1, 2]  # an order that is not its own inverse
     out, lse = by_head(partial(window, size=5), q, k, v, dilations)
     for head, dilation in enumerate(dilations):
         one = [x[:, :, head : head + 1] for x in (q, k, v)]
