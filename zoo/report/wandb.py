@@ -1,5 +1,6 @@
 """Weights & Biases as a mirror: the run folders stay the record, and no question is ever asked."""
 
+import base64
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any, Literal
 
 from zoo.errors import UserError
 from zoo.report.caveats import banners, limits
+from zoo.report.figures import PICTURES
+from zoo.report.page import pictures_folder
 from zoo.report.rows import finite, gather
 from zoo.report.tables import PROTOCOLS
 from zoo.report.text import as_text
@@ -22,10 +25,17 @@ def mirror(
     mode: Literal["auto", "offline", "online"] = "auto",
     *,
     project: str = "zoo",
+    config: Mapping[str, Any] | None = None,
+    report: Path | None = None,
 ) -> Path:
     """Log the rows as a table and as metrics over length; return the W&B run's own folder.
 
+    The W&B run is named after what was measured of which runs, and has the report's figures and
+    the report itself, where one was written.
+
     Args:
+        config: the evaluation's options.
+        report: the HTML file, with its pictures beside it.
         folder: where W&B keeps its files, online or not.
         mode: "auto" is online where a key is known, else offline; "online" without a key is
             offline too, and says so.
@@ -33,7 +43,9 @@ def mirror(
     import wandb
 
     folder.mkdir(parents=True, exist_ok=True)
-    with begin(mode, project=project, job_type="report", dir=str(folder)) as run:
+    named = {"name": evaluation_name(rows, runs), "job_type": "evaluation", "group": "evaluation"}
+    about = named | {"project": project, "config": dict(config or {}), "dir": str(folder)}
+    with begin(mode, **about) as run:
         run.define_metric("length")
         run.define_metric("*", step_metric="length")
         for length, metrics in sorted(by_length(rows, runs).items()):
@@ -42,8 +54,32 @@ def mirror(
         table = wandb.Table(columns=columns, allow_mixed_types=True)
         for row in rows:
             table.add_data(*(_plain(row.get(column)) for column in columns))
-        run.log({"rows": table})
+        run.log({"rows": table} | _pages(report))
         return Path(run.dir).parent
+
+
+def evaluation_name(rows: Rows, runs: Rows) -> str:
+    """What was measured of what: "perplexity, speed of mamba-tiny-256-stdlib-s0-1a2b3c4d"."""
+    asked = [row for row in rows if row.get("requested", True)]
+    tasks = dict.fromkeys(str(row["task"]) for row in asked if row.get("task"))
+    names = dict.fromkeys(str(run["run"]) for run in (*runs, *rows) if run.get("run"))
+    of = next(iter(names), "nothing") if len(names) < 2 else f"{len(names)} runs"
+    return f"{', '.join(tasks) or 'evaluation'} of {of}"
+
+
+def _pages(report: Path | None) -> dict[str, Any]:
+    """The report and its pictures, each as a page of its own: an image of W&B's needs Pillow."""
+    import wandb
+
+    if report is None or not report.is_file():
+        return {}
+    pages = {"report": wandb.Html(report.read_text(encoding="utf-8"), inject=False)}
+    for file in sorted(pictures_folder(report).glob("*.png")):
+        if file.name in PICTURES:
+            data = base64.b64encode(file.read_bytes()).decode()
+            picture = f'<img alt="{file.stem}" width="100%" src="data:image/png;base64,{data}">'
+            pages[f"figures/{file.stem}"] = wandb.Html(picture, inject=False)
+    return pages
 
 
 def begin(mode: str, **about: Any) -> Any:

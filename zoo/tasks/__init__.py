@@ -111,7 +111,9 @@ def evaluate(
     else:
         say(terminal(gather(rows, runs)))
     if config.logger.name == "wandb":
-        mirror(rows, runs, Path(config.runs), config.logger.mode, project=config.logger.project)
+        report = Path(config.report) if config.report else None
+        about = {"project": config.logger.project, "config": plain(config), "report": report}
+        mirror(rows, runs, Path(config.runs), config.logger.mode, **about)
     return int(bool({"failed", "leaks"} & statuses) or "ok" not in statuses)
 
 

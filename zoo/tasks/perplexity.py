@@ -26,7 +26,7 @@ lengths and protocols that have windows which start there: from the longest leng
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import exp
+from math import exp, log
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -236,6 +236,7 @@ def _describe(subject: Subject, tally: Tally, state_bytes: int | None) -> Row:
         "count": count,
         "bits_per_byte": bits_per_byte(nll_sum, count, size),
         "perplexity": exp(nll_sum / count) if nll_sum / count < 700 else None,  # beyond a float
+        "uniform_bits": bits_per_byte(count * log(subject.model.vocab_size), count, size),
         "unit_bits": units,
         "interval": interval(units),
         "state_bytes": state_bytes,
