@@ -13,6 +13,7 @@ from zoo.command_line import Arm, launch, say
 from zoo.config import resolve, run_name
 from zoo.data.sources import check_source
 from zoo.errors import RunError, UserError
+from zoo.hardware import check_deterministic
 from zoo.inert import check_effects, check_names, notes
 from zoo.resume import finetuned, resumed
 from zoo.run import RunFolder
@@ -52,6 +53,7 @@ def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
         check_effects(config, tree, given)
     check_shares(config)
     check_source(config.data.model_dump())
+    check_deterministic(config.trainer.accelerator, config.trainer.deterministic)
     return config
 
 

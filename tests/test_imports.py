@@ -12,7 +12,7 @@ SOURCES = sorted([*ROOT.glob("zoo/**/*.py"), ROOT / "train.py", ROOT / "eval.py"
 
 # A module may import from its own layer and from lower ones.
 LAYERS = [
-    {"errors", "locks", "measurement", "console", "stopping"},
+    {"errors", "hardware", "locks", "measurement", "console", "stopping"},
     {"options", "schema", "schedule", "files", "processes"},
     {"data", "report", "config", "ops"},
     {"checkpoints", "provenance", "applies"},

@@ -26,6 +26,7 @@ from zoo.data.loader import valid_batch
 from zoo.errors import UserError
 from zoo.extend import extend
 from zoo.files import one_line
+from zoo.hardware import cuda_line, prepare
 from zoo.ops import backends
 from zoo.ops.native import tune_allocator
 from zoo.report import wandb
@@ -103,8 +104,11 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         "threads": torch.get_num_threads(),
     }
     trainer = _trainer(config, folder, [metrics, checkpoints], about)
+    cuda = prepare(trainer.strategy.root_device.type)
     if first:
         device = device_name(trainer.strategy.root_device)
+        if cuda:
+            say(f"{cuda_line(config.trainer.precision, trainer.world_size)}; {cuda}")
         folder.update(**about, device=device, processes=trainer.world_size)
         _tell(config, corpus, about)
     try:

@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from zoo.errors import UserError, choose, refuse
+from zoo.hardware import resolve_precision
 from zoo.options import (
     TRAINER_OWNED,
     TRAINER_REFUSED,
@@ -197,7 +198,9 @@ class Trainer(OpenSection):
     """The arguments of Lightning's Trainer that a run carries through; others are refused."""
 
     max_steps: Positive = Field(description="optimiser steps")
-    precision: Literal["32-true", "bf16-mixed"] = Field(description="32-true or bf16-mixed")
+    precision: Literal["32-true", "bf16-mixed"] = Field(
+        description="32-true or bf16-mixed; auto: bf16-mixed on CUDA, else 32-true"
+    )
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = Field(
         description="auto, cpu, gpu ..."
     )
@@ -212,6 +215,14 @@ class Trainer(OpenSection):
     benchmark: bool | None = None
     detect_anomaly: bool | None = None
     enable_progress_bar: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _precision(cls, value: Any) -> Any:
+        """A run's configuration says which precision it has, not `auto`: it may change machines."""
+        if isinstance(value, dict) and value.get("precision") == "auto":
+            return {**value, "precision": resolve_precision(value.get("accelerator"))}
+        return value
 
     @model_validator(mode="after")
     def _known(self) -> "Trainer":

@@ -20,6 +20,7 @@ from zoo.config import extensions, identity, plain
 from zoo.data.corpora import open_corpus
 from zoo.errors import UserError
 from zoo.extend import extend
+from zoo.hardware import prepare
 from zoo.learner import device_name, load, pick_device
 from zoo.measurement import agrees, question
 from zoo.options import flat, within
@@ -77,6 +78,8 @@ def evaluate(
         told = f"report={config.report}: its pictures go to the folder {folder}, which is a file."
         raise UserError(f"{told} Name another file.")
     device, progress = pick_device(config.device), progress or Progress.on_stderr()
+    if line := prepare(device.type):
+        log.info("%s", line)
     rows, runs, statuses = [], [], set()
     for folder in folders:
         progress.run = folder.name

@@ -1,0 +1,63 @@
+"""What a machine's devices are asked to do where a run does not say it: precision, TF32, how many.
+
+Nothing heavy is imported where there is no NVIDIA driver.
+"""
+
+import ctypes
+import sys
+from typing import Any
+
+from zoo.errors import UserError
+
+
+def cuda_devices() -> int:
+    """How many CUDA devices PyTorch finds."""
+    if not _driver():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _driver() -> bool:
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def on_cuda(accelerator: Any) -> bool:
+    """Whether Lightning's `accelerator` of this name is a CUDA device on this machine."""
+    return accelerator in ("auto", "gpu", "cuda") and cuda_devices() > 0
+
+
+def resolve_precision(accelerator: Any) -> str:
+    """The precision that `auto` means here: mixed with bfloat16 on CUDA, else float32."""
+    return "bf16-mixed" if on_cuda(accelerator) else "32-true"
+
+
+def check_deterministic(accelerator: Any, deterministic: Any) -> None:
+    """Raise UserError where deterministic algorithms are asked for that PyTorch has not got."""
+    if deterministic is True and on_cuda(accelerator):
+        raise UserError(
+            "trainer.deterministic=true: not available on CUDA, where cumsum has no deterministic "
+            "form. Use trainer.deterministic=warn, or trainer.accelerator=cpu."
+        )
+
+
+def prepare(device_type: str) -> str | None:
+    """Let float32 matrix products on CUDA use TF32; returns the line to tell, None elsewhere."""
+    if device_type != "cuda":
+        return None
+    import torch
+
+    torch.set_float32_matmul_precision("high")
+    return "float32 matrix products take TF32 (NVIDIA_TF32_OVERRIDE=0 keeps them float32)"
+
+
+def cuda_line(precision: str, used: int) -> str:
+    """The line about how a run trains on CUDA."""
+    found = cuda_devices()
+    more = f"; trainer.devices={found} takes all" if used < found else ""
+    return f"trainer.precision={precision} on {used} of {found} CUDA devices{more}"
