@@ -10,6 +10,7 @@ import pytest
 import torch
 from building import ENCODERS
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from zoo.backbone import Backbone
@@ -47,6 +48,25 @@ def with_embeddings(model: Backbone, tokens: torch.Tensor):
         return model(tokens), held[0]
     finally:
         hook.remove()
+
+
+class FindsTransforms(TorchDispatchMode):
+    """Whether a Fourier transform was taken, which spreads rounding over all it transforms."""
+
+    found = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found |= "fft" in str(func)
+        return func(*args, **kwargs or {})
+
+
+def rounding(model: Backbone, tokens: torch.Tensor) -> float:
+    """Share of the largest gradient that may reach what must not be reached: none, but of a Fourier
+    transform 2^13 units of its rounding (each of n points has some log2 n). A leak of one millionth
+    exceeds that 10^6 times."""
+    with torch.no_grad(), FindsTransforms() as watch:
+        model(tokens)
+    return 2.0**-40 if watch.found else 0.0
 
 
 def read_in_chunks(model: Backbone, tokens: torch.Tensor, sizes: list[int]):
@@ -107,7 +127,7 @@ def test_the_future_cannot_change_the_past(model, cut):
     logits, embedded = with_embeddings(model, tokens)
     weights = torch.randn(2, cut, VOCABULARY, dtype=logits.dtype)
     (grad,) = torch.autograd.grad((logits[:, :cut] * weights).sum(), embedded)
-    assert (grad[:, cut:] == 0).all()
+    assert (grad[:, cut:].abs() <= rounding(model, tokens) * grad.abs().max()).all()
     assert (grad[:, :cut] != 0).any()
 
 
@@ -160,7 +180,7 @@ def test_rows_of_a_batch_do_not_mix(model):
     torch.testing.assert_close(model(tokens[1:2]), logits[1:2], **EXACT)
     out, embedded = with_embeddings(model, tokens)
     (grad,) = torch.autograd.grad(out[0].square().sum(), embedded)
-    assert (grad[1:] == 0).all()
+    assert (grad[1:].abs() <= rounding(model, tokens) * grad.abs().max()).all()
     assert (grad[0] != 0).any()
 
 

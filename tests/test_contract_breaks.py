@@ -128,6 +128,64 @@ class LearnsNothing(Sound):
         return 0 * out if state is None else (0 * out[0], out[1])
 
 
+class LongConvolution(Mixer):
+    """Sound, by Fourier transforms: y_t = W sum_j exp(-decay j) x_(t-j)."""
+
+    leak = 0.0
+
+    def __init__(self, *, width: int, layer: int = 0, layers: int = 1) -> None:
+        super().__init__()
+        self.decay = nn.Parameter(torch.linspace(0.1, 2.0, width))
+        self.proj = linear(width, width)
+
+    def forward(self, x, state=None):
+        before = x[:, :0] if state is None else state[0]
+        every, t = torch.cat([before, x], 1), before.shape[1] + x.shape[1]
+        kernel = torch.exp(-self.decay * torch.arange(t)[:, None])
+        product = torch.fft.rfft(every, 2 * t, 1) * torch.fft.rfft(kernel, 2 * t, 0)
+        y = torch.fft.irfft(product, 2 * t, 1)[:, before.shape[1] : t]
+        y = self.proj(y + self.leak * nn.functional.pad(x[:, 1:], (0, 0, 0, 1)))
+        return y if state is None else (y, (every,))
+
+    def empty_state(self, batch):
+        return (self.proj.weight.new_zeros(batch, 0, self.proj.in_features),)
+
+
+class LeaksAMillionth(LongConvolution):
+    leak = 1e-6
+
+
+@pytest.mark.parametrize("cut", [1, 17, 63, 64])
+def test_a_fourier_transform_keeps_the_contract_and_a_tiny_leak_in_it_does_not(cut):
+    contract.test_the_future_cannot_change_the_past(tiny_model(LongConvolution), cut)
+    contract.test_rows_of_a_batch_do_not_mix(tiny_model(LongConvolution))
+    contract.test_a_prefix_gives_the_prefix_of_the_outputs(tiny_model(LongConvolution), 33)
+    contract.test_any_chunking_gives_the_whole(tiny_model(LongConvolution), 65)
+    with pytest.raises(AssertionError):
+        contract.test_the_future_cannot_change_the_past(tiny_model(LeaksAMillionth), cut)
+
+
+def test_the_gradient_of_a_millionths_leak_is_far_above_rounding():
+    """By gradients alone: where outputs are compared coarsely it is still seen."""
+    tokens = contract.random_tokens(tiny_model(LongConvolution), 40)
+
+    def share(kind) -> float:
+        model = tiny_model(kind)
+        logits, embedded = contract.with_embeddings(model, tokens)
+        (grad,) = torch.autograd.grad(logits[:, :20].square().sum(), embedded)
+        bound = contract.rounding(model, tokens)
+        assert bound > 0
+        return float(grad[:, 20:].abs().max() / grad.abs().max()) / bound
+
+    assert share(LongConvolution) < 0.1
+    assert share(LeaksAMillionth) > 1e4
+
+
+def test_without_a_fourier_transform_gradients_are_exactly_zero():
+    model = tiny_model(Sound)
+    assert contract.rounding(model, contract.random_tokens(model, 9)) == 0
+
+
 BREAKS = [
     (contract.test_logits_have_the_shape_and_dtype_asked_for, [7], LosesPrecision),
     (contract.test_every_parameter_gets_a_finite_gradient_that_is_not_zero, [], HasAnIdleParameter),
