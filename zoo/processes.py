@@ -39,6 +39,8 @@ def load(module: str) -> None:
     be forked."""
     global _imported
     fresh = "torch" not in sys.modules
+    if fresh:  # ask the driver's library which devices there are: CUDA itself cannot be forked
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     importlib.import_module(module)
     if fresh:
         _imported = _native_threads()

@@ -63,6 +63,8 @@ def tell_continuation(before: TrainConfig, after: TrainConfig, step: int) -> str
         config.optim.lr * learning_rate_factor(config.optim, config.trainer.max_steps, step)
         for config in (before, after)
     ]
+    if math.isclose(rates[0], rates[1], rel_tol=1e-3) and after.optim.continuation == "cosine":
+        return None
     kind, last = after.optim.continuation, after.trainer.max_steps
     told = f"learning rate: {rates[0]:.3g} at step {step}, "
     if kind == "constant":

@@ -113,6 +113,14 @@ class Learner(lightning.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
+    def on_train_start(self) -> None:
+        """Give the next step this run's rate: a checkpoint holds that of the run as it was."""
+        (scheduler,) = self.trainer.lr_scheduler_configs
+        rates = scheduler.scheduler.base_lrs
+        factor = self.learning_rate_factor(self.global_step)
+        for group, rate in zip(self.trainer.optimizers[0].param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+
     def learning_rate_factor(self, step: int) -> float:
         """What the peak learning rate is multiplied by in the step after `step` others."""
         return learning_rate_factor(self.optim, self.max_steps, step)
