@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import logging
+import re
 import sys
 import threading
 import traceback
@@ -341,7 +342,20 @@ def _help(program: str, usage: str) -> str:
         section, _, last = key.rpartition(".")
         owner: Any = schema.model_fields[section].annotation if section else schema
         lines.append(f"  {_option(key, values[key]):<30}{owner.model_fields[last].description}")
+    if program == "eval":
+        lines += ["", "options of what task= chooses, whose YAML files say more:", *_task_options()]
     return "\n".join(lines) + "\n"
+
+
+def _task_options() -> Iterator[str]:
+    """Each task's options with their values, and what its YAML file says beside them."""
+    for name in choices("task"):
+        text = (CONFIGS / "task" / f"{name}.yaml").read_text(encoding="utf-8")
+        for key, value, words in re.findall(
+            r"^  ([a-z]\w*): ([^#\n]*?)(?: *# (.*))?$", text, re.MULTILINE
+        ):
+            option = f"task.{name}.{key}={'' if value == '???' else value}"
+            yield f"  {option:<38}{words}".rstrip()
 
 
 def _option(key: str, value: Any) -> str:

@@ -276,3 +276,16 @@ def test_lengths_are_multiples_of_the_training_length_unless_given(tmp_path):
 def test_settings_that_make_no_sense_are_refused(wrong, store, tmp_path):
     with pytest.raises(UserError):
         list(measure(make_subject(Remembers(1), tmp_path, store), **wrong))
+
+
+def test_a_row_says_what_guesses_without_context_would_score(tmp_path, store):
+    """Token frequencies alone, and an even guess over the vocabulary, in bits per byte."""
+    subject = make_subject(Remembers(memory=5), tmp_path, store)
+    rows = list(measure(subject, lengths=LENGTHS, units=UNITS, stride=STRIDE))
+    text = evaluation_text(store, LENGTHS[-1], UNITS, "joined")
+    counts = np.bincount(text.ravel())
+    shares = counts[counts > 0] / counts.sum()
+    unigram = -(shares * np.log2(shares)).sum() / store.bytes_per_token
+    for row in rows:
+        assert row["unigram_bits"] == pytest.approx(unigram)
+        assert row["uniform_bits"] == pytest.approx(math.log2(VOCABULARY) / store.bytes_per_token)

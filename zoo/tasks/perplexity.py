@@ -100,6 +100,7 @@ def measure(
             elif not subject.measured(key):
                 tallies.setdefault(length, []).append(Tally(key, scored, len(text)))
     read: set[tuple[int, int]] = set()
+    unigram = entropy(text)
     hidden = None
     if not subject.model.causal:
         mask = subject.model.vocab_size - 1  # the last token of an encoder's vocabulary
@@ -107,7 +108,7 @@ def measure(
     for length, wanted in tallies.items():
         outcome = attempt(partial(_read, subject, text, length, tallies, read, hidden, chunk))
         for tally in wanted:
-            found = _describe(subject, tally, outcome.value) if outcome.ok else {}
+            found = _describe(subject, tally, outcome.value, unigram) if outcome.ok else {}
             yield tally.key | outcome.row | found
 
 
@@ -216,7 +217,14 @@ def _read(
         return subject.model.state_bytes(length) if hidden is None else None
 
 
-def _describe(subject: Subject, tally: Tally, state_bytes: int | None) -> Row:
+def entropy(tokens: Int[np.ndarray, "..."]) -> float:
+    """Nats per token of the best model that knows their frequencies and no context."""
+    counts = np.unique(tokens, return_counts=True)[1]
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def _describe(subject: Subject, tally: Tally, state_bytes: int | None, unigram: float) -> Row:
     """The row's numbers; the arrays they come from go to a file beside the run's rows."""
     key, size = tally.key, subject.store.bytes_per_token
     nll_sum, count = float(tally.position_sums.sum()), int(tally.position_counts.sum())
@@ -236,6 +244,7 @@ def _describe(subject: Subject, tally: Tally, state_bytes: int | None) -> Row:
         "count": count,
         "bits_per_byte": bits_per_byte(nll_sum, count, size),
         "perplexity": exp(nll_sum / count) if nll_sum / count < 700 else None,  # beyond a float
+        "unigram_bits": bits_per_byte(unigram * count, count, size),
         "uniform_bits": bits_per_byte(count * log(subject.model.vocab_size), count, size),
         "unit_bits": units,
         "interval": interval(units),
