@@ -1,7 +1,9 @@
 """The run folder survives kills and full disks; train.py continues, refuses and sweeps by it."""
 
 import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 
 import zoo.files
 import zoo.run
+from zoo import checkpoints
 from zoo.config import compose
 from zoo.errors import UserError
 from zoo.files import one_line, replacing
@@ -447,3 +450,231 @@ def test_eval_hands_the_runs_over(tmp_path, monkeypatch, config):
     assert seen == [(["speed"], ["a", "b"])]
     assert program.main(["-m", "run=a,b", "task=speed"]) == 1
     assert [names for _, names in seen[1:]] == [["a"], ["b"]]
+
+
+def edit_code(monkeypatch, **files: str) -> None:
+    """As if these files of the package had changed since."""
+    real = zoo.run.sources
+    monkeypatch.setattr(zoo.run, "sources", lambda *given, **more: real(*given, **more) | files)
+
+
+def test_weights_that_other_code_made_are_not_already_trained(train, monkeypatch):
+    train("name=mine")
+    before = only_run().info["sources"]
+    edit_code(monkeypatch, **{"zoo/mixers/softmax.py": "corrected"})
+    code, error = train("name=mine", learner=refuse)
+    assert code == 2
+    assert "mine was trained by other code: zoo/mixers/softmax.py changed since" in error
+    assert "fresh=true trains a new run beside it" in error
+    assert only_run().info["sources"] == before
+    assert train("name=mine", "fresh=true")[0] == 0
+    assert RunFolder.open("runs/mine-2").info["sources"] != before
+    assert train("name=mine", "changed_code=accept", learner=refuse)[0] == 0  # nothing to train
+
+
+def test_a_run_goes_on_under_other_code_only_when_told_and_says_so(train, monkeypatch):
+    train("name=mine", learner=stop_after_7)
+    before = only_run().info["sources"]
+    edit_code(monkeypatch, **{"zoo/backbone.py": "changed"})
+    for words in (["resume=runs/mine"], ["name=mine"]):
+        code, error = train(*words, learner=refuse)
+        assert code == 2
+        assert "was trained by other code: zoo/backbone.py changed since" in error
+    code, error = train("resume=runs/mine", "changed_code=accept")
+    assert code == 0
+    assert "zoo/backbone.py changed since (accepted)" in error
+    info = only_run().info
+    assert info["earlier_sources"] == [{"sources": before, "until_step": 7}]
+    assert zoo.run.trained_by(info) == f"{before}+{info['sources']}"
+    assert train("resume=runs/mine")[1].startswith("already trained")  # the word was for one time
+
+
+def test_a_run_of_before_the_record_goes_on_and_says_that_its_code_is_unknown(train):
+    train("name=mine", learner=stop_after_7)
+    file = Path("runs/mine/run.json")
+    kept = {"status", "reason", "step", "tokens_seen", "commit", "versions"}
+    old = {key: value for key, value in json.loads(file.read_text()).items() if key in kept}
+    file.write_text(json.dumps(old))
+    config = Path("runs/mine/config.yaml")
+    config.write_text(config.read_text().partition("\n")[2])  # nor had that a hash
+    code, error = train("resume=runs/mine")
+    assert code == 0
+    assert "what code trained it is not known" in error
+    assert zoo.run.trained_by(only_run().info) is None
+
+
+def test_a_refusal_on_the_way_puts_back_what_was_recorded(train, monkeypatch):
+    train("name=mine", learner=stop_after_7)
+    before = only_run()
+    config, info = before.config, before.info
+
+    def other_text(config, folder):
+        raise UserError("data=stdlib is not the text")
+
+    edit_code(monkeypatch, **{"zoo/backbone.py": "changed"})
+    words = ["trainer.max_steps=2k", "changed_code=accept"]
+    assert train("resume=runs/mine", *words, learner=other_text)[0] == 2
+    assert only_run().config == config
+    assert only_run().info["sources"] == info["sources"]
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew_in_silence(train):
+    train("name=mine", learner=stop_after_7)
+    for file in Path("runs/mine/checkpoints").iterdir():
+        file.unlink()
+    for words in (["resume=runs/mine"], ["name=mine"]):
+        code, error = train(*words, learner=refuse)
+        assert code == 2
+        assert "mine has lost the checkpoints of its 7 steps" in error
+
+
+def test_what_a_killed_creation_left_goes_with_the_next(tmp_path, config, monkeypatch):
+    def die(path, _):
+        os.rename(path, str(path).replace(f".{os.getpid()}.tmp", ".999999999.tmp"))
+        raise Killed
+
+    real = os.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(zoo.run.os, "rename", lambda *given: (patch.undo(), die(*given)))
+        with pytest.raises(Killed):
+            RunFolder.create(tmp_path / "run", config, {})
+    assert zoo.run.os.rename is real
+    (tmp_path / f".alive.{os.getpid()}.tmp").mkdir()
+    (tmp_path / ".elsewhere.another-host.999999999.tmp").mkdir()
+    RunFolder.create(tmp_path / "next", config, {})
+    left = {".elsewhere.another-host.999999999.tmp", f".alive.{os.getpid()}.tmp", "next"}
+    assert set(os.listdir(tmp_path)) == left
+
+
+BAD_INFO = {
+    "no step": {"step": ...},
+    "text for a step": {"step": "seven"},
+    "a step below 0": {"step": -1},
+    "a step that is no whole number": {"step": 1.5},
+    "truth for a step": {"step": True},
+    "no status": {"status": ...},
+    "another status": {"status": "finished"},
+    "a list for a status": {"status": []},
+    "text for tokens": {"tokens_seen": "many"},
+    "a number for a fingerprint": {"fingerprint": 7},
+}
+
+
+@pytest.mark.parametrize("case", BAD_INFO)
+def test_a_record_with_a_field_of_another_kind_is_damaged(folder, case):
+    file = folder.path / "run.json"
+    changed = {**json.loads(file.read_text()), **BAD_INFO[case]}
+    file.write_text(json.dumps({k: v for k, v in changed.items() if v is not ...}))
+    with pytest.raises(UserError, match=r"run\.json is damaged: \w+='?.* must be") as caught:
+        RunFolder.open(folder.path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.yaml"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\0", b"\xff\xfe", b"7", b"[]", b"[" * 100_000, b"{a: " * 3000, b"a: &b *b"]
+)
+def test_a_record_that_is_none_is_one_line(folder, name, content):
+    (folder.path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} is damaged") as caught:
+        RunFolder.open(folder.path)
+    assert len(str(caught.value)) < 600
+
+
+def test_another_value_in_the_configuration_is_told(folder, config):
+    file = folder.path / "config.yaml"
+    file.write_text(file.read_text().replace("seed: 0", "seed: 1"))
+    with pytest.raises(UserError, match=r"config\.yaml was altered since the run began") as caught:
+        RunFolder.open(folder.path)
+    assert "remove its first line" in str(caught.value)
+    file.write_text(file.read_text().partition("\n")[2])
+    assert RunFolder.open(folder.path).config.seed == 1
+
+
+def test_another_value_in_the_record_is_told(folder, caplog):
+    folder.update(step=100)
+    RunFolder.open(folder.path)
+    assert not caplog.text
+    file = folder.path / "run.json"
+    file.write_text(file.read_text().replace('"step": 100', '"step": 190'))
+    assert RunFolder.open(folder.path).info["step"] == 190
+    assert "run.json was altered since it was written" in caplog.text
+
+
+def test_another_runs_files_are_told(tmp_path, config):
+    one, other = (
+        RunFolder.create(tmp_path / name, config, {"id": name * 12}) for name in ("a", "b")
+    )
+    for folder, step in ((one, 5), (other, 9)):
+        path = checkpoint(folder, f"step={step:08d}.ckpt")
+        with path.open("r+b") as file:
+            checkpoints.seal(file, folder.info["id"], step)
+        folder.update(step=step)
+    stray = one.path / "checkpoints" / "step=00000009.ckpt"
+    shutil.copy(other.path / "checkpoints" / "step=00000009.ckpt", stray)
+    assert [whole.step for whole in one.whole_checkpoints()] == [5]
+    shutil.copy(other.path / "run.json", one.path / "run.json")
+    with pytest.raises(UserError, match=r"config\.yaml was altered .* or is another run's"):
+        RunFolder.open(one.path)
+
+
+def test_a_flipped_bit_in_every_byte_of_a_sealed_checkpoint_is_told(tmp_path):
+    path = tmp_path / "step=00000003.ckpt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", bytes(40))
+        archive.writestr("archive/data/0", bytes(range(64)))
+    with path.open("r+b") as file:
+        checkpoints.seal(file, "a" * 12, 3)
+    good = checkpoints.read(path)
+    assert good is not None
+    assert (good.run, good.step) == ("a" * 12, 3)
+    content, passed = path.read_bytes(), []
+    seal_at = len(content) - checkpoints.SEAL_BYTES
+    for at in range(len(content)):
+        altered = bytearray(content)
+        altered[at] ^= 1 << at % 8
+        path.write_bytes(altered)
+        os.utime(path, ns=(at, at))  # as another file, whatever the clock's resolution
+        if checkpoints.read(path) is not None:
+            passed.append(at)
+    assert all(at >= seal_at for at in passed)  # a spoilt seal: what it closes is whole
+
+
+def test_rows_that_are_none_are_left_out_and_said(folder, caplog):
+    folder.append_row({"task": "speed", "length": 1, "tokens_per_second": 5.0})
+    with open(folder.path / "results.jsonl", "ab") as file:
+        file.write(
+            b'7\n[]\n{}\n"a"\nnull\n\xff\xfe\n{"task": 3}\n{"question": 7}\n\0\n' + b"[" * 9999
+        )
+    folder.append_row({"task": "speed", "length": 2, "tokens_per_second": 6.0})
+    assert [row["length"] for row in folder.rows()] == [1, 2]
+    assert len(caplog.records) == 10
+    file = folder.path / "results.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"6.0", b"9.0"))
+    assert [row["length"] for row in folder.rows()] == [1]
+    assert "line 12 was altered since it was written and is left out" in caplog.text
+
+
+def test_metrics_that_are_none_are_left_out_and_said(folder, caplog):
+    metrics = folder.metrics(["loss"])
+    for step in (1, 2):
+        metrics.write({"step": step, "loss": step / 2})
+    with open(folder.path / "metrics.csv", "ab") as file:
+        file.write(b"\0\0\nwords\n3,x\n3,1,1\n\xff,1\n-1,2\n99999999999999999999,1\n4,2.0\n")
+    folder.metrics(["loss"], step=9)
+    assert (folder.path / "metrics.csv").read_text() == "step,loss\n1,0.5\n2,1.0\n4,2.0\n"
+    assert "7 lines hold no figures and are left out (line 4)" in caplog.text
+    for content in (b"\xff\n1,2\n", b"\0" * 99, b"words\n1,2\n", b"step,step\n1,2\n"):
+        (folder.path / "metrics.csv").write_bytes(content)
+        folder.metrics(["loss"], step=9)
+        assert (folder.path / "metrics.csv").read_text() == "step,loss\n"
+
+
+def test_one_damaged_run_of_a_pattern_leaves_the_others(tmp_path, config, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        RunFolder.create(Path("runs") / name, config, {})
+    Path("runs/a/run.json").write_text("{")
+    assert [folder.name for folder in find_runs("runs/*", "runs")] == ["a", "b"]
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
+        find_runs("runs/a", "runs")

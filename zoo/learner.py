@@ -1,6 +1,7 @@
 """`train` fits the model of a configuration into a run folder; `load` gets it back from there."""
 
 import functools
+import json
 import logging
 import os
 import shlex
@@ -25,7 +26,7 @@ from zoo.data.corpora import Corpus, open_corpus
 from zoo.data.loader import valid_batch
 from zoo.errors import UserError
 from zoo.extend import extend
-from zoo.files import one_line
+from zoo.files import one_line, write_text
 from zoo.hardware import cuda_line, prepare
 from zoo.ops import backends
 from zoo.ops.native import tune_allocator
@@ -110,6 +111,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         if cuda:
             say(f"{cuda_line(config.trainer.precision, trainer.world_size)}; {cuda}")
         folder.update(**about, device=device, processes=trainer.world_size)
+        record_documents(corpus, folder)
         _tell(config, corpus, about)
     try:
         with stop.deferred():
@@ -315,6 +317,12 @@ def last_checkpoint(folder: RunFolder) -> tuple[Path | None, dict[str, Any]]:
     if unread:
         raise UserError(f"{folder} has no checkpoint that can be read: {unread}")
     return None, {}
+
+
+def record_documents(corpus: Corpus, folder: RunFolder) -> None:
+    """Write which document went into which split to the run's documents.json."""
+    names = {store.name: store.documents for store in (corpus.train, corpus.valid, corpus.test)}
+    write_text(folder.path / "documents.json", json.dumps(names, indent=0) + "\n")
 
 
 def _check_text(corpus: Corpus, folder: RunFolder) -> None:

@@ -5,6 +5,7 @@
     metrics.csv      training and validation figures by step
     checkpoints/     last.ckpt and those before it
     results.jsonl    one measurement per line; a later line replaces an earlier one
+    documents.json   which files of the corpus went into which split
 
 Files are replaced whole or grow by whole lines, so a kill at any moment leaves a readable folder.
 What was altered since it was written is told: config.yaml, checkpoints and rows hold hashes of
@@ -326,12 +327,22 @@ class RunFolder:
                 foreign.append(file.name)
             else:
                 if bad := _passed_over(damaged, foreign):
-                    log.warning("%s: %s, %s is whole", self, bad, file.name)
-                    damaged, foreign = [], []
+                    self._warn(f"{bad}, {file.name} is whole")
+                elif not found and whole.run and (whole.step or 0) < info["step"]:
+                    self._warn(
+                        f"the last of its {info['step']} steps are gone, {file.name} is left"
+                    )
+                damaged, foreign = [], []
                 found += 1
                 yield whole
         if not found and (bad := _passed_over(damaged, foreign)):
             raise UserError(f"{self} has no whole checkpoint: {bad}")
+
+    def _warn(self, message: str) -> None:
+        """Say it once in this process: a checkpoint is looked for several times."""
+        if (said := (self.path.resolve(), message)) not in _said:
+            _said.add(said)
+            log.warning("%s: %s", self, message)
 
     def append_row(self, row: Mapping[str, Any]) -> None:
         """Add one measurement to results.jsonl."""
@@ -371,6 +382,9 @@ class RunFolder:
     def metrics(self, columns: Sequence[str], *, step: int = 0) -> Metrics:
         """The writer of metrics.csv for a run that continues after `step`."""
         return Metrics(self.path / "metrics.csv", columns, step=step)
+
+
+_said: set[tuple[Path, str]] = set()
 
 
 def _passed_over(damaged: Sequence[str], foreign: Sequence[str]) -> str:
