@@ -43,7 +43,7 @@ def banners(results: Results) -> list[str]:
     return said
 
 
-RATES = "Architectures want different rates, so a small gap may be the rate's."
+RATES = "Architectures want different rates, so a gap may be the rate's."
 
 
 def _invalid(results: Results) -> list[str]:
@@ -52,7 +52,7 @@ def _invalid(results: Results) -> list[str]:
     leaky = {row["label"]: row.get("reason") for row in results.where(status=LEAKS)}
     for label, why in leaky.items():
         said.append(f"Leak: {label} sees the tokens it is to predict, and is not ranked: {why}.")
-    said += [f"Not learned: {label} {why}." for label, why in dead(results).items()]
+    said += [f"Not learned: {label} scores {why}." for label, why in dead(results).items()]
     for label in results.arms:
         codes = {row["sources"] for row in results.by_arm[label] if row.get("sources")}
         if len(codes) > 1:
@@ -130,7 +130,10 @@ def limits(results: Results) -> list[str]:
             "Bits per byte is not retrieval: a low score can hide that far text is not used."
         )
     if results.where(task="speed"):
-        said.append("Speed is of one machine under its load: compare ratios, not absolute figures.")
+        said.append(
+            "Speed is of one machine under its load, and without an interval: compare ratios, not "
+            "absolute figures, and trust no small one."
+        )
     if other := other_tasks(results):
         said.append(f"Shown as tables, without a figure: {', '.join(other)}.")
     return said

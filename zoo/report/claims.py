@@ -131,7 +131,7 @@ def _problem(results: Results, claim: Claim) -> str:
         if len(labels) > 1:
             return f"{score.arm} was measured in {len(labels)} settings, which may not be mixed"
         if why := unlearned(rows):
-            return f"{score.arm} {next(iter(why.values()))}"
+            return f"{score.arm} has not learned: {next(iter(why.values()))}"
     return ""
 
 

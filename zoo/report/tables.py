@@ -274,7 +274,8 @@ def contexts(results: Results) -> Table | None:
     table, without = Table(caption, [(head, "") for head in heads]), dead(results)
     for label, own in reaches(results).items():
         if own is None:
-            why = without.get(label) or _unscored(results, label)
+            dull = without.get(label)
+            why = f"has not learned: {dull}" if dull else _unscored(results, label)
             kind = LEAKS if why.startswith(LEAKS) else "reason"
             cells = [Td(why, kind=kind, span=4)]
         else:

@@ -111,5 +111,5 @@ def unlearned(rows: Sequence[Row]) -> dict[str, str]:
         floor = guess(best)
         if floor and best["bits_per_byte"] > (1 - UNLEARNED) * floor[0]:
             bits = best["bits_per_byte"]
-            said[label] = f"has not learned: {bits:.3f} bits per byte, {floor[1]} {floor[0]:.3f}"
+            said[label] = f"{bits:.3f} bits per byte, where {floor[1]} {floor[0]:.3f}"
     return said
