@@ -156,8 +156,10 @@ def losses_by_hand(model: Backbone, text: Path, kind: str) -> Iterator[Tensor]:
 
 
 KINDS = {"plain": [], "carry": ["state_passing=carry"], "masked": ["objective=masked"]}
+IN_PARTS = f"trainer.accumulate_grad_batches={ROWS}"  # each window on its own: the same step
 
 
+@pytest.mark.parametrize("parts", [[], [IN_PARTS]], ids=["whole", "accumulated"])
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -168,8 +170,8 @@ KINDS = {"plain": [], "carry": ["state_passing=carry"], "masked": ["objective=ma
         ("transformer", "masked"),
     ],
 )
-def test_a_run_is_the_plain_loop(name, kind, text, tmp_path):
-    folder = run(text, tmp_path, f"model={name}", *KINDS[kind])
+def test_a_run_is_the_plain_loop(name, kind, parts, text, tmp_path):
+    folder = run(text, tmp_path, f"model={name}", *KINDS[kind], *parts)
     model = model_of(folder.config)
     optimiser, losses, norms = AdamW(model), [], []
     of_steps = losses_by_hand(model, text, kind)
@@ -182,6 +184,7 @@ def test_a_run_is_the_plain_loop(name, kind, text, tmp_path):
     assert max(norms) > 1, "nothing was clipped"
     assert logged(folder, "train_loss") == pytest.approx(losses, rel=1e-5)
     assert logged(folder, "grad_norm") == pytest.approx(norms, rel=1e-3)
+    assert logged(folder, "learning_rate") == pytest.approx([rate(i) for i in range(STEPS)])
     for key, weight in trained(folder).items():
         torch.testing.assert_close(weight, model.state_dict()[key], rtol=1e-3, atol=2e-5)
     assert folder.info["tokens_per_step"] == ROWS * WINDOW
