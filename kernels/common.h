@@ -72,6 +72,9 @@ INLINE Vec smaller(Vec a, Vec b) { return choose(b < a, b, a); }
 INLINE Vec larger(Vec a, Vec b) { return choose(b > a, b, a); }
 #endif
 
+/* The same, but NaN for infinity, whose distance to itself is no number. */
+INLINE Vec no_infinity(Vec v) { return choose(v < splat(INFINITY), v, v - v); }
+
 INLINE Vec blend(Mask where, Vec a, Vec b) { /* `choose` for masks not fresh from a comparison */
     return (Vec)((Mask)b ^ (((Mask)a ^ (Mask)b) & where));
 }
@@ -185,10 +188,14 @@ INLINE void exp2_products(Vec *result, Vec a, const Vec *b, int many, Range rang
         ALL(m, many) result[m] = result[m] * f[m] + (Real)1;
         return;
     }
-    if (range == ANY) {
+    if (range == ANY) { /* 0 and infinity beyond, and NaN of NaN */
         ALL(m, many) y[m] = smaller(larger(a * b[m], splat((Real)LOWEST)), splat((Real)-LOWEST));
         ALL(m, many) rounded[m] = y[m] + (Real)ROUND;
         ALL(m, many) f[m] = y[m] - (rounded[m] - (Real)ROUND);
+        exp2_poly(result, f, rounded, many);
+        ALL(m, many) result[m] = choose(y[m] > (Real)LOWEST, result[m], y[m] - (Real)LOWEST);
+        ALL(m, many) result[m] = choose(y[m] >= (Real)-LOWEST, splat(INFINITY), result[m]);
+        return;
     } else {
         ALL(m, many) rounded[m] = a * b[m] + (Real)ROUND;
         ALL(m, many) f[m] = rounded[m] - (Real)ROUND;
@@ -197,15 +204,18 @@ INLINE void exp2_products(Vec *result, Vec a, const Vec *b, int many, Range rang
     exp2_poly(result, f, rounded, many);
 }
 
-/* e = exp(-|v|) in (0, 1]: what softplus and sigmoid of v share without overflow. */
+/* e = exp(-|v|) in [0, 1]: what softplus and sigmoid of v share without overflow. NaN of NaN, whose
+ * bits the sum of exponents would make a number of. */
 INLINE void exp_minus_abs(Vec *e, const Vec *v, int many) {
+    const Real lowest = (Real)(LOWEST / LOG2E);
     Vec a[8], rounded[8], f[8];
-    ALL(m, many) a[m] = larger(negative(v[m]), splat((Real)(LOWEST / LOG2E)));
+    ALL(m, many) a[m] = larger(negative(v[m]), splat(lowest));
     ALL(m, many) rounded[m] = a[m] * (Real)LOG2E + (Real)ROUND;
     ALL(m, many) f[m] = rounded[m] - (Real)ROUND;
     ALL(m, many) f[m] = a[m] * (Real)LOG2E - f[m];
     ALL(m, many) f[m] += a[m] * (Real)LOG2E_LOW;
     exp2_poly(e, f, rounded, many);
+    ALL(m, many) e[m] = choose(a[m] > lowest, e[m], a[m] - lowest);
 }
 /* softplus(v) = max(v, 0) + log(1 + e) and, unless null, its derivative sigmoid(v).
  * log(1 + e) = e (1 + e P(e)), with P fitted on [0, 1]: accurate relative to itself for small e. */

@@ -37,7 +37,8 @@ typedef struct {
 } State;
 
 INLINE State load_state(const Real *from, Int stride, Int count) {
-    return (State){load(from, count), load(from + stride, count), load(from + 2 * stride, count)};
+    return (State){load(from, count), load(from + stride, count),
+                   no_infinity(load(from + 2 * stride, count))};
 }
 INLINE void store_state(Real *to, State s, Int stride, Int count) {
     store(to, s.p, count), store(to + stride, s.q, count), store(to + 2 * stride, s.o, count);
@@ -62,7 +63,7 @@ typedef struct {
 } Window;
 
 INLINE Vec key(const Window *x, Int i) {
-    return load(row(x->j->a.k, x->b, i) + x->channel, x->count);
+    return no_infinity(load(row(x->j->a.k, x->b, i) + x->channel, x->count));
 }
 INLINE Vec value(const Window *x, Int i) {
     return load(row(x->j->a.v, x->b, i) + x->channel, x->count);

@@ -11,7 +11,7 @@ enum {
     MOST = 8  /* the widest window */
 };
 
-const Int segment = TOKENS; /* the shape of dweight, for the caller */
+const Int segment = TOKENS, most = MOST; /* the shape of dweight, for the caller */
 
 typedef struct {
     Int batch, tokens, width, window, silu, threads;
@@ -107,6 +107,8 @@ static void backward_unit(const void *job, Int unit) {
         int inside = t < s->tokens, mine = t < p.end, complete = !p.start || done >= p.start;
         Real *dx = complete ? input(s, a->dx, a->dstate, p.b, done) : 0;
         const Real *dy = row(a->dy, p.b, t);
+        /* of the rows t - k there are, from the first of the sequence to its last */
+        Int nearest = inside ? 0 : t - s->tokens + 1, farthest = min_int(window - 1, t - p.start);
         for (Int k = 0; k < window; k++) {
             past[k] = ring[(t - k + window) % window];
             if (inside) inputs[k] = input(s, a->x, a->state, p.b, done + k);
@@ -126,7 +128,7 @@ static void backward_unit(const void *job, Int unit) {
                 dweight[k][i + m] += dsum[m] * load(inputs[k] + c + m * LANES, left - m * LANES);
             if (!complete) continue;
             ALL(m, MANY) sum[m] = splat(0);
-            for (Int k = 0; k < window; k++)
+            for (Int k = nearest; k <= farthest; k++)
                 ALL(m, MANY) sum[m] += f.weight[i + m][k] * past[k][i + m];
             ALL(m, MANY) store(dx + c + m * LANES, sum[m], left - m * LANES);
         }

@@ -28,13 +28,20 @@ typedef struct {
     if (LANES > w) ALL(m, many) v[m] = with(v[m], SHUFFLE(v[m], v[m], EACH_LANE(ACROSS, w)))
 INLINE Vec plus(Vec a, Vec b) { return a + b; }
 
+/* The lse of scores that are infinite at most: the `top` of them, or NaN where some are NaN. */
+ONCE __attribute__((cold)) Real infinite(Vec scores, Real top) {
+    for (int i = 0; i < LANES; i++)
+        if (scores[i] != scores[i]) return scores[i];
+    return top;
+}
+
 /* One head of `many` tokens from t on; lanes are keys. */
 INLINE void tokens(const Job *j, Int b, Int t, Int h, const Vec *keys, Mask there, int many) {
     const Arrays *a = &j->a;
     const Int d = j->s.width, e = j->s.value_width;
     const Real *q[SIDE_BY_SIDE];
     Vec scores[SIDE_BY_SIDE] = {}, top[SIDE_BY_SIDE];
-    Vec below[SIDE_BY_SIDE], sum[SIDE_BY_SIDE];
+    Vec below[SIDE_BY_SIDE], weights[SIDE_BY_SIDE], sum[SIDE_BY_SIDE];
     ALL(m, many) q[m] = row(a->q, b, t + m) + h * d;
     for (Int c = 0; c < d; c++) ALL(m, many) scores[m] += q[m][c] * keys[c];
     ALL(m, many) scores[m] = choose(there, scores[m], splat(-INFINITY));
@@ -44,21 +51,22 @@ INLINE void tokens(const Job *j, Int b, Int t, Int h, const Vec *keys, Mask ther
     SPREAD(top, 2, larger);
     SPREAD(top, 1, larger);
     ALL(m, many) below[m] = scores[m] - top[m];
-    exp2_products(scores, splat((Real)LOG2E), below, many, ANY);
-    ALL(m, many) sum[m] = scores[m] = choose(there, scores[m], splat(0));
+    exp2_products(weights, splat((Real)LOG2E), below, many, ANY);
+    ALL(m, many) sum[m] = weights[m] = choose(there, weights[m], splat(0));
     SPREAD(sum, 8, plus);
     SPREAD(sum, 4, plus);
     SPREAD(sum, 2, plus);
     SPREAD(sum, 1, plus);
     ALL(m, many) {
-        row(a->lse, b, t + m)[h] = top[m][0] + (sizeof(Real) == 8 ? log(sum[m][0]) : logf(sum[m][0]));
-        scores[m] /= sum[m];
+        Real lse = top[m][0] + (sizeof(Real) == 8 ? log(sum[m][0]) : logf(sum[m][0]));
+        row(a->lse, b, t + m)[h] = lse == lse ? lse : infinite(scores[m], top[m][0]);
+        weights[m] /= sum[m];
     }
     for (Int c = 0; c < e; c += LANES) {
         Vec out[SIDE_BY_SIDE] = {};
         for (Int i = 0; i < j->s.keys; i++) {
             Vec v = load(row(a->v, b, i) + h * e + c, e - c);
-            ALL(m, many) out[m] += scores[m][i] * v;
+            ALL(m, many) out[m] += weights[m][i] * v;
         }
         ALL(m, many) store(row(a->out, b, t + m) + h * e + c, out[m], e - c);
     }

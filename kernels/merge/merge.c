@@ -18,11 +18,15 @@ typedef struct {
     Int segments;
 } Job;
 
+/* 0 of what a softmax is over, NaN of infinity and NaN. */
+INLINE Vec flaw(Vec lse) { return choose(lse == splat(-INFINITY), splat(0), lse - lse); }
+
 /* The weights e^(lse_p - lse) of LANES heads, 0 where the part sees nothing, and the merged lse. */
 INLINE Vec weights(Vec lse1, Vec lse2, Vec *w1, Vec *w2) {
     const Vec nothing = splat(-INFINITY);
     Vec top = larger(lse1, lse2), e, more;
     Vec apart = choose(top == nothing, splat(0), lse2 - lse1); /* not inf - inf */
+    apart += flaw(lse1) + flaw(lse2);
     Vec below = negative(apart);
     exp_minus_abs(&e, &apart, 1);
     softplus(&more, 0, &below, 1); /* log(1 + e) */

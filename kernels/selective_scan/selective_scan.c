@@ -12,11 +12,11 @@ enum {
     MANY = 4,           /* state indices side by side */
     BATCH = 4,          /* tokens side by side in softplus and silu */
     GROUP = 16,         /* blocks of a unit at most, */
-    STATES = 1024,      /* with so many state indices in all: they lie on the stack */
+    STATES = 1024,      /* with so many state indices in all, or of one: they lie on the stack */
     STRETCH = 32,       /* chunks between additions to the totals of dA, dD, dbias */
     PARTIALS = 1 << 23  /* Reals of partial sums, about */
 };
-const Int lanes = LANES, chunk = CHUNK; /* the shape of `saved`, for the caller */
+const Int lanes = LANES, chunk = CHUNK, most = STATES; /* for the caller */
 
 typedef struct {
     Int batch, tokens, width, states, threads;
@@ -111,15 +111,17 @@ ONCE void begin(Chunk *k, const Job *j, Int b, Int c, Int start, Int steps, int 
     Int count = j->s.width - c;
     Vec bias = a->dt_bias ? load(a->dt_bias + c, count) : splat(0);
     Vec D = a->D ? load(a->D + c, count) : splat(0), largest = splat(0), v[BATCH];
+    Vec flaw = splat(0); /* NaN where some step is not finite */
     for (Int t = 0; t < steps; t += BATCH) {
         ALL(m, BATCH) v[m] = load(dt + min_int(t + m, steps - 1) * a->dt.row, count) + bias;
         softplus(k->step + t, slope ? k->slope + t : 0, v, BATCH);
         ALL(m, BATCH) largest = larger(largest, k->step[t + m]);
+        ALL(m, BATCH) flaw += k->step[t + m] - k->step[t + m];
         ALL(m, BATCH) v[m] = load(x + min_int(t + m, steps - 1) * a->x.row, count);
         ALL(m, BATCH) k->u[t + m] = k->step[t + m] * v[m];
-        ALL(m, BATCH) k->y[t + m] = D * v[m];
+        ALL(m, BATCH) k->y[t + m] = a->D ? D * v[m] : splat(0);
     }
-    k->longest = largest_lane(largest);
+    k->longest = largest_lane(choose(flaw == 0, largest, splat(INFINITY)));
     k->B = row(a->B, b, start), k->C = row(a->C, b, start);
     k->B_row = a->B.row, k->C_row = a->C.row, k->steps = steps;
 }
@@ -132,11 +134,11 @@ ONCE void open_gate(Vec *gate, Vec *slope, const Job *j, Int b, Int c, Int start
         silu(gate + t, slope ? slope + t : 0, v, BATCH);
     }
 }
-/* max |A2| over every MANY state indices; where some state grows it is beyond all bounds */
+/* max |A2| over every MANY state indices; where some state grows or is NaN, beyond all bounds */
 ONCE void steepness(Real *steepest, const Vec *A2, Int n) {
     for (Int i = 0; i + MANY <= n; i += MANY) {
         Vec most = splat(0);
-        ALL(m, MANY) most = larger(most, choose(A2[i + m] > 0, splat(INFINITY), -A2[i + m]));
+        ALL(m, MANY) most = larger(most, choose(A2[i + m] <= 0, -A2[i + m], splat(INFINITY)));
         steepest[i / MANY] = largest_lane(most);
     }
 }
@@ -147,8 +149,9 @@ static void forward_unit(const void *job, Int unit) {
     const Arrays *a = &j->a;
     Int b = unit / j->groups, first = unit % j->groups * j->group, n = s.states;
     Int blocks = min_int(j->group, blocks_of(s.width) - first);
-    Vec h[blocks * n], A2[blocks * n];
-    Real steepest[blocks * n];
+    Int all = blocks * n + !n; /* an array has at least one element */
+    Vec h[all], A2[all];
+    Real steepest[all];
     Chunk k;
     for (Int block = 0; block < blocks; block++) {
         Int c = (first + block) * LANES, count = s.width - c;
@@ -302,8 +305,9 @@ static void backward_unit(const void *job, Int unit) {
     const Arrays *a = &j->a;
     Int b = unit / j->groups, first = unit % j->groups * j->group, n = s.states;
     Int blocks = min_int(j->group, blocks_of(s.width) - first);
-    Vec A[blocks * n], A2[blocks * n], q[blocks * n], dA[blocks * n];
-    Real steepest[blocks * n];
+    Int all = blocks * n + !n;
+    Vec A[all], A2[all], q[all], dA[all];
+    Real steepest[all];
     Block block[blocks];
     Chunk chunks[blocks];
     Tape tape;
@@ -381,10 +385,11 @@ int forward(Sizes s, Arrays a) {
 /* Both return 0, or 1 where memory for the partial sums is refused. */
 int backward(Sizes s, Arrays a) {
     Job job = plan(s, a);
-    Int units = s.batch * job.groups;
-    Int room = PARTIALS / (units * 2 * s.states * CHUNK), chunks = chunks_of(s.tokens);
+    Int units = s.batch * job.groups, chunks = chunks_of(s.tokens);
+    Int sums = units * 2 * s.states * CHUNK; /* of a chunk; none without channels or states */
+    Int room = sums ? PARTIALS / sums : chunks;
     job.tile = (room < 1 ? 1 : min_int(room, chunks)) * CHUNK;
-    job.partial = malloc(units * 2 * s.states * job.tile * sizeof(Real));
+    job.partial = malloc((sums * (job.tile / CHUNK) + 1) * sizeof(Real));
     if (!job.partial) return 1;
     for (job.end = s.tokens; job.end > 0; job.end = job.start) {
         job.start = (job.end - 1) / job.tile * job.tile;

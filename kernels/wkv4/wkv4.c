@@ -37,7 +37,7 @@ typedef struct {
 
 INLINE State load_state(const Real *from, Int stride, Int count) {
     State s = {.p = load(from, count), .q = load(from + stride, count)};
-    s.o = load(from + 2 * stride, count);
+    s.o = no_infinity(load(from + 2 * stride, count));
     return s;
 }
 INLINE void store_state(Real *to, State s, Int stride, Int count) {
@@ -60,10 +60,12 @@ typedef struct {
 INLINE void weigh(Weights *x, State *s, const Vec *k, Vec w, Vec u, int many) {
     Vec d[2 * MANY], e[2 * MANY], o = s->o, low = s->low;
     ALL(m, many) {
-        Vec step = w - low, aged = o - step, next = larger(aged, k[m]), fall = (o - next) - step;
-        x->won[m] = k[m] > aged;
-        d[m] = ((k[m] + u) - o) - low;
-        d[many + m] = blend(x->won[m], fall, (k[m] - next) - fall);
+        Vec step = w - low, aged = o - step;
+        Vec key = choose(aged == aged, no_infinity(k[m]), aged), next = larger(key, aged);
+        Vec fall = (o - next) - step;
+        x->won[m] = ~(key <= aged); /* NaN wins, and stays */
+        d[m] = (no_infinity(k[m] + u) - o) - low;
+        d[many + m] = blend(x->won[m], fall, (key - next) - fall);
         low = (Vec)((Mask)fall & ~x->won[m]);
         o = next;
     }

@@ -8,14 +8,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fuzz
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import UserError
 from zoo.ops import backends, native
 from zoo.ops.causal_conv import KERNEL, causal_conv
+from zoo.ops.selective_scan import selective_scan
 
 SOURCE = "causal_conv/causal_conv.c"
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,6 +181,72 @@ def test_an_op_is_watched_by_whatever_acts_on_operators():
 def test_a_kernel_refuses_what_it_has_no_place_for():
     with pytest.raises(TypeError, match="takes no z"):
         KERNEL.call("forward", (1, 1, 1, 2, 0), x=torch.ones(1, 1, 1), z=torch.ones(1))
+
+
+WRONG = {
+    "other device": (lambda x: x.to("meta"), ValueError, "several devices"),
+    "integers": (lambda x: x.long(), TypeError, "floating-point"),
+    "sparse": (lambda x: x.to_sparse(), TypeError, "dense"),
+    "a list": (lambda x: x.tolist(), TypeError, "wants a tensor"),
+    "another shape": (lambda x: x[..., None], ValueError, "wants"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", fuzz.CASES)
+def test_a_wrong_call_is_told_before_any_kernel_runs(name, wrong):
+    """Whichever of its tensors it is."""
+    change, error, message = WRONG[wrong]
+    draw = fuzz.Draw(2, torch.float32)
+    draw.size = lambda *_, **__: 4  # type: ignore[method-assign]
+    draw.batch = lambda: 2  # type: ignore[method-assign]
+    call = fuzz.CASES[name](draw)
+    for i in range(len(call.tensors)):
+        tensors = [layout(leaf) for leaf, layout in call.tensors]
+        tensors[i] = change(tensors[i])
+        with pytest.raises(error, match=message):
+            call.run("native", *tensors)
+
+
+@pytest.mark.parametrize("states", [1024, 1025, 40000])
+def test_more_states_than_a_kernel_has_room_for_are_refused_or_done_in_pytorch(states):
+    x, B = torch.ones(1, 2, 3).double(), torch.ones(1, 2, states).double()
+    args = (x, x, -torch.ones(3, states).double(), B, B)
+    if states > 1024:
+        with pytest.raises(UserError, match=f"it has at most 1024 states, not {states}"):
+            selective_scan(*args, backend="native")
+    wanted = selective_scan(*args, backend="reference")
+    torch.testing.assert_close(selective_scan(*args), wanted)
+
+
+@pytest.mark.parametrize("threads", [100_000, 10**9])
+def test_no_kernel_asks_for_more_threads_than_a_system_has(monkeypatch, threads):
+    """In a process of its own: a system that refuses a thread ends it."""
+    script = f"""
+import torch
+from zoo.ops import native
+from zoo.ops.linear_recurrence import linear_recurrence
+torch.get_num_threads = lambda: {threads}
+a = torch.full((1, 300, 4000), 0.5)
+wanted = linear_recurrence(a[..., :16], a[..., :16], backend="reference")[0]
+assert torch.equal(linear_recurrence(a, a, backend="native")[0][..., :16], wanted)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_numbers_that_are_not_as_memory_holds_them_are_read_right():
+    x, weight = torch.randn(1, 5, 4), torch.randn(4, 3)
+    negated, nothing = torch._neg_view(x), torch._efficientzerotensor(1, 5, 4)
+    for lazy, plain in ((negated, -x), (nothing, torch.zeros(1, 5, 4))):
+        for weights in (weight, weight.clone().requires_grad_()):
+            assert torch.equal(causal_conv(lazy, weights)[0], causal_conv(plain, weights)[0])
+
+
+def test_forward_gradients_are_refused_and_not_lost():
+    x, weight = torch.randn(1, 5, 4), torch.randn(4, 3)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward gradients"):
+        causal_conv(forward_ad.make_dual(x, x), weight)
 
 
 @pytest.mark.skipif(native.platform.libc_ver()[0] != "glibc", reason="not glibc")

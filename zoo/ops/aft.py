@@ -24,14 +24,26 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops import cuda, native
 from zoo.ops.backends import pick
+from zoo.ops.checks import check
 from zoo.ops.exponential_sums import Sums, average, square, triangle
 from zoo.ops.wkv4 import NOTHING, empty_average, running_averages, wkv4
 
 KERNEL = native.Kernel(
     "aft/aft.c",
-    sizes="batch tokens before width window",
-    rows="k v y dy dk dv",
-    pointers="m state last saved dm dstate",
+    sizes="batch tokens before width 1<=window<=most",
+    rows={
+        "k v": "batch tokens width",
+        "y dy": "batch tokens-before width",
+        "dk dv": "batch tokens width",
+    },
+    pointers={
+        "m": "window+1 width",
+        "state last": "batch 3 width",
+        "saved": "batch width/lanes tokens-before/chunk 3 lanes",
+        "dm": "batch window+1 width",
+        "dstate": "batch 3 width",
+    },
+    outputs="y last saved dk dv dm dstate",
 )
 CUDA = cuda.Kernel(
     "aft/aft.cu",
@@ -40,6 +52,8 @@ CUDA = cuda.Kernel(
     sequences="y dy dk dv",
     pointers="m state last edges read ahead dm dlast dstate",
 )
+SHAPES = {"k": "b t d", "v": "* d", "w": "rows heads s"}
+SHAPES |= {"state": "b 3 d?", "state.k": "b n d?", "state.v": "b n d?"}
 TILE, PER = 8, 8  # of the CUDA kernel: tokens of a tile, tiles of a chunk
 MOST_WARPS = 32  # that share its composition
 MOST_BLOCKS = 4096  # about, that walk: several times what a device runs at once, and each keeps dm
@@ -84,8 +98,10 @@ def aft_window(
     of k's and v's dtype. Linear in t. Raises `ValueError` on shapes that do not fit, `UserError`
     where the backend is not there.
     """
+    check("aft_window", SHAPES, k, v, w, *(state or (None,) * 3))
     (b, t, d), (rows, heads, s) = k.shape, w.shape
-    if rows not in (1, t) or d % heads or v.shape != k.shape or s < 1 or t < 1:
+    fits = rows in (1, t) and heads and d % heads == 0 and s >= 1 and t >= 1
+    if v.shape != k.shape or not fits:
         raise ValueError(
             f"aft_window: k {tuple(k.shape)}, v {tuple(v.shape)} and w {tuple(w.shape)} do not fit"
         )

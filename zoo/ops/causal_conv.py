@@ -19,12 +19,26 @@ from torch.utils.flop_counter import register_flop_formula
 from zoo.errors import choose
 from zoo.ops import cuda, libraries, native
 from zoo.ops.backends import pick
+from zoo.ops.checks import check
 
 KERNEL = native.Kernel(
     "causal_conv/causal_conv.c",
-    sizes="batch tokens width window silu",
-    rows="x state y last dy dx dstate",
-    pointers="weight bias dweight dbias",
+    sizes="batch tokens width 1<=window<=most silu",
+    rows={
+        "x": "batch tokens width",
+        "state": "batch window-1 width",
+        "y": "batch tokens width",
+        "last": "batch window-1 width",
+        "dy dx": "batch tokens width",
+        "dstate": "batch window-1 width",
+    },
+    pointers={
+        "weight": "width window",
+        "bias": "width",
+        "dweight": "batch tokens/segment window width",
+        "dbias": "batch tokens/segment width",
+    },
+    outputs="y last dx dstate dweight dbias",
 )
 CUDA = cuda.Kernel(
     "causal_conv/causal_conv.cu",
@@ -33,6 +47,7 @@ CUDA = cuda.Kernel(
     sequences="y last dy dx dstate",
     pointers="weight bias dweight dbias",
 )
+SHAPES = {"x": "b t d", "weight": "d width", "bias": "d?", "state": "b before d?"}
 SEGMENT, THREADS = 64, 128  # of the CUDA kernel
 
 
@@ -50,13 +65,11 @@ def causal_conv(
     fit, `UserError` where the backend is not there.
     """
     choose("activation", str(activation), ["silu", "None"])
+    check("causal_conv", SHAPES, x, weight, bias, state)
     (b, t, d), width = x.shape, weight.shape[-1]
-    expected = {"weight": (weight, (d, width)), "bias": (bias, (d,))}
-    expected["state"] = (state, (b, width - 1, d))
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"causal_conv: {name} is {tuple(tensor.shape)}, wants {shape}")
-    if t == 0:
+    if state is not None and state.shape[1] != width - 1:
+        raise ValueError(f"causal_conv: state is {tuple(state.shape)}, wants {(b, width - 1, d)}")
+    if not t:
         raise ValueError("causal_conv: no tokens")
     if not 2 <= width <= 8:
         raise ValueError(f"causal_conv: the window is 2 to 8 tokens wide, not {width}")

@@ -8,12 +8,20 @@ from torch import Tensor
 
 from zoo.ops import native
 from zoo.ops.backends import Available
+from zoo.ops.checks import check
 
 KERNEL = native.Kernel(
     "few_keys/few_keys.c",
-    sizes="batch tokens keys heads width value_width",
-    rows="q k v out lse",
-    pointers="scale",
+    sizes="batch tokens keys<=most heads width<=widest value_width",
+    rows={
+        "q": "batch tokens heads*width",
+        "k": "batch keys heads*width",
+        "v": "batch keys heads*value_width",
+        "out": "batch tokens heads*value_width",
+        "lse": "batch tokens heads",
+    },
+    pointers={"scale": "1"},
+    outputs="out lse",
 )
 FEW = 16  # keys: lanes of the widest register there is
 
@@ -22,17 +30,11 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> Available:
     """Whether the kernel takes these (`attend`'s argument shapes), for `backends.pick`."""
     if k.shape[1] > FEW or not KERNEL.takes(q, k, v) or not native.unwatched(q, k, v):
         return False
-    return lambda: _missing(q, k)
+    return lambda: _room(q, k) is True if KERNEL.missing() is True else KERNEL.missing()
 
 
-def _missing(q: Tensor, k: Tensor) -> bool | str:
-    reason = KERNEL.missing()
-    return _fits(q, k) if reason is True else reason
-
-
-def _fits(q: Tensor, k: Tensor) -> bool:
-    most, widest = (KERNEL.constant(name, q.dtype) for name in ("most", "widest"))
-    return k.shape[1] <= most and q.shape[-1] <= widest
+def _room(q: Tensor, k: Tensor) -> bool | str:
+    return KERNEL.has_room(q.dtype, keys=k.shape[1], width=q.shape[-1])
 
 
 def few_keys(
@@ -45,7 +47,8 @@ def few_keys(
 
     Raises `ValueError` on more keys than lanes, or heads wider than the kernel has room for.
     """
-    if not _fits(q, k):
+    check("few_keys", {"q": "b t h d", "k": "b n h d", "v": "b n h e"}, q, k, v)
+    if _room(q, k) is not True:
         raise ValueError(f"few_keys: {k.shape[1]} keys of width {q.shape[-1]} are too many")
     (b, t, h, d), n, e = q.shape, k.shape[1], v.shape[-1]
     out, lse = q.new_empty((b, t, h, e)), q.new_empty((b, t, h))

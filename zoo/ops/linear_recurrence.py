@@ -17,12 +17,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops import cuda, native
 from zoo.ops.backends import pick
+from zoo.ops.checks import check
 
 KERNEL = native.Kernel(
     "linear_recurrence/linear_recurrence.c",
     sizes="batch tokens width",
-    rows="a u h dh da du",
-    pointers="state last dstate",
+    rows={"a u h dh da du": "batch tokens width"},
+    pointers={"state last dstate": "batch width"},
+    outputs="h last da du dstate",
 )
 CUDA = cuda.Kernel(
     "linear_recurrence/linear_recurrence.cu",
@@ -31,6 +33,7 @@ CUDA = cuda.Kernel(
     sequences="h dh da du",
     pointers="state last edges dlast dstate",
 )
+SHAPES = {"u": "b t d", "a": "b t d", "state": "b d?"}
 CHUNK, THREADS = 64, 64  # of the CUDA kernel: tokens of a chunk, channels of a block
 MOST_WARPS = 32  # that share its composition
 
@@ -46,11 +49,9 @@ def linear_recurrence(
     All arithmetic and the last are float32, or float64 where a or u is. Raises `ValueError` on
     shapes that do not fit, `UserError` where the backend is not there.
     """
+    check("linear_recurrence", SHAPES, u, a, state)
     b, t, d = u.shape
-    for name, tensor, shape in (("a", a, (b, t, d)), ("state", state, (b, d))):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"linear_recurrence: {name} is {tuple(tensor.shape)}, wants {shape}")
-    if t == 0:
+    if not t:
         raise ValueError("linear_recurrence: no tokens")
     row = torch.promote_types(a.dtype, u.dtype)
     here = cuda.native_here(KERNEL, CUDA, u.device, row, _macros)

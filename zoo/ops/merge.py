@@ -16,22 +16,32 @@ from torch import Tensor
 
 from zoo.ops import native
 from zoo.ops.backends import pick
+from zoo.ops.checks import check
 
 KERNEL = native.Kernel(
     "merge/merge.c",
     sizes="batch tokens heads width",
-    rows="o1 o2 out d_out d_o1 d_o2 lse1 lse2 lse d_lse d_l1 d_l2",
-    pointers="",
+    rows={
+        "o1 o2 out d_out d_o1 d_o2": "batch tokens heads*width",
+        "lse1 lse2 lse d_lse d_l1 d_l2": "batch tokens heads",
+    },
+    pointers={},
+    outputs="out lse d_o1 d_o2 d_l1 d_l2",
 )
 
+SHAPES = {"out": "* h e", "lse": "* h", "another out": "* h e", "another lse": "* h"}
 Partial = tuple[Float[Tensor, "b *t h e"], Float[Tensor, "b *t h"]]  # (out, lse)
 
 
 def merge(results: Sequence[Partial], backend: str = "auto") -> Partial:
     """Attention over the keys of all parts; a part that sees none has lse -inf.
 
-    Raises `UserError` where the backend is not there.
+    Raises `ValueError` on shapes that do not fit, `UserError` where the backend is not there.
     """
+    if not results:
+        raise ValueError("merge: no parts")
+    for another in results:
+        check("merge", SHAPES, *results[0], *another)
     out, lse = results[0]
     if len(results) == 1:
         return out, lse
@@ -51,7 +61,7 @@ def _formula(results: Sequence[Partial]) -> Partial:
     top = top.masked_fill(top == -torch.inf, 0.0)  # no part sees a key: all weights become 0
     weights = torch.exp(lses - top)
     total = weights.sum(0)
-    seen = total > 0
+    seen = total != 0
     total = total.masked_fill(~seen, 1.0)
     (first, *others), share = results, (weights / total).unsqueeze(-1)
     out = share[0] * first[0]

@@ -16,10 +16,13 @@ import subprocess
 import sys
 import tempfile
 from array import array
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from zoo.ops.backends import Available
 from zoo.options import shipped
@@ -158,19 +161,39 @@ def _build(command: list[str], library: Path) -> None:
         keep(library, built.read_bytes())
 
 
-class Kernel:
-    """A C file with functions `int f(Sizes, Arrays)`, 0 for success.
+MOST_THREADS = max(64, os.cpu_count() or 1)  # more gain nothing, and a system has no more to give
 
-    `sizes` names the int64 fields of its `Sizes`, to which the number of threads is added last.
-    `rows`, then `pointers`, name the fields of its `Arrays`: sequences (b, t, width), which may be
-    slices, and contiguous tensors.
+
+class Kernel:
+    """A C file with functions `int f(Sizes, Arrays)`, 0 for success, and the one way into it.
+
+    `sizes` names the int64 fields of its `Sizes`, to which the number of threads is added last;
+    `1<=window<=most` bounds one, above by a constant of the kernel. `rows`, then `pointers`, name
+    the fields of its `Arrays` and their shapes: sequences (b, t, width), which may be slices, and
+    contiguous tensors. A dimension is a number, a size, a constant of the kernel, or made of such:
+    `heads*width`, `window-1`, and `tokens/chunk` rounded up. `outputs` are those that it writes.
     """
 
-    def __init__(self, source: str, *, sizes: str, rows: str, pointers: str) -> None:
-        self.source, self.rows, self.pointers = source, rows.split(), pointers.split()
-        self._sizes = _words(len(sizes.split()) + 1)
+    def __init__(
+        self,
+        source: str,
+        *,
+        sizes: str,
+        rows: Mapping[str, str],
+        pointers: Mapping[str, str],
+        outputs: str,
+    ) -> None:
+        self.source, self.outputs = source, frozenset(outputs.split())
+        self.rows, self.pointers = (
+            {name: shape.split() for names, shape in arrays.items() for name in names.split()}
+            for arrays in (rows, pointers)
+        )
+        self._names = frozenset((*self.rows, *self.pointers))
+        self.bounds = dict(map(_bounds, sizes.split()))
+        self._sizes = _words(len(self.bounds) + 1)
         self._arrays = _words(3 * len(self.rows) + len(self.pointers))
         self.missing = functools.cache(self._missing)
+        self._shapes = functools.lru_cache(256)(self._shapes_of)
 
     def _missing(self) -> bool | str:
         """True where the kernel can run, else the reason why not, for `backends.pick`."""
@@ -181,10 +204,19 @@ class Kernel:
         return True
 
     def takes(self, *tensors: Tensor) -> Available:
-        """Whether it can read these, for `backends.pick`: of one type, on the CPU, none empty."""
+        """Whether it can read these, for `backends.pick`: of one type, on the CPU."""
         kinds = {(tensor.device.type, tensor.dtype) for tensor in tensors}
         fits = kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
-        return self.missing if fits and all(tensor.numel() for tensor in tensors) else False
+        return self.missing if fits else False
+
+    def has_room(self, dtype: torch.dtype, **sizes: int) -> bool | str:
+        """True where the kernel is there and these are within its bounds, else the reason."""
+        reason = self.missing()
+        for name, size in sizes.items() if reason is True else ():
+            most = self.constant(self.bounds[name][1], dtype)
+            if size > most:
+                return f"it has at most {most} {name}, not {size}"
+        return reason
 
     def constant(self, name: str, dtype: torch.dtype) -> int:
         """An int64 that the kernel publishes."""
@@ -193,37 +225,101 @@ class Kernel:
     def call(self, function: str, sizes: tuple[int, ...], **tensors: Tensor | None) -> None:
         """Run on float32 or float64 CPU tensors, all of one dtype; those not given are null.
 
-        Inputs that do not lie as `rows` and `pointers` say are copied, so outputs must.
+        Inputs that do not lie as `rows` and `pointers` say are copied. Does nothing where all
+        outputs are empty. Raises `TypeError` and `ValueError` on anything the kernel would read or
+        write out of bounds, `MemoryError` where it gets no memory.
         """
-        words, alive = [], []
-        for name in self.rows:  # `Rows` of common.h: a pointer and the strides of batch and token
-            tensor = tensors.pop(name, None)
+        if forward_ad._current_level >= 0:  # else they would be lost without a word
+            raise NotImplementedError(f"{self.source}: no forward gradients; take backend=torch")
+        if not tensors.keys() <= self._names:
+            unknown = sorted(tensors.keys() - self._names)
+            raise TypeError(f"{self.source} takes no {', '.join(unknown)}")
+        dtype = next(tensor.dtype for tensor in tensors.values() if tensor is not None)
+        words, alive, work = [], [], False
+        for name, shape in self._shapes(sizes, dtype).items():
+            tensor = tensors.get(name)
             if tensor is None:
-                words += (0, 0, 0)
+                words += (0, 0, 0) if name in self.rows else (0,)
                 continue
-            batch, row, dense = tensor.stride()
-            if dense != 1:
+            if not tensor.is_cpu or tensor.dtype != dtype or tensor.shape != shape:
+                self._refuse(name, tensor, shape, dtype)
+            if name in self.outputs:
+                work = work or tensor.numel() > 0
+                if not tensor.is_contiguous():
+                    raise ValueError(f"{self.source}: {name} is not contiguous")
+            elif tensor.is_neg() or tensor._is_zerotensor():
+                tensor = _in_memory(tensor)
+            if name in self.rows:  # `Rows` of common.h: a pointer, the strides of batch and token
+                batch, row, dense = tensor.stride()
+                if dense != 1:
+                    tensor = tensor.contiguous()
+                    batch, row, _ = tensor.stride()
+                words += (tensor.data_ptr(), batch, row)
+            else:
                 tensor = tensor.contiguous()
-                batch, row, _ = tensor.stride()
-            words += (tensor.data_ptr(), batch, row)
+                words.append(tensor.data_ptr())
             alive.append(tensor)
-        for name in self.pointers:
-            tensor = tensors.pop(name, None)
-            if tensor is None:
-                words.append(0)
-                continue
-            tensor = tensor.contiguous()
-            words.append(tensor.data_ptr())
-            alive.append(tensor)
-        if tensors:
-            raise TypeError(f"{self.source} takes no {', '.join(tensors)}")
-        (dtype,) = {tensor.dtype for tensor in alive}
+        if not work:
+            return
         entry = getattr(load(self.source, dtype), function)
         if entry.argtypes is None:
             entry.argtypes = [self._sizes, self._arrays]
-        filled = self._sizes.from_buffer_copy(array("q", (*sizes, torch.get_num_threads())))
+        threads = min(torch.get_num_threads(), MOST_THREADS)
+        filled = self._sizes.from_buffer_copy(array("q", (*sizes, threads)))
         if entry(filled, self._arrays.from_buffer_copy(array("q", words))):
             raise MemoryError(f"{self.source}: no memory for {function}")
+
+    def _refuse(
+        self, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> NoReturn:
+        if not tensor.is_cpu:
+            raise ValueError(f"{self.source}: {name} is on {tensor.device}, wants cpu")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{self.source}: {name} is {tensor.dtype}, wants {dtype}")
+        raise ValueError(f"{self.source}: {name} is {tuple(tensor.shape)}, wants {shape}")
+
+    def _shapes_of(self, sizes: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
+        """The shape of each array, in the order of the structure."""
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{self.source}: tensors are {dtype}, wants float32 or float64")
+        if len(sizes) != len(self.bounds):
+            raise ValueError(f"{self.source}: sizes are {sizes}, wants {', '.join(self.bounds)}")
+        known = dict(zip(self.bounds, sizes, strict=True))
+        for name, size in known.items():
+            least, bound = self.bounds[name]
+            most = self.constant(bound, dtype) if bound else size
+            if not least <= size <= most:
+                raise ValueError(f"{self.source}: {name} is {size}, wants {least} to {most}")
+
+        def dimension(text: str) -> int:
+            for sign, form in _OPERATIONS.items():
+                if sign in text:
+                    return form(*map(dimension, text.split(sign)))
+            if text.isdigit():
+                return int(text)
+            return known[text] if text in known else self.constant(text, dtype)
+
+        arrays = {**self.rows, **self.pointers}
+        return {name: tuple(map(dimension, shape)) for name, shape in arrays.items()}
+
+
+def _bounds(size: str) -> tuple[str, tuple[int, str]]:
+    """The name in "1<=window<=most", and its bounds: 1 and "most"; by default 0 and "" for none."""
+    *least, name, most = size.split("<=") if "<=" in size else (size, "")
+    return name, (int(least[0]) if least else 0, most)
+
+
+_OPERATIONS: dict[str, Callable[[int, int], int]] = {  # the first binds least
+    "/": lambda a, b: -(-a // b),
+    "-": lambda a, b: a - b,
+    "+": lambda a, b: a + b,
+    "*": lambda a, b: a * b,
+}
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """A tensor whose memory holds its negated numbers, or is none for zeros, written out."""
+    return torch.zeros_like(tensor) if tensor._is_zerotensor() else tensor.resolve_neg()
 
 
 def _words(count: int) -> type[ctypes.Structure]:

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from zoo.ops import native
 from zoo.ops.backends import pick
+from zoo.ops.checks import check
 
 KERNEL = native.Kernel(
     "rms_norm/rms_norm.c",
     sizes="batch tokens width",
-    rows="x y dy dx",
-    pointers="weight eps dweight",
+    rows={"x y dy dx": "batch tokens width"},
+    pointers={"weight": "width", "eps": "1", "dweight": "batch tokens/segment width"},
+    outputs="y dx dweight",
 )
 
 
@@ -28,10 +30,11 @@ def rms_norm(
 
     Raises `ValueError` on shapes that do not fit, `UserError` where the backend is not there.
     """
-    if tuple(weight.shape) != x.shape[-1:]:
-        raise ValueError(f"rms_norm: x is {tuple(x.shape)} and weight {tuple(weight.shape)}")
+    check("rms_norm", {"x": "* d", "weight": "d"}, x, weight)
     if x.dim() != 3:
-        return rms_norm(x.reshape(1, -1, len(weight)), weight, eps, backend).view(x.shape)
+        d = len(weight)
+        tokens = x.numel() // d if d else 0
+        return rms_norm(x.reshape(1, tokens, d), weight, eps, backend).view(x.shape)
     here = KERNEL.takes(x, weight)
     name = pick("rms_norm", backend, {"native": here, "torch": True, "reference": True})
     if name == "torch":

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from zoo.ops import native
 from zoo.ops.backends import pick
+from zoo.ops.checks import check
 
 KERNEL = native.Kernel(
     "rotary/rotary.c",
     sizes="batch tokens heads width half",
-    rows="x y cos sin",
-    pointers="",
+    rows={"x y": "batch tokens heads*width", "cos sin": "batch tokens half"},
+    pointers={},
+    outputs="y",
 )
 
 
@@ -35,9 +37,7 @@ def rotary(
 
     Raises `ValueError` on more pairs than channels, `UserError` where the backend is not there.
     """
-    width = 2 * cos.shape[-1]
-    if width > x.shape[-1]:
-        raise ValueError(f"rotary width {width} is more than the head width {x.shape[-1]}")
+    width = _width(x, cos, sin)
     fixed = not (cos.requires_grad or sin.requires_grad)
     here = KERNEL.takes(x, cos, sin) if fixed else False
     name = pick("rotary", backend, {"native": here, "torch": fixed, "reference": True})
@@ -47,6 +47,23 @@ def rotary(
     turned, rest = x[..., :width], x[..., width:]
     turned = _InPlace.apply(turned, cos, sin) if name == "torch" else _formula(turned, cos, sin)
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def _width(x: Tensor, cos: Tensor, sin: Tensor) -> int:
+    """The channels that are turned, after a check of everything."""
+    check("rotary", {"x": "b t h d", "cos": "* 1 half", "sin": "* 1 half"}, x, cos, sin)
+    b, t, _, d = x.shape
+    *lead, _, half = cos.shape
+    broadcast = [size in (1, whole) for size, whole in zip(lead[::-1], (t, b), strict=False)]
+    if len(lead) > 2 or not all(broadcast):
+        raise ValueError(f"rotary: cos is {tuple(cos.shape)} and x {tuple(x.shape)}")
+    _fit(2 * half, d)
+    return 2 * half
+
+
+def _fit(width: int, d: int) -> None:
+    if width > d:
+        raise ValueError(f"rotary width {width} is more than the head width {d}")
 
 
 def _formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -78,6 +95,7 @@ class _InPlace(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     (b, t, h, d), half = x.shape, cos.shape[-1]
+    _fit(2 * half, d)
     y = torch.empty(x.shape, dtype=x.dtype)
     cos, sin = (f.squeeze(-2).expand(b, t, half) for f in (cos, sin))
     KERNEL.call("turn", (b, t, h, d, half), x=x.flatten(2), y=y.flatten(2), cos=cos, sin=sin)

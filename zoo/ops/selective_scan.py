@@ -20,14 +20,29 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops import cuda, libraries, native
-from zoo.ops.backends import pick
+from zoo.ops.backends import Available, pick
+from zoo.ops.checks import check
 from zoo.ops.linear_recurrence import linear_scan
 
 KERNEL = native.Kernel(
     "selective_scan/selective_scan.c",
-    sizes="batch tokens width states",
-    rows="x dt z B C y dy dx ddt dz dB dC",
-    pointers="A D dt_bias state last saved dA dD dbias dstate",
+    sizes="batch tokens width states<=most",
+    rows={
+        "x dt z": "batch tokens width",
+        "B C": "batch tokens states",
+        "y dy dx ddt dz": "batch tokens width",
+        "dB dC": "batch tokens states",
+    },
+    pointers={
+        "A": "width states",
+        "D dt_bias": "width",
+        "state last": "batch width states",
+        "saved": "batch width/lanes tokens/chunk states lanes",
+        "dA": "batch width states",
+        "dD dbias": "batch width",
+        "dstate": "batch width states",
+    },
+    outputs="y last saved dx ddt dz dB dC dA dD dbias dstate",
 )
 CUDA = cuda.Kernel(
     "selective_scan/selective_scan.cu",
@@ -36,8 +51,10 @@ CUDA = cuda.Kernel(
     sequences="y dy dx ddt dz",
     pointers="A D dt_bias state last saved edges steps dA dD dbias dBC dlast dstate",
 )
+SHAPES = {"x": "b t d", "dt": "b t d", "A": "d n", "B": "b t n", "C": "b t n"}
+SHAPES |= {"D": "d?", "z": "b t d?", "dt_bias": "d?", "state": "b d n?"}
 TILE = 32  # of the CUDA kernel: tokens between saved states
-MOST_STATES = 64
+MOST_STATES = 64  # of the CUDA kernel
 PIECE = 256  # tokens the torch form holds (b, t, d, n) tensors for
 
 
@@ -58,7 +75,9 @@ def selective_scan(
     All arithmetic and the state are float32, or float64 where x is. Raises `ValueError` on shapes
     that do not fit, `UserError` where the backend is not there.
     """
-    _check(x, dt, A, B, C, D, z, dt_bias, state)
+    check("selective_scan", SHAPES, x, dt, A, B, C, D, z, dt_bias, state)
+    if not x.shape[1]:
+        raise ValueError("selective_scan: no tokens")
     theirs = libraries.usable(
         "mamba_ssm",
         x,
@@ -66,10 +85,8 @@ def selective_scan(
         (A.shape[1] > libraries.MOST_STATES, f"it has at most {libraries.MOST_STATES} states"),
         (_common_dtype(x, dt, B, C, z) not in libraries.DTYPES, "it has no float64"),
     )
-    dtype, macros = _common_dtype(x, dt, B, C, z), partial(_macros, n=A.shape[1])
-    fits = x.device.type == "cpu" or A.shape[1] <= MOST_STATES
-    here = fits and cuda.native_here(KERNEL, CUDA, x.device, dtype, macros)
-    available = {"native": here, "torch": True}
+    dtype, wide = _common_dtype(x, dt, B, C, z), torch.promote_types(x.dtype, torch.float32)
+    available = {"native": _native_here(x, dtype, wide, A.shape[1]), "torch": True}
     available |= {"mamba_ssm": theirs, "reference": True}
     name = pick("selective_scan", backend, available)
     if name == "mamba_ssm":
@@ -77,7 +94,6 @@ def selective_scan(
         z = None if z is None else z.to(dtype)
         y, last = libraries.selective_scan(x_, dt, A, B, C, D, z, dt_bias)
         return y.to(x.dtype), last
-    wide = torch.promote_types(x.dtype, torch.float32)
     if state is None and name != "native":
         state = x.new_zeros((x.shape[0], *A.shape), dtype=wide)
     form = {"native": _native, "torch": _torch, "reference": _reference}[name]
@@ -97,23 +113,12 @@ def _common_dtype(*sequences: Tensor | None) -> torch.dtype:
     return reduce(torch.promote_types, (a.dtype for a in sequences if a is not None))
 
 
-def _check(x, dt, A, B, C, D, z, dt_bias, state) -> None:
-    (b, t, d), n = x.shape, A.shape[-1]
-    expected = {
-        "dt": (dt, (b, t, d)),
-        "A": (A, (d, n)),
-        "B": (B, (b, t, n)),
-        "C": (C, (b, t, n)),
-        "D": (D, (d,)),
-        "z": (z, (b, t, d)),
-        "dt_bias": (dt_bias, (d,)),
-        "state": (state, (b, d, n)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"selective_scan: {name} is {tuple(tensor.shape)}, wants {shape}")
-    if t == 0:
-        raise ValueError("selective_scan: no tokens")
+def _native_here(x: Tensor, dtype: torch.dtype, wide: torch.dtype, n: int) -> Available:
+    if x.device.type == "cpu":
+        return partial(KERNEL.has_room, wide, states=n)
+    return n <= MOST_STATES and cuda.native_here(
+        KERNEL, CUDA, x.device, dtype, partial(_macros, n=n)
+    )
 
 
 def _reference(x, dt, A, B, C, D, z, dt_bias, h) -> tuple[Tensor, Tensor]:

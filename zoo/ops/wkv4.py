@@ -19,13 +19,21 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops import cuda, native
 from zoo.ops.backends import pick
+from zoo.ops.checks import check
 from zoo.ops.linear_recurrence import linear_scan
 
 KERNEL = native.Kernel(
     "wkv4/wkv4.c",
     sizes="batch tokens width",
-    rows="k v y dy dk dv",
-    pointers="w u state last saved dw du dstate",
+    rows={"k v y dy dk dv": "batch tokens width"},
+    pointers={
+        "w u": "width",
+        "state last": "batch 3 width",
+        "saved": "batch width/lanes tokens/chunk 4 lanes",
+        "dw du": "batch width",
+        "dstate": "batch 3 width",
+    },
+    outputs="y last saved dk dv dw du dstate",
 )
 CUDA = cuda.Kernel(
     "wkv4/wkv4.cu",
@@ -34,6 +42,7 @@ CUDA = cuda.Kernel(
     sequences="y dy dk dv",
     pointers="w u state last edges ahead top dw du dlast dstate",
 )
+SHAPES = {"k": "b t d", "v": "b t d", "w": "d", "u": "d", "state": "b 3 d?"}
 CHUNK, THREADS = 64, 64  # of the CUDA kernel: tokens between saved states, channels of a block
 MOST_WARPS = 32  # that share its composition
 PIECE = 1024  # tokens the torch form holds its intermediate tensors for
@@ -61,12 +70,9 @@ def wkv4(
     All arithmetic and the state are float32, or float64 where k is. Raises `ValueError` on shapes
     that do not fit, `UserError` where the backend is not there.
     """
+    check("wkv4", SHAPES, k, v, w, u, state)
     b, t, d = k.shape
-    expected = {"v": (v, (b, t, d)), "w": (w, (d,)), "u": (u, (d,)), "state": (state, (b, 3, d))}
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"wkv4: {name} is {tuple(tensor.shape)}, wants {shape}")
-    if t == 0:
+    if not t:
         raise ValueError("wkv4: no tokens")
     row = torch.promote_types(k.dtype, v.dtype)
     here = cuda.native_here(KERNEL, CUDA, k.device, row, _macros)

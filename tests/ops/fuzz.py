@@ -1,0 +1,398 @@
+"""Random calls of every op that has a C kernel, and what its definition in float64 makes of them.
+
+`CASES` holds a function per folder of kernels/ that draws one call: shapes with zeros, ones, odd
+sizes and several chunks, tensors that lie anyhow in memory, NaN and infinities, strong decays.
+"""
+
+import functools
+import math
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoo.ops.aft import Window, aft_window
+from zoo.ops.attention import Part, _formula, attend
+from zoo.ops.causal_conv import causal_conv
+from zoo.ops.few_keys import few_keys
+from zoo.ops.linear_recurrence import linear_recurrence
+from zoo.ops.merge import merge
+from zoo.ops.rms_norm import rms_norm
+from zoo.ops.rotary import rotary
+from zoo.ops.selective_scan import selective_scan
+from zoo.ops.wkv4 import NOTHING, wkv4
+
+# Of the norm of a result, besides what the definition itself loses in that type.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2.0**-8}
+FLOOR = 0.01  # of the rounding of 1, to which terms of a sum that cancels are rounded
+WORSE = 10  # times the definition's own error
+
+Layout = Callable[[Tensor], Tensor]
+
+
+class Call(NamedTuple):
+    """`run(backend, *tensors)` -> results; of each tensor its leaf and how it lies in memory."""
+
+    run: Callable[..., tuple[Tensor, ...]]
+    tensors: list[tuple[Tensor, Layout]]
+    definition: str = "reference"
+    gradients: bool = True
+    unspoilt: tuple[int, ...] = ()  # whose NaN may go further than the definition's
+    spoilt: bool = False
+
+
+class Draw:
+    """Random choices of one case."""
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        self.random, self.dtype = random.Random(seed), dtype
+        self.torch = torch.Generator().manual_seed(seed)
+        self.wide = torch.promote_types(dtype, torch.float32)
+
+    def chance(self, p: float) -> bool:
+        return self.random.random() < p
+
+    def size(self, *more: int, zero: bool = True) -> int:
+        """Mostly small; `more` are sizes at which something begins anew."""
+        near = [m + i for m in more for i in (-1, 0, 1)]
+        pool = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, *near, *near]
+        return self.random.choice(pool + [0] * zero)
+
+    def batch(self) -> int:
+        return self.random.choice([0, 1, 1, 2, 2, 3])
+
+    def values(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        values = torch.randn(shape, generator=self.torch, dtype=torch.float64)
+        return values.to(dtype or self.dtype)
+
+    def maybe(self, tensor: Tensor) -> Tensor | None:
+        return tensor if self.chance(0.6) else None
+
+    def layout(self, tensor: Tensor) -> tuple[Tensor, Layout]:
+        """The leaf of a tensor, and a form of it in memory; what lies around it is NaN."""
+        forms: list[Layout] = [_dense, _dense, _offset, _spread, _among_others]
+        if tensor.dim() >= 2:
+            forms += [_turned, functools.partial(_cut, step=2), _reversed_twice]
+            axis = self.random.randrange(tensor.dim())
+            if tensor.shape[axis] > 1:
+                return (
+                    self._expanded(tensor, axis)
+                    if self.chance(0.1)
+                    else (tensor, self.random.choice(forms))
+                )
+        return tensor, self.random.choice(forms)
+
+    def _expanded(self, tensor: Tensor, axis: int) -> tuple[Tensor, Layout]:
+        shape = tensor.shape
+        return tensor.narrow(axis, 0, 1).clone(), lambda leaf: leaf.expand(shape)
+
+    def spoil(self, tensors: list[Tensor]) -> None:
+        """NaN and infinities in one or two places."""
+        for _ in range(self.random.choice([1, 1, 2])):
+            tensor = self.random.choice(tensors)
+            if tensor.numel():
+                value = self.random.choice([math.nan, math.inf, -math.inf])
+                tensor.view(-1)[self.random.randrange(tensor.numel())] = value
+
+
+def _dense(a: Tensor) -> Tensor:
+    return a
+
+
+def _offset(a: Tensor) -> Tensor:
+    """Not at the start of its storage, nor aligned."""
+    return torch.cat([a.new_full((3,), math.nan), a.reshape(-1)])[3:].view(a.shape)
+
+
+def _spread(a: Tensor) -> Tensor:
+    """No two numbers are neighbours."""
+    return torch.stack([a, torch.full_like(a, math.nan)], -1)[..., 0]
+
+
+def _among_others(a: Tensor) -> Tensor:
+    """Part of a wider tensor, as of one projection that makes several."""
+    if not a.dim():
+        return a
+    wall = a.new_full((*a.shape[:-1], 2), math.nan)
+    return torch.cat([wall, a, wall], -1)[..., 2 : 2 + a.shape[-1]]
+
+
+def _turned(a: Tensor) -> Tensor:
+    return a.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _cut(a: Tensor, step: int) -> Tensor:
+    """Every other row of a tensor."""
+    return torch.stack([a, torch.full_like(a, math.nan)], 1).flatten(0, 1)[::step]
+
+
+def _reversed_twice(a: Tensor) -> Tensor:
+    """Dimensions in another order in memory."""
+    order = [*range(a.dim())][::-1]
+    return a.permute(order).contiguous().permute(order)
+
+
+def _selective_scan(draw: Draw) -> Call:
+    b, t, d, n = draw.batch(), draw.size(64, zero=False), draw.size(), draw.size(4)
+    wide, rate = draw.wide, draw.random.choice([1e-4, 1.0, 100.0])
+    tensors = {
+        "x": draw.values(b, t, d),
+        "dt": draw.values(b, t, d),
+        "A": -rate * draw.values(d, n, dtype=wide).exp(),
+        "B": draw.values(b, t, n),
+        "C": draw.values(b, t, n),
+        "D": draw.maybe(draw.values(d, dtype=wide)),
+        "z": draw.maybe(draw.values(b, t, d)),
+        "dt_bias": draw.maybe(draw.values(d, dtype=wide)),
+        "state": draw.maybe(draw.values(b, d, n, dtype=wide)),
+    }
+    return by_name(draw, selective_scan, tensors)
+
+
+def _causal_conv(draw: Draw) -> Call:
+    b, t, d = draw.batch(), draw.size(512, zero=False), draw.size()
+    width = draw.random.randint(2, 8)
+    tensors = {
+        "x": draw.values(b, t, d),
+        "weight": draw.values(d, width, dtype=draw.wide),
+        "bias": draw.maybe(draw.values(d, dtype=draw.wide)),
+        "state": draw.maybe(draw.values(b, width - 1, d)),
+    }
+    activation = draw.random.choice(["silu", None])
+    return by_name(draw, functools.partial(causal_conv, activation=activation), tensors)
+
+
+def _wkv4(draw: Draw) -> Call:
+    b, t, d = draw.batch(), draw.size(64, zero=False), draw.size()
+    size, rate = draw.random.choice([1.0, 30.0]), draw.random.choice([0.0, 1e-3, 1.0, 50.0])
+    tensors = {
+        "k": size * draw.values(b, t, d),
+        "v": draw.values(b, t, d),
+        "w": rate * draw.values(d, dtype=draw.wide).exp(),
+        "u": draw.values(d, dtype=draw.wide),
+        "state": draw.maybe(average_so_far(draw, b, d)),
+    }
+    return by_name(draw, wkv4 if rate else _averages(wkv4), tensors)
+
+
+def _averages(op: Callable) -> Callable:
+    """`op` with its state told by what it stands for: the average, and how much it weighs.
+
+    Where two weights are the largest, the gradient of the state's own numbers is anyone's choice.
+    """
+
+    def run(*args, **options):
+        y, state = op(*args, **options)
+        p, q, o = state.unbind(1)
+        some = q != 0
+        q = q.masked_fill(~some, 1)
+        return y, (p / q).masked_fill(~some, 0), (q.log() + o).masked_fill(~some, 0)
+
+    return run
+
+
+def average_so_far(draw: Draw, b: int, d: int) -> Tensor:
+    """Numerator, denominator and maximum of a state, of which some have seen no token."""
+    state = draw.values(b, 3, d, dtype=draw.wide)
+    state[:, 1] = state[:, 1].abs() + 0.5
+    if draw.chance(0.3):
+        state[:1] = torch.tensor([0.0, 0.0, NOTHING], dtype=draw.wide)[:, None]
+    return state
+
+
+def _aft(draw: Draw) -> Call:
+    b, t, heads, s = draw.batch(), draw.size(32, zero=False), draw.random.randint(1, 3), 0
+    s = draw.random.choice([1, 2, 3, 8, 31, 33, 128])
+    d, before = heads * draw.size(), draw.random.randint(0, s - 1)
+    tensors = [
+        draw.values(b, t, d),
+        draw.values(b, t, d),
+        draw.values(1, heads, s, dtype=draw.wide),
+        average_so_far(draw, b, d),
+        draw.values(b, before, d),
+        draw.values(b, before, d),
+    ]
+
+    def run(backend, k, v, w, *state):
+        y, after = aft_window(k, v, w, Window(*state), backend)
+        return y, after.older
+
+    # The largest of the weights w scales all of a head: a NaN among them is that of them all.
+    return Call(_averages(run), [draw.layout(x) for x in tensors], unspoilt=(2,))
+
+
+def _linear_recurrence(draw: Draw) -> Call:
+    b, t, d = draw.batch(), draw.size(64, zero=False), draw.size()
+    a = torch.sigmoid(3 * draw.values(b, t, d))
+    a = torch.where(draw.values(b, t, d) > 1, a.round(), a)  # keeps all, or nothing
+    tensors = {"a": a, "u": draw.values(b, t, d)}
+    tensors["state"] = draw.maybe(draw.values(b, d, dtype=draw.wide))
+    return by_name(draw, linear_recurrence, tensors)
+
+
+def _rms_norm(draw: Draw) -> Call:
+    shape = [draw.size(256), draw.size()]
+    shape = [draw.batch() for _ in range(draw.random.randint(0, 2))] + shape
+    size, eps = draw.random.choice([1e-4, 1.0, 1e3]), draw.random.choice([1e-5, 1e-2])
+
+    def run(backend, x, weight):
+        return (rms_norm(x, weight, eps, backend),)
+
+    x, weight = size * draw.values(*shape), draw.values(shape[-1])
+    return Call(run, [draw.layout(x), draw.layout(weight)])
+
+
+def _rotary(draw: Draw) -> Call:
+    b, t, h, d = draw.batch(), draw.size(128), draw.random.randint(0, 3), draw.size()
+    half = draw.random.randint(0, d // 2)
+    lead = draw.random.choice([(t,), (1, t), (b, t), (b, 1), (1,)])
+    angles = math.pi * draw.values(*lead, 1, half)
+
+    def run(backend, x):
+        turn = angles.to(x.dtype) if isinstance(x, Tensor) else angles
+        return (rotary(x, turn.cos(), turn.sin(), backend),)
+
+    return Call(run, [draw.layout(draw.values(b, t, h, d))])
+
+
+def _merge(draw: Draw) -> Call:
+    b, t, h, e = draw.batch(), draw.size(128), draw.size(), draw.size()
+    tensors = []
+    for _ in range(draw.random.randint(2, 4)):
+        lse = draw.random.choice([1.0, 30.0]) * draw.values(b, t, h)
+        nothing = draw.values(b, t, h) > draw.random.choice([0.0, 9.0])
+        tensors += [draw.values(b, t, h, e), lse.masked_fill(nothing, -torch.inf)]
+
+    def run(backend, *parts):
+        return merge([*zip(parts[::2], parts[1::2], strict=True)], backend)
+
+    return Call(run, [draw.layout(x) for x in tensors], definition="torch")
+
+
+def _few_keys(draw: Draw) -> Call:
+    b, t, h = draw.batch(), draw.size(128), draw.size()
+    keys, d, e = draw.random.randint(0, 8), draw.size(), draw.size()
+    tensors = [draw.values(b, t, h, d), draw.values(b, keys, h, d), draw.values(b, keys, h, e)]
+    scale = draw.random.choice([0.3, 5.0])
+
+    def run(backend, *qkv):
+        if backend == "native":
+            return few_keys(*qkv, scale)
+        if backend == "auto":
+            return attend([Part(*qkv)], scale=scale)
+        out, lse = _formula(*(x.transpose(1, 2) for x in qkv), None, False, scale)
+        return out.transpose(1, 2), lse.transpose(1, 2)
+
+    return Call(run, [draw.layout(x) for x in tensors], gradients=False)
+
+
+def by_name(draw: Draw, op: Callable, tensors: dict[str, Tensor | None]) -> Call:
+    given = {name: x for name, x in tensors.items() if x is not None}
+
+    def run(backend, *values):
+        return op(**dict(zip(given, values, strict=True)), backend=backend)
+
+    return Call(run, [draw.layout(x) for x in given.values()])
+
+
+CASES: dict[str, Callable[[Draw], Call]] = {  # by folder of kernels/
+    "selective_scan": _selective_scan,
+    "causal_conv": _causal_conv,
+    "wkv4": _wkv4,
+    "aft": _aft,
+    "linear_recurrence": _linear_recurrence,
+    "rms_norm": _rms_norm,
+    "rotary": _rotary,
+    "merge": _merge,
+    "few_keys": _few_keys,
+}
+NARROW = {"selective_scan", "causal_conv", "wkv4", "aft", "linear_recurrence"}  # read bfloat16
+
+
+def examine(name: str, seed: int, share: float = 0.3) -> None:
+    """Draw a call of an op and assert that its kernel gives what the definition gives.
+
+    Outputs, states and all gradients, with one to three threads, with and without a gradient. A
+    `share` of the calls has NaN or infinities in it, which must show where they do by the
+    definition, and nowhere else; gradients are then compared in the rows without any.
+    """
+    chosen = random.Random(seed)
+    dtypes = [torch.float32, torch.float64, *[torch.bfloat16] * (name in NARROW)]
+    draw = Draw(seed, chosen.choice(dtypes))
+    call = CASES[name](draw)
+    spoilt = chosen.random() < share
+    if spoilt:
+        leaves = [leaf for leaf, _ in call.tensors]
+        draw.spoil([x for i, x in enumerate(leaves) if i not in call.unspoilt])
+        call = call._replace(spoilt=True)
+    with_gradients = call.gradients and chosen.random() < 0.7
+    threads = torch.get_num_threads()
+    torch.set_num_threads(chosen.choice([1, 1, 2, 3]))
+    try:
+        found = results(call, "native", seed, with_gradients)
+    finally:
+        torch.set_num_threads(threads)
+    exact = results(call, call.definition, seed, with_gradients, torch.float64)
+    same_type = results(call, call.definition, seed, with_gradients)
+    outputs = len(found) - len(call.tensors) * with_gradients
+    sound = sound_rows(exact[:outputs])
+    for index, triple in enumerate(zip(found, exact, same_type, strict=True)):
+        assert triple[0].dtype == triple[2].dtype
+        assert triple[0].shape == triple[1].shape
+        if spoilt and index >= outputs:
+            triple = [x[sound] if len(x) == len(sound) else x[:0] for x in triple]
+        problem = difference(*(x.double() for x in triple), draw.dtype)
+        assert not problem, f"{name}, seed {seed}, result {index} of {len(found)}: {problem}"
+
+
+def sound_rows(outputs: list[Tensor]) -> Tensor:
+    """Which rows of the batch are finite, by the definition: of no other is a gradient defined."""
+    finite = [x.isfinite().flatten(1).all(1) for x in outputs if len(x) == len(outputs[0])]
+    return torch.stack(finite).all(0)
+
+
+def results(
+    call: Call, backend: str, seed: int, gradients: bool, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """What the call returns, then the gradients of a random function of some of it."""
+    leaves = [leaf.to(dtype or leaf.dtype).requires_grad_(gradients) for leaf, _ in call.tensors]
+    given = [layout(leaf) for leaf, (_, layout) in zip(leaves, call.tensors, strict=True)]
+    with torch.set_grad_enabled(gradients):
+        returned = call.run(backend, *given)
+    if not gradients:
+        return list(returned)
+    chosen, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in returned]
+    weights = [w.bfloat16().to(x.dtype) for w, x in zip(weights, returned, strict=True)]
+    used = (
+        range(len(returned))
+        if call.spoilt
+        else chosen.sample(range(len(returned)), chosen.randint(1, len(returned)))
+    )
+    grads = torch.autograd.grad(
+        [returned[i] for i in used], leaves, [weights[i] for i in used], allow_unused=True
+    )
+    zeros = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
+    return [x.detach() for x in (*returned, *zeros)]
+
+
+def difference(value: Tensor, wanted: Tensor, defined: Tensor, dtype: torch.dtype) -> str | None:
+    """What is wrong with `value`, or None."""
+    # What is beyond the narrower type's range but not float64's may be told either way.
+    flawed = value.isfinite() != wanted.isfinite()
+    flawed &= value.isfinite() != defined.isfinite()
+    if flawed.any():
+        return f"{int(flawed.sum())} of {value.numel()} are finite here or by the definition alone"
+    finite = wanted.isfinite() & value.isfinite() & defined.isfinite()
+    value, wanted, defined = (x[finite] for x in (value, wanted, defined))
+    error, lost = (value - wanted).norm(), (defined - wanted).norm()
+    smallest = FLOOR * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    allowed = TOLERANCE[dtype] * wanted.norm() + WORSE * lost.nan_to_num(0, 0, 0)
+    allowed = max(allowed, smallest * wanted.numel() ** 0.5)
+    return (
+        None
+        if error <= allowed
+        else f"off by {error:.1e} of {wanted.norm():.1e}, not {allowed:.1e}"
+    )

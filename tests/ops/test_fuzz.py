@@ -1,0 +1,128 @@
+"""Random calls of every C kernel agree with the op's definition; none is without such calls."""
+
+import importlib
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fuzz
+import pytest
+
+import zoo.ops
+from zoo.ops import cuda, native
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "kernels"
+SOURCES = sorted(str(path.relative_to(KERNELS)) for path in KERNELS.glob("*/*.c"))
+FEW, MANY, SANITIZED = 30, 500, 60  # calls of an op
+
+
+def kernels(kind: type) -> dict:
+    """Every kernel that some module of `zoo.ops` has, by its source."""
+    modules = [
+        importlib.import_module(f"zoo.ops.{m.name}") for m in pkgutil.iter_modules(zoo.ops.__path__)
+    ]
+    found = [x for module in modules for x in vars(module).values() if isinstance(x, kind)]
+    return {kernel.source: kernel for kernel in found}
+
+
+def functions(source: str) -> set[str]:
+    """What a kernel lets be called."""
+    return set(re.findall(r"^int (\w+)\(Sizes", (KERNELS / source).read_text(), re.MULTILINE))
+
+
+def test_every_kernel_has_an_op_and_random_calls():
+    assert sorted(kernels(native.Kernel)) == SOURCES
+    folders = {Path(source).parent.name for source in SOURCES}
+    assert set(fuzz.CASES) == folders
+    assert {Path(source).parent.name for source in kernels(cuda.Kernel)} <= folders
+
+
+@pytest.fixture
+def called(monkeypatch) -> set[tuple[str, str]]:
+    """The functions of kernels called so far."""
+    seen, call = set(), native.Kernel.call
+
+    def watched(kernel, function, sizes, **tensors):
+        seen.add((kernel.source, function))
+        return call(kernel, function, sizes, **tensors)
+
+    monkeypatch.setattr(native.Kernel, "call", watched)
+    return seen
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_random_calls_give_what_the_definition_gives(source, poisoned, called):
+    for seed in range(FEW):
+        fuzz.examine(Path(source).parent.name, seed)
+    assert functions(source) == {function for of, function in called if of == source}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SOURCES)
+def test_many_random_calls_give_what_the_definition_gives(source, poisoned):
+    for seed in range(FEW, FEW + MANY):
+        fuzz.examine(Path(source).parent.name, seed)
+
+
+def test_a_kernel_that_is_wrong_anywhere_does_not_pass(monkeypatch):
+    """One number of one output, by a thousandth."""
+    call = native.Kernel.call
+
+    def wrong(kernel, function, sizes, **tensors):
+        call(kernel, function, sizes, **tensors)
+        for name in kernel.outputs & tensors.keys():
+            if name == "y" and tensors[name].numel():
+                tensors[name].view(-1)[0] *= 1.001
+
+    monkeypatch.setattr(native.Kernel, "call", wrong)
+    problems = []
+    for seed in range(10):
+        try:
+            fuzz.examine("rms_norm", seed)
+        except AssertionError as error:
+            problems.append(str(error))
+    assert len(problems) >= 5  # of the rest the first number is none, or not finite
+    assert all("off by" in problem for problem in problems)
+
+
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+SCRIPT = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+from zoo.ops import native
+native.FLAGS += {flags!r}
+import fuzz
+for seed in range({calls}):
+    fuzz.examine({name!r}, seed)
+print("all of them")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_kernel_touches_memory_it_was_not_given(source, tmp_path):
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no gcc, whose sanitizers these are")
+    find = [compiler, "-print-file-name=libasan.so"]
+    asan = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
+    if not os.path.isabs(asan):
+        pytest.skip("gcc has no AddressSanitizer here")
+    script = SCRIPT.format(
+        tests=str(Path(__file__).parent), root=str(ROOT), flags=SANITIZE, calls=SANITIZED,
+        name=Path(source).parent.name,
+    )  # fmt: skip
+    environment = os.environ | {
+        "LD_PRELOAD": asan,
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "XDG_CACHE_HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.stdout == "all of them\n", done.stderr[-3000:]
