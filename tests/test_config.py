@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import zoo.__main__
 from zoo.config import compose, run_name
 from zoo.errors import UserError
 from zoo.options import read_count, target_parameters
@@ -357,6 +358,22 @@ def test_help_shows_groups_options_and_three_examples(command):
         options = yaml.safe_load(Path(ROOT, f"configs/task/{task}.yaml").read_text())[task]
         assert all(f"task.{task}.{name}=" in out for name in options if name[0] != "_")
     assert re.search(r"task.perplexity.units=8 +disjoint stretches of text", out)
+
+
+def test_help_names_what_the_trainer_takes_and_hybrids(command):
+    _, out, _ = command("train", "--help")
+    assert "hybrid=null" in out
+    assert "accumulate_grad_batches" in out
+    assert "max_epochs" not in out
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_the_packaged_program_explains_itself(flag, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["zoo", flag])
+    assert zoo.__main__.main() == 0
+    out, error = capsys.readouterr()
+    assert all(f"zoo {program} " in out for program in ("train", "eval", "doctor"))
+    assert not error
 
 
 def run_program(*words: str, cwd: Path, **more) -> tuple[subprocess.CompletedProcess, float]:

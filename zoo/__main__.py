@@ -7,8 +7,21 @@ from zoo.errors import UserError, choose
 from zoo.options import ROOT, shipped
 
 
+USAGE = """zoo <program> [option=value ...]
+
+  zoo train     train a model
+  zoo eval      measure trained runs, write a report
+  zoo doctor    say which form every operation takes on this machine
+
+zoo train --help and zoo eval --help explain the options.
+"""
+
+
 def main() -> int:
     given = sys.argv[1] if len(sys.argv) > 1 else ""
+    if given in ("-h", "--help"):
+        sys.stdout.write(USAGE)
+        return 0
     try:
         program = choose("program", given, ["train", "eval", "doctor"])
     except UserError as error:

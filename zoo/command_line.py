@@ -43,7 +43,7 @@ from zoo.console import say as say
 from zoo.errors import RunError, UserError
 from zoo.files import one_line
 from zoo.options import leaves, read_sizes
-from zoo.schema import TrainConfig, plain
+from zoo.schema import TrainConfig, Trainer, plain
 from zoo.stopping import STOPPED, handled
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -329,8 +329,7 @@ def _help(program: str, usage: str) -> str:
     for group, chosen in defaults.items():
         names = (f"[{name}]" if name == chosen else name for name in choices(group))
         lines.append(f"  {group:<11}{' '.join(names)}")
-    more = " or argument of Lightning's Trainer" if program == "train" else ""
-    lines += ["", f"options (any other key of the YAML files{more} likewise):"]
+    lines += ["", "options (any other key of the YAML files likewise):"]
     tree = yaml.safe_load((CONFIGS / f"{program}.yaml").read_text(encoding="utf-8"))
     for group, chosen in defaults.items():
         file = CONFIGS / group / f"{chosen}.yaml"
@@ -344,6 +343,12 @@ def _help(program: str, usage: str) -> str:
         lines.append(f"  {_option(key, values[key]):<30}{owner.model_fields[last].description}")
     if program == "eval":
         lines += ["", "options of what task= chooses, whose YAML files say more:", *_task_options()]
+    if program == "train":
+        lines.append(
+            f"  {'hybrid=null':<30}models by layer, as in [3*mamba,transformer]: model=hybrid"
+        )
+        more = [name for name in Trainer.model_fields if f"trainer.{name}" not in SHOWN["train"]]
+        lines += ["", f"of Lightning's Trainer, trainer.<argument>= takes {', '.join(more)}"]
     return "\n".join(lines) + "\n"
 
 
