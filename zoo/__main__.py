@@ -6,7 +6,6 @@ import sys
 from zoo.errors import UserError, choose
 from zoo.options import ROOT, shipped
 
-
 USAGE = """zoo <program> [option=value ...]
 
   zoo train     train a model
