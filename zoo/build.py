@@ -41,7 +41,10 @@ def build_model(config: TrainConfig, vocab_size: int) -> tuple[Backbone, dict[st
     except UserError:
         raise
     except (TypeError, ValueError) as error:  # an architecture's own word on its arguments
-        raise UserError(f"model={config.model.name}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        if "Overflow when unpacking" in reason:
+            reason = "its sizes are larger than a tensor can be. Use smaller ones."
+        raise UserError(f"model={config.model.name}: {reason}") from error
 
 
 def _check_window(model: Backbone, window: int) -> None:

@@ -4,8 +4,9 @@ The schema knows what each value may be; what an option does beside the others, 
 asked for or is a default, is told here. Nothing heavy is imported.
 """
 
+import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -34,15 +35,15 @@ def check_names(program: str, tree: Mapping[str, Any], given: Sequence[str]) -> 
                 )
 
 
-def _own(group: str, name: str) -> Iterator[tuple[str, Any]]:
+@functools.cache
+def _own(group: str, name: str) -> list[tuple[str, Any]]:
     """What the YAML file of a variant sets over the one that it is a variant of."""
     file = CONFIGS / group / f"{name}.yaml"
     tree = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if not tree.pop("defaults", None):
-        return
-    for path, value in leaves(tree):
-        if path != "name" and not str(value).startswith("${"):
-            yield path, value
+        return []
+    mine = [(path, value) for path, value in leaves(tree) if path != "name"]
+    return [(path, value) for path, value in mine if not str(value).startswith("${")]
 
 
 def check_effects(config: TrainConfig, tree: Mapping[str, Any], given: Sequence[str]) -> None:

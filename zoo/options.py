@@ -144,7 +144,8 @@ def _fits(value: Any, annotation: ast.expr) -> bool:
             return whole and abs(value) < LARGEST
         case ast.Name(id="float"):
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            return number and abs(value) <= sys.float_info.max  # neither nan nor inf
+            most = LARGEST if isinstance(value, int) else sys.float_info.max  # neither nan nor inf
+            return number and abs(value) <= most
         case ast.Name(id="str"):
             return isinstance(value, str)
     return True

@@ -129,6 +129,11 @@ def _kept_per_row(config: TrainConfig, vocab_size: int, knobs: dict[str, int]) -
             _kept(assemble(config, vocab_size, {**knobs, "layers": times * cycle}), tokens)
             for times in (1, 2)
         )
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        reason = str(error).partition("DefaultCPUAllocator: ")[2].splitlines()[0]
+        raise UserError(f"model={config.model.name}: {reason} Use smaller sizes.") from None
     finally:
         log.setLevel(level)
         backends.forget()

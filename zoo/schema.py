@@ -47,6 +47,7 @@ Positive = Annotated[int, BeforeValidator(read_count), Field(ge=1, le=MANY)]
 Natural = Annotated[int, BeforeValidator(read_count), Field(ge=0, le=MANY)]
 Number = Annotated[float, BeforeValidator(_not_bool)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
+Switch = Annotated[bool, Field(strict=True)]
 Threads = Annotated[Positive, Field(le=1024)]  # far more and the C library aborts
 Path = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
@@ -135,6 +136,15 @@ class Data(OpenSection):
         default=0.0, description="share of the training windows that hold a passkey"
     )
 
+    @model_validator(mode="after")
+    def _texts(self) -> "Data":
+        for key in ("path", "tokenizer", "cache", "eval_documents"):
+            value = self.options.get(key, "")
+            if not isinstance(value, str) and (key, value) != ("path", None):
+                shown = "null" if value is None else value
+                raise UserError(f"{key}={shown}: must be text. Quote a name of digits.")
+        return self
+
     @model_serializer(mode="wrap")
     def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without `passkey` where there is none, as before there was any: runs keep their names."""
@@ -189,7 +199,7 @@ def _duration(value: Any) -> Any:
 
 
 def _determinism(value: Any) -> Any:
-    if value in (True, False, None, "warn"):
+    if isinstance(value, bool) or value in (None, "warn"):
         return value
     raise ValueError("must be true, false or warn")
 
@@ -212,9 +222,9 @@ class Trainer(OpenSection):
     max_time: Annotated[str | dict[str, float] | None, BeforeValidator(_duration)] = None
     log_every_n_steps: Positive | None = None
     deterministic: Annotated[bool | str | None, BeforeValidator(_determinism)] = None
-    benchmark: bool | None = None
-    detect_anomaly: bool | None = None
-    enable_progress_bar: bool | None = None
+    benchmark: Switch | None = None
+    detect_anomaly: Switch | None = None
+    enable_progress_bar: Switch | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -294,7 +304,9 @@ class TrainConfig(Section):
     state_passing: Literal["none", "carry"] = Field(
         description="carry: each window starts from the state the one before it left"
     )
-    checkpoint_activations: bool = Field(description="recompute in the backward pass: less memory")
+    checkpoint_activations: Switch = Field(
+        description="recompute in the backward pass: less memory"
+    )
     valid_every: Positive = Field(description="steps between validations")
     valid_windows: Positive = Field(description="windows in a validation")
     save_every: Positive = Field(description="steps between checkpoints")
@@ -303,7 +315,7 @@ class TrainConfig(Section):
     resume: Path | None = Field(description="run folder to continue")
     finetune: Path | None = Field(description="run folder to train further, under `extension`")
     extension: Extension
-    fresh: bool = Field(description="true: train again in a new folder")
+    fresh: Switch = Field(description="true: train again in a new folder")
     changed_code: Literal["refuse", "accept"] = Field(
         default="refuse", description="accept: go on with a run that other code began"
     )
@@ -369,7 +381,7 @@ class EvalConfig(Section):
     logger: Logger
     runs: Path = Field(description="folder that holds the run folders")
     split: Literal["train", "valid", "test"] = Field(description="part of the corpus to measure on")
-    fresh: bool = Field(description="true: measure again what is known")
+    fresh: Switch = Field(description="true: measure again what is known")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
         description="auto, cpu, cuda, cuda:1 ..."
     )

@@ -43,6 +43,8 @@ from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
 from zoo.positions.rope import inverse_frequencies, rotate
 
+MAX_REACH = 2**24  # tokens back that a state holds keys for
+
 
 class LongformerState(NamedTuple):
     k: Float[Tensor, "b n h d"]  # the window's
@@ -77,6 +79,10 @@ class Longformer(MultiHead):
         if len(dilations) != heads or min(dilations) < 1:
             raise ValueError(
                 f"dilation={dilation}: one of at least 1, or one for each of the {heads} heads"
+            )
+        if max(windows) * max(dilations) > MAX_REACH:
+            raise ValueError(
+                f"window={window}, dilation={dilation}: their product must be at most {MAX_REACH}"
             )
         if global_tokens < 0 or (causal and global_tokens == 1):
             raise ValueError(

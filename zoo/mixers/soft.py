@@ -59,6 +59,9 @@ from zoo.positions.rope import inverse_frequencies, rotate, turned
 
 PIECE = 64  # blocks whose landmarks' matrices are held at once; recomputed in the backward pass
 
+MAX_LANDMARKS = 2**20  # their state is as long
+MAX_ITERATIONS = 1000  # of Newton's method, which has converged long before
+
 
 class Landmarks(NamedTuple):
     landmarks: Float[Tensor, "b m h d"]  # turned; the latest last, zeros where there is none yet
@@ -99,8 +102,14 @@ class Soft(Mixer):
         for name, value in least.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if not epsilon > 0:
-            raise ValueError(f"epsilon={epsilon} must be above 0, or A may have no inverse")
+        if not 0 < epsilon <= 1e3:
+            raise ValueError(
+                f"epsilon={epsilon} must be above 0, or A may have no inverse, and at most 1000"
+            )
+        if iterations > MAX_ITERATIONS:
+            raise ValueError(f"iterations={iterations} must be at most {MAX_ITERATIONS}")
+        if landmarks > MAX_LANDMARKS:
+            raise ValueError(f"landmarks={landmarks} must be at most {MAX_LANDMARKS}")
         self.causal, self.heads, self.head_width = causal, heads, width // heads
         self.form = choose("form", form, ["exact", "landmarks"]) if causal else "bidirectional"
         self.recurrent = self.form == "landmarks"  # type: ignore[misc]

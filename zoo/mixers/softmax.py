@@ -89,6 +89,8 @@ class SoftmaxAttention(Mixer):
                 "positions=xpos, and no others, take window, the training length, of which their "
                 f"blocks are half: model=xpos sets it (positions={positions}, window={window})"
             )
+        if window is not None:
+            at_least(1, window=window)
         if sink and positions in ("alibi", "t5"):
             raise ValueError(
                 f"positions={positions} bias keys by their distance, and a sink stands at none: "

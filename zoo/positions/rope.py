@@ -27,7 +27,7 @@ def inverse_frequencies(width: int, base: float = 10000.0) -> tuple[float, ...]:
     if width % 2:
         raise ValueError(f"rotary positions turn pairs of channels: head width {width} is odd")
     if not base > 1:
-        raise ValueError(f"rotary base={base}: frequencies fall from 1 only with a base above 1")
+        raise ValueError(f"rope_base={base} must be above 1: frequencies fall from 1 by its powers")
     return tuple(base ** (-2 * i / width) for i in range(width // 2))
 
 

@@ -27,6 +27,9 @@ from zoo.positions.rope import inverse_frequencies
 Scaled = tuple[tuple[float, ...], float]
 
 
+MAX_MSCALE = 10  # published: 1, DeepSeek's 0.707
+
+
 def linear(
     *,
     width: int,
@@ -157,6 +160,9 @@ def yarn(
     `temperature(factor, mscale_all_dim)` instead; that is left to the attention.
     Golden, d=128, L=4096, s=16: theta_21 = 0.046941, theta_33 = 0.0046, factor 1.277259.
     """
+    for name, value in (("mscale", mscale), ("mscale_all_dim", mscale_all_dim)):
+        if not 0 <= value <= MAX_MSCALE:
+            raise ValueError(f"{name}={value} must be between 0 and {MAX_MSCALE}")
     inv_freq, _ = ntk_by_parts(
         width=width,
         base=base,

@@ -1,0 +1,208 @@
+"""Every option with every kind of bad value: refused in one line that names it, or what it says.
+
+The cases are read from the YAML files, the schemas and the constructors, so that a new option is
+walked without being listed here.
+"""
+
+import copy
+import importlib.util
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from building import ARCHITECTURES, train_config
+from pydantic import BaseModel, ValidationError
+
+from zoo.build import build_model
+from zoo.config import choices, compose_tree, composing, parse, reads_both_ways
+from zoo.extend import extend
+from zoo.options import constructor_parameters, leaves, target_parameters
+from zoo.run import RunFolder
+from zoo.schema import Extension, MixerPart, Trainer, plain, validate
+
+ROOT = Path(__file__).parents[1]
+HUGE = 10**30
+FEW = (0, -1, 1, HUGE, 10**12, math.nan, "text", None, True)  # a model is built for each
+VALUES = (0, -1, 1, HUGE, -HUGE, 10**12, 0.5, 1e308, math.nan, math.inf, "text", "", None, True, [])
+SIZE = {"width": 32, "layers": 2}
+
+
+def program(name: str):
+    spec = importlib.util.spec_from_file_location(f"{name}_program", ROOT / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def composed(name: str, *words: str) -> dict[str, Any]:
+    with composing(name):
+        return compose_tree(name, parse(words))
+
+
+def changed(tree: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of the tree with another value at a dotted path."""
+    tree = copy.deepcopy(tree)
+    *sections, last = path.split(".")
+    section = tree
+    for name in sections:
+        section = section[name]
+    section[last] = value
+    return tree
+
+
+def outcome(attempt: Callable[[], str], named: str) -> str:
+    """What is wrong with an attempt; "" where it was refused as it should be or went well.
+
+    A refusal is a ValueError (UserError is one, and pydantic's) of one line with `named` in it.
+    """
+    try:
+        return attempt()
+    except ValueError as error:
+        told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        if "\n" in told:
+            return f"is refused in several lines: {told}"
+        named_at_all = named in told or "run folder" in told  # a folder that is not there
+        return "" if named_at_all else f"is refused without its name: {told}"
+    except Exception as error:
+        return f"is a traceback: {error!r}"
+
+
+def holds(config: BaseModel, path: str, value: Any) -> str:
+    """What an accepted value was taken for, where that is another one."""
+    held = dict(leaves(plain(config)))
+    if path not in held or value in (None, []):  # null: a default, spelled out
+        return ""
+    same = isinstance(held[path], bool) == isinstance(value, bool)
+    same = same and (held[path] == value or held[path] == pytest.approx(value))
+    return "" if same else f"was taken as {held[path]!r}"
+
+
+def walk(check: Callable[..., BaseModel], tree: dict[str, Any], paths: Iterable[str]) -> list[str]:
+    """Whatever is wrong with any value at any of the paths."""
+    wrong = []
+    for path, value in itertools.product(paths, VALUES):
+        told = outcome(
+            lambda p=path, v=value: holds(check(changed(tree, p, v), [p]), p, v),
+            path.rpartition(".")[2],
+        )
+        wrong += [f"{path}={value!r} {told}"] if told else []
+    return wrong
+
+
+def test_every_option_of_training_is_refused_or_what_it_says(monkeypatch, tmp_path):
+    train = program("train")
+    monkeypatch.setattr(train, "check_source", lambda _: None)  # a second each
+    monkeypatch.chdir(tmp_path)
+    tree = composed("train", "size=tiny")
+    own = [path for path, _ in leaves(tree) if not path.startswith("model.")]
+    trainer = [f"trainer.{name}" for name in Trainer.model_fields]
+    paths = sorted({*own, *trainer} - {"data.cache", "changed_code"})
+    assert len(paths) > 45
+    wrong = walk(train.check, tree, paths)
+    assert wrong == []
+
+
+def test_every_option_of_measuring_is_refused_or_what_it_says(monkeypatch, tmp_path):
+    runs = [RunFolder.create(tmp_path / "run", train_config("size=tiny"), {})] * 2
+    for task in choices("task"):
+        words = ["task.longrope.times=2"] if task == "longrope" else []
+        tree = composed("eval", "run=run", f"task={task}", *words)
+        paths = [path for path, _ in leaves(tree) if not path.endswith("_target_")]
+        evaluate = program("eval")
+        monkeypatch.setattr(evaluate, "find_runs", lambda *_: runs)
+        common = [] if task != "speed" else [path for path in paths if "." not in path]
+        paths = [path for path in paths if path.startswith("task.")] + common
+        assert walk(evaluate.check, tree, paths) == []
+
+
+def parts() -> list[tuple[str, str, dict[str, Any]]]:
+    """(model, slot, part) of every architecture."""
+    found = []
+    for name in ARCHITECTURES:
+        block = plain(train_config(f"model={name}", "size=tiny"))["model"]["blocks"][0]
+        found += [(name, slot, part) for slot, part in block.items() if part]
+    return found
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_argument_of_every_mixer_is_refused_or_reads_finite_text(causal):
+    """What a constructor accepts also computes finite outputs, where it is small enough to try."""
+    cases, wrong = 0, []
+    for name, slot, part in parts():
+        takes = constructor_parameters(part["_target_"]) or []
+        if not causal and ("causal" not in takes or not reads_both_ways(name)):
+            continue
+        place = {**SIZE, "layer": 1} if causal else {**SIZE, "layer": 1, "causal": False}
+        for argument, value in itertools.product(target_parameters(part["_target_"]) or [], FEW):
+            cases += 1
+            told = outcome(
+                lambda p={**part, argument: value}, w=place: reads_finite(p, w), argument
+            )
+            wrong += [f"{name}: {slot}.{argument}={value!r} {told}"] if told else []
+    assert wrong == []
+    assert cases > 500
+
+
+def reads_finite(tree: dict[str, Any], place: dict[str, Any]) -> str:
+    """What is wrong with the mixer's outputs; of one too large to try, with its construction."""
+    part = MixerPart.model_validate(tree)
+    try:
+        with torch.device("meta"):
+            size = sum(p.numel() for p in part.load()(**place).parameters())
+    except (RuntimeError, TypeError) as error:  # more than a tensor can be: told by the rehearsal
+        return "" if "overflow" in str(error).lower() else str(error)
+    if size > 200_000:
+        return ""
+    torch.manual_seed(0)
+    mixer = part.load()(**place)
+    if mixer.min_window > 512:
+        return ""  # refused for shorter windows
+    tokens = min(24, mixer.max_length or 24)
+    with torch.no_grad():
+        y = mixer(torch.randn(2, tokens, SIZE["width"]))
+    return "" if y.isfinite().all() else "gives outputs that are not finite"
+
+
+def extension_options(trees: dict[str, Any]) -> list[tuple[str, str]]:
+    """(extension, dotted path within it) of every argument of every extension."""
+    found = []
+    for name, tree in trees.items():
+        found += [(name, path) for path in ("factor", "original_length")]
+        for section in ("scaling", "reach"):
+            if isinstance(tree[section], dict):
+                arguments = target_parameters(tree[section]["_target_"]) or []
+                found += [(name, f"{section}.{argument}") for argument in arguments]
+    return found
+
+
+def test_every_argument_of_every_extension_is_refused_or_reads_finite_text():
+    models = {
+        kind: build_model(train_config(f"model={kind}", "size=tiny", "seq_len=16"), 32)[0]
+        for kind in ("transformer", "alibi")
+    }
+    tokens, wrong = torch.randint(32, (1, 40)), []
+
+    def reads(tree: dict[str, Any], kind: str) -> str:
+        asked = validate(Extension, tree)
+        if asked.positions is not None:
+            return ""  # a way to train
+        model = extend(copy.deepcopy(models[kind]), asked, 16)
+        with torch.no_grad():
+            return "" if model(tokens).isfinite().all() else "gives logits that are not finite"
+
+    trees = {
+        name: composed("eval", "run=run", f"extension={name}", "extension.factor=2")["extension"]
+        for name in choices("extension")
+    }
+    for (name, path), value in itertools.product(extension_options(trees), VALUES):
+        kind = "alibi" if name == "alibi_interpolation" else "transformer"
+        tree = changed(trees[name], path, value)
+        told = outcome(lambda t=tree, k=kind: reads(t, k), "")
+        wrong += [f"extension={name} {path}={value!r} {told}"] if told else []
+    assert wrong == []
