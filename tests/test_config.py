@@ -128,6 +128,7 @@ REFUSED = {
     "model.max_length=64": "positions=rope have no length to learn",
     "model.feed_forward.hidden_width=1000": "match=params sets this width. Add match=none",
     "model=mamba model.mixer.inner_width=100": "match=params sets this width. Add match=none",
+    "model.mixer.positions=none": "model.positions=rope sets it. Use that one.",
     "model.name=other": "model.name=other: a file sets it. Use model=other.",
     "size.name=tiny": "Use size=tiny.",
     "extension.name=yarn extension.factor=4": "extension.name=yarn: a file sets it. Use extension=",

@@ -278,6 +278,11 @@ def _is_embedded(part: dict[str, Any]) -> bool:
 def _block(part: dict[str, Any]) -> dict[str, Any]:
     mixer = part.get("mixer")
     if "positions" in part and isinstance(mixer, dict):
+        if "positions" in mixer:
+            given, name = mixer["positions"], part["positions"]
+            raise UserError(
+                f"model.mixer.positions={given}: model.positions={name} sets it. Use that one."
+            )
         mixer = {**mixer, "positions": "none" if _is_embedded(part) else part["positions"]}
     return {"mixer": mixer, "feed_forward": part.get("feed_forward")}
 

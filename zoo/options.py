@@ -115,7 +115,9 @@ def check_types(target: str, values: Mapping[str, Any]) -> None:
         annotation = declared.get(name)
         if annotation is not None and not _fits(value, annotation):
             shown = json.dumps(value) if value is None or isinstance(value, bool) else value
-            raise UserError(f"{name}={shown}: must be {_in_words(annotation)}")
+            digits = isinstance(value, int) and abs(value) >= LARGEST
+            limit = " of at most 15 digits" if digits else ""
+            raise UserError(f"{name}={shown}: must be {_in_words(annotation)}{limit}")
 
 
 LARGEST = 10**15  # of a whole number: beyond, sizes overflow before memory is asked for

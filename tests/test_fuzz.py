@@ -1,0 +1,147 @@
+"""Command lines drawn at random: each is refused in one line, or a run that is what it says."""
+
+import importlib.util
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from building import ARCHITECTURES
+
+from zoo.config import choices, compose_tree, composing, parse
+from zoo.options import TRAINER_OWNED, TRAINER_REFUSED, leaves, target_parameters
+from zoo.schema import Trainer
+
+ROOT = Path(__file__).parents[1]
+ODD = ("0", "-1", "1", "2", "3", "7", "0.5", "1e9", "1e18", "1e309", "1e308", "-inf", "nan", "inf")
+ODD += (
+    "null",
+    "true",
+    "abc",
+    "''",
+    "[]",
+    "[1]",
+    "[0,1]",
+    "{0:2}",
+    "1k",
+    "64k",
+    "2**99",
+    "é",
+    "a b",
+)
+PLAIN = ("1", "2", "3", "4", "8", "16", "64", "256", "0.1", "0.5", "true", "false", "auto", "cpu")
+GROUPS = {group: choices(group) for group in ("extension", "data", "size", "logger", "optim")}
+LIMIT = 30  # seconds for a refusal, and for a run of a few steps
+
+
+def options(model: str) -> list[str]:
+    """Every option that training with that model has, of the YAML files and of their code."""
+    with composing("train"):
+        tree = compose_tree("train", parse(["size=tiny", f"model={model}"]))
+    found = [path for path, _ in leaves(tree) if not path.endswith("_target_")]
+    found += [f"trainer.{name}" for name in Trainer.model_fields]
+    refused = random.Random(model).sample(sorted({*TRAINER_REFUSED, *TRAINER_OWNED}), 3)
+    found += [f"trainer.{name}" for name in refused]
+    for slot in ("mixer", "feed_forward"):
+        if isinstance(part := tree["model"].get(slot), dict):
+            names = target_parameters(part["_target_"]) or []
+            found += [f"model.{slot}.{name}" for name in names]
+    return sorted({*found, *GROUPS, "nonsense"})
+
+
+def lines(count: int, seed: int) -> list[list[str]]:
+    """Command lines of one to three odd options each."""
+    draw, found = random.Random(seed), []
+    known = {model: options(model) for model in ARCHITECTURES}
+    while len(found) < count:
+        model = draw.choice(ARCHITECTURES)
+        keys = draw.sample(known[model], draw.randint(1, 3))
+        values = [draw.choice(GROUPS.get(key) or draw.choice((ODD, PLAIN))) for key in keys]
+        found.append([f"model={model}", *map("=".join, zip(keys, values, strict=True))])
+    return found
+
+
+def written(folder: Path) -> list[str]:
+    """What a program left in the folder beside the tokens it keeps."""
+    return [
+        str(path.relative_to(folder)) for path in folder.rglob("*") if ".data" not in path.parts
+    ]
+
+
+@pytest.mark.slow
+def test_500_command_lines_in_one_process_are_refused_or_rehearsed(tmp_path, monkeypatch, capfd):
+    """Everything but the training itself; what would be trained is counted."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    spec = importlib.util.spec_from_file_location("train_program", ROOT / "train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+    trained: list[Any] = []
+    for name in ("fit", "fit_apart"):
+        monkeypatch.setattr(train, name, lambda config, *_: trained.append(config))
+    wrong, refused = [], 0
+    for words in lines(500, seed=0):
+        before, start, count = set(written(tmp_path)), time.monotonic(), len(trained)
+        try:
+            code = train.main([*words, "size=tiny", "logger=none"] if not named(words) else words)
+        except BaseException as error:
+            wrong.append((words, f"traceback {error!r}"))
+            continue
+        said = capfd.readouterr().err
+        if time.monotonic() - start > LIMIT:
+            wrong.append((words, f"took {time.monotonic() - start:.0f} s"))
+        if code == 2:
+            refused += 1
+            if said.count("\n") != 1:
+                wrong.append((words, f"said {said!r}"))
+            if left := set(written(tmp_path)) - before:
+                wrong.append((words, f"left {left}"))
+        elif code or (len(trained) == count and "already trained" not in said):
+            wrong.append((words, f"exit code {code}: {said[-300:]!r}"))
+    assert wrong == []
+    assert refused > 250
+    assert len(trained) > 20
+
+
+def named(words: list[str]) -> bool:
+    """Whether a line chooses its own size or logger: then nothing is added."""
+    return any(word.partition("=")[0] in ("size", "logger") for word in words)
+
+
+@pytest.mark.slow
+def test_command_lines_as_programs_end_well(tmp_path):
+    """Some dozens for real, of a few steps each: no signal, no traceback, nothing left behind."""
+    few = ["size=tiny", "logger=none", "seq_len=32", "batch_size=2", "trainer.max_steps=2"]
+    few += ["valid_windows=2", "optim.warmup_steps=1"]
+    wrong, done = [], 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for words in lines(36, seed=1):
+        given = {word.partition("=")[0] for word in words}
+        line = [*words, *(word for word in few if word.partition("=")[0] not in given)]
+        before, start = set(written(tmp_path)), time.monotonic()
+        try:
+            found = subprocess.run(
+                [sys.executable, str(ROOT / "train.py"), *line],
+                **{"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 4 * LIMIT},
+                env=environment,
+            )
+        except subprocess.TimeoutExpired:
+            wrong.append((line, "hangs"))
+            continue
+        done += found.returncode == 0
+        if found.returncode not in (0, 1, 2) or "Traceback" in found.stderr:
+            wrong.append((line, f"exit code {found.returncode}: {found.stderr[-400:]}"))
+        if found.returncode == 2 and (found.stderr.count("\n") != 1):
+            wrong.append((line, f"said {found.stderr[-400:]}"))
+        if found.returncode == 2 and (left := set(written(tmp_path)) - before):
+            wrong.append((line, f"left {left}"))
+        if found.returncode == 2 and time.monotonic() - start > LIMIT:
+            wrong.append((line, f"took {time.monotonic() - start:.0f} s"))
+    assert wrong == []
+    assert not list(tmp_path.rglob(".*.tmp"))
