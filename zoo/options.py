@@ -122,7 +122,7 @@ def check_types(target: str, values: Mapping[str, Any]) -> None:
 
 LARGEST = 10**15  # of a whole number: beyond, sizes overflow before memory is asked for
 SIMPLE = {
-    "int": "a whole number of at most 15 digits",
+    "int": "a whole number",
     "float": "a finite number",
     "bool": "true or false",
 }
