@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import pickle
 import shlex
 import warnings
 from collections.abc import Mapping
@@ -309,7 +310,10 @@ def last_checkpoint(folder: RunFolder) -> tuple[Path | None, dict[str, Any]]:
             if type(state.get("global_step")) is not int:
                 raise ValueError("it holds no step")
         except Exception as error:  # torch has no class of its own for what it cannot read
-            unread = f"{whole.path.name} cannot be read ({one_line(error)[:120]})"
+            told = one_line(error)[:120]
+            if isinstance(error, pickle.UnpicklingError):
+                told = "it holds more than tensors and plain containers, or no pickle"
+            unread = f"{whole.path.name} cannot be read ({told})"
             log.warning("%s: %s: passed over", folder, unread)
             reject(whole.path)
             continue

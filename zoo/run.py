@@ -287,9 +287,11 @@ class RunFolder:
         """Lock the folder and record what ends the work in it: `failed` or `stopped`, and why.
 
         What the configuration is to blame for becomes a UserError. Before the first step it
-        takes the folder with it if that is new, unless the record is to be kept (`keep`).
+        takes the folder with it if that is new, unless the record is to be kept (`keep`). A run
+        that had steps and is refused more of them stays what it was.
         """
         with self.lock():
+            before = self.info
             self.update(status="running", reason=None)
             try:
                 yield
@@ -301,8 +303,12 @@ class RunFolder:
                         self.path.parent.rmdir()  # if this run was the first
                 else:
                     ended = "failed" if isinstance(error, Exception) else "stopped"
+                    reason = one_line(error)
+                    refused = isinstance(error, UserError) and before["status"] != "running"
+                    if refused and before["step"] and self.info["step"] == before["step"]:
+                        ended, reason = before["status"], before["reason"]
                     with suppress(UserError):  # a full disk must not hide what happened
-                        self.update(status=ended, reason=one_line(error))
+                        self.update(status=ended, reason=reason)
                 if isinstance(error, OSError) or (early and isinstance(error, ValueError)):
                     raise UserError(one_line(error)) from error
                 raise

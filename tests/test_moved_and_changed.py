@@ -1,0 +1,203 @@
+"""A run whose text, base, weights or code is no longer what it was: followed, or told."""
+
+import contextlib
+import io
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from test_altered_files import MEASURE, RUN, carry_out, original, same, truth  # noqa: F401
+
+import eval as eval_program
+import train as train_program
+import zoo.run
+import zoo.tasks
+from zoo import learner
+from zoo.config import compose_tree, composing, parse
+from zoo.errors import UserError
+from zoo.run import RunFolder
+
+EVAL = [f"run={RUN}", "report=null", "logger=none", *MEASURE]
+TUNE = ["extension=pi", "extension.factor=2", "name=tuned", "logger=none", "trainer.max_steps=2",
+        "optim.warmup_steps=1"]  # fmt: skip
+
+
+@pytest.fixture
+def place(original, tmp_path):  # noqa: F811
+    """A copy of the runs, their text and cache; the test is in it."""
+    shutil.copytree(original, tmp_path / "copy")
+    with contextlib.chdir(tmp_path / "copy"):
+        yield tmp_path / "copy"
+
+
+def run(name: str, *words: str) -> int:
+    """train or eval under these options, in this process. UserError as they raise it."""
+    program = {"train": train_program, "eval": eval_program}[name]
+    with composing(name):
+        composed = compose_tree(name, parse(words))
+    return program.job(program.check(composed, [w.partition("=")[0] for w in words]), None)
+
+
+def move_text(place: Path) -> None:
+    shutil.rmtree(place / "cache")
+    (place / "text").rename(place / "elsewhere")
+
+
+def test_a_moved_text_is_followed_by_resume_eval_and_finetune(place):
+    move_text(place)
+    for program, words in (
+        ("train", [f"finetune={RUN}", *TUNE]),
+        ("eval", EVAL),
+        ("train", [f"resume={RUN}", "trainer.max_steps=6"]),
+    ):
+        if program == "train":
+            with pytest.raises(UserError, match=r"data\.path: .*text does not exist"):
+                run(program, *words)
+        assert run(program, *words, "data.path=elsewhere") == 0
+    assert RunFolder.open(RUN).config.data.options["path"] == "elsewhere"
+    assert RunFolder.open(RUN).info["step"] == 6
+
+
+def test_why_nothing_was_measured_is_said(place, caplog):
+    move_text(place)
+    assert run("eval", *EVAL, "fresh=true") == 1
+    assert "elsewhere" not in caplog.text
+    assert "mine: failed: data.path:" in caplog.text
+    assert "text does not exist" in caplog.text
+
+
+def test_another_text_is_refused_by_resume_and_eval_and_nothing_changes(place, caplog):
+    shutil.copytree("text", "other")
+    Path("other/train/a.txt").write_text("another text " * 200)
+    before = {name: (RUN / name).read_bytes() for name in ("config.yaml", "run.json")}
+    for words in (["data.path=other"], []):
+        if not words:
+            Path("text/train/a.txt").write_text("another text " * 200)
+        with pytest.raises(UserError, match=r"is not the text that .*mine was trained on so far"):
+            run("train", f"resume={RUN}", "trainer.max_steps=6", *words)
+        assert (RUN / "config.yaml").read_bytes() == before["config.yaml"]
+        now, then = RunFolder.open(RUN).info, json.loads(before["run.json"])
+        kept = ("status", "reason", "step", "fingerprint", "sources", "data")
+        assert {name: now[name] for name in kept} == {name: then[name] for name in kept}
+        assert run("eval", *EVAL, "fresh=true", *words) == 1
+        assert "is not the text the run was trained on" in caplog.text
+        caplog.clear()
+
+
+def test_a_place_for_a_text_that_has_none_is_refused(place):
+    with pytest.raises(UserError, match=r"data=stdlib.* takes none|unknown option"):
+        run("train", f"resume={RUN}", "data.documents=3")
+
+
+def test_a_run_tuned_from_a_base_that_was_replaced_is_not_already_trained(place):
+    assert run("train", f"finetune={RUN}", *TUNE) == 0
+    tuned = RunFolder.open("runs/tuned")
+    assert tuned.info["base"]["sources"] == RunFolder.open(RUN).info["sources"]
+    assert run("train", f"finetune={RUN}", *TUNE) == 0  # already trained
+    shutil.rmtree(RUN)
+    shutil.copytree("runs/other", RUN)
+    with pytest.raises(UserError, match=r"tuned was fine-tuned from other weights than .*mine now"):
+        run("train", f"finetune={RUN}", "seed=0", *TUNE)
+
+
+def test_rows_say_what_code_trained_and_measured_and_other_code_measures_anew(
+    place, monkeypatch, caplog
+):
+    def answers() -> list[tuple]:
+        return [(r["sources"], r["measured_by"], r["time"]) for r in RunFolder(RUN).rows()]
+
+    (first, *_) = before = answers()
+    assert first[0] == RunFolder.open(RUN).info["sources"]
+    assert run("eval", *EVAL) == 0
+    assert answers() == before
+    assert "changed since it was trained" not in caplog.text
+    monkeypatch.setattr(zoo.tasks, "measured_by", lambda *_: "other")
+    real = zoo.run.sources
+    monkeypatch.setattr(zoo.run, "sources", lambda *a, **k: real(*a, **k) | {"zoo/x.py": "1"})
+    assert run("eval", *EVAL) == 0
+    assert {measured for _, measured, _ in answers()} == {"other"}
+    assert "mine: zoo/x.py changed since it was trained" in caplog.text
+
+
+def test_after_a_damaged_checkpoint_rows_are_of_the_weights_that_were_measured(place, truth):  # noqa: F811
+    last = RUN / "checkpoints" / "step=00000004.ckpt"
+    last.write_bytes(last.read_bytes()[:9000])
+    assert run("eval", *EVAL) == 0
+    rows = RunFolder(RUN).rows()
+    assert {(row["train_steps"], row["train_tokens"]) for row in rows} == {(2, 64)}
+    found = {(row["protocol"], row["length"]): row["bits_per_byte"] for row in rows}
+    assert found == truth[1][2]
+
+
+def unseal(path: Path, spoil: bool) -> None:
+    """As checkpoints were before the seal; spoilt, in the archive's directory alone."""
+    state = torch.load(path, weights_only=True)
+    torch.save(state, path)
+    if spoil:
+        content = bytearray(path.read_bytes())
+        name = content.rindex(b"data.pkl")  # in the directory, at the end
+        content[name] ^= 1
+        path.write_bytes(content)
+        with zipfile.ZipFile(path) as archive:
+            assert len(archive.infolist()) > 1
+
+
+def test_a_checkpoint_of_before_the_seal_that_cannot_be_read_is_passed_over(place, truth):  # noqa: F811
+    for step in (2, 4):
+        unseal(RUN / "checkpoints" / f"step={step:08d}.ckpt", spoil=False)
+    assert carry_out("eval", stub=True).code == 0
+    unseal(RUN / "checkpoints" / "step=00000004.ckpt", spoil=True)
+    outcome = carry_out("resume", stub=True)
+    assert same(outcome.weights, truth[0][2])
+    assert any("step=00000004.ckpt" in line for line in outcome.said)
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("harm",))
+
+
+def test_a_pickle_that_is_refused_is_one_line(place, capsys):
+    for file in (RUN / "checkpoints").iterdir():
+        torch.save({"state_dict": Harmful(), "global_step": 4}, file)
+    outcome = carry_out("resume", stub=True)
+    assert outcome.code == 2
+    assert "has no checkpoint that can be read: step=00000002.ckpt cannot be read" in outcome.error
+    assert "\n" not in outcome.error
+    outcome = carry_out("eval", stub=True)
+    assert outcome.code in (1, 2)
+    assert "no whole checkpoint" in str(outcome.said) + outcome.error
+    assert "harm" not in capsys.readouterr().out
+
+
+def test_a_configuration_that_does_not_fit_its_checkpoint_is_one_line(place):
+    text = (RUN / "config.yaml").read_text().partition("\n")[2]
+    (RUN / "config.yaml").write_text(text.replace("width: 16", "width: 32"))
+    outcome = carry_out("resume", stub=True)
+    assert outcome.code == 2
+    assert "mine: config.yaml's model does not fit the checkpoint" in outcome.error
+    assert carry_out("eval", stub=True).code in (1, 2)
+    with pytest.raises(UserError, match="weights differ, such as embedding"):
+        learner.load(RunFolder.open(RUN))
+
+
+def test_one_damaged_run_of_several_keeps_its_place_and_the_others_are_measured(place, caplog):
+    (RUN / "run.json").write_text("[" * 100_000)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        words = [word for word in EVAL if not word.startswith("run=")]
+        assert run("eval", "run=runs/*", *words) == 1
+    assert "mine" in said.getvalue()
+    assert "run.json is damaged: it is nested too deeply" in caplog.text
+    assert {row["status"] for row in RunFolder(Path("runs/other")).rows()} == {"ok"}
+
+
+def test_which_file_went_into_which_split_is_recorded(place):
+    recorded = (RUN / "documents.json").read_text()
+    assert '"train/a.txt"' in recorded
+    info = RunFolder.open(RUN).info
+    assert info["data"]["test"]["documents"] == 1
+    assert info["data"]["test"]["bytes"] == len(Path("text/test/a.txt").read_bytes()) + 1
