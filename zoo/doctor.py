@@ -86,7 +86,11 @@ def _cache() -> str:
     wanted, folder = native.wanted_cache_folder(), native.cache_folder()
     if folder == wanted:
         return str(folder)
-    return f"{wanted} cannot be written, so every process builds its own; set XDG_CACHE_HOME"
+    try:
+        reason = native.others_can_write(wanted) or f"{wanted} cannot be written"
+    except OSError:
+        reason = f"{wanted} cannot be written"
+    return f"{reason}, so every process builds its own; set XDG_CACHE_HOME"
 
 
 def main() -> int:

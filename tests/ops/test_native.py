@@ -81,6 +81,50 @@ def test_a_cache_that_cannot_be_written_is_replaced_for_the_process(cache, monke
     assert only_library(folder).is_file()
 
 
+DAMAGES = {
+    "a byte that is no text": lambda path: path.write_bytes(b"\xff" + path.read_bytes()[1:]),
+    "an empty file": lambda path: path.write_bytes(b""),
+    "half a file": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "a folder": lambda path: (path.unlink(), path.mkdir(), (path / "x").touch()),
+    "a loop of links": lambda path: (path.unlink(), path.symlink_to(path.name)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("suffix", [".so", ".sha256"])
+def test_a_damaged_file_of_the_cache_is_named_and_built_again(tmp_path, caplog, suffix, damage):
+    library = tmp_path / "kernel.so"
+    native.keep(library, b"a library" * 9)
+    DAMAGES[damage](library.with_suffix(suffix))
+    with caplog.at_level(logging.WARNING, "zoo"):
+        assert native.read_intact(library) is None
+    (line,) = caplog.messages
+    assert str(library) in line
+    native.keep(library, b"another" * 9)
+    assert native.read_intact(library) == b"another" * 9
+    library.chmod(0o722)
+    assert native.read_intact(library) is None
+
+
+@pytest.mark.parametrize("whose", ["another user's", "everybody's"])
+def test_no_library_is_loaded_from_a_folder_others_write(cache, monkeypatch, caplog, whose):
+    native.keep(native.library(SOURCE), b"planted")  # the right name, the right checksum
+    native.cache_folder.cache_clear()
+    cache.chmod(0o777 if whose == "everybody's" else 0o700)
+    if whose == "another user's":
+        uid = native.os.getuid()
+        monkeypatch.setattr(native.os, "getuid", lambda: uid + 1)
+    with caplog.at_level(logging.WARNING, "zoo"):
+        folder = native.cache_folder()
+    monkeypatch.undo()
+    assert folder != cache
+    assert folder.stat().st_mode & 0o077 == 0
+    (line,) = caplog.messages
+    assert str(cache) in line
+    assert convolve("native").isfinite().all()
+    assert only_library(folder).is_file()
+
+
 def use_kernel() -> None:
     assert ctypes.c_int64.in_dll(native.load(SOURCE), "segment").value > 0
 

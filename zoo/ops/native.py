@@ -3,6 +3,7 @@
 A kernel is one C file, built by the system's compiler the first time it is wanted (under 2 s) into
 $XDG_CACHE_HOME/zoo (or ~/.cache/zoo), under a name made of everything that could change it: source,
 flags, compiler, CPU. The library's SHA-256 stands beside it, so a damaged one is built again.
+Nothing is loaded from a folder that belongs to another user or that others can write.
 """
 
 import ctypes
@@ -106,18 +107,37 @@ def wanted_cache_folder() -> Path:
 
 @functools.cache
 def cache_folder() -> Path:
-    """The user's cache, or where that cannot be written a folder that lasts as long as we do."""
+    """The user's cache, or a private folder that lasts as long as we do.
+
+    That where the cache cannot be written, or where somebody else could put a library into it.
+    """
     folder = wanted_cache_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return folder
+            reason = others_can_write(folder)
     except OSError as error:
-        log.info(
-            "kernels are built for this process only: %s cannot be written (%s)", folder, error
-        )
-        _temporary.append(tempfile.TemporaryDirectory(prefix="zoo-"))
-        return Path(_temporary[-1].name)
+        reason = f"{folder} cannot be written ({error})"
+    if reason is None:
+        return folder
+    log.warning("kernels are built for this process only: %s", reason)
+    _temporary.append(tempfile.TemporaryDirectory(prefix="zoo-"))
+    return Path(_temporary[-1].name)
+
+
+def others_can_write(path: Path) -> str | None:
+    """Why what is there may be another user's, in words, or None.
+
+    Raises `OSError` where it cannot be told.
+    """
+    if not hasattr(os, "getuid"):  # Windows, where the folder is the user's own
+        return None
+    found = path.stat()
+    if found.st_uid != os.getuid():
+        return f"{path} belongs to user {found.st_uid}, not to user {os.getuid()}"
+    if found.st_mode & 0o022:
+        return f"{path} can be written by others; chmod go-w {path}"
+    return None
 
 
 _temporary: list[tempfile.TemporaryDirectory] = []  # removed at exit
@@ -128,15 +148,20 @@ def _checksum(library: Path) -> Path:
 
 
 def read_intact(library: Path) -> bytes | None:
-    """What `keep` wrote, or None where it is missing or damaged."""
+    """What `keep` wrote, or None where it is missing, damaged or may be another user's."""
     try:
         content = library.read_bytes()
-        whole = hashlib.sha256(content).hexdigest() == _checksum(library).read_text(
-            encoding="utf-8"
-        )
-    except OSError:
+        reason = others_can_write(library)
+        if hashlib.sha256(content).hexdigest().encode() != _checksum(library).read_bytes():
+            reason = reason or f"{library} or its checksum beside it is damaged"
+    except FileNotFoundError:
         return None
-    return content if whole else None
+    except OSError as error:
+        reason = f"{library} cannot be read ({error})"
+    if reason is None:
+        return content
+    log.warning("a kernel is built again: %s", reason)
+    return None
 
 
 def keep(library: Path, content: bytes) -> None:
@@ -146,8 +171,10 @@ def keep(library: Path, content: bytes) -> None:
         built.write_bytes(content)
         built.chmod(0o700)
         _checksum(built).write_text(hashlib.sha256(content).hexdigest(), encoding="utf-8")
-        built.replace(library)
-        _checksum(built).replace(_checksum(library))
+        for new, old in ((built, library), (_checksum(built), _checksum(library))):
+            if old.is_dir() and not old.is_symlink():  # a file cannot take its place
+                shutil.rmtree(old)
+            new.replace(old)
 
 
 def _build(command: list[str], library: Path) -> None:
