@@ -197,6 +197,27 @@ def test_arms_matched_by_parameters_are_within_one_percent(size, architecture):
     assert abs(found - reference) <= 0.01 * reference
 
 
+def test_parameters_are_counted_once_though_two_layers_share_them():
+    """The transformer of size tiny by hand; its head is its embedding."""
+    model, _ = build_model(train_config("model=transformer", "size=tiny", "match=none"), 256)
+    width, hidden = 64, 168
+    of_layer = 4 * width**2 + 3 * width * hidden + 2 * width
+    assert count_parameters(model) == 256 * width + 2 * of_layer + width
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_layers_are_as_many_as_come_nearest_before_widths_are_matched(size):
+    with torch.device("meta"):
+        reference, _ = build_model(train_config("model=transformer", f"size={size}"), 256)
+        _, knobs = build_model(train_config("model=mamba", f"size={size}"), 256)
+        apart = {}
+        for layers in range(knobs["layers"] - 1, knobs["layers"] + 2):
+            words = ["model=mamba", f"size={size}", "match=none", f"size.layers={layers}"]
+            count = count_parameters(build_model(train_config(*words), 256)[0])
+            apart[layers] = abs(count - count_parameters(reference))
+    assert min(apart, key=apart.__getitem__) == knobs["layers"]
+
+
 def test_what_cannot_be_matched_is_refused_with_both_counts():
     config = train_config("model=learned", "size=tiny", "seq_len=64k")
     with pytest.raises(UserError, match=r"within 1 % \(nearest [\d,]+\)\. match=none"):

@@ -140,13 +140,13 @@ def main(words: list[str]) -> int:
     left = 0
     mutants = [m for m in every() if all(word in f"{m} {m.source}" for word in words)]
     with copy() as place:
-        without = {m.tests: tested(m.tests, place)[0] for m in mutants}
+        without = {m.tests: tested(m.tests, place) for m in mutants}
         for mutant in mutants:
             began = time.monotonic()
             code, output = run(mutant, place)
             told = {1: "seen", 0: "SURVIVED"}.get(code, f"CANNOT TELL ({code})")
-            if without[mutant.tests]:
-                code, told = -1, f"FAILS WITHOUT IT ({without[mutant.tests]})"
+            if (clean := without[mutant.tests])[0]:
+                code, output, told = -1, clean[1], f"FAILS WITHOUT IT ({clean[0]})"
             left += code != 1
             last = "" if code == 1 else "\n" + "\n".join(output.splitlines()[-12:])
             sys.stdout.write(f"{told:10} {time.monotonic() - began:4.0f} s  {mutant}{last}\n")
