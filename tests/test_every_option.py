@@ -19,7 +19,9 @@ from pydantic import BaseModel, ValidationError
 
 from zoo.build import build_model
 from zoo.config import choices, compose_tree, composing, parse, reads_both_ways
+from zoo.errors import UserError
 from zoo.extend import extend
+from zoo.inert import check_effects
 from zoo.options import constructor_parameters, leaves, target_parameters
 from zoo.run import RunFolder
 from zoo.schema import Extension, MixerPart, Trainer, plain, validate
@@ -167,6 +169,43 @@ def reads_finite(tree: dict[str, Any], place: dict[str, Any]) -> str:
     with torch.no_grad():
         y = mixer(torch.randn(2, tokens, SIZE["width"]))
     return "" if y.isfinite().all() else "gives outputs that are not finite"
+
+
+OTHERS = (1, 2, 4, 8, 24, 0.5, 500.0, True, False, "none", "length")
+FORMS = {"aft": ("variant=simple", "variant=local", "variant=full"), "soft": ("form=exact",)}
+FORMS |= {"linformer": ("positions=none",), "longformer": ("positions=none",)}
+PLAINS = [(name, ()) for name in ARCHITECTURES if name != "hybrid"]
+PLAINS += [(name, (f"model.mixer.{form}",)) for name, forms in FORMS.items() for form in forms]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "words"), PLAINS, ids=str)
+def test_a_mixers_argument_that_changes_nothing_is_refused(name, words):
+    config = train_config(f"model={name}", "size=tiny", "match=none", *words)
+    part = plain(config.model.blocks[0].mixer)
+    reference = computed(part)
+    for argument in set(part) - {"_target_", "backend", "positions", "variant", "form"}:
+        values = [value for value in OTHERS if value != part[argument]]
+        found = [computed({**part, argument: value}) for value in values]
+        if all(one in (None, reference) for one in found) and any(found):
+            with pytest.raises(UserError, match=rf"^model\.mixer\.{argument}=.*: acts with "):
+                check_effects(config, {}, [f"model.mixer.{argument}"])
+
+
+def computed(tree: dict[str, Any]) -> tuple[int, float] | None:
+    """Parameters and outputs of a mixer under one seed; None where it refuses its arguments."""
+    torch.manual_seed(0)
+    try:
+        mixer = MixerPart.model_validate(tree).load()(**SIZE, layer=1)
+    except ValueError:
+        return None
+    x = torch.randn(2, 48, SIZE["width"], generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        try:
+            y = mixer(x)
+        except ValueError:
+            return None
+    return sum(p.numel() for p in mixer.parameters()), y.double().abs().sum().item()
 
 
 def extension_options(trees: dict[str, Any]) -> list[tuple[str, str]]:

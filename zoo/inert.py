@@ -46,6 +46,50 @@ def _own(group: str, name: str) -> list[tuple[str, Any]]:
     return [(path, value) for path, value in mine if not str(value).startswith("${")]
 
 
+# What an argument of a mixer needs to act, by class: values of its other arguments, or objectives.
+Needs = dict[str, tuple[str, ...]]
+_CAUSAL, _MASKED = {"objective": ("causal",)}, {"objective": ("masked",)}
+_ROTARY = {"rope_base": {"positions": ("rope", "xpos")}}
+NEEDS: dict[str, dict[str, Needs]] = {
+    **dict.fromkeys(("SoftmaxAttention", "LowRankAttention", "ReLUAttention"), _ROTARY),
+    **dict.fromkeys(("Longformer", "LongNet"), _ROTARY),
+    "Linformer": {
+        **_ROTARY,
+        **dict.fromkeys(("rank", "max_length"), _MASKED),
+        **dict.fromkeys(("block", "slots"), _CAUSAL),
+    },
+    "Soft": {
+        **_ROTARY,
+        "form": _CAUSAL,
+        "iterations": _MASKED,
+        "landmarks": {**_CAUSAL, "form": ("landmarks",)},
+        "block": {"form": ("landmarks",)},
+        "epsilon": {"form": ("landmarks",)},
+    },
+    "AFT": {
+        "heads": {"variant": ("conv",)},
+        "window": {"variant": ("conv", "local")},
+        "rank": {"variant": ("local", "full")},
+        "max_length": {"variant": ("local", "full")},
+    },
+}
+
+
+def _check_used(config: TrainConfig, given: Sequence[str]) -> None:
+    """Refuse an argument of a mixer that the others of its arguments leave without effect."""
+    names = [key.removeprefix("model.mixer.") for key in given if key.startswith("model.mixer.")]
+    for part in (block.mixer for block in config.model.blocks if names):
+        known = NEEDS.get(part.target.rpartition(".")[2], {})
+        for name in names:
+            for other, values in known.get(name, {}).items():
+                here = config.objective if other == "objective" else part.options.get(other)
+                if here not in values:
+                    raise UserError(
+                        f"model.mixer.{name}={_shown(part.options.get(name))}: acts with {other}="
+                        f"{' or '.join(values)}, and here it is {here}. Leave {name} out."
+                    )
+
+
 def check_effects(config: TrainConfig, tree: Mapping[str, Any], given: Sequence[str]) -> None:
     """Refuse those of the options `given` that a new training run would leave without effect."""
     steps, window = config.trainer.max_steps, config.seq_len
@@ -69,6 +113,7 @@ def check_effects(config: TrainConfig, tree: Mapping[str, Any], given: Sequence[
         )
     if config.match == "params" and not config.finetune:
         _check_matched(config)
+    _check_used(config, given)
     check_extension(config.extension, given, longer=config.finetune is not None)
 
 
