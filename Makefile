@@ -73,7 +73,7 @@ bench: .venv/ready-dev  ## time the CPU kernels and training steps against other
 	$(RUN) kernels/bench/reach.py --json kernels/bench/results/reach.json
 	$(RUN) kernels/bench/growth.py --json kernels/bench/results/growth.json
 
-gpu-check:  ## build, check and time the CUDA kernels on a GPU, with PYTHON's own torch
+gpu-check:  ## build, check and time what runs on a GPU in 8 minutes, with PYTHON's own torch
 	$(PYTHON) kernels/bench/gpu_check.py
 
 clean:  ## remove the environment and caches; runs stay

@@ -3,20 +3,24 @@
 import importlib.util
 import json
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+
+from zoo.errors import UserError
+from zoo.ops import cuda
 
 ROOT = Path(__file__).parents[2]
 RECORDS = sorted(ROOT.glob("kernels/bench/results/gpu-*.json"))
 LONG = 65536  # what README's table shows
 
 
-@pytest.fixture(scope="module")
-def script():
-    path = ROOT / "kernels" / "bench" / "gpu_check.py"
-    spec = importlib.util.spec_from_file_location("gpu_check", path)
+def loaded(name: str):
+    path = ROOT / "kernels" / "bench" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     before = list(sys.path)
@@ -26,20 +30,26 @@ def script():
     return module
 
 
+@pytest.fixture(scope="module")
+def script():
+    return loaded("gpu_check")
+
+
 @pytest.fixture
-def on_cpu(script, monkeypatch):
-    """One small size per op; a run takes 2 ms, whatever it takes."""
+def on_cpu(monkeypatch):
+    """The steps, with one small size per op; a run takes 2 ms, whatever it takes."""
 
     def milliseconds(run, repeats=15):
         run()
         return 2.0
 
-    monkeypatch.setattr(script, "DEVICE", "cpu")
-    monkeypatch.setattr(script, "CHECKED", SMALL)
-    monkeypatch.setattr(script, "milliseconds", milliseconds)
-    monkeypatch.setattr(script, "TIMED", (5,))
-    monkeypatch.setattr(script, "SCANNED", (5,))
-    return script
+    steps = loaded("gpu_steps")
+    monkeypatch.setattr(steps, "DEVICE", "cpu")
+    monkeypatch.setattr(steps, "CHECKED", SMALL)
+    monkeypatch.setattr(steps, "milliseconds", milliseconds)
+    monkeypatch.setattr(steps, "TIMED", (5,))
+    monkeypatch.setattr(steps, "SCANNED", (5,))
+    return steps
 
 
 SMALL = {
@@ -69,14 +79,32 @@ def test_every_op_is_checked_and_what_is_wrong_is_told(on_cpu, monkeypatch):
         assert not any(row["right"] for row in record.values())
 
 
-def test_libraries_are_asked_where_they_are_and_a_failure_is_told(on_cpu, monkeypatch):
-    monkeypatch.setattr(on_cpu.libraries, "installed", lambda name: name == "xformers")
+def test_an_op_that_raises_is_told_and_the_others_are_checked(on_cpu, monkeypatch):
+    def broken(*args, **inputs):
+        raise RuntimeError("an illegal memory access\nwas encountered")
+
+    monkeypatch.setitem(on_cpu.OPS, "wkv4", (broken, on_cpu.OPS["wkv4"][1]))
     record = {}
-    on_cpu.check_libraries(record)
-    assert record.pop("xformers").startswith("UserError: attend: xformers is not available")
-    assert set(record.values()) == {"not installed"}
+    assert not on_cpu.check(record)
+    told = "RuntimeError: an illegal memory access was encountered"
+    failed = {case: row for case, row in record.items() if not row.get("right")}
+    assert {case.split()[0] for case in failed} == {"wkv4"}
+    assert {row["error"] for row in failed.values()} == {told}
+    assert len(record) == 3 * sum(map(len, SMALL.values()))
+    times = {}
+    assert not on_cpu.time_ops(times, "wkv4")
+    assert times == {"wkv4 b=1 t=5": {"error": told}}
+
+
+def test_a_library_is_left_out_where_it_is_missing(on_cpu, monkeypatch):
+    monkeypatch.setattr(on_cpu.libraries, "installed", lambda name: name == "xformers")
+    with pytest.raises(ModuleNotFoundError, match="mamba-ssm is not installed"):
+        on_cpu.run("library mamba_ssm", {})
+    with pytest.raises(UserError, match="attend: xformers is not available"):
+        on_cpu.run("library xformers", {})
     monkeypatch.setitem(on_cpu.LIBRARIES, "xformers", as_reference(on_cpu.LIBRARIES["xformers"]))
-    on_cpu.check_libraries(record)
+    record = {}
+    assert on_cpu.run("library xformers", record)
     assert record["xformers"]["right"]
 
 
@@ -85,25 +113,107 @@ def as_reference(library):
     return (lambda backend, **inputs: op(backend="reference", **inputs), *others)
 
 
-def test_times_become_readmes_table(on_cpu, monkeypatch):
-    monkeypatch.setattr(on_cpu, "step_through_time", lambda given: lambda: 0 * given["k"])
-    times = {}
-    on_cpu.time_ops(times)
-    assert {case.split()[0] for case in times} == set(SMALL)
-    assert times["wkv4 b=1 t=5"]["differs_from_steps"] == pytest.approx(1.0)
-    times = {case.replace("t=5", f"t={LONG}"): row for case, row in times.items()}
+def test_times_become_readmes_table(script, on_cpu):
+    record = {"date": "2026-01-02T03:04", "steps": {}}
+    for op in script.OPS:
+        record[f"times {op}"] = times = {}
+        assert on_cpu.run(f"times {op}", times)
+        (row,) = times.values()
+        record[f"times {op}"] = {f"{op} b=1 t={LONG}": row}
+        record[f"accuracy {op}"] = {f"{op} torch.float32 (1, 2)": {"right": True}}
+    times = record["times wkv4"]
     times[f"wkv4 b=1 t={LONG}"]["step_through_time"] = {"forward": 44.0}
-    record = {"device": "card", "date": "2026-01-02T03:04", "milliseconds": times}
-    record |= {"versions": {"torch": "9", "cuda": "8"}, "ceilings": {"copy_bytes_per_second": 4e12}}
+    record["machine"] = {"device": "card", "copy_bytes_per_second": 4e12}
+    record["machine"]["versions"] = {"torch": "9", "cuda": "8"}
     record["mamba_130m_step"] = {
         "native": {"milliseconds": 100.0},
         "mamba_ssm": {"milliseconds": 130.0},
     }
-    text = "\n".join(on_cpu.table(json.loads(json.dumps(record))))
+    text = "\n".join(script.table(json.loads(json.dumps(record))))
     assert "one card, 2026-01-02, torch 9, CUDA 8" in text
     assert text.count("| 2.00 ms | 2.00 ms |") == len(SMALL)
     assert "steps through time 22.0x (forward); chunked PyTorch 1.0x (forward), 1.0x" in text
     assert "| 100 ms | | with mamba-ssm's kernels 1.30x |" in text
+    record["accuracy wkv4"]["wkv4 torch.float32 (1, 2)"]["right"] = False
+    assert "WKV-4" not in "\n".join(script.table(record))  # no time is worth anything of the wrong
+
+
+FOUND = "import json, sys; json.dump({'case': {'error': 'as far as it got'}}, open(%r, 'w')); "
+ENDS = {
+    "fails": "raise RuntimeError('no such kernel')",
+    "is wrong": "sys.exit(4)",
+    "lacks a package": "sys.stderr.write('fla is not installed'); sys.exit(3)",
+    "hangs": "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)",
+    "dies": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+    "is right": "pass",
+}
+
+
+def test_a_step_that_fails_or_hangs_costs_its_own_time_alone(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(script.tempfile, "TemporaryDirectory", lambda **_: nullcontext(tmp_path))
+    steps = []
+    for name, end in ENDS.items():
+        code = FOUND % str(tmp_path / f"{name}.json") + end
+        limit = 1.0 if name == "hangs" else 20
+        steps.append(script.Step(name, limit, (sys.executable, "-c", code)))
+    out, written, write = tmp_path / "record.json", [], script._write
+
+    def counting(out, record):
+        write(out, record)
+        written.append(len(json.loads(out.read_text())["steps"]))
+
+    monkeypatch.setattr(script, "_write", counting)
+    began = time.monotonic()
+    record = script.run_steps(steps, out)
+    assert time.monotonic() - began < 30
+    assert {name: told["status"] for name, told in record["steps"].items()} == {
+        "fails": "failed",
+        "is wrong": "wrong",
+        "lacks a package": "left out",
+        "hangs": "timed out",
+        "dies": "failed",
+        "is right": "right",
+    }
+    assert record["steps"]["fails"]["reason"] == "RuntimeError: no such kernel"
+    assert record["steps"]["dies"]["reason"] == "exit code -11"
+    assert all(record[name] == {"case": {"error": "as far as it got"}} for name in ENDS)
+    assert written == [1, 2, 3, 4, 5, 6]
+    assert json.loads(out.read_text()) == record
+    text = "\n".join(script.summary(record))
+    assert "timed out" in text
+    assert "no answer in 1 s" in text
+    assert script.exit_code(record) == 1
+
+
+def test_only_what_is_right_or_lacks_a_package_counts_as_right(script):
+    for status, code in {"right": 0, "left out": 0, "wrong": 1, "timed out": 1}.items():
+        steps = {"one": {"status": "right"}, "other": {"status": status}}
+        assert script.exit_code({"steps": steps}) == code
+
+
+def test_no_step_begins_when_the_time_is_over(script, tmp_path):
+    steps = [script.Step("late", 20, (sys.executable, "-c", "pass"))]
+    record = script.run_steps(steps, tmp_path / "record.json", budget=0.5)
+    assert record["steps"]["late"]["status"] == "no time left"
+    assert script.exit_code(record) == 1
+
+
+def test_the_steps_come_in_the_order_of_what_matters(script):
+    kinds = list(dict.fromkeys(step.name.partition(" ")[0] for step in script.STEPS))
+    assert kinds == [
+        *("machine", "build", "accuracy", "sanitizer", "times", "attention", "train"),
+        *("decode", "resume", "library", "mamba_130m_step", "other"),
+    ]
+    assert script.BUDGET <= 480
+
+
+@pytest.mark.slow
+def test_the_whole_order_runs_on_the_cpu(script, tmp_path):
+    record = script.run_steps(script.STEPS, tmp_path / "record.json", budget=1200, rehearse=True)
+    wrong = {name: told for name, told in record["steps"].items() if told["status"] != "right"}
+    assert {told["status"] for told in wrong.values()} <= {"left out"}, wrong
+    assert {name.partition(" ")[0] for name in wrong} <= {"sanitizer", "library"}
+    assert record["resume"]["killed_with"] == -9
 
 
 def test_readme_has_the_table_of_the_latest_record(script):
@@ -113,11 +223,11 @@ def test_readme_has_the_table_of_the_latest_record(script):
     assert wanted in (ROOT / "README.md").read_text()
 
 
-def test_without_a_gpu_it_says_so_and_writes_nothing(script, monkeypatch, capsys, tmp_path):
-    if script.cuda.absent() is None:
+def test_without_a_gpu_it_says_so_and_writes_nothing(script, monkeypatch, capfd, tmp_path):
+    if cuda.absent() is None:
         pytest.skip("there is a GPU")
     out = tmp_path / "record.json"
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(out)])
     assert script.main() == 2
     assert not out.exists()
-    assert capsys.readouterr().err.endswith("it needs an NVIDIA GPU and torch with CUDA\n")
+    assert capfd.readouterr().err.endswith("it needs an NVIDIA GPU and torch with CUDA\n")
