@@ -1,5 +1,6 @@
 """What a run is includes the code it was made of: which edits change it, and what then happens."""
 
+import functools
 import re
 import shutil
 from pathlib import Path
@@ -13,20 +14,38 @@ from zoo.provenance import changed, digest, measured_by, sources
 from zoo.run import trained_by
 
 
-@pytest.fixture
-def package(tmp_path) -> Path:
-    """A copy of the package and its kernels, to be edited."""
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("copy")
     for name in ("zoo", "kernels"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return tmp_path / "zoo"
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return place / "zoo"
+
+
+@pytest.fixture
+def package(copied):
+    """A copy of the package and its kernels, to be edited; what was edited is put back."""
+    yield copied
+    for file, text in EDITED.items():
+        file.write_text(text)
+    EDITED.clear()
+
+
+EDITED: dict[Path, str] = {}
 
 
 def files_of(model: str, package: Path = PACKAGE, *words: str) -> dict[str, str]:
-    return sources(train_config(f"model={model}", *words), package=package)
+    return sources(config_of(model, *words), package=package)
+
+
+@functools.cache
+def config_of(model: str, *words: str):
+    return train_config(f"model={model}", *words)
 
 
 def edit(file: Path, old: str, new: str) -> None:
     text = file.read_text()
+    EDITED.setdefault(file, text)
     assert old in text
     file.write_text(text.replace(old, new, 1))
 
@@ -84,6 +103,7 @@ def test_words_do_not_make_another_run(package, file, old, new):
 
 def test_the_words_of_an_error_do_not_but_its_class_does(package):
     file = package / "mixers" / "base.py"
+    EDITED[file] = file.read_text()
     with file.open("a") as end:
         end.write('\n\ndef stop(x):\n    raise ValueError(f"{x} is bad")\n')
     before = digest(files_of("mamba", package))
@@ -95,21 +115,17 @@ def test_the_words_of_an_error_do_not_but_its_class_does(package):
 
 def test_every_architecture_names_its_own_mixer_and_what_that_imports():
     for name in ARCHITECTURES:
-        config = train_config(f"model={name}", "size=tiny")
-        files, model = sources(config), str(config.model)
-        targets = {
-            block.mixer.target.rpartition(".")[0].replace(".", "/") + ".py"
-            for block in config.model.blocks
-        }
-        assert targets <= set(files)
-        assert {"zoo/learner.py", "zoo/backbone.py", "zoo/mixers/base.py"} <= set(files)
-        others = {f for f in files if f.startswith("zoo/mixers/")} - targets
-        for other in others:  # each is imported by one of them, not by who builds them all
-            module = other.removesuffix(".py").replace("/", ".")
-            mixers = [ROOT / file for file in files if file.startswith("zoo/mixers/")]
-            used = any(module in path.read_text() for path in [*mixers, ROOT / "zoo/backbone.py"])
-            assert used or module in model, (name, other)
-    assert not [file for file in files if re.search("report|command_line|zoo/run.py", file)]
+        text = (ROOT / f"configs/model/{name}.yaml").read_text()
+        modules = re.findall(r"_target_: zoo\.(mixers\.\w+)\.", text)
+        files = provenance._closure(PACKAGE, ROOT / "kernels", [*provenance.TRAINING, *modules])
+        own = {f"zoo/{module.replace('.', '/')}.py" for module in modules}
+        assert own | {"zoo/learner.py", "zoo/backbone.py", "zoo/mixers/base.py"} <= set(files)
+        read = [ROOT / file for file in files if file.startswith("zoo/mixers/")]
+        imported = "".join(path.read_text() for path in [*read, ROOT / "zoo/backbone.py"])
+        for file in {file for file in files if file.startswith("zoo/mixers/")} - own:
+            module = file.removesuffix(".py").replace("/", ".")
+            assert module in imported, (name, file)  # by one of them, not by who builds them all
+        assert not [file for file in files if re.search("report|command_line|zoo/run.py", file)]
 
 
 def test_an_extension_belongs_to_a_run_trained_under_it():
