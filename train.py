@@ -87,8 +87,8 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
         say(f"already trained: {folder} (fresh=true trains again)")
     else:
         told = tell_continuation(folder.config, config, step_of(last))
-        training = folder.training(keep=arm is not None)
-        with training, current().recording(folder.stopped), folder.going_on(config):
+        training, stop = folder.training(keep=arm is not None), current()
+        with training, stop.recording(folder.stopped), folder.going_on(config), stop.telling():
             if arm:
                 folder.update(sweep=arm.sweep, arm=arm.options)
                 rehearse(config, apart=True)

@@ -164,12 +164,11 @@ def _trainer(
             "log_every_n_steps": 10,
             **options,
         },
-        callbacks=callbacks,
         enable_checkpointing=False,
         default_root_dir=folder.path,
     )
     try:
-        make(logger=False)  # before W&B begins a run that cannot be
+        make(callbacks=[*callbacks], logger=False)  # before W&B begins a run that cannot be
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         given = (f"trainer.{key}={options[key]}" for key in ("accelerator", "devices"))
         told = str(error).split(". ")[0].rstrip(".")
@@ -177,7 +176,7 @@ def _trainer(
             f"{' '.join(given)}: not to be had on this machine ({told}). Use trainer.accelerator="
             "auto or cpu, and trainer.devices=1."
         ) from None
-    return make(logger=_logger(config, folder, about))
+    return make(callbacks=[*callbacks], logger=_logger(config, folder, about))
 
 
 def _tell(config: TrainConfig, corpus: Corpus, about: Mapping[str, Any]) -> None:

@@ -75,6 +75,16 @@ class Stop:
             self.deferring = before
 
     @contextmanager
+    def telling(self) -> Iterator[None]:
+        """What breaks because a stop interrupted it is told as that stop."""
+        try:
+            yield
+        except Exception as error:
+            if self.asked is None:
+                raise
+            raise KeyboardInterrupt(f"stopped by {self.asked}") from error
+
+    @contextmanager
     def recording(self, words: LastWords) -> Iterator[None]:
         """Let `words(reason)` be called should the process have to end in the midst of this."""
         self.last_words.append(words)
@@ -130,7 +140,8 @@ def handled() -> Iterator[Stop]:
     thread.start()
     _current.append(stop)
     try:
-        yield stop
+        with stop.telling():
+            yield stop
     finally:
         _current.remove(stop)
         signal.set_wakeup_fd(woken)

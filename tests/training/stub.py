@@ -63,6 +63,15 @@ def one_long_step(config, folder) -> None:
             library.usleep(100_000)
 
 
+def broken_by_it(config, folder) -> None:
+    """What a stop interrupts may fail in any way."""
+    print("training", flush=True)  # noqa: T201
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        raise RecursionError("maximum recursion depth exceeded") from None
+
+
 def building(config, folder) -> None:
     """Before the steps: a first signal ends it where it is."""
     print("training", flush=True)  # noqa: T201
@@ -74,6 +83,9 @@ def main(how: str, words: list[str]) -> int:
     module = types.ModuleType("zoo.learner")
     module.train = globals()[how.removesuffix("_in_a_thread")]  # type: ignore[attr-defined]
     sys.modules["zoo.learner"] = module
+    rehearsal = types.ModuleType("zoo.rehearse")
+    rehearsal.rehearse = lambda config: None  # type: ignore[attr-defined]
+    sys.modules["zoo.rehearse"] = rehearsal
     stopping.GRACE = processes.GRACE = float(os.environ.get("GRACE", stopping.GRACE))
     given, codes = list(sys.argv), []
     if how.endswith("_in_a_thread"):

@@ -95,6 +95,7 @@ def test_a_thread_trains_and_the_command_line_stays_the_callers(tmp_path):
     [
         ("steps", signal.SIGTERM),
         ("building", signal.SIGINT),
+        ("broken_by_it", signal.SIGTERM),
         ("steps -m", signal.SIGINT),
         ("steps trainer.devices=2", signal.SIGTERM),
     ],
