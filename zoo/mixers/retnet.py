@@ -5,6 +5,11 @@
     S_n         gamma S_{n-1} + k_n^T v_n                                              (eq. 6)
     y           W_o (silu(W_g x) * norm(q_n S_n)), the norm over each head             (eq. 8)
 
+In bfloat16 the first tokens are worse than the others by design: what is normalised is, of the
+first, (q.k) v, of which the norm keeps the sign of q.k alone, and rounding may turn it over.
+Measured over 500 sequences at width 64 with 4 heads, largest error by token under autocast: 0.52 of
+the first, 0.11 of the second, at most 0.034 of any later, of outputs up to 2.7.
+
 The state is S, in float32, and the number of tokens read, which the rotation needs. The paper's
 rotation carries no xPos factor either: the decay does its work. Values and gate are `value_factor`
 widths, 2 as published.

@@ -21,6 +21,11 @@ then its mean is taken, not its sum), which keeps the size of what is read; `non
 Trained shortly on 256 tokens, `none` was the better of the two up to there and `t` beyond, where
 the other starves. Order is seen only through what came before (as without positions), or from
 positions added at the embedding. The state is S, both norms, in float32, and the number of tokens.
+
+In bfloat16 the first tokens are worse than the others by design: of the first, q / |q| and k / |k|
+are the signs of each channel, and rounding may turn over those near 0. Measured over 500 sequences
+at width 64 with 4 heads, largest error by token under autocast: 2.8 of the first, 0.27 and 0.17 of
+the next two, at most 0.064 of any later, of outputs up to 18.
 """
 
 from typing import NamedTuple
