@@ -52,8 +52,13 @@ def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
     if not tree["resume"]:
         check_effects(config, tree, given)
     check_shares(config)
-    check_source(config.data.model_dump())
     check_deterministic(config.trainer.accelerator, config.trainer.deterministic)
+    if config.data.task is None:
+        check_source(config.data.model_dump())
+    else:
+        from zoo.data.synthetic import check_task  # numpy
+
+        check_task(config.data.name, config.data.task.load(), config.seq_len)
     return config
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from zoo.data.synthetic import NO_LABEL
 from zoo.errors import NoStateError
 from zoo.mixers.base import Mixer, Shared, State
 from zoo.ops.rms_norm import RMSNorm
@@ -160,6 +161,20 @@ class Backbone(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         nll = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         return (nll, state) if state else nll
+
+    def labels_loss(
+        self,
+        tokens: Int[Tensor, "b t"],
+        labels: Int[Tensor, "b t"],
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Mean negative log-likelihood (nats) of each label given the tokens up to its own place.
+
+        Where a label is `NO_LABEL` nothing is asked.
+        """
+        logits = self(tokens, positions=positions)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL)
 
     def masked_loss(
         self,

@@ -23,8 +23,8 @@ from zoo.build import build_model, count_parameters
 from zoo.checkpoints import reject
 from zoo.config import plain
 from zoo.console import say
-from zoo.data.corpora import Corpus, open_corpus
-from zoo.data.loader import valid_batch
+from zoo.data.corpora import Corpus
+from zoo.data.examples import SyntheticData
 from zoo.errors import UserError
 from zoo.extend import extend
 from zoo.files import one_line, write_text
@@ -38,7 +38,7 @@ from zoo.stopping import current
 from zoo.training.callbacks import Checkpoints, Metrics
 from zoo.training.module import Learner, NonFiniteError
 from zoo.training.shares import micro_batches, process_count
-from zoo.training.windows import Windows
+from zoo.training.windows import Windows, open_data, validation
 
 log = logging.getLogger("zoo")
 
@@ -63,11 +63,10 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     backends.forget()
     if config.allocator == "tuned" and (told := tune_allocator()):
         log.info("%s; allocator=system leaves it alone", told)
-    corpus = open_corpus(config.data.model_dump(), Path(config.data.options["cache"]))
-    _check_text(corpus, folder)
+    data = open_data(config)
+    _check_data(data, folder)
     lightning.seed_everything(config.seed, verbose=False)
-    masked = corpus.vocab_size if config.objective == "masked" else None
-    model, knobs = build_model(config, corpus.vocab_size + (masked is not None))
+    model, knobs = build_model(config, data.vocab_size + (config.objective == "masked"))
     last, state = last_checkpoint(folder)
     if config.finetune and not last:
         model.load_state_dict(trained_weights(RunFolder.open(config.finetune)))
@@ -90,7 +89,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     )
     metrics = Metrics(
         folder,
-        valid=valid_batch(corpus.valid, config.seq_len, config.valid_windows, masked),
+        valid=validation(data, config),
         valid_every=config.valid_every,
         tokens_per_step=tokens_per_step,
         stop=stop,
@@ -100,9 +99,9 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         "flops_per_token": forward_flops(model, config.seq_len),
         "sized": knobs,
         "tokens_per_step": tokens_per_step,
-        "fingerprint": corpus.fingerprint,
-        "tokenizer": corpus.tokenizer,
-        "data": corpus.summary,
+        "fingerprint": data.fingerprint,
+        "tokenizer": data.tokenizer,
+        "data": data.summary,
         "threads": torch.get_num_threads(),
     }
     trainer = _trainer(config, folder, [metrics, checkpoints], about)
@@ -112,11 +111,12 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         if cuda:
             say(f"{cuda_line(config.trainer.precision, trainer.world_size)}; {cuda}")
         folder.update(**about, device=device, processes=trainer.world_size)
-        record_documents(corpus, folder)
-        _tell(config, corpus, about)
+        if isinstance(data, Corpus):
+            record_documents(data, folder)
+        _tell(config, data, about)
     try:
         with stop.deferred():
-            _fit(trainer, learner, Windows(corpus, config), last)
+            _fit(trainer, learner, Windows(data, config), last)
     except NonFiniteError as error:
         good = folder.checkpoint()
         raise NonFiniteError(f"{error}; last good checkpoint: {good or 'none yet'}") from None
@@ -179,14 +179,17 @@ def _trainer(
     return make(callbacks=[*callbacks], logger=_logger(config, folder, about))
 
 
-def _tell(config: TrainConfig, corpus: Corpus, about: Mapping[str, Any]) -> None:
+def _tell(config: TrainConfig, data: Corpus | SyntheticData, about: Mapping[str, Any]) -> None:
     """What is trained, on what."""
     say(f"model: {config.model.name}, {about['parameters']:,} parameters")
-    text, read = len(corpus.train), config.trainer.max_steps * about["tokens_per_step"]
+    steps = f"{config.trainer.max_steps:,} steps of {about['tokens_per_step']:,} tokens"
+    if isinstance(data, SyntheticData):
+        say(f"data: {data.name}, generated, {data.symbols} symbols; {steps}")
+        return
+    text, read = len(data.train), config.trainer.max_steps * about["tokens_per_step"]
     say(
-        f"data: {config.data.name}, {text:,} tokens to train on, {len(corpus.valid):,} to validate "
-        f"({corpus.tokenizer}); {config.trainer.max_steps:,} steps of {about['tokens_per_step']:,} "
-        f"tokens read it {read / text:.2g} times"
+        f"data: {data.name}, {text:,} tokens to train on, {len(data.valid):,} to validate "
+        f"({data.tokenizer}); {steps} read it {read / text:.2g} times"
     )
 
 
@@ -328,14 +331,14 @@ def record_documents(corpus: Corpus, folder: RunFolder) -> None:
     write_text(folder.path / "documents.json", json.dumps(names, indent=0) + "\n")
 
 
-def _check_text(corpus: Corpus, folder: RunFolder) -> None:
-    """Refuse to go on with a run on another text than it began on."""
+def _check_data(data: Corpus | SyntheticData, folder: RunFolder) -> None:
+    """Refuse to go on with a run on another text or task than it began on."""
     info = folder.info
     began = info.get("fingerprint")
-    if info["step"] and began and began != corpus.fingerprint:
+    if info["step"] and began and began != data.fingerprint:
         raise UserError(
-            f"data={corpus.name} is not the text that {folder} was trained on so far: its "
-            f"fingerprint is {corpus.fingerprint[:8]}, the run's {began[:8]}. Put the text back, "
+            f"data={data.name} is not the text that {folder} was trained on so far: its "
+            f"fingerprint is {data.fingerprint[:8]}, the run's {began[:8]}. Put the text back, "
             "name it with data.path=, or begin a new run with fresh=true"
         )
 

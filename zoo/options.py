@@ -81,11 +81,12 @@ def parameters(file: Path, name: str) -> dict[str, ast.expr | None] | None:
     return {arg.arg: arg.annotation for arg in given}
 
 
-# Set by the backbone, by the objective (a causal model must not be asked to look ahead) and by what
-# extends a trained model.
+# Set by the backbone, by the objective (a causal model must not be asked to look ahead), by what
+# extends a trained model and by what draws a task's examples.
 PLACED = (
     *("width", "layer", "layers", "causal"),
     *("base", "factor", "original_length", "length", "scaling", "bucket"),
+    *("generator", "rows"),
 )
 
 

@@ -130,8 +130,13 @@ class Size(Section):
     heads: Annotated[Positive, Field(le=2**17)]
 
 
+class DataPart(Part):
+    home: ClassVar[str] = "zoo.data."
+
+
 class Data(OpenSection):
     name: Name
+    task: DataPart | None = Field(default=None, description="a synthetic task instead of text")
     passkey: Fraction = Field(
         default=0.0, description="share of the training windows that hold a passkey"
     )
@@ -147,8 +152,9 @@ class Data(OpenSection):
 
     @model_serializer(mode="wrap")
     def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `passkey` where there is none, as before there was any: runs keep their names."""
-        return {key: v for key, v in write(self).items() if (key, v) != ("passkey", 0.0)}
+        """Without `passkey` and `task` where there are none, as before: runs keep their names."""
+        none = (("passkey", 0.0), ("task", None))
+        return {key: v for key, v in write(self).items() if (key, v) not in none}
 
 
 Momentum = Annotated[Number, Field(ge=0, lt=1)]
@@ -348,6 +354,14 @@ class TrainConfig(Section):
                     f"extension={self.extension.name} places the tokens of separate windows: it "
                     "trains with objective=causal and state_passing=none"
                 )
+        if self.data.task is not None and (self.objective, self.state_passing) != (
+            "causal",
+            "none",
+        ):
+            raise UserError(
+                f"data={self.data.name}: its examples stand alone and have labels. Use "
+                "objective=causal and state_passing=none."
+            )
         if self.objective == "masked" and self.state_passing != "none":
             raise UserError("objective=masked reads whole windows: it has state_passing=none alone")
         return self

@@ -70,9 +70,7 @@ class Steps(Dataset):
         if self.passkeys:
             windows = self.passkeys.plant(windows, mine)
         if self.places:
-            entropy = np.random.SeedSequence([seed, step], spawn_key=(0,)).generate_state(2)
-            generator = torch.Generator().manual_seed(int(entropy.view(np.uint64)[0]))
-            more["positions"] = self.places(batch_size, seq_len, generator)[rows]
+            more["positions"] = place_windows(self.places, batch_size, seq_len, seed, step)[rows]
         if self.masked is not None and shares > 1:
             counts = np.array([chosen_count(seq_len, key) for key in keys])
             more["share"] = float(counts[rows].sum() * shares / counts.sum())
@@ -83,6 +81,12 @@ class Steps(Dataset):
             "step": step,
             "micro": micro,
         }
+
+
+def place_windows(places: Places, rows: int, tokens: int, seed: int, step: int) -> Tensor:
+    """(rows, tokens): where the tokens of a step's windows stand, drawn from (seed, step)."""
+    entropy = np.random.SeedSequence([seed, step], spawn_key=(0,)).generate_state(2)
+    return places(rows, tokens, torch.Generator().manual_seed(int(entropy.view(np.uint64)[0])))
 
 
 def train_loader(

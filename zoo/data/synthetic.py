@@ -42,6 +42,15 @@ class Examples(NamedTuple):
 Task = Callable[..., Examples]
 
 
+def check_task(name: str, task: Task, length: int) -> Examples:
+    """One row of a task under its settings. Raises UserError, one line, where it has none."""
+    try:
+        return task(np.random.default_rng(0), 1, length)
+    except UserError as error:
+        told = str(error).replace("length=", "seq_len=", 1)
+        raise UserError(f"{told} (data={name})") from None
+
+
 def parity(generator: np.random.Generator, rows: int, length: int) -> Examples:
     """Ask at every bit for the sum of the bits so far, modulo 2 (Deletang 2023, arXiv 2207.02098).
 
@@ -83,8 +92,9 @@ def recall(
     tokens   2  3  1  3  1  3  0  3  0  3  0  3    keys=3, values=3
     labels   .  .  .  .  3  .  .  .  3  .  3  .
     """
-    _require("recall", length >= 4 and length % 2 == 0, "length", length, "even, at least 4")
-    _require("recall", keys >= 2 and values >= 2, "keys, values", (keys, values), "at least 2 each")
+    _require(length >= 4 and length % 2 == 0, "length", length, "even, at least 4")
+    _require(keys >= 2, "keys", keys, "at least 2")
+    _require(values >= 2, "values", values, "at least 2")
     asked = generator.integers(keys, size=(rows, length // 2))
     meaning = generator.integers(keys, keys + values, size=(rows, keys))
     answers = np.take_along_axis(meaning, asked, 1)
@@ -120,10 +130,10 @@ def mqar(
     """
     half, stated = symbols // 2, 2 * (pairs + rewritten)
     room = (length - stated) // 2
-    _require("mqar", 1 <= pairs < half, "pairs", pairs, f"1 to {half - 1}, the keys there are")
-    _require("mqar", 0 <= rewritten <= pairs, "rewritten", rewritten, "at most pairs")
-    _require("mqar", room >= pairs, "length", length, f"at least {stated + 2 * pairs}")
-    _require("mqar", power > 0, "power", power, "above 0")
+    _require(1 <= pairs < half, "pairs", pairs, f"1 to {half - 1}, the keys there are")
+    _require(0 <= rewritten <= pairs, "rewritten", rewritten, "at most pairs")
+    _require(room >= pairs, "length", length, f"at least {stated + 2 * pairs}")
+    _require(power > 0, "power", power, "above 0")
     tokens = generator.integers(symbols, size=(rows, length))
     labels = np.full_like(tokens, NO_LABEL)
     keys = 1 + _distinct(generator, rows, half - 1, pairs)
@@ -155,8 +165,9 @@ def selective_copying(
     labels   .  .  .  .  .  .  .  .  6  5  4  2
     """
     blanks = length - copied
-    _require("selective_copying", copied >= 1, "copied", copied, "at least 1")
-    _require("selective_copying", blanks >= copied, "length", length, f"at least {2 * copied}")
+    _require(symbols >= 2, "symbols", symbols, "at least 2")
+    _require(copied >= 1, "copied", copied, "at least 1")
+    _require(blanks >= copied, "length", length, f"at least {2 * copied}")
     tokens = np.full((rows, length), symbols)
     labels = np.full_like(tokens, NO_LABEL)
     data = generator.integers(symbols, size=(rows, copied))
@@ -177,7 +188,8 @@ def copying(
     tokens  22 16 13  7  8  1 26 22 16 13  7  8
     labels   .  .  .  .  .  . 22 16 13  7  8  1
     """
-    _require("copying", length >= 4 and length % 2 == 0, "length", length, "even, at least 4")
+    _require(length >= 4 and length % 2 == 0, "length", length, "even, at least 4")
+    _require(symbols >= 2, "symbols", symbols, "at least 2")
     n = length // 2
     string = generator.integers(symbols, size=(rows, n))
     separator, nothing = np.full((rows, 1), symbols), np.full((rows, n), NO_LABEL)
@@ -195,7 +207,8 @@ def induction(
     tokens  13 10  8  4  4 16  1  0  2 13 10 16
     labels   .  .  .  .  .  .  .  .  .  .  .  1
     """
-    _require("induction", length >= 3, "length", length, "at least 3")
+    _require(length >= 3, "length", length, "at least 3")
+    _require(symbols >= 2, "symbols", symbols, "at least 2")
     tokens = generator.integers(symbols, size=(rows, length))
     labels = np.full_like(tokens, NO_LABEL)
     marker, every = generator.integers(length - 2, size=rows), np.arange(rows)
@@ -215,7 +228,9 @@ def k_hop(
     tokens   3  2  2  1  1  0  0  0  0  3  2  3
     labels   .  .  2  .  1  .  0  0  0  .  .  1
     """
-    _require("k_hop", hops >= 1, "hops", hops, "at least 1")
+    _require(hops >= 1, "hops", hops, "at least 1")
+    _require(symbols >= 2, "symbols", symbols, "at least 2")
+    _require(length >= 3, "length", length, "at least 3")
     tokens = generator.integers(symbols, size=(rows, length))
     every = np.arange(rows)
     step = np.full((rows, length + 1), length)  # `length` is no place, and leads to none
@@ -235,9 +250,10 @@ def _distinct(generator: np.random.Generator, rows: int, below: int, count: int)
     return np.argsort(generator.random((rows, below)), 1)[:, :count]
 
 
-def _require(task: str, holds: bool, name: str, value: object, rule: str) -> None:
+def _require(holds: bool, name: str, value: object, rule: str) -> None:
     if not holds:
-        raise UserError(f"{name}={value}: data={task} needs {name} to be {rule}.")
+        option = "length" if name == "length" else f"data.task.{name}"
+        raise UserError(f"{option}={value}: must be {rule}.")
 
 
 @cache

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoo.checkpoints import seal
 from zoo.console import say
+from zoo.data.synthetic import NO_LABEL
 from zoo.run import RunFolder, replacing
 from zoo.stopping import Stop
 from zoo.training.ranks import any_of, gathered, rank, world
@@ -183,5 +184,7 @@ class Metrics(AtStepEnds):
 
 
 def _asked(piece: dict[str, Tensor]) -> int:
-    """What the mean loss of a piece counts for: the windows, or the tokens chosen in them."""
+    """What the mean loss of a piece counts for: the windows, or what is asked in them."""
+    if "labels" in piece:
+        return int((piece["labels"] != NO_LABEL).sum())
     return int(piece["chosen"].sum()) if "chosen" in piece else len(piece["tokens"])

@@ -69,6 +69,8 @@ class Learner(lightning.LightningModule):
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """The mean loss over a batch, each window from the empty state."""
+        if "labels" in batch:
+            return self.model.labels_loss(batch["tokens"], batch["labels"], batch.get("positions"))
         if "chosen" in batch:
             tokens = batch["tokens"][:, :-1]
             return self.model.masked_loss(batch["shown"], tokens, batch["chosen"])

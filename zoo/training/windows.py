@@ -1,22 +1,40 @@
 """The text as a run reads it: one share of each step's windows for every process."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning
+from torch import Tensor
 
-from zoo.data.corpora import Corpus
-from zoo.data.loader import train_loader
+from zoo.data.corpora import Corpus, open_corpus
+from zoo.data.examples import SyntheticData, example_loader, open_synthetic
+from zoo.data.loader import train_loader, valid_batch
 from zoo.extend import places
 from zoo.schema import TrainConfig
 
 
-class Windows(lightning.LightningDataModule):
-    """The corpus as training windows in the order of (seed, step), from the step we are at."""
+def open_data(config: TrainConfig) -> Corpus | SyntheticData:
+    """What a run reads. Raises UserError where the text or the task cannot be had."""
+    if config.data.task is not None:
+        return open_synthetic(config.data.name, config.data.task.load(), config.seq_len)
+    return open_corpus(config.data.model_dump(), Path(config.data.options["cache"]))
 
-    def __init__(self, corpus: Corpus, config: TrainConfig) -> None:
+
+def validation(data: Corpus | SyntheticData, config: TrainConfig) -> dict[str, Tensor]:
+    """The fixed windows of a run's validation, as one batch."""
+    if isinstance(data, SyntheticData):
+        return data.batch("valid", 0, 0, config.valid_windows, config.seq_len)
+    masked = data.vocab_size if config.objective == "masked" else None
+    return valid_batch(data.valid, config.seq_len, config.valid_windows, masked)
+
+
+class Windows(lightning.LightningDataModule):
+    """Training windows of a text or a task in the order of (seed, step), from where we are."""
+
+    def __init__(self, data: Corpus | SyntheticData, config: TrainConfig) -> None:
         super().__init__()
-        self.corpus, self.config = corpus, config
+        self.data, self.config = data, config
 
     def train_dataloader(self) -> "Windows":
         return self
@@ -24,20 +42,25 @@ class Windows(lightning.LightningDataModule):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         trainer, config = self.trainer, self.config
         assert trainer is not None
+        shape: dict[str, Any] = {
+            "seq_len": config.seq_len,
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "start_step": trainer.global_step,
+            "steps": trainer.max_steps - trainer.global_step,
+            "rank": trainer.global_rank,
+            "world": trainer.world_size,
+            "micro_batches": trainer.accumulate_grad_batches,
+            "workers": config.workers,
+            "places": places(config.extension, config.seq_len),
+        }
+        if isinstance(self.data, SyntheticData):
+            return iter(example_loader(self.data, **shape))
         loader = train_loader(
-            self.corpus.train,
-            seq_len=config.seq_len,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=trainer.global_step,
-            steps=trainer.max_steps - trainer.global_step,
+            self.data.train,
+            **shape,
             contiguous=config.state_passing == "carry",
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-            micro_batches=trainer.accumulate_grad_batches,
-            workers=config.workers,
-            masked=self.corpus.vocab_size if config.objective == "masked" else None,
-            places=places(config.extension, config.seq_len),
-            passkeys=self.corpus.passkeys,
+            masked=self.data.vocab_size if config.objective == "masked" else None,
+            passkeys=self.data.passkeys,
         )
         return iter(loader)
