@@ -63,7 +63,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     backends.forget()
     if config.allocator == "tuned" and (told := tune_allocator()):
         log.info("%s; allocator=system leaves it alone", told)
-    data = open_data(config)
+    data = open_data(config.data, config.seq_len)
     _check_data(data, folder)
     lightning.seed_everything(config.seed, verbose=False)
     model, knobs = build_model(config, data.vocab_size + (config.objective == "masked"))
@@ -129,7 +129,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
     if first:
         if trainer.global_step >= config.trainer.max_steps:
             model.to(trainer.strategy.root_device)  # which fit has left
-            folder.update(audit=_audited(model, corpus, config))
+            folder.update(audit=_audited(model, data, config))
         _conclude(config, folder, trainer, metrics)
 
 
@@ -209,10 +209,10 @@ def _conclude(
     say(f"stopped by {by} {step} of {last}; python train.py resume={name} goes on")
 
 
-def _audited(model: Backbone, corpus: Corpus, config: TrainConfig) -> dict[str, Any]:
+def _audited(model: Backbone, data: Corpus | SyntheticData, config: TrainConfig) -> dict[str, Any]:
     """What the audit for leaks finds on the trained weights, as run.json holds it."""
     lengths = config.seq_len, 2 * config.seq_len
-    text, dtype = stretch(corpus.valid.tokens, lengths[1]), AUTOCAST.get(config.trainer.precision)
+    text, dtype = stretch(data.text("valid"), lengths[1]), AUTOCAST.get(config.trainer.precision)
     try:
         return audit(model, text, lengths=lengths, autocast=dtype).record()
     except Exception as error:  # such as too little memory: no reason to lose the training

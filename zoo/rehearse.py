@@ -15,12 +15,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from zoo.backbone import Backbone
 from zoo.build import assemble, build_model, count_parameters, told_pattern
-from zoo.data.tokenizers import open_tokenizer
 from zoo.errors import UserError
 from zoo.extend import extend
 from zoo.ops import backends
 from zoo.schema import TrainConfig, Trainer
 from zoo.training.shares import micro_batches, process_count
+from zoo.training.windows import vocabulary
 
 TRAINED_BYTES = 16  # per parameter in float32: itself, its gradient, AdamW's two moments
 PROBE_TOKENS = 128  # of one row: what a step keeps for the backward pass grows at least linearly
@@ -29,7 +29,7 @@ PROBE_TOKENS = 128  # of one row: what a step keeps for the backward pass grows 
 def rehearse(config: TrainConfig) -> None:
     """Raise UserError where the run cannot be: its model, its devices or its memory."""
     device = check_devices(config.trainer)
-    vocab_size = open_tokenizer(config.data.options["tokenizer"]).vocab_size
+    vocab_size = vocabulary(config.data, config.seq_len)
     vocab_size += config.objective == "masked"
     try:
         with torch.device("meta"):

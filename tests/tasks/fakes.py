@@ -113,5 +113,5 @@ def text_corpus(store: TokenStore, documents: str = "joined") -> Corpus:
 
 
 def make_subject(model: nn.Module, folder: Path, store: TokenStore, **other) -> Subject:
-    settings = {"train_length": 32, "corpus": text_corpus(store)} | other
+    settings = {"train_length": 32, "data": text_corpus(store)} | other
     return Subject(model=model, folder=folder, **settings)  # type: ignore[arg-type]

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from zoo.data.passkey import Passkeys
 from zoo.data.sources import SPLITS, Source, find_source, store_folder
 from zoo.data.store import TokenStore, open_or_build, write_store
@@ -48,6 +51,10 @@ class Corpus:
             }
             for split, store in zip(SPLITS, (self.train, self.valid, self.test), strict=True)
         }
+
+    def text(self, split: str) -> Int[np.ndarray, " t"]:
+        """The tokens of a split, document after document."""
+        return getattr(self, split).tokens
 
     @property
     def passkeys(self) -> Passkeys | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,6 +20,7 @@ from zoo.data.loader import Places, place_windows
 from zoo.data.synthetic import NO_LABEL, Examples, check_task
 
 SPLITS = ("train", "valid", "test")
+AUDITED_ROWS = 16
 STREAM = 0x7A5C  # sets these random numbers apart from others of the same (seed, step)
 
 
@@ -28,6 +30,7 @@ class SyntheticData:
 
     name: str
     task: partial[Examples]
+    length: int  # that it is trained at
     symbols: int
     answers: int
     tokenizer: str = "symbols"
@@ -51,6 +54,10 @@ class SyntheticData:
         key = [SPLITS.index(split), seed, step, STREAM]
         return self.task(np.random.default_rng(key), rows, length)
 
+    def text(self, split: str) -> Int[np.ndarray, " t"]:
+        """The tokens of some examples of a split, one after another."""
+        return self.examples(split, 0, 0, AUDITED_ROWS, self.length).tokens.reshape(-1)
+
     def batch(self, split: str, seed: int, step: int, rows: int, length: int) -> dict[str, Tensor]:
         """Those rows as tensors: "tokens" and "labels", int64 (rows, length)."""
         examples = self.examples(split, seed, step, rows, length)
@@ -63,7 +70,7 @@ class SyntheticData:
 def open_synthetic(name: str, task: partial[Examples], length: int) -> SyntheticData:
     """The task under its settings. Raises UserError where it cannot have them, or the `length`."""
     sample = check_task(name, task, length)
-    return SyntheticData(name, task, sample.symbols, sample.answers)
+    return SyntheticData(name, task, length, sample.symbols, sample.answers)
 
 
 class ExampleSteps(Dataset):

@@ -23,6 +23,7 @@ Row = dict[str, Any]
 
 HEADLINE = {
     **{"perplexity": "bits_per_byte", "speed": "tokens_per_second", "passkey": "accuracy"},
+    "accuracy": "accuracy",
 }
 
 # What splits one arm name into several, and the word that then goes before its value.

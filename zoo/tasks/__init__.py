@@ -17,7 +17,6 @@ import torch
 
 from zoo.audit import AUTOCAST
 from zoo.config import extensions, identity, plain
-from zoo.data.corpora import open_corpus
 from zoo.errors import UserError
 from zoo.extend import extend
 from zoo.hardware import prepare
@@ -31,7 +30,7 @@ from zoo.report.rows import gather, in_words
 from zoo.report.wandb import mirror
 from zoo.resume import with_place
 from zoo.run import RunFolder, trained_by, with_found
-from zoo.schema import EvalConfig, Extension
+from zoo.schema import Data, EvalConfig, Extension
 from zoo.tasks.progress import Progress
 from zoo.tasks.score import (
     LeakError,
@@ -42,6 +41,7 @@ from zoo.tasks.score import (
     attempt,
     told,
 )
+from zoo.training.windows import open_data
 
 log = logging.getLogger("zoo")
 
@@ -251,13 +251,13 @@ def _open(
     """The run's model and text; `about` takes the step of the weights. UserError where either is
     gone, or the text is another one."""
     trained, info = folder.config, folder.info
-    data = with_place(plain(trained)["data"], plain(config.data))
-    corpus = open_corpus(data, Path(data["cache"]))
-    if corpus.fingerprint != info.get("fingerprint"):
+    section = with_place(plain(trained)["data"], plain(config.data))
+    data = open_data(Data.model_validate(section), trained.seq_len)
+    if data.fingerprint != info.get("fingerprint"):
         known = f"the run's {info['fingerprint'][:8]}" if info.get("fingerprint") else "not known"
         raise UserError(
-            f"data={corpus.name} is not the text the run was trained on: its fingerprint is "
-            f"{corpus.fingerprint[:8]}, {known}. data.path=<folder> says where that text is now"
+            f"data={data.name} is not the text the run was trained on: its fingerprint is "
+            f"{data.fingerprint[:8]}, {known}. data.path=<folder> says where that text is now"
         )
     model = load(folder, device)
     about.update(_weights_of(folder))
@@ -267,7 +267,7 @@ def _open(
         raise NotApplicableError(str(error)) from None
     return Subject(
         model=model,
-        corpus=corpus,
+        data=data,
         folder=folder.path,
         train_length=trained.seq_len,
         split=config.split,

@@ -22,6 +22,7 @@ from torch import Tensor
 from zoo.audit import AUTOCAST, Audit, audit, stretch
 from zoo.backbone import Backbone, BackboneState
 from zoo.data.corpora import Corpus
+from zoo.data.examples import SyntheticData
 from zoo.data.store import TokenStore
 from zoo.errors import NoStateError, UserError
 from zoo.mixers.base import count_bytes
@@ -39,7 +40,7 @@ class Subject:
     """A trained model, the text it is measured on and the arithmetic it runs in."""
 
     model: Backbone
-    corpus: Corpus
+    data: Corpus | SyntheticData
     folder: Path  # the run's: arrays too large for a row go to `results/` in it
     train_length: int
     split: str = "test"
@@ -48,6 +49,22 @@ class Subject:
     precision: str = "32-true"
     progress: Progress = field(default_factory=Progress)
     measured: Callable[[Row], bool] = lambda key: False  # this row is known: no need to measure it
+
+    @property
+    def corpus(self) -> Corpus:
+        """The text. Raises NotApplicableError where the model was trained on a task."""
+        if isinstance(self.data, SyntheticData):
+            raise NotApplicableError(
+                f"data={self.data.name} is a task and no text: task=accuracy measures it"
+            )
+        return self.data
+
+    @property
+    def examples(self) -> SyntheticData:
+        """The task. Raises NotApplicableError where the model was trained on text."""
+        if not isinstance(self.data, SyntheticData):
+            raise NotApplicableError(f"data={self.data.name} is text: accuracy is of tasks")
+        return self.data
 
     @property
     def store(self) -> TokenStore:
@@ -181,7 +198,10 @@ class Leaks:
         subject, train = self.subject, self.subject.train_length
         longest = max(int(key.get("unit") or key.get("length") or 0), 2 * train)
         lengths = train, max(2 * train, min(longest, AUDITED))
-        text, dtype = stretch(subject.store.tokens, lengths[1]), AUTOCAST.get(subject.precision)
+        text, dtype = (
+            stretch(subject.data.text(subject.split), lengths[1]),
+            AUTOCAST.get(subject.precision),
+        )
         try:
             self.found = audit(subject.model, text, lengths=lengths, autocast=dtype)
         except Exception as error:  # what breaks the audit may well break the measurement: see it

@@ -10,15 +10,23 @@ from torch import Tensor
 from zoo.data.corpora import Corpus, open_corpus
 from zoo.data.examples import SyntheticData, example_loader, open_synthetic
 from zoo.data.loader import train_loader, valid_batch
+from zoo.data.tokenizers import open_tokenizer
 from zoo.extend import places
-from zoo.schema import TrainConfig
+from zoo.schema import Data, TrainConfig
 
 
-def open_data(config: TrainConfig) -> Corpus | SyntheticData:
+def open_data(data: Data, seq_len: int) -> Corpus | SyntheticData:
     """What a run reads. Raises UserError where the text or the task cannot be had."""
-    if config.data.task is not None:
-        return open_synthetic(config.data.name, config.data.task.load(), config.seq_len)
-    return open_corpus(config.data.model_dump(), Path(config.data.options["cache"]))
+    if data.task is not None:
+        return open_synthetic(data.name, data.task.load(), seq_len)
+    return open_corpus(data.model_dump(), Path(data.options["cache"]))
+
+
+def vocabulary(data: Data, seq_len: int) -> int:
+    """The symbols or tokens that a run's model knows, without opening its text."""
+    if data.task is not None:
+        return open_synthetic(data.name, data.task.load(), seq_len).vocab_size
+    return open_tokenizer(data.options["tokenizer"]).vocab_size
 
 
 def validation(data: Corpus | SyntheticData, config: TrainConfig) -> dict[str, Tensor]:

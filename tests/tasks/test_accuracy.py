@@ -1,0 +1,130 @@
+"""Accuracy of synthetic tasks, on models that know the answer, half of it, or nothing."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fakes import Remembers, make_subject, random_text, text_store
+from torch import Tensor
+
+from zoo.backbone import BackboneState
+from zoo.data import synthetic
+from zoo.data.examples import open_synthetic
+from zoo.errors import UserError
+from zoo.tasks.accuracy import measure
+
+PARITY = open_synthetic("parity", functools.partial(synthetic.parity), 16)
+INDUCTION = open_synthetic("induction", functools.partial(synthetic.induction, symbols=4), 16)
+
+
+class Tracks(Remembers):
+    """Knows the parity of the bits so far, up to `reach` tokens, and answers 0 beyond."""
+
+    def __init__(self, reach: float = float("inf")):
+        super().__init__(memory=1)
+        self.vocab_size, self.reach = 2, reach
+
+    def forward(self, tokens: Tensor, state: BackboneState | None = None):
+        before = self.empty_state(len(tokens)) if state is None else state
+        sums = before.blocks[0] + tokens.cumsum(1)
+        at = before.seen + torch.arange(tokens.shape[1])
+        answers = torch.where(at < self.reach, sums % 2, 0)
+        logits = torch.nn.functional.one_hot(answers, 2).float()
+        after = BackboneState((sums[:, -1:],), before.seen + tokens.shape[1])  # type: ignore
+        return logits if state is None else (logits, after)
+
+
+NOWHERE = Path("nowhere")
+TEXT = text_store(random_text(2000))
+
+
+def rows_of(model, data=PARITY, **settings):
+    return list(measure(make_subject(model, NOWHERE, TEXT, data=data), **settings))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 4096])
+def test_a_model_that_knows_the_answer_is_right_at_every_length(chunk):
+    rows = rows_of(Tracks(), lengths=[4, 16, 33], chunk=chunk, examples=8)
+    assert [row["length"] for row in rows] == [4, 16, 33]
+    assert all(row["accuracy"] == 1.0 for row in rows)
+    assert all(row["accuracy_by_quarter"] == [1.0] * 4 for row in rows)
+    assert [row["count"] for row in rows] == [8 * 4, 8 * 16, 8 * 33]
+    assert all(row["interval"][0] < 0.9 for row in rows)  # eight rows do not prove more
+
+
+def test_where_a_model_forgets_shows_by_quarter():
+    (row,) = rows_of(Tracks(reach=32), lengths=[64], examples=512)
+    first, second, third, fourth = row["accuracy_by_quarter"]
+    assert first == second == 1.0
+    assert abs(third - 0.5) < 0.03
+    assert abs(fourth - 0.5) < 0.03
+    assert row["accuracy"] == pytest.approx(np.mean(row["accuracy_by_quarter"]))
+
+
+def test_labels_of_other_rows_give_chance(monkeypatch):
+    """Shuffled labels: what a model knows of the task no longer helps."""
+    draw = synthetic.parity
+
+    def shuffled(generator, rows, length):
+        examples = draw(generator, rows, length)
+        return examples._replace(labels=generator.permuted(examples.labels, axis=0))
+
+    data = open_synthetic("parity", functools.partial(shuffled), 16)
+    (row,) = rows_of(Tracks(), data=data, lengths=[16], examples=512)
+    low, high = row["interval"]
+    assert low < row["chance"] == 0.5 < high
+
+
+def test_places_without_labels_are_not_counted():
+    model = Remembers(memory=3)
+    model.vocab_size = 5
+    (row,) = rows_of(model, data=INDUCTION, lengths=[64], examples=256)
+    assert row["count"] == 256  # one label a row, at its end
+    assert row["accuracy_by_quarter"][:3] == [None, None, None]
+    assert row["chance"] == 0.25
+
+
+def test_the_same_examples_are_asked_of_every_model():
+    asked = []
+
+    class Notes(Tracks):
+        def forward(self, tokens, state=None):
+            asked.append(tokens)
+            return super().forward(tokens, state)
+
+    rows_of(Notes(), lengths=[16], examples=4)
+    rows_of(Notes(reach=2), lengths=[16], examples=4)
+    rows_of(Notes(), lengths=[16], examples=4, seed=1)
+    assert torch.equal(asked[0], asked[1])
+    assert not torch.equal(asked[0], asked[2])
+
+
+def test_a_model_of_text_has_no_accuracy_and_one_of_a_task_no_perplexity():
+    from zoo.tasks import perplexity
+
+    (row, *_) = list(measure(make_subject(Remembers(memory=3), NOWHERE, TEXT)))
+    assert row["status"] == "not_applicable"
+    assert "is text" in row["reason"]
+    with pytest.raises(Exception, match="task=accuracy measures it"):
+        list(perplexity.measure(make_subject(Tracks(), NOWHERE, TEXT, data=PARITY)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lengths": [0]}, "task.accuracy.lengths=0"),
+        ({"examples": 0}, "task.accuracy.examples=0"),
+        ({"chunk": 0}, "task.accuracy.chunk=0"),
+    ],
+)
+def test_settings_below_one_are_refused(settings, said):
+    with pytest.raises(UserError, match=said):
+        rows_of(Tracks(), **settings)
+
+
+def test_a_length_that_the_task_cannot_have_is_said():
+    (row,) = rows_of(Tracks(), data=INDUCTION, lengths=[2])
+    assert row["status"] == "failed"
+    assert "length=2" in row["reason"]

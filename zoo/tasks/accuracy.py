@@ -1,0 +1,101 @@
+"""Accuracy of a synthetic task by length: the share of labels that are the likeliest symbol.
+
+The rows are drawn from the task's own test examples, the same for every model; trained on short
+ones, a model is measured on long ones. Labels of one row depend on each other, so that the interval
+counts rows, not labels: Wilson's, as if each row were one question.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+
+from zoo.data.synthetic import NO_LABEL
+from zoo.errors import UserError
+from zoo.report.rows import wilson
+from zoo.tasks.score import Row, Subject, attempt, check_length, check_state, chunk_tokens
+
+TIMES = (1, 2, 4, 8, 16)  # the training length
+BATCH_TOKENS = 2**16  # short rows are read together, up to so many tokens
+QUARTERS = 4
+
+
+def measure(
+    subject: Subject,
+    *,
+    lengths: Sequence[int] | None = None,
+    examples: int = 128,
+    seed: int = 0,
+    chunk: int = 4096,
+) -> Iterator[Row]:
+    """One row per length: accuracy over all labels, and over those in each quarter of the places.
+
+    `lengths` are 1, 2 .. 16 times the training length unless given; each reads that many
+    `examples`, drawn from `seed`, `chunk` tokens at a time.
+    """
+    lengths = sorted(set(lengths or (times * subject.train_length for times in TIMES)))
+    for name, value in (("lengths", lengths[0]), ("examples", examples), ("chunk", chunk)):
+        if value < 1:
+            raise UserError(f"task.accuracy.{name}={value}: must be at least 1")
+    for length in lengths:
+        key = {"split": subject.split, "length": length, "examples": examples, "example_seed": seed}
+        if not subject.measured(key):
+            outcome = attempt(partial(_read, subject, length, examples, seed, chunk))
+            yield key | outcome.row | (outcome.value or {})
+
+
+def _read(subject: Subject, length: int, rows: int, seed: int, chunk: int) -> Row:
+    """The figures of one length."""
+    check_length(subject.model, length)
+    drawn = subject.examples.examples(subject.split, seed, 0, rows, length)
+    asked = drawn.labels != NO_LABEL
+    if not asked.any():
+        raise UserError(
+            f"task.accuracy.examples={rows}: none of them has a label at length {length}. Use more."
+        )
+    at_once = max(1, BATCH_TOKENS // length)
+    subject.progress.begin(f"accuracy at {length}", rows * length)
+    with subject.arithmetic():
+        found = [
+            _likeliest(subject, drawn.tokens[first : first + at_once], chunk)
+            for first in range(0, rows, at_once)
+        ]
+        state_bytes = subject.model.state_bytes(length)
+    right = (np.concatenate(found) == drawn.labels) & asked
+    accuracy = right.sum() / asked.sum()
+    return {
+        "accuracy": float(accuracy),
+        "interval": wilson(round(accuracy * rows), rows),
+        "chance": 1 / drawn.answers,
+        "correct": int(right.sum()),
+        "count": int(asked.sum()),
+        "accuracy_by_quarter": _by_quarter(right, asked),
+        "state_bytes": state_bytes,
+    }
+
+
+def _likeliest(
+    subject: Subject, tokens: Int[np.ndarray, "b t"], chunk: int
+) -> Int[np.ndarray, "b t"]:
+    """The symbol that the model finds likeliest at each place, read `chunk` tokens at a time."""
+    model, parts = subject.model, []
+    text = torch.from_numpy(tokens)
+    state = model.empty_state(len(text))
+    for piece in text.split(chunk_tokens(subject, chunk), 1):
+        logits, state = model(piece.to(subject.device), state)
+        if not torch.isfinite(logits).all():
+            raise ArithmeticError("the model's outputs are not finite numbers")
+        parts.append(logits.argmax(-1).cpu().numpy())
+        subject.progress.advance(piece.numel())
+    check_state(model, state, len(text))
+    return np.concatenate(parts, 1)
+
+
+def _by_quarter(
+    right: Bool[np.ndarray, "b t"], asked: Bool[np.ndarray, "b t"]
+) -> list[float | None]:
+    """Accuracy in each quarter of the places; None where nothing is asked."""
+    quarters = zip(*(np.array_split(part.sum(0), QUARTERS) for part in (right, asked)), strict=True)
+    return [float(r.sum() / a.sum()) if a.sum() else None for r, a in quarters]
