@@ -39,7 +39,7 @@ def model(monkeypatch) -> Remembers:
     """What every run's checkpoint holds."""
     model = Remembers(memory=5)
     monkeypatch.setattr(zoo.tasks, "load", lambda folder, device: model)
-    monkeypatch.setattr(zoo.tasks, "open_corpus", lambda spec, cache: CORPUS)
+    monkeypatch.setattr(zoo.tasks, "open_data", lambda data, seq_len: CORPUS)
     return model
 
 
@@ -129,7 +129,7 @@ def test_a_failure_is_tried_again(model, tmp_path, monkeypatch):
     assert {row["reason"] for row in rows} == {"ZeroDivisionError: division by zero"}
     monkeypatch.undo()
     monkeypatch.setattr(zoo.tasks, "load", lambda folder, device: model)
-    monkeypatch.setattr(zoo.tasks, "open_corpus", lambda spec, cache: CORPUS)
+    monkeypatch.setattr(zoo.tasks, "open_data", lambda data, seq_len: CORPUS)
     code, _, rows = run_eval([folder])
     assert code == 0
     assert {row["status"] for row in rows} == {"ok"}
@@ -332,7 +332,7 @@ class ReadsAhead(Remembers):
 def test_a_model_that_leaks_is_never_scored_and_says_why(tmp_path, monkeypatch):
     held = {"good": Remembers(memory=5), "leaky": ReadsAhead(memory=5)}
     monkeypatch.setattr(zoo.tasks, "load", lambda folder, device: held[folder.name])
-    monkeypatch.setattr(zoo.tasks, "open_corpus", lambda spec, cache: CORPUS)
+    monkeypatch.setattr(zoo.tasks, "open_data", lambda data, seq_len: CORPUS)
     folders = [
         run_folder(tmp_path / "good", "model=alibi"),
         run_folder(tmp_path / "leaky", "model=mamba"),

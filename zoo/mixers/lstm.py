@@ -35,21 +35,22 @@ class LSTM(Mixer):
     def __init__(self, *, width: int, layer: int = 0, layers: int = 1) -> None:
         super().__init__()
         self.lstm = nn.LSTM(width, width, batch_first=True)
-        with torch.no_grad():
-            self.lstm.bias_hh_l0.zero_()  # PyTorch adds two biases: the other is enough
-            self.lstm.bias_ih_l0.zero_()
-            self.lstm.bias_ih_l0[width : 2 * width] = FORGET_BIAS  # gates in the order i, f, g, o
+        weights = dict(self.lstm.named_parameters())
+        with torch.no_grad():  # PyTorch adds two biases: one is enough
+            weights["bias_hh_l0"].zero_()
+            weights["bias_ih_l0"].zero_()
+            weights["bias_ih_l0"][width : 2 * width] = FORGET_BIAS  # gates in the order i, f, g, o
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: LSTMState | None = None):
         before = state or self.empty_state(len(x))
         with torch.autocast(x.device.type, enabled=False):
-            u = x.to(self.lstm.weight_ih_l0.dtype)
+            u = x.to(before.h.dtype)
             y, (h, c) = self.lstm(u, (before.h[None].contiguous(), before.c[None].contiguous()))
         y = self.o_proj(y.to(x.dtype))
         return y if state is None else (y, LSTMState(h[0], c[0]))
 
     def empty_state(self, batch: int) -> LSTMState:
-        weight = self.lstm.weight_hh_l0
-        zeros = weight.new_zeros((batch, weight.shape[1]))
+        weight = next(self.lstm.parameters())
+        zeros = weight.new_zeros((batch, self.lstm.hidden_size))
         return LSTMState(zeros, zeros)
