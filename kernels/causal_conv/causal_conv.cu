@@ -15,11 +15,13 @@ struct Arguments {
 constexpr int SEGMENT = 64, THREADS = 128;
 
 struct Place {
-    Int b, channel, start, end;
+    Int b, channel, segment, start, end;
     bool here;
+    /* Segments lie along the grid's first side, the only one of more than 65535 blocks. */
     __device__ __forceinline__ Place(const Arguments &a) {
-        b = blockIdx.z, channel = (Int)blockIdx.x * THREADS + threadIdx.x;
-        start = (Int)blockIdx.y * SEGMENT, end = smaller(start + SEGMENT, a.tokens);
+        const Int groups = (a.width + THREADS - 1) / THREADS;
+        b = blockIdx.z, channel = (Int)(blockIdx.x % groups) * THREADS + threadIdx.x;
+        segment = blockIdx.x / groups, start = segment * SEGMENT, end = smaller(start + SEGMENT, a.tokens);
         here = channel < a.width;
     }
 };
@@ -96,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward(Arguments a) {
         else if (p.start == 0)
             a.dstate[(p.b * (WINDOW - 1) + t) * a.width + p.channel] = narrow(dx);
     }
-    const Int at = p.b * a.segments + blockIdx.y;
+    const Int at = p.b * a.segments + p.segment;
     a.dbias[at * a.width + p.channel] = dbias;
 #pragma unroll
     for (int k = 0; k < WINDOW; k++)

@@ -140,6 +140,7 @@ def test_what_does_not_fit_is_refused():
 
 # (b, t, d), whether threads run last first, activation: shorter than the window, several segments
 EMULATED = [((2, 2, 19), True, "silu"), ((2, 131, 5), False, "silu"), ((1, 64, 130), True, None)]
+EMULATED += [((2, 131, 130), False, "silu")]  # several segments of several groups of channels
 
 
 @emulator.needed
@@ -162,3 +163,15 @@ def test_cuda_is_the_reference(shape, reverse, activation, monkeypatch):
     wanted = everything(wide, "reference", activation)
     found = {"y": y, "last": last, **dict(zip(args, gradients, strict=True))}
     assert_close(found, wanted, 1e-6)
+
+
+def test_cuda_runs_more_tokens_than_a_grid_has_rows(monkeypatch):
+    """65535 blocks along the grid's second side would be 4.19 million tokens."""
+    tokens, grids = 5_000_000, []
+    monkeypatch.setattr(module.CUDA, "call", lambda _, grid, *__, **___: grids.append(grid))
+    x, weight = torch.zeros(1, tokens, 1), torch.zeros(1, 4)
+    module._conv_cuda(x, weight, None, torch.zeros(1, 3, 1), True)
+    module._conv_backward_cuda(x, None, x, weight, None, torch.zeros(1, 3, 1), True)
+    assert grids == 2 * [(-(-tokens // module.SEGMENT), 1, 1)]
+    most = module.cuda.MOST_BLOCKS
+    assert all(blocks <= limit for blocks, limit in zip(grids[0], most, strict=True))

@@ -191,7 +191,7 @@ def _launch(
     sizes = {"tokens": t, "width": d, "segments": segments, "silu": int(silu)}
     inputs = {"x": cuda.dense(x), "state": cuda.dense(tensors.pop("state"))}
     inputs |= {"weight": weight.contiguous(), "bias": None if bias is None else bias.contiguous()}
-    grid, macros = (-(-d // THREADS), segments, b), _macros(x.dtype, weight.shape[1])
+    grid, macros = (-(-d // THREADS) * segments, 1, b), _macros(x.dtype, weight.shape[1])
     CUDA.call(function, grid, THREADS, macros, sizes, **inputs, **tensors)
 
 
