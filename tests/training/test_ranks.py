@@ -94,7 +94,12 @@ def check(folder: Path, kinds: dict[str, list[str]], layouts: Layouts) -> None:
 
 
 def test_processes_and_micro_batches_train_what_one_does(tmp_path):
-    check(tmp_path, KINDS, [(1, 1), (2, 2), (4, 1)])
+    check(tmp_path, KINDS, [(1, 1), (2, 2)])
+
+
+@pytest.mark.slow
+def test_any_number_of_either_trains_what_one_does(tmp_path):
+    check(tmp_path, KINDS, [(1, 1), (2, 2), (4, 1), (1, 4), (2, 1), (1, 2)])
 
 
 @pytest.mark.slow
