@@ -1,11 +1,13 @@
 """Rotary positions: golden frequencies, norms, and scores that know only the distance."""
 
+import functools
 import math
 
 import pytest
 import torch
 
-from zoo.positions.rope import _turn_table, inverse_frequencies, rotate
+from zoo.positions import rope
+from zoo.positions.rope import _tables, inverse_frequencies, rotate, turn_table
 
 
 def test_frequencies_of_width_128_are_the_published_ones():
@@ -128,7 +130,7 @@ def test_a_million_tokens_in_angles_are_those_of_exact_arithmetic():
 def test_autocast_and_half_precision_do_not_reach_the_angles(place):
     theta = inverse_frequencies(32)
     x = torch.randn(1, 4, 2, 32)
-    _turn_table.cache_clear()
+    _tables.clear()
     with torch.autocast("cpu", torch.bfloat16):
         inside = rotate(x, theta, **place)
         frequencies = rotate(x, torch.tensor(theta, dtype=torch.float64), **place)
@@ -164,3 +166,17 @@ def test_the_gradient_of_a_turn_is_the_turn_back():
     turn = lambda y: rotate(y, theta, 2**20, attention_factor=1.3)  # noqa: E731
     assert torch.autograd.gradcheck(turn, x)
     assert torch.autograd.gradgradcheck(turn, x)
+
+
+def test_as_many_tables_are_kept_as_the_memory_for_them_holds(monkeypatch):
+    _tables.clear()
+    table = functools.partial(
+        turn_table, inverse_frequencies(8), device=torch.device("cpu"), dtype=torch.float32
+    )
+    kept = [table(positions=torch.arange(start, start + 16)) for start in range(40)]
+    again = [table(positions=torch.arange(start, start + 16)) for start in range(40)]
+    assert all(a[0] is b[0] for a, b in zip(kept, again, strict=True))
+    monkeypatch.setattr(rope, "MAX_BYTES", 3 * 2 * kept[0][0].nbytes)
+    table(positions=torch.arange(99, 115))
+    assert len(_tables) == 3
+    _tables.clear()

@@ -8,11 +8,11 @@ Angles are products of positions up to millions with theta up to 1, where float3
 turn: they are formed in float64 and only their cosine and sine are rounded.
 """
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -31,6 +31,11 @@ def inverse_frequencies(width: int, base: float = 10000.0) -> tuple[float, ...]:
     return tuple(base ** (-2 * i / width) for i in range(width // 2))
 
 
+MAX_BYTES = 512 << 20  # of tables that are kept, those used last
+_tables: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
+_guard = threading.Lock()  # a backward pass that computes again has threads of its own
+
+
 def turn_table(
     inv_freq: Sequence[float],
     positions: Tensor,
@@ -38,19 +43,23 @@ def turn_table(
     dtype: torch.dtype,
     attention_factor: float = 1.0,
 ) -> tuple[Float[Tensor, "*t 1 half"], Float[Tensor, "*t 1 half"]]:
-    """Cosine and sine of every position, times `attention_factor`."""
+    """Cosine and sine of every position, times `attention_factor`; kept for the next layer."""
     at = positions.double().cpu()
-    key = (tuple(inv_freq), at.numpy().tobytes(), tuple(at.shape))
-    return _turn_table(*key, device, dtype, attention_factor)
-
-
-@lru_cache(maxsize=8)  # the layers of a model ask for the same tables one after another
-def _turn_table(inv_freq, positions, shape, device, dtype, attention_factor):
+    place = at.numpy().tobytes(), tuple(at.shape), device, dtype
+    key = (tuple(inv_freq), attention_factor, *place)
+    with _guard:
+        if key in _tables:
+            _tables.move_to_end(key)
+            return _tables[key]
     with torch.inference_mode(False), torch.no_grad():
-        at = torch.tensor(np.frombuffer(positions)).reshape(shape)
-        turns = turns_at(torch.tensor(inv_freq, dtype=torch.float64), at)
+        where = device if device.type == "cuda" else at.device  # not every device has float64
+        turns = turns_at(torch.tensor(inv_freq, dtype=torch.float64, device=where), at)
         cos, sin = ((attention_factor * f).to(device, dtype) for f in turns)
-        return cos, sin
+    with _guard:
+        _tables[key] = cos, sin
+        while len(_tables) > 1 and sum(2 * c.nbytes for c, _ in _tables.values()) > MAX_BYTES:
+            _tables.popitem(last=False)
+    return cos, sin
 
 
 def turns_at(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
