@@ -12,6 +12,7 @@ The `.txt` files beside this one hold them, one a paragraph:
 the words, each in a copy of the package, and tells which no test has seen.
 """
 
+import functools
 import importlib
 import os
 import shlex
@@ -140,12 +141,12 @@ def main(words: list[str]) -> int:
     left = 0
     mutants = [m for m in every() if all(word in f"{m} {m.source}" for word in words)]
     with copy() as place:
-        without = {m.tests: tested(m.tests, place) for m in mutants}
+        without = functools.cache(functools.partial(tested, place=place))
         for mutant in mutants:
             began = time.monotonic()
             code, output = run(mutant, place)
             told = {1: "seen", 0: "SURVIVED"}.get(code, f"CANNOT TELL ({code})")
-            if (clean := without[mutant.tests])[0]:
+            if (clean := without(mutant.tests))[0]:
                 code, output, told = -1, clean[1], f"FAILS WITHOUT IT ({clean[0]})"
             left += code != 1
             last = "" if code == 1 else "\n" + "\n".join(output.splitlines()[-12:])
