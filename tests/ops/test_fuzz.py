@@ -90,7 +90,7 @@ def test_a_kernel_that_is_wrong_anywhere_does_not_pass(monkeypatch):
     assert all("off by" in problem for problem in problems)
 
 
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"]  # else minutes
 SCRIPT = """
 import sys
 sys.path[:0] = [{tests!r}, {root!r}]
