@@ -74,3 +74,26 @@ def test_mamba2_weights_give_mamba2s_logits(in_pytorch):
 def test_a_foreign_checkpoint_is_refused_by_the_first_name_it_has():
     with pytest.raises(UserError, match=r"no place for 'transformer\.wte\.weight'"):
         from_transformers({"transformer.wte.weight": torch.zeros(1)})
+
+
+def test_an_untied_head_is_never_loaded_into_a_tied_model():
+    def model(tied: bool) -> Backbone:
+        parts = {"mixers": [partial(SoftmaxAttention, heads=2)], "feed_forwards": [SwiGLU]}
+        return Backbone(vocab_size=20, width=16, layers=1, tied=tied, **parts)
+
+    torch.manual_seed(0)
+    untied, tokens = model(tied=False), torch.randint(20, (1, 9))
+    head = from_transformers({"lm_head.weight": untied.head.weight.detach()})
+    weights = untied.state_dict() | head
+    tied = model(tied=True)
+    before = {name: value.clone() for name, value in tied.state_dict().items()}
+    with pytest.raises(UserError, match=r"a head of their own.*tied=False"):
+        tied.load_state_dict(weights)
+    for name, value in tied.state_dict().items():
+        assert torch.equal(value, before[name])
+    again = model(tied=False)
+    again.load_state_dict(weights)
+    assert torch.equal(again(tokens), untied(tokens))
+    other = model(tied=True)  # of a tied model nothing is refused
+    other.load_state_dict(tied.state_dict())
+    assert torch.equal(other(tokens), tied(tokens))

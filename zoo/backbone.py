@@ -1,7 +1,7 @@
 """Embedding -> N x (norm, mixer, norm, feed-forward) -> norm -> head. Knows no mixer by name."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.data.synthetic import NO_LABEL
-from zoo.errors import NoStateError
+from zoo.errors import NoStateError, UserError
 from zoo.mixers.base import Mixer, Shared, State
 from zoo.ops.rms_norm import RMSNorm
 from zoo.positions.absolute import Learned, Sinusoidal
@@ -46,6 +46,19 @@ class Block(nn.Module):
 
     def halves(self) -> list[Mixer]:
         return [half for half in (self.mixer, self.feed_forward) if half is not None]
+
+
+def _check_tied(model: "Backbone", weights: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """Refuse weights of an untied head for a model that has none: the last to be loaded would be
+    both."""
+    head, embedding = (weights.get(f"{prefix}{name}.weight") for name in ("head", "embedding"))
+    if head is None or embedding is None or model.head.weight is not model.embedding.weight:
+        return
+    if head.shape != embedding.shape or not torch.equal(head, embedding.to(head)):
+        raise UserError(
+            "these weights have a head of their own and the model's is its embedding: build it "
+            "with Backbone(..., tied=False)"
+        )
 
 
 def _with_state(half: Mixer, x: Tensor, state: State, more: dict[str, Any]) -> tuple[Tensor, State]:
@@ -114,6 +127,7 @@ class Backbone(nn.Module):
         self.head = nn.Linear(width, vocab_size, bias=False)
         if tied:
             self.head.weight = self.embedding.weight
+        self.register_load_state_dict_pre_hook(_check_tied)
 
     def forward(
         self,

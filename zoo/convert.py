@@ -49,7 +49,9 @@ def from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of a `Backbone` from that of a LlamaForCausalLM, MambaForCausalLM or
     Mamba2ForCausalLM (of one group).
 
-    Raises UserError for a tensor that neither table names.
+    Raises UserError for a tensor that neither table names. Weights whose head is not their
+    embedding are refused by a Backbone that is tied, as it is by default. What is not in the
+    weights the model must be given: the number of heads, `rope_base` and `norm_eps`.
     """
     table = MAMBA if any(name.startswith("backbone.") for name in weights) else LLAMA
     renamed = {}
