@@ -14,6 +14,7 @@ from zoo.mixers.base import count_bytes
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.positions.alibi import slopes
 from zoo.positions.rope import inverse_frequencies, rotate
+from zoo.positions.scaling import temperature
 
 TRAINED = 16
 FACTORS = {"pi": 2, "ntk": 2, "ntk_by_parts": 4, "yarn": 4, "llama3": 4, "longrope": 4}
@@ -344,3 +345,16 @@ def test_what_applies_is_told_alike_by_a_configuration_and_by_its_model():
         words = [f"model={name}", "size=tiny", "match=none", "size.layers=3"]
         config = compose("train", words)  # as many layers as the hybrid's pattern has
         assert positions_of(config.model) == _positions(build_model(config, 256)[0]), name
+
+
+@pytest.mark.parametrize(("mscale", "all_dim"), [(1.0, 1.0), (0.707, 0.707), (1.0, 0.5), (1.0, 0)])
+def test_scores_have_both_halves_of_deepseeks_temperature(tiny, mscale, all_dim):
+    """cos and sin divided by the temperature of all channels, the scores times its square."""
+    model, factor = tiny("transformer"), 8.0
+    words = [f"extension.scaling.mscale={mscale}", f"extension.scaling.mscale_all_dim={all_dim}"]
+    extension = compose("eval", ["run=x", "extension=yarn", f"extension.factor={factor}", *words])
+    extend(model, extension.extension, 256)
+    mixer = model.halves()[0]
+    _, magnitude = mixer.reach.scaling(256)
+    turned = temperature(factor, mscale) / temperature(factor, all_dim)
+    assert magnitude**2 == pytest.approx(turned**2 * temperature(factor, all_dim) ** 2)

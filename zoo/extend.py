@@ -15,6 +15,7 @@ from zoo.mixers.softmax import SoftmaxAttention
 from zoo.options import constructor_parameters
 from zoo.positions.absolute import Learned, Sinusoidal
 from zoo.positions.rope import inverse_frequencies
+from zoo.positions.scaling import temperature
 from zoo.schema import Extension
 
 EMBEDDED = {Sinusoidal: "sinusoidal", Learned: "learned"}
@@ -172,6 +173,10 @@ def _scaling(
         within, beyond = (scaled(length=times * original_length) for times in (1, 2))
     except (TypeError, ValueError) as error:  # a word where a number should be
         raise UserError(f"extension={extension.name}: {error}") from error
+    if all_dim := extension.scaling.options.get("mscale_all_dim"):
+        # DeepSeek multiplies all scores by its square: here q and k of every channel carry it.
+        inv_freq, magnitude = within
+        within = beyond = inv_freq, magnitude * temperature(extension.factor, all_dim)
     if within == beyond:
         return (lambda _: within), False
     return (lambda length: scaled(length=length)), True

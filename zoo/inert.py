@@ -136,6 +136,10 @@ def check_extension(extension: Extension, given: Sequence[str], longer: bool = F
     `longer`: a run is trained further, in windows that are longer by the factor.
     """
     name = extension.name
+    if "extension.name" in given:  # what is recorded would not be what is done
+        raise UserError(
+            f"extension.name={name}: a name chooses nothing. Choose the extension: extension={name}"
+        )
     settings = [key for key in given if key.startswith("extension.")]
     if settings and name == "none":
         raise UserError(
