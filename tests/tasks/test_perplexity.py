@@ -1,6 +1,7 @@
 """Perplexity: each protocol scores what its definition says, on the same text at every length."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from fakes import (
     Remembers,
     make_subject,
     random_text,
+    text_corpus,
     text_store,
 )
 from hypothesis import given
@@ -168,6 +170,41 @@ def test_bits_are_per_byte_of_text_whatever_a_token_is(tmp_path):
     row = next(measure(make_subject(model, tmp_path, store), lengths=[32]))
     assert row["bits_per_byte"] == pytest.approx(2.0 / math.log(2) / 4)
     assert row["perplexity"] == pytest.approx(math.exp(2.0))
+
+
+def test_bits_are_per_byte_of_the_scored_text_itself(tmp_path):
+    """Tokens of 1, 2 .. 7 bytes: not the split's mean, but those that were scored."""
+    model, text = ByPosition(lambda position: torch.full_like(position, 2.0)), np.zeros(400)
+    sizes = np.random.default_rng(0).integers(1, 8, 400).astype(np.uint16)
+    store = replace(text_store(text), sizes=sizes, meta={"source_bytes": int(sizes.sum())})
+    rows = [*measure(make_subject(model, tmp_path, store), lengths=[16, 32], protocols=CAUSAL[:2])]
+    starts = [at * 367 // 7 for at in range(8)]
+    for row in rows:
+        unit = store.bytes_of(0, 400)
+        units = [unit[start + 1 : start + 33] for start in starts]
+        if row["protocol"] == "half_tail":
+            units = [own[-16:] for own in units]
+        assert row["bytes"] == sum(own.sum() for own in units)
+        nats = 2.0 * sum(map(len, units))
+        assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / row["bytes"])
+        for bits, own in zip(row["unit_bits"], units, strict=True):
+            assert bits == pytest.approx(2.0 * len(own) / math.log(2) / own.sum())
+        assert row["uniform_bits"] == pytest.approx(math.log2(16) * row["count"] / row["bytes"])
+
+
+def test_one_document_has_one_score_whatever_stands_beside_it(tmp_path):
+    model, generator = Remembers(memory=5), np.random.default_rng(0)
+    text, sizes = random_text(64), generator.integers(1, 9, 64).astype(np.uint16)
+    scores = []
+    for beside in (0, 1, 30):  # bytes a token of documents too short to be scored
+        tokens = np.concatenate([text, random_text(40 * bool(beside), seed=1)])
+        store = text_store(tokens)
+        every = np.concatenate([sizes, np.full(len(tokens) - 64, beside)]).astype(np.uint16)
+        offsets = np.array([0, 64, len(tokens)][: 2 + bool(beside)])
+        store = replace(store, sizes=every, offsets=offsets, meta={"source_bytes": 1})
+        subject = make_subject(model, tmp_path, store, corpus=text_corpus(store, "whole"))
+        scores.append([row["bits_per_byte"] for row in measure(subject, lengths=[63])])
+    assert scores[0] == scores[1] == scores[2]
 
 
 def test_a_perplexity_beyond_all_numbers_is_none_and_its_bits_are_told(store, tmp_path):

@@ -91,6 +91,12 @@ def test_buckets_cover_every_position_once_and_agree_between_lengths(length):
     assert set(edges[:-1]) <= set(position_edges(4 * length))
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 16, 64, 100, 128, 500, 512, 513, 16384, 2**20])
+def test_the_last_bucket_is_no_sliver(length):
+    widths = np.diff(position_edges(length))
+    assert len(widths) == 1 or 2 * widths[-1] >= widths[-2]
+
+
 def test_buckets_sum_what_lies_in_them():
     edges = position_edges(100)
     summed = in_buckets(np.arange(1.0, 101.0), edges)

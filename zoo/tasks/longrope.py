@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from zoo.attention.reach import Reach
-from zoo.data.loader import evaluation_text
+from zoo.data.loader import evaluation_bytes, evaluation_text
 from zoo.errors import UserError
 from zoo.extend import rotary
 from zoo.files import write_text
@@ -64,7 +65,8 @@ def measure(
     except ValueError as error:
         raise UserError(f"longrope: {error}") from error
     corpus = subject.corpus
-    text = evaluation_text(corpus.valid, problem.length, texts, corpus.eval_documents)
+    which = corpus.valid, problem.length, texts, corpus.eval_documents
+    text, text_bytes = evaluation_text(*which), int(evaluation_bytes(*which)[:, 1:].sum())
     settings = {"texts": len(text), "times": times, "magnitude": problem.magnitude, **sizes}
     settings |= {"most": most}
     key = {"split": "valid", "length": problem.length, "units": len(text), "searched": generations}
@@ -72,7 +74,8 @@ def measure(
     settings |= {"weights": _fingerprint(subject)}
     file = subject.folder / found_file(times)
     if _resume(search, file, settings) or not subject.measured(key):
-        outcome = attempt(lambda: _search(subject, search, problem, text, generations, chunk, file))
+        searched = partial(_search, subject, search, problem, text, text_bytes)
+        outcome = attempt(lambda: searched(generations, chunk, file))
         yield key | outcome.row | (outcome.value or {})
 
 
@@ -145,19 +148,20 @@ def _search(
     search: Search,
     problem: Problem,
     text: Int[np.ndarray, "n t1"],
+    text_bytes: int,
     generations: int,
     chunk: int,
     file: Path,
 ) -> Row:
     """Search to the end, saving as it goes; the row's figures."""
-    tokens, size = len(text) * problem.length, subject.corpus.valid.bytes_per_token
+    tokens = len(text) * problem.length
 
     def loss(genome: Rescale) -> float:
         problem.use(genome)
         sums = (
             score(subject, piece[None], chunk=chunk_tokens(subject, chunk))[0] for piece in text
         )
-        return bits_per_byte(sum(float(nll.sum()) for nll in sums), tokens, size)
+        return bits_per_byte(sum(float(nll.sum()) for nll in sums), text_bytes)
 
     def begin() -> None:
         told = f"longrope generation {search.generation} of {generations}"

@@ -27,11 +27,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import exp, log
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from zoo.data.loader import evaluation_text
+from zoo.data.loader import evaluation_bytes, evaluation_text
 from zoo.data.masking import mask_windows
 from zoo.errors import UserError, choose
 from zoo.files import replacing
@@ -86,7 +87,7 @@ def measure(
     if not found.ok:  # no stretch is long enough
         yield from ({"protocol": p, "length": n} | found.row for n in lengths for p in protocols)
         return
-    text = found.value
+    text, sizes = found.value, evaluation_bytes(subject.store, unit, units, documents)
     shared = {"split": subject.split, "documents": documents, "unit": unit, "units": len(text)}
     tallies: dict[int, list[Tally]] = {}
     for length in reversed(lengths):
@@ -106,7 +107,9 @@ def measure(
         mask = subject.model.vocab_size - 1  # the last token of an encoder's vocabulary
         hidden = mask_windows(text[:, :-1], mask, [(unit,) for unit in range(len(text))])
     for length, wanted in tallies.items():
-        outcome = attempt(partial(_read, subject, text, length, tallies, read, hidden, chunk))
+        outcome = attempt(
+            partial(_read, subject, Text(text, sizes), length, tallies, read, hidden, chunk)
+        )
         for tally in wanted:
             found = _describe(subject, tally, outcome.value, unigram) if outcome.ok else {}
             yield tally.key | outcome.row | found
@@ -142,24 +145,42 @@ class Tally:
     units: int
     position_sums: Float[np.ndarray, " length"] = field(init=False)
     position_counts: Int[np.ndarray, " length"] = field(init=False)
+    position_bytes: Int[np.ndarray, " length"] = field(init=False)
     unit_sums: Float[np.ndarray, " units"] = field(init=False)
-    unit_counts: Int[np.ndarray, " units"] = field(init=False)
+    unit_bytes: Int[np.ndarray, " units"] = field(init=False)
 
     def __post_init__(self) -> None:
         length = self.key["length"]
         self.position_sums, self.unit_sums = np.zeros(length), np.zeros(self.units)
         self.position_counts = np.zeros(length, np.int64)
-        self.unit_counts = np.zeros(self.units, np.int64)
+        self.position_bytes = np.zeros(length, np.int64)
+        self.unit_bytes = np.zeros(self.units, np.int64)
 
     def add(
-        self, unit: int, start: int, nll: Float[np.ndarray, " t"], asked: Bool[np.ndarray, " t"]
+        self,
+        unit: int,
+        start: int,
+        nll: Float[np.ndarray, " t"],
+        asked: Bool[np.ndarray, " t"],
+        sizes: Int[np.ndarray, " t"],
     ) -> None:
-        """Take what is scored of a window that starts there, `length` tokens or longer."""
+        """Take what is scored of a window that starts there, `length` tokens or longer.
+
+        By predicted token: its cost (nats), whether it was asked for, and its bytes of text.
+        """
         if (scored := self.windows.get(start)) is not None:
             self.position_sums[scored] += nll[scored]
             self.position_counts[scored] += asked[scored]
+            self.position_bytes[scored] += asked[scored] * sizes[scored]
             self.unit_sums[unit] += nll[scored].sum()
-            self.unit_counts[unit] += asked[scored].sum()
+            self.unit_bytes[unit] += sizes[scored][asked[scored]].sum()
+
+
+class Text(NamedTuple):
+    """The stretches that are read, and the bytes of each token."""
+
+    tokens: Int[np.ndarray, "units t"]
+    sizes: Int[np.ndarray, "units t"]
 
 
 def _check_protocol(subject: Subject, protocol: str) -> None:
@@ -174,7 +195,7 @@ def _check_protocol(subject: Subject, protocol: str) -> None:
 
 def _read(
     subject: Subject,
-    text: Int[np.ndarray, "units t"],
+    text: Text,
     length: int,
     tallies: dict[int, list[Tally]],
     read: set[tuple[int, int]],
@@ -193,14 +214,14 @@ def _read(
     else:
         takers = [tally for n, some in tallies.items() if n <= length for tally in some]
     starts = sorted({start for tally in tallies[length] for start in tally.windows})
-    places = [(unit, start) for unit in range(len(text)) for start in starts]
+    places = [(unit, start) for unit in range(len(text.tokens)) for start in starts]
     places = [place for place in places if place not in read]
     rows = max(1, chunk_tokens(subject, BATCH_TOKENS) // length)
     subject.progress.begin(f"perplexity at {length}", len(places) * length)
     with subject.arithmetic():
         for first in range(0, len(places), rows):
             batch = places[first : first + rows]
-            tokens = np.stack([text[unit, at : at + length + 1] for unit, at in batch])
+            tokens = np.stack([text.tokens[unit, at : at + length + 1] for unit, at in batch])
             if hidden is None:
                 nll, _ = score(subject, tokens, chunk=chunk_tokens(subject, chunk))
                 asked = np.ones(nll.shape, bool)
@@ -210,10 +231,13 @@ def _read(
                     for part in hidden
                 )
                 nll = fill(subject, shown, tokens[:, :-1], asked)
-            for place, *scores in zip(batch, nll, asked, strict=True):
+            ahead = hidden is None  # a causal model predicts the token after each it reads
+            for (unit, at), costs, wanted in zip(batch, nll, asked, strict=True):
+                told = slice(at + ahead, at + ahead + length)
+                about = text.sizes[unit, told]
                 for tally in takers:
-                    tally.add(*place, *scores)
-                read.add(place)
+                    tally.add(unit, at, costs, wanted, about)
+                read.add((unit, at))
         return subject.model.state_bytes(length) if hidden is None else None
 
 
@@ -226,9 +250,9 @@ def entropy(tokens: Int[np.ndarray, "..."]) -> float:
 
 def _describe(subject: Subject, tally: Tally, state_bytes: int | None, unigram: float) -> Row:
     """The row's numbers; the arrays they come from go to a file beside the run's rows."""
-    key, size = tally.key, subject.store.bytes_per_token
+    key, size = tally.key, int(tally.position_bytes.sum())
     nll_sum, count = float(tally.position_sums.sum()), int(tally.position_counts.sum())
-    units = bits_per_byte(tally.unit_sums, tally.unit_counts, size).tolist()
+    units = bits_per_byte(tally.unit_sums, tally.unit_bytes)
     name = f"perplexity-{key['protocol']}-{key['length']}-{subject.extension}.npz"
     path = subject.folder / "results" / name
     path.parent.mkdir(exist_ok=True)
@@ -242,10 +266,11 @@ def _describe(subject: Subject, tally: Tally, state_bytes: int | None, unigram: 
     row = {
         "nll_sum": nll_sum,
         "count": count,
-        "bits_per_byte": bits_per_byte(nll_sum, count, size),
+        "bytes": size,
+        "bits_per_byte": bits_per_byte(nll_sum, size),
         "perplexity": exp(nll_sum / count) if nll_sum / count < 700 else None,  # beyond a float
-        "unigram_bits": bits_per_byte(unigram * count, count, size),
-        "uniform_bits": bits_per_byte(count * log(subject.model.vocab_size), count, size),
+        "unigram_bits": bits_per_byte(unigram * count, size),
+        "uniform_bits": bits_per_byte(count * log(subject.model.vocab_size), size),
         "unit_bits": units,
         "interval": interval(units),
         "state_bytes": state_bytes,
@@ -255,9 +280,10 @@ def _describe(subject: Subject, tally: Tally, state_bytes: int | None, unigram: 
         edges = position_edges(key["length"])
         sums = in_buckets(tally.position_sums, edges)
         counts = in_buckets(tally.position_counts, edges)
+        sizes = in_buckets(tally.position_bytes, edges)
         row["curve"] = {
             "edges": edges.tolist(),
-            "bits_per_byte": bits_per_byte(sums, counts, size).tolist(),
+            "bits_per_byte": bits_per_byte(sums, sizes),
             "count": counts.tolist(),
         }
     return row

@@ -148,9 +148,12 @@ def check_state(model: Backbone, state: BackboneState, batch: int = 1) -> int:
     return held
 
 
-def bits_per_byte(nll_sum: Any, count: Any, bytes_per_token: float) -> Any:
-    """From nats and the number of tokens they belong to; numbers or arrays."""
-    return nll_sum / count / (math.log(2) * bytes_per_token)
+def bits_per_byte(nll_sum: Any, text_bytes: Any) -> Any:
+    """From nats and the bytes of the very text that they are the cost of; a number, or for arrays a
+    list, in which None stands for no text."""
+    if not isinstance(nll_sum, np.ndarray):
+        return float(nll_sum) / (math.log(2) * float(text_bytes)) if text_bytes else None
+    return [bits_per_byte(*pair) for pair in zip(nll_sum.tolist(), text_bytes, strict=True)]
 
 
 def position_edges(length: int) -> Int[np.ndarray, " edges"]:
@@ -160,7 +163,12 @@ def position_edges(length: int) -> Int[np.ndarray, " edges"]:
     """
     octaves = np.arange(math.ceil(PER_OCTAVE * math.log2(length + 1)) + 1) / PER_OCTAVE
     edges = np.unique(np.rint(2**octaves).astype(np.int64))
-    return np.append(edges[edges <= length], length + 1)
+    edges = edges[edges <= length]
+    # A last bucket of less than half the width of the one before, such as that of position 512
+    # alone, is known too badly to be shown for itself.
+    if len(edges) > 1 and 2 * (length + 1 - edges[-1]) < edges[-1] - edges[-2]:
+        edges = edges[:-1]
+    return np.append(edges, length + 1)
 
 
 def in_buckets(

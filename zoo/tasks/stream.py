@@ -48,7 +48,7 @@ def _read(subject: Subject, tokens: int, chunk: int) -> Row:
         raise NotApplicableError(f"its state grows with the text, to {held:,} bytes after {read}")
     check_length(model, tokens)
     edges = position_edges(tokens)
-    sums = np.zeros(len(edges) - 1)
+    sums, sizes = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1, np.int64)
     subject.progress.begin(f"stream of {tokens:,}", tokens)
     with subject.arithmetic():
         state, early, began = model.empty_state(1), None, perf_counter()
@@ -59,22 +59,25 @@ def _read(subject: Subject, tokens: int, chunk: int) -> Row:
             piece = _tokens(store, start, min(chunk, tokens - start) + 1)
             nll, state = score(subject, piece[None], state, chunk=chunk)
             positions = np.arange(start + 1, start + len(piece))
-            np.add.at(sums, np.searchsorted(edges, positions, side="right") - 1, nll[0])
+            buckets = np.searchsorted(edges, positions, side="right") - 1
+            np.add.at(sums, buckets, nll[0])
+            np.add.at(sizes, buckets, _bytes(store, start + 1, len(piece) - 1))
             if early is None and 10 * (start + chunk) >= tokens:
                 early = held_bytes(subject.device)
         ended, late = perf_counter(), held_bytes(subject.device)
         held = check_state(model, state)
         piece = _tokens(store, 0, min(chunk, tokens) + 1)[None]
         peak = peak_bytes(subject.device, lambda: score(subject, piece, chunk=chunk))
-    size, count = store.bytes_per_token, np.diff(edges)
+    size, count = int(sizes.sum()), np.diff(edges)
     return {
         "nll_sum": float(sums.sum()),
         "count": tokens,
-        "bits_per_byte": bits_per_byte(float(sums.sum()), tokens, size),
+        "bytes": size,
+        "bits_per_byte": bits_per_byte(float(sums.sum()), size),
         "passes": tokens / len(store),
         "curve": {
             "edges": edges.tolist(),
-            "bits_per_byte": bits_per_byte(sums, count, size).tolist(),
+            "bits_per_byte": bits_per_byte(sums, sizes),
             "count": count.tolist(),
         },
         "tokens_per_second": tokens / (ended - began),
@@ -88,3 +91,13 @@ def _read(subject: Subject, tokens: int, chunk: int) -> Row:
 def _tokens(store: TokenStore, start: int, count: int) -> np.ndarray:
     """Tokens start .. start+count-1 of the split repeated without end."""
     return store.tokens[np.arange(start, start + count) % len(store)].astype(np.int64)
+
+
+def _bytes(store: TokenStore, start: int, count: int) -> np.ndarray:
+    """The bytes of text that these tokens stand for."""
+    first = start % len(store)
+    parts = []
+    while count:
+        parts.append(store.bytes_of(first, min(first + count, len(store))))
+        first, count = 0, count - len(parts[-1])
+    return np.concatenate(parts)
