@@ -154,6 +154,8 @@ def _trainer(
     options = config.trainer.model_dump()
     if options["devices"] == "auto":
         options["devices"] = 1
+    if process_count(config) > 1:  # a carried state's parameters have no gradient in the first step
+        options["strategy"] = "ddp_find_unused_parameters_true"
     make = functools.partial(
         lightning.Trainer,
         **{
@@ -388,5 +390,10 @@ def forward_flops(model: Backbone, tokens: int) -> float:
 # Lightning's advertisements and notes to itself; what matters here is said by the callbacks.
 for library in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(library).setLevel(logging.WARNING)
-for noise in (".*does not have many workers.*", ".*LeafSpec.*", ".*weights_only.*"):
+for noise in (
+    ".*does not have many workers.*",
+    ".*LeafSpec.*",
+    ".*weights_only.*",
+    ".*find_unused.*",
+):
     warnings.filterwarnings("ignore", message=noise)

@@ -35,10 +35,12 @@ def main(kinds: dict[str, list[str]], layouts: list[tuple[int, int]]) -> None:
     assert processes.can_fork()
     train(*COMMON, "name=base", "-m")  # a sweep of one: in a process of its own
     for kind, words in kinds.items():
-        kept = any(word.startswith("finetune=") for word in words)  # the run's own
+        own = {word.partition("=")[0] for word in words}
+        if "finetune" in own:
+            own |= {"size", "match"}  # the base's
         for ranks, micro in layouts:
             given = f"trainer.devices={ranks}", f"trainer.accumulate_grad_batches={micro}"
-            common = [w for w in COMMON if not (kept and w.startswith(("size=", "match=")))]
+            common = [w for w in COMMON if w.partition("=")[0] not in own]
             train(*common, f"name={kind}-{ranks}-{micro}", *given, *words, "-m")
     for kind in kinds:  # half of a run in several processes goes on under another layout
         for ranks, micro in layouts if "carry" in kind else ():

@@ -22,6 +22,7 @@ KINDS = {
     "carry": ["model=hybrid", "model.pattern=[mamba,transformer]", "state_passing=carry"],
     "masked": ["objective=masked"],
     # by how far each row reaches:
+    "late": ["model=star", "state_passing=carry", "seq_len=128"],  # parameters unused at first
     "placed": ["finetune=runs/base", "extension=pose", "extension.scaling=dynamic_ntk"],
 }
 KINDS["placed"].append("extension.factor=4")
@@ -31,9 +32,10 @@ def every_kind() -> Iterator[tuple[str, list[str]]]:
     """Every architecture under each objective and state passing; every way to place tokens."""
     for name in ARCHITECTURES:
         for state in ("none", "carry"):
-            yield f"{name}-{state}", [f"model={name}", f"state_passing={state}"]
+            words = [f"model={name}", f"state_passing={state}", "seq_len=128"]
+            yield f"{name}-{state}", words
     for name in ENCODERS:
-        yield f"{name}-masked", [f"model={name}", "objective=masked"]
+        yield f"{name}-masked", [f"model={name}", "objective=masked", "seq_len=128"]
     for name, tree in extensions().items():
         if tree.get("positions"):
             words = ["finetune=runs/base", f"extension={name}", "extension.factor=4"]
@@ -85,7 +87,7 @@ def check(folder: Path, kinds: dict[str, list[str]], layouts: Layouts) -> None:
     for kind in kinds:
         plain, *others = (RunFolder.open(folder / f"runs/{kind}-{r}-{m}") for r, m in layouts)
         halves = [RunFolder.open(path) for path in (folder / "runs").glob(f"{kind}-half-*")]
-        assert len(halves) == ("carry" in kind) * len(layouts)
+        assert len(halves) == ("carry" in kind) * len(layouts), kind
         for other in [*others, *halves]:
             assert other.info["status"] == plain.info["status"] == "done"
             assert other.info["tokens_seen"] == plain.info["tokens_seen"]
