@@ -98,7 +98,10 @@ def test_the_trainer_is_as_the_argument_says(name, tmp_path, text, monkeypatch):
 def test_run_folders_with_arguments_that_did_nothing_still_open():
     tree = plain(compose("train", ["model=mamba", "trainer.log_every_n_steps=3"]))
     ignored = {"min_steps": 5, "gradient_clip_algorithm": "norm", "overfit_batches": 0.0}
-    stored = {**tree, "trainer": {**tree["trainer"], **ignored, "deterministic": "maybe"}}
+    stored = {
+        **tree,
+        "trainer": {**tree["trainer"], **ignored, "deterministic": "maybe", "devices": -1},
+    }
     stored["model"]["blocks"][0]["mixer"]["dt_rank"] = 0  # was read as null
     config = validate(TrainConfig, as_now(stored))
     assert config.trainer.model_dump() == {

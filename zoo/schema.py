@@ -429,6 +429,8 @@ def as_now(tree: Any) -> Any:
     tree = {**tree}
     if isinstance(trainer := tree.get("trainer"), dict):
         tree["trainer"] = {key: v for key, v in trainer.items() if _still_accepted(key, v)}
+        if trainer.get("devices") == -1:  # Lightning's word for all of them
+            tree["trainer"]["devices"] = "auto"
     if isinstance(model := tree.get("model"), dict) and isinstance(model.get("blocks"), list):
         tree["model"] = {**model, "blocks": [_without_zeros(block) for block in model["blocks"]]}
     return tree
