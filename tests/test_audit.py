@@ -5,12 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from building import ENCODERS
+from building import ENCODERS, train_config
 from torch import nn
 
 from zoo.audit import Audit, audit
 from zoo.backbone import Backbone
+from zoo.build import build_model
+from zoo.errors import UserError
 from zoo.mixers.base import Mixer, linear, shifted
+from zoo.mixers.feed_forward import SwiGLU
 from zoo.mixers.softmax import SoftmaxAttention
 
 LENGTH, VOCABULARY = 64, 64
@@ -270,3 +273,9 @@ def test_the_record_is_plain():
     assert record["ok"] is False
     assert isinstance(record["reason"], str)
     assert record["lengths"] == [LENGTH, 2 * LENGTH]
+
+
+def test_a_model_that_declares_to_read_both_ways_is_not_trained_left_to_right(monkeypatch):
+    monkeypatch.setattr(SwiGLU, "causal", False)
+    with pytest.raises(UserError, match="SwiGLU declares causal=False, so it cannot be trained"):
+        build_model(train_config("size=tiny", "match=none"), 64)

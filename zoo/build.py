@@ -37,6 +37,12 @@ def build_model(config: TrainConfig, vocab_size: int) -> tuple[Backbone, dict[st
             knobs = _match(config, vocab_size)
         model = assemble(config, vocab_size, knobs)
         _check_window(model, config.seq_len)
+        if config.objective == "causal" and not model.causal:
+            kinds = sorted({type(half).__name__ for half in model.halves() if not half.causal})
+            raise ValueError(
+                f"{', '.join(kinds)} declares causal=False, so it cannot be trained or scored left "
+                "to right. objective=masked trains encoders"
+            )
         return model, knobs
     except UserError:
         raise
