@@ -109,7 +109,7 @@ def _train_frequencies(model: Backbone, extension: Extension, original_length: i
         )
     mixers = rotary(model)
     if len({(mixer.head_width, mixer.rope_base) for mixer in mixers}) > 1:
-        raise UserError(f"extension={extension.name} wants one width and base in all rotary layers")
+        raise UserError(f"extension={extension.name} needs one width and base in all rotary layers")
     try:
         frequencies = extension.scaling.load()(
             width=mixers[0].head_width,

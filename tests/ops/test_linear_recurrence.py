@@ -179,7 +179,7 @@ def test_native_is_a_good_citizen_of_torch():
 
 def test_shapes_that_do_not_fit_are_refused():
     args = {k: v.detach() for k, v in arguments(2, 5, 3).items()}
-    with pytest.raises(ValueError, match=r"a is \(2, 5, 2\), wants \(2, 5, 3\)"):
+    with pytest.raises(ValueError, match=r"a is \(2, 5, 2\), must be \(2, 5, 3\)"):
         linear_recurrence(**(args | {"a": args["a"][..., :2]}))
     with pytest.raises(ValueError, match="state is"):
         linear_recurrence(**(args | {"state": args["state"][:1]}))

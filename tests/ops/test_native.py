@@ -231,8 +231,8 @@ WRONG = {
     "other device": (lambda x: x.to("meta"), ValueError, "several devices"),
     "integers": (lambda x: x.long(), TypeError, "floating-point"),
     "sparse": (lambda x: x.to_sparse(), TypeError, "dense"),
-    "a list": (lambda x: x.tolist(), TypeError, "wants a tensor"),
-    "another shape": (lambda x: x[..., None], ValueError, "wants"),
+    "a list": (lambda x: x.tolist(), TypeError, "must be a tensor"),
+    "another shape": (lambda x: x[..., None], ValueError, "must be"),
 }
 
 

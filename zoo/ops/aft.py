@@ -244,7 +244,7 @@ def window(
     k: Tensor, v: Tensor, m: Tensor, state: Tensor, t: int, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y of the last t tokens, the last state of those older than the window, and the chunk starts
-    the backward wants (empty unless `save`). m (s + 1, d) weighs them, e^w."""
+    the backward pass needs (empty unless `save`). m (s + 1, d) weighs them, e^w."""
     b, n, d = k.shape
     y, last = torch.empty((b, t, d), dtype=k.dtype), torch.empty(state.shape, dtype=k.dtype)
     saved = torch.empty(_saved_shape(k, t, len(m) - 1) if save else 0, dtype=k.dtype)

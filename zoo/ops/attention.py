@@ -77,7 +77,7 @@ def _partial(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Ten
         (q.dtype not in libraries.DTYPES, "it has no float64"),
         (
             any(x.shape[-1] % libraries.ALIGNED for x in (q, v)),
-            "it wants heads a multiple of 8 wide",
+            "it needs heads a multiple of 8 wide",
         ),
     )
     few = few_keys.takes(q, k, v) if mask is None and not causal else False
@@ -152,7 +152,7 @@ def _fused(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """By a kernel that wants one width for queries, keys and values."""
+    """By a kernel that needs one width for queries, keys and values."""
     width = max(q.shape[-1], v.shape[-1])
     q, k, padded = (_widen(x, width) for x in (q, k, v))
     bias = None

@@ -68,7 +68,7 @@ def causal_conv(
     check("causal_conv", SHAPES, x, weight, bias, state)
     (b, t, d), width = x.shape, weight.shape[-1]
     if state is not None and state.shape[1] != width - 1:
-        raise ValueError(f"causal_conv: state is {tuple(state.shape)}, wants {(b, width - 1, d)}")
+        raise ValueError(f"causal_conv: state is {tuple(state.shape)}, must be {(b, width - 1, d)}")
     if not t:
         raise ValueError("causal_conv: no tokens")
     if not 2 <= width <= 8:
@@ -79,7 +79,7 @@ def causal_conv(
         "causal_conv1d",
         x,
         (width > 4, "its window is 2 to 4 tokens wide"),
-        (d % 8 != 0, "it wants a multiple of 8 channels"),
+        (d % 8 != 0, "it needs a multiple of 8 channels"),
         (x.dtype not in libraries.DTYPES, "it has no float64"),
     )
     available = {"native": here, "torch": True, "causal_conv1d": theirs, "reference": True}

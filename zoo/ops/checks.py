@@ -53,12 +53,12 @@ def _check(op: str, shapes: Mapping[str, str], tensors: tuple[Tensor | None, ...
             leading = wanted = found[: -len(dims)] if leading is None else leading
         if len(found) != len(wanted) + len(dims):
             raise ValueError(
-                f"{op}: {name} is {found}, wants ({', '.join(shape.rstrip('?').split())})"
+                f"{op}: {name} is {found}, must be ({', '.join(shape.rstrip('?').split())})"
             )
         for dim, size in zip(dims, found[len(wanted) :], strict=True):
             wanted += (int(dim) if dim.isdigit() else sizes.setdefault(dim, size),)
         if found != wanted:
-            raise ValueError(f"{op}: {name} is {found}, wants {wanted}")
+            raise ValueError(f"{op}: {name} is {found}, must be {wanted}")
     if len(places) > 1:
         where = ", ".join(f"{name} on {device}" for device, name in places.items())
         raise ValueError(f"{op}: tensors lie on several devices ({where})")
@@ -66,9 +66,9 @@ def _check(op: str, shapes: Mapping[str, str], tensors: tuple[Tensor | None, ...
 
 def _real(op: str, name: str, tensor: Tensor | None) -> Tensor:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} is {type(tensor).__name__}, wants a tensor")
+        raise TypeError(f"{op}: {name} is {type(tensor).__name__}, must be a tensor")
     if tensor.dtype not in DTYPES:
-        raise TypeError(f"{op}: {name} is {tensor.dtype}, wants a floating-point type")
+        raise TypeError(f"{op}: {name} is {tensor.dtype}, must be a floating-point type")
     if tensor.layout != torch.strided:
-        raise TypeError(f"{op}: {name} is {tensor.layout}, wants a dense tensor")
+        raise TypeError(f"{op}: {name} is {tensor.layout}, must be a dense tensor")
     return tensor

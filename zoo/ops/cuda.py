@@ -239,7 +239,7 @@ def load(source: str, macros: Macros, device: torch.device) -> Module:
 
 
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a device: what a launch wants to fill."""
+    """Streaming multiprocessors of a device: what a launch should fill."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -148,7 +148,7 @@ def unit_length(x: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
 
 def _check(q, k, v, a=None, b=None, beta=None, log_decay=None, state=None) -> None:
     if k.ndim != 4:
-        raise ValueError(f"delta_rule: k is {tuple(k.shape)}, wants (b, t, h, k)")
+        raise ValueError(f"delta_rule: k is {tuple(k.shape)}, must be (b, t, h, k)")
     batch, t, heads, width = k.shape
     tokens = (batch, t, heads)
     by_channel = log_decay is not None and log_decay.ndim == 4
@@ -163,7 +163,7 @@ def _check(q, k, v, a=None, b=None, beta=None, log_decay=None, state=None) -> No
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"delta_rule: {name} is {tuple(tensor.shape)}, wants {shape}")
+            raise ValueError(f"delta_rule: {name} is {tuple(tensor.shape)}, must be {shape}")
     if t == 0:
         raise ValueError("delta_rule: no tokens")
 

@@ -113,7 +113,7 @@ def _decay(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor 
     shapes = {(h,): (1, 1, h, 1), (b, t, h): (b, t, h, 1), (b, t, h, k.shape[3]): log_decay.shape}
     if tuple(log_decay.shape) not in shapes:
         raise ValueError(
-            f"linear_attention: log_decay is {tuple(log_decay.shape)}, wants one of {[*shapes]}"
+            f"linear_attention: log_decay is {tuple(log_decay.shape)}, must be one of {[*shapes]}"
         )
     w = log_decay.reshape(shapes[tuple(log_decay.shape)])
     return w.expand(b, t, h, -1)

@@ -300,23 +300,23 @@ class Kernel:
         self, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
     ) -> NoReturn:
         if not tensor.is_cpu:
-            raise ValueError(f"{self.source}: {name} is on {tensor.device}, wants cpu")
+            raise ValueError(f"{self.source}: {name} is on {tensor.device}, must be cpu")
         if tensor.dtype != dtype:
-            raise TypeError(f"{self.source}: {name} is {tensor.dtype}, wants {dtype}")
-        raise ValueError(f"{self.source}: {name} is {tuple(tensor.shape)}, wants {shape}")
+            raise TypeError(f"{self.source}: {name} is {tensor.dtype}, must be {dtype}")
+        raise ValueError(f"{self.source}: {name} is {tuple(tensor.shape)}, must be {shape}")
 
     def _shapes_of(self, sizes: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
         """The shape of each array, in the order of the structure."""
         if dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{self.source}: tensors are {dtype}, wants float32 or float64")
+            raise TypeError(f"{self.source}: tensors are {dtype}, must be float32 or float64")
         if len(sizes) != len(self.bounds):
-            raise ValueError(f"{self.source}: sizes are {sizes}, wants {', '.join(self.bounds)}")
+            raise ValueError(f"{self.source}: sizes are {sizes}, must be {', '.join(self.bounds)}")
         known = dict(zip(self.bounds, sizes, strict=True))
         for name, size in known.items():
             least, bound = self.bounds[name]
             most = self.constant(bound, dtype) if bound else size
             if not least <= size <= most:
-                raise ValueError(f"{self.source}: {name} is {size}, wants {least} to {most}")
+                raise ValueError(f"{self.source}: {name} is {size}, must be {least} to {most}")
 
         def dimension(text: str) -> int:
             for sign, form in _OPERATIONS.items():

@@ -187,7 +187,7 @@ def _scan(
     state: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state, and the chunk starts the backward wants (empty unless `save`)."""
+    """y, the last state, and the chunk starts the backward pass needs (empty unless `save`)."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     last = x.new_empty((x.shape[0], *A.shape))
     saved = x.new_empty(_saved_shape(x, A) if save else 0)

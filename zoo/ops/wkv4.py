@@ -181,7 +181,7 @@ def _saved_shape(k: Tensor) -> tuple[int, ...]:
 def _wkv(
     k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state, and the chunk starts the backward wants (empty unless `save`)."""
+    """y, the last state, and the chunk starts the backward pass needs (empty unless `save`)."""
     y, last = torch.empty(k.shape, dtype=k.dtype), torch.empty(state.shape, dtype=k.dtype)
     saved = torch.empty(_saved_shape(k) if save else 0, dtype=k.dtype)
     outputs = {"y": y, "last": last, "saved": saved if save else None}

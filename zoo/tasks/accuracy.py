@@ -15,7 +15,16 @@ from jaxtyping import Bool, Int
 from zoo.data.synthetic import NO_LABEL
 from zoo.errors import UserError
 from zoo.report.rows import wilson
-from zoo.tasks.score import Row, Subject, attempt, check_length, check_state, chunk_tokens
+from zoo.tasks.score import (
+    Row,
+    Subject,
+    attempt,
+    check_counts,
+    check_length,
+    check_lengths,
+    check_state,
+    chunk_tokens,
+)
 
 TIMES = (1, 2, 4, 8, 16)  # the training length
 BATCH_TOKENS = 2**16  # short rows are read together, up to so many tokens
@@ -35,10 +44,10 @@ def measure(
     `lengths` are 1, 2 .. 16 times the training length unless given; each reads that many
     `examples`, drawn from `seed`, `chunk` tokens at a time.
     """
-    lengths = sorted(set(lengths or (times * subject.train_length for times in TIMES)))
-    for name, value in (("lengths", lengths[0]), ("examples", examples), ("chunk", chunk)):
-        if value < 1:
-            raise UserError(f"task.accuracy.{name}={value}: must be at least 1")
+    lengths = [*(lengths or (times * subject.train_length for times in TIMES))]
+    lengths = check_lengths("accuracy", lengths)
+    check_counts("accuracy", examples=examples, chunk=chunk)
+    check_counts("accuracy", seed=seed, least=0, most=2**63)
     for length in lengths:
         key = {"split": subject.split, "length": length, "examples": examples, "example_seed": seed}
         if not subject.measured(key):

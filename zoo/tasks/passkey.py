@@ -26,7 +26,18 @@ from zoo.data.passkey import DIGITS, passkey_prompt, random_key, tokens
 from zoo.errors import UserError
 from zoo.report.rows import wilson
 from zoo.tasks.perplexity import BATCH_TOKENS, TIMES
-from zoo.tasks.score import Row, Subject, attempt, check_length, check_state, chunk_tokens, nats
+from zoo.tasks.score import (
+    MOST,
+    Row,
+    Subject,
+    attempt,
+    check_counts,
+    check_length,
+    check_lengths,
+    check_state,
+    chunk_tokens,
+    nats,
+)
 
 PAD = -1  # after the end of a key that has fewer tokens than another
 
@@ -46,12 +57,12 @@ def measure(
     `lengths` (tokens, prompt and answer) are 1, 2 .. 32 times the training length unless given.
     Each of them reads depths * repeats prompts, `chunk` tokens at a time.
     """
-    lengths = sorted(set(lengths or (times * subject.train_length for times in TIMES)))
-    if lengths[0] <= DIGITS or min(depths, repeats, chunk) < 1 or not 2 <= candidates <= 10**DIGITS:
-        raise UserError(
-            f"passkey wants lengths above {DIGITS}, depths, repeats and chunk of at least 1, and "
-            f"candidates from 2 to {10**DIGITS}"
-        )
+    lengths = [*(lengths or (times * subject.train_length for times in TIMES))]
+    lengths = check_lengths("passkey", lengths, least=DIGITS + 1)
+    check_counts("passkey", depths=depths, chunk=chunk)
+    check_counts("passkey", repeats=repeats, most=MOST // depths)
+    check_counts("passkey", candidates=candidates, least=2, most=10**DIGITS)
+    check_counts("passkey", seed=seed, least=0, most=2**63)
     documents, count = subject.corpus.eval_documents, depths * repeats
     questions = [_keys(seed, index, candidates) for index in range(count)]
     asked = {"split": subject.split, "documents": documents, "unit": lengths[-1], "count": count}

@@ -34,7 +34,7 @@ from jaxtyping import Bool, Float, Int
 
 from zoo.data.loader import evaluation_bytes, evaluation_text
 from zoo.data.masking import mask_windows
-from zoo.errors import UserError, choose
+from zoo.errors import choose
 from zoo.files import replacing
 from zoo.report.rows import interval
 from zoo.tasks.score import (
@@ -43,7 +43,9 @@ from zoo.tasks.score import (
     Subject,
     attempt,
     bits_per_byte,
+    check_counts,
     check_length,
+    check_lengths,
     chunk_tokens,
     fill,
     in_buckets,
@@ -76,11 +78,11 @@ def measure(
     at a time, with the state between. `seconds` is the time of what a length had to read beyond
     what longer windows had covered, for all its protocols.
     """
-    lengths = sorted(set(lengths or (times * subject.train_length for times in TIMES)))
+    lengths = [*(lengths or (times * subject.train_length for times in TIMES))]
+    lengths = check_lengths("perplexity", lengths)
+    check_counts("perplexity", stride=stride, units=units, chunk=chunk)
     protocols = protocols or (CAUSAL[:2] if subject.model.causal else MASKED)
     protocols = [choose("protocol", protocol, CAUSAL + MASKED) for protocol in protocols]
-    if lengths[0] < 1 or min(stride, units, chunk) < 1:
-        raise UserError("perplexity wants lengths, stride, units and chunk of at least 1")
     unit, stride = lengths[-1], min(stride, lengths[0])
     documents = subject.corpus.eval_documents
     found = attempt(lambda: evaluation_text(subject.store, unit, units, documents))

@@ -6,7 +6,7 @@ Position p is the number of tokens a prediction was made from, 1 .. length.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,8 @@ Row = dict[str, Any]
 
 LOGITS = 2**26  # numbers per forward, 256 MiB in float32: what the output of one chunk may take
 AUDITED = 4096  # tokens: up to so many an audit reads as far as the measurements will
+MOST = 2**20  # of what a task is asked to count: examples, prompts, repeats
+LONGEST = 2**40  # tokens of a length
 PER_OCTAVE = 4  # points of a curve: 50 to 16k tokens, 75 to a million
 
 
@@ -78,6 +80,21 @@ class Subject:
             if self.precision in AUTOCAST:
                 stack.enter_context(torch.autocast(self.device.type, AUTOCAST[self.precision]))
             yield
+
+
+def check_counts(task: str, *, least: int = 1, most: int = MOST, **values: int) -> None:
+    """Refuse settings of a task that are not `least` to `most`, one line for the first."""
+    for name, value in values.items():
+        if not least <= value <= most:
+            raise UserError(f"task.{task}.{name}={value}: must be {least} to {most:,}.")
+
+
+def check_lengths(task: str, lengths: Sequence[int], least: int = 1) -> list[int]:
+    """The lengths once each, the shortest first. UserError for one below `least`."""
+    found = sorted(set(lengths))
+    check_counts(task, least=least, most=LONGEST, lengths=found[0])
+    check_counts(task, least=least, most=LONGEST, lengths=found[-1])
+    return found
 
 
 def chunk_tokens(subject: Subject, chunk: int) -> int:

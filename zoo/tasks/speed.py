@@ -8,14 +8,15 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from zoo.errors import UserError
 from zoo.tasks.memory import peak_bytes
 from zoo.tasks.score import (
     NotApplicableError,
     Row,
     Subject,
     attempt,
+    check_counts,
     check_length,
+    check_lengths,
     check_state,
     chunk_tokens,
 )
@@ -39,9 +40,9 @@ def measure(
     by one; its figures are those of the writing. `peak_bytes` is what the call, or the state and
     the writing of a token, took beyond the model's weights; None where the device does not tell.
     """
-    lengths = sorted(set(lengths or (times * subject.train_length for times in TIMES)))
-    if min(lengths[0], decode_tokens, repeats, chunk) < 1:
-        raise UserError("speed wants lengths, decode_tokens, repeats and chunk of at least 1")
+    lengths = [*(lengths or (times * subject.train_length for times in TIMES))]
+    lengths = check_lengths("speed", lengths)
+    check_counts("speed", decode_tokens=decode_tokens, repeats=repeats, chunk=chunk)
     phases: list[tuple[Row, Callable[[Tensor], Row]]] = [
         ({"phase": "forward", "repeats": repeats}, partial(_forward, subject, repeats)),
         (

@@ -7,14 +7,15 @@ from time import perf_counter
 import numpy as np
 
 from zoo.data.store import TokenStore
-from zoo.errors import UserError
 from zoo.tasks.memory import held_bytes, peak_bytes
 from zoo.tasks.score import (
+    LONGEST,
     NotApplicableError,
     Row,
     Subject,
     attempt,
     bits_per_byte,
+    check_counts,
     check_length,
     check_state,
     chunk_tokens,
@@ -33,8 +34,7 @@ def measure(subject: Subject, *, tokens: int = 2**20, chunk: int = 4096) -> Iter
     `growth_bytes` by how much the process grew after the first tenth of the text: near 0 where
     memory is constant. Both are None where nothing tells.
     """
-    if min(tokens, chunk) < 1:
-        raise UserError("stream wants tokens and chunk of at least 1")
+    check_counts("stream", tokens=tokens, chunk=chunk, most=LONGEST)
     key = {"split": subject.split, "length": tokens, "chunk": chunk_tokens(subject, chunk)}
     if not subject.measured(key):
         outcome = attempt(partial(_read, subject, tokens, key["chunk"]))
