@@ -119,7 +119,10 @@ def test_longrope_is_searched_for_a_run_used_by_it_tuned_and_searched_again(prog
             *(f"task.longrope.{word}" for word in words),
         )  # fmt: skip
         assert code == 0, error
-        return json.loads(Path(f"runs/{run}/longrope-x4.json").read_text())
+        found = json.loads(Path(f"runs/{run}/longrope-x4.json").read_text())
+        assert f"longrope: {found['best'][-1]:.4f} bits per byte at {4 * L} tokens" in error
+        assert "and factors 1.0" in error
+        return found
 
     measure = ["task=perplexity", f"task.perplexity.lengths=[{4 * L}]", "report=null"]
     extension = ["extension=longrope", "extension.factor=4"]

@@ -9,6 +9,7 @@ it was tuned with.
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,8 @@ from zoo.positions.rope import inverse_frequencies
 from zoo.positions.scaling import linear, longrope, ntk_aware, yarn
 from zoo.run import RunFolder, found_file
 from zoo.tasks.score import Row, Subject, attempt, bits_per_byte, chunk_tokens, score
+
+log = logging.getLogger("zoo")
 
 
 def measure(
@@ -183,6 +186,12 @@ def _search(
         for mixer, reach in zip(problem.mixers, before, strict=True):
             mixer.reach = reach
     best, genome = search.scored[0]
+    log.info(
+        "longrope: %.4f bits per byte at %d tokens under n_hat=%d and factors %s; "
+        "extension=longrope extension.factor=%g reads under them",
+        *(best, problem.length, genome.n_hat),
+        *(" ".join(f"{factor:.2f}" for factor in genome.factors), problem.factor),
+    )
     return {"bits_per_byte": best, "best": state["best"], "n_hat": genome.n_hat} | {
         "factors": list(genome.factors),
         "found_file": file.name,
