@@ -112,7 +112,7 @@ def carry_out(purpose: str, stub: bool = False) -> Outcome:
 
 
 @pytest.fixture(scope="module")
-def truth(original):
+def truth(original, tmp_path_factory):
     """step -> the weights saved there and the score they have; and the run's configuration."""
     place = original
     with contextlib.chdir(place):
@@ -122,7 +122,7 @@ def truth(original):
         steps = {whole.step: learner._weights(torch.load(whole.path)) for whole in files}
         assert sorted(steps) == [2, 4]
     scores = {4: scores_of(place)}
-    copied = place.with_name("older")
+    copied = tmp_path_factory.mktemp("older") / "copy"
     shutil.copytree(place, copied)
     (copied / RUN / "checkpoints" / "step=00000004.ckpt").unlink()
     (copied / RUN / "results.jsonl").unlink()

@@ -108,7 +108,7 @@ def machine_memory() -> int | None:
         return None
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
-            found.append(int(Path(limit).read_text()))
+            found.append(int(Path(limit).read_text(encoding="utf-8")))
         except (OSError, ValueError):  # none, or `max`
             continue
     return min(found)

@@ -202,7 +202,7 @@ def test_one_document_has_one_score_whatever_stands_beside_it(tmp_path):
         every = np.concatenate([sizes, np.full(len(tokens) - 64, beside)]).astype(np.uint16)
         offsets = np.array([0, 64, len(tokens)][: 2 + bool(beside)])
         store = replace(store, sizes=every, offsets=offsets, meta={"source_bytes": 1})
-        subject = make_subject(model, tmp_path, store, corpus=text_corpus(store, "whole"))
+        subject = make_subject(model, tmp_path, store, data=text_corpus(store, "whole"))
         scores.append([row["bits_per_byte"] for row in measure(subject, lengths=[63])])
     assert scores[0] == scores[1] == scores[2]
 
