@@ -126,9 +126,9 @@ def test_what_cannot_be_asked_keeps_its_row_with_the_reason(tmp_path):
     assert "200" in rows[1]["reason"]
     (row,) = measure(subject(model, tmp_path), lengths=[4000], **SMALL)
     assert (row["status"], row["length"]) == ("failed", 4000)
-    with pytest.raises(UserError, match="task.passkey.candidates=1: must be 2 to 10,000"):
+    with pytest.raises(UserError, match=r"task\.passkey\.candidates=1: must be 2 to 10,000"):
         next(measure(subject(model, tmp_path), candidates=1))
-    with pytest.raises(UserError, match="task.passkey.lengths=4: must be 5 to"):
+    with pytest.raises(UserError, match=r"task\.passkey\.lengths=4: must be 5 to"):
         next(measure(subject(model, tmp_path), lengths=[4]))
     known = make_subject(model, tmp_path, subject(model, tmp_path).store, measured=lambda key: True)
     assert list(measure(known, lengths=[200], **SMALL)) == []
