@@ -4,15 +4,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from zoo.applies import check_applies, positions_of
-from zoo.command_line import Arm, launch, say
-from zoo.config import resolve
+from zoo.cli.launch import Arm, launch
+from zoo.config.applicability import check_applies, positions_of
+from zoo.config.effects import check_extension, check_names
+from zoo.config.resolve import resolve
+from zoo.config.schema import EvalConfig
+from zoo.config.validate import plain, validate
+from zoo.console import say
 from zoo.data.sources import check_source
-from zoo.files import check_writable
-from zoo.inert import check_extension, check_names
-from zoo.resume import with_place
-from zoo.run import RunFolder, find_runs
-from zoo.schema import EvalConfig, plain, validate
+from zoo.runs.files import check_writable
+from zoo.runs.find import find_runs
+from zoo.runs.folder import RunFolder
+from zoo.runs.resume import with_place
 
 USAGE = """
 python eval.py run=<folder or pattern> [option=value ...]    measure trained runs, write a report
@@ -49,7 +52,7 @@ def job(config: EvalConfig, arm: Arm | None) -> int:
     del arm
     folders = find_runs(config.run, config.runs)
     say(f"measuring {', '.join(map(str, folders))}")
-    from zoo.tasks import evaluate  # heavy: seconds
+    from zoo.tasks.evaluate import evaluate  # heavy: seconds
 
     return evaluate(config, folders, say=_print, fresh=config.fresh)
 

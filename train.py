@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo import processes
-from zoo.applies import check_applies, positions_of
-from zoo.checkpoints import step_of
-from zoo.command_line import Arm, launch, say
-from zoo.config import resolve, run_name
+from zoo.cli import processes
+from zoo.cli.launch import Arm, launch
+from zoo.config.applicability import check_applies, positions_of
+from zoo.config.effects import check_effects, check_names, notes
+from zoo.config.resolve import resolve
+from zoo.config.schedule import tell_continuation
+from zoo.config.schema import TrainConfig
+from zoo.config.validate import validate
+from zoo.console import say
 from zoo.data.sources import check_source
+from zoo.devices import check_deterministic
 from zoo.errors import RunError, UserError
-from zoo.hardware import check_deterministic
-from zoo.inert import check_effects, check_names, notes
-from zoo.resume import finetuned, resumed
-from zoo.run import RunFolder
-from zoo.schedule import tell_continuation
-from zoo.schema import TrainConfig, validate
-from zoo.stopping import current
+from zoo.runs.checkpoints import step_of
+from zoo.runs.folder import RunFolder
+from zoo.runs.identity import run_name
+from zoo.runs.resume import finetuned, resumed
+from zoo.runs.stopping import current
 from zoo.training.shares import check_shares, process_count
 
 USAGE = """
@@ -142,8 +145,8 @@ def rehearse(config: TrainConfig, apart: bool) -> None:
     `apart`: in a process beside this one, which is still to be forked from.
     """
     if apart:
-        processes.load("zoo.learner")
-    from zoo.rehearse import rehearse
+        processes.load("zoo.training.fit")
+    from zoo.training.rehearse import rehearse
 
     if apart and processes.can_fork():
         processes.run(rehearse, config)
@@ -153,7 +156,7 @@ def rehearse(config: TrainConfig, apart: bool) -> None:
 
 def fit(config: TrainConfig, folder: RunFolder) -> None:
     """Hand over to what is slow to import."""
-    from zoo.learner import train
+    from zoo.training.fit import train
 
     train(config, folder)
 
@@ -163,8 +166,8 @@ def fit_apart(config: TrainConfig, folder: RunFolder, count: int) -> None:
 
     One alone trains in this process where it cannot be forked.
     """
-    processes.load("zoo.learner")
-    from zoo.learner import train
+    processes.load("zoo.training.fit")
+    from zoo.training.fit import train
 
     if "LOCAL_RANK" in os.environ or (count == 1 and not processes.can_fork()):
         train(config, folder)  # further ranks were started by another program

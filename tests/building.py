@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from zoo.config import compose, reads_both_ways
-from zoo.schema import TrainConfig
+from zoo.config.compose import compose
+from zoo.config.resolve import reads_both_ways
+from zoo.config.schema import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = sorted(path.stem for path in ROOT.glob("configs/model/*.yaml"))

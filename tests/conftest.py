@@ -34,7 +34,7 @@ def built(name: str, *options: str):
     """A model no test may touch: composing, checking and matching take longer than most tests."""
     import torch
 
-    from zoo.build import build_model
+    from zoo.model.build import build_model
 
     torch.manual_seed(0)
     config = train_config(f"model={name}", "size=tiny", "seq_len=256", *options)

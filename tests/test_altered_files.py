@@ -22,11 +22,12 @@ import torch
 
 import eval as eval_program
 import train as train_program
-from zoo import learner
-from zoo.config import compose_tree, composing, identity, parse
+from zoo.config.compose import compose_tree, composing, parse
 from zoo.errors import RunError, UserError
-from zoo.files import one_line
-from zoo.run import RunFolder
+from zoo.model import checkpoint
+from zoo.runs.files import one_line
+from zoo.runs.folder import RunFolder
+from zoo.runs.identity import identity
 from zoo.training.callbacks import COLUMNS
 
 DATA = ["data=text", "data.path=text", "data.cache=cache"]
@@ -119,7 +120,7 @@ def truth(original, tmp_path_factory):
         folder = RunFolder.open(RUN)
         config = folder.config
         files = list(folder.whole_checkpoints())
-        steps = {whole.step: learner._weights(torch.load(whole.path)) for whole in files}
+        steps = {whole.step: checkpoint._weights(torch.load(whole.path)) for whole in files}
         assert sorted(steps) == [2, 4]
     scores = {4: scores_of(place)}
     copied = tmp_path_factory.mktemp("older") / "copy"

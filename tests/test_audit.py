@@ -8,13 +8,13 @@ import torch
 from building import ENCODERS, train_config
 from torch import nn
 
-from zoo.audit import Audit, audit
-from zoo.backbone import Backbone
-from zoo.build import build_model
 from zoo.errors import UserError
 from zoo.mixers.base import Mixer, linear, shifted
 from zoo.mixers.feed_forward import SwiGLU
 from zoo.mixers.softmax import SoftmaxAttention
+from zoo.model.audit import Audit, audit
+from zoo.model.backbone import Backbone
+from zoo.model.build import build_model
 
 LENGTH, VOCABULARY = 64, 64
 TINY = 1e-7  # a leak so small that float32 can hardly hold it beside what it is added to

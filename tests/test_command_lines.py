@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 from building import ARCHITECTURES
 
-from zoo.config import choices, compose_tree, composing, parse
-from zoo.options import TRAINER_OWNED, TRAINER_REFUSED, leaves, target_parameters
-from zoo.schema import Trainer
+from zoo.config.compose import compose_tree, composing, parse
+from zoo.config.groups import choices
+from zoo.config.introspect import target_parameters
+from zoo.config.schema import Trainer
+from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED
+from zoo.config.tree import leaves
 
 ROOT = Path(__file__).parents[1]
 ODD = ("0", "-1", "1", "2", "3", "7", "0.5", "1e9", "1e18", "1e309", "1e308", "-inf", "nan", "inf")

@@ -13,10 +13,12 @@ import pytest
 import yaml
 
 import zoo.__main__
-from zoo.config import compose, run_name
+from zoo.config.compose import compose
+from zoo.config.introspect import target_parameters
+from zoo.config.sizes import read_count
 from zoo.errors import UserError
-from zoo.options import read_count, target_parameters
-from zoo.run import RunFolder
+from zoo.runs.folder import RunFolder
+from zoo.runs.identity import run_name
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "lightning", "numpy", "pandas", "wandb"}
@@ -78,7 +80,7 @@ REFUSED = {
     "model.mixer.kv_headz=1": "did you mean 'model.mixer.kv_heads'?",
     "model.positions=rpoe": "did you mean 'rope'?",
     "model.mixer._target_=os.system": "'os.system' is not in zoo.mixers.",
-    "model.mixer._target_=zoo.run.os.system": "is not in zoo.mixers.",
+    "model.mixer._target_=zoo.runs.folder.os.system": "is not in zoo.mixers.",
     "model.mixer._target_=zoo.mixers.mamba.torch": "there is no torch in",
     "model=hybrid model.pattern=[mamba,hybrid]": "hybrid is a pattern itself",
     "model=hybrid model.pattern=[mmaba]": "did you mean 'mamba'?",

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from zoo.backbone import Backbone
 from zoo.mixers.base import count_bytes
+from zoo.model.backbone import Backbone
 
 VOCABULARY = 32
 TRAINED = 256  # tokens, the training length of the fixture `tiny`

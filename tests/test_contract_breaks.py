@@ -7,8 +7,8 @@ import test_contract as contract
 import torch
 from torch import nn
 
-from zoo.backbone import Backbone
 from zoo.mixers.base import Mixer, linear, shifted
+from zoo.model.backbone import Backbone
 
 
 class Sound(Mixer):

@@ -5,13 +5,13 @@ from functools import partial
 import pytest
 import torch
 
-from zoo.backbone import Backbone
-from zoo.convert import from_transformers
 from zoo.errors import UserError
 from zoo.mixers.feed_forward import SwiGLU
 from zoo.mixers.mamba import Mamba
 from zoo.mixers.mamba2 import Mamba2
 from zoo.mixers.softmax import SoftmaxAttention
+from zoo.model.backbone import Backbone
+from zoo.model.convert import from_transformers
 
 
 def test_llama_weights_give_llamas_logits():

@@ -17,14 +17,18 @@ import torch
 from building import ARCHITECTURES, train_config
 from pydantic import BaseModel, ValidationError
 
-from zoo.build import build_model
-from zoo.config import choices, compose_tree, composing, parse, reads_both_ways
+from zoo.config.compose import compose_tree, composing, parse
+from zoo.config.effects import check_effects
+from zoo.config.groups import choices
+from zoo.config.introspect import constructor_parameters, target_parameters
+from zoo.config.resolve import reads_both_ways
+from zoo.config.schema import Extension, MixerPart, Trainer
+from zoo.config.tree import leaves
+from zoo.config.validate import plain, validate
 from zoo.errors import UserError
-from zoo.extend import extend
-from zoo.inert import check_effects
-from zoo.options import constructor_parameters, leaves, target_parameters
-from zoo.run import RunFolder
-from zoo.schema import Extension, MixerPart, Trainer, plain, validate
+from zoo.model.build import build_model
+from zoo.model.extend import extend
+from zoo.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 HUGE = 10**30

@@ -5,13 +5,14 @@ import re
 import pytest
 import torch
 
-from zoo.applies import positions_of
-from zoo.build import build_model
-from zoo.config import choices, compose, extensions
+from zoo.config.applicability import positions_of
+from zoo.config.compose import compose
+from zoo.config.groups import choices, extensions
 from zoo.errors import UserError
-from zoo.extend import _positions, extend
 from zoo.mixers.base import count_bytes
 from zoo.mixers.softmax import SoftmaxAttention
+from zoo.model.build import build_model
+from zoo.model.extend import _positions, extend
 from zoo.positions.alibi import slopes
 from zoo.positions.rope import inverse_frequencies, rotate
 from zoo.positions.scaling import temperature

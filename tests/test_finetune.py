@@ -10,15 +10,18 @@ import pytest
 import torch
 from building import train_config
 
-from zoo import learner
-from zoo.config import compose, plain
+from zoo.config.compose import compose
+from zoo.config.schema import Extension
+from zoo.config.validate import plain
 from zoo.data.corpora import open_corpus
 from zoo.data.loader import evaluation_text, train_loader
-from zoo.extend import extend, places
 from zoo.mixers.feed_forward import SwiGLU
 from zoo.mixers.softmax import SoftmaxAttention
-from zoo.run import RunFolder, with_found
-from zoo.schema import Extension
+from zoo.model import checkpoint
+from zoo.model.extend import extend, places
+from zoo.runs.folder import RunFolder
+from zoo.runs.longrope import with_found
+from zoo.training import fit
 
 ROOT = Path(__file__).parents[1]
 L = 16
@@ -37,7 +40,7 @@ def trained(tmp_path_factory) -> Path:
     words += [f"data.cache={place}/cache", f"runs={place}/runs", "name=base", "seed=3"]
     words += ["match=none"]
     config = train_config(*words, *FEW)
-    learner.train(config, RunFolder.claim(config))
+    fit.train(config, RunFolder.claim(config))
     return place
 
 
@@ -74,7 +77,7 @@ def test_a_run_is_tuned_under_an_extension_and_measured_as_it_was_tuned(name, wi
     assert folder.config.seed == 3
 
     # Its first step read the base's weights, under the extension, at the places it says.
-    model = extend(learner.load(base), folder.config.extension, window)
+    model = extend(checkpoint.load(base), folder.config.extension, window)
     corpus = open_corpus(folder.config.data.model_dump(), Path("cache"))
     loader = train_loader(
         corpus.train, seq_len=window, batch_size=128 // window, seed=3, start_step=0, steps=1,
@@ -84,12 +87,12 @@ def test_a_run_is_tuned_under_an_extension_and_measured_as_it_was_tuned(name, wi
     assert ("positions" in batch) == (name != "yarn")
     expected = model.loss(batch["tokens"], positions=batch.get("positions"))
     assert first_loss(folder) == pytest.approx(expected.item(), rel=1e-5)
-    assert first_loss(folder) != pytest.approx(float(learner.load(base).loss(batch["tokens"])))
+    assert first_loss(folder) != pytest.approx(float(checkpoint.load(base).loss(batch["tokens"])))
 
     # What it learned is read under the same extension, which nothing has to repeat.
-    tuned, text = learner.load(folder), torch.randint(256, (1, 4 * L))
-    by_hand = extend(learner.load(base), folder.config.extension, window)
-    by_hand.load_state_dict(learner.trained_weights(folder))
+    tuned, text = checkpoint.load(folder), torch.randint(256, (1, 4 * L))
+    by_hand = extend(checkpoint.load(base), folder.config.extension, window)
+    by_hand.load_state_dict(checkpoint.trained_weights(folder))
     assert torch.equal(tuned(text), by_hand.requires_grad_(False)(text))
     if name == "clex":
         assert tuned.frequencies.field.down.weight.any()  # zero before it was trained
@@ -143,7 +146,7 @@ def test_longrope_is_searched_for_a_run_used_by_it_tuned_and_searched_again(prog
     assert "longrope-x4.json holds another search, which differs in texts, population," in error
 
     # What it found reads the validation text exactly as well as the search says.
-    base = learner.load(RunFolder.open("runs/base"))
+    base = checkpoint.load(RunFolder.open("runs/base"))
     config = compose("train", ["finetune=runs/base", *extension])
     tree = with_found(plain(config)["extension"], RunFolder.open("runs/base"))
     assert tree["scaling"]["long_factors"] == found["found"]["long_factors"]

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import train
-from zoo import hardware
-from zoo.config import compose, compose_tree, composing, identity, parse, run_name
+from zoo import devices as hardware
+from zoo.config.compose import compose, compose_tree, composing, parse
 from zoo.errors import UserError
-from zoo.run import RunFolder
+from zoo.runs.folder import RunFolder
+from zoo.runs.identity import identity, run_name
 
 
 @pytest.fixture
@@ -70,14 +71,14 @@ def test_on_cuda_float32_products_take_tf32_and_it_is_said(full_precision):
 
 
 def test_training_says_how_it_uses_the_device(tmp_path, monkeypatch, capsys):
-    from zoo import learner
+    from zoo.training import fit
 
     words = ["size=tiny", f"runs={tmp_path}", "seq_len=32", "batch_tokens=32", "logger=none"]
     words += ["trainer.max_steps=1", "trainer.accelerator=cpu", "threads=1"]
     config = compose("train", words)
     assert config.trainer.devices == "auto"  # which is one
-    monkeypatch.setattr(learner, "prepare", lambda device: f"as on a {device} device")
-    learner.train(config, RunFolder.claim(config))
+    monkeypatch.setattr(fit, "prepare", lambda device: f"as on a {device} device")
+    fit.train(config, RunFolder.claim(config))
     assert (
         "trainer.precision=32-true on 1 of 0 CUDA devices; as on a cpu device"
         in capsys.readouterr().err

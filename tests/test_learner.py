@@ -14,11 +14,13 @@ import torch
 from building import train_config
 from torch.utils._pytree import tree_leaves
 
-from zoo import learner
-from zoo.backbone import Backbone
-from zoo.build import build_model, count_parameters
 from zoo.errors import UserError
-from zoo.run import RunFolder
+from zoo.model import checkpoint
+from zoo.model.backbone import Backbone
+from zoo.model.build import build_model, count_parameters
+from zoo.runs.folder import RunFolder
+from zoo.training import fit
+from zoo.training.learner import Learner, NonFiniteError
 
 ROOT = Path(__file__).parents[1]
 TINY = ["size=tiny", "data=text", "seq_len=32", "batch_tokens=128", "logger=none", "match=none"]
@@ -89,7 +91,7 @@ def test_sigterm_saves_first_and_says_so(text, tmp_path):
 def run_here(text: Path, *more: str) -> RunFolder:
     config = train_config(*arguments(text, f"runs={text.parent}/runs", *more))
     folder = RunFolder.claim(config)
-    learner.train(config, folder)
+    fit.train(config, folder)
     return folder
 
 
@@ -103,7 +105,7 @@ def test_a_loss_that_is_no_number_stops_with_step_batch_and_last_checkpoint(text
 
     monkeypatch.setattr(Backbone, "loss", broken)
     with pytest.raises(
-        learner.NonFiniteError,
+        NonFiniteError,
         match=r"loss is nan at step 6, batch [0-9a-f]{12}; last good checkpoint: .*00000004\.ckpt",
     ):
         run_here(text, "trainer.max_steps=10", "save_every=4", "name=lost")
@@ -118,13 +120,13 @@ def test_a_broken_gradient_never_reaches_the_weights(text, monkeypatch):
 
     loss = Backbone.loss
     monkeypatch.setattr(Backbone, "loss", poisoned)
-    with pytest.raises(learner.NonFiniteError, match=r"gradient norm is (nan|inf) at step 1"):
+    with pytest.raises(NonFiniteError, match=r"gradient norm is (nan|inf) at step 1"):
         run_here(text, "trainer.max_steps=3", "name=lost")
 
 
 def test_weights_load_back_and_score_as_they_did(text):
     folder = run_here(text, "trainer.max_steps=40", "name=good", "optim.warmup_steps=1")
-    model = learner.load(folder)
+    model = checkpoint.load(folder)
     assert not model.training
     assert count_parameters(model) == folder.info["parameters"]
     with open(folder.path / "metrics.csv") as file:
@@ -141,7 +143,7 @@ def test_weights_load_back_and_score_as_they_did(text):
 def test_an_encoder_learns_what_was_masked(text):
     words = ["objective=masked", "trainer.max_steps=60", "optim.warmup_steps=1"]
     folder = run_here(text, *words, "name=encoder")
-    model = learner.load(folder)
+    model = checkpoint.load(folder)
     assert not model.causal
     assert model.vocab_size == 257  # the bytes and the mask token
     with open(folder.path / "metrics.csv") as file:
@@ -226,7 +228,7 @@ def test_what_cannot_be_matched_is_refused_with_both_counts():
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine(tiny):
     optim = train_config("optim.warmup_steps=10", "optim.min_lr_ratio=0.1").optim
-    module = learner.Learner(model=tiny("nope"), optim=optim, max_steps=110, seq_len=8)
+    module = Learner(model=tiny("nope"), optim=optim, max_steps=110, seq_len=8)
     factor = module.learning_rate_factor
     assert factor(0) == pytest.approx(0.1)
     assert factor(9) == pytest.approx(1.0)

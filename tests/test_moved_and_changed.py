@@ -13,12 +13,12 @@ from test_altered_files import MEASURE, RUN, carry_out, original, same, truth  #
 
 import eval as eval_program
 import train as train_program
-import zoo.run
-import zoo.tasks
-from zoo import learner
-from zoo.config import compose_tree, composing, parse
+import zoo.runs.folder
+import zoo.tasks.evaluate
+from zoo.config.compose import compose_tree, composing, parse
 from zoo.errors import UserError
-from zoo.run import RunFolder
+from zoo.model import checkpoint
+from zoo.runs.folder import RunFolder
 
 EVAL = [f"run={RUN}", "report=null", "logger=none", *MEASURE]
 TUNE = ["extension=pi", "extension.factor=2", "name=tuned", "logger=none", "trainer.max_steps=2",
@@ -114,9 +114,9 @@ def test_rows_say_what_code_trained_and_measured_and_other_code_measures_anew(
     assert run("eval", *EVAL) == 0
     assert answers() == before
     assert "changed since it was trained" not in caplog.text
-    monkeypatch.setattr(zoo.tasks, "measured_by", lambda *_: "other")
-    real = zoo.run.sources
-    monkeypatch.setattr(zoo.run, "sources", lambda *a, **k: real(*a, **k) | {"zoo/x.py": "1"})
+    monkeypatch.setattr(zoo.tasks.evaluate, "measured_by", lambda *_: "other")
+    real, more = zoo.runs.folder.sources, {"zoo/x.py": "1"}
+    monkeypatch.setattr(zoo.runs.folder, "sources", lambda *a, **k: real(*a, **k) | more)
     assert run("eval", *EVAL) == 0
     assert {measured for _, measured, _ in answers()} == {"other"}
     assert "mine: zoo/x.py changed since it was trained" in caplog.text
@@ -181,7 +181,7 @@ def test_a_configuration_that_does_not_fit_its_checkpoint_is_one_line(place):
     assert "mine: config.yaml's model does not fit the checkpoint" in outcome.error
     assert carry_out("eval", stub=True).code in (1, 2)
     with pytest.raises(UserError, match="weights differ, such as embedding"):
-        learner.load(RunFolder.open(RUN))
+        checkpoint.load(RunFolder.open(RUN))
 
 
 def test_one_damaged_run_of_several_keeps_its_place_and_the_others_are_measured(place, caplog):

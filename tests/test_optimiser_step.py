@@ -16,14 +16,15 @@ import torch
 from building import train_config
 from torch import Tensor, nn
 
-from zoo import learner
-from zoo.backbone import Backbone
-from zoo.build import build_model
-from zoo.config import compose
+from zoo.config.compose import compose
+from zoo.config.schema import TrainConfig
 from zoo.data.masking import mask_windows
 from zoo.data.order import stream_restarts, window_starts
-from zoo.run import RunFolder
-from zoo.schema import TrainConfig
+from zoo.model import checkpoint
+from zoo.model.backbone import Backbone
+from zoo.model.build import build_model
+from zoo.runs.folder import RunFolder
+from zoo.training import fit
 
 SEED, WINDOW, ROWS, STEPS = 5, 24, 3, 7
 OPTIM = {
@@ -76,12 +77,12 @@ def run(text: Path, place: Path, *words: str, **options) -> RunFolder:
     }
     config = train_config(*(f"{name}={value}" for name, value in given.items()), *words)
     folder = RunFolder.claim(config)
-    learner.train(config, folder)
+    fit.train(config, folder)
     return folder
 
 
 def trained(folder: RunFolder) -> dict[str, Tensor]:
-    return learner.trained_weights(folder)
+    return checkpoint.trained_weights(folder)
 
 
 def logged(folder: RunFolder, column: str) -> list[float]:
@@ -216,7 +217,7 @@ def test_validation_is_the_mean_over_fixed_windows_spread_evenly(text, tmp_path)
     starts = np.arange(11) * (len(tokens) - WINDOW - 1) // 10
     rows = torch.from_numpy(np.stack([tokens[s : s + WINDOW + 1] for s in starts]))
     with torch.no_grad():
-        wanted = learner.load(folder).loss(rows).item()
+        wanted = checkpoint.load(folder).loss(rows).item()
     with open(folder.path / "metrics.csv") as file:
         found = [row["valid_loss"] for row in csv.DictReader(file)]
     assert [step + 1 for step, value in enumerate(found) if value] == [3, 6, 7]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from building import ARCHITECTURES, train_config
 
-from zoo import patterns
-from zoo.build import build_model
-from zoo.config import extensions
+from zoo.cli import patterns
+from zoo.config.groups import extensions
+from zoo.model.build import build_model
 
 
 @pytest.fixture(scope="module")

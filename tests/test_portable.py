@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from zoo import locks
-from zoo.ops import cuda, native
+from zoo.ops.runtime import cpu as native
+from zoo.ops.runtime import cuda
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("zoo/**/*.py"), ROOT / "train.py", ROOT / "eval.py"])
@@ -43,9 +44,9 @@ for source in sorted(root.glob("zoo/**/*.py")):
 
 import zoo.locks
 from train import check
-from zoo.command_line import composing, compose_tree, parse
+from zoo.cli.launch import composing, compose_tree, parse
 from zoo.errors import UserError
-from zoo.run import RunFolder
+from zoo.runs.folder import RunFolder
 
 assert zoo.locks.fcntl is None
 with composing("train"):

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from building import ARCHITECTURES, train_config
 
-from zoo import provenance
-from zoo.options import PACKAGE, ROOT
-from zoo.provenance import changed, digest, measured_by, sources
-from zoo.run import trained_by
+from zoo.paths import PACKAGE, ROOT
+from zoo.runs import provenance
+from zoo.runs.folder import trained_by
+from zoo.runs.provenance import changed, digest, measured_by, sources
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +56,16 @@ EDITS = [  # file, what is edited, the models that it makes others
     ("zoo/mixers/softmax.py", ("def forward", "MORE = 1\n\n    def forward"), {"transformer"}),
     ("zoo/ops/wkv4.py", ("NOTHING = ", "MORE = 1\nNOTHING = "), {"rwkv4"}),
     ("zoo/mixers/base.py", ("class Mixer", "MORE = 1\nclass Mixer"), {"*"}),
-    ("zoo/backbone.py", ("class Backbone", "MORE = 1\nclass Backbone"), {"*"}),
-    ("zoo/training/module.py", ("class Learner", "MORE = 1\nclass Learner"), {"*"}),
+    ("zoo/model/backbone.py", ("class Backbone", "MORE = 1\nclass Backbone"), {"*"}),
+    ("zoo/training/learner.py", ("class Learner", "MORE = 1\nclass Learner"), {"*"}),
     ("zoo/training/windows.py", ("class Windows", "MORE = 1\nclass Windows"), {"*"}),
-    ("zoo/schedule.py", ("def learning", "MORE = 1\ndef learning"), {"*"}),
+    ("zoo/config/schedule.py", ("def learning", "MORE = 1\ndef learning"), {"*"}),
     ("zoo/training/callbacks.py", ("class Metrics", "MORE = 1\nclass Metrics"), set()),
     ("zoo/data/order.py", ("def ", "MORE = 1\ndef "), {"*"}),
     ("zoo/data/masking.py", ("def ", "MORE = 1\ndef "), {"*"}),
     ("zoo/report/rows.py", ("def missing", "MORE = 1\ndef missing"), set()),
-    ("zoo/command_line.py", ("def launch", "MORE = 1\ndef launch"), set()),
-    ("zoo/tasks/score.py", ("def nats", "MORE = 1\ndef nats"), set()),
+    ("zoo/cli/launch.py", ("def launch", "MORE = 1\ndef launch"), set()),
+    ("zoo/tasks/context.py", ("def nats", "MORE = 1\ndef nats"), set()),
     ("zoo/attention/dual_chunk.py", ("class ", "MORE = 1\nclass "), set()),
     ("kernels/wkv4/wkv4.c", ("#include", "#define MORE 1\n#include"), {"rwkv4"}),
     ("kernels/selective_scan/selective_scan.cu", ("#include", "#define M\n#include"), {"mamba"}),
@@ -89,7 +89,7 @@ def test_an_edit_makes_other_runs_of_those_models_that_read_it(package, file, wo
         ("zoo/mixers/mamba.py", '"""', '"""More words. '),
         ("zoo/mixers/mamba.py", "class ", "# a comment\nclass "),
         ("zoo/mixers/mamba.py", "    def forward(", "\n\n    def forward("),
-        ("zoo/learner.py", '"""', '"""More words. '),
+        ("zoo/training/fit.py", '"""', '"""More words. '),
         ("zoo/ops/selective_scan.py", "import torch\n", "import torch\n\n'words on their own'\n"),
         ("kernels/selective_scan/selective_scan.c", "#include", "/* words */ // more\n#include"),
     ],
@@ -119,13 +119,14 @@ def test_every_architecture_names_its_own_mixer_and_what_that_imports():
         modules = re.findall(r"_target_: zoo\.(mixers\.\w+)\.", text)
         files = provenance._closure(PACKAGE, ROOT / "kernels", [*provenance.TRAINING, *modules])
         own = {f"zoo/{module.replace('.', '/')}.py" for module in modules}
-        assert own | {"zoo/learner.py", "zoo/backbone.py", "zoo/mixers/base.py"} <= set(files)
+        always = {"zoo/training/fit.py", "zoo/model/backbone.py", "zoo/mixers/base.py"}
+        assert own | always <= set(files)
         read = [ROOT / file for file in files if file.startswith("zoo/mixers/")]
-        imported = "".join(path.read_text() for path in [*read, ROOT / "zoo/backbone.py"])
+        imported = "".join(path.read_text() for path in [*read, ROOT / "zoo/model/backbone.py"])
         for file in {file for file in files if file.startswith("zoo/mixers/")} - own:
             module = file.removesuffix(".py").replace("/", ".")
             assert module in imported, (name, file)  # by one of them, not by who builds them all
-        assert not [file for file in files if re.search("report|command_line|zoo/run.py", file)]
+        assert not [file for file in files if re.search("report|zoo/cli|zoo/runs", file)]
 
 
 def test_an_extension_belongs_to_a_run_trained_under_it():
@@ -142,12 +143,12 @@ def test_what_measures_is_another_name_than_what_trains(package, monkeypatch):
     monkeypatch.setattr(provenance, "_closure", relocated(provenance._closure, package))
     before = [measured_by(config, task, extended) for extended in (False, True)]
     assert before[1].startswith(f"{before[0]}-")
-    edit(package / "training/module.py", "class Learner", "MORE = 1\nclass Learner")
+    edit(package / "training/learner.py", "class Learner", "MORE = 1\nclass Learner")
     assert [measured_by(config, task, extended) for extended in (False, True)] == before
     edit(package / "positions/clex.py", "class ", "MORE = 1\nclass ")
     plain, extended = (measured_by(config, task, extended) for extended in (False, True))
     assert (plain, extended != before[1]) == (before[0], True)
-    edit(package / "tasks/score.py", "def nats", "MORE = 1\ndef nats")
+    edit(package / "tasks/context.py", "def nats", "MORE = 1\ndef nats")
     assert measured_by(config, task, False) != before[0]
 
 

@@ -11,18 +11,20 @@ import pytest
 import torch
 from building import ARCHITECTURES, train_config
 
-from zoo import learner
-from zoo.config import compose
+from zoo.config.compose import compose
 from zoo.data.corpora import Corpus, open_corpus
 from zoo.data.loader import train_loader, valid_batch
 from zoo.data.masking import mask_windows
 from zoo.data.passkey import DIGITS, END, STATEMENT, Passkeys
 from zoo.data.store import TokenStore
 from zoo.data.tokenizers import encode_bytes
-from zoo.extend import extend, places
 from zoo.mixers.softmax import SoftmaxAttention
+from zoo.model.extend import extend, places
 from zoo.positions.rope import inverse_frequencies
+from zoo.runs.folder import RunFolder
 from zoo.tasks.passkey import _keys
+from zoo.training import fit as fitting
+from zoo.training.windows import Windows
 
 ROOT = Path(__file__).parents[1]
 ROWS, TOKENS = 6, 64
@@ -137,7 +139,7 @@ def test_prompts_ask_for_keys_of_their_own_and_a_seed_for_others():
 def windows_of(corpus: Corpus, *words: str) -> list[torch.Tensor]:
     """What a run's data module reads in its first three steps, as it stands in training."""
     config = train_config(f"seq_len={TOKENS}", f"batch_size={ROWS}", "match=none", *words)
-    module = learner.Windows(corpus, config)
+    module = Windows(corpus, config)
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
         accumulate_grad_batches=1, global_step=0, max_steps=3, global_rank=0, world_size=1
     )
@@ -167,7 +169,7 @@ def test_weights_differ_between_seeds_and_are_those_of_the_seed(tmp_path, monkey
         weights = module.model.embedding.weight.detach().clone()
         seen[len(seen)] = weights, self.callbacks[0].valid
 
-    monkeypatch.setattr(learner.lightning.Trainer, "fit", fit)
+    monkeypatch.setattr(fitting.lightning.Trainer, "fit", fit)
     for number, seed in enumerate((0, 1, 0)):
         config = train_config(
             "size=tiny", "match=none", "logger=none", "data=text", f"data.path={tmp_path}",
@@ -175,7 +177,7 @@ def test_weights_differ_between_seeds_and_are_those_of_the_seed(tmp_path, monkey
             "seq_len=32", "batch_size=2", "objective=masked", f"name=run{number}",
         )  # fmt: skip
         torch.manual_seed(1000 + number)  # whatever came before does not count
-        learner.train(config, learner.RunFolder.claim(config))
+        fitting.train(config, RunFolder.claim(config))
     (one, valid), (other, elsewhere), (again, _) = seen.values()
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
@@ -191,7 +193,7 @@ def test_validation_masks_differ_between_rows(store):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_layers_of_an_architecture_are_told_their_place(name):
     """Initialisations depend on the depth: a model of four layers is not one layer four times."""
-    from zoo.build import build_model
+    from zoo.model.build import build_model
 
     config = train_config(f"model={name}", "size=tiny", "match=none", "size.layers=4")
     places = []

@@ -59,8 +59,9 @@ def test_the_recipe_writes_two_files_and_adds_to_one():
 
 def test_the_recipes_architecture_is_composed_and_sized_as_written(followed):
     code = (
-        "import sys; sys.path.insert(0, '.'); import torch, zoo; from zoo.config import compose; "
-        "from zoo.build import build_model; assert zoo.__file__.startswith(sys.argv[1]);"
+        "import sys; sys.path.insert(0, '.'); import torch, zoo; "
+        "from zoo.config.compose import compose; from zoo.model.build import build_model; "
+        "assert zoo.__file__.startswith(sys.argv[1]);"
         "model, _ = build_model(compose('train', ['model=mean', 'size=tiny']), 256);"
         "print(model(torch.zeros(2, 9, dtype=torch.int64)).shape)"
     )

@@ -9,10 +9,10 @@ import pytest
 import torch
 from building import train_config
 
-import zoo.rehearse
-from zoo.build import build_model
+import zoo.training.rehearse
 from zoo.errors import UserError
-from zoo.rehearse import machine_memory, rehearse
+from zoo.model.build import build_model
+from zoo.training.rehearse import machine_memory, rehearse
 
 ROOT = Path(__file__).parents[1]
 GB = 10**9
@@ -40,7 +40,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_a_run_that_cannot_be_is_told_in_one_line(words, monkeypatch):
-    monkeypatch.setattr(zoo.rehearse, "machine_memory", lambda: 32 * GB)
+    monkeypatch.setattr(zoo.training.rehearse, "machine_memory", lambda: 32 * GB)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.mps, "is_available", lambda: False)
     with pytest.raises(UserError) as caught:
@@ -77,8 +77,8 @@ def test_the_memory_told_is_what_a_step_keeps(name, monkeypatch):
     """Against tensors counted in the whole model at the whole window."""
     config = train_config(f"model={name}", "size=tiny", "seq_len=512", "batch_size=4")
     model, knobs = build_model(config, 256)
-    kept = zoo.rehearse._kept_by(model, 4, 512)
-    told = 4 * zoo.rehearse._kept_per_row(config, 256, knobs)
+    kept = zoo.training.rehearse._kept_by(model, 4, 512)
+    told = 4 * zoo.training.rehearse._kept_per_row(config, 256, knobs)
     assert told == pytest.approx(kept, rel=0.05)
 
 
@@ -86,10 +86,10 @@ def test_memory_a_little_short_is_refused_and_enough_is_not(monkeypatch):
     config = train_config("size=tiny", "seq_len=512", "batch_size=64")
     model, _ = build_model(config, 256)
     needed = 16 * sum(p.numel() for p in model.parameters())
-    needed += zoo.rehearse._kept_by(model, 64, 512) + 8 * 64 * 513
-    monkeypatch.setattr(zoo.rehearse, "machine_memory", lambda: int(needed * 1.05))
+    needed += zoo.training.rehearse._kept_by(model, 64, 512) + 8 * 64 * 513
+    monkeypatch.setattr(zoo.training.rehearse, "machine_memory", lambda: int(needed * 1.05))
     rehearse(config)
-    monkeypatch.setattr(zoo.rehearse, "machine_memory", lambda: int(needed * 0.95))
+    monkeypatch.setattr(zoo.training.rehearse, "machine_memory", lambda: int(needed * 0.95))
     with pytest.raises(UserError, match="batch_size=64, seq_len=512: a step needs at least"):
         rehearse(config)
     rehearse(train_config("size=tiny", "batch_size=64", "trainer.accumulate_grad_batches=2"))

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
-import zoo.files
-import zoo.run
-from zoo import checkpoints
-from zoo.config import compose
+import zoo.runs.files
+import zoo.runs.folder
+from zoo.config.compose import compose
 from zoo.errors import UserError
-from zoo.files import one_line, replacing
-from zoo.run import RunFolder, find_runs
+from zoo.runs import checkpoints
+from zoo.runs.files import one_line, replacing
+from zoo.runs.find import find_runs
+from zoo.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_a_folder_holds_its_configuration_and_status(folder, config):
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path, config, monkeypatch):
-    monkeypatch.setattr(zoo.run.os, "rename", kill)
+    monkeypatch.setattr(zoo.runs.folder.os, "rename", kill)
     with pytest.raises(Killed):
         RunFolder.create(tmp_path / "run", config, {})
     assert not (tmp_path / "run").exists()
@@ -77,7 +78,7 @@ def test_who_comes_second_gets_the_first_ones_folder(folder, config):
 def test_a_kill_while_writing_leaves_the_last_state(folder, monkeypatch):
     folder.update(step=1)
     with monkeypatch.context() as patch:
-        patch.setattr(zoo.files.os, "replace", kill)
+        patch.setattr(zoo.runs.files.os, "replace", kill)
         with pytest.raises(Killed):
             folder.update(step=2)
     assert folder.info["step"] == 1
@@ -87,7 +88,7 @@ def test_a_kill_while_writing_leaves_the_last_state(folder, monkeypatch):
 
 def test_a_real_kill_at_any_moment_leaves_a_readable_folder(folder):
     loop = (
-        "import sys; from pathlib import Path; from zoo.run import RunFolder\n"
+        "import sys; from pathlib import Path; from zoo.runs.folder import RunFolder\n"
         "folder, step = RunFolder(Path(sys.argv[1])), 0\n"
         "metrics = folder.metrics(['loss'])\n"
         "while step := step + 1:\n"
@@ -111,7 +112,7 @@ def test_a_real_kill_at_any_moment_leaves_a_readable_folder(folder):
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_a_full_disk_is_told_and_leaves_what_was_there(folder, monkeypatch, failing):
     before = files(folder.path), folder.info
-    monkeypatch.setattr(zoo.files.os, failing, full_disk)
+    monkeypatch.setattr(zoo.runs.files.os, failing, full_disk)
     with pytest.raises(UserError, match=r"cannot write .*run\.json: No space left on device"):
         folder.update(step=9)
     assert (files(folder.path), folder.info) == before
@@ -257,9 +258,9 @@ def train(tmp_path, monkeypatch, capfd) -> Callable:
     def call(*words: str, learner: Callable = learn) -> tuple[int, str]:
         import train
 
-        module = types.ModuleType("zoo.learner")
+        module = types.ModuleType("zoo.training.fit")
         module.train = learner  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "zoo.learner", module)
+        monkeypatch.setitem(sys.modules, "zoo.training.fit", module)
         capfd.readouterr()
         tiny = [] if words and words[0].startswith("resume=") else ["size=tiny", "logger=none"]
         return train.main([*words, *tiny]), capfd.readouterr().err
@@ -441,9 +442,9 @@ def test_eval_hands_the_runs_over(tmp_path, monkeypatch, config):
         seen.append((list(config.task), [folder.name for folder in folders]))
         return 1
 
-    module = types.ModuleType("zoo.tasks")
+    module = types.ModuleType("zoo.tasks.evaluate")
     module.evaluate = evaluate  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "zoo.tasks", module)
+    monkeypatch.setitem(sys.modules, "zoo.tasks.evaluate", module)
     for name in ("a", "b"):
         RunFolder.create(Path("runs") / name, config, {})
     assert program.main(["run=runs/*", "task=speed"]) == 1
@@ -454,8 +455,10 @@ def test_eval_hands_the_runs_over(tmp_path, monkeypatch, config):
 
 def edit_code(monkeypatch, **files: str) -> None:
     """As if these files of the package had changed since."""
-    real = zoo.run.sources
-    monkeypatch.setattr(zoo.run, "sources", lambda *given, **more: real(*given, **more) | files)
+    real = zoo.runs.folder.sources
+    monkeypatch.setattr(
+        zoo.runs.folder, "sources", lambda *given, **more: real(*given, **more) | files
+    )
 
 
 def test_weights_that_other_code_made_are_not_already_trained(train, monkeypatch):
@@ -475,17 +478,17 @@ def test_weights_that_other_code_made_are_not_already_trained(train, monkeypatch
 def test_a_run_goes_on_under_other_code_only_when_told_and_says_so(train, monkeypatch):
     train("name=mine", learner=stop_after_7)
     before = only_run().info["sources"]
-    edit_code(monkeypatch, **{"zoo/backbone.py": "changed"})
+    edit_code(monkeypatch, **{"zoo/model/backbone.py": "changed"})
     for words in (["resume=runs/mine"], ["name=mine"]):
         code, error = train(*words, learner=refuse)
         assert code == 2
-        assert "was trained by other code: zoo/backbone.py changed since" in error
+        assert "was trained by other code: zoo/model/backbone.py changed since" in error
     code, error = train("resume=runs/mine", "changed_code=accept")
     assert code == 0
-    assert "zoo/backbone.py changed since (accepted)" in error
+    assert "zoo/model/backbone.py changed since (accepted)" in error
     info = only_run().info
     assert info["earlier_sources"] == [{"sources": before, "until_step": 7}]
-    assert zoo.run.trained_by(info) == f"{before}+{info['sources']}"
+    assert zoo.runs.folder.trained_by(info) == f"{before}+{info['sources']}"
     assert train("resume=runs/mine")[1].startswith("already trained")  # the word was for one time
 
 
@@ -500,7 +503,7 @@ def test_a_run_of_before_the_record_goes_on_and_says_that_its_code_is_unknown(tr
     code, error = train("resume=runs/mine")
     assert code == 0
     assert "what code trained it is not known" in error
-    assert zoo.run.trained_by(only_run().info) is None
+    assert zoo.runs.folder.trained_by(only_run().info) is None
 
 
 def test_a_refusal_on_the_way_puts_back_what_was_recorded(train, monkeypatch):
@@ -511,7 +514,7 @@ def test_a_refusal_on_the_way_puts_back_what_was_recorded(train, monkeypatch):
     def other_text(config, folder):
         raise UserError("data=stdlib is not the text")
 
-    edit_code(monkeypatch, **{"zoo/backbone.py": "changed"})
+    edit_code(monkeypatch, **{"zoo/model/backbone.py": "changed"})
     words = ["trainer.max_steps=2k", "changed_code=accept"]
     assert train("resume=runs/mine", *words, learner=other_text)[0] == 2
     assert only_run().config == config
@@ -535,10 +538,10 @@ def test_what_a_killed_creation_left_goes_with_the_next(tmp_path, config, monkey
 
     real = os.rename
     with monkeypatch.context() as patch:
-        patch.setattr(zoo.run.os, "rename", lambda *given: (patch.undo(), die(*given)))
+        patch.setattr(zoo.runs.folder.os, "rename", lambda *given: (patch.undo(), die(*given)))
         with pytest.raises(Killed):
             RunFolder.create(tmp_path / "run", config, {})
-    assert zoo.run.os.rename is real
+    assert zoo.runs.folder.os.rename is real
     (tmp_path / f".alive.{os.getpid()}.tmp").mkdir()
     (tmp_path / ".elsewhere.another-host.999999999.tmp").mkdir()
     RunFolder.create(tmp_path / "next", config, {})

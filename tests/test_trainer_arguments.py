@@ -8,12 +8,14 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.strategies import DDPStrategy
 
-from zoo.config import compose
+from zoo.config.compose import compose
+from zoo.config.schema import TrainConfig, Trainer
+from zoo.config.stored import as_now
+from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED
+from zoo.config.validate import plain, validate
 from zoo.errors import UserError
-from zoo.learner import train
-from zoo.options import TRAINER_OWNED, TRAINER_REFUSED
-from zoo.run import RunFolder
-from zoo.schema import TrainConfig, Trainer, as_now, plain, validate
+from zoo.runs.folder import RunFolder
+from zoo.training.fit import train
 
 ARGUMENTS = [name for name in inspect.signature(lightning.Trainer).parameters if name != "self"]
 CARRIED = set(Trainer.model_fields)
@@ -33,8 +35,8 @@ def test_the_others_are_refused_by_name_whatever_their_value(value):
 
 
 def test_an_argument_that_nobody_decided_is_refused(monkeypatch):
-    monkeypatch.setattr("zoo.schema.trainer_parameters", lambda: ["brand_new"])
-    monkeypatch.setattr("zoo.config.trainer_parameters", lambda: ["brand_new"])
+    monkeypatch.setattr("zoo.config.schema.trainer_parameters", lambda: ["brand_new"])
+    monkeypatch.setattr("zoo.config.compose.trainer_parameters", lambda: ["brand_new"])
     with pytest.raises(UserError, match=r"^trainer\.brand_new=1: not accepted, "):
         compose("train", ["trainer.brand_new=1"])
 

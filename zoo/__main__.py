@@ -4,7 +4,7 @@ import runpy
 import sys
 
 from zoo.errors import UserError, choose
-from zoo.options import ROOT, shipped
+from zoo.paths import ROOT, shipped
 
 USAGE = """zoo <program> [option=value ...]
 
@@ -27,7 +27,7 @@ def main() -> int:
         sys.stderr.write(f"zoo: {error}\n")
         return 2
     if program == "doctor":
-        from zoo import doctor
+        from zoo.cli import doctor
 
         return doctor.main()
     folder = shipped("programs")

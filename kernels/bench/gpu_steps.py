@@ -45,18 +45,11 @@ try:
     from torch import nn
     from torch.utils.checkpoint import checkpoint
 
-    from zoo.ops import (
-        aft,
-        causal_conv,
-        cuda,
-        libraries,
-        linear_recurrence,
-        native,
-        selective_scan,
-        wkv4,
-    )
+    from zoo.ops import aft, causal_conv, linear_recurrence, selective_scan, wkv4
     from zoo.ops.attention import Part, attend
     from zoo.ops.linear_attention import linear_attention
+    from zoo.ops.runtime import cpu as native
+    from zoo.ops.runtime import cuda, libraries
 except ImportError as error:
     sys.stderr.write(f"gpu-check: {error}; {NEEDS}\n")
     sys.exit(2)

@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 from record import record
 
-from zoo.backbone import Backbone
-from zoo.build import build_model
-from zoo.config import compose
-from zoo.ops.native import tune_allocator
+from zoo.config.compose import compose
+from zoo.model.backbone import Backbone
+from zoo.model.build import build_model
+from zoo.ops.runtime.cpu import tune_allocator
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 256

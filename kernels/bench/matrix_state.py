@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from record import processor, record
 
 from zoo.ops import delta_rule, linear_attention
-from zoo.ops.native import tune_allocator
+from zoo.ops.runtime.cpu import tune_allocator
 
 HEADS, HEAD = 2, 64
 LINEAR, DELTA = ["none", "head", "channel"], ["delta", "gated", "general"]

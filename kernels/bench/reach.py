@@ -23,11 +23,11 @@ from torch import Tensor
 
 from zoo.attention.dual_chunk import DualChunk
 from zoo.attention.lm_infinite import LMInfinite
-from zoo.attention.reach import Reach
+from zoo.attention.pattern import Reach
 from zoo.attention.self_extend import SelfExtend
 from zoo.attention.streaming_llm import StreamingLLM
 from zoo.ops.attention import Part, attention
-from zoo.ops.native import tune_allocator
+from zoo.ops.runtime.cpu import tune_allocator
 from zoo.positions.rope import inverse_frequencies, rotate
 from zoo.tasks.memory import peak_bytes
 

@@ -27,9 +27,9 @@ from record import processor, record
 
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.merge import merge
-from zoo.ops.native import tune_allocator
 from zoo.ops.rms_norm import rms_norm
 from zoo.ops.rotary import rotary
+from zoo.ops.runtime.cpu import tune_allocator
 from zoo.ops.selective_scan import selective_scan
 
 try:

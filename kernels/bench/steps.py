@@ -21,11 +21,11 @@ import torch
 from record import record
 from torch import nn
 
-from zoo.backbone import Backbone
 from zoo.mixers.feed_forward import SwiGLU
 from zoo.mixers.mamba import Mamba
 from zoo.mixers.softmax import SoftmaxAttention
-from zoo.ops.native import tune_allocator
+from zoo.model.backbone import Backbone
+from zoo.ops.runtime.cpu import tune_allocator
 
 WIDTH, LAYERS, HEADS, VOCABULARY = 128, 4, 4, 256
 

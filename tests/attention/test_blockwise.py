@@ -5,7 +5,7 @@ import torch
 
 from zoo.attention import buckets
 from zoo.attention.blockwise import BlockwiseXPos
-from zoo.attention.reach import Reach, distances
+from zoo.attention.pattern import Reach, distances
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.ops.attention import Part
 from zoo.positions.relative import RelativeBias

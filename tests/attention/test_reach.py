@@ -6,11 +6,11 @@ The matrices below are drawn by the papers' rules; `dense` knows nothing of view
 import pytest
 import torch
 
-from zoo.attention import reach as reach_module
+from zoo.attention import pattern as reach_module
 from zoo.attention.dual_chunk import DualChunk
 from zoo.attention.lm_infinite import LMInfinite
 from zoo.attention.parallel_windows import ParallelWindows
-from zoo.attention.reach import Reach, distances
+from zoo.attention.pattern import Reach, distances
 from zoo.attention.self_extend import ReRoPE, SelfExtend
 from zoo.attention.streaming_llm import StreamingLLM
 from zoo.positions.rope import inverse_frequencies

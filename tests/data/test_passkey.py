@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from building import train_config
 
-from zoo.config import plain, run_name
+from zoo.config.schema import TrainConfig
+from zoo.config.validate import plain, validate
 from zoo.data.corpora import Corpus
 from zoo.data.passkey import (
     END,
@@ -21,7 +22,7 @@ from zoo.data.passkey import (
 from zoo.data.store import TokenStore
 from zoo.data.tokenizers import encode_bytes
 from zoo.errors import UserError
-from zoo.schema import TrainConfig, validate
+from zoo.runs.identity import run_name
 
 FILLER = np.frombuffer(b"_" * 600, np.uint8).astype(np.int64)
 SENTENCE = re.escape(STATEMENT) + r"(\d{4})"

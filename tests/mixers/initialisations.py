@@ -105,7 +105,7 @@ def ones_and_zeros(*_) -> Laws:
     return {"weight": Exactly(1.0), "bias": Exactly(0.0)}
 
 
-@states("zoo.backbone.Backbone")
+@states("zoo.model.backbone.Backbone")
 def backbone(*_) -> Laws:
     """GPT-2, section 2.3: 0.02; the head is the embedding."""
     return {"embedding.weight": Normal(0.02)}

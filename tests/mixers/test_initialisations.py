@@ -24,9 +24,9 @@ from initialisations import (
 )
 from torch import Tensor, nn
 
-from zoo.build import build_model
-from zoo.extend import extend
-from zoo.learner import Learner
+from zoo.model.build import build_model
+from zoo.model.extend import extend
+from zoo.training.learner import Learner
 
 SAMPLES = 1000  # numbers that a law is judged by
 WIDTHS = ["size=small", "size.width=96"]  # four layers; no two widths inside are the same

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from zoo.backbone import Backbone
 from zoo.mixers.rwkv7 import RWKV7, ChannelMixing, LowRank
+from zoo.model.backbone import Backbone
 
 WIDTH, HEADS, LAYERS, TOKENS = 16, 2, 3, 43
 HEAD = WIDTH // HEADS

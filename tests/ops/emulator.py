@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from zoo.ops import cuda
+from zoo.ops.runtime import cuda
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 COMPILER = shutil.which("g++")

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from zoo.errors import UserError
 from zoo.ops import aft as module
-from zoo.ops import cuda
 from zoo.ops.aft import Window, aft, aft_full, aft_window
+from zoo.ops.runtime import cuda
 from zoo.ops.wkv4 import empty_average
 
 BACKENDS = ["reference", "torch", "native"]

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zoo import doctor
+from zoo.cli import doctor
 from zoo.errors import UserError
 from zoo.ops import aft as aft_module
 from zoo.ops import causal_conv as conv_module
-from zoo.ops import cuda, native
 from zoo.ops import linear_recurrence as recurrence_module
 from zoo.ops import selective_scan as scan_module
 from zoo.ops import wkv4 as wkv_module
+from zoo.ops.runtime import cpu as native
+from zoo.ops.runtime import cuda
 from zoo.ops.selective_scan import CUDA
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -224,7 +225,9 @@ def test_no_cuda_is_said_in_one_line():
 
 
 def test_the_doctor_says_what_runs_and_builds_nothing(monkeypatch, tmp_path):
-    script = "import sys; from zoo import doctor; doctor.main(); print('lightning' in sys.modules)"
+    script = (
+        "import sys; from zoo.cli.doctor import main; main(); print('lightning' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=ROOT,

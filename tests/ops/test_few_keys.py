@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from zoo.ops.attention import Part, attend
-from zoo.ops.backends import chosen, forget
 from zoo.ops.few_keys import FEW, KERNEL, few_keys, takes
+from zoo.ops.runtime.dispatch import chosen, forget
 
 
 def inputs(keys: int, width: int, value_width: int, tokens: int = 300):

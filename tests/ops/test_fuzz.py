@@ -13,7 +13,8 @@ import fuzz
 import pytest
 
 import zoo.ops
-from zoo.ops import cuda, native
+from zoo.ops.runtime import cpu as native
+from zoo.ops.runtime import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
@@ -94,7 +95,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"] 
 SCRIPT = """
 import sys
 sys.path[:0] = [{tests!r}, {root!r}]
-from zoo.ops import native
+from zoo.ops.runtime import cpu as native
 native.FLAGS += {flags!r}
 import fuzz
 for seed in range({calls}):

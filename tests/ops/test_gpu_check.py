@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from zoo.errors import UserError
-from zoo.ops import cuda
+from zoo.ops.runtime import cuda
 
 ROOT = Path(__file__).parents[2]
 RECORDS = sorted(ROOT.glob("kernels/bench/results/gpu-*.json"))

@@ -11,13 +11,12 @@ import types
 import pytest
 import torch
 
-from zoo import doctor
+from zoo.cli import doctor
 from zoo.errors import UserError
 from zoo.mixers.gla import GLA
 from zoo.mixers.mamba import Mamba
 from zoo.mixers.retnet import RetNet
 from zoo.mixers.rwkv6 import RWKV6
-from zoo.ops import backends, libraries
 from zoo.ops import causal_conv as causal_conv_module
 from zoo.ops import delta_rule as delta_rule_module
 from zoo.ops import selective_scan as selective_scan_module
@@ -25,6 +24,8 @@ from zoo.ops.attention import Part, attend
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.delta_rule import delta_rule
 from zoo.ops.linear_attention import linear_attention
+from zoo.ops.runtime import dispatch as backends
+from zoo.ops.runtime import libraries
 from zoo.ops.selective_scan import selective_scan
 
 BF16 = torch.bfloat16

@@ -16,8 +16,9 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import UserError
-from zoo.ops import backends, native
 from zoo.ops.causal_conv import KERNEL, causal_conv
+from zoo.ops.runtime import cpu as native
+from zoo.ops.runtime import dispatch as backends
 from zoo.ops.selective_scan import selective_scan
 
 SOURCE = "causal_conv/causal_conv.c"
@@ -268,7 +269,7 @@ def test_no_kernel_asks_for_more_threads_than_a_system_has(monkeypatch, threads)
     """In a process of its own: a system that refuses a thread ends it."""
     script = f"""
 import torch
-from zoo.ops import native
+from zoo.ops.runtime import cpu as native
 from zoo.ops.linear_recurrence import linear_recurrence
 torch.get_num_threads = lambda: {threads}
 a = torch.full((1, 300, 4000), 0.5)
@@ -297,7 +298,7 @@ def test_forward_gradients_are_refused_and_not_lost():
 def test_tuned_glibc_recycles_large_buffers():
     script = """
 import resource, torch
-from zoo.ops.native import tune_allocator
+from zoo.ops.runtime.cpu import tune_allocator
 assert tune_allocator()
 for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zoo.backbone import BackboneState
 from zoo.data.corpora import Corpus
 from zoo.data.store import TokenStore
 from zoo.mixers.base import Mixer
-from zoo.tasks.score import Subject
+from zoo.model.backbone import BackboneState
+from zoo.tasks.context import Subject
 
 VOCABULARY = 16
 

@@ -9,10 +9,10 @@ import torch
 from fakes import Remembers, make_subject, random_text, text_store
 from torch import Tensor
 
-from zoo.backbone import BackboneState
 from zoo.data import synthetic
 from zoo.data.examples import open_synthetic
 from zoo.errors import UserError
+from zoo.model.backbone import BackboneState
 from zoo.tasks.accuracy import measure
 
 PARITY = open_synthetic("parity", functools.partial(synthetic.parity), 16)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from fakes import Remembers, random_text, text_corpus, text_store
 
-import zoo.tasks
-from zoo.config import compose
+import zoo.tasks.evaluate
+from zoo.config.compose import compose
 from zoo.errors import UserError
 from zoo.measurement import question
-from zoo.run import RunFolder
-from zoo.tasks import evaluate
+from zoo.runs.folder import RunFolder
+from zoo.tasks.evaluate import evaluate
 from zoo.tasks.progress import Progress
 
 CORPUS = text_corpus(text_store(random_text(2000)))
@@ -38,8 +38,8 @@ PERPLEXITY = ["task.perplexity.lengths=[32,64]", "task.perplexity.units=4"]
 def model(monkeypatch) -> Remembers:
     """What every run's checkpoint holds."""
     model = Remembers(memory=5)
-    monkeypatch.setattr(zoo.tasks, "load", lambda folder, device: model)
-    monkeypatch.setattr(zoo.tasks, "open_data", lambda data, seq_len: CORPUS)
+    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, device: model)
+    monkeypatch.setattr(zoo.tasks.evaluate, "open_data", lambda data, seq_len: CORPUS)
     return model
 
 
@@ -128,8 +128,8 @@ def test_a_failure_is_tried_again(model, tmp_path, monkeypatch):
     assert code == 1
     assert {row["reason"] for row in rows} == {"ZeroDivisionError: division by zero"}
     monkeypatch.undo()
-    monkeypatch.setattr(zoo.tasks, "load", lambda folder, device: model)
-    monkeypatch.setattr(zoo.tasks, "open_data", lambda data, seq_len: CORPUS)
+    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, device: model)
+    monkeypatch.setattr(zoo.tasks.evaluate, "open_data", lambda data, seq_len: CORPUS)
     code, _, rows = run_eval([folder])
     assert code == 0
     assert {row["status"] for row in rows} == {"ok"}
@@ -143,10 +143,10 @@ def test_runs_that_cannot_be_measured_keep_their_place_and_the_others_go_on(
             raise UserError(f"{folder.name} has no checkpoint yet")
         return model
 
-    monkeypatch.setattr(zoo.tasks, "load", load)
+    monkeypatch.setattr(zoo.tasks.evaluate, "load", load)
     reported = []
     monkeypatch.setattr(
-        zoo.tasks, "write_report", lambda rows, *_: reported.extend(rows) or "table"
+        zoo.tasks.evaluate, "write_report", lambda rows, *_: reported.extend(rows) or "table"
     )
     folders = [
         run_folder(tmp_path / "young", status="running", step=7),
@@ -176,7 +176,7 @@ def test_nothing_measured_is_no_success(model, tmp_path):
 def test_a_task_that_breaks_leaves_the_other_tasks_alone(model, tmp_path, monkeypatch):
     monkeypatch.setattr("zoo.tasks.perplexity.evaluation_text", None)
     monkeypatch.setattr("zoo.tasks.perplexity.attempt", None)  # breaks outside any measurement
-    monkeypatch.setattr(zoo.tasks, "write_report", lambda rows, *_: json.dumps(rows))
+    monkeypatch.setattr(zoo.tasks.evaluate, "write_report", lambda rows, *_: json.dumps(rows))
     words = ["task=extrapolation", "task.speed.lengths=[16]", f"report={tmp_path}/report.html"]
     code, said, _ = run_eval([run_folder(tmp_path / "a")], *words)
     statuses = {row["task"]: row["status"] for row in json.loads(said)}
@@ -193,7 +193,7 @@ def test_settings_that_fit_no_run_stop_the_evaluation(model, tmp_path):
 def test_an_extension_that_does_not_apply_stops_one_run_and_keeps_its_row_among_several(
     model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(zoo.tasks, "write_report", lambda rows, *_: json.dumps(rows))
+    monkeypatch.setattr(zoo.tasks.evaluate, "write_report", lambda rows, *_: json.dumps(rows))
     folders = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b")]
     with pytest.raises(UserError, match="extension=dca acts on rotary positions"):
         run_eval(folders[:1], "extension=dca")
@@ -206,8 +206,8 @@ def test_an_extension_that_does_not_apply_stops_one_run_and_keeps_its_row_among_
 def test_the_report_has_the_same_questions_under_every_extension_asked_before(
     model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(zoo.tasks, "write_report", lambda rows, *_: json.dumps(rows))
-    monkeypatch.setattr(zoo.tasks, "extend", lambda model, *_: model)
+    monkeypatch.setattr(zoo.tasks.evaluate, "write_report", lambda rows, *_: json.dumps(rows))
+    monkeypatch.setattr(zoo.tasks.evaluate, "extend", lambda model, *_: model)
     folder, report = run_folder(tmp_path / "a"), f"report={tmp_path}/report.html"
 
     def arms(*words: str) -> list[tuple[str, int]]:
@@ -238,7 +238,7 @@ def test_the_report_has_the_latest_answers_of_tasks_that_were_not_asked_now(mode
 
 
 def test_two_settings_of_one_extension_are_reported_as_two_arms(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo.tasks, "extend", lambda model, *_: model)
+    monkeypatch.setattr(zoo.tasks.evaluate, "extend", lambda model, *_: model)
     folder = run_folder(tmp_path / "a")
     yarn = ["extension=yarn", "extension.factor=8"]
     run_eval([folder], *yarn)
@@ -331,8 +331,8 @@ class ReadsAhead(Remembers):
 
 def test_a_model_that_leaks_is_never_scored_and_says_why(tmp_path, monkeypatch):
     held = {"good": Remembers(memory=5), "leaky": ReadsAhead(memory=5)}
-    monkeypatch.setattr(zoo.tasks, "load", lambda folder, device: held[folder.name])
-    monkeypatch.setattr(zoo.tasks, "open_data", lambda data, seq_len: CORPUS)
+    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, device: held[folder.name])
+    monkeypatch.setattr(zoo.tasks.evaluate, "open_data", lambda data, seq_len: CORPUS)
     folders = [
         run_folder(tmp_path / "good", "model=alibi"),
         run_folder(tmp_path / "leaky", "model=mamba"),
@@ -358,7 +358,7 @@ def test_scores_from_before_the_leak_was_seen_are_not_shown(model, tmp_path, mon
     old = run_folder(tmp_path / "b")
     for row in rows:
         old.append_row({k: v for k, v in row.items() if k != "audit"} | {"run": "b"})
-    monkeypatch.setattr(zoo.tasks, "load", lambda folder, device: ReadsAhead(memory=5))
+    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, device: ReadsAhead(memory=5))
     code, said, _ = run_eval([old])
     assert code == 1
     assert f"{rows[0]['bits_per_byte']:.3f}" not in said
@@ -368,7 +368,7 @@ def test_scores_from_before_the_leak_was_seen_are_not_shown(model, tmp_path, mon
 def test_what_was_audited_is_not_audited_again(model, tmp_path, monkeypatch):
     folder = run_folder(tmp_path / "a")
     _, said, rows = run_eval([folder])
-    monkeypatch.setattr("zoo.tasks.score.audit", None)
+    monkeypatch.setattr("zoo.tasks.context.audit", None)
     assert run_eval([folder]) == (0, said, rows)
 
 
@@ -376,7 +376,7 @@ def test_a_model_that_cannot_be_audited_is_not_scored(model, tmp_path, monkeypat
     def breaks(*_, **__):
         raise MemoryError("too long")
 
-    monkeypatch.setattr("zoo.tasks.score.audit", breaks)
+    monkeypatch.setattr("zoo.tasks.context.audit", breaks)
     code, _, rows = run_eval([run_folder(tmp_path / "a")])
     assert code == 1
     reason = "it could not be audited for leaks: MemoryError: too long"

@@ -7,10 +7,10 @@ from building import train_config
 from fakes import make_subject, text_store
 from torch import nn
 
-from zoo.backbone import BackboneState
-from zoo.build import build_model
 from zoo.data.passkey import DIGITS, QUESTION, STATEMENT
 from zoo.errors import UserError
+from zoo.model.backbone import BackboneState
+from zoo.model.build import build_model
 from zoo.report.rows import wilson
 from zoo.tasks.passkey import _answer, _keys, measure
 

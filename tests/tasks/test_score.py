@@ -9,14 +9,8 @@ import torch.nn.functional as F
 from fakes import Remembers, make_subject, random_text, text_store
 
 from zoo.errors import UserError
-from zoo.tasks import score as scoring
-from zoo.tasks.score import (
-    NotApplicableError,
-    attempt,
-    in_buckets,
-    position_edges,
-    score,
-)
+from zoo.tasks import context as scoring
+from zoo.tasks.context import NotApplicableError, attempt, in_buckets, position_edges, score
 
 
 @pytest.mark.parametrize("architecture", ["transformer", "alibi", "mamba", "hybrid"])

@@ -9,9 +9,9 @@ import pytest
 import torch
 from fakes import VOCABULARY, ByPosition, Remembers, make_subject, random_text, text_store
 
-from zoo.config import compose
+from zoo.config.compose import compose
 from zoo.errors import UserError
-from zoo.extend import extend
+from zoo.model.extend import extend
 from zoo.tasks.memory import held_bytes
 from zoo.tasks.stream import measure
 

@@ -12,8 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train as program
-from zoo import processes
-from zoo.run import RunFolder
+from zoo.cli import processes
+from zoo.runs.folder import RunFolder
 
 STEPS, ROWS = 4, 4
 COMMON = [
@@ -31,7 +31,7 @@ def train(*words: str) -> None:
 
 
 def main(kinds: dict[str, list[str]], layouts: list[tuple[int, int]]) -> None:
-    processes.load("zoo.learner")
+    processes.load("zoo.training.fit")
     assert processes.can_fork()
     train(*COMMON, "name=base", "-m")  # a sweep of one: in a process of its own
     for kind, words in kinds.items():

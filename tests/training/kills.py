@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train as program
-from zoo import processes
+from zoo.cli import processes
 
 STEPS = 30
 COMMON = [
@@ -69,7 +69,7 @@ def kill_at(child: int, name: str, at: int, later: float) -> bool:
 
 def main(seed: int, kinds: dict[str, list[str]]) -> None:
     draw = random.Random(seed)
-    processes.load("zoo.learner")
+    processes.load("zoo.training.fit")
     finish(begin([*COMMON, "name=base"]))
     for kind, given in kinds.items():
         kept = any(word.startswith("finetune=") for word in given)  # the run's own

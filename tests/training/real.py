@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train as program
-from zoo import processes
+from zoo.cli import processes
 
 COMMON = [
     *("size=tiny", "data=text", "data.path=text", "match=none", "seq_len=32", "batch_size=4"),
@@ -29,7 +29,7 @@ def fork(*words: str) -> int:
 
 def not_a_number() -> None:
     """From now on, the loss of the second process is none at its third step."""
-    from zoo.backbone import Backbone
+    from zoo.model.backbone import Backbone
 
     loss, calls = Backbone.loss, iter(range(100))
 
@@ -42,7 +42,7 @@ def not_a_number() -> None:
 
 
 def main() -> dict[str, int]:
-    processes.load("zoo.learner")
+    processes.load("zoo.training.fit")
     new = [*COMMON, "logger=none"]
     codes = {
         "short": fork(

@@ -15,8 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train as program
-from zoo import processes, stopping
+from zoo.cli import processes
 from zoo.errors import RunError
+from zoo.runs import stopping
 
 
 def done(config, folder) -> None:
@@ -80,12 +81,12 @@ def building(config, folder) -> None:
 
 
 def main(how: str, words: list[str]) -> int:
-    module = types.ModuleType("zoo.learner")
+    module = types.ModuleType("zoo.training.fit")
     module.train = globals()[how.removesuffix("_in_a_thread")]  # type: ignore[attr-defined]
-    sys.modules["zoo.learner"] = module
-    rehearsal = types.ModuleType("zoo.rehearse")
+    sys.modules["zoo.training.fit"] = module
+    rehearsal = types.ModuleType("zoo.training.rehearse")
     rehearsal.rehearse = lambda config: None  # type: ignore[attr-defined]
-    sys.modules["zoo.rehearse"] = rehearsal
+    sys.modules["zoo.training.rehearse"] = rehearsal
     stopping.GRACE = processes.GRACE = float(os.environ.get("GRACE", stopping.GRACE))
     given, codes = list(sys.argv), []
     if how.endswith("_in_a_thread"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zoo.run import RunFolder
+from zoo.runs.folder import RunFolder
 
 HYBRID = ["model=hybrid", "model.pattern=[mamba,transformer]"]
 KINDS = {

@@ -14,8 +14,8 @@ import pytest
 import torch
 from building import ARCHITECTURES, ENCODERS
 
-from zoo.config import extensions
-from zoo.run import RunFolder
+from zoo.config.groups import extensions
+from zoo.runs.folder import RunFolder
 
 Layouts = list[tuple[int, int]]  # processes, micro-batches; the first is the plain run
 KINDS = {

@@ -12,9 +12,9 @@ import pytest
 import torch
 from building import train_config
 
-from zoo.run import RunFolder
-from zoo.schedule import learning_rate_factor
-from zoo.stopping import Stop
+from zoo.config.schedule import learning_rate_factor
+from zoo.runs.folder import RunFolder
+from zoo.runs.stopping import Stop
 from zoo.training.callbacks import MAX_LOGITS, MAX_TOKENS, Metrics
 
 

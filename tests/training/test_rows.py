@@ -4,10 +4,10 @@ import pytest
 import torch
 from building import ARCHITECTURES, ENCODERS, train_config
 
-from zoo.build import build_model
-from zoo.config import extensions
+from zoo.config.groups import extensions
 from zoo.data.masking import mask_windows
-from zoo.extend import extend, places
+from zoo.model.build import build_model
+from zoo.model.extend import extend, places
 
 ROWS, TOKENS = 3, 24
 PLACED = [name for name, tree in extensions().items() if tree.get("positions")]

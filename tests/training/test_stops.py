@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from zoo.run import RunFolder, find_runs
+from zoo.runs.find import find_runs
+from zoo.runs.folder import RunFolder
 
 STUB = Path(__file__).with_name("stub.py")
 
@@ -154,7 +155,7 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path):
 
 def test_an_early_stop_is_said_in_words(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    from zoo.command_line import launch
+    from zoo.cli.launch import launch
 
     def check(*_):
         raise KeyboardInterrupt

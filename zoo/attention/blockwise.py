@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.attention.reach import Reach, Scaling, View, plain
+from zoo.attention.pattern import Reach, Scaling, View, plain
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
 from zoo.positions.rope import turned

@@ -9,7 +9,7 @@ neighbours true, and at c - 1 otherwise (successive-chunk, eq. 4); any later one
 
 import torch
 
-from zoo.attention.reach import BLOCK, Reach, Scaling, View, fixed
+from zoo.attention.pattern import BLOCK, Reach, Scaling, View, fixed
 
 
 class DualChunk(Reach):

@@ -4,7 +4,7 @@ Every query sees the last `window` keys at their true distance and the first `si
 min(distance, window). Unlike StreamingLLM's, positions are those of the text and not of the cache.
 """
 
-from zoo.attention.reach import FEW, Reach, Scaling, View, far, fixed
+from zoo.attention.pattern import FEW, Reach, Scaling, View, far, fixed
 
 
 class LMInfinite(Reach):

@@ -20,7 +20,7 @@ windows of unequal length, which the papers align at one end.
 
 import torch
 
-from zoo.attention.reach import Reach, Scaling, View
+from zoo.attention.pattern import Reach, Scaling, View
 
 
 class ParallelWindows(Reach):

@@ -7,7 +7,7 @@ of one per G tokens. With G without bound every far key stands at distance w: Re
 
 import torch
 
-from zoo.attention.reach import Reach, Scaling, View, far, fixed
+from zoo.attention.pattern import Reach, Scaling, View, far, fixed
 
 
 class SelfExtend(Reach):

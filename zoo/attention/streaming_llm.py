@@ -8,7 +8,7 @@ the paper shows to collapse.
 
 import torch
 
-from zoo.attention.reach import FEW, Reach, Scaling, View, far, plain
+from zoo.attention.pattern import FEW, Reach, Scaling, View, far, plain
 
 
 class StreamingLLM(Reach):

@@ -9,8 +9,8 @@ table of its own per layer (Raffel 2020, where layers share one and scores lack 
 leaves the order to the causal mask (Haviv 2022; Kazemnejad 2023) or to positions added at the
 embedding.
 The state is every key and value so far; keys are kept as they were turned on arrival. A `reach`
-(zoo.attention), given to a trained model by zoo.extend, takes over rotary positions, which keys a
-query sees and which are kept; its `slope_factor` interpolates ALiBi. Where `shared` holds
+(zoo.attention), given to a trained model by zoo.model.extend, takes over rotary positions, which
+keys a query sees and which are kept; its `slope_factor` interpolates ALiBi. Where `shared` holds
 "positions", (b, t), the tokens of a training window stand there. With `causal=False` every query
 sees every key (Devlin 2019, BERT), under `rope` or `none`.
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from zoo.attention.blockwise import BlockwiseXPos
 from zoo.attention.buckets import bucketed
-from zoo.attention.reach import Reach
+from zoo.attention.pattern import Reach
 from zoo.errors import choose
 from zoo.mixers.base import (
     Mixer,

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops import cuda, native
-from zoo.ops.backends import pick
-from zoo.ops.checks import check
 from zoo.ops.exponential_sums import Sums, average, square, triangle
+from zoo.ops.runtime import cpu as native
+from zoo.ops.runtime import cuda
+from zoo.ops.runtime.checks import check
+from zoo.ops.runtime.dispatch import pick
 from zoo.ops.wkv4 import NOTHING, empty_average, running_averages, wkv4
 
 KERNEL = native.Kernel(

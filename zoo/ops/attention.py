@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops import few_keys, libraries
-from zoo.ops.backends import pick
+from zoo.ops import few_keys
 from zoo.ops.merge import merge
+from zoo.ops.runtime import libraries
+from zoo.ops.runtime.dispatch import pick
 
 TILE = 512  # queries per tile of the `torch` backend
 

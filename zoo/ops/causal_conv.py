@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.errors import choose
-from zoo.ops import cuda, libraries, native
-from zoo.ops.backends import pick
-from zoo.ops.checks import check
+from zoo.ops.runtime import cpu as native
+from zoo.ops.runtime import cuda, libraries
+from zoo.ops.runtime.checks import check
+from zoo.ops.runtime.dispatch import pick
 
 KERNEL = native.Kernel(
     "causal_conv/causal_conv.c",

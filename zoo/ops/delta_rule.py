@@ -58,8 +58,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops import libraries
-from zoo.ops.backends import pick
+from zoo.ops.runtime import libraries
+from zoo.ops.runtime.dispatch import pick
 
 CHUNK = 32  # tokens solved as one triangular system; a power of two
 PIECE = 2048  # tokens whose chunks are held at once, in the forward and in the backward pass

@@ -6,9 +6,9 @@ A backend of `zoo.ops.attention` for the sinks of a stream and the like. Forward
 from jaxtyping import Float
 from torch import Tensor
 
-from zoo.ops import native
-from zoo.ops.backends import Available
-from zoo.ops.checks import check
+from zoo.ops.runtime import cpu as native
+from zoo.ops.runtime.checks import check
+from zoo.ops.runtime.dispatch import Available
 
 KERNEL = native.Kernel(
     "few_keys/few_keys.c",

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.errors import choose
-from zoo.ops.backends import pick
+from zoo.ops.runtime.dispatch import pick
 
 TILE = 256  # queries, and keys, per tile; with fewer queries a tile takes more keys
 

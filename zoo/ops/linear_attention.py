@@ -34,9 +34,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from zoo.ops import libraries
-from zoo.ops.backends import pick
 from zoo.ops.linear_recurrence import linear_scan
+from zoo.ops.runtime import libraries
+from zoo.ops.runtime.dispatch import pick
 
 CHUNK = 64  # tokens whose scores are a matrix
 PIECE = 4096  # tokens whose scores exist at one time; recomputed in the backward

@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops import cuda, native
-from zoo.ops.backends import pick
-from zoo.ops.checks import check
+from zoo.ops.runtime import cpu as native
+from zoo.ops.runtime import cuda
+from zoo.ops.runtime.checks import check
+from zoo.ops.runtime.dispatch import pick
 
 KERNEL = native.Kernel(
     "linear_recurrence/linear_recurrence.c",

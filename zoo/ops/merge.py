@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from zoo.ops import native
-from zoo.ops.backends import pick
-from zoo.ops.checks import check
+from zoo.ops.runtime import cpu as native
+from zoo.ops.runtime.checks import check
+from zoo.ops.runtime.dispatch import pick
 
 KERNEL = native.Kernel(
     "merge/merge.c",

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.ops import native
-from zoo.ops.backends import pick
-from zoo.ops.checks import check
+from zoo.ops.runtime import cpu as native
+from zoo.ops.runtime.checks import check
+from zoo.ops.runtime.dispatch import pick
 
 KERNEL = native.Kernel(
     "rms_norm/rms_norm.c",

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops import cuda, libraries, native
-from zoo.ops.backends import Available, pick
-from zoo.ops.checks import check
 from zoo.ops.linear_recurrence import linear_scan
+from zoo.ops.runtime import cpu as native
+from zoo.ops.runtime import cuda, libraries
+from zoo.ops.runtime.checks import check
+from zoo.ops.runtime.dispatch import Available, pick
 
 KERNEL = native.Kernel(
     "selective_scan/selective_scan.c",

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops import cuda, native
-from zoo.ops.backends import pick
-from zoo.ops.checks import check
 from zoo.ops.linear_recurrence import linear_scan
+from zoo.ops.runtime import cpu as native
+from zoo.ops.runtime import cuda
+from zoo.ops.runtime.checks import check
+from zoo.ops.runtime.dispatch import pick
 
 KERNEL = native.Kernel(
     "wkv4/wkv4.c",

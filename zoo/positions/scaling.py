@@ -157,7 +157,7 @@ def yarn(
     The temperature t of softmax(q k / (t sqrt d)) has sqrt(1/t) = 0.1 ln s + 1, and q and k each
     carry one sqrt(1/t). DeepSeek-V2 divides by the same with `mscale_all_dim` in place of
     `mscale`, and scales the scores of all channels, turned or not, by the square of
-    `temperature(factor, mscale_all_dim)` besides; that is left to the attention (zoo.extend).
+    `temperature(factor, mscale_all_dim)` besides; that is left to the attention (zoo.model.extend).
     Golden, d=128, L=4096, s=16: theta_21 = 0.046941, theta_33 = 0.0046, factor 1.277259.
     """
     for name, value in (("mscale", mscale), ("mscale_all_dim", mscale_all_dim)):

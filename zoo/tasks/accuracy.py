@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from zoo.data.synthetic import NO_LABEL
 from zoo.errors import UserError
 from zoo.report.rows import wilson
-from zoo.tasks.score import (
+from zoo.tasks.context import (
     Row,
     Subject,
     attempt,

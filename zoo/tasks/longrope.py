@@ -19,17 +19,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from zoo.attention.reach import Reach
+from zoo.attention.pattern import Reach
 from zoo.data.loader import evaluation_bytes, evaluation_text
 from zoo.errors import UserError
-from zoo.extend import rotary
-from zoo.files import write_text
 from zoo.mixers.softmax import SoftmaxAttention
+from zoo.model.extend import rotary
 from zoo.positions.longrope import N_HATS, Rescale, Search
 from zoo.positions.rope import inverse_frequencies
 from zoo.positions.scaling import linear, longrope, ntk_aware, yarn
-from zoo.run import RunFolder, found_file
-from zoo.tasks.score import Row, Subject, attempt, bits_per_byte, chunk_tokens, score
+from zoo.runs.files import write_text
+from zoo.runs.folder import RunFolder
+from zoo.runs.longrope import found_file
+from zoo.tasks.context import Row, Subject, attempt, bits_per_byte, chunk_tokens, score
 
 log = logging.getLogger("zoo")
 

@@ -25,8 +25,7 @@ from zoo.data.loader import evaluation_text
 from zoo.data.passkey import DIGITS, passkey_prompt, random_key, tokens
 from zoo.errors import UserError
 from zoo.report.rows import wilson
-from zoo.tasks.perplexity import BATCH_TOKENS, TIMES
-from zoo.tasks.score import (
+from zoo.tasks.context import (
     MOST,
     Row,
     Subject,
@@ -38,6 +37,7 @@ from zoo.tasks.score import (
     chunk_tokens,
     nats,
 )
+from zoo.tasks.perplexity import BATCH_TOKENS, TIMES
 
 PAD = -1  # after the end of a key that has fewer tokens than another
 

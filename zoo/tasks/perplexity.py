@@ -35,9 +35,9 @@ from jaxtyping import Bool, Float, Int
 from zoo.data.loader import evaluation_bytes, evaluation_text
 from zoo.data.masking import mask_windows
 from zoo.errors import choose
-from zoo.files import replacing
 from zoo.report.rows import interval
-from zoo.tasks.score import (
+from zoo.runs.files import replacing
+from zoo.tasks.context import (
     NotApplicableError,
     Row,
     Subject,

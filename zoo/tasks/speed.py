@@ -8,8 +8,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from zoo.tasks.memory import peak_bytes
-from zoo.tasks.score import (
+from zoo.tasks.context import (
     NotApplicableError,
     Row,
     Subject,
@@ -20,6 +19,7 @@ from zoo.tasks.score import (
     check_state,
     chunk_tokens,
 )
+from zoo.tasks.memory import peak_bytes
 
 TIMES = (1, 4, 16, 32)  # the training length
 PATIENCE = 2.0  # seconds of repeats per length; one is timed however long it takes

@@ -7,8 +7,7 @@ from time import perf_counter
 import numpy as np
 
 from zoo.data.store import TokenStore
-from zoo.tasks.memory import held_bytes, peak_bytes
-from zoo.tasks.score import (
+from zoo.tasks.context import (
     LONGEST,
     NotApplicableError,
     Row,
@@ -22,6 +21,7 @@ from zoo.tasks.score import (
     position_edges,
     score,
 )
+from zoo.tasks.memory import held_bytes, peak_bytes
 
 
 def measure(subject: Subject, *, tokens: int = 2**20, chunk: int = 4096) -> Iterator[Row]:

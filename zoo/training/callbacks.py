@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from zoo.checkpoints import seal
 from zoo.console import say
 from zoo.data.synthetic import NO_LABEL
-from zoo.run import RunFolder, replacing
-from zoo.stopping import Stop
+from zoo.runs.checkpoints import seal
+from zoo.runs.files import replacing
+from zoo.runs.folder import RunFolder
+from zoo.runs.stopping import Stop
 from zoo.training.ranks import any_of, gathered, rank, world
 
 SECONDS_BETWEEN_LINES = 5.0

@@ -5,8 +5,8 @@ however many micro-batches each reads them in: these change the speed and the me
 what is learned.
 """
 
+from zoo.config.schema import TrainConfig
 from zoo.errors import UserError
-from zoo.schema import TrainConfig
 
 
 def process_count(config: TrainConfig) -> int:

@@ -7,12 +7,12 @@ from typing import Any
 import lightning
 from torch import Tensor
 
+from zoo.config.schema import Data, TrainConfig
 from zoo.data.corpora import Corpus, open_corpus
 from zoo.data.examples import SyntheticData, example_loader, open_synthetic
 from zoo.data.loader import train_loader, valid_batch
 from zoo.data.tokenizers import open_tokenizer
-from zoo.extend import places
-from zoo.schema import Data, TrainConfig
+from zoo.model.extend import places
 
 
 def open_data(data: Data, seq_len: int) -> Corpus | SyntheticData:

@@ -1,0 +1,101 @@
+"""`python -m zoo.cli.doctor`: which backend every op would take on this machine, and why.
+
+Builds nothing. Exit code 0: every op has one that runs; what is missing is only slower.
+"""
+
+import sys
+
+import torch
+
+from zoo.ops import (
+    aft,
+    causal_conv,
+    few_keys,
+    linear_recurrence,
+    merge,
+    rms_norm,
+    rotary,
+    selective_scan,
+    wkv4,
+)
+from zoo.ops.runtime import cpu as native
+from zoo.ops.runtime import cuda, libraries
+
+# Ops that are matrix products, or library kernels, in PyTorch's own hands.
+BY_TORCH = {
+    "attend": "PyTorch's fused attention on the CPU, tiles of matrix products elsewhere",
+    "linear_attention, delta_rule, kernel_attention": "chunked matrix products",
+}
+KERNELS = {
+    "selective_scan": (selective_scan.KERNEL, selective_scan.CUDA),
+    "causal_conv": (causal_conv.KERNEL, causal_conv.CUDA),
+    "wkv4, aft": (wkv4.KERNEL, wkv4.CUDA),
+    "aft_window": (aft.KERNEL, aft.CUDA),
+    "linear_recurrence": (linear_recurrence.KERNEL, linear_recurrence.CUDA),
+    "attend, few keys": (few_keys.KERNEL, None),
+    "merge": (merge.KERNEL, None),
+    "rms_norm": (rms_norm.KERNEL, None),
+    "rotary": (rotary.KERNEL, None),
+}
+
+
+def report() -> list[str]:
+    """The lines to print."""
+    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads"]
+    try:
+        lines.append(f"C compiler: {' '.join([*native._compiler(), *native.FLAGS])}")
+        no_compiler = None
+    except native.BuildError as error:
+        no_compiler = str(error)
+        lines.append(f"C compiler: none ({no_compiler}); install gcc or clang for the CPU kernels")
+    lines.append(f"cache of kernels: {_cache()}")
+    no_cuda = cuda.absent()
+    lines.append(f"CUDA: {no_cuda}" if no_cuda else f"CUDA: NVRTC {cuda.nvrtc_version()}")
+    if not no_cuda:
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            name = torch.cuda.get_device_name(i)
+            lines.append(f"  {name}: kernels for {cuda.architecture(major, minor)}")
+    lines.append("backends that `auto` takes:")
+    for op, (on_cpu, on_cuda) in KERNELS.items():
+        lines.append(f"  {op}")
+        lines.append(f"    cpu   {_on_cpu(on_cpu, no_compiler)}")
+        if not no_cuda:
+            kernel = "native (compiled on first use)" if on_cuda else "torch (PyTorch's own kernel)"
+            lines.append(f"    cuda  {kernel}")
+    lines += [f"  {ops}\n    torch ({why})" for ops, why in BY_TORCH.items()]
+    lines.append("libraries that backend=<name> takes, on CUDA only:")
+    lines += [f"  {name:<15}{_library(name)} ({ops})" for name, ops in libraries.OPS.items()]
+    return lines
+
+
+def _library(name: str) -> str:
+    return "installed" if libraries.installed(name) else f"pip install {libraries.PACKAGES[name]}"
+
+
+def _on_cpu(kernel: native.Kernel, no_compiler: str | None) -> str:
+    if no_compiler:
+        return f"torch ({no_compiler})"
+    built = native.read_intact(native.library(kernel.source)) is not None
+    return f"native ({'built' if built else 'built on first use, in a second or two'})"
+
+
+def _cache() -> str:
+    """Where kernels are kept, or what to do about that they are not."""
+    wanted, folder = native.wanted_cache_folder(), native.cache_folder()
+    if folder == wanted:
+        return str(folder)
+    try:
+        reason = native.others_can_write(wanted) or f"{wanted} cannot be written"
+    except OSError:
+        reason = f"{wanted} cannot be written"
+    return f"{reason}, so every process builds its own; set XDG_CACHE_HOME"
+
+
+def main() -> int:
+    sys.stdout.write("\n".join(report()) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""From words on the command line to a resolved configuration, by Hydra and our own checks.
+
+Hydra composes the YAML groups. Before it sees an option we check that the name exists, so that a
+misspelt one gets the nearest right name; afterwards `resolve` spells out what the YAML files leave
+to names (a hybrid's pattern, where positions act) and the schema checks every value.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, overload
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from zoo.config.groups import CONFIGS, choices, groups
+from zoo.config.introspect import target_parameters
+from zoo.config.resolve import resolve
+
+# "x as x": who composes a configuration also finds its types here.
+from zoo.config.schema import EvalConfig as EvalConfig
+from zoo.config.schema import Optim as Optim
+from zoo.config.schema import Part as Part
+from zoo.config.schema import TrainConfig as TrainConfig
+from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED, trainer_parameters
+from zoo.config.tree import leaves
+from zoo.config.validate import plain as plain
+from zoo.config.validate import validate as validate
+from zoo.errors import UserError, choose, nearest
+
+SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
+
+
+def composing(program: str) -> initialize_config_dir:
+    """The context in which Hydra knows the program's YAML files."""
+    return initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=program)
+
+
+@overload
+def compose(program: Literal["train"], words: Sequence[str] = ()) -> TrainConfig: ...
+@overload
+def compose(program: Literal["eval"], words: Sequence[str] = ()) -> EvalConfig: ...
+def compose(program: str, words: Sequence[str] = ()) -> TrainConfig | EvalConfig:
+    """The configuration of `program` under options such as `model=mamba`, checked."""
+    with composing(program):
+        tree = compose_tree(program, parse(words))
+    return validate(SCHEMAS[program], resolve(tree))
+
+
+def parse(words: Sequence[str]) -> list[Override]:
+    """The words as Hydra reads them, model=hybrid added where hybrid=[a,b] has no model beside it.
+
+    UserError for one it cannot read, a key given twice, or a pattern that no model takes.
+    """
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    found: dict[str, Override] = {}
+    for word in words:
+        if "=" not in word:
+            files = sorted(CONFIGS.glob(f"*/{word}.yaml"))
+            hint = f" (did you mean '{files[0].parent.name}={word}'?)" if files else ""
+            raise UserError(f"cannot read {word!r}: options are written option=value{hint}")
+        try:
+            override = parser.parse_override(word)
+        except HydraException:
+            advice = "lists are [a,b], values with special characters need quotes: 'key=\"a b\"'"
+            raise UserError(f"cannot read {word!r}: {advice}") from None
+        if override.key_or_group in found:
+            raise UserError(f"{override.key_or_group!r} is given twice")
+        found[override.key_or_group] = override
+    if "hybrid" in found and found["hybrid"].value() is None:
+        pass  # the pattern of the file, as without it
+    elif "hybrid" in found and "model" not in found:
+        found["model"] = parser.parse_override("model=hybrid")
+    elif "hybrid" in found and "hybrid" not in _swept_values(found["model"]):
+        line = found["model"].input_line
+        raise UserError(
+            f"{found['hybrid'].input_line}: {line} takes no pattern. "
+            f"Leave {line} out, or sweep over both: -m {line},hybrid"
+        )
+    if "hybrid" in found and "model.pattern" in found:
+        raise UserError("model.pattern: hybrid= says the same. Leave one of the two out.")
+    return list(found.values())
+
+
+def _swept_values(override: Override) -> list[str]:
+    if override.is_sweep_override():
+        return list(override.sweep_string_iterator())
+    return [str(override.value())]
+
+
+def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
+    """What the YAML files and single-valued options make, names and values as they were given."""
+    also = [*groups(program)]
+    if {"resume", "finetune"} & {override.key_or_group for override in overrides}:
+        also.append("data.path")  # of that run's data, whatever this tree's default is
+    try:
+        tree = compose_groups(program, overrides)
+        for override in overrides:
+            if not _chooses_a_file(program, override):
+                check_key(override.key_or_group, tree, also)
+                OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
+        container: Any = OmegaConf.to_container(tree, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    for path, value in leaves(container):
+        if value == "???":
+            field, owner = None, SCHEMAS[program]
+            for name in path.split("."):
+                field = getattr(owner, "model_fields", {}).get(name)
+                owner = field.annotation if field else None
+            raise UserError(f"{path}= is needed: {field.description if field else ''}")
+    return container
+
+
+def compose_groups(program: str, overrides: Sequence[Override], hydra: bool = False) -> DictConfig:
+    """The YAML files that `overrides` choose, without their single values; `hydra` keeps Hydra's
+    own section."""
+    words = []
+    for override in overrides:
+        group, value = override.key_or_group, override.value()
+        if group in groups(program) and not (value is None and groups(program)[group] is None):
+            choose(group, "null" if value is None else str(value), choices(group))
+        if _chooses_a_file(program, override):
+            words.append((override.input_line or "").lstrip("+"))
+    return hydra_compose(program, words, return_hydra_config=hydra)
+
+
+def _chooses_a_file(program: str, override: Override) -> bool:
+    return override.is_hydra_override() or override.key_or_group in groups(program)
+
+
+def check_key(key: str, tree: DictConfig, also: Sequence[str]) -> None:
+    """Refuse an option that neither the YAML files nor the code they configure know."""
+    known = [*also, *_paths(OmegaConf.to_container(tree))]
+    if key in known or key in [f"trainer.{name}" for name in (*TRAINER_OWNED, *TRAINER_REFUSED)]:
+        return  # the schema tells what to use instead
+    parent = key.rpartition(".")[0]
+    while parent and parent not in known:
+        parent = parent.rpartition(".")[0]
+    last = key.rpartition(".")[2]
+    beside = {path: path.rpartition(".")[2] for path in known if path.rpartition(".")[0] == parent}
+    elsewhere = [path for path in known if path.rpartition(".")[2] == last]
+    close = nearest(last, beside.values())
+    guesses = [*elsewhere, *(path for path, name in beside.items() if name == close)]
+    hint = f"did you mean {guesses[0]!r}? " if guesses else ""
+    raise UserError(f"unknown option {key!r}: {hint}allowed: {', '.join(beside)}")
+
+
+def _paths(node: Any, path: str = "") -> Iterator[str]:
+    """Every dotted path in `node`, and those that its code would take."""
+    if not isinstance(node, dict):
+        return
+    names = [str(key) for key in node]
+    if "_target_" in node:
+        names += target_parameters(node["_target_"]) or []
+    if path == "trainer":
+        names += trainer_parameters()
+    for name in dict.fromkeys(names):
+        child = f"{path}.{name}" if path else name
+        yield child
+        yield from _paths(node.get(name), child)

@@ -1,0 +1,175 @@
+"""Refuses options that would do nothing, or would run one thing under the name of another.
+
+The schema knows what each value may be; what an option does beside the others, and whether it was
+asked for or is a default, is told here. Nothing heavy is imported.
+"""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from zoo.config.groups import CONFIGS, groups
+from zoo.config.schema import Extension, TrainConfig
+from zoo.config.tree import leaves
+from zoo.errors import UserError
+
+
+def check_names(program: str, tree: Mapping[str, Any], given: Sequence[str]) -> None:
+    """Refuse a group's `name`, and what makes a variant that variant, given as options."""
+    for group in groups(program):
+        section = tree.get(group)
+        if not isinstance(section, dict) or not isinstance(section.get("name"), str):
+            continue
+        if f"{group}.name" in given:
+            name = section["name"]
+            raise UserError(f"{group}.name={name}: a file sets it. Use {group}={name}.")
+        for path, value in _own(group, section["name"]):
+            key, found = f"{group}.{path}", dict(leaves(section)).get(path)
+            if key in given and found != value:
+                raise UserError(
+                    f"{key}={_shown(found)}: {group}={section['name']} is the variant with "
+                    f"{_shown(value)}. Choose another {group}."
+                )
+
+
+@functools.cache
+def _own(group: str, name: str) -> list[tuple[str, Any]]:
+    """What the YAML file of a variant sets over the one that it is a variant of."""
+    file = CONFIGS / group / f"{name}.yaml"
+    tree = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not tree.pop("defaults", None):
+        return []
+    mine = [(path, value) for path, value in leaves(tree) if path != "name"]
+    return [(path, value) for path, value in mine if not str(value).startswith("${")]
+
+
+# What an argument of a mixer needs to act, by class: values of its other arguments, or objectives.
+Needs = dict[str, tuple[str, ...]]
+_CAUSAL, _MASKED = {"objective": ("causal",)}, {"objective": ("masked",)}
+_ROTARY = {"rope_base": {"positions": ("rope", "xpos")}}
+NEEDS: dict[str, dict[str, Needs]] = {
+    **dict.fromkeys(("SoftmaxAttention", "LowRankAttention", "ReLUAttention"), _ROTARY),
+    **dict.fromkeys(("Longformer", "LongNet"), _ROTARY),
+    "Linformer": {
+        **_ROTARY,
+        **dict.fromkeys(("rank", "max_length"), _MASKED),
+        **dict.fromkeys(("block", "slots"), _CAUSAL),
+    },
+    "Soft": {
+        **_ROTARY,
+        "form": _CAUSAL,
+        "iterations": _MASKED,
+        "landmarks": {**_CAUSAL, "form": ("landmarks",)},
+        "block": {"form": ("landmarks",)},
+        "epsilon": {"form": ("landmarks",)},
+    },
+    "AFT": {
+        "heads": {"variant": ("conv",)},
+        "window": {"variant": ("conv", "local")},
+        "rank": {"variant": ("local", "full")},
+        "max_length": {"variant": ("local", "full")},
+    },
+}
+
+
+def _check_used(config: TrainConfig, given: Sequence[str]) -> None:
+    """Refuse an argument of a mixer that the others of its arguments leave without effect."""
+    names = [key.removeprefix("model.mixer.") for key in given if key.startswith("model.mixer.")]
+    for part in (block.mixer for block in config.model.blocks if names):
+        known = NEEDS.get(part.target.rpartition(".")[2], {})
+        for name in names:
+            for other, values in known.get(name, {}).items():
+                here = config.objective if other == "objective" else part.options.get(other)
+                if here not in values:
+                    raise UserError(
+                        f"model.mixer.{name}={_shown(part.options.get(name))}: acts with {other}="
+                        f"{' or '.join(values)}, and here it is {here}. Leave {name} out."
+                    )
+
+
+def check_effects(config: TrainConfig, tree: Mapping[str, Any], given: Sequence[str]) -> None:
+    """Refuse those of the options `given` that a new training run would leave without effect."""
+    steps, window = config.trainer.max_steps, config.seq_len
+    if "batch_tokens" in given:
+        tokens = config.batch_tokens
+        if "batch_size" in given and tree["batch_size"] is not None:
+            if tokens != config.batch_size * window:
+                raise UserError(
+                    f"batch_tokens={tokens}: batch_size={config.batch_size} says how many windows "
+                    "a step reads. Leave one of the two out."
+                )
+        elif tokens < window:
+            raise UserError(
+                f"batch_tokens={tokens}: must be at least seq_len={window}, one window. "
+                f"Use batch_tokens={window} or more, or a smaller seq_len."
+            )
+    if "optim.warmup_steps" in given and config.optim.warmup_steps > steps:
+        raise UserError(
+            f"optim.warmup_steps={config.optim.warmup_steps}: must be at most "
+            f"trainer.max_steps={steps}. Use a shorter warm-up or a longer run."
+        )
+    if config.match == "params" and not config.finetune:
+        _check_matched(config)
+    _check_used(config, given)
+    check_extension(config.extension, given, longer=config.finetune is not None)
+
+
+def _check_matched(config: TrainConfig) -> None:
+    """Refuse a width that `match=params` would replace."""
+    for knob in config.model.match:
+        slot, _, name = knob.rpartition(".")
+        for block in config.model.blocks:
+            part = getattr(block, slot) if slot else None
+            if part is not None and part.options.get(name) is not None:
+                raise UserError(
+                    f"model.{knob}={part.options[name]}: match=params sets this width. "
+                    "Add match=none, or leave it out."
+                )
+
+
+def check_extension(extension: Extension, given: Sequence[str], longer: bool = False) -> None:
+    """Refuse settings of an extension that has no use for them.
+
+    `longer`: a run is trained further, in windows that are longer by the factor.
+    """
+    name = extension.name
+    if "extension.name" in given:  # what is recorded would not be what is done
+        raise UserError(
+            f"extension.name={name}: a name chooses nothing. Choose the extension: extension={name}"
+        )
+    settings = [key for key in given if key.startswith("extension.")]
+    if settings and name == "none":
+        raise UserError(
+            f"{settings[0]}: extension=none has no settings. Choose an extension, such as "
+            "extension=yarn."
+        )
+    acts = extension.scaling is not None or extension.positions is not None
+    if "extension.factor" in given and not acts and extension.factor != 1 and not longer:
+        raise UserError(
+            f"extension.factor={extension.factor:g}: extension={name} has no scaling that takes "
+            f"it. Add extension.scaling=<pi, ntk, yarn ...>, or leave it out."
+        )
+
+
+def notes(config: TrainConfig) -> list[str]:
+    """What defaults come to in this run, where it is not what they say."""
+    window, told = config.seq_len, []
+    if config.batch_size * window != config.batch_tokens:
+        told.append(
+            f"batch_size={config.batch_size}: {config.batch_size * window} tokens per step "
+            f"(windows of {window}; batch_tokens={config.batch_tokens})"
+        )
+    warmup, steps = config.optim.warmup_steps, config.trainer.max_steps
+    if warmup > steps:
+        told.append(
+            f"optim.warmup_steps={warmup} is longer than the run of {steps} steps: the learning "
+            f"rate ends at {config.optim.lr * steps / warmup:.2g}"
+        )
+    return told
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

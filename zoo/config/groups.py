@@ -1,0 +1,44 @@
+"""The YAML groups in configs/."""
+
+import functools
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+# "x as x": who composes a configuration also finds its types here.
+from zoo.config.schema import EvalConfig as EvalConfig
+from zoo.config.schema import Optim as Optim
+from zoo.config.schema import Part as Part
+from zoo.config.schema import TrainConfig as TrainConfig
+from zoo.config.validate import plain as plain
+from zoo.config.validate import validate as validate
+from zoo.paths import shipped
+
+CONFIGS = shipped("configs")
+
+
+@functools.cache
+def groups(program: str) -> dict[str, str | None]:
+    """The program's groups and the choice each has unless told otherwise."""
+    entries = yaml.safe_load((CONFIGS / f"{program}.yaml").read_text(encoding="utf-8"))["defaults"]
+    pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
+    return {group: choice for group, choice in pairs if not group.startswith("override ")}
+
+
+def choices(group: str) -> list[str]:
+    """The YAML files of a group, by name."""
+    return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+
+
+def extensions() -> dict[str, dict[str, Any]]:
+    """Every extension's YAML by its name."""
+    return {name: _inherited(name, "extension") for name in choices("extension")}
+
+
+def _inherited(name: str, group: str = "model") -> dict[str, Any]:
+    """A YAML of a group over those its `defaults` name, as Hydra merges them."""
+    part: Any = OmegaConf.load(CONFIGS / group / f"{name}.yaml")
+    parents = [parent for parent in part.pop("defaults", []) if parent != "_self_"]
+    merged: Any = OmegaConf.merge(*[_inherited(parent, group) for parent in parents], part)
+    return OmegaConf.to_container(merged)  # type: ignore[return-value]

@@ -1,0 +1,129 @@
+"""Spells out what YAML files leave to names: a hybrid's pattern, where positions act."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from zoo.config.groups import _inherited, choices, extensions
+from zoo.config.introspect import constructor_parameters
+
+# "x as x": who composes a configuration also finds its types here.
+from zoo.config.schema import MAX_LAYERS
+from zoo.config.schema import EvalConfig as EvalConfig
+from zoo.config.schema import Optim as Optim
+from zoo.config.schema import Part as Part
+from zoo.config.schema import TrainConfig as TrainConfig
+from zoo.config.validate import plain as plain
+from zoo.config.validate import validate as validate
+from zoo.errors import UserError, choose
+
+ONE_SIDED = ("xpos", "alibi", "t5")  # positions that bidirectional attention lacks
+
+
+def resolve(tree: dict[str, Any]) -> dict[str, Any]:
+    """The composed `tree` with its model spelled out: `blocks`, cycled over the layers.
+
+    An extension's `scaling`, where it names another extension, becomes that one's.
+    """
+    extension = tree.get("extension")
+    if isinstance(extension, dict) and isinstance(extension.get("scaling"), str):
+        tree = {**tree, "extension": {**extension, "scaling": _scaling(extension["scaling"])}}
+    model, pattern = tree.get("model"), tree.get("hybrid")
+    tree = {key: value for key, value in tree.items() if key != "hybrid"}
+    if not isinstance(model, dict) or "blocks" in model:
+        return tree
+    parts = [model]
+    if "pattern" in model:  # the other models of a sweep have no use for one
+        parts = _hybrid(model["pattern"] if pattern is None else pattern, tree)
+    if tree.get("objective") == "masked":
+        _check_bidirectional(parts)
+    for part in parts:
+        if part.get("max_length") is not None and part.get("positions") != "learned":
+            raise UserError(
+                f"model.max_length={part['max_length']}: positions={part.get('positions')} have no "
+                "length to learn. Leave it out, or use model.positions=learned."
+            )
+    embedded = {part["positions"]: part for part in parts if _is_embedded(part)}
+    if len(embedded) > 1:
+        raise UserError(f"model.pattern mixes {' and '.join(sorted(embedded))} positions")
+    spelled = {
+        "name": model.get("name"),
+        "blocks": [_block(part) for part in parts],
+        "embedding_positions": next(iter(embedded), None),
+        "max_length": next((part.get("max_length") for part in embedded.values()), None),
+        "match": model.get("match"),
+    }
+    return {**tree, "model": spelled}
+
+
+def _scaling(name: str) -> dict[str, Any]:
+    """The rotary scaling of the extension of that name."""
+    parts = {other: tree["scaling"] for other, tree in extensions().items()}
+    scalings = {other: part for other, part in parts.items() if isinstance(part, dict)}
+    return scalings[choose("extension.scaling", name, [*scalings])]
+
+
+def _check_bidirectional(parts: Sequence[dict[str, Any]]) -> None:
+    """Refuse objective=masked for a model that cannot read both ways."""
+    for part in parts:
+        if not reads_both_ways(part["name"]):
+            able = [name for name in choices("model") if reads_both_ways(name)]
+            raise UserError(
+                f"model={part['name']} has no bidirectional form, which objective=masked trains; "
+                f"those that have one: {', '.join(able)}"
+            )
+
+
+def reads_both_ways(name: str) -> bool:
+    """Whether the model of that name has a bidirectional form for objective=masked."""
+    part = _inherited(name)
+    if part.get("positions") in ONE_SIDED or "mixer" not in part:
+        return False
+    return "causal" in (constructor_parameters(part["mixer"]["_target_"]) or [])
+
+
+def _is_embedded(part: dict[str, Any]) -> bool:
+    """Whether positions are added at the embedding rather than seen by the mixer."""
+    if "positions" not in part:
+        return False
+    everywhere = ["rope", *ONE_SIDED, "none", "sinusoidal", "learned"]
+    return choose("model.positions", part["positions"], everywhere) in ("sinusoidal", "learned")
+
+
+def _block(part: dict[str, Any]) -> dict[str, Any]:
+    mixer = part.get("mixer")
+    if "positions" in part and isinstance(mixer, dict):
+        if "positions" in mixer:
+            given, name = mixer["positions"], part["positions"]
+            raise UserError(
+                f"model.mixer.positions={given}: model.positions={name} sets it. Use that one."
+            )
+        mixer = {**mixer, "positions": "none" if _is_embedded(part) else part["positions"]}
+    return {"mixer": mixer, "feed_forward": part.get("feed_forward")}
+
+
+def _hybrid(pattern: Any, tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models of a hybrid's layers, by the pattern that is repeated over them."""
+    if not isinstance(pattern, list) or not pattern:
+        shown = "null" if pattern is None else pattern
+        raise UserError(f"hybrid={shown}: must be a list of models, such as [7*mamba,transformer]")
+    parts = [part for entry in pattern for part in _load_models(str(entry), tree)]
+    if len(parts) > MAX_LAYERS:
+        raise UserError(f"hybrid={pattern}: {len(parts)} layers, more than a model can have")
+    return parts
+
+
+def _load_models(entry: str, tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sections of an entry such as mamba or 7*mamba, under the size and options of `tree`."""
+    times, star, name = entry.rpartition("*")
+    if star and not re.fullmatch(r"[1-9]\d{0,2}", times):
+        raise UserError(
+            f"hybrid=[{entry}]: layers in a row are written 7*mamba, with a number from 1 to 999"
+        )
+    part = _inherited(choose("model in hybrid", name, choices("model")))
+    if "pattern" in part:
+        raise UserError(f"hybrid=[{entry}]: {name} is a pattern itself. Write its models out.")
+    whole: Any = OmegaConf.to_container(OmegaConf.create({**tree, "model": part}), resolve=True)
+    return [whole["model"]] * int(times or 1)

@@ -1,0 +1,403 @@
+"""The typed schema of the resolved configuration. Nothing heavy is imported."""
+
+import functools
+import importlib
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from zoo.config.introspect import check_types, is_target, target_parameters
+from zoo.config.sizes import read_count, read_sizes
+from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED, trainer_parameters
+from zoo.devices import resolve_precision
+from zoo.errors import UserError, choose
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+MANY = (
+    2**48
+)  # more steps, tokens or windows than anyone counts; what fits the memory is asked later
+Positive = Annotated[int, BeforeValidator(read_count), Field(ge=1, le=MANY)]
+Natural = Annotated[int, BeforeValidator(read_count), Field(ge=0, le=MANY)]
+Number = Annotated[float, BeforeValidator(_not_bool)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Switch = Annotated[bool, Field(strict=True)]
+Threads = Annotated[Positive, Field(le=1024)]  # far more and the C library aborts
+Path = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class OpenSection(Section):
+    """A section whose further keys belong to the code that reads it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes(cls, value: Any) -> Any:
+        return read_sizes(value)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The further keys."""
+        return dict(self.model_extra or {})
+
+
+class Part(OpenSection):
+    """A constructor or function of the zoo and its arguments: `_target_` and whatever it takes."""
+
+    home: ClassVar[str] = "zoo."
+    target: str = Field(alias="_target_")
+
+    @model_validator(mode="after")
+    def _known(self) -> "Part":
+        # A run folder may come from anywhere: it names what this package defines, nothing else.
+        if not (is_target(self.target) and self.target.startswith(self.home)):
+            raise UserError(f"_target_ {self.target!r} is not in {self.home}*")
+        allowed = target_parameters(self.target)
+        for name in self.options if allowed is not None else ():
+            choose("option", name, allowed or [])
+        check_types(self.target, self.options)
+        return self
+
+    def load(self) -> functools.partial[Any]:
+        """What it names, its arguments bound; imports the module."""
+        module, _, name = self.target.rpartition(".")
+        return functools.partial(getattr(importlib.import_module(module), name), **self.options)
+
+
+class MixerPart(Part):
+    home: ClassVar[str] = "zoo.mixers."
+
+
+class TaskPart(Part):
+    home: ClassVar[str] = "zoo.tasks."
+
+
+class Block(Section):
+    mixer: MixerPart
+    feed_forward: MixerPart | None
+
+
+Matched = Literal["feed_forward.hidden_width", "mixer.inner_width", "mixer.head_width", "layers"]
+
+
+class Model(Section):
+    name: Name
+    blocks: list[Block] = Field(min_length=1)  # repeated over the layers
+    embedding_positions: Literal["sinusoidal", "learned"] | None
+    max_length: Positive | None  # of learned positions
+    match: list[Matched]  # what match=params may change, in this order
+
+
+MAX_LAYERS = 256
+
+
+class Size(Section):
+    name: Name
+    width: Annotated[Positive, Field(le=2**17)]
+    layers: Annotated[Positive, Field(le=MAX_LAYERS)]
+    heads: Annotated[Positive, Field(le=2**17)]
+
+
+class DataPart(Part):
+    home: ClassVar[str] = "zoo.data."
+
+
+class Data(OpenSection):
+    name: Name
+    task: DataPart | None = Field(default=None, description="a synthetic task instead of text")
+    passkey: Fraction = Field(
+        default=0.0, description="share of the training windows that hold a passkey"
+    )
+
+    @model_validator(mode="after")
+    def _texts(self) -> "Data":
+        for key in ("path", "tokenizer", "cache", "eval_documents"):
+            value = self.options.get(key, "")
+            if not isinstance(value, str) and (key, value) != ("path", None):
+                shown = "null" if value is None else value
+                raise UserError(f"{key}={shown}: must be text. Quote a name of digits.")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `passkey` and `task` where there are none, as before: runs keep their names."""
+        none = (("passkey", 0.0), ("task", None))
+        return {key: v for key, v in write(self).items() if (key, v) not in none}
+
+
+Momentum = Annotated[Number, Field(ge=0, lt=1)]
+
+
+class Optim(Section):
+    lr: Annotated[Number, Field(gt=0, le=1e3)] = Field(description="peak learning rate")
+    weight_decay: Annotated[Number, Field(ge=0, le=1e3)]
+    betas: tuple[Momentum, Momentum]
+    eps: Annotated[Number, Field(gt=0, le=1)]
+    warmup_steps: Natural
+    min_lr_ratio: Fraction
+    clip: Annotated[Number, Field(gt=0)]
+    # How a run goes on that is given more steps than it had; from which step, and at which rate
+    # (over `lr`) it was there: see zoo.schedule.
+    continuation: Literal["cosine", "constant", "rewarm"] = "cosine"
+    continued_at: Natural | None = None
+    continued_from: Fraction | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what only a run has that was given more steps: runs keep their names."""
+        plain = {"continuation": "cosine", "continued_at": None, "continued_from": None}
+        return {key: v for key, v in write(self).items() if key not in plain or plain[key] != v}
+
+
+def _devices(value: Any) -> Any:
+    """The devices as Lightning takes them; -1 is a word of its own, `auto`."""
+    if value == "auto":
+        return value
+    every = value if isinstance(value, list) else [value]
+    whole = all(isinstance(one, int) and not isinstance(one, bool) for one in every)
+    least = 0 if isinstance(value, list) else 1
+    if not every or not whole or min(every) < least or len({*every}) < len(every):
+        raise ValueError("must be auto, a number of devices from 1 on, or a list such as [0,1]")
+    return value
+
+
+def _duration(value: Any) -> Any:
+    """A time as Lightning takes it: 00:08:00:00 (days to seconds) or {hours: 8}."""
+    if value is None or (isinstance(value, str) and re.fullmatch(r"\d+(:\d\d){3}", value)):
+        return value
+    units = {"weeks", "days", "hours", "minutes", "seconds"}
+    numbers = [*value.values()] if isinstance(value, dict) and {*value} <= units else []
+    if numbers and all(type(one) in (int, float) and 0 <= one < 1e6 for one in numbers):
+        return value
+    raise ValueError("must be days:hours:minutes:seconds such as 00:08:00:00, or {hours:8}")
+
+
+def _determinism(value: Any) -> Any:
+    if isinstance(value, bool) or value in (None, "warn"):
+        return value
+    raise ValueError("must be true, false or warn")
+
+
+class Trainer(OpenSection):
+    """The arguments of Lightning's Trainer that a run carries through; others are refused."""
+
+    max_steps: Positive = Field(description="optimiser steps")
+    precision: Literal["32-true", "bf16-mixed"] = Field(
+        description="32-true or bf16-mixed; auto: bf16-mixed on CUDA, else 32-true"
+    )
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = Field(
+        description="auto, cpu, gpu ..."
+    )
+    devices: Annotated[int | str | list[int], BeforeValidator(_devices)] = Field(
+        description="auto, a number, or [0, 1]"
+    )
+    strategy: Literal["auto", "ddp"] | None = None
+    accumulate_grad_batches: Positive | None = None
+    max_time: Annotated[str | dict[str, float] | None, BeforeValidator(_duration)] = None
+    log_every_n_steps: Positive | None = None
+    deterministic: Annotated[bool | str | None, BeforeValidator(_determinism)] = None
+    benchmark: Switch | None = None
+    detect_anomaly: Switch | None = None
+    enable_progress_bar: Switch | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _precision(cls, value: Any) -> Any:
+        """A run's configuration says which precision it has, not `auto`: it may change machines."""
+        if isinstance(value, dict) and value.get("precision") == "auto":
+            return {**value, "precision": resolve_precision(value.get("accelerator"))}
+        return value
+
+    @model_validator(mode="after")
+    def _known(self) -> "Trainer":
+        for name in self.options:
+            choose("option", name, [*trainer_parameters(), *TRAINER_OWNED, *TRAINER_REFUSED])
+            why = TRAINER_REFUSED.get(name, "it is not carried through to the run")
+            if name in TRAINER_OWNED:
+                why = f"it is set by {TRAINER_OWNED[name]}"
+            raise UserError(f"{name}={self.options[name]}: not accepted, {why}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is not given: Lightning's own defaults, and the names of earlier runs."""
+        return {key: value for key, value in write(self).items() if value is not None}
+
+
+class Logger(Section):
+    name: Literal["wandb", "none"]
+    project: Name = "zoo"
+    mode: Literal["auto", "online", "offline"] = "auto"
+
+
+class PositionsPart(Part):
+    home: ClassVar[str] = "zoo.positions."
+
+
+class ReachPart(Part):
+    home: ClassVar[str] = "zoo.attention."
+
+
+class Extension(Section):
+    """How a model reads beyond the length of the windows it is trained on."""
+
+    name: Name
+    factor: Annotated[Number, Field(ge=1, le=2**20)] = Field(
+        description="times the trained length, for scaling"
+    )
+    original_length: Positive | None = Field(description="trained length; null: the run's seq_len")
+    scaling: PositionsPart | None = Field(description="of the rotary frequencies")
+    reach: ReachPart | None = Field(description="which keys a query sees, and at what distance")
+    positions: PositionsPart | None = Field(
+        default=None, description="where the tokens of a training window stand; null: 0, 1, 2 ..."
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `positions` as it was before there were any: runs keep their names."""
+        return {key: v for key, v in write(self).items() if (key, v) != ("positions", None)}
+
+
+class TrainConfig(Section):
+    """A training run. Paths are relative to the working directory."""
+
+    model: Model
+    size: Size
+    data: Data
+    optim: Optim
+    trainer: Trainer
+    logger: Logger
+    seq_len: Positive = Field(description="tokens in a training window")
+    batch_tokens: Positive = Field(description="tokens per optimiser step")
+    batch_size: Positive = Field(description="windows per step; null: batch_tokens / seq_len")
+    seed: Annotated[Natural, Field(lt=2**32)] = Field(description="of weights and data order")
+    objective: Literal["causal", "masked"] = Field(
+        description="causal: the next token; masked: encoders in the form their papers publish"
+    )
+    match: Literal["params", "none"] = Field(description="params: as many as the transformer's")
+    state_passing: Literal["none", "carry"] = Field(
+        description="carry: each window starts from the state the one before it left"
+    )
+    checkpoint_activations: Switch = Field(
+        description="recompute in the backward pass: less memory"
+    )
+    valid_every: Positive = Field(description="steps between validations")
+    valid_windows: Positive = Field(description="windows in a validation")
+    save_every: Positive = Field(description="steps between checkpoints")
+    runs: Path = Field(description="folder that holds the run folders")
+    name: Name | None = Field(description="run folder's name; null: made from the options")
+    resume: Path | None = Field(description="run folder to continue")
+    finetune: Path | None = Field(description="run folder to train further, under `extension`")
+    extension: Extension
+    fresh: Switch = Field(description="true: train again in a new folder")
+    changed_code: Literal["refuse", "accept"] = Field(
+        default="refuse", description="accept: go on with a run that other code began"
+    )
+    allocator: Literal["tuned", "system"] = Field(description="tuned: keeps freed memory (glibc)")
+    threads: Threads | None = Field(description="CPU threads; null: all cores")
+    workers: Annotated[Natural, Field(le=64)] = Field(description="data loading processes")
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _fill_batch_size(cls, value: Any, info: ValidationInfo) -> Any:
+        known = info.data  # the fields above, as far as they were good
+        if value is None and "seq_len" in known and "batch_tokens" in known:
+            return max(1, known["batch_tokens"] // known["seq_len"])
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TrainConfig":
+        acts = self.extension.scaling is not None or self.extension.reach is not None
+        if acts and not self.finetune:
+            raise UserError(
+                f"extension={self.extension.name}: acts on a trained model. Add "
+                "finetune=<run folder>, or measure one: python eval.py run=<run folder> "
+                f"extension={self.extension.name}"
+            )
+        if self.extension.positions is not None:
+            if self.extension.reach is not None:
+                raise UserError("extension.positions place the tokens of windows without a remap")
+            if (self.objective, self.state_passing) != ("causal", "none"):
+                raise UserError(
+                    f"extension={self.extension.name} places the tokens of separate windows: it "
+                    "trains with objective=causal and state_passing=none"
+                )
+        if self.data.task is not None and (self.objective, self.state_passing) != (
+            "causal",
+            "none",
+        ):
+            raise UserError(
+                f"data={self.data.name}: its examples stand alone and have labels. Use "
+                "objective=causal and state_passing=none."
+            )
+        if self.objective == "masked" and self.state_passing != "none":
+            raise UserError("objective=masked reads whole windows: it has state_passing=none alone")
+        return self
+
+
+def _folders(value: Any) -> Any:
+    every = value if isinstance(value, list) else [value]
+    if not every or not all(isinstance(one, str) and one for one in every):
+        raise ValueError("must be a run folder, a pattern or a list of them")
+    return value
+
+
+class DataPlace(Section):
+    """Where a run's text is now, if not where the run was trained on it."""
+
+    path: str | None = None
+    cache: str | None = None
+
+
+class EvalConfig(Section):
+    """A measurement of trained runs. Paths are relative to the working directory."""
+
+    run: Annotated[str | list[str], BeforeValidator(_folders)] = Field(
+        description="run folder, or a pattern such as 'runs/compare/*'"
+    )
+    data: DataPlace = Field(
+        default_factory=DataPlace, description="data.path, where a run's text was moved to"
+    )
+    task: dict[str, TaskPart]
+    extension: Extension
+    logger: Logger
+    runs: Path = Field(description="folder that holds the run folders")
+    split: Literal["train", "valid", "test"] = Field(description="part of the corpus to measure on")
+    fresh: Switch = Field(description="true: measure again what is known")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
+        description="auto, cpu, cuda, cuda:1 ..."
+    )
+    threads: Threads | None = Field(description="CPU threads; null: all cores")
+    report: Path | None = Field(description="HTML file to write; null: none")
+
+    @model_validator(mode="after")
+    def _measures(self) -> "EvalConfig":
+        if self.extension.positions is not None:
+            name = self.extension.name
+            raise UserError(
+                f"extension={name} is a way to train: python train.py finetune=<run> "
+                f"extension={name}, and then extension=none measures it"
+            )
+        return self

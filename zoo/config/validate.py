@@ -1,0 +1,47 @@
+"""From a composed tree to the typed configuration, or one line on what is wrong with it."""
+
+import re
+from typing import Any, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
+
+from zoo.config.schema import EvalConfig, TrainConfig
+from zoo.errors import UserError, refuse
+
+Config = TypeVar("Config", TrainConfig, EvalConfig)
+
+
+def validate(schema: type[Config], tree: dict[str, Any]) -> Config:
+    """The typed configuration, or one line about the first thing wrong with it."""
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error.errors(include_url=False)[0], schema)) from None
+
+
+def _explain(error: ErrorDetails, schema: type[BaseModel]) -> str:
+    path = ".".join(str(key) for key in error["loc"])
+    given, context = error["input"], error.get("ctx", {})
+    if error["type"] == "extra_forbidden":
+        parent: Any = schema
+        for key in error["loc"][:-1]:
+            field = getattr(parent, "model_fields", {}).get(key)
+            parent = field.annotation if field else None
+        refuse("option", path, list(getattr(parent, "model_fields", {})))
+    if error["type"] == "missing":
+        return f"option {path!r} is missing"
+    if isinstance(cause := context.get("error"), UserError):
+        path = re.sub(r"^model\.blocks\.\d+", "model", path)  # as the option is written
+        named = re.match(r"\w+=", str(cause)) is not None  # it begins with the option's last name
+        return f"{path}.{cause}" if named and path else f"{path}: {cause}" if path else str(cause)
+    shown = f"{path}={'null' if given is None else given}"
+    return f"{shown}: {cause or re.sub('^(Input|String|List) should', 'must', error['msg'])}"
+
+
+def plain(config: BaseModel) -> dict[str, Any]:
+    """The configuration as plain containers, as `config.yaml` holds it."""
+    return config.model_dump(mode="json", by_alias=True)

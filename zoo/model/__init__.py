@@ -1,0 +1,1 @@
+"""From a configuration to a model: built, extended, converted, loaded, audited."""

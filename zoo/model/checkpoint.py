@@ -1,0 +1,102 @@
+"""A run's weights as a model."""
+
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.errors import UserError
+from zoo.model.backbone import Backbone
+from zoo.model.build import build_model
+from zoo.model.extend import extend
+from zoo.runs.checkpoints import reject
+from zoo.runs.files import one_line
+from zoo.runs.folder import RunFolder
+
+log = logging.getLogger("zoo")
+
+
+def load(folder: RunFolder, device: torch.device | str = "cpu") -> Backbone:
+    """The model of a run, with the weights of its last good checkpoint, ready to measure.
+
+    UserError where there is none, or where it is of another model than config.yaml's.
+    """
+    path, state = _a_checkpoint(folder)
+    vocabulary = state["state_dict"].get("model.embedding.weight")
+    if not isinstance(vocabulary, Tensor) or vocabulary.ndim != 2:
+        raise UserError(f"{path} holds no model of ours: it has no embedding")
+    model, _ = build_model(folder.config, vocabulary.shape[0])
+    extend(model, folder.config.extension, folder.config.seq_len)
+    load_weights(model, state, folder)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_weights(model: Backbone, state: dict[str, Any], folder: RunFolder) -> None:
+    """Give a model the weights in a checkpoint. UserError where they are another model's."""
+    weights = _weights(state)
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        mine = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        theirs = {name: tuple(value.shape) for name, value in weights.items()}
+        differ = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        told = f"{folder}: config.yaml's model does not fit the checkpoint"
+        if not differ:
+            raise UserError(f"{told}: {str(error).splitlines()[0]}") from None
+        name = differ[0]
+        one, other = (shapes.get(name, "none") for shapes in (mine, theirs))
+        raise UserError(
+            f"{told}: {len(differ)} of its {len(mine)} weights differ, such as {name}, which is "
+            f"{one} there and {other} here"
+        ) from None
+
+
+def trained_weights(folder: RunFolder) -> dict[str, Tensor]:
+    """The model's weights in a run's last good checkpoint. UserError where it has none."""
+    return _weights(_a_checkpoint(folder)[1])
+
+
+def _a_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]]:
+    path, state = last_checkpoint(folder)
+    if path is None:
+        step = folder.info["step"]
+        raise UserError(
+            f"{folder} has no checkpoint{f' of its {step:,} steps' if step else ' yet'}"
+        )
+    return path, state
+
+
+def _weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {name.removeprefix("model."): value for name, value in state["state_dict"].items()}
+
+
+def last_checkpoint(folder: RunFolder) -> tuple[Path | None, dict[str, Any]]:
+    """The file of a run's last checkpoint that can be read, and what it holds; (None, {}) before
+    the first.
+
+    What PyTorch cannot read, or refuses to, is passed over in words like what is damaged. UserError
+    where none is left.
+    """
+    unread = ""
+    for whole in folder.whole_checkpoints():
+        try:
+            state = torch.load(whole.path, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
+                raise ValueError("it holds no weights")
+            if type(state.get("global_step")) is not int:
+                raise ValueError("it holds no step")
+        except Exception as error:  # torch has no class of its own for what it cannot read
+            told = one_line(error)[:120]
+            if isinstance(error, pickle.UnpicklingError):
+                told = "it holds more than tensors and plain containers, or no pickle"
+            unread = f"{whole.path.name} cannot be read ({told})"
+            log.warning("%s: %s: passed over", folder, unread)
+            reject(whole.path)
+            continue
+        return whole.path, state
+    if unread:
+        raise UserError(f"{folder} has no checkpoint that can be read: {unread}")
+    return None, {}

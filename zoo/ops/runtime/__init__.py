@@ -1,0 +1,1 @@
+"""How ops find, check and call their kernels."""

@@ -1,0 +1,1 @@
+"""The run folder: the record of a training run."""

@@ -1,0 +1,38 @@
+"""What makes a run this run and no other."""
+
+import hashlib
+import json
+from typing import Any
+
+# "x as x": who composes a configuration also finds its types here.
+from zoo.config.schema import EvalConfig as EvalConfig
+from zoo.config.schema import Optim as Optim
+from zoo.config.schema import Part as Part
+from zoo.config.schema import TrainConfig as TrainConfig
+from zoo.config.tree import leaves, within
+from zoo.config.validate import plain as plain
+from zoo.config.validate import validate as validate
+
+# What changes neither the weights nor the figures: where and how a run is carried out.
+INCIDENTAL = (
+    *("runs", "name", "resume", "fresh", "logger", "workers", "threads", "allocator"),
+    "changed_code",
+    *("trainer.devices", "trainer.accelerator", "trainer.strategy", "trainer.max_time"),
+    *("trainer.accumulate_grad_batches", "trainer.enable_progress_bar"),
+    *("trainer.enable_model_summary", "trainer.log_every_n_steps", "trainer.profiler"),
+)
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """What makes a run this run and no other: {path: value}."""
+    return {path: value for path, value in leaves(plain(config)) if not within(path, INCIDENTAL)}
+
+
+def run_name(config: TrainConfig) -> str:
+    """The run folder's name: as given, otherwise the same for the same options."""
+    if config.name:
+        return config.name
+    told = json.dumps(identity(config), sort_keys=True)
+    digest = hashlib.sha256(told.encode()).hexdigest()[:8]
+    size, data = config.size.name, config.data.name
+    return f"{config.model.name}-{size}-{config.seq_len}-{data}-s{config.seed}-{digest}"

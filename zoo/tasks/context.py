@@ -1,0 +1,287 @@
+"""What the measurements share: who is measured, how text is scored, how an arm may fail.
+
+Scores are negative log-likelihoods in nats: logits in float32, sums in float64. The first token of
+a window has no context and is not scored, so a window of `length` scored tokens holds length + 1.
+Position p is the number of tokens a prediction was made from, 1 .. length.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from zoo.data.corpora import Corpus
+from zoo.data.examples import SyntheticData
+from zoo.data.store import TokenStore
+from zoo.errors import NoStateError, UserError
+from zoo.mixers.base import count_bytes
+from zoo.model.audit import AUTOCAST, Audit, audit, stretch
+from zoo.model.backbone import Backbone, BackboneState
+from zoo.tasks.progress import Progress
+
+Row = dict[str, Any]
+
+LOGITS = 2**26  # numbers per forward, 256 MiB in float32: what the output of one chunk may take
+AUDITED = 4096  # tokens: up to so many an audit reads as far as the measurements will
+MOST = 2**20  # of what a task is asked to count: examples, prompts, repeats
+LONGEST = 2**40  # tokens of a length
+PER_OCTAVE = 4  # points of a curve: 50 to 16k tokens, 75 to a million
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A trained model, the text it is measured on and the arithmetic it runs in."""
+
+    model: Backbone
+    data: Corpus | SyntheticData
+    folder: Path  # the run's: arrays too large for a row go to `results/` in it
+    train_length: int
+    split: str = "test"
+    extension: str = "none"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: str = "32-true"
+    progress: Progress = field(default_factory=Progress)
+    measured: Callable[[Row], bool] = lambda key: False  # this row is known: no need to measure it
+
+    @property
+    def corpus(self) -> Corpus:
+        """The text. Raises NotApplicableError where the model was trained on a task."""
+        if isinstance(self.data, SyntheticData):
+            raise NotApplicableError(
+                f"data={self.data.name} is a task and no text: task=accuracy measures it"
+            )
+        return self.data
+
+    @property
+    def examples(self) -> SyntheticData:
+        """The task. Raises NotApplicableError where the model was trained on text."""
+        if not isinstance(self.data, SyntheticData):
+            raise NotApplicableError(f"data={self.data.name} is text: accuracy is of tasks")
+        return self.data
+
+    @property
+    def store(self) -> TokenStore:
+        return getattr(self.corpus, self.split)
+
+    @contextmanager
+    def arithmetic(self):
+        """No gradients, and the run's own precision."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            if self.precision in AUTOCAST:
+                stack.enter_context(torch.autocast(self.device.type, AUTOCAST[self.precision]))
+            yield
+
+
+def check_counts(task: str, *, least: int = 1, most: int = MOST, **values: int) -> None:
+    """Refuse settings of a task that are not `least` to `most`, one line for the first."""
+    for name, value in values.items():
+        if not least <= value <= most:
+            raise UserError(f"task.{task}.{name}={value}: must be {least} to {most:,}.")
+
+
+def check_lengths(task: str, lengths: Sequence[int], least: int = 1) -> list[int]:
+    """The lengths once each, the shortest first. UserError for one below `least`."""
+    found = sorted(set(lengths))
+    check_counts(task, least=least, most=LONGEST, lengths=found[0])
+    check_counts(task, least=least, most=LONGEST, lengths=found[-1])
+    return found
+
+
+def chunk_tokens(subject: Subject, chunk: int) -> int:
+    """Tokens per forward: `chunk`, or fewer where a large vocabulary's logits would not fit."""
+    return max(1, min(chunk, LOGITS // subject.model.vocab_size))
+
+
+def score(
+    subject: Subject,
+    tokens: Int[np.ndarray, "b t1"],
+    state: BackboneState | None = None,
+    *,
+    chunk: int,
+) -> tuple[Float[np.ndarray, "b t"], BackboneState]:
+    """Nats (float64) of tokens 1.. given those before and the state; and the state after them.
+
+    Reads `chunk` tokens at a time. Raises RuntimeError where the state is not as large as declared,
+    ArithmeticError where the model gives no finite numbers.
+    """
+    model, parts = subject.model, []
+    text = torch.as_tensor(tokens, dtype=torch.int64)
+    after = state or model.empty_state(len(text))
+    for start in range(0, text.shape[1] - 1, chunk):
+        piece = text[:, start : start + chunk + 1].to(subject.device)
+        logits, after = model(piece[:, :-1], after)
+        parts.append(nats(logits, piece[:, 1:]))
+        subject.progress.advance(parts[-1].numel())
+    check_state(model, after, len(text))
+    return _finite(torch.cat(parts, 1)), after
+
+
+def fill(
+    subject: Subject,
+    shown: Int[np.ndarray, "b t"],
+    tokens: Int[np.ndarray, "b t"],
+    asked: Bool[np.ndarray, "b t"],
+) -> Float[np.ndarray, "b t"]:
+    """Nats (float64) of the tokens asked for, 0 elsewhere, as an encoder reads them in `shown`.
+
+    Raises ArithmeticError where the model gives no finite numbers.
+    """
+    shown_, tokens_, asked_ = (
+        torch.as_tensor(part).to(subject.device) for part in (shown, tokens, asked)
+    )
+    nll = torch.where(asked_, nats(subject.model(shown_), tokens_), 0)
+    subject.progress.advance(nll.numel())
+    return _finite(nll)
+
+
+def _finite(nll: Float[Tensor, "b t"]) -> Float[np.ndarray, "b t"]:
+    found = nll.double().cpu().numpy()
+    if not np.isfinite(found).all():
+        raise ArithmeticError("the model's outputs are not finite numbers")
+    return found
+
+
+def nats(logits: Float[Tensor, "b t v"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+    """What each token costs given the logits before it, in float32 or better."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+def check_state(model: Backbone, state: BackboneState, batch: int = 1) -> int:
+    """Bytes of the state; RuntimeError where the model declares another number."""
+    held, declared = count_bytes(state), model.state_bytes(state.seen, batch)
+    if held != declared:
+        raise RuntimeError(f"the state holds {held} bytes and declares {declared}")
+    return held
+
+
+def bits_per_byte(nll_sum: Any, text_bytes: Any) -> Any:
+    """From nats and the bytes of the very text that they are the cost of; a number, or for arrays a
+    list, in which None stands for no text."""
+    if not isinstance(nll_sum, np.ndarray):
+        return float(nll_sum) / (math.log(2) * float(text_bytes)) if text_bytes else None
+    return [bits_per_byte(*pair) for pair in zip(nll_sum.tolist(), text_bytes, strict=True)]
+
+
+def position_edges(length: int) -> Int[np.ndarray, " edges"]:
+    """Edges of log-spaced buckets over positions 1 .. length: bucket i is [edges[i], edges[i+1]).
+
+    The same edges at every length, up to the last, length + 1.
+    """
+    octaves = np.arange(math.ceil(PER_OCTAVE * math.log2(length + 1)) + 1) / PER_OCTAVE
+    edges = np.unique(np.rint(2**octaves).astype(np.int64))
+    edges = edges[edges <= length]
+    # A last bucket of less than half the width of the one before, such as that of position 512
+    # alone, is known too badly to be shown for itself.
+    if len(edges) > 1 and 2 * (length + 1 - edges[-1]) < edges[-1] - edges[-2]:
+        edges = edges[:-1]
+    return np.append(edges, length + 1)
+
+
+def in_buckets(
+    values: Float[np.ndarray, " length"], edges: Int[np.ndarray, " edges"]
+) -> Float[np.ndarray, " buckets"]:
+    """Sums over the buckets of values by position; the first is position 1."""
+    return np.add.reduceat(values, edges[:-1] - 1)
+
+
+class NotApplicableError(Exception):
+    """The measurement has no meaning for this model; the message says why."""
+
+
+class LeakError(Exception):
+    """The model's predictions depend on what they must not; the message says how that was seen."""
+
+
+class Leaks:
+    """The audit of a subject's model, made once, before its first measurement."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.found: Audit | None = None
+        self.problem: Row = {}  # status and reason of a model that could not be audited
+
+    def check(self, key: Row) -> None:
+        """Audit at the training length and at a longer one that is measured, `key["length"]` or
+        twice the training length at least; LeakError where the model leaks."""
+        if self.found is None and not self.problem:
+            self._make(key)
+        if self.found and not self.found.ok:
+            raise LeakError(self.found.reason)
+
+    def _make(self, key: Row) -> None:
+        subject, train = self.subject, self.subject.train_length
+        longest = max(int(key.get("unit") or key.get("length") or 0), 2 * train)
+        lengths = train, max(2 * train, min(longest, AUDITED))
+        text, dtype = (
+            stretch(subject.data.text(subject.split), lengths[1]),
+            AUTOCAST.get(subject.precision),
+        )
+        try:
+            self.found = audit(subject.model, text, lengths=lengths, autocast=dtype)
+        except Exception as error:  # what breaks the audit may well break the measurement: see it
+            reason = f"it could not be audited for leaks: {told(error)['reason']}"
+            self.problem = {"status": "failed", "reason": reason}
+
+    def judge(self, row: Row) -> Row:
+        """The row, but without success where the model could not be audited."""
+        return row | (self.problem if row["status"] == "ok" else {})
+
+
+class Outcome(NamedTuple):
+    """What a measurement gave, or nothing, and the row's fields that say how it went."""
+
+    value: Any
+    row: Row
+
+    @property
+    def ok(self) -> bool:
+        return self.row["status"] == "ok"
+
+
+def attempt(measurement: Callable[[], Any]) -> Outcome:
+    """Measure; what goes wrong becomes a status and one line, so that the other arms go on."""
+    start, value, how = perf_counter(), None, {"status": "ok", "reason": None}
+    try:
+        value = measurement()
+    except Exception as error:
+        how = told(error)
+    if how["status"] == "out_of_memory" and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # only now: the traceback held the tensors
+    return Outcome(value, how | {"seconds": round(perf_counter() - start, 3)})
+
+
+def told(error: Exception) -> Row:
+    """The status and the one-line reason of a row that an error left without numbers."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, NotApplicableError):
+        return {"status": "not_applicable", "reason": line}
+    if isinstance(error, LeakError):
+        return {"status": "leaks", "reason": line, "audit": line}
+    if isinstance(error, UserError | NoStateError):
+        return {"status": "failed", "reason": line}
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    # PyTorch's CPU allocator raises a bare RuntimeError.
+    status = "out_of_memory" if memory or "can't allocate memory" in line else "failed"
+    return {"status": status, "reason": f"{type(error).__name__}: {line}".rstrip(": ")}
+
+
+def check_length(model: Backbone, length: int) -> None:
+    """Raise NotApplicableError, in the model's own words, where it cannot read `length` tokens."""
+    if model.max_length is None or length <= model.max_length:
+        return
+    device = next(model.parameters()).device
+    try:
+        model(torch.zeros(1, 1, dtype=torch.int64, device=device).expand(1, length))
+    except ValueError as error:
+        raise NotApplicableError(str(error)) from None

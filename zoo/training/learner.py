@@ -1,0 +1,168 @@
+"""The one LightningModule: the loss of a step, its gradient and its learning rate."""
+
+import hashlib
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from zoo.config.schedule import learning_rate_factor
+from zoo.config.schema import Optim
+from zoo.errors import RunError, UserError
+from zoo.model.backbone import Backbone
+from zoo.training.ranks import gathered, rank, told_by, world
+
+
+class NonFiniteError(RunError):
+    """The loss or the gradient is no longer a number; says where, and what to go back to."""
+
+
+class Learner(lightning.LightningModule):
+    """Next-token prediction, or that of masked tokens, with AdamW, warm-up and a cosine decay.
+
+    A step's loss is the mean over all its windows, which several processes and `micro_batches`
+    share: "share" in a batch is what its own mean counts for beside the others'.
+
+    `state_passing="carry"` starts every window from the state that the row's previous window left
+    (truncated backpropagation through time, Williams 1990; Transformer-XL's memory for softmax),
+    detached, and from the empty state where the row's text starts anew.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Backbone,
+        optim: Optim,
+        max_steps: int,
+        seq_len: int,
+        state_passing: str = "none",
+        micro_batches: int = 1,
+        rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.optim = model, optim
+        self.max_steps, self.seq_len = max_steps, seq_len
+        self.carries = state_passing == "carry"
+        self.micro_batches, self.rows = micro_batches, rows  # rows of a whole step
+        self.carried: dict[int, Any] = {}  # micro-batch -> the state of its rows
+        self._losses: list[Tensor] = []  # of the step's micro-batches
+
+    def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
+        tokens = self._tokens = batch["tokens"]
+        if self.carries:
+            micro = batch.get("micro", 0)
+            state = self.carried.get(micro)
+            if state is None or bool(batch["restart"].any()):
+                state = self.model.empty_state(len(tokens))
+            loss, state = self.model.loss(tokens, state)
+            self.carried[micro] = self.model.carry(state, self.seq_len)
+        else:
+            loss = self.loss(batch)
+        loss = loss * batch.get("share", 1.0)
+        self._losses.append(self._checked("loss", loss.detach()))
+        if len(self._losses) == self.micro_batches:
+            self.log("train/loss", torch.stack(self._losses).mean())
+            self._losses.clear()
+        return loss
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """The mean loss over a batch, each window from the empty state."""
+        if "labels" in batch:
+            return self.model.labels_loss(batch["tokens"], batch["labels"], batch.get("positions"))
+        if "chosen" in batch:
+            tokens = batch["tokens"][:, :-1]
+            return self.model.masked_loss(batch["shown"], tokens, batch["chosen"])
+        return self.model.loss(batch["tokens"], positions=batch.get("positions"))
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """Clip to the configured norm, and stop before a broken gradient reaches the weights."""
+        norm = nn.utils.clip_grad_norm_(self.parameters(), self.optim.clip)
+        self.log("train/grad_norm", self._checked("gradient norm", norm))
+        self.learning_rate = optimizer.param_groups[0]["lr"]  # of this step
+        self.log("train/learning_rate", self.learning_rate)
+
+    def _checked(self, what: str, value: Tensor) -> Tensor:
+        """The mean over all processes. All of them stop where it is no number in one of them."""
+        found = torch.stack(gathered(value))
+        broken = (~torch.isfinite(found)).nonzero()
+        if len(broken):
+            where = int(broken[0])
+            tokens = self._tokens.cpu().numpy().tobytes()
+            fingerprint = told_by(where, hashlib.sha256(tokens).hexdigest()[:12])
+            of = f" of process {where + 1} of {world()}" if world() > 1 else ""
+            raise NonFiniteError(
+                f"the {what} is {found[where].item()} at step {self.global_step + 1}, "
+                f"batch {fingerprint}{of}"
+            )
+        return found.mean() if len(found) > 1 else value
+
+    def configure_optimizers(self) -> Any:
+        """AdamW; weight decay on matrices alone, and not on those an architecture exempts."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        decayed = [p for p in trained if p.ndim >= 2 and not getattr(p, "no_weight_decay", False)]
+        kept = [p for p in trained if all(p is not other for other in decayed)]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": self.optim.weight_decay},
+                {"params": kept, "weight_decay": 0.0},
+            ],
+            lr=self.optim.lr,
+            betas=self.optim.betas,
+            eps=self.optim.eps,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def on_train_start(self) -> None:
+        """Give the next step this run's rate: a checkpoint holds that of the run as it was."""
+        (scheduler,) = self.trainer.lr_scheduler_configs
+        rates = scheduler.scheduler.base_lrs
+        factor = self.learning_rate_factor(self.global_step)
+        for group, rate in zip(self.trainer.optimizers[0].param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+
+    def learning_rate_factor(self, step: int) -> float:
+        """What the peak learning rate is multiplied by in the step after `step` others."""
+        return learning_rate_factor(self.optim, self.max_steps, step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["callbacks"] = {}  # of Lightning's own: the clock of trainer.max_time
+        if self.carried:  # its leaves: a checkpoint holds plain containers alone
+            checkpoint["carried"] = self._all_rows()
+
+    def _all_rows(self) -> list[Any]:
+        """The leaves of the carried state, each with the rows of the whole step in their order.
+
+        Row i of micro-batch m in process r is row (i, m, r) of the step, see `train_loader`.
+        """
+        parts = [tree_flatten(self.carried[micro])[0] for micro in range(self.micro_batches)]
+        whole: list[Any] = []
+        for leaves in zip(*parts, strict=True):
+            if isinstance(leaves[0], Tensor):
+                rows = [torch.stack(gathered(leaf), 1) for leaf in leaves]
+                whole.append(torch.stack(rows, 1).flatten(0, 2))
+            else:
+                whole.append(leaves[0])
+        return whole
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["callbacks"] = {}
+        if "carried" not in checkpoint:
+            return
+        whole = checkpoint["carried"]
+        shares = self.micro_batches * world()
+        rows = next(leaf for leaf in whole if isinstance(leaf, Tensor)).shape[0]
+        if rows != (self.rows or rows):
+            raise UserError(
+                f"the checkpoint holds the state of {rows} of the step's {self.rows} rows, those "
+                "of one process of several. Train again with fresh=true."
+            )
+        structure = tree_flatten(self.model.empty_state(rows // shares))[1]
+        for micro in range(self.micro_batches):
+            mine = slice(micro * world() + rank(), None, shares)
+            leaves = [
+                x[mine].to(self.device).contiguous() if isinstance(x, Tensor) else x for x in whole
+            ]
+            self.carried[micro] = tree_unflatten(leaves, structure)

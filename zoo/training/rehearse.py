@@ -1,0 +1,166 @@
+"""What a run would need, found before anything is written: its model without weights, its memory.
+
+An architecture that refuses an argument, an extension that does not fit the model, devices that are
+not there and memory that would not do are each told in one line before the run folder exists.
+"""
+
+import logging
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from zoo.config.schema import TrainConfig, Trainer
+from zoo.errors import UserError
+from zoo.model.backbone import Backbone
+from zoo.model.build import assemble, build_model, count_parameters, told_pattern
+from zoo.model.extend import extend
+from zoo.ops.runtime import dispatch as backends
+from zoo.training.shares import micro_batches, process_count
+from zoo.training.windows import vocabulary
+
+TRAINED_BYTES = 16  # per parameter in float32: itself, its gradient, AdamW's two moments
+PROBE_TOKENS = 128  # of one row: what a step keeps for the backward pass grows at least linearly
+
+
+def rehearse(config: TrainConfig) -> None:
+    """Raise UserError where the run cannot be: its model, its devices or its memory."""
+    device = check_devices(config.trainer)
+    vocab_size = vocabulary(config.data, config.seq_len)
+    vocab_size += config.objective == "masked"
+    try:
+        with torch.device("meta"):
+            model, knobs = build_model(config, vocab_size)
+            extend(model, config.extension, config.seq_len)
+    except RuntimeError as error:  # a tensor larger than any can be
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model={config.model.name}: {reason}. Use smaller sizes.") from None
+    if len(model.blocks) < len(config.model.blocks):
+        # Here and not where models are built: runs that were trained so can still be opened.
+        raise UserError(told_pattern(config, len(model.blocks)))
+    if device == "cpu":
+        _check_memory(config, vocab_size, knobs, count_parameters(model))
+
+
+def check_devices(trainer: Trainer) -> str:
+    """The kind of device that `accelerator` comes to here: cpu, cuda or mps."""
+    there = {"cpu": None, "cuda": torch.cuda.device_count(), "mps": int(torch.mps.is_available())}
+    found = next((kind for kind in ("cuda", "mps") if there[kind]), "cpu")
+    asked = trainer.accelerator
+    kind = asked if asked in there else found
+    if (asked == "gpu" and found == "cpu") or there[kind] == 0:
+        raise UserError(
+            f"trainer.accelerator={asked}: there is none here. Use trainer.accelerator=auto."
+        )
+    devices, most = trainer.devices, there[kind]
+    if isinstance(devices, list) and most is None:
+        raise UserError(
+            f"trainer.devices={devices}: a list names GPUs, and this run is on the CPU. "
+            f"Use trainer.devices={len(devices)}."
+        )
+    wanted = max(devices) + 1 if isinstance(devices, list) else devices
+    if most is not None and isinstance(wanted, int) and wanted > most:
+        raise UserError(f"trainer.devices={devices}: this machine has {most}. Use at most {most}.")
+    return kind
+
+
+def _check_memory(
+    config: TrainConfig, vocab_size: int, knobs: dict[str, int], parameters: int
+) -> None:
+    """Refuse what could not fit into this machine's memory, with the numbers.
+
+    A lower bound: weights, gradients, moments, and what a step keeps for its backward pass.
+    """
+    memory = machine_memory()
+    if memory is None:
+        return
+    trained = TRAINED_BYTES * parameters * process_count(config)
+    numbers = (
+        f"{_bytes(trained)} for {parameters:,} parameters, their gradients and AdamW's moments"
+    )
+    if trained > memory:
+        size = config.size
+        raise UserError(
+            f"size.width={size.width}, size.layers={size.layers}: training needs at least "
+            f"{numbers}, and this machine has {_bytes(memory)}. Use a smaller size."
+        )
+    rows, window = config.batch_size // micro_batches(config), config.seq_len
+    read = 8 * rows * (window + 1) * (1 + 2 * config.workers)  # the batch, and those fetched ahead
+    kept = read if read > memory else read + rows * _kept_per_row(config, vocab_size, knobs)
+    if trained + kept > memory:
+        raise UserError(
+            f"batch_size={config.batch_size}, seq_len={window}: a step needs at least "
+            f"{_bytes(trained + kept)} ({numbers}; {_bytes(kept)} for {rows * window:,} tokens at "
+            f"once), and this machine has {_bytes(memory)}. Use fewer batch_tokens, "
+            "trainer.accumulate_grad_batches=<parts of a step>, checkpoint_activations=true, "
+            "a shorter seq_len or a smaller size."
+        )
+
+
+def machine_memory() -> int | None:
+    """Bytes of this machine's memory that a process may have; None where nothing tells."""
+    try:
+        found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found.append(int(Path(limit).read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # none, or `max`
+            continue
+    return min(found)
+
+
+def _kept_per_row(config: TrainConfig, vocab_size: int, knobs: dict[str, int]) -> float:
+    """Bytes that one more window in a step keeps for the backward pass.
+
+    Measured on a row of `PROBE_TOKENS`, with the pattern's layers once and twice, and extended
+    linearly to the window and to all layers. Attention that keeps its weights keeps more.
+    """
+    tokens, cycle = min(config.seq_len, PROBE_TOKENS), len(config.model.blocks)
+    layers = knobs.get("layers", config.size.layers)
+    log, level = logging.getLogger("zoo"), logging.getLogger("zoo").level
+    log.setLevel(logging.ERROR)  # the run itself says which kernels it takes
+    try:
+        once, twice = (
+            _kept(assemble(config, vocab_size, {**knobs, "layers": times * cycle}), tokens)
+            for times in (1, 2)
+        )
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        reason = str(error).partition("DefaultCPUAllocator: ")[2].splitlines()[0]
+        raise UserError(f"model={config.model.name}: {reason} Use smaller sizes.") from None
+    finally:
+        log.setLevel(level)
+        backends.forget()
+    more = max(0, layers - cycle) / cycle * (twice - once)
+    return (once + more) * config.seq_len / tokens
+
+
+def _kept(model: Backbone, tokens: int) -> int:
+    """Bytes that a second row of `tokens` tokens adds to what a backward pass would read."""
+    return _kept_by(model, 2, tokens) - _kept_by(model, 1, tokens)
+
+
+def _kept_by(model: Backbone, rows: int, tokens: int) -> int:
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}  # by storage; held, so that no address is used again
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        logits = model(torch.zeros(rows, tokens, dtype=torch.long))
+        logits.float().log_softmax(-1)
+    return sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in weights)
+
+
+def _bytes(count: float) -> str:
+    units = ("B", "kB", "MB", "GB", "TB", "PB", "EB", "ZB")
+    power = min(int(math.log(max(count, 1), 1000)), len(units) - 1)
+    return f"{count / 1000**power:.3g} {units[power]}"
