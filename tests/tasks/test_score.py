@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fakes import Remembers, make_subject, random_text, text_store
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.errors import UserError
 from zoo.tasks import context as scoring
@@ -73,6 +74,31 @@ def test_the_arithmetic_is_the_runs_own_and_takes_no_gradients(precision, dtype,
         product = a @ a
     assert product.dtype == getattr(torch, dtype)
     assert not product.requires_grad
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of tensors as large as the weights of a layer."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        self.shapes, self.count = shapes, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        cast = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.to)
+        self.count += cast and args[0].shape in self.shapes
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_for_all_chunks(tiny, tmp_path):
+    model = tiny("transformer", dtype=torch.float32).eval().requires_grad_(False)
+    shapes = {p.shape for name, p in model.named_parameters() if "mixer.q_proj" in name}
+    layers = len(model.blocks)
+    text = random_text(257)[None]
+    subject = make_subject(model, tmp_path, text_store(random_text(9)), precision="bf16-mixed")
+    with subject.arithmetic(), Casts(shapes) as casts:
+        score(subject, text, chunk=16)
+    assert layers <= casts.count <= 4 * layers  # q and what is as large, not once for each chunk
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 100, 512, 16384, 2**20])

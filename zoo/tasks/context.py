@@ -76,9 +76,15 @@ class Subject:
     def arithmetic(self):
         """No gradients, and the run's own precision."""
         with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode())
             if self.precision in AUTOCAST:
+                # Autocast casts a weight once, not at each call, where it takes a gradient and
+                # inference mode is off.
+                self.model.requires_grad_(True)
+                stack.callback(self.model.requires_grad_, False)
+                stack.enter_context(torch.no_grad())
                 stack.enter_context(torch.autocast(self.device.type, AUTOCAST[self.precision]))
+            else:
+                stack.enter_context(torch.inference_mode())
             yield
 
 
