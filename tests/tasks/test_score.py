@@ -76,6 +76,25 @@ def test_the_arithmetic_is_the_runs_own_and_takes_no_gradients(precision, dtype,
     assert not product.requires_grad
 
 
+def test_costs_are_formed_in_float32_whatever_the_models_type():
+    """A token that all but fills the softmax costs little; bfloat16 knows no such little number."""
+    logits = torch.zeros(1, 1, 16, dtype=torch.bfloat16)
+    logits[..., 3] = 9.0
+    found = scoring.nats(logits, torch.tensor([[3]]))
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(np.log1p(15 * np.exp(-9.0)), rel=1e-4)
+
+
+def test_a_state_of_another_size_than_declared_is_refused(tmp_path):
+    class Declares(Remembers):
+        def state_bytes(self, tokens, batch=1):
+            return super().state_bytes(tokens, batch) + 1
+
+    subject = make_subject(Declares(3), tmp_path, text_store(random_text(9)))
+    with pytest.raises(RuntimeError, match="the state holds 24 bytes and declares 25"):
+        score(subject, random_text(9)[None], chunk=4)
+
+
 class Casts(TorchDispatchMode):
     """Counts the casts of tensors as large as the weights of a layer."""
 
