@@ -55,6 +55,10 @@ def test_a_sheet_is_a_png_and_an_unwritable_folder_is_one_line(tmp_path, capsys,
     assert (tmp_path / "new" / "x.png").read_bytes() == png
     (tmp_path / "file").write_text("")
     assert patterns.main([str(tmp_path / "file")]) == 2
+    assert not patterns.main(["--help"])
+    assert patterns.main(["--huge"]) == 2
+    assert capsys.readouterr().err.count("usage: ") == 2
+    assert patterns.main([str(tmp_path / "file")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 

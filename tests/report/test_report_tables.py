@@ -167,6 +167,12 @@ def test_a_new_task_that_yields_lengths_and_values_is_shown_in_the_terminal_and_
     assert "needles: value." in render(results, styles(results))
 
 
+def test_chance_stands_beside_an_accuracy():
+    row = {"task": "accuracy", "length": 64, "accuracy": 0.5, "chance": 0.0625}
+    text = as_text(gather([identity("mamba") | row], []))
+    assert text.splitlines()[0] == "accuracy. Chance: 0.0625."
+
+
 def test_a_new_task_without_lengths_is_shown_by_its_numbers_and_its_failures():
     row = {"task": "recall", "found": 0.5, "interval": [0.25, 0.75], "question": ["depth"]}
     rows = [identity("mamba") | row | {"depth": 3}]

@@ -131,6 +131,9 @@ def _panel(name: str, grid: Grid, colors: alt.Scale) -> alt.Chart:
 
 def main(argv: Sequence[str]) -> int:
     """Write both sheets into the folder named in `argv`, the working directory by default."""
+    if len(argv) > 1 or (argv and argv[0].startswith("-")):
+        sys.stderr.write("usage: python -m zoo.cli.patterns [folder for the two pictures]\n")
+        return 0 if argv[0] in ("-h", "--help") else 2
     folder = Path(argv[0] if argv else ".")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -159,7 +159,7 @@ class Optim(Section):
     min_lr_ratio: Fraction
     clip: Annotated[Number, Field(gt=0)]
     # How a run goes on that is given more steps than it had; from which step, and at which rate
-    # (over `lr`) it was there: see zoo.schedule.
+    # (over `lr`) it was there: see zoo.config.schedule.
     continuation: Literal["cosine", "constant", "rewarm"] = "cosine"
     continued_at: Natural | None = None
     continued_from: Fraction | None = None

@@ -7,7 +7,7 @@ DRAWN = ("perplexity", "passkey", "speed", "stream", None)  # tasks with a part 
 ABOUT = {  # fields that say what was measured and how, not what came out
     *("seed", "extension_factor", "parameters", "flops_per_token", "train_length", "train_tokens"),
     *("train_steps", "lr", "threads", "seconds", "length", "count", "unit", "units", "documents"),
-    *("state_bytes", "uniform_bits", "unigram_bits", "nll_sum"),
+    *("state_bytes", "uniform_bits", "unigram_bits", "nll_sum", "chance"),
 }
 FIRST = ("value", "bits_per_byte", "accuracy", "score")  # what a task calls its result, if it does
 
@@ -26,10 +26,19 @@ def other_tables(results: Results) -> list[Table]:
         if any(finite(row.get("length")) for row in rows):
             for name in names[:1] or ["value"]:
                 cells = results.cells(task, name, spread=True)
-                found.append(grid(results, cells, f"{task}: {name}.", count, sure=_ends))
+                found.append(grid(results, cells, _title(task, name, rows), count, sure=_ends))
         else:
             found.append(_without_lengths(results, task, names))
     return [table for table in found if table]
+
+
+def _title(task: str, name: str, rows: list[Row]) -> str:
+    """What a table by length shows; beside it what chance alone would give, where rows say so."""
+    title = f"{task}." if name == task else f"{task}: {name}."
+    chances = sorted({row["chance"] for row in rows if finite(row.get("chance"))})
+    if chances and name in ("value", "accuracy", "score"):
+        title += f" Chance: {', '.join(f'{chance:.3g}' for chance in chances)}."
+    return title
 
 
 def result_fields(rows: list[Row]) -> list[str]:
