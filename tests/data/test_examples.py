@@ -70,6 +70,15 @@ def test_the_loss_is_the_mean_over_labels_alone(data, tiny):
     assert model.labels_loss(batch["tokens"], changed) != found
 
 
+def test_rows_without_a_label_cost_nothing_and_have_a_gradient(tiny):
+    model = tiny("transformer")
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    loss = model.labels_loss(tokens, torch.full_like(tokens, NO_LABEL))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
 def test_workers_do_not_change_what_is_read(data):
     from zoo.data.examples import example_loader
 

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.data.loader import Places, place_windows
+from zoo.data.loader import Places, dealt, place_windows
 from zoo.data.synthetic import NO_LABEL, Examples, check_task
 
 SPLITS = ("train", "valid", "test")
@@ -101,9 +101,8 @@ class ExampleSteps(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        done, micro = divmod(index, self.micro_batches)
+        done, micro, mine = dealt(index, self.rank, self.world, self.micro_batches)
         step, shares = self.start_step + done, self.world * self.micro_batches
-        mine = slice(micro * self.world + self.rank, None, shares)
         batch = self.data.batch("train", self.seed, step, *self.shape)
         counts = (batch["labels"] != NO_LABEL).sum(1)
         if self.places:

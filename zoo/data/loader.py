@@ -55,10 +55,9 @@ class Steps(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        done, micro = divmod(index, self.micro_batches)
+        done, micro, rows = dealt(index, self.rank, self.world, self.micro_batches)
         step, (_, seq_len, batch_size, seed) = self.start_step + done, self.shape
         shares = self.world * self.micro_batches
-        rows = slice(micro * self.world + self.rank, None, shares)
         starts = window_starts(*self.shape, step, self.contiguous)[rows]
         if self.contiguous:
             restart = stream_restarts(*self.shape, step)
@@ -81,6 +80,12 @@ class Steps(Dataset):
             "step": step,
             "micro": micro,
         }
+
+
+def dealt(index: int, rank: int, world: int, micro_batches: int) -> tuple[int, int, slice]:
+    """Steps done, micro-batch, and the rows of the step that are item `index` of a rank."""
+    done, micro = divmod(index, micro_batches)
+    return done, micro, slice(micro * world + rank, None, world * micro_batches)
 
 
 def place_windows(places: Places, rows: int, tokens: int, seed: int, step: int) -> Tensor:

@@ -67,8 +67,8 @@ def word_problem(
     """Ask at every element of a group for the product so far (Merrill 2024, arXiv 2404.08819).
 
     `group` is Z2 .. Z9 (cyclic), S3 .. S5 (symmetric) or A4, A5 (alternating); a product with the
-    next element on the left. S5 and A5 are not solvable: their word
-    problem is complete for NC1, beyond recurrences with diagonal transitions.
+    next element on the left. S5 and A5 are not solvable: their word problem is complete for NC1,
+    beyond recurrences with diagonal transitions.
 
     tokens   5  3  3  1  1  0  0  0  1  4  3  5
     labels   5  1  2  4  2  2  2  2  4  3  4  1

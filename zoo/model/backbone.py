@@ -184,11 +184,15 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Mean negative log-likelihood (nats) of each label given the tokens up to its own place.
 
-        Where a label is `NO_LABEL` nothing is asked.
+        Where a label is `NO_LABEL` nothing is asked; 0 where nothing is asked at all, as may be in
+        one of the micro-batches that share a step.
         """
         logits = self(tokens, positions=positions)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL)
+        nll = F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="sum"
+        )
+        return nll / (labels != NO_LABEL).sum().clamp(min=1)
 
     def masked_loss(
         self,
