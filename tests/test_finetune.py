@@ -22,7 +22,7 @@ from zoo.model.extend import extend, places, rotary
 from zoo.runs.folder import RunFolder
 from zoo.runs.longrope import with_found
 from zoo.tasks import longrope
-from zoo.tasks.context import Subject
+from zoo.tasks.context import EvalContext
 from zoo.training import fit
 
 ROOT = Path(__file__).parents[1]
@@ -121,9 +121,9 @@ def test_a_search_leaves_the_model_as_it_was(program):
     corpus = open_corpus(base.config.data.model_dump(), Path("cache"))
     model = checkpoint.load(base)
     before = [mixer.reach for mixer in rotary(model)]
-    subject = Subject(model=model, data=corpus, folder=Path("runs/base"), train_length=L)
+    context = EvalContext(model=model, data=corpus, folder=Path("runs/base"), train_length=L)
     few = {"population": 6, "mutations": 3, "crossovers": 3, "parents": 4, "texts": 2}
-    (row,) = longrope.measure(subject, times=2.0, generations=1, **few)
+    (row,) = longrope.measure(context, times=2.0, generations=1, **few)
     assert row["status"] == "ok"
     assert [mixer.reach for mixer in rotary(model)] == before
 

@@ -1,4 +1,4 @@
-"""Models whose costs are known, and subjects to measure them on."""
+"""Models whose costs are known, and contexts to measure them on."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from zoo.data.corpora import Corpus
 from zoo.data.store import TokenStore
 from zoo.mixers.base import Mixer
 from zoo.model.backbone import BackboneState
-from zoo.tasks.context import Subject
+from zoo.tasks.context import EvalContext
 
 VOCABULARY = 16
 
@@ -112,6 +112,6 @@ def text_corpus(store: TokenStore, documents: str = "joined") -> Corpus:
     return Corpus("fake", store, store, store, "bytes", VOCABULARY, documents)
 
 
-def make_subject(model: nn.Module, folder: Path, store: TokenStore, **other) -> Subject:
+def make_context(model: nn.Module, folder: Path, store: TokenStore, **other) -> EvalContext:
     settings = {"train_length": 32, "data": text_corpus(store)} | other
-    return Subject(model=model, folder=folder, **settings)  # type: ignore[arg-type]
+    return EvalContext(model=model, folder=folder, **settings)  # type: ignore[arg-type]

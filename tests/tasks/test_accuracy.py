@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fakes import Remembers, make_subject, random_text, text_store
+from fakes import Remembers, make_context, random_text, text_store
 from torch import Tensor
 
 from zoo.data import synthetic
@@ -41,7 +41,7 @@ TEXT = text_store(random_text(2000))
 
 
 def rows_of(model, data=PARITY, **settings):
-    return list(measure(make_subject(model, NOWHERE, TEXT, data=data), **settings))
+    return list(measure(make_context(model, NOWHERE, TEXT, data=data), **settings))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 4096])
@@ -104,11 +104,11 @@ def test_the_same_examples_are_asked_of_every_model():
 def test_a_model_of_text_has_no_accuracy_and_one_of_a_task_no_perplexity():
     from zoo.tasks import perplexity
 
-    (row, *_) = list(measure(make_subject(Remembers(memory=3), NOWHERE, TEXT)))
+    (row, *_) = list(measure(make_context(Remembers(memory=3), NOWHERE, TEXT)))
     assert row["status"] == "not_applicable"
     assert "is text" in row["reason"]
     with pytest.raises(Exception, match="task=accuracy measures it"):
-        list(perplexity.measure(make_subject(Tracks(), NOWHERE, TEXT, data=PARITY)))
+        list(perplexity.measure(make_context(Tracks(), NOWHERE, TEXT, data=PARITY)))
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_nothing_measured_is_no_success(model, tmp_path):
 
 def test_a_task_that_breaks_leaves_the_other_tasks_alone(model, tmp_path, monkeypatch):
     monkeypatch.setattr("zoo.tasks.perplexity.evaluation_text", None)
-    monkeypatch.setattr("zoo.tasks.perplexity.attempt", None)  # breaks outside any measurement
+    monkeypatch.setattr("zoo.tasks.perplexity.run_guarded", None)  # breaks outside any measurement
     monkeypatch.setattr(zoo.tasks.evaluate, "write_report", lambda rows, *_: json.dumps(rows))
     words = ["task=extrapolation", "task.speed.lengths=[16]", f"report={tmp_path}/report.html"]
     code, said, _ = run_eval([run_folder(tmp_path / "a")], *words)

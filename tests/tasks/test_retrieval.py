@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from building import train_config
-from fakes import make_subject, text_store
+from fakes import make_context, text_store
 from torch import nn
 
 from zoo.data.passkey import DIGITS, QUESTION, STATEMENT
@@ -58,14 +58,14 @@ class Finder(nn.Module):
         return 8 * batch * min(tokens, self.memory)
 
 
-def subject(model, folder):
+def context(model, folder):
     text = np.random.default_rng(0).integers(97, 123, size=3000)
-    return make_subject(model, folder, text_store(text), train_length=200)
+    return make_context(model, folder, text_store(text), train_length=200)
 
 
 def test_a_key_is_found_exactly_where_it_is_remembered(tmp_path):
     """Beyond the memory every candidate is alike, and a tie is no answer."""
-    (row,) = measure(subject(Finder(200), tmp_path), lengths=[400], **SMALL)
+    (row,) = measure(context(Finder(200), tmp_path), lengths=[400], **SMALL)
     assert row["status"] == "ok"
     assert row["correct_by_depth"] == row["exact_by_depth"] == [0, 0, 0, 4, 4]
     assert (row["correct"], row["count"], row["accuracy"], row["exact"]) == (8, 20, 0.4, 0.4)
@@ -74,7 +74,7 @@ def test_a_key_is_found_exactly_where_it_is_remembered(tmp_path):
 
 
 def test_one_wrong_digit_is_no_exact_answer(tmp_path):
-    model = subject(Finder(10**6, slip=3), tmp_path)
+    model = context(Finder(10**6, slip=3), tmp_path)
     rows = list(measure(model, lengths=[150, 300], chunk=64, **SMALL))
     assert [row["exact"] for row in rows] == [0, 0]
     assert [row["accuracy"] for row in rows] == [1, 1]
@@ -82,7 +82,7 @@ def test_one_wrong_digit_is_no_exact_answer(tmp_path):
 
 def test_longer_prompts_begin_earlier_in_the_same_text_and_hide_the_same_keys(tmp_path):
     model = Finder(10**6)
-    rows = list(measure(subject(model, tmp_path), lengths=[400, 200], **SMALL))
+    rows = list(measure(context(model, tmp_path), lengths=[400, 200], **SMALL))
     assert [row["length"] for row in rows] == [200, 400]
     short, long = (
         torch.cat([prompt for prompt in model.prompts if prompt.shape[1] == length - DIGITS])
@@ -108,7 +108,7 @@ def test_answers_from_the_state_are_those_of_reading_everything_again(name, tmp_
             for _ in range(DIGITS):
                 text = torch.cat([text, model(text[None])[0, -1].argmax()[None]])
             answers[row][0] = text[-DIGITS:].numpy()
-        found = _answer(subject(model, tmp_path), prompts, answers, chunk=32)
+        found = _answer(context(model, tmp_path), prompts, answers, chunk=32)
         costs = [
             [model.loss(torch.from_numpy(np.concatenate([prompt, answer]))[None]) for answer in row]
             for prompt, row in zip(prompts, answers, strict=True)
@@ -121,16 +121,16 @@ def test_answers_from_the_state_are_those_of_reading_everything_again(name, tmp_
 def test_what_cannot_be_asked_keeps_its_row_with_the_reason(tmp_path):
     config = train_config("model=learned", "size=tiny", "seq_len=200", "model.max_length=200")
     model = build_model(config, vocab_size=256)[0]
-    rows = list(measure(subject(model, tmp_path), lengths=[200, 400], **SMALL))
+    rows = list(measure(context(model, tmp_path), lengths=[200, 400], **SMALL))
     assert [row["status"] for row in rows] == ["ok", "not_applicable"]
     assert "200" in rows[1]["reason"]
-    (row,) = measure(subject(model, tmp_path), lengths=[4000], **SMALL)
+    (row,) = measure(context(model, tmp_path), lengths=[4000], **SMALL)
     assert (row["status"], row["length"]) == ("failed", 4000)
     with pytest.raises(UserError, match=r"task\.passkey\.candidates=1: must be 2 to 10,000"):
-        next(measure(subject(model, tmp_path), candidates=1))
+        next(measure(context(model, tmp_path), candidates=1))
     with pytest.raises(UserError, match=r"task\.passkey\.lengths=4: must be 5 to"):
-        next(measure(subject(model, tmp_path), lengths=[4]))
-    known = make_subject(model, tmp_path, subject(model, tmp_path).store, measured=lambda key: True)
+        next(measure(context(model, tmp_path), lengths=[4]))
+    known = make_context(model, tmp_path, context(model, tmp_path).store, measured=lambda key: True)
     assert list(measure(known, lengths=[200], **SMALL)) == []
 
 

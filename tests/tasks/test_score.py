@@ -6,24 +6,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fakes import Remembers, make_subject, random_text, text_store
+from fakes import Remembers, make_context, random_text, text_store
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.errors import UserError
 from zoo.tasks import context as scoring
-from zoo.tasks.context import NotApplicableError, attempt, in_buckets, position_edges, score
+from zoo.tasks.context import NotApplicableError, in_buckets, position_edges, run_guarded, score
 
 
 @pytest.mark.parametrize("architecture", ["transformer", "alibi", "mamba", "hybrid"])
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
 def test_text_read_in_chunks_costs_what_it_costs_at_once(architecture, chunk, tiny, tmp_path):
     model = tiny(architecture).eval()
-    subject = make_subject(model, tmp_path, text_store(random_text(400)))
+    context = make_context(model, tmp_path, text_store(random_text(400)))
     tokens = random_text(2 * 151).reshape(2, 151)
-    with subject.arithmetic():
+    with context.arithmetic():
         logits = model(torch.as_tensor(tokens)[:, :-1])
         at_once = F.cross_entropy(logits.mT, torch.as_tensor(tokens)[:, 1:], reduction="none")
-        found, state = score(subject, tokens, chunk=chunk)
+        found, state = score(context, tokens, chunk=chunk)
     assert found.dtype == np.float64
     assert state.seen == 150
     np.testing.assert_allclose(found, at_once.numpy(), rtol=1e-9)
@@ -31,10 +31,10 @@ def test_text_read_in_chunks_costs_what_it_costs_at_once(architecture, chunk, ti
 
 def test_scores_go_on_from_a_given_state(tmp_path):
     model, tokens = Remembers(memory=5), random_text(41)[None]
-    subject = make_subject(model, tmp_path, text_store(tokens[0]))
-    whole, _ = score(subject, tokens, chunk=8)
-    first, state = score(subject, tokens[:, :21], chunk=8)
-    second, _ = score(subject, tokens[:, 20:], state, chunk=8)
+    context = make_context(model, tmp_path, text_store(tokens[0]))
+    whole, _ = score(context, tokens, chunk=8)
+    first, state = score(context, tokens[:, :21], chunk=8)
+    second, _ = score(context, tokens[:, 20:], state, chunk=8)
     np.testing.assert_array_equal(np.concatenate([first, second], 1), whole)
     np.testing.assert_allclose(whole[0], model.costs(tokens[0]), rtol=1e-12)
 
@@ -42,25 +42,25 @@ def test_scores_go_on_from_a_given_state(tmp_path):
 def test_a_state_that_is_not_as_large_as_declared_is_an_error(tmp_path):
     model = Remembers(memory=5)
     model.state_bytes = lambda tokens, batch=1: 1  # type: ignore[method-assign]
-    subject = make_subject(model, tmp_path, text_store(random_text(9)))
+    context = make_context(model, tmp_path, text_store(random_text(9)))
     with pytest.raises(RuntimeError, match="holds 40 bytes and declares 1"):
-        score(subject, random_text(9)[None], chunk=4)
+        score(context, random_text(9)[None], chunk=4)
 
 
 def test_a_broken_model_gives_no_number(tmp_path):
     model = Remembers(memory=5)
     model.logits[:] = torch.nan
-    subject = make_subject(model, tmp_path, text_store(random_text(9)))
+    context = make_context(model, tmp_path, text_store(random_text(9)))
     with pytest.raises(ArithmeticError, match="not finite"):
-        score(subject, random_text(9)[None], chunk=4)
+        score(context, random_text(9)[None], chunk=4)
 
 
 def test_a_large_vocabulary_shortens_the_chunk(tmp_path):
     store = text_store(random_text(9))
-    assert scoring.chunk_tokens(make_subject(Remembers(1), tmp_path, store), 4096) == 4096
+    assert scoring.chunk_tokens(make_context(Remembers(1), tmp_path, store), 4096) == 4096
     large = Remembers(1)
     large.vocab_size = 2**18
-    assert scoring.chunk_tokens(make_subject(large, tmp_path, store), 4096) == 2**8
+    assert scoring.chunk_tokens(make_context(large, tmp_path, store), 4096) == 2**8
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_a_large_vocabulary_shortens_the_chunk(tmp_path):
 )
 def test_the_arithmetic_is_the_runs_own_and_takes_no_gradients(precision, dtype, tmp_path):
     store = text_store(random_text(9))
-    subject = make_subject(Remembers(1), tmp_path, store, precision=precision)
+    context = make_context(Remembers(1), tmp_path, store, precision=precision)
     a = torch.ones(2, 2, requires_grad=True)
-    with subject.arithmetic():
+    with context.arithmetic():
         product = a @ a
     assert product.dtype == getattr(torch, dtype)
     assert not product.requires_grad
@@ -90,9 +90,9 @@ def test_a_state_of_another_size_than_declared_is_refused(tmp_path):
         def state_bytes(self, tokens, batch=1):
             return super().state_bytes(tokens, batch) + 1
 
-    subject = make_subject(Declares(3), tmp_path, text_store(random_text(9)))
+    context = make_context(Declares(3), tmp_path, text_store(random_text(9)))
     with pytest.raises(RuntimeError, match="the state holds 24 bytes and declares 25"):
-        score(subject, random_text(9)[None], chunk=4)
+        score(context, random_text(9)[None], chunk=4)
 
 
 class Casts(TorchDispatchMode):
@@ -113,9 +113,9 @@ def test_weights_are_cast_once_for_all_chunks(tiny, tmp_path):
     shapes = {p.shape for name, p in model.named_parameters() if "mixer.q_proj" in name}
     layers = len(model.blocks)
     text = random_text(257)[None]
-    subject = make_subject(model, tmp_path, text_store(random_text(9)), precision="bf16-mixed")
-    with subject.arithmetic(), Casts(shapes) as casts:
-        score(subject, text, chunk=16)
+    context = make_context(model, tmp_path, text_store(random_text(9)), precision="bf16-mixed")
+    with context.arithmetic(), Casts(shapes) as casts:
+        score(context, text, chunk=16)
     assert layers <= casts.count <= 4 * layers  # q and what is as large, not once for each chunk
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -147,7 +147,7 @@ def fail_with(error: BaseException):
     def measurement():
         raise error
 
-    return attempt(measurement)
+    return run_guarded(measurement)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_what_goes_wrong_becomes_a_status_and_one_line(error, status, reason):
 
 
 def test_the_cpu_allocators_refusal_is_out_of_memory():
-    outcome = attempt(lambda: torch.empty(2**60, dtype=torch.uint8))
+    outcome = run_guarded(lambda: torch.empty(2**60, dtype=torch.uint8))
     assert outcome.row["status"] == "out_of_memory"
 
 

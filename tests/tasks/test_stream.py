@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from fakes import VOCABULARY, ByPosition, Remembers, make_subject, random_text, text_store
+from fakes import VOCABULARY, ByPosition, Remembers, make_context, random_text, text_store
 
 from zoo.config.compose import compose
 from zoo.errors import UserError
@@ -23,7 +23,7 @@ tells_growth = pytest.mark.skipif(
 
 def test_a_stream_is_one_long_sequence(tmp_path):
     model, text = Remembers(memory=20), random_text(1000)
-    (row,) = measure(make_subject(model, tmp_path, text_store(text)), tokens=777, chunk=50)
+    (row,) = measure(make_context(model, tmp_path, text_store(text)), tokens=777, chunk=50)
     nats = model.costs(text[:778])
     assert row["nll_sum"] == pytest.approx(nats.sum(), rel=1e-12)
     assert (row["count"], row["length"], row["passes"]) == (777, 777, 0.777)
@@ -34,7 +34,7 @@ def test_a_stream_is_one_long_sequence(tmp_path):
 
 def test_a_text_that_ends_is_read_again(tmp_path):
     model, text = Remembers(memory=3), random_text(100)
-    (row,) = measure(make_subject(model, tmp_path, text_store(text)), tokens=250, chunk=40)
+    (row,) = measure(make_context(model, tmp_path, text_store(text)), tokens=250, chunk=40)
     assert row["passes"] == 2.5
     assert row["nll_sum"] == pytest.approx(model.costs(np.tile(text, 3)[:251]).sum())
 
@@ -42,8 +42,8 @@ def test_a_text_that_ends_is_read_again(tmp_path):
 @tells_growth
 def test_a_long_stream_takes_constant_memory(tmp_path):
     model = ByPosition(lambda position: 1 + 1 / position)
-    subject = make_subject(model, tmp_path, text_store(np.zeros(50_000)))
-    (row,) = measure(subject, tokens=MIB, chunk=4096)
+    context = make_context(model, tmp_path, text_store(np.zeros(50_000)))
+    (row,) = measure(context, tokens=MIB, chunk=4096)
     assert row["status"] == "ok"
     assert row["state_bytes"] == 8
     assert row["growth_bytes"] < 4 * MIB
@@ -61,8 +61,8 @@ def test_memory_that_is_lost_on_the_way_is_seen(tmp_path):
             self.lost[-1].write(bytes(2 * MIB))
             return super().forward(tokens, state)
 
-    subject = make_subject(Leaks(1), tmp_path, text_store(random_text(1000)))
-    (row,) = measure(subject, tokens=1000, chunk=10)
+    context = make_context(Leaks(1), tmp_path, text_store(random_text(1000)))
+    (row,) = measure(context, tokens=1000, chunk=10)
     assert row["growth_bytes"] > 100 * MIB  # of 180; the heap may shrink meanwhile
 
 
@@ -73,8 +73,8 @@ def test_a_state_that_grows_in_secret_fails(tmp_path):
             held = torch.cat([state.blocks[0], tokens], 1)  # type: ignore[union-attr]
             return logits, after._replace(blocks=(held,))
 
-    subject = make_subject(Grows(1), tmp_path, text_store(random_text(100)))
-    (row,) = measure(subject, tokens=64, chunk=16)
+    context = make_context(Grows(1), tmp_path, text_store(random_text(100)))
+    (row,) = measure(context, tokens=64, chunk=16)
     assert (row["status"], "declares 8" in row["reason"]) == ("failed", True)
 
 
@@ -84,8 +84,8 @@ def test_a_recurrent_model_streams_and_attention_says_why_not(precision, tiny, t
     rows = []
     for architecture in ("mamba", "transformer"):
         model = tiny(architecture, dtype=torch.float32).eval()
-        subject = make_subject(model, tmp_path, store, precision=precision)
-        rows += measure(subject, tokens=256, chunk=64)
+        context = make_context(model, tmp_path, store, precision=precision)
+        rows += measure(context, tokens=256, chunk=64)
     mamba, other = rows
     assert (mamba["status"], mamba["reason"]) == ("ok", None)
     assert other["status"] == "not_applicable"
@@ -96,8 +96,8 @@ def test_a_recurrent_model_streams_and_attention_says_why_not(precision, tiny, t
 def test_attention_with_sinks_streams_in_a_state_that_stops_growing(tiny, tmp_path):
     sinks = compose("eval", ["run=x", "extension=streaming_llm"]).extension
     model = extend(tiny("transformer", dtype=torch.float32).eval(), sinks, 16)
-    subject = make_subject(model, tmp_path, text_store(random_text(300)))
-    short, long = (next(measure(subject, tokens=n, chunk=64)) for n in (64, 1000))
+    context = make_context(model, tmp_path, text_store(random_text(300)))
+    short, long = (next(measure(context, tokens=n, chunk=64)) for n in (64, 1000))
     assert (short["status"], long["status"]) == ("ok", "ok")
     assert long["state_bytes"] == short["state_bytes"] > 0
 
@@ -109,18 +109,18 @@ def test_a_model_that_slows_down_is_seen(tmp_path):
                 time.sleep(0.2)
             return super().forward(tokens, state)
 
-    subject = make_subject(Slows(1), tmp_path, text_store(random_text(1000)))
-    (row,) = measure(subject, tokens=1000, chunk=100)
+    context = make_context(Slows(1), tmp_path, text_store(random_text(1000)))
+    (row,) = measure(context, tokens=1000, chunk=100)
     assert row["late_tokens_per_second"] < 500
     assert row["tokens_per_second"] > 2 * row["late_tokens_per_second"]
 
 
 def test_what_is_known_is_not_streamed_again(tmp_path):
     store = text_store(random_text(300))
-    subject = make_subject(Remembers(1), tmp_path, store, measured=lambda key: True)
-    assert list(measure(subject, tokens=100)) == []
+    context = make_context(Remembers(1), tmp_path, store, measured=lambda key: True)
+    assert list(measure(context, tokens=100)) == []
 
 
 def test_a_stream_of_nothing_is_refused(tmp_path):
     with pytest.raises(UserError):
-        list(measure(make_subject(Remembers(1), tmp_path, text_store(random_text(9))), tokens=0))
+        list(measure(make_context(Remembers(1), tmp_path, text_store(random_text(9))), tokens=0))

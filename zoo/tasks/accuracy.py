@@ -16,14 +16,14 @@ from zoo.data.synthetic import NO_LABEL
 from zoo.errors import UserError
 from zoo.report.rows import wilson
 from zoo.tasks.context import (
+    EvalContext,
     Row,
-    Subject,
-    attempt,
     check_counts,
     check_length,
     check_lengths,
     check_state,
     chunk_tokens,
+    run_guarded,
 )
 
 TIMES = (1, 2, 4, 8, 16)  # the training length
@@ -32,7 +32,7 @@ QUARTERS = 4
 
 
 def measure(
-    subject: Subject,
+    context: EvalContext,
     *,
     lengths: Sequence[int] | None = None,
     examples: int = 128,
@@ -44,34 +44,34 @@ def measure(
     `lengths` are 1, 2 .. 16 times the training length unless given; each reads that many
     `examples`, drawn from `seed`, `chunk` tokens at a time.
     """
-    lengths = [*(lengths or (times * subject.train_length for times in TIMES))]
+    lengths = [*(lengths or (times * context.train_length for times in TIMES))]
     lengths = check_lengths("accuracy", lengths)
     check_counts("accuracy", examples=examples, chunk=chunk)
     check_counts("accuracy", seed=seed, least=0, most=2**63)
     for length in lengths:
-        key = {"split": subject.split, "length": length, "examples": examples, "example_seed": seed}
-        if not subject.measured(key):
-            outcome = attempt(partial(_read, subject, length, examples, seed, chunk))
+        key = {"split": context.split, "length": length, "examples": examples, "example_seed": seed}
+        if not context.measured(key):
+            outcome = run_guarded(partial(_read, context, length, examples, seed, chunk))
             yield key | outcome.row | (outcome.value or {})
 
 
-def _read(subject: Subject, length: int, rows: int, seed: int, chunk: int) -> Row:
+def _read(context: EvalContext, length: int, rows: int, seed: int, chunk: int) -> Row:
     """The figures of one length."""
-    check_length(subject.model, length)
-    drawn = subject.examples.examples(subject.split, seed, 0, rows, length)
+    check_length(context.model, length)
+    drawn = context.examples.examples(context.split, seed, 0, rows, length)
     asked = drawn.labels != NO_LABEL
     if not asked.any():
         raise UserError(
             f"task.accuracy.examples={rows}: none of them has a label at length {length}. Use more."
         )
     at_once = max(1, BATCH_TOKENS // length)
-    subject.progress.begin(f"accuracy at {length}", rows * length)
-    with subject.arithmetic():
+    context.progress.begin(f"accuracy at {length}", rows * length)
+    with context.arithmetic():
         found = [
-            _likeliest(subject, drawn.tokens[first : first + at_once], chunk)
+            _likeliest(context, drawn.tokens[first : first + at_once], chunk)
             for first in range(0, rows, at_once)
         ]
-        state_bytes = subject.model.state_bytes(length)
+        state_bytes = context.model.state_bytes(length)
     right = (np.concatenate(found) == drawn.labels) & asked
     accuracy = right.sum() / asked.sum()
     return {
@@ -86,18 +86,18 @@ def _read(subject: Subject, length: int, rows: int, seed: int, chunk: int) -> Ro
 
 
 def _likeliest(
-    subject: Subject, tokens: Int[np.ndarray, "b t"], chunk: int
+    context: EvalContext, tokens: Int[np.ndarray, "b t"], chunk: int
 ) -> Int[np.ndarray, "b t"]:
     """The symbol that the model finds likeliest at each place, read `chunk` tokens at a time."""
-    model, parts = subject.model, []
+    model, parts = context.model, []
     text = torch.from_numpy(tokens)
     state = model.empty_state(len(text))
-    for piece in text.split(chunk_tokens(subject, chunk), 1):
-        logits, state = model(piece.to(subject.device), state)
+    for piece in text.split(chunk_tokens(context, chunk), 1):
+        logits, state = model(piece.to(context.device), state)
         if not torch.isfinite(logits).all():
             raise ArithmeticError("the model's outputs are not finite numbers")
         parts.append(logits.argmax(-1).cpu().numpy())
-        subject.progress.advance(piece.numel())
+        context.progress.advance(piece.numel())
     check_state(model, state, len(text))
     return np.concatenate(parts, 1)
 

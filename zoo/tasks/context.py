@@ -30,15 +30,15 @@ from zoo.tasks.progress import Progress
 
 Row = dict[str, Any]
 
-LOGITS = 2**26  # numbers per forward, 256 MiB in float32: what the output of one chunk may take
-AUDITED = 4096  # tokens: up to so many an audit reads as far as the measurements will
-MOST = 2**20  # of what a task is asked to count: examples, prompts, repeats
-LONGEST = 2**40  # tokens of a length
-PER_OCTAVE = 4  # points of a curve: 50 to 16k tokens, 75 to a million
+MAX_LOGITS = 2**26  # numbers in the output of one chunk: 256 MiB in float32
+MAX_AUDIT_TOKENS = 4096  # tokens: up to so many an audit reads as far as the measurements will
+MAX_COUNT = 2**20  # of what a task is asked to count: examples, prompts, repeats
+MAX_LENGTH = 2**40  # tokens of a length
+BUCKETS_PER_OCTAVE = 4  # points of a curve: 50 to 16k tokens, 75 to a million
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class EvalContext:
     """A trained model, the text it is measured on and the arithmetic it runs in."""
 
     model: Backbone
@@ -88,7 +88,7 @@ class Subject:
             yield
 
 
-def check_counts(task: str, *, least: int = 1, most: int = MOST, **values: int) -> None:
+def check_counts(task: str, *, least: int = 1, most: int = MAX_COUNT, **values: int) -> None:
     """Refuse settings of a task that are not `least` to `most`, one line for the first."""
     for name, value in values.items():
         if not least <= value <= most:
@@ -98,18 +98,18 @@ def check_counts(task: str, *, least: int = 1, most: int = MOST, **values: int) 
 def check_lengths(task: str, lengths: Sequence[int], least: int = 1) -> list[int]:
     """The lengths once each, the shortest first. UserError for one below `least`."""
     found = sorted(set(lengths))
-    check_counts(task, least=least, most=LONGEST, lengths=found[0])
-    check_counts(task, least=least, most=LONGEST, lengths=found[-1])
+    check_counts(task, least=least, most=MAX_LENGTH, lengths=found[0])
+    check_counts(task, least=least, most=MAX_LENGTH, lengths=found[-1])
     return found
 
 
-def chunk_tokens(subject: Subject, chunk: int) -> int:
+def chunk_tokens(context: EvalContext, chunk: int) -> int:
     """Tokens per forward: `chunk`, or fewer where a large vocabulary's logits would not fit."""
-    return max(1, min(chunk, LOGITS // subject.model.vocab_size))
+    return max(1, min(chunk, MAX_LOGITS // context.model.vocab_size))
 
 
 def score(
-    subject: Subject,
+    context: EvalContext,
     tokens: Int[np.ndarray, "b t1"],
     state: BackboneState | None = None,
     *,
@@ -120,20 +120,20 @@ def score(
     Reads `chunk` tokens at a time. Raises RuntimeError where the state is not as large as declared,
     ArithmeticError where the model gives no finite numbers.
     """
-    model, parts = subject.model, []
+    model, parts = context.model, []
     text = torch.as_tensor(tokens, dtype=torch.int64)
     after = state or model.empty_state(len(text))
     for start in range(0, text.shape[1] - 1, chunk):
-        piece = text[:, start : start + chunk + 1].to(subject.device)
+        piece = text[:, start : start + chunk + 1].to(context.device)
         logits, after = model(piece[:, :-1], after)
         parts.append(nats(logits, piece[:, 1:]))
-        subject.progress.advance(parts[-1].numel())
+        context.progress.advance(parts[-1].numel())
     check_state(model, after, len(text))
     return _finite(torch.cat(parts, 1)), after
 
 
 def fill(
-    subject: Subject,
+    context: EvalContext,
     shown: Int[np.ndarray, "b t"],
     tokens: Int[np.ndarray, "b t"],
     asked: Bool[np.ndarray, "b t"],
@@ -143,10 +143,10 @@ def fill(
     Raises ArithmeticError where the model gives no finite numbers.
     """
     shown_, tokens_, asked_ = (
-        torch.as_tensor(part).to(subject.device) for part in (shown, tokens, asked)
+        torch.as_tensor(part).to(context.device) for part in (shown, tokens, asked)
     )
-    nll = torch.where(asked_, nats(subject.model(shown_), tokens_), 0)
-    subject.progress.advance(nll.numel())
+    nll = torch.where(asked_, nats(context.model(shown_), tokens_), 0)
+    context.progress.advance(nll.numel())
     return _finite(nll)
 
 
@@ -184,7 +184,9 @@ def position_edges(length: int) -> Int[np.ndarray, " edges"]:
 
     The same edges at every length, up to the last, length + 1.
     """
-    octaves = np.arange(math.ceil(PER_OCTAVE * math.log2(length + 1)) + 1) / PER_OCTAVE
+    octaves = (
+        np.arange(math.ceil(BUCKETS_PER_OCTAVE * math.log2(length + 1)) + 1) / BUCKETS_PER_OCTAVE
+    )
     edges = np.unique(np.rint(2**octaves).astype(np.int64))
     edges = edges[edges <= length]
     # A last bucket of less than half the width of the one before, such as that of position 512
@@ -210,10 +212,10 @@ class LeakError(Exception):
 
 
 class Leaks:
-    """The audit of a subject's model, made once, before its first measurement."""
+    """The audit of a context's model, made once, before its first measurement."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
+    def __init__(self, context: EvalContext) -> None:
+        self.context = context
         self.found: Audit | None = None
         self.problem: Row = {}  # status and reason of a model that could not be audited
 
@@ -226,17 +228,17 @@ class Leaks:
             raise LeakError(self.found.reason)
 
     def _make(self, key: Row) -> None:
-        subject, train = self.subject, self.subject.train_length
+        context, train = self.context, self.context.train_length
         longest = max(int(key.get("unit") or key.get("length") or 0), 2 * train)
-        lengths = train, max(2 * train, min(longest, AUDITED))
+        lengths = train, max(2 * train, min(longest, MAX_AUDIT_TOKENS))
         text, dtype = (
-            stretch(subject.data.text(subject.split), lengths[1]),
-            AUTOCAST.get(subject.precision),
+            stretch(context.data.text(context.split), lengths[1]),
+            AUTOCAST.get(context.precision),
         )
         try:
-            self.found = audit(subject.model, text, lengths=lengths, autocast=dtype)
+            self.found = audit(context.model, text, lengths=lengths, autocast=dtype)
         except Exception as error:  # what breaks the audit may well break the measurement: see it
-            reason = f"it could not be audited for leaks: {told(error)['reason']}"
+            reason = f"it could not be audited for leaks: {failure_row(error)['reason']}"
             self.problem = {"status": "failed", "reason": reason}
 
     def judge(self, row: Row) -> Row:
@@ -255,19 +257,19 @@ class Outcome(NamedTuple):
         return self.row["status"] == "ok"
 
 
-def attempt(measurement: Callable[[], Any]) -> Outcome:
+def run_guarded(measurement: Callable[[], Any]) -> Outcome:
     """Measure; what goes wrong becomes a status and one line, so that the other arms go on."""
     start, value, how = perf_counter(), None, {"status": "ok", "reason": None}
     try:
         value = measurement()
     except Exception as error:
-        how = told(error)
+        how = failure_row(error)
     if how["status"] == "out_of_memory" and torch.cuda.is_available():
         torch.cuda.empty_cache()  # only now: the traceback held the tensors
     return Outcome(value, how | {"seconds": round(perf_counter() - start, 3)})
 
 
-def told(error: Exception) -> Row:
+def failure_row(error: Exception) -> Row:
     """The status and the one-line reason of a row that an error left without numbers."""
     line = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, NotApplicableError):

@@ -1,6 +1,6 @@
 """Measurements of trained models, and the driver that runs them over run folders.
 
-A task is a function `measure(subject, **settings)` that yields one row per measurement, as it is
+A task is a function `measure(context, **settings)` that yields one row per measurement, as it is
 made. `evaluate` adds who was measured, appends the rows to the run's `results.jsonl` and reports.
 """
 
@@ -35,7 +35,15 @@ from zoo.runs.identity import identity
 from zoo.runs.longrope import with_found
 from zoo.runs.provenance import measured_by
 from zoo.runs.resume import with_place
-from zoo.tasks.context import LeakError, Leaks, NotApplicableError, Row, Subject, attempt, told
+from zoo.tasks.context import (
+    EvalContext,
+    LeakError,
+    Leaks,
+    NotApplicableError,
+    Row,
+    failure_row,
+    run_guarded,
+)
 from zoo.tasks.progress import Progress
 from zoo.training.windows import open_data
 
@@ -132,7 +140,7 @@ def _measure_run(
     """
     why = _not_done(folder.info) or _leaked(folder.info)
     if not why:
-        opened = attempt(lambda: _open(config, folder, device, progress, about))
+        opened = run_guarded(lambda: _open(config, folder, device, progress, about))
         why = {} if opened.ok else opened.row
     if why:
         for task in config.task:
@@ -167,12 +175,12 @@ def _measure_run(
         except UserError:
             raise  # the settings': no other run would do better
         except LeakError as leak:
-            row = named | told(leak)
+            row = named | failure_row(leak)
             folder.append_row(row)
             yield row
             continue
         except Exception as error:
-            yield named | told(error)
+            yield named | failure_row(error)
         asked.extend({"task": task} | key for key in keys)
         yield from reused
 
@@ -238,12 +246,12 @@ def _leaked(info: Row) -> Row:
     found = info.get("audit")
     if not isinstance(found, dict) or found.get("ok") is not False:
         return {}
-    return told(LeakError(f"trained with a leak: {found.get('reason')}"))
+    return failure_row(LeakError(f"trained with a leak: {found.get('reason')}"))
 
 
 def _open(
     config: EvalConfig, folder: RunFolder, device: torch.device, progress: Progress, about: Row
-) -> Subject:
+) -> EvalContext:
     """The run's model and text; `about` takes the step of the weights. UserError where either is
     gone, or the text is another one."""
     trained, info = folder.config, folder.info
@@ -261,7 +269,7 @@ def _open(
         extend(model, config.extension, trained.seq_len)
     except UserError as error:
         raise NotApplicableError(str(error)) from None
-    return Subject(
+    return EvalContext(
         model=model,
         data=data,
         folder=folder.path,

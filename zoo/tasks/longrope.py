@@ -30,13 +30,13 @@ from zoo.positions.scaling import linear, longrope, ntk_aware, yarn
 from zoo.runs.files import write_text
 from zoo.runs.folder import RunFolder
 from zoo.runs.longrope import found_file
-from zoo.tasks.context import Row, Subject, attempt, bits_per_byte, chunk_tokens, score
+from zoo.tasks.context import EvalContext, Row, bits_per_byte, chunk_tokens, run_guarded, score
 
 log = logging.getLogger("zoo")
 
 
 def measure(
-    subject: Subject,
+    context: EvalContext,
     *,
     times: float,
     texts: int = 5,
@@ -56,7 +56,7 @@ def measure(
     factors at the original length. Raises UserError where the model has no rotary positions or the
     folder holds a search with other settings.
     """
-    problem = _problem(subject, times, magnitude)
+    problem = _problem(context, times, magnitude)
     most = most or (times if problem.tuned else 1.25 * times)
     sizes: dict[str, Any] = {
         "population": population,
@@ -68,18 +68,18 @@ def measure(
         search = Search(problem.starts, most, problem.n_hats, **sizes)
     except ValueError as error:
         raise UserError(f"longrope: {error}") from error
-    corpus = subject.corpus
+    corpus = context.corpus
     which = corpus.valid, problem.length, texts, corpus.eval_documents
     text, text_bytes = evaluation_text(*which), int(evaluation_bytes(*which)[:, 1:].sum())
     settings = {"texts": len(text), "times": times, "magnitude": problem.magnitude, **sizes}
     settings |= {"most": most}
     key = {"split": "valid", "length": problem.length, "units": len(text), "searched": generations}
     key |= {"search_seed" if name == "seed" else name: settings[name] for name in settings}
-    settings |= {"weights": _fingerprint(subject)}
-    file = subject.folder / found_file(times)
-    if _resume(search, file, settings) or not subject.measured(key):
-        searched = partial(_search, subject, search, problem, text, text_bytes)
-        outcome = attempt(lambda: searched(generations, chunk, file))
+    settings |= {"weights": _fingerprint(context)}
+    file = context.folder / found_file(times)
+    if _resume(search, file, settings) or not context.measured(key):
+        searched = partial(_search, context, search, problem, text, text_bytes)
+        outcome = run_guarded(lambda: searched(generations, chunk, file))
         yield key | outcome.row | (outcome.value or {})
 
 
@@ -119,11 +119,11 @@ class Problem:
         return {"long_factors": factors, "n_hat": best.n_hat, "magnitude": self.magnitude}
 
 
-def _problem(subject: Subject, factor: float, magnitude: str) -> Problem:
-    config, mixers = RunFolder.open(subject.folder).config, rotary(subject.model)
+def _problem(context: EvalContext, factor: float, magnitude: str) -> Problem:
+    config, mixers = RunFolder.open(context.folder).config, rotary(context.model)
     if not mixers or len({(mixer.head_width, mixer.rope_base) for mixer in mixers}) > 1:
         raise UserError("longrope searches for models whose rotary layers have one width and base")
-    if subject.extension != "none":
+    if context.extension != "none":
         raise UserError("longrope searches under extension=none, for the model as it was trained")
     if not factor > 1:
         raise UserError(f"task.longrope.times={factor:g}: texts longer than trained, so above 1")
@@ -148,7 +148,7 @@ def _problem(subject: Subject, factor: float, magnitude: str) -> Problem:
 
 
 def _search(
-    subject: Subject,
+    context: EvalContext,
     search: Search,
     problem: Problem,
     text: Int[np.ndarray, "n t1"],
@@ -163,7 +163,7 @@ def _search(
     def loss(genome: Rescale) -> float:
         problem.use(genome)
         sums = (
-            score(subject, piece[None], chunk=chunk_tokens(subject, chunk))[0] for piece in text
+            score(context, piece[None], chunk=chunk_tokens(context, chunk))[0] for piece in text
         )
         return bits_per_byte(sum(float(nll.sum()) for nll in sums), text_bytes)
 
@@ -171,13 +171,13 @@ def _search(
         told = f"longrope generation {search.generation} of {generations}"
         best = f", best {search.scored[0][0]:.4f}" if search.scored else ""
         many = search.mutations + search.crossovers if search.generation else search.population
-        subject.progress.begin(f"{told}{best}", many * tokens)
+        context.progress.begin(f"{told}{best}", many * tokens)
 
     state = json.loads(file.read_text(encoding="utf-8"))
     before = [mixer.reach for mixer in problem.mixers]
     begin()
     try:
-        with subject.arithmetic():
+        with context.arithmetic():
             for _ in search.run(loss, generations):
                 state |= {"search": search.state(), "found": problem.found(search.scored[0][1])}
                 state["best"] = [*state["best"], search.scored[0][0]]
@@ -215,8 +215,8 @@ def _resume(search: Search, file: Path, settings: Row) -> bool:
     return "search" not in state
 
 
-def _fingerprint(subject: Subject) -> str:
+def _fingerprint(context: EvalContext) -> str:
     digest = hashlib.sha256()
-    for parameter in subject.model.parameters():
+    for parameter in context.model.parameters():
         digest.update(parameter.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]

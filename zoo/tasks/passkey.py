@@ -26,16 +26,16 @@ from zoo.data.passkey import DIGITS, passkey_prompt, random_key, tokens
 from zoo.errors import UserError
 from zoo.report.rows import wilson
 from zoo.tasks.context import (
-    MOST,
+    MAX_COUNT,
+    EvalContext,
     Row,
-    Subject,
-    attempt,
     check_counts,
     check_length,
     check_lengths,
     check_state,
     chunk_tokens,
     nats,
+    run_guarded,
 )
 from zoo.tasks.perplexity import BATCH_TOKENS, TIMES
 
@@ -43,7 +43,7 @@ PAD = -1  # after the end of a key that has fewer tokens than another
 
 
 def measure(
-    subject: Subject,
+    context: EvalContext,
     *,
     lengths: Sequence[int] | None = None,
     depths: int = 5,
@@ -57,24 +57,24 @@ def measure(
     `lengths` (tokens, prompt and answer) are 1, 2 .. 32 times the training length unless given.
     Each of them reads depths * repeats prompts, `chunk` tokens at a time.
     """
-    lengths = [*(lengths or (times * subject.train_length for times in TIMES))]
+    lengths = [*(lengths or (times * context.train_length for times in TIMES))]
     lengths = check_lengths("passkey", lengths, least=DIGITS + 1)
     check_counts("passkey", depths=depths, chunk=chunk)
-    check_counts("passkey", repeats=repeats, most=MOST // depths)
+    check_counts("passkey", repeats=repeats, most=MAX_COUNT // depths)
     check_counts("passkey", candidates=candidates, least=2, most=10**DIGITS)
     check_counts("passkey", seed=seed, least=0, most=2**63)
-    documents, count = subject.corpus.eval_documents, depths * repeats
+    documents, count = context.corpus.eval_documents, depths * repeats
     questions = [_keys(seed, index, candidates) for index in range(count)]
-    asked = {"split": subject.split, "documents": documents, "unit": lengths[-1], "count": count}
+    asked = {"split": context.split, "documents": documents, "unit": lengths[-1], "count": count}
     asked |= {"depths": np.linspace(0, 1, depths).tolist(), "candidates": candidates}
     asked |= {"digits": DIGITS, "key_seed": seed}
-    found = attempt(lambda: evaluation_text(subject.store, lengths[-1], count, documents))
+    found = run_guarded(lambda: evaluation_text(context.store, lengths[-1], count, documents))
     for length in lengths:
         named = asked | {"length": length}
         if not found.ok:  # no stretch is long enough
             yield named | found.row
-        elif not subject.measured(named):
-            outcome = attempt(partial(_ask, subject, found.value, named, questions, chunk))
+        elif not context.measured(named):
+            outcome = run_guarded(partial(_ask, context, found.value, named, questions, chunk))
             yield named | outcome.row | (outcome.value or {})
 
 
@@ -88,15 +88,15 @@ def _keys(seed: int, index: int, count: int) -> list[str]:
 
 
 def _ask(
-    subject: Subject,
+    context: EvalContext,
     text: Int[np.ndarray, "units t"],
     asked: Row,
     questions: Sequence[Sequence[str]],
     chunk: int,
 ) -> Row:
     """How often the model finds the key at the length asked, over all prompts and by depth."""
-    encode, depths, length = subject.corpus.encode, asked["depths"], asked["length"]
-    check_length(subject.model, length)
+    encode, depths, length = context.corpus.encode, asked["depths"], asked["length"]
+    check_length(context.model, length)
     prompts = [
         passkey_prompt(
             text[i // len(depths) % len(text)][-(length - DIGITS) :],
@@ -106,15 +106,15 @@ def _ask(
         )
         for i, keys in enumerate(questions)
     ]
-    rows = max(1, chunk_tokens(subject, BATCH_TOKENS) // length)
-    subject.progress.begin(f"passkey at {length}", len(prompts) * length)
+    rows = max(1, chunk_tokens(context, BATCH_TOKENS) // length)
+    context.progress.begin(f"passkey at {length}", len(prompts) * length)
     right = []
-    with subject.arithmetic():
+    with context.arithmetic():
         for first in range(0, len(prompts), rows):
             batch = slice(first, first + rows)
             answers = [[tokens(name, encode) for name in keys] for keys in questions[batch]]
-            right.append(_answer(subject, np.stack(prompts[batch]), answers, chunk))
-        state_bytes = subject.model.state_bytes(length)
+            right.append(_answer(context, np.stack(prompts[batch]), answers, chunk))
+        state_bytes = context.model.state_bytes(length)
     chosen, written = np.concatenate(right).reshape(-1, len(depths), 2).sum(0).T  # by depth
     count = len(questions)
     return {
@@ -133,17 +133,17 @@ def _ask(
 
 
 def _answer(
-    subject: Subject,
+    context: EvalContext,
     prompts: Int[np.ndarray, "b t"],
     answers: Sequence[Sequence[Int[np.ndarray, " k"]]],
     chunk: int,
 ) -> Bool[np.ndarray, "b 2"]:
     """Whether each prompt's first answer is the likeliest, and is what greedy decoding writes."""
-    model, text = subject.model, torch.from_numpy(prompts)
+    model, text = context.model, torch.from_numpy(prompts)
     state = model.empty_state(len(text))
-    for piece in text.split(chunk_tokens(subject, chunk), 1):
-        logits, state = model(piece.to(subject.device), state)
-        subject.progress.advance(piece.numel())
+    for piece in text.split(chunk_tokens(context, chunk), 1):
+        logits, state = model(piece.to(context.device), state)
+        context.progress.advance(piece.numel())
     check_state(model, state, len(text))
     last = logits[:, -1:]
     longest = max(len(answer) for several in answers for answer in several)
@@ -153,7 +153,7 @@ def _answer(
             raise UserError("passkey: this tokeniser writes different keys alike")
         for column, answer in enumerate(several):
             padded[row, column, : len(answer)] = answer
-    wanted = torch.from_numpy(padded).to(subject.device)  # a key's end is not asked for
+    wanted = torch.from_numpy(padded).to(context.device)  # a key's end is not asked for
     costs = []
     for answer in wanted.unbind(1):
         logits = last

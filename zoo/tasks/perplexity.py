@@ -38,10 +38,9 @@ from zoo.errors import choose
 from zoo.report.rows import interval
 from zoo.runs.files import replacing
 from zoo.tasks.context import (
+    EvalContext,
     NotApplicableError,
     Row,
-    Subject,
-    attempt,
     bits_per_byte,
     check_counts,
     check_length,
@@ -50,6 +49,7 @@ from zoo.tasks.context import (
     fill,
     in_buckets,
     position_edges,
+    run_guarded,
     score,
 )
 
@@ -59,7 +59,7 @@ BATCH_TOKENS = 16384  # short windows are read together, up to so many tokens
 
 
 def measure(
-    subject: Subject,
+    context: EvalContext,
     *,
     lengths: Sequence[int] | None = None,
     protocols: Sequence[str] | None = None,
@@ -78,42 +78,42 @@ def measure(
     at a time, with the state between. `seconds` is the time of what a length had to read beyond
     what longer windows had covered, for all its protocols.
     """
-    lengths = [*(lengths or (times * subject.train_length for times in TIMES))]
+    lengths = [*(lengths or (times * context.train_length for times in TIMES))]
     lengths = check_lengths("perplexity", lengths)
     check_counts("perplexity", stride=stride, units=units, chunk=chunk)
-    protocols = protocols or (CAUSAL[:2] if subject.model.causal else MASKED)
+    protocols = protocols or (CAUSAL[:2] if context.model.causal else MASKED)
     protocols = [choose("protocol", protocol, CAUSAL + MASKED) for protocol in protocols]
     unit, stride = lengths[-1], min(stride, lengths[0])
-    documents = subject.corpus.eval_documents
-    found = attempt(lambda: evaluation_text(subject.store, unit, units, documents))
+    documents = context.corpus.eval_documents
+    found = run_guarded(lambda: evaluation_text(context.store, unit, units, documents))
     if not found.ok:  # no stretch is long enough
         yield from ({"protocol": p, "length": n} | found.row for n in lengths for p in protocols)
         return
-    text, sizes = found.value, evaluation_bytes(subject.store, unit, units, documents)
-    shared = {"split": subject.split, "documents": documents, "unit": unit, "units": len(text)}
+    text, sizes = found.value, evaluation_bytes(context.store, unit, units, documents)
+    shared = {"split": context.split, "documents": documents, "unit": unit, "units": len(text)}
     tallies: dict[int, list[Tally]] = {}
     for length in reversed(lengths):
         for protocol in protocols:
             scored = windows(protocol, unit, length, stride, overlap)
             key = shared | {"stride": stride, "protocol": protocol, "length": length}
             key |= {"windows": len(text) * len(scored)}
-            suits = attempt(partial(_check_protocol, subject, protocol))
+            suits = run_guarded(partial(_check_protocol, context, protocol))
             if not suits.ok:
                 yield key | suits.row
-            elif not subject.measured(key):
+            elif not context.measured(key):
                 tallies.setdefault(length, []).append(Tally(key, scored, len(text)))
     read: set[tuple[int, int]] = set()
     unigram = entropy(text)
     hidden = None
-    if not subject.model.causal:
-        mask = subject.model.vocab_size - 1  # the last token of an encoder's vocabulary
+    if not context.model.causal:
+        mask = context.model.vocab_size - 1  # the last token of an encoder's vocabulary
         hidden = mask_windows(text[:, :-1], mask, [(unit,) for unit in range(len(text))])
     for length, wanted in tallies.items():
-        outcome = attempt(
-            partial(_read, subject, Text(text, sizes), length, tallies, read, hidden, chunk)
+        outcome = run_guarded(
+            partial(_read, context, Text(text, sizes), length, tallies, read, hidden, chunk)
         )
         for tally in wanted:
-            found = _describe(subject, tally, outcome.value, unigram) if outcome.ok else {}
+            found = _describe(context, tally, outcome.value, unigram) if outcome.ok else {}
             yield tally.key | outcome.row | found
 
 
@@ -185,8 +185,8 @@ class Text(NamedTuple):
     sizes: Int[np.ndarray, "units t"]
 
 
-def _check_protocol(subject: Subject, protocol: str) -> None:
-    causal = subject.model.causal
+def _check_protocol(context: EvalContext, protocol: str) -> None:
+    causal = context.model.causal
     if causal == (protocol in MASKED):
         reads, other = ("what is behind", CAUSAL) if causal else ("both ways", MASKED)
         raise NotApplicableError(
@@ -196,7 +196,7 @@ def _check_protocol(subject: Subject, protocol: str) -> None:
 
 
 def _read(
-    subject: Subject,
+    context: EvalContext,
     text: Text,
     length: int,
     tallies: dict[int, list[Tally]],
@@ -209,7 +209,7 @@ def _read(
     They go into the tallies of that length and of the shorter, and their places into `read`.
     `hidden` is what an encoder is shown of the text, and where it is asked; it keeps no state.
     """
-    check_length(subject.model, length)
+    check_length(context.model, length)
     if hidden is not None:  # an encoder minds how much follows
         takers = tallies[length]
         read = set()
@@ -218,21 +218,21 @@ def _read(
     starts = sorted({start for tally in tallies[length] for start in tally.windows})
     places = [(unit, start) for unit in range(len(text.tokens)) for start in starts]
     places = [place for place in places if place not in read]
-    rows = max(1, chunk_tokens(subject, BATCH_TOKENS) // length)
-    subject.progress.begin(f"perplexity at {length}", len(places) * length)
-    with subject.arithmetic():
+    rows = max(1, chunk_tokens(context, BATCH_TOKENS) // length)
+    context.progress.begin(f"perplexity at {length}", len(places) * length)
+    with context.arithmetic():
         for first in range(0, len(places), rows):
             batch = places[first : first + rows]
             tokens = np.stack([text.tokens[unit, at : at + length + 1] for unit, at in batch])
             if hidden is None:
-                nll, _ = score(subject, tokens, chunk=chunk_tokens(subject, chunk))
+                nll, _ = score(context, tokens, chunk=chunk_tokens(context, chunk))
                 asked = np.ones(nll.shape, bool)
             else:
                 shown, asked = (
                     np.stack([part[unit, at : at + length] for unit, at in batch])
                     for part in hidden
                 )
-                nll = fill(subject, shown, tokens[:, :-1], asked)
+                nll = fill(context, shown, tokens[:, :-1], asked)
             ahead = hidden is None  # a causal model predicts the token after each it reads
             for (unit, at), costs, wanted in zip(batch, nll, asked, strict=True):
                 told = slice(at + ahead, at + ahead + length)
@@ -240,7 +240,7 @@ def _read(
                 for tally in takers:
                     tally.add(unit, at, costs, wanted, about)
                 read.add((unit, at))
-        return subject.model.state_bytes(length) if hidden is None else None
+        return context.model.state_bytes(length) if hidden is None else None
 
 
 def entropy(tokens: Int[np.ndarray, "..."]) -> float:
@@ -250,13 +250,13 @@ def entropy(tokens: Int[np.ndarray, "..."]) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _describe(subject: Subject, tally: Tally, state_bytes: int | None, unigram: float) -> Row:
+def _describe(context: EvalContext, tally: Tally, state_bytes: int | None, unigram: float) -> Row:
     """The row's numbers; the arrays they come from go to a file beside the run's rows."""
     key, size = tally.key, int(tally.position_bytes.sum())
     nll_sum, count = float(tally.position_sums.sum()), int(tally.position_counts.sum())
     units = bits_per_byte(tally.unit_sums, tally.unit_bytes)
-    name = f"perplexity-{key['protocol']}-{key['length']}-{subject.extension}.npz"
-    path = subject.folder / "results" / name
+    name = f"perplexity-{key['protocol']}-{key['length']}-{context.extension}.npz"
+    path = context.folder / "results" / name
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as file:
         np.savez(
@@ -272,11 +272,11 @@ def _describe(subject: Subject, tally: Tally, state_bytes: int | None, unigram: 
         "bits_per_byte": bits_per_byte(nll_sum, size),
         "perplexity": exp(nll_sum / count) if nll_sum / count < 700 else None,  # beyond a float
         "unigram_bits": bits_per_byte(unigram * count, size),
-        "uniform_bits": bits_per_byte(count * log(subject.model.vocab_size), size),
+        "uniform_bits": bits_per_byte(count * log(context.model.vocab_size), size),
         "unit_bits": units,
         "interval": interval(units),
         "state_bytes": state_bytes,
-        "positions_file": path.relative_to(subject.folder).as_posix(),
+        "positions_file": path.relative_to(context.folder).as_posix(),
     }
     if key["protocol"] == "blocks":
         edges = position_edges(key["length"])

@@ -8,23 +8,23 @@ import numpy as np
 
 from zoo.data.store import TokenStore
 from zoo.tasks.context import (
-    LONGEST,
+    MAX_LENGTH,
+    EvalContext,
     NotApplicableError,
     Row,
-    Subject,
-    attempt,
     bits_per_byte,
     check_counts,
     check_length,
     check_state,
     chunk_tokens,
     position_edges,
+    run_guarded,
     score,
 )
 from zoo.tasks.memory import held_bytes, peak_bytes
 
 
-def measure(subject: Subject, *, tokens: int = 2**20, chunk: int = 4096) -> Iterator[Row]:
+def measure(context: EvalContext, *, tokens: int = 2**20, chunk: int = 4096) -> Iterator[Row]:
     """One row: bits per byte by position, speed, memory, over `tokens` tokens read in chunks.
 
     A split shorter than that is read again from its start; `passes` says how often. Only models
@@ -34,40 +34,40 @@ def measure(subject: Subject, *, tokens: int = 2**20, chunk: int = 4096) -> Iter
     `growth_bytes` by how much the process grew after the first tenth of the text: near 0 where
     memory is constant. Both are None where nothing tells.
     """
-    check_counts("stream", tokens=tokens, chunk=chunk, most=LONGEST)
-    key = {"split": subject.split, "length": tokens, "chunk": chunk_tokens(subject, chunk)}
-    if not subject.measured(key):
-        outcome = attempt(partial(_read, subject, tokens, key["chunk"]))
+    check_counts("stream", tokens=tokens, chunk=chunk, most=MAX_LENGTH)
+    key = {"split": context.split, "length": tokens, "chunk": chunk_tokens(context, chunk)}
+    if not context.measured(key):
+        outcome = run_guarded(partial(_read, context, tokens, key["chunk"]))
         yield key | outcome.row | (outcome.value or {})
 
 
-def _read(subject: Subject, tokens: int, chunk: int) -> Row:
-    model, store = subject.model, subject.store
+def _read(context: EvalContext, tokens: int, chunk: int) -> Row:
+    model, store = context.model, context.store
     if not model.recurrent:
         held, read = model.state_bytes(tokens), f"{tokens:,} tokens"
         raise NotApplicableError(f"its state grows with the text, to {held:,} bytes after {read}")
     check_length(model, tokens)
     edges = position_edges(tokens)
     sums, sizes = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1, np.int64)
-    subject.progress.begin(f"stream of {tokens:,}", tokens)
-    with subject.arithmetic():
+    context.progress.begin(f"stream of {tokens:,}", tokens)
+    with context.arithmetic():
         state, early, began = model.empty_state(1), None, perf_counter()
         last = (0, began)  # where the last tenth begins, and when
         for start in range(0, tokens, chunk):
             if 10 * start <= 9 * tokens:
                 last = (start, perf_counter())
             piece = _tokens(store, start, min(chunk, tokens - start) + 1)
-            nll, state = score(subject, piece[None], state, chunk=chunk)
+            nll, state = score(context, piece[None], state, chunk=chunk)
             positions = np.arange(start + 1, start + len(piece))
             buckets = np.searchsorted(edges, positions, side="right") - 1
             np.add.at(sums, buckets, nll[0])
             np.add.at(sizes, buckets, _bytes(store, start + 1, len(piece) - 1))
             if early is None and 10 * (start + chunk) >= tokens:
-                early = held_bytes(subject.device)
-        ended, late = perf_counter(), held_bytes(subject.device)
+                early = held_bytes(context.device)
+        ended, late = perf_counter(), held_bytes(context.device)
         held = check_state(model, state)
         piece = _tokens(store, 0, min(chunk, tokens) + 1)[None]
-        peak = peak_bytes(subject.device, lambda: score(subject, piece, chunk=chunk))
+        peak = peak_bytes(context.device, lambda: score(context, piece, chunk=chunk))
     size, count = int(sizes.sum()), np.diff(edges)
     return {
         "nll_sum": float(sums.sum()),
