@@ -327,11 +327,11 @@ def test_a_reach_that_cannot_be_is_one_clear_line(words, told, tiny):
 @pytest.mark.parametrize(
     ("words", "told"),
     {
-        "extension=dcaa": "did you mean 'dca'?",
+        "extension=dcaa": "Did you mean 'dca'?",
         "extension=pi": "extension.factor= is needed: times the trained length",
         "extension=pi extension.factor=0.5": "extension.factor=0.5: must be greater than",
-        "extension=dca extension.scaling=yarnn": "did you mean 'yarn'?",
-        "extension=dca extension.reach.chnk=3": "did you mean 'extension.reach.chunk'?",
+        "extension=dca extension.scaling=yarnn": "Did you mean 'yarn'?",
+        "extension=dca extension.reach.chnk=3": "Did you mean 'extension.reach.chunk'?",
         "extension=yarn extension.factor=2 extension.original_length=0": "original_length=0",
     }.items(),
 )

@@ -24,7 +24,7 @@ REFUSED = {
     "model.mixer.heads=0": "heads=0 must be at least 1",
     "model.mixer.kv_heads=-1": "kv_heads=-1 must be at least 1",
     "model.feed_forward.hidden_width=0 match=none": "hidden_width=0 must be at least 1",
-    "model.mixer.backend=foo": "unknown attend backend 'foo'",
+    "model.mixer.backend=foo": "backend=foo: unknown backend of attend",
     "model=learned extension=randomised extension.factor=8": "model.max_length=4096 gives it as",
     "batch_tokens=100000000000000": "a step needs at least",
     "batch_size=1000000000": "Use fewer batch_tokens, trainer.accumulate_grad_batches=<parts",

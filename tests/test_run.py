@@ -428,7 +428,7 @@ def test_an_experiment_runs_its_arms_under_its_options(train):
     assert {run.config.seed for run in runs} == {3}
     code, error = train("-m", "experiment=compare", "model=mmaba")
     assert code == 2
-    assert error.startswith("train.py: unknown model 'mmaba'")
+    assert error.startswith("train.py: model=mmaba: unknown model. ")
 
 
 def test_eval_hands_the_runs_over(tmp_path, monkeypatch, config):

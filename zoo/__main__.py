@@ -3,9 +3,10 @@
 import runpy
 import sys
 
-from zoo.errors import UserError, choose
+from zoo.errors import UserError, refuse_unknown
 from zoo.paths import ROOT, shipped
 
+PROGRAMS = ("train", "eval", "doctor")
 USAGE = """zoo <program> [option=value ...]
 
   zoo train     train a model
@@ -22,9 +23,11 @@ def main() -> int:
         sys.stdout.write(USAGE)
         return 0
     try:
-        program = choose("program", given, ["train", "eval", "doctor"])
+        program = given
+        if program not in PROGRAMS:
+            refuse_unknown(f"zoo {given}".rstrip(), "program", given, PROGRAMS)
     except UserError as error:
-        sys.stderr.write(f"zoo: {error}\n")
+        sys.stderr.write(f"{error}\n")
         return 2
     if program == "doctor":
         from zoo.cli import doctor

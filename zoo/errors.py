@@ -1,8 +1,16 @@
-"""What went wrong, in one line. The bottom of the import order: anything may import this."""
+"""Errors told in one line. The bottom of the import order: anything may import this.
+
+A user's mistake reads `<option>=<value>: <rule>. <what to do>.` Call `refuse`, or `refuse_path`
+for a file or folder, instead of writing that line by hand: they put the parts together.
+"""
 
 import difflib
+import json
 from collections.abc import Iterable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
+
+LONGEST_VALUE = 100  # characters of a value that are shown
 
 
 class UserError(ValueError):
@@ -17,21 +25,72 @@ class NoStateError(TypeError):
     """A mixer that keeps no state was given one: it can be read whole, not in chunks."""
 
 
+def refuse(option: str, value: Any, rule: str, advice: str = "") -> NoReturn:
+    """Raise the `UserError` for a value that breaks a rule.
+
+    Args:
+        option: the option as it is written on the command line, such as `optim.lr`. Code that
+            knows only the last name gives that one; whoever knows the rest adds it (`below`).
+        value: what was given.
+        rule: what is wrong or allowed, without a final period: "must be at least 1".
+        advice: what to do about it, a sentence: "Use a smaller seq_len.". It may be left out only
+            where the rule names the allowed values ("must be ..").
+    """
+    raise UserError(sentence(f"{option}={shown(value)}", rule, advice))
+
+
+def refuse_path(path: Path | str, rule: str, advice: str = "") -> NoReturn:
+    """Raise the `UserError` for a file or folder: `<path>: <rule>. <advice>.`"""
+    raise UserError(sentence(str(path), rule, advice))
+
+
+def sentence(subject: str, rule: str, advice: str = "") -> str:
+    """The line `<subject>: <rule>. <advice>.`, for errors that are recorded rather than raised."""
+    rule, advice = rule.removesuffix("."), advice.removesuffix(".")
+    assert advice or rule.startswith("must "), f"what to do about {rule!r}?"
+    return f"{subject}: {rule}." + (f" {advice}." if advice else "")
+
+
+def below(path: str, error: ValueError) -> UserError:
+    """The error of `<name>=<value>` as that of `<path>.<name>=<value>`."""
+    return UserError(f"{path}.{error}")
+
+
+def shown(value: Any) -> str:
+    """A value as it is written on the command line: null, true, 2, [1,2]."""
+    if value is None or isinstance(value, bool):
+        text = json.dumps(value)
+    elif isinstance(value, float):
+        text = f"{value!r}".removesuffix(".0")
+    elif isinstance(value, list | tuple):
+        text = f"[{','.join(map(shown, value))}]"
+    else:
+        text = str(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
     """The allowed spelling closest to `name`, or None where nothing is close."""
     found = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.55)
     return found[0] if found else None
 
 
-def refuse(kind: str, name: object, allowed: Iterable[str]) -> NoReturn:
-    """Raise the `UserError` for an unknown name: what was wrong, the nearest, what is allowed."""
+def refuse_unknown(
+    subject: str, kind: str, name: object, allowed: Iterable[str], guess: str | None = None
+) -> NoReturn:
+    """Raise the `UserError` for a name that is none of `allowed`, with the nearest of them."""
     allowed = list(allowed)
-    guess = nearest(str(name), allowed)
-    hint = f"did you mean {guess!r}? " if guess else ""
-    raise UserError(f"unknown {kind} {str(name)!r}: {hint}allowed: {', '.join(allowed)}")
+    guess = guess or nearest(str(name), allowed)
+    hint = f"Did you mean {guess!r}? " if guess else ""
+    raise UserError(sentence(subject, f"unknown {kind}", f"{hint}Use one of: {', '.join(allowed)}"))
 
 
-def choose(kind: str, name: str, allowed: Iterable[str]) -> str:
-    """Return `name` if it is one of `allowed`, otherwise `refuse`."""
+def choose(option: str, name: str, allowed: Iterable[str], kind: str | None = None) -> str:
+    """Return `name` if it is one of `allowed`, otherwise refuse it as the value of `option`.
+
+    `kind` is what such a name is called; the option's last name by default.
+    """
     allowed = list(allowed)
-    return name if name in allowed else refuse(kind, name, allowed)
+    if name in allowed:
+        return name
+    refuse_unknown(f"{option}={name}", kind or option.rpartition(".")[2], name, allowed)

@@ -267,8 +267,8 @@ def test_a_dangling_link_is_refused(flat, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"name": "txet"}, "unknown data.name 'txet': did you mean 'text'"),
-        ({"eval_documents": "hole"}, "did you mean 'whole'"),
+        ({"name": "txet"}, "data.name=txet: unknown name. Did you mean 'text'"),
+        ({"eval_documents": "hole"}, "Did you mean 'whole'"),
         ({"tokenizer": "gpt2"}, "neither 'bytes' nor a tokenizers JSON file.*nothing is downl"),
     ],
 )

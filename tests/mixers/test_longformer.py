@@ -173,7 +173,7 @@ def test_windows_are_spread_over_the_layers_and_dilation_keeps_to_the_upper_half
         ({"dilation": 0}, "dilation=0: .* at least 1"),
         ({"global_tokens": -1}, "global_tokens=-1: 0 or more"),
         ({"global_tokens": 1}, "global_tokens=1: .* itself alone"),
-        ({"positions": "alibi"}, "unknown positions 'alibi'"),
+        ({"positions": "alibi"}, "positions=alibi: unknown positions"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(options, message):

@@ -122,7 +122,7 @@ def test_a_branch_takes_only_its_own_positions():
         ({"segments": [8, 12], "dilations": [1, 2]}, "must divide the next"),
         ({"segments": [8, 16, 48], "dilations": [1, 2, 3]}, "must divide the next"),
         ({"segments": [2, 8], "dilations": [1, 4]}, "its segment and the one before"),
-        ({"positions": "xpos"}, "unknown positions 'xpos'"),
+        ({"positions": "xpos"}, "positions=xpos: unknown positions"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(options, message):

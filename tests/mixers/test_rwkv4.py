@@ -108,6 +108,6 @@ def test_decoding_costs_the_same_state_after_any_number_of_tokens():
 
 
 def test_an_unknown_backend_is_refused_in_one_line():
-    with pytest.raises(ValueError, match="did you mean 'native'") as error:
+    with pytest.raises(ValueError, match="Did you mean 'native'") as error:
         RWKV4(width=WIDTH, backend="nativ")(torch.randn(1, 2, WIDTH))
     assert "\n" not in str(error.value)

@@ -352,5 +352,5 @@ def test_no_tokens_and_unknown_backends_are_refused():
         diagonal_plus_rank_one(**empty)
     with pytest.raises(ValueError, match="a is"):
         diagonal_plus_rank_one(**args | {"a": args["a"][..., :2]})
-    with pytest.raises(UserError, match="did you mean 'torch'"):
+    with pytest.raises(UserError, match="Did you mean 'torch'"):
         diagonal_plus_rank_one(**args, backend="touch")

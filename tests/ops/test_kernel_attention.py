@@ -133,7 +133,7 @@ def test_wrong_arguments_are_refused_in_a_line():
         kernel_attention(q, k, v, "relu")
     with pytest.raises(ValueError, match="slopes"):
         kernel_attention(q, k, v, "relu", slopes=torch.ones(H), causal=False)
-    with pytest.raises(UserError, match=r"kernel 'rleu': did you mean 'relu'"):
+    with pytest.raises(UserError, match=r"kernel=rleu: unknown kernel. Did you mean 'relu'"):
         kernel_attention(q, k, v, "rleu")
     with pytest.raises(UserError, match=r"kernel_attention.*tiled"):
         kernel_attention(q, q, q, "relu", backend="tiled")

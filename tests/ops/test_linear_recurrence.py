@@ -185,7 +185,7 @@ def test_shapes_that_do_not_fit_are_refused():
         linear_recurrence(**(args | {"state": args["state"][:1]}))
     with pytest.raises(ValueError, match="no tokens"):
         linear_recurrence(args["a"][:, :0], args["u"][:, :0])
-    with pytest.raises(UserError, match="did you mean 'native'"):
+    with pytest.raises(UserError, match="Did you mean 'native'"):
         linear_recurrence(**args, backend="nativ")
 
 

@@ -192,7 +192,7 @@ def test_a_backend_is_named_once_and_only_if_it_runs(cache, caplog):
         backends.pick("op", "best", available)
     with pytest.raises(UserError, match="does not take these inputs"):
         backends.pick("op", "other", available)
-    with pytest.raises(UserError, match="did you mean 'good'"):
+    with pytest.raises(UserError, match="Did you mean 'good'"):
         backends.pick("op", "god", available)
 
 

@@ -385,5 +385,5 @@ def test_shapes_that_do_not_fit_are_refused():
         selective_scan(
             **{k: v[:, :0] if k in ["x", "dt", "B", "C", "z"] else v for k, v in args.items()}
         )
-    with pytest.raises(UserError, match="did you mean 'native'"):
+    with pytest.raises(UserError, match="Did you mean 'native'"):
         selective_scan(**args, backend="nativ")

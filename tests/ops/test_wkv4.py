@@ -206,7 +206,7 @@ def test_shapes_that_do_not_fit_are_refused():
         wkv4(**(args | {"u": args["u"][:2]}))
     with pytest.raises(ValueError, match="no tokens"):
         wkv4(**(args | {"k": args["k"][:, :0], "v": args["v"][:, :0]}))
-    with pytest.raises(UserError, match="did you mean 'native'"):
+    with pytest.raises(UserError, match="Did you mean 'native'"):
         wkv4(**args, backend="nativ")
 
 

@@ -267,8 +267,8 @@ def test_wrong_arguments_are_refused_in_one_line(wrong, message):
         (lambda: dynamic_ntk(width=64, original_length=512), "needs the length"),
         (lambda: ntk_aware(width=2, factor=2), "width=2"),
         (lambda: yarn(width=64, factor=2, original_length=64, beta_fast=1), "beta_slow=1"),
-        (lambda: yarn(width=64, factor=2, original_length=64, mix="arit"), "did you mean 'arith'"),
-        (lambda: yarn(width=64, factor=2, original_length=64, ramp="pap"), "did you mean 'paper'"),
+        (lambda: yarn(width=64, factor=2, original_length=64, mix="arit"), "Did you mean 'arith'"),
+        (lambda: yarn(width=64, factor=2, original_length=64, ramp="pap"), "Did you mean 'paper'"),
         (
             lambda: longrope(width=64, factor=2, original_length=64, long_factors=[1.0] * 31),
             "each of the 32 pairs: got 31",

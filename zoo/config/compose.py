@@ -30,7 +30,7 @@ from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED, trainer
 from zoo.config.tree import leaves
 from zoo.config.validate import plain as plain
 from zoo.config.validate import validate as validate
-from zoo.errors import UserError, choose, nearest
+from zoo.errors import UserError, choose, nearest, refuse_unknown
 
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
 
@@ -146,8 +146,7 @@ def check_key(key: str, tree: DictConfig, also: Sequence[str]) -> None:
     elsewhere = [path for path in known if path.rpartition(".")[2] == last]
     close = nearest(last, beside.values())
     guesses = [*elsewhere, *(path for path, name in beside.items() if name == close)]
-    hint = f"did you mean {guesses[0]!r}? " if guesses else ""
-    raise UserError(f"unknown option {key!r}: {hint}allowed: {', '.join(beside)}")
+    refuse_unknown(key, "option", key, beside, guess=next(iter(guesses), None))
 
 
 def _paths(node: Any, path: str = "") -> Iterator[str]:

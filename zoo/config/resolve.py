@@ -122,7 +122,7 @@ def _load_models(entry: str, tree: dict[str, Any]) -> list[dict[str, Any]]:
         raise UserError(
             f"hybrid=[{entry}]: layers in a row are written 7*mamba, with a number from 1 to 999"
         )
-    part = _inherited(choose("model in hybrid", name, choices("model")))
+    part = _inherited(choose("hybrid", name, choices("model"), kind="model"))
     if "pattern" in part:
         raise UserError(f"hybrid=[{entry}]: {name} is a pattern itself. Write its models out.")
     whole: Any = OmegaConf.to_container(OmegaConf.create({**tree, "model": part}), resolve=True)

@@ -21,7 +21,7 @@ from zoo.config.introspect import check_types, is_target, target_parameters
 from zoo.config.sizes import read_count, read_sizes
 from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED, trainer_parameters
 from zoo.devices import resolve_precision
-from zoo.errors import UserError, choose
+from zoo.errors import UserError, refuse, refuse_unknown, shown
 
 
 def _not_bool(value: Any) -> Any:
@@ -73,10 +73,12 @@ class Part(OpenSection):
     def _known(self) -> "Part":
         # A run folder may come from anywhere: it names what this package defines, nothing else.
         if not (is_target(self.target) and self.target.startswith(self.home)):
-            raise UserError(f"_target_ {self.target!r} is not in {self.home}*")
+            refuse("_target_", self.target, f"must be in {self.home}*")
         allowed = target_parameters(self.target)
         for name in self.options if allowed is not None else ():
-            choose("option", name, allowed or [])
+            if name not in (allowed or []):
+                given = f"{name}={shown(self.options[name])}"
+                refuse_unknown(given, "option", name, allowed or [])
         check_types(self.target, self.options)
         return self
 
@@ -233,11 +235,14 @@ class Trainer(OpenSection):
     @model_validator(mode="after")
     def _known(self) -> "Trainer":
         for name in self.options:
-            choose("option", name, [*trainer_parameters(), *TRAINER_OWNED, *TRAINER_REFUSED])
-            why = TRAINER_REFUSED.get(name, "it is not carried through to the run")
+            value = self.options[name]
+            known = [*trainer_parameters(), *TRAINER_OWNED, *TRAINER_REFUSED]
+            if name not in known:
+                refuse_unknown(f"{name}={shown(value)}", "option", name, known)
             if name in TRAINER_OWNED:
-                why = f"it is set by {TRAINER_OWNED[name]}"
-            raise UserError(f"{name}={self.options[name]}: not accepted, {why}")
+                refuse(name, value, f"is set by {TRAINER_OWNED[name]}", "Leave it out")
+            why = TRAINER_REFUSED.get(name, "a run does not carry it through")
+            refuse(name, value, f"not accepted, {why}", "Leave it out")
         return self
 
     @model_serializer(mode="wrap")

@@ -30,4 +30,4 @@ def read_count(value: Any) -> int:
         return value
     if isinstance(value, float) and value.is_integer():  # neither nan nor inf
         return int(value)
-    raise ValueError("is not a whole number (such as 512, 64k, 1M, 65_536 or 2**16)")
+    raise ValueError("must be a whole number (such as 512, 64k, 1M, 65_536 or 2**16)")

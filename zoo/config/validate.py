@@ -10,7 +10,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from zoo.config.schema import EvalConfig, TrainConfig
-from zoo.errors import UserError, refuse
+from zoo.errors import UserError, refuse_unknown, sentence, shown
 
 Config = TypeVar("Config", TrainConfig, EvalConfig)
 
@@ -31,15 +31,19 @@ def _explain(error: ErrorDetails, schema: type[BaseModel]) -> str:
         for key in error["loc"][:-1]:
             field = getattr(parent, "model_fields", {}).get(key)
             parent = field.annotation if field else None
-        refuse("option", path, list(getattr(parent, "model_fields", {})))
+        names = list(getattr(parent, "model_fields", {}))
+        refuse_unknown(path, "option", error["loc"][-1], names)
     if error["type"] == "missing":
-        return f"option {path!r} is missing"
+        return sentence(path, "is missing", "Add it to the YAML file, or give its value")
     if isinstance(cause := context.get("error"), UserError):
         path = re.sub(r"^model\.blocks\.\d+", "model", path)  # as the option is written
         named = re.match(r"\w+=", str(cause)) is not None  # it begins with the option's last name
         return f"{path}.{cause}" if named and path else f"{path}: {cause}" if path else str(cause)
-    shown = f"{path}={'null' if given is None else given}"
-    return f"{shown}: {cause or re.sub('^(Input|String|List) should', 'must', error['msg'])}"
+    if error["type"] == "string_pattern_mismatch":
+        rule = f"must match {context['pattern']}"
+    else:
+        rule = str(cause) if cause else re.sub("^(Input|String|List) should", "must", error["msg"])
+    return sentence(f"{path}={shown(given)}", rule)
 
 
 def plain(config: BaseModel) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def pick(op: str, requested: str, available: Mapping[str, Available]) -> str:
     for someone who wants another. Logs one line the first time an op uses a backend.
     Raises `UserError` where the requested one cannot run.
     """
-    choose(f"{op} backend", requested, ["auto", *available])
+    choose("backend", requested, ["auto", *available], kind=f"backend of {op}")
     reasons = []
     for name in available if requested == "auto" else [requested]:
         usable = available[name]

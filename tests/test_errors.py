@@ -1,0 +1,136 @@
+"""Every message for a user's error is `<option>=<value>: <rule>. <what to do>.`"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from zoo.errors import UserError, below, choose, refuse, refuse_path
+
+ROOT = Path(__file__).parents[1]
+# An option with its value, or a path; what is wrong; what to do. A rule that says what a value
+# must be says what to do as well.
+FORM = re.compile(r"(?!unknown )\S.*?: (must \S.*|\S.*?[^.]\. [A-Z].*)\.")
+
+# Calls that write their line by hand and not in this form, by file: it only shrinks.
+BY_HAND: dict[str, int] = {
+    "train.py": 2,
+    "zoo/cli/launch.py": 5,
+    "zoo/config/applicability.py": 2,
+    "zoo/config/compose.py": 6,
+    "zoo/config/effects.py": 1,
+    "zoo/config/introspect.py": 3,
+    "zoo/config/resolve.py": 5,
+    "zoo/config/schema.py": 5,
+    "zoo/config/trainer_arguments.py": 1,
+    "zoo/config/validate.py": 1,
+    "zoo/data/loader.py": 3,
+    "zoo/data/order.py": 2,
+    "zoo/data/passkey.py": 1,
+    "zoo/data/sources.py": 15,
+    "zoo/data/store.py": 3,
+    "zoo/data/synthetic.py": 1,
+    "zoo/data/tokenizers.py": 3,
+    "zoo/model/backbone.py": 1,
+    "zoo/model/build.py": 4,
+    "zoo/model/checkpoint.py": 5,
+    "zoo/model/convert.py": 1,
+    "zoo/model/device.py": 1,
+    "zoo/model/extend.py": 9,
+    "zoo/ops/runtime/dispatch.py": 1,
+    "zoo/ops/runtime/libraries.py": 1,
+    "zoo/report/wandb.py": 1,
+    "zoo/runs/checkpoints.py": 1,
+    "zoo/runs/files.py": 5,
+    "zoo/runs/find.py": 1,
+    "zoo/runs/folder.py": 14,
+    "zoo/runs/longrope.py": 2,
+    "zoo/runs/resume.py": 4,
+    "zoo/tasks/evaluate.py": 3,
+    "zoo/tasks/longrope.py": 6,
+    "zoo/tasks/passkey.py": 1,
+    "zoo/training/fit.py": 1,
+    "zoo/training/learner.py": 1,
+    "zoo/training/rehearse.py": 2,
+    "zoo/training/shares.py": 1,
+}
+
+
+def skeleton(node: ast.expr) -> str | None:
+    """A message with {} for what is filled in; None where it is not written in place."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(p.value if isinstance(p, ast.Constant) else "{}" for p in parts)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return f"{skeleton(left) or '{}'}{skeleton(right) or '{}'}"
+    return None
+
+
+def by_hand(file: Path) -> Iterator[str]:
+    """The messages of `UserError(...)` in a file that are not seen to have the form."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "UserError":
+            text = skeleton(node.args[0]) if node.args else None
+            if text is None or not FORM.fullmatch(text):
+                yield f"{file.relative_to(ROOT)}:{node.lineno}: {text}"
+
+
+def test_user_errors_are_written_in_their_form():
+    sources = [*ROOT.glob("zoo/**/*.py"), ROOT / "train.py", ROOT / "eval.py"]
+    wrong = {}
+    for file in sources:
+        found = [*by_hand(file)] if file.name != "errors.py" else []
+        if len(found) > BY_HAND.get(str(file.relative_to(ROOT)), 0):
+            wrong[str(file.relative_to(ROOT))] = found
+    assert wrong == {}, "use zoo.errors.refuse or refuse_path"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seq_len=0: must be at least 1.",
+        "model=mmaba: unknown model. Did you mean 'mamba'? Use one of: aft, mamba.",
+        "runs/x/run.json: is damaged (it ends early). Restore it, or train a new run.",
+    ],
+)
+def test_the_form_holds_for(text):
+    assert FORM.fullmatch(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seq_len=0: must be at least 1",
+        "seq_len=0 must be at least 1.",
+        "seq_len=0: is no good.",
+        "window=4: takes none: leave it out.",
+        "unknown model 'mmaba': Did you mean 'mamba'? Use one of: aft, mamba.",
+    ],
+)
+def test_the_form_does_not_hold_for(text):
+    assert not FORM.fullmatch(text)
+
+
+def test_refusals_put_option_value_rule_and_advice_together():
+    with pytest.raises(UserError) as error:
+        refuse("sharing", None, "must be none, headwise or kv")
+    assert str(error.value) == "sharing=null: must be none, headwise or kv."
+    assert str(below("model.mixer", error.value)).startswith("model.mixer.sharing=null: must")
+    with pytest.raises(UserError, match=r"^a: is damaged\. Restore it\.$"):
+        refuse_path(Path("a"), "is damaged.", "Restore it")
+    with pytest.raises(UserError, match=r"^lr=\[1,2\.5,true\]: is a list\. Give a number\.$"):
+        refuse("lr", [1.0, 2.5, True], "is a list", "Give a number")
+    with pytest.raises(AssertionError, match="what to do"):
+        refuse("lr", 1, "is too large")
+
+
+def test_names_are_chosen_from_a_list_or_refused_with_the_nearest():
+    assert choose("model.kernel", "relu", ["relu", "gelu"]) == "relu"
+    with pytest.raises(UserError) as error:
+        choose("model.kernel", "rleu", ["relu", "gelu"])
+    told = "model.kernel=rleu: unknown kernel. Did you mean 'relu'? Use one of: relu, gelu."
+    assert str(error.value) == told
