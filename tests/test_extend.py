@@ -14,7 +14,7 @@ from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.build import build_model
 from zoo.model.extend import _positions, extend
 from zoo.positions.alibi import slopes
-from zoo.positions.rope import inverse_frequencies, rotate
+from zoo.positions.rope import apply_rope, inverse_frequencies
 from zoo.positions.scaling import temperature
 
 TRAINED = 16
@@ -208,7 +208,7 @@ def test_a_learned_sink_is_one_more_key_at_no_distance(window, tiny):
         p(x).unflatten(-1, (mixer.heads, -1)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
     )
     sink = torch.einsum("bihd,hd->bhi", q, mixer.sink_k)[..., None]
-    q, k = (rotate(y, inverse_frequencies(mixer.head_width)) for y in (q, k))
+    q, k = (apply_rope(y, inverse_frequencies(mixer.head_width)) for y in (q, k))
     apart = torch.arange(20)[:, None] - torch.arange(20)
     unseen = (apart < 0) | (apart >= (window or 20))
     scores = torch.einsum("bihd,bjhd->bhij", q, k).masked_fill(unseen, -torch.inf)

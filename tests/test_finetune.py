@@ -18,7 +18,7 @@ from zoo.data.loader import evaluation_text, train_loader
 from zoo.mixers.feed_forward import SwiGLU
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model import checkpoint
-from zoo.model.extend import extend, places, rotary
+from zoo.model.extend import extend, places, rotary_mixers
 from zoo.runs.folder import RunFolder
 from zoo.runs.longrope import with_found
 from zoo.tasks import longrope
@@ -120,12 +120,12 @@ def test_a_search_leaves_the_model_as_it_was(program):
     base = RunFolder.open("runs/base")
     corpus = open_corpus(base.config.data.model_dump(), Path("cache"))
     model = checkpoint.load(base)
-    before = [mixer.reach for mixer in rotary(model)]
+    before = [mixer.reach for mixer in rotary_mixers(model)]
     context = EvalContext(model=model, data=corpus, folder=Path("runs/base"), train_length=L)
     few = {"population": 6, "mutations": 3, "crossovers": 3, "parents": 4, "texts": 2}
     (row,) = longrope.measure(context, times=2.0, generations=1, **few)
     assert row["status"] == "ok"
-    assert [mixer.reach for mixer in rotary(model)] == before
+    assert [mixer.reach for mixer in rotary_mixers(model)] == before
 
 
 def test_longrope_is_searched_for_a_run_used_by_it_tuned_and_searched_again(program):

@@ -28,7 +28,7 @@ from zoo.attention.self_extend import SelfExtend
 from zoo.attention.streaming_llm import StreamingLLM
 from zoo.ops.attention import Part, attention
 from zoo.ops.runtime.cpu import tune_allocator
-from zoo.positions.rope import inverse_frequencies, rotate
+from zoo.positions.rope import apply_rope, inverse_frequencies
 from zoo.tasks.memory import peak_bytes
 
 HEADS, HEAD = 4, 32
@@ -49,7 +49,7 @@ def reaches(trained: int) -> dict[str, Reach]:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k = rotate(q, THETA), rotate(k, THETA)
+    q, k = apply_rope(q, THETA), apply_rope(k, THETA)
     return attention([Part(q, k, v, causal=True)])
 
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from zoo.attention import buckets
+from zoo.attention import t5_attention as module
 from zoo.attention.blockwise import BlockwiseXPos
 from zoo.attention.pattern import Reach, distances
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.ops.attention import Part
-from zoo.positions.relative import RelativeBias
 from zoo.positions.rope import inverse_frequencies
+from zoo.positions.t5 import RelativeBias
 from zoo.positions.xpos import zetas
 
 WIDTH, BLOCK = 8, 5
@@ -89,7 +89,7 @@ def test_within_the_training_length_blocks_hide_nothing():
 
 @pytest.mark.parametrize(("tokens", "past"), [(1, 0), (40, 0), (1, 30), (40, 30)])
 def test_t5_is_the_dense_formula_with_a_bias_per_bucket(tokens, past, monkeypatch):
-    monkeypatch.setattr(buckets, "TILE", 7)
+    monkeypatch.setattr(module, "TILE", 7)
     bias = RelativeBias(heads=3, buckets=8, max_distance=20).double()
     torch.nn.init.normal_(bias.weight)
     leaves = [*inputs(tokens, past), bias.weight]
@@ -100,7 +100,7 @@ def test_t5_is_the_dense_formula_with_a_bias_per_bucket(tokens, past, monkeypatc
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / WIDTH**0.5 + bias.weight[row].movedim(-1, 0)
     weights = scores.masked_fill(apart < 0, -torch.inf).softmax(-1)
     expected = torch.einsum("bhij,bjhe->bihe", weights, v)
-    assert_same(buckets.bucketed(q, k, v, bias), expected, leaves)
+    assert_same(module.t5_attention(q, k, v, bias), expected, leaves)
 
 
 @pytest.mark.parametrize(

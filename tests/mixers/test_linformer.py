@@ -7,7 +7,7 @@ import torch
 
 from zoo.mixers.linformer import Linformer
 from zoo.positions.alibi import slopes
-from zoo.positions.rope import inverse_frequencies, rotate
+from zoo.positions.rope import apply_rope, inverse_frequencies
 
 WIDTH, HEADS, D = 16, 4, 4
 BLOCK, SLOTS = 6, 2
@@ -58,7 +58,7 @@ def causal_formula(mixer: Linformer, x: torch.Tensor) -> torch.Tensor:
                 values.append(torch.einsum("rn,bnd->brd", F, v[:, block, h]))
             query, keys = q[:, t : t + 1, h : h + 1], k[:, own, h : h + 1]
             if mixer.positions == "rope":  # at their places in the text
-                query, keys = rotate(query, theta, t), rotate(keys, theta, own.start)
+                query, keys = apply_rope(query, theta, t), apply_rope(keys, theta, own.start)
             scores.append((query[:, :, 0] @ keys[:, :, 0].mT).squeeze(1) / math.sqrt(D))
             values.append(v[:, own, h])
             heads.append(softmax_rows(torch.cat(scores, 1), torch.cat(values, 1)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from zoo.mixers.longformer import Longformer
-from zoo.positions.rope import rotate
+from zoo.positions.rope import apply_rope
 
 WIDTH, HEADS, D = 16, 4, 4
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
@@ -23,7 +23,7 @@ def tokens(length: int) -> torch.Tensor:
 
 def heads(mixer: Longformer, proj, x: torch.Tensor, turn: bool = True) -> torch.Tensor:
     y = (x @ proj.weight.T).unflatten(-1, (HEADS, D))
-    return rotate(y, mixer.inv_freq) if turn and mixer.inv_freq else y
+    return apply_rope(y, mixer.inv_freq) if turn and mixer.inv_freq else y
 
 
 def softmax_over(q, k, v, mask):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from zoo.mixers.longnet import LongNet
-from zoo.positions.rope import rotate
+from zoo.positions.rope import apply_rope
 
 WIDTH, HEADS, D = 18, 3, 6
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
@@ -48,7 +48,7 @@ def dense(mixer: LongNet, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
     )
     if mixer.inv_freq:
-        q, k = rotate(q, mixer.inv_freq), rotate(k, mixer.inv_freq)
+        q, k = apply_rope(q, mixer.inv_freq), apply_rope(k, mixer.inv_freq)
     weights = seen * torch.exp(torch.einsum("bihd,bjhd->bhij", q, k) / D**0.5)
     out = torch.einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdim=True), v)
     return out.flatten(-2) @ mixer.o_proj.weight.T

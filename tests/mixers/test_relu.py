@@ -7,7 +7,7 @@ import torch
 
 from zoo.mixers.relu import EPS, ReLUAttention
 from zoo.positions.alibi import slopes
-from zoo.positions.rope import inverse_frequencies, rotate
+from zoo.positions.rope import apply_rope, inverse_frequencies
 
 WIDTH, HEADS, D = 16, 4, 4
 VARIANTS = [
@@ -44,7 +44,7 @@ def dense(mixer: ReLUAttention, x: torch.Tensor, causal: bool) -> torch.Tensor:
         for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
     )
     if mixer.positions == "rope":
-        q, k = (rotate(y, inverse_frequencies(D)) for y in (q, k))
+        q, k = (apply_rope(y, inverse_frequencies(D)) for y in (q, k))
     rows = []
     for t in range(x.shape[1]):
         seen = t + 1 if causal else x.shape[1]

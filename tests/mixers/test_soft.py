@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from zoo.mixers.soft import NewtonInverse, Soft
-from zoo.positions.rope import inverse_frequencies, turned
+from zoo.positions.rope import apply_rope, inverse_frequencies
 
 WIDTH, HEADS, D = 16, 2, 8
 BLOCK, LANDMARKS = 4, 3
@@ -48,7 +48,7 @@ def by_heads(mixer: Soft, x: torch.Tensor):
 
 
 def placed(mixer: Soft, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    return turned(x, inverse_frequencies(D), positions) if mixer.positions == "rope" else x
+    return apply_rope(x, inverse_frequencies(D), positions) if mixer.positions == "rope" else x
 
 
 def landmark(mixer: Soft, q: torch.Tensor, block: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zoo.positions.clex import CLEX, inference_t, stretched, training_positions, training_t
-from zoo.positions.rope import inverse_frequencies, rotate
+from zoo.positions.rope import apply_rope, inverse_frequencies
 from zoo.positions.scaling import ntk_aware
 
 
@@ -69,7 +69,7 @@ def test_scores_train_the_field():
     model = trained()
     x = torch.randn(1, 6, 1, 16)
     at = training_positions(6, 6, 4, torch.Generator().manual_seed(0))
-    turned = rotate(x, model(4.0), positions=at)
+    turned = apply_rope(x, model(4.0), positions=at)
     torch.einsum("bihd,bjhd->ij", turned, turned)[0].square().sum().backward()
     for weight in model.parameters():
         assert weight.grad is not None
@@ -152,7 +152,7 @@ def test_with_t_1_tokens_stand_where_they_always_stood():
         (lambda: CLEX(width=8, hidden=0), "hidden=0"),
         (lambda: CLEX(width=8, step=0.0), r"step=0\.0"),
         (lambda: CLEX(width=8)(0.5), r"t=0\.5"),
-        (lambda: CLEX(width=9)(2), "width 9 is odd"),
+        (lambda: CLEX(width=9)(2), "head_width=9: must be even"),
     ],
 )
 def test_wrong_arguments_are_refused(call, message):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from zoo.positions import rope
-from zoo.positions.rope import _tables, inverse_frequencies, rotate, turn_table
+from zoo.positions.rope import _tables, apply_rope, inverse_frequencies, rotary_tables
 
 
 def test_frequencies_of_width_128_are_the_published_ones():
@@ -19,19 +19,19 @@ def test_frequencies_of_width_128_are_the_published_ones():
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match="head width 7 is odd"):
+    with pytest.raises(ValueError, match="head_width=7: must be even"):
         inverse_frequencies(7)
     with pytest.raises(ValueError, match=r"base=1\.0"):
         inverse_frequencies(8, base=1.0)
     with pytest.raises(ValueError, match="rotary width 10 is more than the head width 8"):
-        rotate(torch.zeros(1, 1, 1, 8), inverse_frequencies(10))
+        apply_rope(torch.zeros(1, 1, 1, 8), inverse_frequencies(10))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotation_is_the_complex_product_of_each_pair(interleaved):
     theta = inverse_frequencies(6)
     x = torch.randn(1, 5, 2, 6, dtype=torch.float64)
-    y = rotate(x, theta, start=3, interleaved=interleaved)
+    y = apply_rope(x, theta, positions=3, interleaved=interleaved)
     for i, angle in enumerate(theta):
         pair = (2 * i, 2 * i + 1) if interleaved else (i, i + 3)
         turn = torch.tensor(
@@ -49,16 +49,16 @@ def test_scores_depend_on_the_distance_alone_even_a_million_tokens_in(start):
     theta = inverse_frequencies(32)
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 40, 1, 32, generator=generator)
-    near = torch.einsum("bihd,bjhd->ij", rotate(q, theta), rotate(k, theta))
-    far = torch.einsum("bihd,bjhd->ij", rotate(q, theta, start), rotate(k, theta, start))
+    near = torch.einsum("bihd,bjhd->ij", apply_rope(q, theta), apply_rope(k, theta))
+    far = torch.einsum("bihd,bjhd->ij", apply_rope(q, theta, start), apply_rope(k, theta, start))
     torch.testing.assert_close(far, near, rtol=0, atol=1e-5)
 
 
 def test_chunks_of_a_sequence_are_turned_as_the_whole_is():
     theta = inverse_frequencies(8)
     x = torch.randn(2, 11, 1, 8)
-    pieces = [rotate(x[:, a:b], theta, start=a) for a, b in [(0, 4), (4, 5), (5, 11)]]
-    assert torch.equal(torch.cat(pieces, 1), rotate(x, theta))
+    pieces = [apply_rope(x[:, a:b], theta, a) for a, b in [(0, 4), (4, 5), (5, 11)]]
+    assert torch.equal(torch.cat(pieces, 1), apply_rope(x, theta))
 
 
 def test_layouts_differ_by_a_permutation_of_the_channels():
@@ -66,8 +66,8 @@ def test_layouts_differ_by_a_permutation_of_the_channels():
     theta = inverse_frequencies(12)
     x = torch.randn(2, 7, 3, 12, dtype=torch.float64)
     regroup = torch.arange(12).view(6, 2).T.flatten()
-    halves = rotate(x[..., regroup], theta, 5)
-    wanted = rotate(x, theta, 5, interleaved=True)[..., regroup]
+    halves = apply_rope(x[..., regroup], theta, 5)
+    wanted = apply_rope(x, theta, 5, interleaved=True)[..., regroup]
     torch.testing.assert_close(halves, wanted, rtol=0, atol=1e-15)
 
 
@@ -75,8 +75,8 @@ def test_layouts_differ_by_a_permutation_of_the_channels():
 def test_frequencies_for_some_channels_turn_these_and_leave_the_rest(interleaved):
     theta = inverse_frequencies(4)  # of the rotary width, not of the head's
     x = torch.randn(2, 5, 3, 10, dtype=torch.bfloat16)
-    y = rotate(x, theta, 2, interleaved=interleaved, attention_factor=1.5)
-    alone = rotate(x[..., :4], theta, 2, interleaved=interleaved, attention_factor=1.5)
+    y = apply_rope(x, theta, 2, interleaved=interleaved, attention_factor=1.5)
+    alone = apply_rope(x[..., :4], theta, 2, interleaved=interleaved, attention_factor=1.5)
     assert torch.equal(y[..., :4], alone)
     assert torch.equal(y[..., 4:], x[..., 4:])  # nor does the attention factor reach them
 
@@ -86,7 +86,7 @@ def test_the_attention_factor_multiplies_scores_by_its_square():
     q, k = torch.randn(2, 1, 6, 2, 8, dtype=torch.float64)
 
     def scores(factor: float) -> torch.Tensor:
-        turned = (rotate(x, theta, 3, attention_factor=factor) for x in (q, k))
+        turned = (apply_rope(x, theta, 3, attention_factor=factor) for x in (q, k))
         return torch.einsum("bihd,bjhd->bhij", *turned)
 
     torch.testing.assert_close(scores(1.277259), 1.277259**2 * scores(1.0), rtol=1e-12, atol=1e-12)
@@ -95,19 +95,19 @@ def test_the_attention_factor_multiplies_scores_by_its_square():
 def test_explicit_positions_are_where_the_tokens_stand():
     theta = inverse_frequencies(16)
     x = torch.randn(2, 9, 2, 16)
-    assert torch.equal(rotate(x, theta, positions=torch.arange(4, 13)), rotate(x, theta, 4))
+    assert torch.equal(apply_rope(x, theta, positions=torch.arange(4, 13)), apply_rope(x, theta, 4))
     rows = torch.stack([torch.arange(9), torch.arange(100, 118, 2)])
-    y = rotate(x, theta, positions=rows)
-    assert torch.equal(y[0], rotate(x[:1], theta)[0])
+    y = apply_rope(x, theta, positions=rows)
+    assert torch.equal(y[0], apply_rope(x[:1], theta)[0])
     for i in range(9):
-        assert torch.equal(y[1, i], rotate(x[1:, i : i + 1], theta, 100 + 2 * i)[0, 0])
+        assert torch.equal(y[1, i], apply_rope(x[1:, i : i + 1], theta, 100 + 2 * i)[0, 0])
 
 
 def test_positions_between_whole_ones_keep_their_fraction():
     theta = inverse_frequencies(2)  # theta_0 = 1
     x = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(1, 3, 1, 2)
     at = torch.tensor([0.25, 1.5, 2**20 + 0.03125], dtype=torch.float64)
-    turned = rotate(x, theta, positions=at)[0, :, 0]
+    turned = apply_rope(x, theta, positions=at)[0, :, 0]
     expected = [[math.cos(m), math.sin(m)] for m in at.tolist()]
     torch.testing.assert_close(turned, torch.tensor(expected, dtype=torch.float64))
 
@@ -117,35 +117,37 @@ def test_a_million_tokens_in_angles_are_those_of_exact_arithmetic():
     m = 2**20
     theta = inverse_frequencies(64)
     x = torch.eye(64, dtype=torch.float64)[:32].view(1, 1, 32, 64)  # one head per pair
-    turned = rotate(x, theta, m)[0, 0]
+    turned = apply_rope(x, theta, m)[0, 0]
     for i, f in enumerate(theta):
         high, low = (m - 1001) * f, 1001 * f
         cos = math.cos(high) * math.cos(low) - math.sin(high) * math.sin(low)
         assert turned[i, i].item() == pytest.approx(cos, abs=1e-9)
-    single = rotate(x.float(), theta, m)
+    single = apply_rope(x.float(), theta, m)
     torch.testing.assert_close(single.double(), turned[None, None], rtol=0, atol=6e-8)
 
 
-@pytest.mark.parametrize("place", [{"start": 2**20}, {"positions": torch.arange(2**20, 2**20 + 4)}])
+@pytest.mark.parametrize(
+    "place", [{"positions": 2**20}, {"positions": torch.arange(2**20, 2**20 + 4)}]
+)
 def test_autocast_and_half_precision_do_not_reach_the_angles(place):
     theta = inverse_frequencies(32)
     x = torch.randn(1, 4, 2, 32)
     _tables.clear()
     with torch.autocast("cpu", torch.bfloat16):
-        inside = rotate(x, theta, **place)
-        frequencies = rotate(x, torch.tensor(theta, dtype=torch.float64), **place)
-    assert torch.equal(inside, rotate(x, theta, **place))
+        inside = apply_rope(x, theta, **place)
+        frequencies = apply_rope(x, torch.tensor(theta, dtype=torch.float64), **place)
+    assert torch.equal(inside, apply_rope(x, theta, **place))
     assert torch.equal(frequencies, inside)
-    half = rotate(x.bfloat16(), theta, **place)
+    half = apply_rope(x.bfloat16(), theta, **place)
     torch.testing.assert_close(half.float(), inside, rtol=2e-2, atol=2e-2)
 
 
 def test_a_tensor_of_frequencies_gets_its_gradient():
     x = torch.randn(2, 5, 1, 6, dtype=torch.float64)
     theta = torch.tensor(inverse_frequencies(6), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda f: rotate(x, f, 3, attention_factor=1.2), theta)
-    fixed = rotate(x, inverse_frequencies(6), 3)
-    torch.testing.assert_close(rotate(x, theta, 3), fixed, rtol=0, atol=1e-15)
+    assert torch.autograd.gradcheck(lambda f: apply_rope(x, f, 3, attention_factor=1.2), theta)
+    fixed = apply_rope(x, inverse_frequencies(6), 3)
+    torch.testing.assert_close(apply_rope(x, theta, 3), fixed, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("tokens", [1, 33])
@@ -155,7 +157,7 @@ def test_rotation_is_that_of_transformers(tokens):
     angles = torch.outer(torch.arange(tokens).float(), torch.tensor(inverse_frequencies(16)))
     cos, sin = (f(torch.cat([angles, angles], -1))[None] for f in (torch.cos, torch.sin))
     expected = llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
-    found = (rotate(x, inverse_frequencies(16)) for x in (q, k))
+    found = (apply_rope(x, inverse_frequencies(16)) for x in (q, k))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -163,7 +165,7 @@ def test_rotation_is_that_of_transformers(tokens):
 def test_the_gradient_of_a_turn_is_the_turn_back():
     theta = inverse_frequencies(6)
     x = torch.randn(2, 5, 3, 8, dtype=torch.float64, requires_grad=True)  # two channels stay
-    turn = lambda y: rotate(y, theta, 2**20, attention_factor=1.3)  # noqa: E731
+    turn = lambda y: apply_rope(y, theta, 2**20, attention_factor=1.3)  # noqa: E731
     assert torch.autograd.gradcheck(turn, x)
     assert torch.autograd.gradgradcheck(turn, x)
 
@@ -171,7 +173,7 @@ def test_the_gradient_of_a_turn_is_the_turn_back():
 def test_as_many_tables_are_kept_as_the_memory_for_them_holds(monkeypatch):
     _tables.clear()
     table = functools.partial(
-        turn_table, inverse_frequencies(8), device=torch.device("cpu"), dtype=torch.float32
+        rotary_tables, inverse_frequencies(8), device=torch.device("cpu"), dtype=torch.float32
     )
     kept = [table(positions=torch.arange(start, start + 16)) for start in range(40)]
     again = [table(positions=torch.arange(start, start + 16)) for start in range(40)]

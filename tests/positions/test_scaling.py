@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from zoo.positions import scaling
-from zoo.positions.rope import inverse_frequencies, rotate
+from zoo.positions.rope import apply_rope, inverse_frequencies
 from zoo.positions.scaling import (
     current_factor,
     dynamic_ntk,
@@ -34,8 +34,8 @@ def test_linear_is_interpolation_of_the_positions():
     inv_freq, factor = linear(width=16, factor=4)
     x = torch.randn(1, 12, 2, 16, dtype=torch.float64)
     quarter = torch.arange(12, dtype=torch.float64) / 4
-    expected = rotate(x, inverse_frequencies(16), positions=quarter)
-    torch.testing.assert_close(rotate(x, inv_freq), expected, rtol=1e-12, atol=1e-12)
+    expected = apply_rope(x, inverse_frequencies(16), positions=quarter)
+    torch.testing.assert_close(apply_rope(x, inv_freq), expected, rtol=1e-12, atol=1e-12)
     assert (inv_freq[0], factor) == (0.25, 1.0)
 
 
@@ -161,9 +161,9 @@ def test_longrope_leaves_the_first_positions_as_they_were():
     x = torch.randn(1, 20, 1, 128, dtype=torch.float64)
     for start in (0, 9):
         rows = keep_first(inv_freq, THETA, 12, torch.arange(start, start + 20))
-        y, cut = rotate(x, rows, start), 12 - start
-        assert torch.equal(y[:, :cut], rotate(x, THETA, start)[:, :cut])
-        assert torch.equal(y[:, cut:], rotate(x, inv_freq, start)[:, cut:])
+        y, cut = apply_rope(x, rows, start), 12 - start
+        assert torch.equal(y[:, :cut], apply_rope(x, THETA, start)[:, :cut])
+        assert torch.equal(y[:, cut:], apply_rope(x, inv_freq, start)[:, cut:])
 
 
 def test_llama3_keeps_divides_and_blends_by_wavelength():
@@ -213,7 +213,7 @@ def test_scaled_scores_depend_on_the_distance_alone_even_a_million_tokens_in(sca
     q, k = torch.randn(2, 1, 20, 1, 128, dtype=torch.float64, generator=generator)
 
     def scores(start: int) -> torch.Tensor:
-        at = (rotate(x, inv_freq, start, attention_factor=factor) for x in (q, k))
+        at = (apply_rope(x, inv_freq, start, attention_factor=factor) for x in (q, k))
         return torch.einsum("bihd,bjhd->ij", *at)
 
     torch.testing.assert_close(scores(2**20), scores(0), rtol=0, atol=1e-7)
@@ -249,7 +249,7 @@ def test_a_larger_factor_turns_no_pair_faster():
         ({"original_length": None}, "original_length=None: give the length trained at"),
         ({"original_length": 0}, "original_length=0"),
         ({"base": 1.0}, "base=1.0"),
-        ({"width": 127}, "head width 127 is odd"),
+        ({"width": 127}, "head_width=127: must be even"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(wrong, message):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from zoo.ops.attention import Part, attend
-from zoo.positions.rope import inverse_frequencies, rotate
-from zoo.positions.xpos import fade, zetas
+from zoo.positions.rope import apply_rope, inverse_frequencies
+from zoo.positions.xpos import apply_xpos_decay, zetas
 
 
 def test_zetas_of_width_8_are_the_published_ones():
@@ -32,7 +32,9 @@ def test_scores_fade_pair_by_pair_with_the_distance(past, tokens):
     q = torch.randn(1, tokens, 1, 8, dtype=torch.float64)
     k = torch.randn(1, past + tokens, 1, 8, dtype=torch.float64)
     theta = inverse_frequencies(8)
-    faded_q, faded_k = fade(rotate(q, theta, past), rotate(k, theta), past, scale_base=16)
+    faded_q, faded_k = apply_xpos_decay(
+        apply_rope(q, theta, past), apply_rope(k, theta), past, scale_base=16
+    )
     found = torch.einsum("bihd,bjhd->ij", faded_q, faded_k)
     torch.testing.assert_close(found, dense_scores(q, k, past, 16), rtol=1e-10, atol=1e-10)
 
@@ -40,8 +42,8 @@ def test_scores_fade_pair_by_pair_with_the_distance(past, tokens):
 def test_layouts_differ_by_a_permutation_of_the_channels():
     q, k = torch.randn(2, 1, 9, 2, 12, dtype=torch.float64)
     regroup = torch.arange(12).view(6, 2).T.flatten()
-    halves = fade(q[..., regroup], k[..., regroup], 0)
-    pairs = fade(q, k, 0, interleaved=True)
+    halves = apply_xpos_decay(q[..., regroup], k[..., regroup], 0)
+    pairs = apply_xpos_decay(q, k, 0, interleaved=True)
     for half, pair in zip(halves, pairs, strict=True):
         assert torch.equal(half, pair[..., regroup])
 
@@ -50,12 +52,12 @@ def test_parts_of_the_keys_merge_to_the_whole():
     """Every part has a centre of its own, so keys can be kept turned and faded at use."""
     theta, block = inverse_frequencies(8), 6
     q, k, v = torch.randn(3, 1, 2 * block, 2, 8, dtype=torch.float64)
-    q, k = rotate(q, theta), rotate(k, theta)
-    whole = attend([Part(*fade(q, k, 0), v, causal=True)])[0]
+    q, k = apply_rope(q, theta), apply_rope(k, theta)
+    whole = attend([Part(*apply_xpos_decay(q, k, 0), v, causal=True)])[0]
     old, new = slice(block), slice(block, None)
     parts = [
-        Part(*fade(q[:, new], k[:, new], 0), v[:, new], causal=True),
-        Part(*fade(q[:, new], k[:, old], block), v[:, old]),
+        Part(*apply_xpos_decay(q[:, new], k[:, new], 0), v[:, new], causal=True),
+        Part(*apply_xpos_decay(q[:, new], k[:, old], block), v[:, old]),
     ]
     torch.testing.assert_close(attend(parts)[0], whole[:, new], rtol=1e-10, atol=1e-10)
 
@@ -65,14 +67,16 @@ def test_nothing_overflows_at_any_length(dtype):
     """A fixed centre leaves float32 at 36k tokens; the last query here sees a key 2^20 before."""
     q = torch.randn(1, 4, 1, 8, dtype=dtype)
     far = torch.randn(1, 2**20, 1, 8, dtype=dtype)
-    faded_q, faded_k = fade(q, far, 2**20)
+    faded_q, faded_k = apply_xpos_decay(q, far, 2**20)
     assert faded_q.abs().amax() <= q.abs().amax()
     assert faded_k.abs().amax() <= far.abs().amax()
     scores = torch.einsum("bihd,bjhd->ij", faded_q, faded_k)
     assert scores.isfinite().all()
     assert not scores[:, 0].any()  # a million tokens off it has faded away
     own = torch.randn(1, 2040, 1, 8, dtype=dtype, requires_grad=True)  # all that is allowed
-    out, _ = attend([Part(*fade(own, own, 0, scale_base=64), own, causal=True)], backend="torch")
+    out, _ = attend(
+        [Part(*apply_xpos_decay(own, own, 0, scale_base=64), own, causal=True)], backend="torch"
+    )
     out.float().square().sum().backward()
     assert out.isfinite().all()
     assert own.grad is not None
@@ -82,8 +86,8 @@ def test_nothing_overflows_at_any_length(dtype):
 def test_what_would_overflow_is_refused():
     x = torch.randn(1, 20000, 1, 8)
     with pytest.raises(ValueError, match="at most 16347 queries with their own keys"):
-        fade(x, x, 0)
-    fade(x[:, -100:], x, 19900)
+        apply_xpos_decay(x, x, 0)
+    apply_xpos_decay(x[:, -100:], x, 19900)
     with pytest.raises(ValueError, match=r"even head width and gamma > 0: got 7 and 0\.4"):
         zetas(7)
     with pytest.raises(ValueError, match="got 8 and 0"):

@@ -18,8 +18,8 @@ from torch import Tensor
 from zoo.attention.pattern import Reach, Scaling, View, plain
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
-from zoo.positions.rope import turned
-from zoo.positions.xpos import fade
+from zoo.positions.rope import apply_rope
+from zoo.positions.xpos import apply_xpos_decay
 
 LONGEST = 4096  # tokens of blocks that are read at once
 
@@ -42,7 +42,7 @@ class BlockwiseXPos(Reach):
         return views
 
     def scored(self, q: Tensor, k: Tensor, origin: int) -> tuple[Tensor, Tensor]:
-        return fade(q, k, origin)
+        return apply_xpos_decay(q, k, origin)
 
     def __call__(
         self,
@@ -60,8 +60,8 @@ class BlockwiseXPos(Reach):
         if tokens <= size or size > LONGEST or k.shape[1] < keys:
             return super().__call__(q, k, v, start, backend, always)
         inv_freq, factor = self.scaling(end)
-        q = turned(q, inv_freq, torch.arange(start, end), factor)
-        k = turned(k[:, -keys:], inv_freq, torch.arange(end - keys, end), factor)
+        q = apply_rope(q, inv_freq, torch.arange(start, end), factor)
+        k = apply_rope(k[:, -keys:], inv_freq, torch.arange(end - keys, end), factor)
         q = F.pad(q, (0, 0, 0, 0, ahead, 0))
         q, k, v = (_blocks(x, size) for x in (q, k, v[:, -keys:]))
         own = _each(q, k[:, 1 - first :], v[:, 1 - first :], 0, backend)
@@ -83,6 +83,6 @@ def _each(q: Tensor, k: Tensor, v: Tensor, origin: int, backend: str) -> Partial
     """Each block of queries over its block of keys, of which the first query is number `origin`."""
     b, blocks = q.shape[:2]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    q, k = fade(q, k, origin)
+    q, k = apply_xpos_decay(q, k, origin)
     out, lse = attend([Part(q, k, v, causal=origin == 0)], backend=backend)
     return out.unflatten(0, (b, blocks)), lse.unflatten(0, (b, blocks))

@@ -20,7 +20,7 @@ from torch import Tensor
 from zoo.attention.window import seen_later, window
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
-from zoo.positions.rope import Frequencies, turned
+from zoo.positions.rope import Frequencies, apply_rope
 
 BLOCK = 1024  # queries that share a list of views: fused kernels take large tiles of that many,
 FEW = 8192  # and where views are of few keys
@@ -126,7 +126,8 @@ class Reach:
                 at = view.queries_at(_positions(rows)) if self.sinks else None
                 if at is not None and len(at) == 1 and not callable(inv_freq):
                     # few keys are turned back by where all of the queries stand, which stay
-                    seen = turned(k[:, run], inv_freq, view.keys_at(stands[run]) - at, factor**2)
+                    back = view.keys_at(stands[run]) - at
+                    seen = apply_rope(k[:, run], inv_freq, back, factor**2)
                     seeing = _cut(q, whole, rows)
                 else:
                     seen = keys[view.keys_at][:, run]
@@ -145,8 +146,8 @@ class Reach:
         inv_freq, factor = self.scaling(start + q.shape[1])
         k, v = (seen_later(x, q.shape[1] + self.nearest - 1) for x in (k, v))
         at = torch.arange(start + q.shape[1] - k.shape[1], start + q.shape[1])
-        k = turned(k, inv_freq, at, factor)
-        q = turned(q, inv_freq, at[k.shape[1] - q.shape[1] :], factor)
+        k = apply_rope(k, inv_freq, at, factor)
+        q = apply_rope(q, inv_freq, at[k.shape[1] - q.shape[1] :], factor)
         return window(q, k, v, self.nearest, backend=backend)
 
     def _kept(self, view: View, dropped: int) -> View | None:
@@ -197,7 +198,7 @@ class _Turned(dict[Places, Tensor]):
 
     def __missing__(self, places: Places) -> Tensor:
         inv_freq, factor = self.scaled
-        self[places] = turned(self.x, inv_freq, places(self.stands), factor)
+        self[places] = apply_rope(self.x, inv_freq, places(self.stands), factor)
         return self[places]
 
 

@@ -24,7 +24,7 @@ from zoo.config.groups import choices, extensions
 from zoo.errors import UserError
 from zoo.mixers.base import Mixer
 from zoo.model.build import build_model
-from zoo.model.extend import extend, rotary
+from zoo.model.extend import extend, rotary_mixers
 from zoo.report.charts import themed
 from zoo.runs.files import one_line, replacing
 
@@ -50,7 +50,7 @@ def _distances(extension: str) -> Grid:
     model, _ = build_model(train, vocab_size=8)
     config = compose("eval", ["run=none", f"extension={extension}"])
     extend(model, config.extension, TRAINED)
-    remap = rotary(model)[0].reach
+    remap = rotary_mixers(model)[0].reach
     assert remap is not None
     return distances(remap, READ)
 

@@ -43,7 +43,7 @@ from zoo.mixers.base import (
 from zoo.ops.attention import Part, attend, attention
 from zoo.ops.merge import merge
 from zoo.positions.alibi import add_bias_channels, slopes
-from zoo.positions.rope import inverse_frequencies, rotate
+from zoo.positions.rope import apply_rope, inverse_frequencies
 
 SEGMENT = 512  # queries, or one block if that is longer, that read the slots together
 
@@ -151,7 +151,7 @@ class Linformer(MultiHead):
             for x, ahead in ((q, before), (k, 0), (v, 0))
         )
         if self.positions == "rope":
-            q, k = rotate(q, self.inv_freq), rotate(k, self.inv_freq)
+            q, k = apply_rope(q, self.inv_freq), apply_rope(k, self.inv_freq)
         results = attend([Part(q, k, v, causal=True)], backend=self.backend)
         out, lse = (x.unflatten(0, (batch, -1)).flatten(1, 2) for x in results)
         return out[:, before : before + tokens], lse[:, before : before + tokens]

@@ -41,7 +41,7 @@ from zoo.mixers.base import (
 )
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
-from zoo.positions.rope import inverse_frequencies, rotate
+from zoo.positions.rope import apply_rope, inverse_frequencies
 
 MAX_REACH = 2**24  # tokens back that a state holds keys for
 
@@ -130,7 +130,7 @@ class Longformer(MultiHead):
 
     def _turned(self, x: Tensor, start: int) -> Float[Tensor, "b t h d"]:
         x = self.by_head(x)
-        return rotate(x, self.inv_freq, start) if self.inv_freq else x
+        return apply_rope(x, self.inv_freq, start) if self.inv_freq else x
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
         if self.causal:

@@ -38,7 +38,7 @@ from zoo.errors import choose
 from zoo.mixers.base import MultiHead, State, compute_dtype, linear, residual_gain
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
-from zoo.positions.rope import inverse_frequencies, rotate
+from zoo.positions.rope import apply_rope, inverse_frequencies
 
 
 class LongNetState(NamedTuple):
@@ -91,7 +91,7 @@ class LongNet(MultiHead):
         start = state.seen if state else 0
         q, k, v = self.qkv(x)
         if self.inv_freq:
-            q, k = rotate(q, self.inv_freq, start), rotate(k, self.inv_freq, start)
+            q, k = apply_rope(q, self.inv_freq, start), apply_rope(k, self.inv_freq, start)
         qkv, results, after = torch.cat([q, k, v], -1), [], []
         for branch, (w, r) in enumerate(self.branches):
             q, kv = _rows(qkv, start, r).tensor_split([self.head_width], -1)

@@ -34,7 +34,7 @@ from zoo.mixers.softmax import KeyValues
 from zoo.ops.kernel_attention import kernel_attention
 from zoo.ops.rms_norm import RMSNorm
 from zoo.positions.alibi import slopes
-from zoo.positions.rope import inverse_frequencies, rotate
+from zoo.positions.rope import apply_rope, inverse_frequencies
 
 EPS = 1e-6
 
@@ -79,7 +79,7 @@ class ReLUAttention(MultiHead):
         start = state.seen if state else 0
         q, k, v = self.qkv(x)
         if self.positions == "rope":
-            q, k = rotate(q, self.inv_freq, start), rotate(k, self.inv_freq, start)
+            q, k = apply_rope(q, self.inv_freq, start), apply_rope(k, self.inv_freq, start)
         if state:
             k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
         y = self.o_proj(self._attend(q, k, v).to(v.dtype))

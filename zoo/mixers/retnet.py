@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from zoo.mixers.base import Mixer, linear, residual_gain
 from zoo.ops.linear_attention import linear_attention
-from zoo.positions.rope import inverse_frequencies, rotate
+from zoo.positions.rope import apply_rope, inverse_frequencies
 
 
 class RetentionState(NamedTuple):
@@ -66,8 +66,8 @@ class RetNet(Mixer):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         y, S = linear_attention(
-            rotate(q, self.inv_freq, seen) * self.head_width**-0.5,
-            rotate(k, self.inv_freq, seen),
+            apply_rope(q, self.inv_freq, seen) * self.head_width**-0.5,
+            apply_rope(k, self.inv_freq, seen),
             v,
             torch.tensor(self.log_decay, dtype=torch.float64, device=x.device),
             state=state.S if state else None,

@@ -55,7 +55,7 @@ from zoo.mixers.base import (
 )
 from zoo.mixers.softmax import KeyValues
 from zoo.ops.kernel_attention import gaussian, kernel_attention
-from zoo.positions.rope import inverse_frequencies, rotate, turned
+from zoo.positions.rope import apply_rope, inverse_frequencies
 
 PIECE = 64  # blocks whose landmarks' matrices are held at once; recomputed in the backward pass
 
@@ -241,10 +241,10 @@ class Soft(Mixer):
         if self.positions == "none":
             return landmarks
         places = torch.arange(first, first + blocks.shape[1], device=q.device) + 0.5
-        return turned(landmarks, self.inv_freq, places * self.block - 0.5)
+        return apply_rope(landmarks, self.inv_freq, places * self.block - 0.5)
 
     def _turned(self, q: Tensor, start: int) -> Tensor:
-        return rotate(q, self.inv_freq, start) if self.positions == "rope" else q
+        return apply_rope(q, self.inv_freq, start) if self.positions == "rope" else q
 
     def _ridge(self, A: Tensor) -> Tensor:
         return A + self.epsilon * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)

@@ -26,8 +26,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.attention.blockwise import BlockwiseXPos
-from zoo.attention.buckets import bucketed
 from zoo.attention.pattern import Reach
+from zoo.attention.t5_attention import t5_attention
 from zoo.errors import choose
 from zoo.mixers.base import (
     Mixer,
@@ -42,8 +42,8 @@ from zoo.mixers.base import (
 )
 from zoo.ops.attention import Part, attention
 from zoo.positions.alibi import CHUNK, add_bias_channels
-from zoo.positions.relative import RelativeBias
-from zoo.positions.rope import Frequencies, by_row, inverse_frequencies, rotate, turned
+from zoo.positions.rope import Frequencies, apply_rope, by_row, inverse_frequencies
+from zoo.positions.t5 import RelativeBias
 
 
 class KeyValues(NamedTuple):
@@ -135,9 +135,9 @@ class SoftmaxAttention(Mixer):
         sinks = self._sinks(q)
         if self.positions == "rope" and at is not None:
             inv_freq, factor = self._frequencies(at, shared)
-            q, k = turned(q, inv_freq, at, factor), turned(k, inv_freq, at, factor)
+            q, k = apply_rope(q, inv_freq, at, factor), apply_rope(k, inv_freq, at, factor)
         elif self.positions == "rope" and self.reach is None:
-            q, k = rotate(q, self.inv_freq, start), rotate(k, self.inv_freq, start)
+            q, k = apply_rope(q, self.inv_freq, start), apply_rope(k, self.inv_freq, start)
         if state:
             k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
         y = self.o_proj(self._attend(q, k, v, start, at, sinks).flatten(-2))
@@ -177,7 +177,7 @@ class SoftmaxAttention(Mixer):
         if self.reach and at is None:
             return self.reach(q, k, v, start, self.backend, sinks)
         if self.positions == "t5":
-            return bucketed(q, k, v, self.bias, backend=self.backend)
+            return t5_attention(q, k, v, self.bias, backend=self.backend)
         if not self.causal:
             return attention([Part(q, k, v), *sinks], backend=self.backend)
         end, outs = k.shape[1] - q.shape[1], []

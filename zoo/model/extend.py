@@ -37,7 +37,7 @@ def extend(model: Backbone, extension: Extension, trained_length: int) -> Backbo
     if kinds == ROTARY and _is_trained(extension):
         _train_frequencies(model, extension, original_length)
     elif kinds == ROTARY:
-        for mixer in rotary(model):
+        for mixer in rotary_mixers(model):
             mixer.reach = _reach(mixer, extension, original_length)
     elif kinds == LINEAR:
         _interpolate(model, extension)
@@ -85,7 +85,7 @@ def _positions(model: Backbone) -> set[str]:
     return kinds | {EMBEDDED[type(model.positions)]} if model.positions is not None else kinds
 
 
-def rotary(model: Backbone) -> list[SoftmaxAttention]:
+def rotary_mixers(model: Backbone) -> list[SoftmaxAttention]:
     return _attending(model, "rope")
 
 
@@ -107,7 +107,7 @@ def _train_frequencies(model: Backbone, extension: Extension, original_length: i
             f"extension={extension.name}: its scaling is trained, with windows that are placed: "
             "python train.py finetune=<run> extension=clex"
         )
-    mixers = rotary(model)
+    mixers = rotary_mixers(model)
     if len({(mixer.head_width, mixer.rope_base) for mixer in mixers}) > 1:
         raise UserError(f"extension={extension.name} needs one width and base in all rotary layers")
     try:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.positions.rope import inverse_frequencies, turn_table
+from zoo.positions.rope import inverse_frequencies, rotary_tables
 
 
 class Sinusoidal(nn.Module):
@@ -29,7 +29,7 @@ class Sinusoidal(nn.Module):
     ) -> Float[Tensor, "b t d"]:
         if positions is None:
             positions = torch.arange(start, start + x.shape[1])
-        cos, sin = turn_table(self.inv_freq, positions, x.device, x.dtype)
+        cos, sin = rotary_tables(self.inv_freq, positions, x.device, x.dtype)
         return self.scale * x + torch.stack([sin, cos], -1).flatten(-3)
 
 

@@ -1,16 +1,16 @@
-"""xPos: rotary positions whose scores fade with the distance (Sun 2022, sections 3.2, 3.3).
+"""xPos: rotary positions with a decay by distance (Sun 2022, sections 3.2, 3.3, arXiv 2212.10554).
 
     zeta_i      (i / (d/2) + gamma) / (1 + gamma), i = 0 .. d/2 - 1, one per rotated pair
     q'_m        R_m q_m zeta^((m - c) / B),  k'_n = R_n k_n zeta^(-(n - c) / B),  B = `scale_base`
 
-so that the score carries zeta^((m-n)/B) whatever the centre c, the fast pairs fading first. Far
-from c one side overflows (0.2857^(-n/512) leaves float32 at n = 36k). Here c lies between the
-queries and the keys of one part of the attention, keys are kept turned but not faded, and no
-exponent depends on where in the text the part stands.
+The score then carries zeta^((m-n)/B) for any centre c, and fast pairs decay first. Far from c one
+of the factors overflows (0.2857^(-n/512) exceeds float32 at n = 36k). Here c lies between the
+queries and the keys of one part of the attention, keys are cached rotated but without decay, and no
+exponent depends on the part's place in the text.
 
-The paper's extrapolation needs blockwise causal attention beside it: blocks of half the training
-length, each query over its own block and the one before. `fade(q, k, 0)` serves the former,
-`fade(q, k, len(k))` the latter, and both serve all blocks at once.
+The paper extrapolates with blockwise causal attention: blocks of half the training length, each
+query over its own block and the one before. `apply_xpos_decay(q, k, 0)` serves the own block,
+`apply_xpos_decay(q, k, len(k))` the one before, and both serve all blocks at once.
 """
 
 import math
@@ -19,18 +19,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-LARGEST = 40.0  # ln of the largest factor on a product that a causal mask hides
+MAX_LOG_FACTOR = 40.0  # of products above the diagonal, which a causal mask hides
 
 
 def zetas(width: int, gamma: float = 0.4) -> tuple[float, ...]:
-    """zeta_i of each pair. Golden, d=8: 0.2857, 0.4643, 0.6429, 0.8214."""
+    """Return zeta_i of each pair. Golden, d=8: 0.2857, 0.4643, 0.6429, 0.8214."""
     if width % 2 or not gamma > 0:
         raise ValueError(f"xPos needs an even head width and gamma > 0: got {width} and {gamma}")
     half = width // 2
     return tuple((i / half + gamma) / (1 + gamma) for i in range(half))
 
 
-def fade(
+def apply_xpos_decay(
     q: Float[Tensor, "b tq h d"],
     k: Float[Tensor, "b tk h d"],
     origin: int,
@@ -39,18 +39,22 @@ def fade(
     scale_base: float = 512.0,
     interleaved: bool = False,
 ) -> tuple[Float[Tensor, "b tq h d"], Float[Tensor, "b tk h d"]]:
-    """Turned q and k with the factors that make pair i of q_m.k_n fade as zeta_i^((m-n)/B).
+    """Scale rotated q and k so that pair i of q_m.k_n decays as zeta_i^((m-n)/B).
 
-    `origin` is the index in `k` of the first query, len(k) or more where all keys come before
-    it. Only keys after the first query can grow; ValueError where so many do that the products
-    above the diagonal would leave float32: split the queries then.
+    Args:
+        origin: index in `k` of the first query; len(k) or more where all keys precede it.
+        interleaved: the layout of pairs, as in `apply_rope`.
+
+    Raises:
+        ValueError: keys after the first query grow, and here so many follow it that the masked
+            products above the diagonal would overflow float32. Split the queries.
     """
     log_zeta = torch.tensor(zetas(q.shape[-1], gamma), dtype=torch.float64).log() / scale_base
     centre = (origin + k.shape[1] - 1) / 2
     overlap = k.shape[1] - 1 - origin
-    if -log_zeta[0] * overlap > LARGEST:
-        most = math.floor(-LARGEST / log_zeta[0].item())
-        raise ValueError(f"xPos fades at most {most} queries with their own keys: got {overlap}")
+    if -log_zeta[0] * overlap > MAX_LOG_FACTOR:
+        most = math.floor(-MAX_LOG_FACTOR / log_zeta[0].item())
+        raise ValueError(f"xPos decays at most {most} queries with their own keys: got {overlap}")
 
     def factors(first: float, tokens: int, sign: int, like: Tensor) -> Tensor:
         steps = sign * (torch.arange(tokens, dtype=torch.float64) + first)

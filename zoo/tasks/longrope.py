@@ -23,7 +23,7 @@ from zoo.attention.pattern import Reach
 from zoo.data.loader import evaluation_bytes, evaluation_text
 from zoo.errors import UserError
 from zoo.mixers.softmax import SoftmaxAttention
-from zoo.model.extend import rotary
+from zoo.model.extend import rotary_mixers
 from zoo.positions.longrope import N_HATS, Rescale, Search
 from zoo.positions.rope import inverse_frequencies
 from zoo.positions.scaling import linear, longrope, ntk_aware, yarn
@@ -120,7 +120,7 @@ class Problem:
 
 
 def _problem(context: EvalContext, factor: float, magnitude: str) -> Problem:
-    config, mixers = RunFolder.open(context.folder).config, rotary(context.model)
+    config, mixers = RunFolder.open(context.folder).config, rotary_mixers(context.model)
     if not mixers or len({(mixer.head_width, mixer.rope_base) for mixer in mixers}) > 1:
         raise UserError("longrope searches for models whose rotary layers have one width and base")
     if context.extension != "none":

@@ -12,12 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import merge
-from zoo.positions.relative import RelativeBias
+from zoo.positions.t5 import RelativeBias
 
 TILE = 512  # queries
 
 
-def bucketed(
+def t5_attention(
     q: Float[Tensor, "b t h d"],
     k: Float[Tensor, "b n h d"],
     v: Float[Tensor, "b n h e"],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.positions.relative import RelativeBias, bucket
+from zoo.positions.t5 import RelativeBias, bucket
 
 
 def test_buckets_of_the_published_table():
