@@ -79,6 +79,8 @@ def test_an_audit_that_passed_changes_nothing():
         (7.5, {}, True),
         (4.6, {"unigram_bits": 4.7}, False),
         (2.0, {"unigram_bits": 4.7}, True),
+        (3.9, {"unigram_bits": 4.7, "bigram_bits": 3.9}, False),
+        (3.85, {"unigram_bits": 4.7, "bigram_bits": 3.9}, True),
         (3.4, {"tokenizer": "bpe@1", "uniform_bits": 3.5}, False),
         (7.8, {"tokenizer": "bpe@1"}, True),  # nothing to compare with
     ],

@@ -19,6 +19,7 @@ from fakes import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zoo.data.bigrams import Bigrams
 from zoo.data.loader import evaluation_text
 from zoo.data.masking import mask_tokens
 from zoo.errors import UserError
@@ -315,14 +316,16 @@ def test_settings_that_make_no_sense_are_refused(wrong, store, tmp_path):
         list(measure(make_context(Remembers(1), tmp_path, store), **wrong))
 
 
-def test_a_row_says_what_guesses_without_context_would_score(tmp_path, store):
-    """Token frequencies alone, and an even guess over the vocabulary, in bits per byte."""
+def test_a_row_says_what_simple_guesses_would_score(tmp_path, store):
+    """A bigram model, token frequencies, an even guess over the vocabulary, in bits per byte."""
     context = make_context(Remembers(memory=5), tmp_path, store)
     rows = list(measure(context, lengths=LENGTHS, units=UNITS, stride=STRIDE))
     text = evaluation_text(store, LENGTHS[-1], UNITS, "joined")
     counts = np.bincount(text.ravel())
     shares = counts[counts > 0] / counts.sum()
     unigram = -(shares * np.log2(shares)).sum() / store.bytes_per_token
+    bigram = Bigrams.count(store.tokens, VOCABULARY).nats(text).mean() / math.log(2)
     for row in rows:
+        assert row["bigram_bits"] == pytest.approx(bigram / store.bytes_per_token)
         assert row["unigram_bits"] == pytest.approx(unigram)
         assert row["uniform_bits"] == pytest.approx(math.log2(VOCABULARY) / store.bytes_per_token)

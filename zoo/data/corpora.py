@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from zoo.data.bigrams import Bigrams, bigrams_of
 from zoo.data.passkey import Passkeys
 from zoo.data.sources import SPLITS, Source, find_source, store_folder
 from zoo.data.store import TokenStore, open_or_build, write_store
 from zoo.data.tokenizers import Encode, Tokenizer, encode_bytes, open_tokenizer
 from zoo.errors import choose
+
+SCORED_TOKENS = 2**20  # of a split that the bigram model is scored on
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,32 @@ class Corpus:
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     @property
-    def summary(self) -> dict[str, dict[str, int]]:
-        """Documents, tokens and bytes of each split."""
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Documents, tokens and bytes of each split, and what a bigram model scores on two."""
         return {
             split: {
                 "documents": len(store.offsets) - 1,
                 "tokens": len(store),
                 "bytes": store.source_bytes,
+                **({} if store is self.train else self._bigram_scores(store)),
             }
             for split, store in zip(SPLITS, (self.train, self.valid, self.test), strict=True)
         }
+
+    def _bigram_scores(self, store: TokenStore) -> dict[str, float]:
+        """In nats per token and bits per byte, over the start of a split."""
+        tokens = store.tokens[:SCORED_TOKENS]
+        nats = self.bigrams.nats(tokens) if len(tokens) > 1 else np.zeros(0)
+        size = int(store.bytes_of(1, len(tokens)).sum())
+        if not size:
+            return {}
+        told = {"bigram_nats": nats.mean(), "bigram_bits": nats.sum() / size / np.log(2)}
+        return {name: round(float(value), 4) for name, value in told.items()}
+
+    @property
+    def bigrams(self) -> Bigrams:
+        """Of the training text: what any use of further context must beat."""
+        return bigrams_of(self.train, self.vocab_size)
 
     def text(self, split: str) -> Int[np.ndarray, " t"]:
         """The tokens of a split, document after document."""

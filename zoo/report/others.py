@@ -7,7 +7,7 @@ DRAWN = ("perplexity", "passkey", "speed", "stream", None)  # tasks with a part 
 ABOUT = {  # fields that say what was measured and how, not what came out
     *("seed", "extension_factor", "parameters", "flops_per_token", "train_length", "train_tokens"),
     *("train_steps", "lr", "threads", "seconds", "length", "count", "unit", "units", "documents"),
-    *("state_bytes", "uniform_bits", "unigram_bits", "nll_sum", "chance"),
+    *("state_bytes", "uniform_bits", "unigram_bits", "bigram_bits", "nll_sum", "chance"),
 }
 FIRST = ("value", "bits_per_byte", "accuracy", "score")  # what a task calls its result, if it does
 

@@ -59,20 +59,24 @@ def drop_partial_budgets(rows: Iterable[Row], runs: Iterable[Mapping[str, Any]])
             row |= {"train_tokens": None, "train_steps": None}
 
 
-def guess(row: Mapping[str, Any]) -> tuple[float, str] | None:
-    """Bits per byte of the best guess that uses no context, and what guess that is.
+def baseline(row: Mapping[str, Any]) -> tuple[float, str] | None:
+    """Bits per byte that a model must stay below to have learned, and whose score that is.
 
-    The entropy of single tokens where the row has it, otherwise an even guess over the vocabulary:
-    8 for bytes, log2(vocabulary) / bytes per token for other tokenisers. None where unknown.
+    The bigram model's where the row has it. Rows of before there was one, and those of encoders,
+    are held to 5 % below the entropy of single tokens or, without that, below an even guess: 8 bits
+    for bytes, log2(vocabulary) / bytes per token for other tokenisers. None where unknown.
     """
-    for field, words in (
-        ("unigram_bits", "token frequencies alone give"),
-        ("uniform_bits", "a blind guess gives"),
+    for field, below, words in (
+        ("bigram_bits", 0.0, "a bigram model scores"),
+        ("unigram_bits", UNLEARNED, "token frequencies alone give"),
+        ("uniform_bits", UNLEARNED, "a blind guess gives"),
     ):
         value = row.get(field)
         if isinstance(value, int | float) and math.isfinite(value):
-            return float(value), words
-    return (8.0, "a blind guess gives") if row.get("tokenizer") == "bytes" else None
+            return (1 - below) * float(value), f"{words} {value:.3f}"
+    if row.get("tokenizer") != "bytes":
+        return None
+    return (1 - UNLEARNED) * 8.0, "a blind guess gives 8.000"
 
 
 def blind_guess(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -99,8 +103,7 @@ def unlearned(rows: Sequence[Row]) -> dict[str, str]:
     """Arm -> why its scores show no learning, for arms of which any seed shows none.
 
     `rows` are scores in bits per byte of one protocol. The best score of a seed at any length is
-    compared with what a guess without context would have; within `UNLEARNED` of that, where the
-    score ends to rise says nothing.
+    compared with `baseline`: where it is no better, its being level at other lengths says nothing.
     """
     seeds: dict[tuple[str, Any], list[Row]] = defaultdict(list)
     for row in rows:
@@ -108,8 +111,7 @@ def unlearned(rows: Sequence[Row]) -> dict[str, str]:
     said: dict[str, str] = {}
     for (label, _), own in seeds.items():
         best = min(own, key=lambda row: row["bits_per_byte"])
-        floor = guess(best)
-        if floor and best["bits_per_byte"] > (1 - UNLEARNED) * floor[0]:
-            bits = best["bits_per_byte"]
-            said[label] = f"{bits:.3f} bits per byte, where {floor[1]} {floor[0]:.3f}"
+        floor = baseline(best)
+        if floor and best["bits_per_byte"] >= floor[0]:
+            said[label] = f"{best['bits_per_byte']:.3f} bits per byte, where {floor[1]}"
     return said

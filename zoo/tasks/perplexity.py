@@ -103,7 +103,9 @@ def measure(
             elif not context.measured(key):
                 tallies.setdefault(length, []).append(Tally(key, scored, len(text)))
     read: set[tuple[int, int]] = set()
-    unigram = entropy(text)
+    guesses = {"unigram": entropy(text)}
+    if context.model.causal:
+        guesses["bigram"] = float(context.corpus.bigrams.nats(text).mean())
     hidden = None
     if not context.model.causal:
         mask = context.model.vocab_size - 1  # the last token of an encoder's vocabulary
@@ -113,7 +115,7 @@ def measure(
             partial(_read, context, Text(text, sizes), length, tallies, read, hidden, chunk)
         )
         for tally in wanted:
-            found = _describe(context, tally, outcome.value, unigram) if outcome.ok else {}
+            found = _describe(context, tally, outcome.value, guesses) if outcome.ok else {}
             yield tally.key | outcome.row | found
 
 
@@ -250,8 +252,13 @@ def entropy(tokens: Int[np.ndarray, "..."]) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _describe(context: EvalContext, tally: Tally, state_bytes: int | None, unigram: float) -> Row:
-    """The row's numbers; the arrays they come from go to a file beside the run's rows."""
+def _describe(
+    context: EvalContext, tally: Tally, state_bytes: int | None, guesses: dict[str, float]
+) -> Row:
+    """The row's numbers; the arrays they come from go to a file beside the run's rows.
+
+    `guesses` are what simple models score on the same stretches, in nats per token.
+    """
     key, size = tally.key, int(tally.position_bytes.sum())
     nll_sum, count = float(tally.position_sums.sum()), int(tally.position_counts.sum())
     units = bits_per_byte(tally.unit_sums, tally.unit_bytes)
@@ -271,7 +278,7 @@ def _describe(context: EvalContext, tally: Tally, state_bytes: int | None, unigr
         "bytes": size,
         "bits_per_byte": bits_per_byte(nll_sum, size),
         "perplexity": exp(nll_sum / count) if nll_sum / count < 700 else None,  # beyond a float
-        "unigram_bits": bits_per_byte(unigram * count, size),
+        **{f"{name}_bits": bits_per_byte(n * count, size) for name, n in guesses.items()},
         "uniform_bits": bits_per_byte(count * log(context.model.vocab_size), size),
         "unit_bits": units,
         "interval": interval(units),
