@@ -153,6 +153,7 @@ Momentum = Annotated[Number, Field(ge=0, lt=1)]
 
 
 class Optim(Section):
+    name: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[Number, Field(gt=0, le=1e3)] = Field(description="peak learning rate")
     weight_decay: Annotated[Number, Field(ge=0, le=1e3)]
     betas: tuple[Momentum, Momentum]
@@ -160,6 +161,7 @@ class Optim(Section):
     warmup_steps: Natural
     min_lr_ratio: Fraction
     clip: Annotated[Number, Field(gt=0)]
+    momentum: Momentum | None = Field(default=None, description="of optim=muon")
     # How a run goes on that is given more steps than it had; from which step, and at which rate
     # (over `lr`) it was there: see zoo.config.schedule.
     continuation: Literal["cosine", "constant", "rewarm"] = "cosine"
@@ -168,8 +170,9 @@ class Optim(Section):
 
     @model_serializer(mode="wrap")
     def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what only a run has that was given more steps: runs keep their names."""
+        """Without what only some runs have, by muon or given more steps: runs keep their names."""
         plain = {"continuation": "cosine", "continued_at": None, "continued_from": None}
+        plain |= {"name": "adamw", "momentum": None}
         return {key: v for key, v in write(self).items() if key not in plain or plain[key] != v}
 
 

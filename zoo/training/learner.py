@@ -12,6 +12,7 @@ from zoo.config.schedule import learning_rate_factor
 from zoo.config.schema import Optim
 from zoo.errors import RunError, UserError
 from zoo.model.backbone import Backbone
+from zoo.training.optimisers import make_optimiser
 from zoo.training.ranks import gathered, rank, told_by, world
 
 
@@ -20,7 +21,7 @@ class NonFiniteError(RunError):
 
 
 class Learner(lightning.LightningModule):
-    """Next-token prediction, or that of masked tokens, with AdamW, warm-up and a cosine decay.
+    """Next-token prediction, or that of masked tokens, with warm-up and a cosine decay.
 
     A step's loss is the mean over all its windows, which several processes and `micro_batches`
     share: "share" in a batch is what its own mean counts for beside the others'.
@@ -99,19 +100,7 @@ class Learner(lightning.LightningModule):
         return found.mean() if len(found) > 1 else value
 
     def configure_optimizers(self) -> Any:
-        """AdamW; weight decay on matrices alone, and not on those an architecture exempts."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        decayed = [p for p in trained if p.ndim >= 2 and not getattr(p, "no_weight_decay", False)]
-        kept = [p for p in trained if all(p is not other for other in decayed)]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": self.optim.weight_decay},
-                {"params": kept, "weight_decay": 0.0},
-            ],
-            lr=self.optim.lr,
-            betas=self.optim.betas,
-            eps=self.optim.eps,
-        )
+        optimizer = make_optimiser(self.model, self.optim)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
