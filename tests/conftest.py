@@ -9,8 +9,11 @@ from types import ModuleType
 
 import pytest
 from building import ARCHITECTURES, train_config
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in as many processes as cores
+settings.register_profile("no wall clock", deadline=None)  # a loaded machine is no failure
+settings.load_profile("no wall clock")
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from zoo.positions.randomised import chunk_lengths, pose, randomised, skip
@@ -14,7 +14,6 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(0, 500), st.integers(1, 5), st.integers(0, 2**31))
 def test_positions_increase_and_stay_below_the_length(tokens, more, chunks, seed):
     length = tokens + more
@@ -28,7 +27,6 @@ def test_positions_increase_and_stay_below_the_length(tokens, more, chunks, seed
         assert at[-1] < length
 
 
-@settings(deadline=None)
 @given(st.integers(3, 60), st.integers(0, 500), st.integers(2, 3), st.integers(0, 2**31))
 def test_pose_moves_whole_chunks_and_never_the_first(tokens, more, chunks, seed):
     lengths = chunk_lengths(tokens, chunks, seeded(seed))
