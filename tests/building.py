@@ -1,10 +1,12 @@
-"""Configurations as the programs check them, for tests that build models."""
+"""What tests build: configurations as the programs check them, little texts, run folders."""
 
+import zipfile
 from pathlib import Path
 
 from zoo.config.compose import compose
 from zoo.config.resolve import reads_both_ways
 from zoo.config.schema import TrainConfig
+from zoo.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = sorted(path.stem for path in ROOT.glob("configs/model/*.yaml"))
@@ -17,3 +19,29 @@ def train_config(*words: str) -> TrainConfig:
     config = compose("train", words)
     assert isinstance(config, TrainConfig)
     return config
+
+
+def counting(start: int, sentences: int) -> str:
+    """A little prose with something to learn: numbers in order and their squares modulo 97."""
+    return " ".join(f"{i} and then {i * i % 97}," for i in range(start, start + sentences))
+
+
+def write_text(folder: Path, sentences: int = 300) -> Path:
+    """A corpus in the folder `folder`/text: three splits of counting prose, one file each."""
+    for split, start in (("train", 0), ("valid", 5000), ("test", 7000)):
+        (folder / "text" / split).mkdir(parents=True)
+        (folder / "text" / split / "a.txt").write_text(counting(start, sentences))
+    return folder / "text"
+
+
+def write_checkpoint(folder: RunFolder, name: str) -> Path:
+    """A checkpoint file that is whole, though no model's."""
+    path = folder.path / "checkpoints" / name
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", bytes(range(256)) * 64)
+    return path
+
+
+def files_below(path: Path) -> list[str]:
+    """The files in a folder, relative to it."""
+    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())

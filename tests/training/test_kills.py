@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from building import write_text
 
 from zoo.runs.folder import RunFolder
 
@@ -52,10 +53,7 @@ def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
 
 
 def check(folder: Path, seed: int, kinds: dict[str, list[str]]) -> None:
-    for split, start in (("train", 0), ("valid", 5000), ("test", 7000)):
-        (folder / "text" / split).mkdir(parents=True)
-        words = " ".join(f"{i} and then {i * i % 97}," for i in range(start, start + 300))
-        (folder / "text" / split / "a.txt").write_text(words)
+    write_text(folder)
     command = [sys.executable, str(Path(__file__).with_name("kills.py")), str(seed)]
     done = subprocess.run([*command, json.dumps(kinds)], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from building import ARCHITECTURES, ENCODERS
+from building import ARCHITECTURES, ENCODERS, write_text
 
 from zoo.config.groups import extensions
 from zoo.runs.folder import RunFolder
@@ -73,10 +73,7 @@ def differences(folder: RunFolder, plain: RunFolder) -> list[str]:
 
 
 def check(folder: Path, kinds: dict[str, list[str]], layouts: Layouts) -> None:
-    for split, start in (("train", 0), ("valid", 5000), ("test", 7000)):
-        (folder / "text" / split).mkdir(parents=True)
-        words = " ".join(f"{i} and then {i * i % 97}," for i in range(start, start + 300))
-        (folder / "text" / split / "a.txt").write_text(words)
+    write_text(folder)
     command = [sys.executable, str(Path(__file__).with_name("grid.py"))]
     done = subprocess.run(
         [*command, json.dumps([kinds, layouts])], cwd=folder, capture_output=True, text=True

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from building import train_config
+from building import train_config, write_text
 
 from zoo.config.schedule import learning_rate_factor
 from zoo.runs.folder import RunFolder
@@ -22,10 +22,7 @@ from zoo.training.callbacks import MAX_LOGITS, MAX_TOKENS, Metrics
 def runs(tmp_path_factory) -> SimpleNamespace:
     """The runs of real.py: their folder, exit codes and what the program said."""
     folder = tmp_path_factory.mktemp("real")
-    for split, start in (("train", 0), ("valid", 5000), ("test", 7000)):
-        (folder / "text" / split).mkdir(parents=True)
-        words = " ".join(f"{i} and then {i * i % 97}," for i in range(start, start + 300))
-        (folder / "text" / split / "a.txt").write_text(words)
+    write_text(folder)
     command = [sys.executable, str(Path(__file__).with_name("real.py"))]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -3,18 +3,16 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from building import train_config
+from building import ROOT, train_config
 
 import zoo.training.rehearse
 from zoo.errors import UserError
 from zoo.model.build import build_model
 from zoo.training.rehearse import machine_memory, rehearse
 
-ROOT = Path(__file__).parents[1]
 GB = 10**9
 
 REFUSED = {

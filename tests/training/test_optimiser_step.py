@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from building import train_config
+from building import counting, train_config
 from torch import Tensor, nn
 
 from zoo.config.compose import compose
@@ -38,17 +38,13 @@ OPTIM = {
 }
 
 
-def prose(start: int, count: int) -> str:
-    return " ".join(f"{i} and then {i * i % 97}," for i in range(start, start + count))
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     """Three splits; the training text is 5 windows and a few tokens in each of 3 rows."""
     folder = tmp_path_factory.mktemp("text")
     for split, words in (
-        ("train", prose(0, 40)[:365]),
-        ("valid", prose(90, 60)),
+        ("train", counting(0, 40)[:365]),
+        ("valid", counting(90, 60)),
         ("test", "x" * 99),
     ):
         (folder / split).mkdir(parents=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from building import train_config
+from building import ROOT, train_config, write_text
 
 from zoo.config.compose import compose
 from zoo.config.schema import Extension
@@ -25,7 +25,6 @@ from zoo.tasks import longrope
 from zoo.tasks.context import EvalContext
 from zoo.training import fit
 
-ROOT = Path(__file__).parents[1]
 L = 16
 FEW = ["trainer.max_steps=3", "batch_tokens=128", "valid_windows=2", "trainer.log_every_n_steps=1"]
 
@@ -34,10 +33,7 @@ FEW = ["trainer.max_steps=3", "batch_tokens=128", "valid_windows=2", "trainer.lo
 def trained(tmp_path_factory) -> Path:
     """The working directory of a run, runs/base, trained on windows of L tokens."""
     place = tmp_path_factory.mktemp("work")
-    for split, start in (("train", 0), ("valid", 5000), ("test", 7000)):
-        (place / "text" / split).mkdir(parents=True)
-        words = " ".join(f"{i} and then {i * i % 97}," for i in range(start, start + 300))
-        (place / "text" / split / "a.txt").write_text(words)
+    write_text(place)
     words = ["size=tiny", f"seq_len={L}", "data=text", f"data.path={place}/text", "logger=none"]
     words += [f"data.cache={place}/cache", f"runs={place}/runs", "name=base", "seed=3"]
     words += ["match=none"]

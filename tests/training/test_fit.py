@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from building import train_config
+from building import ROOT, train_config, write_text
 from torch.utils._pytree import tree_leaves
 
 from zoo.errors import UserError
@@ -22,19 +22,13 @@ from zoo.runs.folder import RunFolder
 from zoo.training import fit
 from zoo.training.learner import Learner, NonFiniteError
 
-ROOT = Path(__file__).parents[1]
 TINY = ["size=tiny", "data=text", "seq_len=32", "batch_tokens=128", "logger=none", "match=none"]
 
 
 @pytest.fixture
 def text(tmp_path) -> Path:
     """A little corpus: three splits of counting prose."""
-    folder = tmp_path / "text"
-    for split, start in (("train", 0), ("valid", 5000), ("test", 7000)):
-        (folder / split).mkdir(parents=True)
-        words = " ".join(f"{i} and then {i * i % 97}," for i in range(start, start + 900))
-        (folder / split / "a.txt").write_text(words)
-    return folder
+    return write_text(tmp_path, 900)
 
 
 def arguments(text: Path, *more: str) -> list[str]:

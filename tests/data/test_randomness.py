@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from building import ARCHITECTURES, train_config
+from building import ARCHITECTURES, ROOT, train_config
 
 from zoo.config.compose import compose
 from zoo.data.corpora import Corpus, open_corpus
@@ -26,7 +26,6 @@ from zoo.tasks.passkey import _keys
 from zoo.training import fit as fitting
 from zoo.training.windows import Windows
 
-ROOT = Path(__file__).parents[1]
 ROWS, TOKENS = 6, 64
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from building import write_text
 
 import eval as eval_program
 import train as train_program
@@ -55,10 +56,7 @@ def tree(purpose: str) -> tuple[dict[str, Any], list[str]]:
 def original(tmp_path_factory):
     """A folder with two runs of four steps on one text, the first one measured."""
     place = tmp_path_factory.mktemp("original")
-    for split, start in (("train", 0), ("valid", 5000), ("test", 7000)):
-        (place / "text" / split).mkdir(parents=True)
-        words = " ".join(f"{i} and then {i * i % 97}," for i in range(start, start + 60))
-        (place / "text" / split / "a.txt").write_text(words)
+    write_text(place, 60)
     with contextlib.chdir(place):
         for name, seed in (("mine", 0), ("other", 1)):
             with composing("train"):

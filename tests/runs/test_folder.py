@@ -1,4 +1,4 @@
-"""The run folder survives kills and full disks; train.py continues, refuses and sweeps by it."""
+"""The run folder survives kills, full disks and what was altered in it."""
 
 import errno
 import json
@@ -8,12 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-import types
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from building import files_below, write_checkpoint
 
 import zoo.runs.files
 import zoo.runs.folder
@@ -45,10 +44,6 @@ def kill(*_: object) -> None:
 
 def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def files(path: Path) -> list[str]:
-    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
 
 
 def test_a_folder_holds_its_configuration_and_status(folder, config):
@@ -111,14 +106,14 @@ def test_a_real_kill_at_any_moment_leaves_a_readable_folder(folder):
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_a_full_disk_is_told_and_leaves_what_was_there(folder, monkeypatch, failing):
-    before = files(folder.path), folder.info
+    before = files_below(folder.path), folder.info
     monkeypatch.setattr(zoo.runs.files.os, failing, full_disk)
     with pytest.raises(UserError, match=r"cannot write .*run\.json: No space left on device"):
         folder.update(step=9)
-    assert (files(folder.path), folder.info) == before
+    assert (files_below(folder.path), folder.info) == before
     with pytest.raises(UserError, match="No space left"):  # however a library wraps it
         save_through_a_library(folder.path / "checkpoints" / "last.ckpt")
-    assert files(folder.path) == before[0]
+    assert files_below(folder.path) == before[0]
 
 
 def save_through_a_library(path: Path) -> None:
@@ -145,13 +140,6 @@ def test_only_one_process_trains_in_a_folder(folder):
         pass
 
 
-def checkpoint(folder: RunFolder, name: str, content: bytes = bytes(range(256)) * 64) -> Path:
-    path = folder.path / "checkpoints" / name
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", content)
-    return path
-
-
 def flip(path: Path) -> None:
     """One wrong bit in the middle, as a bad disk leaves it."""
     content = bytearray(path.read_bytes())
@@ -171,11 +159,11 @@ def empty(path: Path) -> None:
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, damage, caplog):
     assert folder.checkpoint() is None
     older, newer = (
-        checkpoint(folder, "step=00000900.ckpt"),
-        checkpoint(folder, "step=00001000.ckpt"),
+        write_checkpoint(folder, "step=00000900.ckpt"),
+        write_checkpoint(folder, "step=00001000.ckpt"),
     )
     assert folder.checkpoint() == newer
-    last = checkpoint(folder, "last.ckpt")
+    last = write_checkpoint(folder, "last.ckpt")
     assert folder.checkpoint() == last
     damage(last)
     damage(newer)
@@ -246,289 +234,6 @@ def test_errors_are_one_line():
     assert one_line(OSError(errno.EROFS, "Read-only file system", "/x")) == (
         "/x: Read-only file system"
     )
-
-
-@pytest.fixture
-def train(tmp_path, monkeypatch, capfd) -> Callable:
-    """train(*words, learner=...) -> (exit code, stderr); in place of learning, what is given."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])
-
-    def call(*words: str, learner: Callable = learn) -> tuple[int, str]:
-        import train
-
-        module = types.ModuleType("zoo.training.fit")
-        module.train = learner  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "zoo.training.fit", module)
-        capfd.readouterr()
-        tiny = [] if words and words[0].startswith("resume=") else ["size=tiny", "logger=none"]
-        return train.main([*words, *tiny]), capfd.readouterr().err
-
-    return call
-
-
-def learn(config, folder: RunFolder) -> None:
-    """Trains nothing, and says it did."""
-    checkpoint(folder, "step=00001000.ckpt")
-    folder.update(status="done", step=config.trainer.max_steps)
-
-
-def stop_after_7(config, folder: RunFolder) -> None:
-    checkpoint(folder, "step=00000007.ckpt")
-    folder.update(step=7)
-    raise KeyboardInterrupt("stopped by SIGTERM at step 7")
-
-
-def refuse(config, folder: RunFolder) -> None:
-    raise ValueError("heads=3 must divide\nwidth=64")
-
-
-def only_run() -> RunFolder:
-    (path,) = Path("runs").glob("[!.]*")
-    return RunFolder.open(path)
-
-
-def test_a_run_writes_its_folder_and_nothing_else(train, tmp_path):
-    code, error = train("name=mine")
-    assert code == 0
-    assert error == "runs/mine: training transformer for 1000 steps\n"
-    assert sorted(set(os.listdir(tmp_path)) - {".data"}) == ["runs"]
-    assert os.listdir("runs") == ["mine"]
-    info = only_run().info
-    assert info["versions"]["python"] == sys.version.split()[0]
-    assert {"commit", "dirty"} <= set(info)
-
-
-def test_the_same_command_continues_then_says_it_is_done(train):
-    code, error = train(learner=stop_after_7)
-    assert (code, error.splitlines()[-1]) == (130, "train.py: stopped by SIGTERM at step 7")
-    info = only_run().info
-    assert (info["status"], info["reason"]) == ("stopped", "stopped by SIGTERM at step 7")
-    code, error = train("threads=1")
-    assert code == 0
-    assert "training transformer from step=00000007.ckpt" in error
-    assert only_run().config.threads == 1
-    code, error = train(learner=refuse)
-    assert code == 0
-    assert error == f"already trained: {only_run()} (fresh=true trains again)\n"
-    assert train("fresh=true")[0] == 0
-    assert sorted(path.name for path in Path("runs").iterdir())[1].endswith("-2")
-
-
-def test_resume_goes_on_and_changes_only_what_it_may(train):
-    train("name=mine", learner=stop_after_7)
-    code, error = train(
-        "resume=runs/mine", "trainer.max_steps=2k", "threads=2", "logger.mode=offline"
-    )
-    assert code == 0
-    assert "training transformer from step=00000007.ckpt" in error
-    config = only_run().config
-    assert (config.trainer.max_steps, config.threads, config.size.name) == (2048, 2, "tiny")
-    assert (config.logger.name, config.logger.mode, config.resume) == ("wandb", "offline", None)
-    assert train("resume=runs/mine", learner=refuse)[1].startswith("already trained: runs/mine")
-    assert train("resume=runs/mine", "trainer.max_steps=3k", learner=stop_after_7)[0] == 130
-
-
-def test_a_name_that_another_run_has_is_refused(train):
-    train("name=mine")
-    code, error = train("name=mine", "seed=1", "optim.lr=0.5")
-    assert code == 2
-    assert "another run, which differs in optim.lr, seed" in error
-    assert train("name=mine", "seed=1", "fresh=true")[0] == 0
-    assert sorted(os.listdir("runs")) == ["mine", "mine-2"]
-
-
-def test_a_run_in_progress_is_refused(train):
-    train("name=mine", learner=stop_after_7)
-    with only_run().lock():
-        code, error = train("name=mine")
-    assert code == 2
-    assert f"already being trained by process {os.getpid()}" in error
-
-
-def test_a_further_rank_neither_locks_nor_records(train, monkeypatch):
-    train("name=mine", learner=stop_after_7)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    before, seen = only_run().info, []
-    with only_run().lock():
-        assert train("resume=runs/mine", learner=lambda *given: seen.append(given))[0] == 0
-    assert len(seen) == 1
-    assert only_run().info == before
-
-
-def test_a_late_refusal_leaves_no_folder(train, tmp_path):
-    code, error = train(learner=refuse)
-    assert code == 2
-    assert error.splitlines()[-1] == "train.py: heads=3 must divide width=64"
-    assert set(os.listdir(tmp_path)) <= {".data"}
-
-
-def test_a_failure_on_the_way_is_recorded(train):
-    def learner(config, folder):
-        raise ZeroDivisionError("step 3")
-
-    with pytest.raises(ZeroDivisionError):
-        train(learner=learner)
-    info = only_run().info
-    assert (info["status"], info["reason"]) == ("failed", "ZeroDivisionError: step 3")
-
-
-def test_a_full_disk_on_the_way_is_one_line(train):
-    def learner(config, folder):
-        folder.update(step=3)
-        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/checkpoints/last.ckpt")
-
-    code, error = train(learner=learner)
-    assert code == 2
-    told = "runs/x/checkpoints/last.ckpt: No space left on device"
-    assert error.splitlines()[1:] == [f"train.py: {told}"]
-    assert only_run().info["reason"] == told
-
-
-def test_a_failing_arm_does_not_stop_the_sweep(train, tmp_path):
-    def learner(config, folder):
-        if config.model.name == "mamba" and config.seed == 1:
-            raise ValueError("no such width")
-        learn(config, folder)
-
-    sweep = ("-m", "model=transformer,mamba", "seed=0,1", "trainer.accumulate_grad_batches=2")
-    code, error = train(*sweep, learner=learner)
-    assert code == 1
-    *_, head, line = error.splitlines()
-    assert head == "train.py: 1 of 4 arms failed:"
-    assert "model=mamba seed=1" in line
-    assert line.endswith(": no such width")
-    runs = find_runs("runs/*", "runs")
-    assert sorted(run.info["status"] for run in runs) == ["done", "done", "done", "failed"]
-    assert [run.info["reason"] for run in runs if run.info["reason"]] == ["no such width"]
-    assert all(run.config.trainer.accumulate_grad_batches == 2 for run in runs)
-    assert sorted(set(os.listdir(tmp_path)) - {".data"}) == ["runs"]
-    assert {Path(file).name for file in files(Path("runs/.sweeps"))} == {"multirun.yaml"}
-
-
-def test_a_stopped_sweep_goes_on_by_the_same_command(train):
-    def learner(config, folder):
-        (stop_after_7 if config.seed == 1 else learn)(config, folder)
-
-    assert train("-m", "seed=0,1,2", learner=learner)[0] == 130
-    assert sorted(run.info["status"] for run in find_runs("*", "runs")) == ["done", "stopped"]
-    code, error = train("-m", "seed=0,1,2")
-    assert code == 0
-    assert error.count("already trained") == 1
-    assert "training transformer from step=00000007.ckpt" in error
-    assert {run.info["status"] for run in find_runs("*", "runs")} == {"done"}
-
-
-def test_an_experiment_runs_its_arms_under_its_options(train):
-    code, _ = train("-m", "experiment=compare", "seed=3")
-    assert code == 0
-    runs = find_runs("runs/compare/*", "runs")
-    assert [run.config.model.name for run in runs] == ["alibi", "mamba", "transformer"]
-    assert {run.config.seed for run in runs} == {3}
-    code, error = train("-m", "experiment=compare", "model=mmaba")
-    assert code == 2
-    assert error.startswith("train.py: model=mmaba: unknown model. ")
-
-
-def test_eval_hands_the_runs_over(tmp_path, monkeypatch, config):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])
-    import eval as program
-
-    seen = []
-
-    def evaluate(config, folders, **_):
-        seen.append((list(config.task), [folder.name for folder in folders]))
-        return 1
-
-    module = types.ModuleType("zoo.tasks.evaluate")
-    module.evaluate = evaluate  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "zoo.tasks.evaluate", module)
-    for name in ("a", "b"):
-        RunFolder.create(Path("runs") / name, config, {})
-    assert program.main(["run=runs/*", "task=speed"]) == 1
-    assert seen == [(["speed"], ["a", "b"])]
-    assert program.main(["-m", "run=a,b", "task=speed"]) == 1
-    assert [names for _, names in seen[1:]] == [["a"], ["b"]]
-
-
-def edit_code(monkeypatch, **files: str) -> None:
-    """As if these files of the package had changed since."""
-    real = zoo.runs.folder.sources
-    monkeypatch.setattr(
-        zoo.runs.folder, "sources", lambda *given, **more: real(*given, **more) | files
-    )
-
-
-def test_weights_that_other_code_made_are_not_already_trained(train, monkeypatch):
-    train("name=mine")
-    before = only_run().info["sources"]
-    edit_code(monkeypatch, **{"zoo/mixers/softmax.py": "corrected"})
-    code, error = train("name=mine", learner=refuse)
-    assert code == 2
-    assert "mine was trained by other code: zoo/mixers/softmax.py changed since" in error
-    assert "fresh=true trains a new run beside it" in error
-    assert only_run().info["sources"] == before
-    assert train("name=mine", "fresh=true")[0] == 0
-    assert RunFolder.open("runs/mine-2").info["sources"] != before
-    assert train("name=mine", "changed_code=accept", learner=refuse)[0] == 0  # nothing to train
-
-
-def test_a_run_goes_on_under_other_code_only_when_told_and_says_so(train, monkeypatch):
-    train("name=mine", learner=stop_after_7)
-    before = only_run().info["sources"]
-    edit_code(monkeypatch, **{"zoo/model/backbone.py": "changed"})
-    for words in (["resume=runs/mine"], ["name=mine"]):
-        code, error = train(*words, learner=refuse)
-        assert code == 2
-        assert "was trained by other code: zoo/model/backbone.py changed since" in error
-    code, error = train("resume=runs/mine", "changed_code=accept")
-    assert code == 0
-    assert "zoo/model/backbone.py changed since (accepted)" in error
-    info = only_run().info
-    assert info["earlier_sources"] == [{"sources": before, "until_step": 7}]
-    assert zoo.runs.folder.trained_by(info) == f"{before}+{info['sources']}"
-    assert train("resume=runs/mine")[1].startswith("already trained")  # the word was for one time
-
-
-def test_a_run_of_before_the_record_goes_on_and_says_that_its_code_is_unknown(train):
-    train("name=mine", learner=stop_after_7)
-    file = Path("runs/mine/run.json")
-    kept = {"status", "reason", "step", "tokens_seen", "commit", "versions"}
-    old = {key: value for key, value in json.loads(file.read_text()).items() if key in kept}
-    file.write_text(json.dumps(old))
-    config = Path("runs/mine/config.yaml")
-    config.write_text(config.read_text().partition("\n")[2])  # nor had that a hash
-    code, error = train("resume=runs/mine")
-    assert code == 0
-    assert "what code trained it is not known" in error
-    assert zoo.runs.folder.trained_by(only_run().info) is None
-
-
-def test_a_refusal_on_the_way_puts_back_what_was_recorded(train, monkeypatch):
-    train("name=mine", learner=stop_after_7)
-    before = only_run()
-    config, info = before.config, before.info
-
-    def other_text(config, folder):
-        raise UserError("data=stdlib is not the text")
-
-    edit_code(monkeypatch, **{"zoo/model/backbone.py": "changed"})
-    words = ["trainer.max_steps=2k", "changed_code=accept"]
-    assert train("resume=runs/mine", *words, learner=other_text)[0] == 2
-    assert only_run().config == config
-    assert only_run().info["sources"] == info["sources"]
-
-
-def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew_in_silence(train):
-    train("name=mine", learner=stop_after_7)
-    for file in Path("runs/mine/checkpoints").iterdir():
-        file.unlink()
-    for words in (["resume=runs/mine"], ["name=mine"]):
-        code, error = train(*words, learner=refuse)
-        assert code == 2
-        assert "mine has lost the checkpoints of its 7 steps" in error
 
 
 def test_what_a_killed_creation_left_goes_with_the_next(tmp_path, config, monkeypatch):
@@ -609,7 +314,7 @@ def test_another_runs_files_are_told(tmp_path, config):
         RunFolder.create(tmp_path / name, config, {"id": name * 12}) for name in ("a", "b")
     )
     for folder, step in ((one, 5), (other, 9)):
-        path = checkpoint(folder, f"step={step:08d}.ckpt")
+        path = write_checkpoint(folder, f"step={step:08d}.ckpt")
         with path.open("r+b") as file:
             checkpoints.seal(file, folder.info["id"], step)
         folder.update(step=step)

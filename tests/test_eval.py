@@ -1,0 +1,31 @@
+"""eval.py hands the runs that it was given to the measurements."""
+
+import sys
+import types
+from pathlib import Path
+
+from building import ROOT, train_config
+
+from zoo.runs.folder import RunFolder
+
+
+def test_eval_hands_the_runs_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT)
+    import eval as program
+
+    seen = []
+
+    def evaluate(config, folders, **_):
+        seen.append((list(config.task), [folder.name for folder in folders]))
+        return 1
+
+    module = types.ModuleType("zoo.tasks.evaluate")
+    module.evaluate = evaluate  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "zoo.tasks.evaluate", module)
+    for name in ("a", "b"):
+        RunFolder.create(Path("runs") / name, train_config("size=tiny", "logger=none"), {})
+    assert program.main(["run=runs/*", "task=speed"]) == 1
+    assert seen == [(["speed"], ["a", "b"])]
+    assert program.main(["-m", "run=a,b", "task=speed"]) == 1
+    assert [names for _, names in seen[1:]] == [["a"], ["b"]]
