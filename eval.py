@@ -1,69 +1,13 @@
-"""Measure trained runs: `python eval.py run='runs/compare/*'`; see `--help`."""
+"""Measure trained runs: `python eval.py run='runs/compare/*'`. `--help` explains the options.
 
-import sys
-from collections.abc import Sequence
-from typing import Any
-
-from zoo.cli.launch import Arm, launch
-from zoo.config.applicability import check_applies, positions_of
-from zoo.config.effects import check_extension, check_names
-from zoo.config.resolve import resolve
-from zoo.config.schema import EvalConfig
-from zoo.config.validate import plain, validate
-from zoo.console import say
-from zoo.data.sources import check_source
-from zoo.runs.files import check_writable
-from zoo.runs.find import find_runs
-from zoo.runs.folder import RunFolder
-from zoo.runs.resume import with_place
-
-USAGE = """
-python eval.py run=<folder or pattern> [option=value ...]    measure trained runs, write a report
-
-  python eval.py run='runs/compare/*'
-  python eval.py run=runs/my-run task=perplexity task.perplexity.lengths=[512,4k,16k]
-  python eval.py run='runs/*mamba*' task=stream task.stream.tokens=1M
-
-flags: -m sweep over values separated by commas; --cfg job show the configuration;
-  -sc install=bash TAB completion (also zsh, fish)
+The program is `zoo/cli/eval.py`.
 """
 
-
-def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
-    """The configuration of a composed tree, its runs found. Imports nothing heavy."""
-    check_names("eval", tree, given)
-    config = validate(EvalConfig, resolve(tree))
-    check_extension(config.extension, given)
-    if config.report is not None:
-        check_writable("report", config.report)
-    folders = find_runs(config.run, config.runs)
-    if len(folders) == 1:  # of several, one without weights keeps its row and says why
-        RunFolder.open(folders[0].path).checkpoint()
-        trained = folders[0].config
-        kinds, before = positions_of(trained.model), trained.extension.name
-        check_applies(config.extension, kinds, before)
-        if config.data.path or config.data.cache:
-            check_source(with_place(plain(trained)["data"], plain(config.data)))
-    return config
-
-
-def job(config: EvalConfig, arm: Arm | None) -> int:
-    """Measure the runs one after another; the exit code tells whether every one could be."""
-    del arm
-    folders = find_runs(config.run, config.runs)
-    say(f"measuring {', '.join(map(str, folders))}")
-    from zoo.tasks.evaluate import evaluate  # heavy: seconds
-
-    return evaluate(config, folders, say=_print, fresh=config.fresh)
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return launch("eval", argv, usage=USAGE, check=check, job=job)
-
+import signal
+import sys
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before the program takes it up
+    from zoo.__main__ import main
+
+    sys.exit(main(["eval", *sys.argv[1:]]))

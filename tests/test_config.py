@@ -1,6 +1,6 @@
 """The command line: what is refused, in which words, how fast; what options and YAML files mean."""
 
-import importlib.util
+import importlib
 import os
 import re
 import resource
@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import zoo.__main__
 from zoo.config.compose import compose
 from zoo.config.introspect import target_parameters
 from zoo.config.sizes import read_count
@@ -25,12 +24,7 @@ HEAVY = {"torch", "lightning", "numpy", "pandas", "wandb"}
 
 
 def load_program(name: str) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{name}_program", ROOT / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"zoo.cli.{name}")
 
 
 @pytest.fixture
@@ -373,15 +367,6 @@ def test_help_names_what_the_trainer_takes_and_hybrids(command):
     assert "max_epochs" not in out
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_the_packaged_program_explains_itself(flag, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["zoo", flag])
-    assert zoo.__main__.main() == 0
-    out, error = capsys.readouterr()
-    assert all(f"zoo {program} " in out for program in ("train", "eval", "doctor"))
-    assert not error
-
-
 def run_program(*words: str, cwd: Path, **more) -> tuple[subprocess.CompletedProcess, float]:
     """The finished process and the seconds of CPU it took: the machine may be busy."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -414,7 +399,7 @@ def test_answers_come_in_about_a_second(words, code, tmp_path):
 
 def test_nothing_heavy_is_imported_before_the_configuration_is_good(tmp_path):
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; "
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from zoo.cli import train; "
         f"print(train.main(['--cfg', 'job'])); print(sorted({HEAVY} & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import train
 from zoo import devices as hardware
+from zoo.cli import train
 from zoo.config.compose import compose, compose_tree, composing, parse
 from zoo.errors import UserError
 from zoo.runs.folder import RunFolder

@@ -12,7 +12,7 @@ from zoo.runs.folder import RunFolder
 def test_eval_hands_the_runs_over(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT)
-    import eval as program
+    from zoo.cli import eval as program
 
     seen = []
 

@@ -5,7 +5,7 @@ walked without being listed here.
 """
 
 import copy
-import importlib.util
+import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -38,12 +38,7 @@ SIZE = {"width": 32, "layers": 2}
 
 
 def program(name: str):
-    spec = importlib.util.spec_from_file_location(f"{name}_program", ROOT / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"zoo.cli.{name}")
 
 
 def composed(name: str, *words: str) -> dict[str, Any]:

@@ -22,7 +22,8 @@ LAYERS = [
     {"training"},
     {"tasks"},
     {"cli"},
-    {"train", "eval", "__main__"},
+    {"__main__"},
+    {"train", "eval"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 COLUMNS = {"data", "report"}  # know nothing of the rest but the first layer

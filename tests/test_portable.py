@@ -24,7 +24,7 @@ UNIX = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", 
 true_import = builtins.__import__
 
 def hiding(name, globals=None, *others, **more):
-    if name in UNIX and str((globals or {}).get("__name__")).split(".")[0] in ("zoo", "train"):
+    if name in UNIX and str((globals or {}).get("__name__")).split(".")[0] == "zoo":
         raise ImportError(f"no module {name} here")
     return windows if name == "msvcrt" and globals["__name__"] == "zoo.locks" else true_import(
         name, globals, *others, **more
@@ -43,7 +43,7 @@ for source in sorted(root.glob("zoo/**/*.py")):
         importlib.import_module(name)
 
 import zoo.locks
-from train import check
+from zoo.cli.train import check
 from zoo.cli.launch import composing, compose_tree, parse
 from zoo.errors import UserError
 from zoo.runs.folder import RunFolder

@@ -26,7 +26,7 @@ def train(tmp_path, monkeypatch, capfd) -> Callable:
     monkeypatch.syspath_prepend(ROOT)
 
     def call(*words: str, learner: Callable = learn) -> tuple[int, str]:
-        import train
+        from zoo.cli import train
 
         module = types.ModuleType("zoo.training.fit")
         module.train = learner  # type: ignore[attr-defined]

@@ -1,43 +1,54 @@
-"""`zoo train ..`, `zoo eval ..`, `zoo doctor`: the programs, from wherever the package lies."""
+"""`zoo train ..`, `zoo eval ..` and the like: every program begins here, train.py and eval.py too.
 
-import runpy
-import sys
-
-from zoo.errors import UserError, refuse_unknown
-from zoo.paths import ROOT, shipped
-
-PROGRAMS = ("train", "eval", "doctor")
-USAGE = """zoo <program> [option=value ...]
-
-  zoo train     train a model
-  zoo eval      measure trained runs, write a report
-  zoo doctor    say which form every operation takes on this machine
-
-zoo train --help and zoo eval --help explain the options.
+What is slow to import comes after Ctrl-C is taken care of.
 """
 
+import importlib
+import sys
+from collections.abc import Sequence
 
-def main() -> int:
-    given = sys.argv[1] if len(sys.argv) > 1 else ""
-    if given in ("-h", "--help"):
+from zoo.errors import UserError, refuse_unknown
+from zoo.runs.stopping import STOPPED, handled
+
+PROGRAMS = {  # the module and what it does
+    "train": ("zoo.cli.train", "train a model"),
+    "eval": ("zoo.cli.eval", "measure trained runs, write a report"),
+    "list": ("zoo.cli.listing", "list models, extensions, tasks, corpora and experiments"),
+    "doctor": ("zoo.cli.doctor", "show which kernels and libraries this machine uses"),
+}
+USAGE = "\n".join(
+    [
+        *("zoo <program> [option=value ...]", ""),
+        *(f"  zoo {name:<9}{does}" for name, (_, does) in PROGRAMS.items()),
+        *("", "zoo train --help and zoo eval --help explain the options.", ""),
+    ]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program that `argv` names; returns its exit code.
+
+    Args:
+        argv: the program and its words; None for those of the process.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    program, *rest = words or [""]
+    if program in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0
     try:
-        program = given
-        if program not in PROGRAMS:
-            refuse_unknown(f"zoo {given}".rstrip(), "program", given, PROGRAMS)
+        with handled():
+            if program not in PROGRAMS:
+                refuse_unknown(f"zoo {program}".rstrip(), "program", program, PROGRAMS)
+            if "--list" in rest:
+                program, rest = "list", [word for word in rest if word != "--list"]
+            return importlib.import_module(PROGRAMS[program][0]).main(rest)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    if program == "doctor":
-        from zoo.cli import doctor
-
-        return doctor.main()
-    folder = shipped("programs")
-    file = (folder if folder.is_dir() else ROOT) / f"{program}.py"
-    sys.argv[:2] = [str(file)]
-    runpy.run_path(str(file), run_name="__main__")  # which exits
-    return 0
+    except KeyboardInterrupt as stop:  # before a program takes it up
+        sys.stderr.write(f"{stop or 'stopped'}\n")
+        return STOPPED
 
 
 if __name__ == "__main__":

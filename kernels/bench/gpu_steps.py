@@ -545,7 +545,7 @@ def words(model: str, folder: Path, options: dict[str, Any]) -> list[str]:
 
 def train_model(record: dict, model: str, precision: str) -> bool:
     """`train.py` at 65536 tokens: speed by step, peak memory, the loss."""
-    import train
+    from zoo.cli import train
 
     assert OUT is not None
     folder = OUT.with_suffix(".runs")
@@ -564,8 +564,8 @@ def train_model(record: dict, model: str, precision: str) -> bool:
 
 def decode(record: dict) -> bool:
     """A model trained for two steps reads and writes tokens."""
-    import eval as measure
-    import train
+    from zoo.cli import eval as measure
+    from zoo.cli import train
 
     assert OUT is not None
     folder, good = OUT.with_suffix(".runs"), True

@@ -21,8 +21,8 @@ import pytest
 import torch
 from building import write_text
 
-import eval as eval_program
-import train as train_program
+from zoo.cli import eval as eval_program
+from zoo.cli import train as train_program
 from zoo.config.compose import compose_tree, composing, parse
 from zoo.errors import RunError, UserError
 from zoo.model import checkpoint

@@ -11,10 +11,10 @@ import pytest
 import torch
 from test_altered_files import MEASURE, RUN, carry_out, original, same, truth  # noqa: F401
 
-import eval as eval_program
-import train as train_program
 import zoo.runs.folder
 import zoo.tasks.evaluate
+from zoo.cli import eval as eval_program
+from zoo.cli import train as train_program
 from zoo.config.compose import compose_tree, composing, parse
 from zoo.errors import UserError
 from zoo.model import checkpoint

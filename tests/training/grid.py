@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import train as program
 from zoo.cli import processes
+from zoo.cli import train as program
 from zoo.runs.folder import RunFolder
 
 STEPS, ROWS = 4, 4

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import train as program
 from zoo.cli import processes
+from zoo.cli import train as program
 
 STEPS = 30
 COMMON = [

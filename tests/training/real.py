@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import train as program
 from zoo.cli import processes
+from zoo.cli import train as program
 
 COMMON = [
     *("size=tiny", "data=text", "data.path=text", "match=none", "seq_len=32", "batch_size=4"),

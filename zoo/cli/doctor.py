@@ -1,12 +1,14 @@
-"""`python -m zoo.cli.doctor`: which backend every op would take on this machine, and why.
+"""`python -m zoo doctor`: shows which backend every op would take on this machine, and why.
 
 Builds nothing. Exit code 0: every op has one that runs; what is missing is only slower.
 """
 
 import sys
+from collections.abc import Sequence
 
 import torch
 
+from zoo.errors import refuse_path
 from zoo.ops import (
     aft,
     causal_conv,
@@ -92,10 +94,12 @@ def _cache() -> str:
     return f"{reason}, so every process builds its own; set XDG_CACHE_HOME"
 
 
-def main() -> int:
+def main(argv: Sequence[str] = ()) -> int:
+    """Print the report; it takes no arguments but --help."""
+    if argv in (["--help"], ["-h"]):
+        sys.stdout.write(f"{__doc__}")
+        return 0
+    if argv:
+        refuse_path(f"zoo doctor {argv[0]}", "must be `zoo doctor`, without arguments")
     sys.stdout.write("\n".join(report()) + "\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The program `train.py`: check a configuration, train it in its run folder."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo.cli import processes
+from zoo.cli.launch import Arm, launch
+from zoo.config.applicability import check_applies, positions_of
+from zoo.config.effects import check_effects, check_names, notes
+from zoo.config.resolve import resolve
+from zoo.config.schedule import tell_continuation
+from zoo.config.schema import TrainConfig
+from zoo.config.validate import validate
+from zoo.console import say
+from zoo.data.sources import check_source
+from zoo.devices import check_deterministic
+from zoo.errors import RunError, UserError
+from zoo.runs.checkpoints import step_of
+from zoo.runs.folder import RunFolder
+from zoo.runs.identity import run_name
+from zoo.runs.resume import finetuned, resumed
+from zoo.runs.stopping import current
+from zoo.training.shares import check_shares, process_count
+
+USAGE = """
+python train.py [option=value ...]    train a model; the same line again continues a stopped run
+
+  python train.py model=mamba seq_len=65536
+  python train.py -m model=transformer,mamba seed=0,1     each combination, one after another
+  python train.py resume=<run folder>                     go on where it stopped
+
+flags: -m sweep over values separated by commas; --cfg job show the configuration;
+  -sc install=bash TAB completion (also zsh, fish); --list [models ...] list every choice
+"""
+
+
+def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
+    """The configuration of a composed tree, or of the run to resume. Imports nothing heavy."""
+    check_names("train", tree, given)
+    if tree["resume"]:
+        config = resumed(tree, given)
+    elif tree["finetune"]:
+        config = finetuned(resolve(tree), given)
+        check_applies(config.extension, positions_of(config.model), None)
+    else:
+        config = validate(TrainConfig, resolve(tree))
+    if config.optim.continuation != "cosine" and not tree["resume"]:
+        raise UserError(
+            f"optim.continuation={config.optim.continuation}: says how a run goes on that is given "
+            "more steps. Use it with resume=<run> trainer.max_steps=<more>."
+        )
+    if not tree["resume"]:
+        check_effects(config, tree, given)
+    check_shares(config)
+    check_deterministic(config.trainer.accelerator, config.trainer.deterministic)
+    if config.data.task is None:
+        check_source(config.data.model_dump())
+    else:
+        from zoo.data.synthetic import check_task  # numpy
+
+        check_task(config.data.name, config.data.task.load(), config.seq_len)
+    return config
+
+
+def job(config: TrainConfig, arm: Arm | None) -> int:
+    """Train one configuration in its run folder, from the last checkpoint where there is one.
+
+    A run that cannot be leaves no folder; an arm of a sweep does, with the reason.
+    """
+    if not arm and os.environ.get("LOCAL_RANK", "0") == "0" and not _is_trained(config):
+        rehearse(config, apart=process_count(config) > 1)
+    try:
+        return _train(config, arm)
+    finally:
+        if arm and arm.folder:
+            arm.loss = RunFolder(Path(arm.folder)).last_figure("valid_loss")
+
+
+def _train(config: TrainConfig, arm: Arm | None) -> int:
+    folder = RunFolder.claim(config)
+    info, last = folder.info, folder.checkpoint()
+    if arm:
+        arm.folder = str(folder)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        fit(config, folder)  # a further rank of a run that rank 0 locks and records
+        return 0
+    if info["step"] and not last:
+        told = f"{folder} has lost the checkpoints of its {info['step']:,} steps"
+        raise UserError(f"{told}: put them back, or fresh=true trains a new run")
+    check_code(config, folder)
+    if info["status"] == "done" and info["step"] >= config.trainer.max_steps:
+        say(f"already trained: {folder} (fresh=true trains again)")
+    else:
+        told = tell_continuation(folder.config, config, step_of(last))
+        training, stop = folder.training(keep=arm is not None), current()
+        with training, stop.recording(folder.stopped), folder.going_on(config), stop.telling():
+            if arm:
+                folder.update(sweep=arm.sweep, arm=arm.options)
+                rehearse(config, apart=True)
+            start = f"from {last.name}" if last else f"for {config.trainer.max_steps} steps"
+            for note in () if last else notes(config):
+                say(note)
+            if told:
+                say(told)
+            say(f"{folder}: training {config.model.name} {start}")
+            if arm or process_count(config) > 1:
+                fit_apart(config, folder, process_count(config))
+            else:
+                fit(config, folder)
+    audit = folder.info.get("audit") or {}
+    if audit.get("ok") is False:
+        raise RunError(f"{folder}: the model leaks and will not be ranked: {audit['reason']}")
+    return 0
+
+
+def check_code(config: TrainConfig, folder: RunFolder) -> None:
+    """Refuse a run whose code changed since it was trained, unless told to accept that."""
+    files = folder.changed_code(config)
+    if files is None and folder.info["step"]:
+        say(f"{folder}: what code trained it is not known (it is older than that record)")
+    if not files:
+        return
+    told = f"{folder} was trained by other code: {', '.join(files[:3])}"
+    told += f" and {len(files) - 3} more" * (len(files) > 3) + " changed since"
+    if config.changed_code == "refuse":
+        told += ". fresh=true trains a new run beside it"
+        raise UserError(f"{told}, changed_code=accept goes on with this one and records it")
+    say(f"{told} (accepted)")
+
+
+def _is_trained(config: TrainConfig) -> bool:
+    path = Path(config.resume or Path(config.runs) / run_name(config))
+    if config.fresh or not path.is_dir():
+        return False
+    info = RunFolder.open(path).info
+    return info["status"] == "done" and info["step"] >= config.trainer.max_steps
+
+
+def rehearse(config: TrainConfig, apart: bool) -> None:
+    """Refuse what is slow to find out, before anything is written.
+
+    `apart`: in a process beside this one, which is still to be forked from.
+    """
+    if apart:
+        processes.load("zoo.training.fit")
+    from zoo.training.rehearse import rehearse
+
+    if apart and processes.can_fork():
+        processes.run(rehearse, config)
+    else:
+        rehearse(config)
+
+
+def fit(config: TrainConfig, folder: RunFolder) -> None:
+    """Hand over to what is slow to import."""
+    from zoo.training.fit import train
+
+    train(config, folder)
+
+
+def fit_apart(config: TrainConfig, folder: RunFolder, count: int) -> None:
+    """Train in as many processes, beside this one: one that crashes is told of, here.
+
+    One alone trains in this process where it cannot be forked.
+    """
+    processes.load("zoo.training.fit")
+    from zoo.training.fit import train
+
+    if "LOCAL_RANK" in os.environ or (count == 1 and not processes.can_fork()):
+        train(config, folder)  # further ranks were started by another program
+    else:
+        processes.run(train, config, folder, count=count)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return launch("train", argv, usage=USAGE, check=check, job=job)
