@@ -48,7 +48,7 @@ FACTOR := extension.factor=8
 reach: .venv/ready  ## one rotary model under every training-free extension, on BOOKS=<folder of books>
 	$(RUN) train.py experiment=reach data=text data.path=$(BOOKS)
 	for way in 'pi $(FACTOR)' 'ntk $(FACTOR)' dynamic_ntk 'ntk_by_parts $(FACTOR)' \
-	  'yarn $(FACTOR)' dynamic_yarn dca 'self_extend extension.reach.group=16' rerope \
+	  'yarn $(FACTOR)' dynamic_yarn dca 'self_extend extension.attention.group=16' rerope \
 	  streaming_llm lm_infinite window none; do \
 	  $(RUN) eval.py run='runs/reach/*' $(READ) extension=$$way || exit; done
 

@@ -192,7 +192,7 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_written(words, comma
         "run=x device=gpu0": "device=gpu0",
         "run=x extension.name=yarn extension.factor=4": "Use extension=yarn.",
         "run=x extension=dca extension.factor=4": "extension=dca has no scaling that takes it",
-        "run=x extension=window extension.reach.sinks=4": "is the variant with 0. Choose another",
+        "run=x extension=window extension.attention.sinks=4": "the variant with 0. Choose another",
         "run=x threads=100000": "threads=100000: must be less than or equal to 1024",
         "run=[]": "run=[]: must be a run folder, a pattern or a list of them",
         "run=x report=/proc/x/report.html": "report=/proc/x/report.html: cannot be written",

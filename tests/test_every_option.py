@@ -212,7 +212,7 @@ def extension_options(trees: dict[str, Any]) -> list[tuple[str, str]]:
     found = []
     for name, tree in trees.items():
         found += [(name, path) for path in ("factor", "original_length")]
-        for section in ("scaling", "reach"):
+        for section in ("scaling", "attention"):
             if isinstance(tree[section], dict):
                 arguments = target_parameters(tree[section]["_target_"]) or []
                 found += [(name, f"{section}.{argument}") for argument in arguments]

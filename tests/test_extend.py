@@ -22,7 +22,7 @@ FACTORS = {"pi": 2, "ntk": 2, "ntk_by_parts": 4, "yarn": 4, "llama3": 4, "longro
 FACTORS |= {"alibi_interpolation": 4}
 EXTENSIONS = [name for name, tree in extensions().items() if not tree.get("positions")]
 MORE = {
-    "lm_infinite": ["extension.reach.sinks=2"],
+    "lm_infinite": ["extension.attention.sinks=2"],
     "longrope": [
         f"extension.scaling.long_factors={[1, 1, *14 * [3.5]]}",
         "extension.scaling.n_hat=4",
@@ -122,8 +122,9 @@ def test_settings_that_do_not_go_together_are_refused(tiny):
     windowed = extension("streaming_llm", "extension.scaling=dynamic_ntk")
     with pytest.raises(UserError, match="do not depend on the length"):
         extend(tiny("transformer"), windowed, TRAINED)
+    all_sinks = extension("streaming_llm", "extension.attention.sinks=16")
     with pytest.raises(UserError, match="sinks=16 < window=16"):
-        extend(tiny("transformer"), extension("streaming_llm", "extension.reach.sinks=16"), TRAINED)
+        extend(tiny("transformer"), all_sinks, TRAINED)
     tuned = extend(tiny("transformer"), extension("yarn"), TRAINED)
     with pytest.raises(UserError, match="trained under an extension of its own"):
         extend(tuned, extension("dca"), TRAINED)
@@ -199,7 +200,7 @@ def test_longrope_reads_by_short_factors_up_to_the_window_and_by_long_ones_stric
 def test_a_learned_sink_is_one_more_key_at_no_distance(window, tiny):
     model = tiny("sink")
     if window:
-        extend(model, extension("window", f"extension.reach.window={window}"), TRAINED)
+        extend(model, extension("window", f"extension.attention.window={window}"), TRAINED)
     mixer = model.halves()[0]
     for learned in (mixer.sink_k, mixer.sink_v):
         torch.nn.init.normal_(learned)
@@ -289,7 +290,7 @@ def test_what_tells_where_tokens_stand_is_refused_where_it_cannot(tiny):
         "extension=pose": "acts on a trained model",
         "extension=randomised state_passing=carry": "state_passing=none",
         "extension=randomised objective=masked": "objective=causal",
-        "extension=pose extension.reach=null extension.positions.rows=3": "positions.chunks",
+        "extension=pose extension.attention=null extension.positions.rows=3": "positions.chunks",
     }.items():
         with pytest.raises(UserError, match=told):
             compose("train", ["extension.factor=4", *more.split()])
@@ -314,7 +315,7 @@ def test_what_tells_where_tokens_stand_is_refused_where_it_cannot(tiny):
 )
 def test_a_reach_that_cannot_be_is_one_clear_line(words, told, tiny):
     name, *options = words.split()
-    asked = [f"extension.reach.{option}" for option in options]
+    asked = [f"extension.attention.{option}" for option in options]
     with pytest.raises(UserError, match=re.escape(told)) as caught:
         extend(
             tiny("transformer"),
@@ -331,7 +332,7 @@ def test_a_reach_that_cannot_be_is_one_clear_line(words, told, tiny):
         "extension=pi": "extension.factor= is needed: times the trained length",
         "extension=pi extension.factor=0.5": "extension.factor=0.5: must be greater than",
         "extension=dca extension.scaling=yarnn": "Did you mean 'yarn'?",
-        "extension=dca extension.reach.chnk=3": "Did you mean 'extension.reach.chunk'?",
+        "extension=dca extension.attention.chnk=3": "Did you mean 'extension.attention.chunk'?",
         "extension=yarn extension.factor=2 extension.original_length=0": "original_length=0",
     }.items(),
 )

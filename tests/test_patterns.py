@@ -15,7 +15,7 @@ def remaps():
 
 
 def test_every_extension_that_remaps_distances_is_drawn(remaps):
-    expected = {name for name, tree in extensions().items() if tree["reach"]} | {"none"}
+    expected = {name for name, tree in extensions().items() if tree["attention"]} | {"none"}
     assert remaps.keys() == expected
 
 

@@ -161,8 +161,8 @@ def read_with(name: str, seed: int = 0, **options):
 
 def test_two_settings_of_one_extension_are_two_arms_and_say_what_differs():
     rows = [
-        read_with("yarn-1", **{"factor": 8.0, "scaling.beta_fast": 32.0, "reach.window": None}),
-        read_with("yarn-2", **{"factor": 8.0, "scaling.beta_fast": 16.0, "reach.window": 64}),
+        read_with("yarn-1", **{"factor": 8.0, "scaling.beta_fast": 32.0, "attention.window": None}),
+        read_with("yarn-2", **{"factor": 8.0, "scaling.beta_fast": 16.0, "attention.window": 64}),
     ]
     first, second = (f"{YARN['arm']} · beta_fast {b} · window {w}" for b, w in PAIRS)
     assert gather(rows, []).arms == [first, second]

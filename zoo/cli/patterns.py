@@ -40,7 +40,7 @@ Grid = Float[Tensor, "queries keys"]
 
 def extension_grids() -> dict[str, Grid]:
     """The distances of every extension that remaps them, by name; NaN where a key is not seen."""
-    remaps = [name for name, tree in extensions().items() if tree["reach"]]
+    remaps = [name for name, tree in extensions().items() if tree["attention"]]
     plain = Reach(lambda _: ((), 1.0))  # a model under no extension: every key, true distances
     return {"none": distances(plain, READ)} | {name: _distances(name) for name in remaps}
 

@@ -26,7 +26,7 @@ def acts_on(tree: Mapping[str, Any]) -> tuple[str, ...]:
     """The kinds of positions that an extension, as its YAML has it, is for; () for none."""
     if isinstance(tree["scaling"], dict) and tree["scaling"]["_target_"] == SLOPES:
         return LINEAR
-    if tree["scaling"] or tree["reach"]:
+    if tree["scaling"] or tree["attention"]:
         return ROTARY
     return PLACED if tree.get("positions") else ()
 

@@ -26,6 +26,7 @@ from zoo.config.schema import EvalConfig as EvalConfig
 from zoo.config.schema import Optim as Optim
 from zoo.config.schema import Part as Part
 from zoo.config.schema import TrainConfig as TrainConfig
+from zoo.config.stored import refuse_renamed
 from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED, trainer_parameters
 from zoo.config.tree import leaves
 from zoo.config.validate import plain as plain
@@ -101,6 +102,7 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
         tree = compose_groups(program, overrides)
         for override in overrides:
             if not _chooses_a_file(program, override):
+                refuse_renamed(override.key_or_group, override.value(), tree)
                 check_key(override.key_or_group, tree, also)
                 OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
         container: Any = OmegaConf.to_container(tree, resolve=True)
@@ -122,6 +124,7 @@ def compose_groups(program: str, overrides: Sequence[Override], hydra: bool = Fa
     words = []
     for override in overrides:
         group, value = override.key_or_group, override.value()
+        refuse_renamed(group, value)
         if group in groups(program) and not (value is None and groups(program)[group] is None):
             choose(group, "null" if value is None else str(value), choices(group))
         if _chooses_a_file(program, override):

@@ -264,7 +264,7 @@ class PositionsPart(Part):
     home: ClassVar[str] = "zoo.positions."
 
 
-class ReachPart(Part):
+class AttentionPart(Part):
     home: ClassVar[str] = "zoo.attention."
 
 
@@ -277,7 +277,9 @@ class Extension(Section):
     )
     original_length: Positive | None = Field(description="trained length; null: the run's seq_len")
     scaling: PositionsPart | None = Field(description="of the rotary frequencies")
-    reach: ReachPart | None = Field(description="which keys a query sees, and at what distance")
+    attention: AttentionPart | None = Field(
+        description="which keys a query sees, and at what distance"
+    )
     positions: PositionsPart | None = Field(
         default=None, description="where the tokens of a training window stand; null: 0, 1, 2 ..."
     )
@@ -337,7 +339,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
-        acts = self.extension.scaling is not None or self.extension.reach is not None
+        acts = self.extension.scaling is not None or self.extension.attention is not None
         if acts and not self.finetune:
             raise UserError(
                 f"extension={self.extension.name}: acts on a trained model. Add "
@@ -345,7 +347,7 @@ class TrainConfig(Section):
                 f"extension={self.extension.name}"
             )
         if self.extension.positions is not None:
-            if self.extension.reach is not None:
+            if self.extension.attention is not None:
                 raise UserError("extension.positions place the tokens of windows without a remap")
             if (self.objective, self.state_passing) != ("causal", "none"):
                 raise UserError(

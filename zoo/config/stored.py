@@ -1,22 +1,51 @@
-"""Configurations in run folders of before, as the schema reads them now."""
+"""Names that were renamed, and stored configurations and rows brought to today's names.
+
+The tables say, once for all programs, what an option, a class or a choice was called before. A
+renamed thing gets one line here, and then
+
+    as_now, row_as_now     run folders of before are read under today's names
+    as_before              hashes that name runs and measurements stay what they were
+    refuse_renamed         a command line that uses an old name is told the new one
+
+Where something was renamed twice, both lines name today's name, the oldest name first.
+"""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED
+from zoo.errors import UserError
 
+# Dotted options, of sections as well: what is below them moves along. Those of a task,
+# task.<task>.<option>, are fields of its rows too.
+OPTIONS = {
+    "extension.reach": "extension.attention",
+}
+# Classes and functions that `_target_` names.
+TARGETS: dict[str, str] = {}
+# What a class or function (by its name of today) takes: {its name: {old: new}}.
+ARGUMENTS: dict[str, dict[str, str]] = {}
+# YAML files by group: {group: {old: new}}.
+CHOICES: dict[str, dict[str, str]] = {}
+
+
+def _reversed(names: Mapping[str, str]) -> dict[str, str]:
+    return {new: old for old, new in reversed([*names.items()])}  # the oldest of several
+
+
+TARGETS_BEFORE = _reversed(TARGETS)
 UNSET_BY_ZERO = ("kv_heads", "dt_rank", "inner_width", "hidden_width")
 
 
 def as_now(tree: Any) -> Any:
-    """A run's stored configuration without the options that did nothing and now are refused.
+    """Read a run's stored configuration under today's names.
 
-    Arguments of Lightning that were accepted and not carried through, and zeros that were read as
-    null.
+    Left out are options that did nothing and are refused now: arguments of Lightning that were
+    accepted and not carried through, and zeros that were read as null.
     """
     if not isinstance(tree, dict):
         return tree
-    tree = {**tree}
+    tree = Names(OPTIONS, TARGETS, ARGUMENTS).read(tree)
     if isinstance(trainer := tree.get("trainer"), dict):
         tree["trainer"] = {key: v for key, v in trainer.items() if _still_accepted(key, v)}
         if trainer.get("devices") == -1:  # Lightning's word for all of them
@@ -24,6 +53,89 @@ def as_now(tree: Any) -> Any:
     if isinstance(model := tree.get("model"), dict) and isinstance(model.get("blocks"), list):
         tree["model"] = {**model, "blocks": [_without_zeros(block) for block in model["blocks"]]}
     return tree
+
+
+def as_before(tree: dict[str, Any]) -> dict[str, Any]:
+    """Write a configuration under the names it first had, its keys in the same order.
+
+    Hashes are made of these, so that a run and a measurement keep their names when an option or a
+    class is renamed.
+    """
+    older = {TARGETS_BEFORE.get(new, new): _reversed(names) for new, names in ARGUMENTS.items()}
+    return Names(_reversed(OPTIONS), TARGETS_BEFORE, older).read(tree)
+
+
+def row_as_now(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a line of results.jsonl under today's names.
+
+    These are the options of its extension, the settings of its task, and which of its fields hold
+    the question.
+    """
+    prefix = f"task.{row.get('task')}."
+    fields = {
+        old.removeprefix(prefix): new.removeprefix(prefix)
+        for old, new in OPTIONS.items()
+        if old.startswith(prefix)
+    }
+    row = {fields.get(name, name): value for name, value in row.items()}
+    if isinstance(asked := row.get("question"), list):
+        row["question"] = [fields.get(name, name) for name in asked]
+    if isinstance(options := row.get("extension_options"), dict):
+        row["extension_options"] = {
+            _path(f"extension.{name}").removeprefix("extension."): TARGETS.get(str(value), value)
+            for name, value in options.items()
+        }
+    return row
+
+
+def refuse_renamed(key: str, value: Any, tree: Any = None) -> None:
+    """Raise UserError where an option or its value has another name now.
+
+    `tree` is the composed configuration, which says what class an option belongs to.
+    """
+    shown = "null" if value is None else value
+    if (new := _path(key)) != key:
+        raise UserError(f"{key}={shown}: renamed. Use {new}.")
+    if isinstance(value, str) and value in CHOICES.get(key, {}):
+        raise UserError(f"{key}={value}: renamed. Use {key}={CHOICES[key][value]}.")
+    section, _, last = key.rpartition(".")
+    for name in section.split("."):
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
+    target = tree.get("_target_") if isinstance(tree, Mapping) else None
+    if new := ARGUMENTS.get(str(target), {}).get(last):
+        raise UserError(f"{key}={shown}: renamed. Use {section}.{new}.")
+    if last == "_target_" and value in TARGETS:
+        raise UserError(f"{key}={value}: renamed. Use {TARGETS[value]}.")
+
+
+def _path(path: str) -> str:
+    """Today's name of an option, which may lie in a section that was renamed."""
+    for old, new in OPTIONS.items():
+        if path == old or path.startswith(f"{old}."):
+            return new + path.removeprefix(old)
+    return path
+
+
+class Names(NamedTuple):
+    """Tables as above, from old names to new ones or back; `arguments` by the resulting target."""
+
+    options: Mapping[str, str]
+    targets: Mapping[str, str]
+    arguments: Mapping[str, Mapping[str, str]]
+
+    def read(self, node: Any, path: str = "") -> Any:
+        """The tree `node`, which stands at the dotted `path`, with every name replaced."""
+        if isinstance(node, list):
+            return [self.read(item, path) for item in node]
+        if not isinstance(node, dict):
+            return node
+        target = self.targets.get(str(node.get("_target_")), node.get("_target_"))
+        arguments, renamed = self.arguments.get(str(target), {}), {}
+        for key, value in node.items():
+            below = f"{path}.{key}".lstrip(".")
+            name = self.options.get(below, arguments.get(key, key)).rpartition(".")[2]
+            renamed[name] = target if key == "_target_" else self.read(value, below)
+        return renamed
 
 
 def _still_accepted(argument: str, value: Any) -> bool:

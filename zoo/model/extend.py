@@ -127,7 +127,7 @@ def _train_frequencies(model: Backbone, extension: Extension, original_length: i
 def _interpolate(model: Backbone, extension: Extension) -> None:
     """Every slope divided by the factor."""
     assert extension.scaling is not None
-    if extension.reach or extension.positions or extension.scaling.options:
+    if extension.attention or extension.positions or extension.scaling.options:
         raise UserError(
             f"extension={extension.name}: slopes are interpolated by extension.factor alone, "
             "without a remap, positions or further options"
@@ -138,9 +138,9 @@ def _interpolate(model: Backbone, extension: Extension) -> None:
 
 def _reach(mixer: SoftmaxAttention, extension: Extension, original_length: int) -> Reach:
     scaling, by_length = _scaling(mixer, extension, original_length)
-    if extension.reach is None:
+    if extension.attention is None:
         return Reach(scaling, bucket=original_length if by_length else None)
-    takes = constructor_parameters(extension.reach.target) or []
+    takes = constructor_parameters(extension.attention.target) or []
     more = {"original_length": original_length} if "original_length" in takes else {}
     if by_length:
         if "bucket" not in takes:
@@ -150,7 +150,7 @@ def _reach(mixer: SoftmaxAttention, extension: Extension, original_length: int) 
             )
         more["bucket"] = original_length
     try:
-        return extension.reach.load()(scaling, **more)
+        return extension.attention.load()(scaling, **more)
     except (TypeError, ValueError) as error:  # a word where a number should be
         raise UserError(f"extension={extension.name}: {error}") from error
 

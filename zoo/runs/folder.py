@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 
 from zoo.config.schema import TrainConfig
-from zoo.config.stored import as_now
+from zoo.config.stored import as_now, row_as_now
 from zoo.config.validate import plain, validate
 from zoo.errors import UserError
 from zoo.locks import lock_file
@@ -438,7 +438,7 @@ def _row(line: bytes) -> dict[str, Any] | str:
         return "holds no measurement"
     if not all(isinstance(name, str) for name in asked):
         return "holds no measurement"
-    return row
+    return row_as_now(row)
 
 
 def _is_count(value: Any) -> bool:

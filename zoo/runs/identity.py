@@ -9,6 +9,7 @@ from zoo.config.schema import EvalConfig as EvalConfig
 from zoo.config.schema import Optim as Optim
 from zoo.config.schema import Part as Part
 from zoo.config.schema import TrainConfig as TrainConfig
+from zoo.config.stored import as_before
 from zoo.config.tree import leaves, within
 from zoo.config.validate import plain as plain
 from zoo.config.validate import validate as validate
@@ -32,7 +33,10 @@ def run_name(config: TrainConfig) -> str:
     """The run folder's name: as given, otherwise the same for the same options."""
     if config.name:
         return config.name
-    told = json.dumps(identity(config), sort_keys=True)
+    tree = plain(config)
+    paths = zip(leaves(tree), leaves(as_before(tree)), strict=True)
+    named = {old: value for (path, _), (old, value) in paths if not within(path, INCIDENTAL)}
+    told = json.dumps(named, sort_keys=True)
     digest = hashlib.sha256(told.encode()).hexdigest()[:8]
     size, data = config.size.name, config.data.name
     return f"{config.model.name}-{size}-{config.seq_len}-{data}-s{config.seed}-{digest}"

@@ -17,6 +17,7 @@ import torch
 
 from zoo.config.groups import extensions
 from zoo.config.schema import Data, EvalConfig, Extension
+from zoo.config.stored import as_before
 from zoo.config.tree import flat, within
 from zoo.config.validate import plain
 from zoo.devices import prepare
@@ -341,11 +342,13 @@ def _weights_of(folder: RunFolder) -> Row:
 def _label(extension: Extension) -> str:
     """Its name, under a remap that of the scaling beneath, and the factor."""
     name = extension.name
-    if extension.scaling and extension.reach:
+    if extension.scaling and extension.attention:
         targets = {
             tree["scaling"]["_target_"]: other
             for other, tree in extensions().items()
-            if isinstance(tree["scaling"], dict) and not tree["reach"] and not tree.get("positions")
+            if isinstance(tree["scaling"], dict)
+            and not tree["attention"]
+            and not tree.get("positions")
         }
         name += f" over {targets.get(extension.scaling.target, extension.scaling.target)}"
     return name + (f" x{extension.factor:g}" if extension.factor > 1 else "")
@@ -372,5 +375,5 @@ def _settings(extension: Extension) -> str:
     """A name for the extension with all its settings, the same for the same ones."""
     if extension.name == "none":
         return "none"
-    told = json.dumps(plain(extension), sort_keys=True)
+    told = json.dumps(as_before({"extension": plain(extension)})["extension"], sort_keys=True)
     return f"{extension.name}-{hashlib.sha256(told.encode()).hexdigest()[:6]}"
