@@ -35,6 +35,7 @@ OPTIONAL = {
     "datasets",
     "tokenizers",
     "transformers",
+    "optuna",
 }
 
 

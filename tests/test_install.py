@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = [word for extra in ("dev", "oracles", "corpora") for word in ("--extra", extra)]
+EXTRAS = [word for extra in ("dev", "oracles", "corpora", "tune") for word in ("--extra", extra)]
 PLATFORMS = {
     "Linux x86-64": "x86_64-unknown-linux-gnu",
     "Linux aarch64": "aarch64-unknown-linux-gnu",

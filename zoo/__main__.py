@@ -12,6 +12,8 @@ from zoo.runs.stopping import STOPPED, handled
 
 PROGRAMS = {  # the module and what it does
     "train": ("zoo.cli.train", "train a model"),
+    "tune": ("zoo.cli.tune", "find the best learning rate of each arm, train it with every seed"),
+    "study": ("zoo.cli.study", "carry out the experiments of the results page"),
     "eval": ("zoo.cli.eval", "measure trained runs, write a report"),
     "list": ("zoo.cli.listing", "list models, extensions, tasks, corpora and experiments"),
     "doctor": ("zoo.cli.doctor", "show which kernels and libraries this machine uses"),

@@ -16,8 +16,8 @@ def test_the_package_explains_its_programs(flag, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     {
-        "tran": "zoo tran: unknown program. Did you mean 'train'? Use one of: train, eval, ",
-        "": "zoo: unknown program. Use one of: train, eval, list, doctor.",
+        "tran": "zoo tran: unknown program. Did you mean 'train'? Use one of: train, tune, ",
+        "": "zoo: unknown program. Use one of: train, tune, study, eval, list, doctor.",
         "doctor foo": "zoo doctor foo: must be `zoo doctor`, without arguments.",
         "list modles": "--list=modles: unknown kind. Did you mean 'models'? ",
         "train --list=models": "unrecognized",

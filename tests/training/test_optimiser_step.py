@@ -6,7 +6,7 @@ itself; from the package it takes the model and the order of the windows alone.
 
 import csv
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def text(tmp_path_factory) -> Path:
     return folder
 
 
-def run(text: Path, place: Path, *words: str, **options) -> RunFolder:
+def run(text: Path, place: Path, *words: str, pauses: Sequence[int] = (), **options) -> RunFolder:
     trainer = {"max_steps": STEPS, "log_every_n_steps": 1, "accelerator": "cpu", "devices": 1}
     given = {
         "size": "tiny",
@@ -73,7 +73,8 @@ def run(text: Path, place: Path, *words: str, **options) -> RunFolder:
     }
     config = train_config(*(f"{name}={value}" for name, value in given.items()), *words)
     folder = RunFolder.claim(config)
-    fit.train(config, folder)
+    for until in (*pauses, None):
+        fit.train(config, folder, until)
     return folder
 
 
@@ -187,6 +188,17 @@ def test_a_run_is_the_plain_loop(name, kind, parts, text, tmp_path):
     assert folder.info["tokens_per_step"] == ROWS * WINDOW
     assert folder.info["tokens_seen"] == STEPS * ROWS * WINDOW
     assert logged(folder, "tokens") == [(i + 1) * ROWS * WINDOW for i in range(STEPS)]
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_a_run_that_pauses_ends_as_the_unbroken_one(optim, text, tmp_path):
+    words = {"model": "mamba", "optim": optim, "valid_every": 2}
+    whole = run(text, tmp_path / "whole", **words)
+    parts = run(text, tmp_path / "parts", **words, pauses=[2, 4])
+    assert logged(parts, "train_loss") == logged(whole, "train_loss")
+    assert logged(parts, "learning_rate") == logged(whole, "learning_rate")
+    for key, weight in trained(whole).items():
+        assert torch.equal(weight, trained(parts)[key])
 
 
 def test_the_state_carried_is_what_makes_the_difference(text, tmp_path):

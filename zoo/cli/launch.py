@@ -56,6 +56,7 @@ class Arm:
     folder: str | None = None  # noted by the job, like the validation loss
     loss: float | None = None
     failed: str | None = None
+    until: int | None = None  # the step to pause at; None: the last
 
 
 class _Lines(logging.Handler):
@@ -77,19 +78,24 @@ def launch(program: str, argv: Sequence[str] | None, *, usage: str, check: Check
     `check` turns a composed tree into a configuration without importing anything heavy; `job`
     carries one configuration out.
     """
-    _log()
     words = sys.argv[1:] if argv is None else list(argv)
+    return guarded(f"{program}.py", lambda: _launch(program, words, usage, check, job))
+
+
+def guarded(program: str, work: Callable[[], int]) -> int:
+    """The exit code of `work`; what the user can mend and a stop are told in one line."""
+    _log()
     try:
         with handled():
-            return _launch(program, words, usage, check, job)
+            return work()
     except (UserError, OSError) as error:
-        say(f"{program}.py: {one_line(error)}")
+        say(f"{program}: {one_line(error)}")
         return 2
     except RunError as error:
-        say(f"{program}.py: {one_line(error)}")
+        say(f"{program}: {one_line(error)}")
         return 1
     except KeyboardInterrupt as stop:
-        say(f"{program}.py: {str(stop) or 'stopped'}")
+        say(f"{program}: {str(stop) or 'stopped'}")
         return STOPPED
 
 
@@ -111,11 +117,7 @@ def _launch(program: str, argv: list[str], usage: str, check: Check, job: Job) -
     with composing(program):
         overrides = parse(flags.words)
         params = _sweep_params(program, overrides, flags.multirun)
-        arms = _arms(overrides, params)
-        given = [o.key_or_group for o in overrides if not o.is_hydra_override()]
-        configs = [check(compose_tree(program, arm), given) for arm in arms]
-        _check_distinct(arms, configs)
-        _tell_sizes(arms, configs)
+        arms, configs = _composed(program, overrides, params, check)
         if flags.cfg:
             sys.stdout.write("---\n".join(_yaml(config) for config in configs))
             return 0
@@ -124,6 +126,30 @@ def _launch(program: str, argv: list[str], usage: str, check: Check, job: Job) -
             lines = [{_label([o.input_line or ""]) for o in arm} for arm in arms]
             return _sweep(program, words, configs, set.intersection(*lines), check, job)
     return job(configs[0], None)
+
+
+def composed_arms(
+    program: str, words: Sequence[str], check: Check[Config]
+) -> list[tuple[list[str], Config]]:
+    """What a sweep over `words` would run, checked: each arm's options and its configuration."""
+    with composing(program):
+        overrides = parse(list(words))
+        params = _sweep_params(program, overrides, multirun=True)
+        arms, configs = _composed(program, overrides, params, check)
+    lines = [[_bare(o.input_line or "") for o in arm] for arm in arms]
+    return [*zip(lines, configs, strict=True)]
+
+
+def _composed(
+    program: str, overrides: list[Override], params: dict[str, str], check: Check[Config]
+) -> tuple[list[list[Override]], list[Config]]:
+    """The arms' options and their configurations, all checked before the first one starts."""
+    arms = _arms(overrides, params)
+    given = [o.key_or_group for o in overrides if not o.is_hydra_override()]
+    configs = [check(compose_tree(program, arm), given) for arm in arms]
+    _check_distinct(arms, configs)
+    _tell_sizes(arms, configs)
+    return arms, configs
 
 
 class _Flags(argparse.ArgumentParser):

@@ -106,7 +106,7 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
                 say(told)
             say(f"{folder}: training {config.model.name} {start}")
             if arm or process_count(config) > 1:
-                fit_apart(config, folder, process_count(config))
+                fit_apart(config, folder, process_count(config), arm.until if arm else None)
             else:
                 fit(config, folder)
     audit = folder.info.get("audit") or {}
@@ -160,7 +160,7 @@ def fit(config: TrainConfig, folder: RunFolder) -> None:
     train(config, folder)
 
 
-def fit_apart(config: TrainConfig, folder: RunFolder, count: int) -> None:
+def fit_apart(config: TrainConfig, folder: RunFolder, count: int, until: int | None = None) -> None:
     """Train in as many processes, beside this one: one that crashes is told of, here.
 
     One alone trains in this process where it cannot be forked.
@@ -169,9 +169,9 @@ def fit_apart(config: TrainConfig, folder: RunFolder, count: int) -> None:
     from zoo.training.fit import train
 
     if "LOCAL_RANK" in os.environ or (count == 1 and not processes.can_fork()):
-        train(config, folder)  # further ranks were started by another program
+        train(config, folder, until)  # further ranks were started by another program
     else:
-        processes.run(train, config, folder, count=count)
+        processes.run(train, config, folder, until, count=count)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

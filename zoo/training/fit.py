@@ -42,8 +42,10 @@ from zoo.training.windows import Windows, open_data, validation
 log = logging.getLogger("zoo")
 
 
-def train(config: TrainConfig, folder: RunFolder) -> None:
+def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> None:
     """Train the configured model in its run folder, from its last good checkpoint if it has one.
+
+    It pauses at step `until`, on the schedule of the whole run, which the next call goes on with.
 
     Writes metrics, checkpoints and the status as it goes; of several processes the first does.
     Raises UserError for what the user can mend, NonFiniteError when the loss is lost,
@@ -101,7 +103,7 @@ def train(config: TrainConfig, folder: RunFolder) -> None:
         "data": data.summary,
         "threads": torch.get_num_threads(),
     }
-    trainer = _trainer(config, folder, [metrics, checkpoints], about)
+    trainer = _trainer(config, folder, [metrics, checkpoints], about, until)
     cuda = prepare(trainer.strategy.root_device.type)
     if first:
         device = device_name(trainer.strategy.root_device)
@@ -145,10 +147,15 @@ def _fit(trainer: lightning.Trainer, learner: Learner, windows: Windows, last: P
 
 
 def _trainer(
-    config: TrainConfig, folder: RunFolder, callbacks: list[Any], about: Mapping[str, Any]
+    config: TrainConfig,
+    folder: RunFolder,
+    callbacks: list[Any],
+    about: Mapping[str, Any],
+    until: int | None,
 ) -> lightning.Trainer:
     """Lightning's Trainer under the run's options. UserError where this machine has no such."""
     options = config.trainer.model_dump()
+    options["max_steps"] = until or options["max_steps"]
     if options["devices"] == "auto":
         options["devices"] = 1
     if process_count(config) > 1:  # a carried state's parameters have no gradient in the first step

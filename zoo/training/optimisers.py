@@ -52,9 +52,10 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     tables, which are no maps between two spaces of activations.
     """
     ends = [getattr(model, name).weight for name in ("embedding", "head") if hasattr(model, name)]
-    weights = (layer.weight for layer in model.modules() if isinstance(layer, nn.Linear))
-    wanted = [w for w in weights if not getattr(w, "no_weight_decay", False)]
-    return _without(dict.fromkeys(wanted), ends)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    weights = {id(w): w for w in (layer.weight for layer in layers) if isinstance(w, nn.Parameter)}
+    wanted = [w for w in weights.values() if not getattr(w, "no_weight_decay", False)]
+    return _without(wanted, ends)
 
 
 def _without(some: Iterable[nn.Parameter], others: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -1,0 +1,41 @@
+"""`zoo study` knows what is left of an experiment, and how long that takes."""
+
+import pytest
+
+from zoo.cli.launch import composed_arms
+from zoo.cli.study import left, main, unfinished
+from zoo.cli.train import check
+from zoo.cli.tune import Tuned, group
+from zoo.runs.folder import RunFolder
+
+
+@pytest.fixture
+def arms(tmp_path) -> list[Tuned]:
+    words = ["model=lstm,nope", "optim.lr=1e-3,2e-3", "seed=0,1", "data=parity", "seq_len=16"]
+    more = ["size=tiny", "batch_size=4", "trainer.max_steps=80", "optim.warmup_steps=5"]
+    return group(composed_arms("train", [*words, *more, f"runs={tmp_path}", "logger=none"], check))
+
+
+def train(arm: Tuned, rate: float, seed: int, step: int, **other) -> None:
+    folder = RunFolder.claim(arm.configs[rate, seed])
+    folder.update(step=step, **other)
+    (folder.path / "metrics.csv").write_text(f"step,tokens_per_second\n{step},32\n")
+
+
+def test_all_is_left_at_first_and_no_time_is_known(arms):
+    told = "2 of 2 arms left (model=lstm, model=nope), at most 480 steps"
+    assert left(arms) == told  # two rates and another seed, 80 steps each
+
+
+def test_what_was_trained_and_pruned_is_not_left(arms):
+    train(arms[0], 1e-3, 0, 80, status="done")
+    train(arms[0], 2e-3, 0, 20, pruned=True)
+    assert left(arms[:1]).startswith("1 of 1 arms left (model=lstm), at most 80 steps, 0:02:40")
+    train(arms[0], 1e-3, 1, 80, status="done")
+    assert unfinished(arms) == arms[1:]
+    assert left(arms[:1]) == "all 1 arms are done"
+
+
+def test_an_unknown_experiment_is_refused_in_one_line(capfd):
+    assert main(["state_trackin"]) == 2
+    assert "Did you mean 'state_tracking'" in capfd.readouterr().err
