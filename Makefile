@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env compare claims reach test lint constraints bench gpu-check clean
+.PHONY: help env demo compare study claims reach test lint constraints bench gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -23,6 +23,15 @@ $(BIN)/python:
 	@touch $@ .venv/ready
 
 env: .venv/ready  ## create the virtual environment in .venv
+
+DEMO := model=lstm,deltanet_negative,mamba,transformer optim.lr=4e-3 seed=0 runs=runs/demo
+
+demo: .venv/ready  ## train four models to track the parity of bits, measure them, write report.html
+	$(RUN) train.py -m experiment=state_tracking $(DEMO)
+	$(RUN) eval.py run='runs/demo/*' task=accuracy logger=none threads=1
+
+study: .venv/ready-dev  ## tune and train the experiments one after another; goes on where it stopped
+	$(RUN) -m zoo study
 
 compare: .venv/ready  ## train three models at 512 bytes, measure them to 16384, write report.html
 	$(RUN) train.py -m experiment=compare
