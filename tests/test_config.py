@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_errors import FORM
 
 from zoo.config.compose import compose
 from zoo.config.introspect import target_parameters
@@ -60,7 +61,7 @@ REFUSED = {
     "seq_len=null": "seq_len=null: must be a whole number",
     "seq_len=${nowhere}": "nowhere",
     "seed=-1": "seed=-1",
-    "optim.lrr=1": "optim.lrr: unknown option. Did you mean 'optim.lr'? Use one of: optim.lr,",
+    "optim.lrr=1": "optim.lrr: unknown option. Did you mean 'optim.lr'? Use one of: ",
     "lr=1": "Did you mean 'optim.lr'?",
     "+lr=1": "lr: unknown option",
     "optim.lr=abc": "optim.lr=abc: must be a valid number",
@@ -81,13 +82,13 @@ REFUSED = {
     "model=hybrid model.pattern=mamba": "hybrid=mamba: must be a list of models, such as",
     "hybrid=[]": "hybrid=[]: must be a list of models, such as [7*mamba,transformer]",
     "hybrid=[mamba,mmaba]": "Did you mean 'mamba'?",
-    "hybrid=[x*mamba]": "hybrid=[x*mamba]: layers in a row are written 7*mamba",
+    "hybrid=[x*mamba]": "hybrid=[x*mamba]: must be of entries such as 7*mamba",
     "hybrid=[99999999*mamba]": "with a number from 1 to 999",
-    "hybrid=[999*mamba]": "999 layers, more than a model can have",
-    "hybrid=[mamba] model=mamba": "model=mamba takes no pattern. Leave model=mamba out, or",
+    "hybrid=[999*mamba]": "must have at most 256 layers (it has 999)",
+    "hybrid=[mamba] model=mamba": "model=mamba has no pattern of models. Leave model=mamba out, or",
     "-m hybrid=[mamba] model=mamba,gla": "sweep over both: -m model=mamba,gla,hybrid",
     "hybrid=[mamba] model.pattern=[mamba]": "hybrid= says the same. Leave one of the two out",
-    "-m seed=0,1,0": "seed=0 is given twice. Give each run once.",
+    "-m seed=0,1,0": "seed=0: is given twice. Give each run once.",
     "seq_len=inf": "seq_len=inf: must be a whole number",
     "seq_len=nan": "seq_len=nan: must be a whole number",
     "seed=1e309": "seed=inf: must be a whole number",
@@ -120,33 +121,33 @@ REFUSED = {
     "model.mixer.heads=abc": "model.mixer.heads=abc: must be a whole number",
     "model.mixer.rope_base=nan": "model.mixer.rope_base=nan: must be a finite number",
     "model=mamba model.mixer.state_size=null": "state_size=null: must be a whole number",
-    "model=longformer model.mixer.window=[1,a]": "window=[1, 'a']: must be a whole number",
-    "model.max_length=64": "positions=rope have no length to learn",
+    "model=longformer model.mixer.window=[1,a]": "window=[1,a]: must be a whole number",
+    "model.max_length=64": "positions=rope have no table of a fixed length",
     "model.feed_forward.hidden_width=1000": "match=params sets this width. Add match=none",
     "model=mamba model.mixer.inner_width=100": "match=params sets this width. Add match=none",
     "model=soft model.mixer.iterations=8": "acts with objective=masked, and here it is causal",
     "model=aft model.mixer.rank=8": "acts with variant=local or full, and here it is conv",
     "model=nope model.mixer.rope_base=500": "acts with positions=rope or xpos, and here it is none",
-    "model.mixer.positions=none": "model.positions=rope sets it. Use that one.",
-    "model.name=other": "model.name=other: a file sets it. Use model=other.",
+    "model.mixer.positions=none": "model.positions=rope sets it. Use model.positions.",
+    "model.name=other": "model.name=other: a YAML file sets it. Use model=other.",
     "size.name=tiny": "Use size=tiny.",
-    "extension.name=yarn extension.factor=4": "extension.name=yarn: a file sets it. Use extension=",
+    "extension.name=yarn extension.factor=4": "extension.name=yarn: a YAML file sets it. Use",
     "extension.factor=4": "extension=none has no settings. Choose an extension",
     "extension.original_length=64": "extension=none has no settings. Choose an extension",
     "model=alibi model.positions=rope": "model=alibi is the variant with alibi. Choose another",
     "model=sink model.mixer.sink=false": "model=sink is the variant with true",
     "extension=dca": "extension=dca: acts on a trained model. Add finetune=<run folder>",
     "objective=maksed": "objective=maksed: must be 'causal' or 'masked'",
-    "objective=masked model=mamba": "model=mamba has no bidirectional form, which",
-    "objective=masked model=alibi": "those that have one: ",
-    "objective=masked state_passing=carry": "has state_passing=none alone",
+    "objective=masked model=mamba": "model=mamba: has no bidirectional form, which",
+    "objective=masked model=alibi": "Use one of: cosformer, etc",
+    "objective=masked state_passing=carry": "masked reads separate windows. Use state_passing=none",
     "model.mixer.causal=false": "model.mixer.causal: unknown option",
-    "mamba": "did you mean 'model=mamba'?",
-    "model=[": "cannot read 'model=['",
-    "~optim": "cannot read '~optim'",
-    "model=mamba model=alibi": "'model' is given twice",
-    "model=transformer,mamba": "add -m",
-    "experiment=compare": "add -m",
+    "mamba": "mamba: is no option. Did you mean 'model=mamba'?",
+    "model=[": "model=[: cannot be read. Write lists as [a,b]",
+    "~optim": "~optim: is no option. Options are written",
+    "model=mamba model=alibi": "model=alibi: model is given twice",
+    "model=transformer,mamba": "Add -m to run",
+    "experiment=compare": "Add -m to run",
     "-m model=transformer,mmaba": "model=mmaba: unknown model. Did you mean 'mamba'?",
     "-m seed=0,1 name=same": "several runs",
     "-m seed=0,1 optim.lr=1e-3,x": "optim.lr=x",
@@ -163,6 +164,11 @@ REFUSED = {
 }
 
 
+# Not yet told as <option>=<value>: <rule>. <what to do>.
+OTHER_FORM = ("resume=/nowhere", "resume=empty", "data=text", "data=text data.path=/nowhere")
+OTHER_FORM += ("data=text data.path=empty", "data=text data.path=binary", "runs=/proc/zoo")
+
+
 @pytest.mark.parametrize("words", REFUSED)
 def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_written(words, command, tmp_path):
     (tmp_path / "empty").mkdir()
@@ -176,6 +182,7 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_written(words, comma
     assert error.count("\n") == 1
     assert error.startswith("train.py: ")
     assert REFUSED[words] in error
+    assert words in OTHER_FORM or FORM.fullmatch(error.removeprefix("train.py: ").strip())
     assert "+" not in error.replace("[\\w.+-]", "")  # never Hydra's advice to append with +
     assert written(tmp_path) == before
 
@@ -183,7 +190,7 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_written(words, comma
 @pytest.mark.parametrize(
     ("words", "told"),
     {
-        "": "run= is needed",
+        "": "run=: must be given (run folder, or a pattern",
         "run=/nowhere/*": "no run folder matches '/nowhere/*'",
         "run=/nowhere": "there is no run folder /nowhere",
         "run=x task=sped": "Did you mean 'speed'?",
@@ -191,7 +198,7 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_written(words, comma
         "run=x task.perplexity.lenghts=[1]": "Did you mean 'task.perplexity.lengths'?",
         "run=x device=gpu0": "device=gpu0",
         "run=x extension.name=yarn extension.factor=4": "Use extension=yarn.",
-        "run=x extension=dca extension.factor=4": "extension=dca has no scaling that takes it",
+        "run=x extension=dca extension.factor=4": "extension=dca has no scaling that uses it",
         "run=x extension=window extension.attention.sinks=4": "the variant with 0. Choose another",
         "run=x threads=100000": "threads=100000: must be less than or equal to 1024",
         "run=[]": "run=[]: must be a run folder, a pattern or a list of them",

@@ -294,7 +294,7 @@ def test_what_tells_where_tokens_stand_is_refused_where_it_cannot(tiny):
     }.items():
         with pytest.raises(UserError, match=told):
             compose("train", ["extension.factor=4", *more.split()])
-    with pytest.raises(UserError, match="extension=pose is a way to train"):
+    with pytest.raises(UserError, match="extension=pose: is a way to train"):
         compose("eval", ["run=x", "extension=pose", "extension.factor=4"])
 
 

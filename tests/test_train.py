@@ -215,8 +215,8 @@ def test_weights_that_other_code_made_are_not_already_trained(train, monkeypatch
     edit_code(monkeypatch, **{"zoo/mixers/softmax.py": "corrected"})
     code, error = train("name=mine", learner=refuse)
     assert code == 2
-    assert "mine was trained by other code: zoo/mixers/softmax.py changed since" in error
-    assert "fresh=true trains a new run beside it" in error
+    assert "mine: was trained by other code (zoo/mixers/softmax.py changed since)" in error
+    assert "Use fresh=true to train a new run beside it" in error
     assert only_run().info["sources"] == before
     assert train("name=mine", "fresh=true")[0] == 0
     assert RunFolder.open("runs/mine-2").info["sources"] != before
@@ -230,10 +230,10 @@ def test_a_run_goes_on_under_other_code_only_when_told_and_says_so(train, monkey
     for words in (["resume=runs/mine"], ["name=mine"]):
         code, error = train(*words, learner=refuse)
         assert code == 2
-        assert "was trained by other code: zoo/model/backbone.py changed since" in error
+        assert "was trained by other code (zoo/model/backbone.py changed since)" in error
     code, error = train("resume=runs/mine", "changed_code=accept")
     assert code == 0
-    assert "zoo/model/backbone.py changed since (accepted)" in error
+    assert "zoo/model/backbone.py changed since), which changed_code=accept allows" in error
     info = only_run().info
     assert info["earlier_sources"] == [{"sources": before, "until_step": 7}]
     assert zoo.runs.folder.trained_by(info) == f"{before}+{info['sources']}"
@@ -276,4 +276,4 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew_in_silence(train):
     for words in (["resume=runs/mine"], ["name=mine"]):
         code, error = train(*words, learner=refuse)
         assert code == 2
-        assert "mine has lost the checkpoints of its 7 steps" in error
+        assert "mine: has lost the checkpoints of its 7 steps" in error

@@ -40,7 +40,7 @@ def refuse(option: str, value: Any, rule: str, advice: str = "") -> NoReturn:
 
 
 def refuse_path(path: Path | str, rule: str, advice: str = "") -> NoReturn:
-    """Raise the `UserError` for a file or folder: `<path>: <rule>. <advice>.`"""
+    """Raise the `UserError` for a file, a folder or a word that is no option, named as it is."""
     raise UserError(sentence(str(path), rule, advice))
 
 

@@ -20,7 +20,7 @@ def test_the_package_explains_its_programs(flag, capsys):
         "": "zoo: unknown program. Use one of: train, tune, study, eval, list, doctor.",
         "doctor foo": "zoo doctor foo: must be `zoo doctor`, without arguments.",
         "list modles": "--list=modles: unknown kind. Did you mean 'models'? ",
-        "train --list=models": "unrecognized",
+        "train --list=models": "--list=models: unknown flag. See --help.",
     }.items(),
 )
 def test_a_mistake_is_one_line_with_exit_code_2(words, told, capsys):

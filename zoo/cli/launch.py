@@ -35,7 +35,7 @@ from zoo.config.tree import leaves
 from zoo.config.validate import plain
 from zoo.console import label
 from zoo.console import say as say
-from zoo.errors import RunError, UserError
+from zoo.errors import RunError, UserError, refuse, refuse_path
 from zoo.runs.files import one_line
 from zoo.runs.identity import run_name
 from zoo.runs.stopping import STOPPED, handled
@@ -154,7 +154,10 @@ def _composed(
 
 class _Flags(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        flag, _, rule = message.partition(": ")
+        if rule and flag.startswith("argument "):
+            refuse_path(flag.removeprefix("argument "), rule, "See --help")
+        refuse_path(message.rpartition(": ")[2], "unknown flag", "See --help")
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -173,13 +176,14 @@ def _sweep_params(program: str, overrides: list[Override], multirun: bool) -> di
     """What the chosen experiment sweeps over. UserError for several values without -m."""
     swept = [override.input_line for override in overrides if override.is_sweep_override()]
     if swept and not multirun:
-        raise UserError(f"{swept[0]} names several values: add -m to run each")
+        refuse_path(str(swept[0]), "names several values", "Add -m to run each")
     single = [override for override in overrides if not override.is_sweep_override()]
     if not any(override.key_or_group == "experiment" for override in single):
         return {}
     params = compose_groups(program, single, hydra=True).hydra.sweeper.get("params") or {}
     if params and not multirun:
-        raise UserError("this experiment is a sweep: add -m to run its arms")
+        chosen = next(o.value() for o in single if o.key_or_group == "experiment")
+        refuse("experiment", chosen, "is a sweep over several runs", "Add -m to run them")
     return dict(params)
 
 
@@ -207,7 +211,7 @@ def _check_distinct(arms: list[list[Override]], configs: list[Any]) -> None:
             name = run_name(config)
             if name in seen:
                 label = " ".join(str(override.input_line) for override in arm)
-                raise UserError(f"{label} is given twice. Give each run once.")
+                refuse_path(label, "is given twice", "Give each run once")
             seen.add(name)
 
 
@@ -239,7 +243,7 @@ def _sweep(
     """
     names = [c.name for c in configs if isinstance(c, TrainConfig) and c.name and not c.resume]
     if len(set(names)) < len(names):
-        raise UserError("name= is one folder, and these are several runs: leave it out")
+        refuse("name", names[0], "names one folder, and these are several runs", "Leave it out")
     task = functools.partial(_arm, program, len(configs), common, check, job)
     front = GlobalHydra.instance().hydra
     assert front is not None

@@ -16,7 +16,7 @@ from zoo.config.validate import validate
 from zoo.console import say
 from zoo.data.sources import check_source
 from zoo.devices import check_deterministic
-from zoo.errors import RunError, UserError
+from zoo.errors import RunError, refuse, refuse_path
 from zoo.runs.checkpoints import step_of
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import run_name
@@ -47,9 +47,11 @@ def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
     else:
         config = validate(TrainConfig, resolve(tree))
     if config.optim.continuation != "cosine" and not tree["resume"]:
-        raise UserError(
-            f"optim.continuation={config.optim.continuation}: says how a run goes on that is given "
-            "more steps. Use it with resume=<run> trainer.max_steps=<more>."
+        refuse(
+            "optim.continuation",
+            config.optim.continuation,
+            "says how the learning rate goes on in a run that is given more steps",
+            "Use it with resume=<run> trainer.max_steps=<more>",
         )
     if not tree["resume"]:
         check_effects(config, tree, given)
@@ -87,8 +89,8 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
         fit(config, folder)  # a further rank of a run that rank 0 locks and records
         return 0
     if info["step"] and not last:
-        told = f"{folder} has lost the checkpoints of its {info['step']:,} steps"
-        raise UserError(f"{told}: put them back, or fresh=true trains a new run")
+        rule = f"has lost the checkpoints of its {info['step']:,} steps"
+        refuse_path(str(folder), rule, "Put them back, or train a new run with fresh=true")
     check_code(config, folder)
     if info["status"] == "done" and info["step"] >= config.trainer.max_steps:
         say(f"already trained: {folder} (fresh=true trains again)")
@@ -122,12 +124,14 @@ def check_code(config: TrainConfig, folder: RunFolder) -> None:
         say(f"{folder}: what code trained it is not known (it is older than that record)")
     if not files:
         return
-    told = f"{folder} was trained by other code: {', '.join(files[:3])}"
-    told += f" and {len(files) - 3} more" * (len(files) > 3) + " changed since"
+    told = f"was trained by other code ({', '.join(files[:3])}"
+    told += f" and {len(files) - 3} more" * (len(files) > 3) + " changed since)"
     if config.changed_code == "refuse":
-        told += ". fresh=true trains a new run beside it"
-        raise UserError(f"{told}, changed_code=accept goes on with this one and records it")
-    say(f"{told} (accepted)")
+        advice = (
+            "Use fresh=true to train a new run beside it, or changed_code=accept to go on with it"
+        )
+        refuse_path(str(folder), told, advice)
+    say(f"{folder} {told}, which changed_code=accept allows")
 
 
 def _is_trained(config: TrainConfig) -> bool:

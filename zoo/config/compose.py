@@ -31,7 +31,7 @@ from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED, trainer
 from zoo.config.tree import leaves
 from zoo.config.validate import plain as plain
 from zoo.config.validate import validate as validate
-from zoo.errors import UserError, choose, nearest, refuse_unknown
+from zoo.errors import choose, nearest, refuse, refuse_path, refuse_unknown
 
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
 
@@ -62,15 +62,18 @@ def parse(words: Sequence[str]) -> list[Override]:
     for word in words:
         if "=" not in word:
             files = sorted(CONFIGS.glob(f"*/{word}.yaml"))
-            hint = f" (did you mean '{files[0].parent.name}={word}'?)" if files else ""
-            raise UserError(f"cannot read {word!r}: options are written option=value{hint}")
+            hint = f"Did you mean '{files[0].parent.name}={word}'? " if files else ""
+            refuse_path(word, "is no option", f"{hint}Options are written option=value")
         try:
             override = parser.parse_override(word)
         except HydraException:
-            advice = "lists are [a,b], values with special characters need quotes: 'key=\"a b\"'"
-            raise UserError(f"cannot read {word!r}: {advice}") from None
+            refuse_path(
+                word,
+                "cannot be read",
+                "Write lists as [a,b] and quote special characters: 'k=\"a b\"'",
+            )
         if override.key_or_group in found:
-            raise UserError(f"{override.key_or_group!r} is given twice")
+            refuse_path(word, f"{override.key_or_group} is given twice", "Give each option once")
         found[override.key_or_group] = override
     if "hybrid" in found and found["hybrid"].value() is None:
         pass  # the pattern of the file, as without it
@@ -78,13 +81,20 @@ def parse(words: Sequence[str]) -> list[Override]:
         found["model"] = parser.parse_override("model=hybrid")
     elif "hybrid" in found and "hybrid" not in _swept_values(found["model"]):
         line = found["model"].input_line
-        raise UserError(
-            f"{found['hybrid'].input_line}: {line} takes no pattern. "
-            f"Leave {line} out, or sweep over both: -m {line},hybrid"
+        refuse(
+            "hybrid",
+            found["hybrid"].value(),
+            f"{line} has no pattern of models",
+            f"Leave {line} out, or sweep over both: -m {line},hybrid",
         )
     if "hybrid" in found and "model.pattern" in found:
-        raise UserError("model.pattern: hybrid= says the same. Leave one of the two out.")
+        pattern = found["model.pattern"].value()
+        refuse("model.pattern", pattern, "hybrid= says the same", "Leave one of the two out")
     return list(found.values())
+
+
+def _words(overrides: Sequence[Override]) -> list[str]:
+    return [override.input_line or "" for override in overrides]
 
 
 def _swept_values(override: Override) -> list[str]:
@@ -107,14 +117,16 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
                 OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
         container: Any = OmegaConf.to_container(tree, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(str(error).splitlines()[0]) from None
+        told = str(error).splitlines()[0].removesuffix(".")
+        refuse_path(" ".join(_words(overrides)), told, "See --help for the options")
     for path, value in leaves(container):
         if value == "???":
             field, owner = None, SCHEMAS[program]
             for name in path.split("."):
                 field = getattr(owner, "model_fields", {}).get(name)
                 owner = field.annotation if field else None
-            raise UserError(f"{path}= is needed: {field.description if field else ''}")
+            about = f" ({field.description})" if field and field.description else ""
+            refuse(path, "", f"must be given{about}")
     return container
 
 

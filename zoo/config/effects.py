@@ -5,7 +5,6 @@ asked for or is a default, is told here. Nothing heavy is imported.
 """
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import yaml
 from zoo.config.groups import CONFIGS, groups
 from zoo.config.schema import Extension, TrainConfig
 from zoo.config.tree import leaves
-from zoo.errors import UserError
+from zoo.errors import refuse, shown
 
 
 def check_names(program: str, tree: Mapping[str, Any], given: Sequence[str]) -> None:
@@ -25,14 +24,12 @@ def check_names(program: str, tree: Mapping[str, Any], given: Sequence[str]) -> 
             continue
         if f"{group}.name" in given:
             name = section["name"]
-            raise UserError(f"{group}.name={name}: a file sets it. Use {group}={name}.")
+            refuse(f"{group}.name", name, "a YAML file sets it", f"Use {group}={name}")
         for path, value in _own(group, section["name"]):
             key, found = f"{group}.{path}", dict(leaves(section)).get(path)
             if key in given and found != value:
-                raise UserError(
-                    f"{key}={_shown(found)}: {group}={section['name']} is the variant with "
-                    f"{_shown(value)}. Choose another {group}."
-                )
+                rule = f"{group}={section['name']} is the variant with {shown(value)}"
+                refuse(key, found, rule, f"Choose another {group}")
 
 
 @functools.cache
@@ -84,10 +81,9 @@ def _check_used(config: TrainConfig, given: Sequence[str]) -> None:
             for other, values in known.get(name, {}).items():
                 here = config.objective if other == "objective" else part.options.get(other)
                 if here not in values:
-                    raise UserError(
-                        f"model.mixer.{name}={_shown(part.options.get(name))}: acts with {other}="
-                        f"{' or '.join(values)}, and here it is {here}. Leave {name} out."
-                    )
+                    rule = f"acts with {other}={' or '.join(values)}, and here it is {here}"
+                    value = part.options.get(name)
+                    refuse(f"model.mixer.{name}", value, rule, f"Leave {name} out")
 
 
 def check_effects(config: TrainConfig, tree: Mapping[str, Any], given: Sequence[str]) -> None:
@@ -97,20 +93,14 @@ def check_effects(config: TrainConfig, tree: Mapping[str, Any], given: Sequence[
         tokens = config.batch_tokens
         if "batch_size" in given and tree["batch_size"] is not None:
             if tokens != config.batch_size * window:
-                raise UserError(
-                    f"batch_tokens={tokens}: batch_size={config.batch_size} says how many windows "
-                    "a step reads. Leave one of the two out."
-                )
+                rule = f"batch_size={config.batch_size} says how many windows a step reads"
+                refuse("batch_tokens", tokens, rule, "Leave one of the two out")
         elif tokens < window:
-            raise UserError(
-                f"batch_tokens={tokens}: must be at least seq_len={window}, one window. "
-                f"Use batch_tokens={window} or more, or a smaller seq_len."
-            )
+            advice = f"Use batch_tokens={window} or more, or a smaller seq_len"
+            refuse("batch_tokens", tokens, f"must be at least seq_len={window}, one window", advice)
     if "optim.warmup_steps" in given and config.optim.warmup_steps > steps:
-        raise UserError(
-            f"optim.warmup_steps={config.optim.warmup_steps}: must be at most "
-            f"trainer.max_steps={steps}. Use a shorter warm-up or a longer run."
-        )
+        rule, advice = f"must be at most trainer.max_steps={steps}", "Use a shorter warm-up"
+        refuse("optim.warmup_steps", config.optim.warmup_steps, rule, f"{advice} or a longer run")
     if config.match == "params" and not config.finetune:
         _check_matched(config)
     _check_used(config, given)
@@ -124,10 +114,8 @@ def _check_matched(config: TrainConfig) -> None:
         for block in config.model.blocks:
             part = getattr(block, slot) if slot else None
             if part is not None and part.options.get(name) is not None:
-                raise UserError(
-                    f"model.{knob}={part.options[name]}: match=params sets this width. "
-                    "Add match=none, or leave it out."
-                )
+                rule, advice = "match=params sets this width", "Add match=none, or leave it out"
+                refuse(f"model.{knob}", part.options[name], rule, advice)
 
 
 def check_extension(extension: Extension, given: Sequence[str], longer: bool = False) -> None:
@@ -137,20 +125,19 @@ def check_extension(extension: Extension, given: Sequence[str], longer: bool = F
     """
     name = extension.name
     if "extension.name" in given:  # what is recorded would not be what is done
-        raise UserError(
-            f"extension.name={name}: a name chooses nothing. Choose the extension: extension={name}"
-        )
+        refuse("extension.name", name, "a name chooses nothing", f"Use extension={name}")
     settings = [key for key in given if key.startswith("extension.")]
     if settings and name == "none":
-        raise UserError(
-            f"{settings[0]}: extension=none has no settings. Choose an extension, such as "
-            "extension=yarn."
-        )
+        value = getattr(extension, settings[0].partition(".")[2], None)
+        advice = "Choose an extension, such as extension=yarn"
+        refuse(settings[0], value, "extension=none has no settings", advice)
     acts = extension.scaling is not None or extension.positions is not None
     if "extension.factor" in given and not acts and extension.factor != 1 and not longer:
-        raise UserError(
-            f"extension.factor={extension.factor:g}: extension={name} has no scaling that takes "
-            f"it. Add extension.scaling=<pi, ntk, yarn ...>, or leave it out."
+        refuse(
+            "extension.factor",
+            extension.factor,
+            f"extension={name} has no scaling that uses it",
+            "Add extension.scaling=<pi, ntk, yarn ...>, or leave it out",
         )
 
 
@@ -169,7 +156,3 @@ def notes(config: TrainConfig) -> list[str]:
             f"rate ends at {config.optim.lr * steps / warmup:.2g}"
         )
     return told
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

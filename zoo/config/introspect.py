@@ -2,14 +2,13 @@
 
 import ast
 import functools
-import json
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zoo.errors import UserError
+from zoo.errors import refuse, refuse_path
 from zoo.paths import ROOT
 
 
@@ -25,10 +24,10 @@ def parameters(file: Path, name: str) -> dict[str, ast.expr | None] | None:
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"there is no {file}") from None
+        refuse_path(file, "there is no such file", "Name a class of this package")
     found = [node for node in tree.body if getattr(node, "name", None) == name]
     if not found:
-        raise UserError(f"there is no {name} in {file}")
+        refuse_path(file, f"there is no {name} in it", "Name a class or function of it")
     node = found[0]
     if isinstance(node, ast.ClassDef):
         inits = [part for part in node.body if getattr(part, "name", None) == "__init__"]
@@ -73,10 +72,9 @@ def check_types(target: str, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         annotation = declared.get(name)
         if annotation is not None and not _fits(value, annotation):
-            shown = json.dumps(value) if value is None or isinstance(value, bool) else value
             digits = isinstance(value, int) and abs(value) >= LARGEST
             limit = " of at most 15 digits" if digits else ""
-            raise UserError(f"{name}={shown}: must be {_in_words(annotation)}{limit}")
+            refuse(name, value, f"must be {_in_words(annotation)}{limit}")
 
 
 LARGEST = 10**15  # of a whole number: beyond, sizes overflow before memory is asked for

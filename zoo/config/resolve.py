@@ -17,7 +17,7 @@ from zoo.config.schema import Part as Part
 from zoo.config.schema import TrainConfig as TrainConfig
 from zoo.config.validate import plain as plain
 from zoo.config.validate import validate as validate
-from zoo.errors import UserError, choose
+from zoo.errors import choose, refuse
 
 ONE_SIDED = ("xpos", "alibi", "t5")  # positions that bidirectional attention lacks
 
@@ -41,13 +41,20 @@ def resolve(tree: dict[str, Any]) -> dict[str, Any]:
         _check_bidirectional(parts)
     for part in parts:
         if part.get("max_length") is not None and part.get("positions") != "learned":
-            raise UserError(
-                f"model.max_length={part['max_length']}: positions={part.get('positions')} have no "
-                "length to learn. Leave it out, or use model.positions=learned."
+            refuse(
+                "model.max_length",
+                part["max_length"],
+                f"positions={part.get('positions')} have no table of a fixed length",
+                "Leave it out, or use model.positions=learned",
             )
     embedded = {part["positions"]: part for part in parts if _is_embedded(part)}
     if len(embedded) > 1:
-        raise UserError(f"model.pattern mixes {' and '.join(sorted(embedded))} positions")
+        refuse(
+            "hybrid",
+            pattern or model["pattern"],
+            f"mixes {' and '.join(sorted(embedded))} positions at the embedding",
+            "Use models with one of the two",
+        )
     spelled = {
         "name": model.get("name"),
         "blocks": [_block(part) for part in parts],
@@ -70,9 +77,11 @@ def _check_bidirectional(parts: Sequence[dict[str, Any]]) -> None:
     for part in parts:
         if not reads_both_ways(part["name"]):
             able = [name for name in choices("model") if reads_both_ways(name)]
-            raise UserError(
-                f"model={part['name']} has no bidirectional form, which objective=masked trains; "
-                f"those that have one: {', '.join(able)}"
+            refuse(
+                "model",
+                part["name"],
+                "has no bidirectional form, which objective=masked needs",
+                f"Use one of: {', '.join(able)}",
             )
 
 
@@ -97,9 +106,8 @@ def _block(part: dict[str, Any]) -> dict[str, Any]:
     if "positions" in part and isinstance(mixer, dict):
         if "positions" in mixer:
             given, name = mixer["positions"], part["positions"]
-            raise UserError(
-                f"model.mixer.positions={given}: model.positions={name} sets it. Use that one."
-            )
+            rule = f"model.positions={name} sets it"
+            refuse("model.mixer.positions", given, rule, "Use model.positions")
         mixer = {**mixer, "positions": "none" if _is_embedded(part) else part["positions"]}
     return {"mixer": mixer, "feed_forward": part.get("feed_forward")}
 
@@ -107,11 +115,10 @@ def _block(part: dict[str, Any]) -> dict[str, Any]:
 def _hybrid(pattern: Any, tree: dict[str, Any]) -> list[dict[str, Any]]:
     """The models of a hybrid's layers, by the pattern that is repeated over them."""
     if not isinstance(pattern, list) or not pattern:
-        shown = "null" if pattern is None else pattern
-        raise UserError(f"hybrid={shown}: must be a list of models, such as [7*mamba,transformer]")
+        refuse("hybrid", pattern, "must be a list of models, such as [7*mamba,transformer]")
     parts = [part for entry in pattern for part in _load_models(str(entry), tree)]
     if len(parts) > MAX_LAYERS:
-        raise UserError(f"hybrid={pattern}: {len(parts)} layers, more than a model can have")
+        refuse("hybrid", pattern, f"must have at most {MAX_LAYERS} layers (it has {len(parts)})")
     return parts
 
 
@@ -119,11 +126,9 @@ def _load_models(entry: str, tree: dict[str, Any]) -> list[dict[str, Any]]:
     """The sections of an entry such as mamba or 7*mamba, under the size and options of `tree`."""
     times, star, name = entry.rpartition("*")
     if star and not re.fullmatch(r"[1-9]\d{0,2}", times):
-        raise UserError(
-            f"hybrid=[{entry}]: layers in a row are written 7*mamba, with a number from 1 to 999"
-        )
+        refuse("hybrid", [entry], "must be of entries such as 7*mamba, with a number from 1 to 999")
     part = _inherited(choose("hybrid", name, choices("model"), kind="model"))
     if "pattern" in part:
-        raise UserError(f"hybrid=[{entry}]: {name} is a pattern itself. Write its models out.")
+        refuse("hybrid", [entry], f"{name} is a pattern itself", "Write its models out")
     whole: Any = OmegaConf.to_container(OmegaConf.create({**tree, "model": part}), resolve=True)
     return [whole["model"]] * int(times or 1)

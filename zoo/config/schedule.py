@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from zoo.config.schema import Optim, TrainConfig
-from zoo.errors import UserError
+from zoo.errors import refuse
 
 
 def learning_rate_factor(optim: Optim, max_steps: int, step: int) -> float:
@@ -37,14 +37,15 @@ def continued(before: TrainConfig, after: dict[str, Any], step: int, given: Sequ
     """
     steps = after["trainer"]["max_steps"]
     if isinstance(steps, int) and steps < step:
-        raise UserError(
-            f"trainer.max_steps={steps}: the run is at step {step} already. Give {step} or more."
-        )
+        rule = f"must be at least {step}, the step that the run has reached"
+        refuse("trainer.max_steps", steps, rule)
     longer = isinstance(steps, int) and steps > before.trainer.max_steps
     if "optim.continuation" in given and not longer:
-        raise UserError(
-            f"optim.continuation={after['optim']['continuation']}: says how a run goes on that is "
-            f"given more steps. Give trainer.max_steps above {before.trainer.max_steps} with it."
+        refuse(
+            "optim.continuation",
+            after["optim"]["continuation"],
+            "says how the learning rate goes on in a run that is given more steps",
+            f"Give trainer.max_steps above {before.trainer.max_steps} with it",
         )
     if longer:
         optim: dict[str, Any] = after["optim"]

@@ -21,7 +21,7 @@ from zoo.config.introspect import check_types, is_target, target_parameters
 from zoo.config.sizes import read_count, read_sizes
 from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED, trainer_parameters
 from zoo.devices import resolve_precision
-from zoo.errors import UserError, refuse, refuse_unknown, shown
+from zoo.errors import refuse, refuse_unknown, shown
 
 
 def _not_bool(value: Any) -> Any:
@@ -61,6 +61,9 @@ class OpenSection(Section):
     def options(self) -> dict[str, Any]:
         """The further keys."""
         return dict(self.model_extra or {})
+
+
+SEPARATE = "Use objective=causal and state_passing=none"  # windows
 
 
 class Part(OpenSection):
@@ -138,8 +141,7 @@ class Data(OpenSection):
         for key in ("path", "tokenizer", "cache", "eval_documents"):
             value = self.options.get(key, "")
             if not isinstance(value, str) and (key, value) != ("path", None):
-                shown = "null" if value is None else value
-                raise UserError(f"{key}={shown}: must be text. Quote a name of digits.")
+                refuse(key, value, "must be text", "Quote a name of digits")
         return self
 
     @model_serializer(mode="wrap")
@@ -341,29 +343,29 @@ class TrainConfig(Section):
     def _fits_together(self) -> "TrainConfig":
         acts = self.extension.scaling is not None or self.extension.attention is not None
         if acts and not self.finetune:
-            raise UserError(
-                f"extension={self.extension.name}: acts on a trained model. Add "
-                "finetune=<run folder>, or measure one: python eval.py run=<run folder> "
-                f"extension={self.extension.name}"
+            name = self.extension.name
+            refuse(
+                "extension",
+                name,
+                "acts on a trained model",
+                "Add finetune=<run folder>, or measure one: python eval.py run=<run folder> "
+                f"extension={name}",
             )
         if self.extension.positions is not None:
             if self.extension.attention is not None:
-                raise UserError("extension.positions place the tokens of windows without a remap")
+                rule = "cannot be combined with a pattern of attention"
+                refuse("extension.positions", self.extension.name, rule, "Leave one of them out")
             if (self.objective, self.state_passing) != ("causal", "none"):
-                raise UserError(
-                    f"extension={self.extension.name} places the tokens of separate windows: it "
-                    "trains with objective=causal and state_passing=none"
-                )
+                rule = "chooses the positions of separate windows"
+                refuse("extension", self.extension.name, rule, SEPARATE)
         if self.data.task is not None and (self.objective, self.state_passing) != (
             "causal",
             "none",
         ):
-            raise UserError(
-                f"data={self.data.name}: its examples stand alone and have labels. Use "
-                "objective=causal and state_passing=none."
-            )
+            refuse("data", self.data.name, "has separate examples with labels", SEPARATE)
         if self.objective == "masked" and self.state_passing != "none":
-            raise UserError("objective=masked reads whole windows: it has state_passing=none alone")
+            rule = "objective=masked reads separate windows"
+            refuse("state_passing", self.state_passing, rule, "Use state_passing=none")
         return self
 
 
@@ -406,8 +408,11 @@ class EvalConfig(Section):
     def _measures(self) -> "EvalConfig":
         if self.extension.positions is not None:
             name = self.extension.name
-            raise UserError(
-                f"extension={name} is a way to train: python train.py finetune=<run> "
-                f"extension={name}, and then extension=none measures it"
+            refuse(
+                "extension",
+                name,
+                "is a way to train",
+                f"Train with it (python train.py finetune=<run folder> extension={name}), and "
+                "measure that run with extension=none",
             )
         return self

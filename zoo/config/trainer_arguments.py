@@ -5,7 +5,7 @@ import importlib.util
 from pathlib import Path
 
 from zoo.config.introspect import parameters
-from zoo.errors import UserError
+from zoo.errors import refuse_path
 
 # Trainer arguments that are decided elsewhere, and where.
 TRAINER_OWNED = {
@@ -48,7 +48,7 @@ def trainer_parameters() -> list[str]:
     """
     spec = importlib.util.find_spec("lightning")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("lightning is not installed: run `make` in the project's folder")
+        refuse_path("lightning", "is not installed", "Run `make env`, or pip install lightning")
     file = Path(spec.submodule_search_locations[0]) / "pytorch" / "trainer" / "trainer.py"
     decided = {*TRAINER_OWNED, *TRAINER_REFUSED}
     return [name for name in parameters(file, "Trainer") or {} if name not in decided]
