@@ -79,7 +79,7 @@ bench: .venv/ready-dev  ## time the CPU kernels and training steps against other
 	$(RUN) kernels/bench/recurrences.py --json kernels/bench/results/recurrences.json
 	$(RUN) kernels/bench/matrix_state.py --json kernels/bench/results/matrix_state.json
 	$(RUN) kernels/bench/steps.py --json kernels/bench/results/steps.json
-	$(RUN) kernels/bench/reach.py --json kernels/bench/results/reach.json
+	$(RUN) kernels/bench/attention_patterns.py --json kernels/bench/results/attention_patterns.json
 	$(RUN) kernels/bench/growth.py --json kernels/bench/results/growth.json
 
 gpu-check:  ## build, check and time what runs on a GPU in 8 minutes, with PYTHON's own torch

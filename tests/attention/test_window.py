@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.attention.window import around, by_head, in_window, seen_later, window
+from zoo.attention.window import around, by_head, in_window, last_tokens, window
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import merge
 
@@ -123,7 +123,7 @@ def test_chunks_that_keep_the_last_keys_see_what_one_call_sees(size, dilation, c
     for parts in zip(*(x.split(chunks, 1) for x in (q, k, v)), strict=True):
         held = [torch.cat([a, b], 1) for a, b in zip(held, parts[1:], strict=True)]
         pieces.append(window(parts[0], *held, size, dilation=dilation))
-        held = [seen_later(x, reach) for x in held]
+        held = [last_tokens(x, reach) for x in held]
     whole = tuple(torch.cat(x, 1) for x in zip(*pieces, strict=True))
     torch.testing.assert_close(whole, window(q, k, v, size, dilation=dilation), **EXACT)
 

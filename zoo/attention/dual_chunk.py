@@ -9,10 +9,10 @@ neighbours true, and at c - 1 otherwise (successive-chunk, eq. 4); any later one
 
 import torch
 
-from zoo.attention.pattern import BLOCK, Reach, Scaling, View, fixed
+from zoo.attention.pattern import BLOCK_QUERIES, AttentionPattern, KeyBlock, Scaling, constant
 
 
-class DualChunk(Reach):
+class DualChunk(AttentionPattern):
     """`original_length` c; `chunk` s, 3/4 of c unless given; `local` w, c - s unless given.
 
     The authors' program differs from the paper: s = 5c/8, and the far position 3c/4 instead of
@@ -41,21 +41,21 @@ class DualChunk(Reach):
         self.last = c - 1 if far_position is None else far_position
         if not s <= self.last < c:
             raise ValueError(f"dual chunk attention: chunk={s} <= far_position={self.last} < {c}")
-        self.steps[0] = -(-BLOCK // s) * s
+        self.steps[0] = -(-BLOCK_QUERIES // s) * s
 
-    def views(self, rows: range) -> list[View]:
-        s, far, first = self.chunk, fixed(self.last), rows.start // self.chunk * self.chunk
-        views = [View(range(first - s), far, self.intra)] if first > s else []
+    def views(self, rows: range) -> list[KeyBlock]:
+        s, far, first = self.chunk, constant(self.last), rows.start // self.chunk * self.chunk
+        views = [KeyBlock(range(first - s), far, self.intra)] if first > s else []
         for own in range(first, rows.stop, s):
             mine = range(max(own, rows.start), min(own + s, rows.stop))
-            views.append(View(mine, self.intra, self.intra, mine, causal=True))
+            views.append(KeyBlock(mine, self.intra, self.intra, mine, causal=True))
             if own < mine.start:  # keys of the same chunk before this block
-                views.append(View(range(own, mine.start), self.intra, self.intra, mine))
+                views.append(KeyBlock(range(own, mine.start), self.intra, self.intra, mine))
             if own:
-                views.append(View(range(own - s, own), self.next, self.intra, mine))
+                views.append(KeyBlock(range(own - s, own), self.next, self.intra, mine))
             if own - s > max(first - s, 0):  # what is far from here and not from all of the block
                 between = range(max(first - s, 0), own - s)
-                views.append(View(between, far, self.intra, mine))
+                views.append(KeyBlock(between, far, self.intra, mine))
         return views
 
     def intra(self, positions: torch.Tensor) -> torch.Tensor:

@@ -4,10 +4,17 @@ Every query sees the last `window` keys at their true distance and the first `si
 min(distance, window). Unlike StreamingLLM's, positions are those of the text and not of the cache.
 """
 
-from zoo.attention.pattern import FEW, Reach, Scaling, View, far, fixed
+from zoo.attention.pattern import (
+    MAX_BLOCK_QUERIES,
+    AttentionPattern,
+    KeyBlock,
+    Scaling,
+    constant,
+    distant_keys,
+)
 
 
-class LMInfinite(Reach):
+class LMInfinite(AttentionPattern):
     """`window` is the trained length unless given; `sinks` are the paper's 10 .. 100 globals."""
 
     def __init__(
@@ -21,7 +28,7 @@ class LMInfinite(Reach):
                 f"{original_length}"
             )
         self.nearest = self.recent = self.window = window
-        self.sinks, self.steps = sinks, [FEW]
+        self.sinks, self.steps = sinks, [MAX_BLOCK_QUERIES]
 
-    def views(self, rows: range) -> list[View]:
-        return far(rows, self.window, fixed(self.window), fixed(0), last=self.sinks)
+    def views(self, rows: range) -> list[KeyBlock]:
+        return distant_keys(rows, self.window, constant(self.window), constant(0), last=self.sinks)

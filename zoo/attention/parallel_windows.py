@@ -20,10 +20,10 @@ windows of unequal length, which the papers align at one end.
 
 import torch
 
-from zoo.attention.pattern import Reach, Scaling, View
+from zoo.attention.pattern import AttentionPattern, KeyBlock, Scaling
 
 
-class ParallelWindows(Reach):
+class ParallelWindows(AttentionPattern):
     """`windows` of `window` tokens, 3/4 of the trained length unless given.
 
     `rescaled`: the task's own keys count `windows` times, as in Structured Prompting.
@@ -50,15 +50,15 @@ class ParallelWindows(Reach):
         self.steps.append(window)  # no block of queries lies in two windows
         self.own_times = float(windows) if rescaled else 1.0
 
-    def views(self, rows: range) -> list[View]:
+    def views(self, rows: range) -> list[KeyBlock]:
         in_context = rows.start < self.context
         first = rows.start - rows.start % self.window if in_context else self.context
         times = 1.0 if in_context else self.own_times
-        views = [View(rows, self.placed, self.placed, causal=True, times=times)]
+        views = [KeyBlock(rows, self.placed, self.placed, causal=True, times=times)]
         if first < rows.start:
-            views.append(View(range(first, rows.start), self.placed, self.placed, times=times))
+            views.append(KeyBlock(range(first, rows.start), self.placed, self.placed, times=times))
         if not in_context:
-            views.append(View(range(self.context), self.placed, self.placed))
+            views.append(KeyBlock(range(self.context), self.placed, self.placed))
         return views
 
     def placed(self, positions: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,12 @@
-"""How far rotary attention reaches: which keys a query sees, and at what distance it sees them.
+"""Attention patterns of rotary models: which keys each query sees, and at what distance.
 
-A `Reach` answers for a block of queries with a list of views: some keys, which of the queries see
-them, and the positions that both are turned to. One that sees the `nearest` keys where they stand
-names their number instead, and lists the others. Views of disjoint keys are parts of one softmax
-(`zoo.ops.attention`), so a remap of distances is a short list of views and nothing else; any
-chunking of the text and any block of queries gives the same output. Keys are kept as they were
-before any turn, because a remap or a scaling may turn the same key to several positions.
+For each block of queries an `AttentionPattern` returns key blocks: which keys, which of the queries
+attend to them, and the positions to which queries and keys are rotated for it. Set `nearest` to
+include the last N keys at their true positions; `views` then lists only the remaining keys. Blocks
+of disjoint keys are parts of one softmax (`zoo.ops.attention`), so a remap of distances is a short
+list of key blocks and nothing else; any chunking of the text and any block of queries gives the
+same output. Keys are cached before any rotation, because a remap or a scaling may rotate the same
+key to several positions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,42 +18,42 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from zoo.attention.window import seen_later, window
+from zoo.attention.window import last_tokens, window
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
 from zoo.positions.rope import Frequencies, apply_rope
 
-BLOCK = 1024  # queries that share a list of views: fused kernels take large tiles of that many,
-FEW = 8192  # and where views are of few keys
+BLOCK_QUERIES = 1024  # queries that share key blocks: fused kernels take tiles of that many
+MAX_BLOCK_QUERIES = 8192  # the same where key blocks are small
 
-# Where tokens stand -> where they are turned to: each, or one number for all of them.
-Places = Callable[[Int[Tensor, " n"]], Tensor]
+# Positions of tokens in the text -> positions they are rotated to: one each, or one for all.
+PositionMap = Callable[[Int[Tensor, " n"]], Tensor]
 Scaling = Callable[[int], tuple[Frequencies, float]]  # length -> (inv_freq, attention factor)
 
 
-class View(NamedTuple):
-    """Keys as a block of queries sees them."""
+class KeyBlock(NamedTuple):
+    """Consecutive keys and how a block of queries attends to them."""
 
-    keys: range  # where they stand in the text
-    queries_at: Places
-    keys_at: Places
-    rows: range | None = None  # where the queries stand that see them; None: the whole block
-    causal: bool = False  # as many keys as queries: the i-th sees the first i
-    times: float = 1.0  # that each key counts in the softmax
+    keys: range  # their positions in the text
+    queries_at: PositionMap
+    keys_at: PositionMap
+    rows: range | None = None  # positions of the queries that attend; None: the whole block
+    causal: bool = False  # as many keys as queries: query i attends to the first i
+    times: float = 1.0  # how many times each key counts in the softmax
 
 
-def plain(positions: Tensor) -> Tensor:
-    """Tokens turned to where they stand."""
+def identity(positions: Tensor) -> Tensor:
+    """Rotate tokens to their own positions."""
     return positions
 
 
-@cache  # the same function every time: tokens turned by it are kept under its name
-def fixed(position: int) -> Places:
-    """All tokens turned to one position; keys at 0 are seen at the distance the query stands at."""
+@cache  # one function per position: rotated tokens are cached by their map
+def constant(position: int) -> PositionMap:
+    """Rotate all tokens to one position; with keys at 0, a query's position is the distance."""
     return lambda positions: torch.tensor([position])
 
 
-class Reach:
+class AttentionPattern:
     """Plain causal attention: every key up to the query's own, at its true distance.
 
     `scaling` gives the frequencies for a text of so many tokens; where it depends on the length,
@@ -66,10 +67,10 @@ class Reach:
 
     def __init__(self, scaling: Scaling, *, bucket: int | None = None) -> None:
         self.scaling, self.bucket = scaling, bucket
-        self.steps = [BLOCK] + ([bucket] if bucket else [])
+        self.steps = [BLOCK_QUERIES] + ([bucket] if bucket else [])
 
-    def views(self, rows: range) -> list[View]:
-        return far(rows, 0, plain, plain)
+    def views(self, rows: range) -> list[KeyBlock]:
+        return distant_keys(rows, 0, identity, identity)
 
     def blocks(self, rows: range) -> Iterator[range]:
         """`rows` cut at every multiple of every one of `steps`."""
@@ -144,13 +145,13 @@ class Reach:
         if start + q.shape[1] > k.shape[1]:
             k, v = k[:, self.sinks :], v[:, self.sinks :]
         inv_freq, factor = self.scaling(start + q.shape[1])
-        k, v = (seen_later(x, q.shape[1] + self.nearest - 1) for x in (k, v))
+        k, v = (last_tokens(x, q.shape[1] + self.nearest - 1) for x in (k, v))
         at = torch.arange(start + q.shape[1] - k.shape[1], start + q.shape[1])
         k = apply_rope(k, inv_freq, at, factor)
         q = apply_rope(q, inv_freq, at[k.shape[1] - q.shape[1] :], factor)
         return window(q, k, v, self.nearest, backend=backend)
 
-    def _kept(self, view: View, dropped: int) -> View | None:
+    def _kept(self, view: KeyBlock, dropped: int) -> KeyBlock | None:
         """The view without keys that are gone: those a training window left behind."""
         gone = self.sinks + dropped - view.keys.start
         if gone <= 0 or view.keys.start < self.sinks:
@@ -189,14 +190,14 @@ def _same(one: tuple[Frequencies, float] | None, other: tuple[Frequencies, float
     return one[0] == other[0]
 
 
-class _Turned(dict[Places, Tensor]):
+class _Turned(dict[PositionMap, Tensor]):
     """Tokens turned to all the places that are asked for, once to each."""
 
     def __init__(self, x: Tensor, stands: Tensor, inv_freq: Frequencies, factor: float) -> None:
         super().__init__()
         self.x, self.stands, self.scaled = x, stands, (inv_freq, factor)
 
-    def __missing__(self, places: Places) -> Tensor:
+    def __missing__(self, places: PositionMap) -> Tensor:
         inv_freq, factor = self.scaled
         self[places] = apply_rope(self.x, inv_freq, places(self.stands), factor)
         return self[places]
@@ -225,39 +226,39 @@ def _merged(block: range, results: Sequence[tuple[range, Partial]]) -> list[Tens
     return outs
 
 
-def far(
+def distant_keys(
     rows: range,
     width: int,
-    queries_at: Places,
-    keys_at: Places,
+    queries_at: PositionMap,
+    keys_at: PositionMap,
     last: int | None = None,
-) -> list[View]:
+) -> list[KeyBlock]:
     """Keys (before `last`) that lie `width` or more before the query, as the maps say."""
     if last is not None and rows.stop > width + last:  # these see all of them
         late = range(max(rows.start, width + last), rows.stop)
-        views = [View(range(last), queries_at, keys_at, late)] if last else []
-        return [*far(range(rows.start, late.start), width, queries_at, keys_at), *views]
+        views = [KeyBlock(range(last), queries_at, keys_at, late)] if last else []
+        return [*distant_keys(range(rows.start, late.start), width, queries_at, keys_at), *views]
     seeing = range(max(rows.start, width), rows.stop)
     if not seeing:
         return []
     first = seeing.start - width
-    views = [View(range(first, seeing.stop - width), queries_at, keys_at, seeing, causal=True)]
-    return [*views, View(range(first), queries_at, keys_at, seeing)] if first else views
+    views = [KeyBlock(range(first, seeing.stop - width), queries_at, keys_at, seeing, causal=True)]
+    return [*views, KeyBlock(range(first), queries_at, keys_at, seeing)] if first else views
 
 
-def distances(reach: Reach, tokens: int) -> Float[Tensor, "n n"]:
+def distances(pattern: AttentionPattern, tokens: int) -> Float[Tensor, "n n"]:
     """The distance at which each query sees each key, NaN where it does not: what the paper draws.
 
     Raises ValueError where a key is seen twice.
     """
     seen = torch.full((tokens, tokens), torch.nan, dtype=torch.float64)
     at = torch.arange(tokens)
-    if reach.nearest:
+    if pattern.nearest:
         apart = at[:, None] - at
-        near = (apart >= 0) & (apart < reach.nearest)
+        near = (apart >= 0) & (apart < pattern.nearest)
         seen[near] = apart[near].double()
-    for block in reach.blocks(range(tokens)):
-        for view in reach.views(block):
+    for block in pattern.blocks(range(tokens)):
+        for view in pattern.views(block):
             rows, keys = (slice(x.start, x.stop) for x in (view.rows or block, view.keys))
             apart = view.queries_at(at[rows])[:, None] - view.keys_at(at[keys]).double()
             cells = seen[rows, keys]
@@ -267,3 +268,9 @@ def distances(reach: Reach, tokens: int) -> Float[Tensor, "n n"]:
                 raise ValueError("a query sees a key twice")
             cells[sees] = apart.expand_as(cells)[sees]
     return seen
+
+
+# The names of before, for the modules that still import them.
+Reach = AttentionPattern
+View = KeyBlock
+plain = identity

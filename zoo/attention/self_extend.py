@@ -7,10 +7,10 @@ of one per G tokens. With G without bound every far key stands at distance w: Re
 
 import torch
 
-from zoo.attention.pattern import Reach, Scaling, View, far, fixed
+from zoo.attention.pattern import AttentionPattern, KeyBlock, Scaling, constant, distant_keys
 
 
-class SelfExtend(Reach):
+class SelfExtend(AttentionPattern):
     """`window` w, half the trained length unless given; `group` G.
 
     It reads (original_length - window) * group + window tokens within the trained distances.
@@ -29,8 +29,8 @@ class SelfExtend(Reach):
         self.nearest = self.window = window
         self.group = group
 
-    def views(self, rows: range) -> list[View]:
-        return far(rows, self.window, self.queries_at, self.grouped)
+    def views(self, rows: range) -> list[KeyBlock]:
+        return distant_keys(rows, self.window, self.queries_at, self.grouped)
 
     def queries_at(self, positions: torch.Tensor) -> torch.Tensor:
         return positions // self.group + self.window - self.window // self.group
@@ -39,7 +39,7 @@ class SelfExtend(Reach):
         return positions // self.group
 
 
-class ReRoPE(Reach):
+class ReRoPE(AttentionPattern):
     """`window` w, half the trained length unless given: no distance exceeds it."""
 
     def __init__(
@@ -53,5 +53,5 @@ class ReRoPE(Reach):
                 f"{original_length}"
             )
 
-    def views(self, rows: range) -> list[View]:
-        return far(rows, self.window, fixed(self.window), fixed(0))
+    def views(self, rows: range) -> list[KeyBlock]:
+        return distant_keys(rows, self.window, constant(self.window), constant(0))

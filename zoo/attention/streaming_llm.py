@@ -8,10 +8,17 @@ the paper shows to collapse.
 
 import torch
 
-from zoo.attention.pattern import FEW, Reach, Scaling, View, far, plain
+from zoo.attention.pattern import (
+    MAX_BLOCK_QUERIES,
+    AttentionPattern,
+    KeyBlock,
+    Scaling,
+    distant_keys,
+    identity,
+)
 
 
-class StreamingLLM(Reach):
+class StreamingLLM(AttentionPattern):
     """`window` is the size of the cache, at most the trained length, sinks included."""
 
     def __init__(
@@ -26,10 +33,12 @@ class StreamingLLM(Reach):
             )
         self.window, self.sinks = window, sinks
         self.nearest = self.recent = window - sinks
-        self.steps = [FEW]
+        self.steps = [MAX_BLOCK_QUERIES]
 
-    def views(self, rows: range) -> list[View]:
-        return far(rows, self.window - self.sinks, self.queries_at, plain, last=self.sinks)
+    def views(self, rows: range) -> list[KeyBlock]:
+        return distant_keys(
+            rows, self.window - self.sinks, self.queries_at, identity, last=self.sinks
+        )
 
     def queries_at(self, positions: torch.Tensor) -> torch.Tensor:
         at = positions.clamp(max=self.window - 1)

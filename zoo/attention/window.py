@@ -10,7 +10,7 @@ Time and memory are O(t size) and O(t). A dilated window is a plain one on each 
 interleaved subsequences.
 
 Results are partial, (out, lse), to be merged with those over other keys by `zoo.ops.attention`.
-The queries are the last of the keys; `seen_later` tells which keys a later chunk will want.
+The queries are the last of the keys; `last_tokens` tells which keys a later chunk will want.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ from torch import Tensor
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
 
-PIECE = 4096  # queries whose keys are unfolded at a time
-LANES = 16  # block sizes are multiples of it: odd ones cost matrix kernels half as much again
+CHUNK_QUERIES = 4096  # queries whose keys are unfolded at a time
+BLOCK_MULTIPLE = 16  # of block sizes: others cost matrix kernels half as much again
 
 
 def window(
@@ -44,7 +44,7 @@ def window(
     tokens = q.shape[1]
     if gap:
         return _with_gap(q, k, v, size, dilation, gap, backend)
-    k, v = (seen_later(x, tokens + (size - 1) * dilation) for x in (k, v))
+    k, v = (last_tokens(x, tokens + (size - 1) * dilation) for x in (k, v))
     past = k.shape[1] - tokens
     if dilation > 1:
         return _dilated(q, k, v, size, dilation, backend)
@@ -69,9 +69,9 @@ def _band(q: Tensor, k: Tensor, v: Tensor, size: int, backend: str) -> list[Part
 
     Piece by piece: unfolded, the keys of all blocks take more than the keys.
     """
-    tokens, before = q.shape[1], -(-(size - 1) // LANES) * LANES
-    block = min(tokens, max(2, -(-before // (8 * LANES))) * LANES)
-    keys, more, step = before + block, before - (size - 1), max(PIECE // block, 1) * block
+    tokens, before = q.shape[1], -(-(size - 1) // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
+    block = min(tokens, max(2, -(-before // (8 * BLOCK_MULTIPLE))) * BLOCK_MULTIPLE)
+    keys, more, step = before + block, before - (size - 1), max(CHUNK_QUERIES // block, 1) * block
     at = torch.arange(keys, device=q.device)
     mask, results = in_window(at[before:], at, size)[None, None], []
     for first in range(0, tokens, step):
@@ -165,6 +165,6 @@ def in_window(
     return near if dilation == 1 else near & (distance % dilation == 0)
 
 
-def seen_later(x: Float[Tensor, "b n h d"], most: int) -> Float[Tensor, "b m h d"]:
+def last_tokens(x: Float[Tensor, "b n h d"], most: int) -> Float[Tensor, "b m h d"]:
     """The last `most` tokens."""
     return x[:, max(0, x.shape[1] - most) :]

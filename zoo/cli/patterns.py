@@ -18,7 +18,7 @@ import vl_convert
 from jaxtyping import Float
 from torch import Tensor
 
-from zoo.attention.pattern import Reach, distances
+from zoo.attention.pattern import AttentionPattern, distances
 from zoo.config.compose import compose
 from zoo.config.groups import choices, extensions
 from zoo.errors import UserError
@@ -41,7 +41,9 @@ Grid = Float[Tensor, "queries keys"]
 def extension_grids() -> dict[str, Grid]:
     """The distances of every extension that remaps them, by name; NaN where a key is not seen."""
     remaps = [name for name, tree in extensions().items() if tree["attention"]]
-    plain = Reach(lambda _: ((), 1.0))  # a model under no extension: every key, true distances
+    plain = AttentionPattern(
+        lambda _: ((), 1.0)
+    )  # a model under no extension: every key, true distances
     return {"none": distances(plain, READ)} | {name: _distances(name) for name in remaps}
 
 

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from zoo.attention.near import relative, relative_around
-from zoo.attention.window import seen_later
+from zoo.attention.local import relative_window, relative_window_around
+from zoo.attention.window import last_tokens
 from zoo.mixers.base import (
     MultiHead,
     Shared,
@@ -112,18 +112,18 @@ class ETC(MultiHead):
         before = state.globals_in if state else (g_in[0][:, :0], g_in[1][:, :0])
         g_in = [_after(a, b) for a, b in zip(before, g_in, strict=True)]
         span = max(g_in[0].shape[1], len(self.g2g))
-        among = relative(g_q, g_in[0], g_in[1], self.g2g, span, backend=self.backend)
+        among = relative_window(g_q, g_in[0], g_in[1], self.g2g, span, backend=self.backend)
         g = g + self._out(merge([among, self._own_blocks(g_q, k, v, start, x.shape[1])]))
         self._leave(g, shared)
         _, g_k, g_v = self.qkv(self.global_norm(g))
         g_out = [g_k + self.l2g[0].to(g_k.dtype), g_v]
         before = state.globals_out if state else (g_out[0][:, :0], g_out[1][:, :0])
-        near = relative(q, k, v, self.l2l, self.window + 1, backend=self.backend)
+        near = relative_window(q, k, v, self.l2l, self.window + 1, backend=self.backend)
         y = self._out(merge([near, *self._completed(q, before, g_out, start)]))
         if state is None:
             return y
         g_out = [_after(a, b) for a, b in zip(before, g_out, strict=True)]
-        k, v = seen_later(k, self.held), seen_later(v, self.held)
+        k, v = last_tokens(k, self.held), last_tokens(v, self.held)
         return y, ETCState(k, v, (*g_in,), (*g_out,), start + x.shape[1])
 
     def _out(self, result: Partial) -> Tensor:
@@ -190,11 +190,11 @@ class ETC(MultiHead):
         g = self._globals(x, count, shared)
         g_q, g_k, g_v = self.qkv(self.global_norm(g))
         span = max(count, len(self.g2g))
-        among = relative_around(g_q, g_k, g_v, self.g2g, span, backend=self.backend)
+        among = relative_window_around(g_q, g_k, g_v, self.g2g, span, backend=self.backend)
         g = g + self._out(merge([among, *self._two_labels(g_q, k, v, self.g2l, own)]))
         self._leave(g, shared)
         _, g_k, g_v = self.qkv(self.global_norm(g))
-        near = relative_around(q, k, v, self.l2l, self.window + 1, backend=self.backend)
+        near = relative_window_around(q, k, v, self.l2l, self.window + 1, backend=self.backend)
         return self._out(merge([near, *self._two_labels(q, g_k, g_v, self.l2g, own.mT)]))
 
     def _two_labels(
@@ -222,9 +222,9 @@ class ETC(MultiHead):
         """The last `window` keys, and the globals of as many tokens."""
         k, v, inner, outer, seen = super().carry(state, window)
         inner, outer = (
-            tuple(seen_later(u, window // self.block) for u in pair) for pair in (inner, outer)
+            tuple(last_tokens(u, window // self.block) for u in pair) for pair in (inner, outer)
         )
-        return ETCState(seen_later(k, window), seen_later(v, window), inner, outer, seen)
+        return ETCState(last_tokens(k, window), last_tokens(v, window), inner, outer, seen)
 
 
 def _after(past: Tensor, x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from zoo.attention.window import around, by_head, in_window, seen_later, window
+from zoo.attention.window import around, by_head, in_window, last_tokens, window
 from zoo.errors import choose
 from zoo.mixers.base import (
     MultiHead,
@@ -125,7 +125,7 @@ class Longformer(MultiHead):
         y = self.o_proj(out.flatten(-2))
         if state is None:
             return y
-        k, v = seen_later(keys, self.reach), seen_later(values, self.reach)
+        k, v = last_tokens(keys, self.reach), last_tokens(values, self.reach)
         return y, LongformerState(k, v, marked, start + x.shape[1])
 
     def _turned(self, x: Tensor, start: int) -> Float[Tensor, "b t h d"]:
@@ -188,7 +188,8 @@ class Longformer(MultiHead):
         """The last `window` keys, and the global tokens."""
         k, v, marked, seen = super().carry(state, window)
         return LongformerState(
-            seen_later(k, window), seen_later(v, window), tuple(x[:, :window] for x in marked), seen
+            *(last_tokens(k, window), last_tokens(v, window)),
+            *(tuple(x[:, :window] for x in marked), seen),
         )
 
 

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from zoo.attention.window import seen_later
+from zoo.attention.window import last_tokens
 from zoo.errors import choose
 from zoo.mixers.base import MultiHead, State, compute_dtype, linear, residual_gain
 from zoo.ops.attention import Part, attend
@@ -102,7 +102,7 @@ class LongNet(MultiHead):
             below = self.branches[branch - 1][0] // r if self.dedup and branch else None
             result = self._branch(q, held, kv, start // r % (w // r), w // r, below)
             results.append(_tokens(*result, start % r, x.shape[1], r))
-            after.append(seen_later(torch.cat([held, kv], 1), w // r))
+            after.append(last_tokens(torch.cat([held, kv], 1), w // r))
         y = self.o_proj(merge(results)[0].flatten(-2))
         return y if state is None else (y, LongNetState(tuple(after), start + x.shape[1]))
 
@@ -122,7 +122,7 @@ class LongNet(MultiHead):
         rest = min(segment - first, q.shape[1]) if first else 0  # of a segment already begun
         pieces = []
         if rest:
-            seen = torch.cat([seen_later(held, first), kv[:, :rest]], 1)
+            seen = torch.cat([last_tokens(held, first), kv[:, :rest]], 1)
             pieces.append(self._segment(q[:, :rest], seen, first, below))
         if count := q.shape[1] - rest:
             size = min(segment, count)
@@ -170,7 +170,7 @@ class LongNet(MultiHead):
         """The rows of the last `window` tokens."""
         branches, seen = super().carry(state, window)
         kept = (
-            seen_later(held, -(-window // r))
+            last_tokens(held, -(-window // r))
             for held, (_, r) in zip(branches, self.branches, strict=True)
         )
         return LongNetState(tuple(kept), seen)

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.attention.near import few
+from zoo.attention.local import attend_per_key
 from zoo.mixers.base import (
     MultiHead,
     Shared,
@@ -126,7 +126,7 @@ class Star(MultiHead):
             values.append(F.pad(v[:, 1:], (0, 0, 0, 0, 0, 1)))
             there[-1, 4] = False
         bias = torch.einsum("bthk,phk->bthp", q, self.places.to(q.dtype)) * self.head_width**-0.5
-        out, _ = few(q, keys, values, bias=bias, visible=there)
+        out, _ = attend_per_key(q, keys, values, bias=bias, visible=there)
         y = self.o_proj(out.flatten(-2))
         if state is None:
             return y

@@ -1,16 +1,16 @@
-"""Reaches against dense attention with an explicit matrix of distances, cell by cell and in full.
+"""Attention patterns against dense attention with an explicit matrix of distances, cell by cell.
 
-The matrices below are drawn by the papers' rules; `dense` knows nothing of views.
+The matrices below are drawn by the papers' rules; `dense` knows nothing of key blocks.
 """
 
 import pytest
 import torch
 
-from zoo.attention import pattern as reach_module
+from zoo.attention import pattern
 from zoo.attention.dual_chunk import DualChunk
 from zoo.attention.lm_infinite import LMInfinite
 from zoo.attention.parallel_windows import ParallelWindows
-from zoo.attention.pattern import Reach, distances
+from zoo.attention.pattern import AttentionPattern, distances
 from zoo.attention.self_extend import ReRoPE, SelfExtend
 from zoo.attention.streaming_llm import StreamingLLM
 from zoo.positions.rope import inverse_frequencies
@@ -74,7 +74,7 @@ def counted(i, j, window=6, windows=4):
 
 
 CASES = {
-    "plain": (Reach(scaling), by_plain),
+    "plain": (AttentionPattern(scaling), by_plain),
     "dual_chunk": (DualChunk(scaling, original_length=10, chunk=6, local=4), by_dual_chunk),
     "dual_chunk_local": (
         DualChunk(scaling, original_length=10, chunk=6, local=2),
@@ -95,9 +95,9 @@ CASES = {
 
 @pytest.fixture(params=CASES)
 def case(request, monkeypatch):
-    """A reach, in blocks of seven queries where it has no blocks of its own, and its rule."""
+    """A pattern, in blocks of seven queries where it has no blocks of its own, and its rule."""
     found, rule = CASES[request.param]
-    blocks = [7 if step >= reach_module.BLOCK else step for step in found.steps]
+    blocks = [7 if step >= pattern.BLOCK_QUERIES else step for step in found.steps]
     monkeypatch.setattr(found, "steps", blocks)
     return found, rule
 
@@ -203,17 +203,17 @@ def test_keys_that_are_gone_are_not_seen_and_others_stay_where_they_are(case, go
 
 
 @pytest.mark.parametrize("name", ["dual_chunk", "streaming_llm", "lm_infinite", "self_extend"])
-def test_within_its_window_a_reach_is_plain_rotary_attention(name):
+def test_within_its_window_a_pattern_is_plain_rotary_attention(name):
     found, _ = CASES[name]
     inputs = random_inputs(4)
-    torch.testing.assert_close(found(*inputs, 0), Reach(scaling)(*inputs, 0))
+    torch.testing.assert_close(found(*inputs, 0), AttentionPattern(scaling)(*inputs, 0))
 
 
 @pytest.mark.parametrize("rescaled", [False, True])
 def test_one_parallel_window_is_the_model_itself(rescaled):
     inputs = random_inputs(20)
     one = ParallelWindows(scaling, original_length=8, windows=1, rescaled=rescaled)
-    torch.testing.assert_close(one(*inputs, 0), Reach(scaling)(*inputs, 0))
+    torch.testing.assert_close(one(*inputs, 0), AttentionPattern(scaling)(*inputs, 0))
 
 
 def test_windows_of_the_context_may_change_places():
@@ -233,11 +233,11 @@ def test_a_scaling_that_changes_with_length_does_so_at_buckets_not_at_chunks():
         return inverse_frequencies(WIDTH, 100.0 * max(1, tokens / 8)), 1.0 + tokens / 80
 
     q, k, v = random_inputs(30)
-    found = Reach(by_length, bucket=8)
+    found = AttentionPattern(by_length, bucket=8)
     whole = found(q, k, v, 0)
     for first in range(0, 30, 8):
         last = min(first + 8, 30)
-        alone = Reach(lambda _, last=first + 8: by_length(last))(
+        alone = AttentionPattern(lambda _, last=first + 8: by_length(last))(
             q[:, :last], k[:, :last], v[:, :last], 0
         )
         torch.testing.assert_close(whole[:, first:last], alone[:, first:])
@@ -245,8 +245,8 @@ def test_a_scaling_that_changes_with_length_does_so_at_buckets_not_at_chunks():
     torch.testing.assert_close(torch.cat(one_by_one, 1), whole, rtol=1e-9, atol=1e-10)
 
 
-def test_a_key_seen_twice_is_an_error_of_the_reach():
-    class Twice(Reach):
+def test_a_key_seen_twice_is_an_error_of_the_pattern():
+    class Twice(AttentionPattern):
         def views(self, rows):
             return [*super().views(rows), *super().views(rows)]
 

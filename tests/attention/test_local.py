@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from zoo.attention.near import earlier, few, relative, relative_around
+from zoo.attention.local import (
+    attend_per_key,
+    relative_window,
+    relative_window_around,
+    shifted_views,
+)
 
 H, D, E = 3, 4, 5
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
@@ -37,7 +42,7 @@ def test_relative_is_the_dense_formula(tokens, past, first):
     apart = torch.arange(past, past + tokens)[:, None] - torch.arange(past + tokens)
     mask = (apart >= first) & (apart < size)
     which = (apart - first).clamp(0, clip - first)
-    found = relative(q, k, v, labels, size, first=first)
+    found = relative_window(q, k, v, labels, size, first=first)
     expected = dense(q, k, v, labels, which, mask)
     torch.testing.assert_close(found, expected, **EXACT)
     if tokens + past <= first:
@@ -56,13 +61,13 @@ def test_relative_around_tells_before_from_after(tokens):
     apart = torch.arange(tokens)[:, None] - torch.arange(tokens)
     which = torch.where(apart >= 0, apart.clamp(max=clip), clip + (-apart).clamp(max=clip))
     expected = dense(q, k, v, labels, which, apart.abs() < size)
-    torch.testing.assert_close(relative_around(q, k, v, labels, size), expected, **EXACT)
+    torch.testing.assert_close(relative_window_around(q, k, v, labels, size), expected, **EXACT)
 
 
 def test_a_query_without_any_of_the_few_keys_sees_nothing_and_has_a_finite_gradient():
     q, k, v, _ = leaves = inputs(3, 0, 1)
     visible = torch.tensor([[True, False], [False, False], [True, True]])
-    out, lse = few(q, [k, k], [v, v], visible=visible)
+    out, lse = attend_per_key(q, [k, k], [v, v], visible=visible)
     assert (out[:, 1] == 0).all()
     assert (lse[:, 1] == -torch.inf).all()
     for grad in torch.autograd.grad(out.sum(), leaves[:3]):
@@ -72,8 +77,8 @@ def test_a_query_without_any_of_the_few_keys_sees_nothing_and_has_a_finite_gradi
 
 def test_earlier_counts_back_from_each_token_and_says_what_is_missing():
     x = torch.arange(6.0).view(1, 6, 1, 1)
-    views, there = earlier(x, 4, range(1, 4))
+    views, there = shifted_views(x, 4, range(1, 4))
     assert [view.flatten().tolist() for view in views] == [[1, 2, 3, 4], [0, 1, 2, 3], [0, 0, 1, 2]]
     assert there is not None
     assert there.tolist() == [[True, True, False]] + [[True] * 3] * 3
-    assert earlier(x, 3, range(1, 4))[1] is None
+    assert shifted_views(x, 3, range(1, 4))[1] is None

@@ -1,6 +1,7 @@
-"""Reaches against plain causal attention: time per scored pair, and peak memory.
+"""Attention patterns against plain causal attention: time per scored pair, and peak memory.
 
-    python kernels/bench/reach.py [--length 16384] [--trained 512] [--rounds 7] [--json FILE]
+    python kernels/bench/attention_patterns.py [--length 16384] [--trained 512] [--rounds 7]
+                                               [--json FILE]
 
 Forward of one layer's attention, turning of queries and keys included, float32, width 128 in heads
 of 32. A remap that drops keys scores fewer pairs, so plain attention takes turns with it over as
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from zoo.attention.dual_chunk import DualChunk
 from zoo.attention.lm_infinite import LMInfinite
-from zoo.attention.pattern import Reach
+from zoo.attention.pattern import AttentionPattern
 from zoo.attention.self_extend import SelfExtend
 from zoo.attention.streaming_llm import StreamingLLM
 from zoo.ops.attention import Part, attention
@@ -35,7 +36,7 @@ HEADS, HEAD = 4, 32
 THETA = inverse_frequencies(HEAD)
 
 
-def reaches(trained: int) -> dict[str, Reach]:
+def patterns(trained: int) -> dict[str, AttentionPattern]:
     def scaling(_: int):
         return THETA, 1.0
 
@@ -53,12 +54,12 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention([Part(q, k, v, causal=True)])
 
 
-def pairs(reach: Reach, length: int) -> int:
+def pairs(pattern: AttentionPattern, length: int) -> int:
     """Queries and keys that see each other."""
-    width = reach.nearest or 0
+    width = pattern.nearest or 0
     total = sum(min(at + 1, width) for at in range(length))
-    for block in reach.blocks(range(length)):
-        for view in reach.views(block):
+    for block in pattern.blocks(range(length)):
+        for view in pattern.views(block):
             t, n = len(view.rows or block), len(view.keys)
             total += t * (t + 1) // 2 if view.causal else t * n
     return total
@@ -83,16 +84,16 @@ def main() -> None:
     cpu = torch.device("cpu")
     with torch.inference_mode():
         whole = peak_bytes(cpu, lambda: plain(q, k, v))
-        for name, reach in reaches(options.trained).items():
-            count = pairs(reach, length)
+        for name, pattern in patterns(options.trained).items():
+            count = pairs(pattern, length)
             short = min(length, round((math.sqrt(8 * count + 1) - 1) / 2))
             cut = [x[:, :short].contiguous() for x in (q, k, v)]
             each = min(length, round(2 * count / length))
             texts = [x[:, : length // each * each].unflatten(1, (-1, each))[0] for x in (q, k, v)]
-            calls = (lambda: reach(q, k, v, 0), lambda: plain(*cut), lambda: plain(*texts))  # noqa: B023
+            calls = (lambda: pattern(q, k, v, 0), lambda: plain(*cut), lambda: plain(*texts))  # noqa: B023
             times = [[seconds(call) for call in calls] for _ in range(options.rounds + 1)][1:]
-            peak = peak_bytes(cpu, lambda: reach(q, k, v, 0))  # noqa: B023
-            row = {"reach": name, "pairs": count, "plain_length": short, "texts_length": each}
+            peak = peak_bytes(cpu, lambda: pattern(q, k, v, 0))  # noqa: B023
+            row = {"pattern": name, "pairs": count, "plain_length": short, "texts_length": each}
             for i, kind in enumerate(("ms", "plain_ms", "texts_ms")):
                 row[kind] = min(each[i] for each in times) * 1e3
             for i, kind in ((1, "times_plain"), (2, "times_texts")):
@@ -103,9 +104,9 @@ def main() -> None:
     lines = [f"{processor()}, {torch.get_num_threads()} threads, {length} tokens, trained on "]
     lines[0] += f"{options.trained}"
     heads = ("pairs", "ms", "x plain", "x texts", "MB", "x plain")
-    lines.append(f"{'reach':14}" + "".join(f"{head:>12}" for head in heads))
+    lines.append(f"{'pattern':14}" + "".join(f"{head:>12}" for head in heads))
     for r in rows:
-        line = f"{r['reach']:14}{r['pairs']:12}{r['ms']:12.1f}"
+        line = f"{r['pattern']:14}{r['pairs']:12}{r['ms']:12.1f}"
         line += f"{r['times_plain']:12.2f}{r['times_texts']:12.2f}"
         line += f"{r['peak_bytes'] / 1e6:12.1f}{r['peak_bytes'] / r['plain_peak_bytes']:12.2f}"
         lines.append(line)

@@ -1,9 +1,10 @@
 """The nearest keys one by one, for biases that differ from key to key.
 
-    few         attention over a few keys that every query has of its own
-    earlier     the tokens at given distances before each query
-    relative    a window with a learned vector a_l added to the keys with label l = the clipped
-                distance (Shaw 2018, section 3.1): q . (k + a_l); `relative_around`: both ways
+    attend_per_key      attention over a few keys that every query has of its own
+    shifted_views       the tokens at given distances before each query
+    relative_window     a window with a learned vector a_l added to the keys with label l = the
+                        clipped distance (Shaw 2018, section 3.1): q . (k + a_l)
+    relative_window_around      the same to both sides of the query
 
 Beyond the largest label the added score q . a_l is the same for all keys, so there it is no bias
 but a constant of the query, which moves the lse of the plain window over those keys. Only the few
@@ -22,7 +23,7 @@ from zoo.attention.window import window
 from zoo.ops.merge import Partial, merge
 
 
-def few(
+def attend_per_key(
     q: Float[Tensor, "b t h d"],
     keys: Sequence[Float[Tensor, "b #t h d"]],
     values: Sequence[Float[Tensor, "b #t h e"]],
@@ -52,7 +53,7 @@ def few(
     return out.to(values[0].dtype), lse
 
 
-def earlier(
+def shifted_views(
     x: Float[Tensor, "b n h d"], tokens: int, distances: range
 ) -> tuple[list[Float[Tensor, "b t h d"]], Bool[Tensor, "t l"] | None]:
     """For the last `tokens` tokens the one at each distance before, and which of these there are.
@@ -68,7 +69,7 @@ def earlier(
     return views, at[:, None] >= at.new_tensor(list(distances))
 
 
-def relative(
+def relative_window(
     q: Float[Tensor, "b t h d"],
     k: Float[Tensor, "b n h d"],
     v: Float[Tensor, "b n h e"],
@@ -85,12 +86,14 @@ def relative(
     wide, last = torch.promote_types(q.dtype, torch.float32), first + len(labels) - 1
     bias = torch.einsum("bthd,lhd->bthl", q, labels.to(q.dtype)).to(wide) * q.shape[-1] ** -0.5
     near, beyond = bias[..., :-1], bias[..., -1]
-    (keys, visible), (values, _) = (earlier(x, q.shape[1], range(first, last)) for x in (k, v))
+    keys, visible = shifted_views(k, q.shape[1], range(first, last))
+    values, _ = shifted_views(v, q.shape[1], range(first, last))
     out, lse = window(q, k, v, size - last, gap=last, backend=backend)
-    return merge([few(q, keys, values, bias=near, visible=visible), (out, lse + beyond)])
+    labelled = attend_per_key(q, keys, values, bias=near, visible=visible)
+    return merge([labelled, (out, lse + beyond)])
 
 
-def relative_around(
+def relative_window_around(
     q: Float[Tensor, "b t h d"],
     k: Float[Tensor, "b t h d"],
     v: Float[Tensor, "b t h e"],
@@ -104,7 +107,7 @@ def relative_around(
     `labels`: those of 0, 1, .. tokens before, then those of 1, 2, .. after; one more of the former.
     """
     behind, ahead = labels.split([len(labels) // 2 + 1, len(labels) // 2])
-    before = relative(q, k, v, behind, size, backend=backend)
+    before = relative_window(q, k, v, behind, size, backend=backend)
     q, k, v = (x.flip(1) for x in (q, k, v))
-    out, lse = relative(q, k, v, ahead, size, first=1, backend=backend)
+    out, lse = relative_window(q, k, v, ahead, size, first=1, backend=backend)
     return merge([before, (out.flip(1), lse.flip(1))])
