@@ -9,8 +9,9 @@ from building import ENCODERS, train_config
 from torch import nn
 
 from zoo.errors import UserError
-from zoo.mixers.base import Mixer, linear, shifted
+from zoo.mixers.base import Mixer, linear
 from zoo.mixers.feed_forward import SwiGLU
+from zoo.mixers.parts import shifted
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.audit import Audit, audit
 from zoo.model.backbone import Backbone

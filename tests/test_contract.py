@@ -164,8 +164,8 @@ def test_a_state_comes_back_exactly_when_one_is_given(model):
     assert isinstance(model(tokens), torch.Tensor)
     logits, state = model(tokens, model.empty_state(2))
     assert isinstance(logits, torch.Tensor)
-    assert state.seen == 5
-    for half in model.halves():
+    assert state.tokens_seen == 5
+    for half in model.sublayers():
         x = torch.randn(2, 5, model.width, dtype=torch.float64)
         assert isinstance(half(x), torch.Tensor)
         y, _ = half(x, half.empty_state(2))
@@ -196,7 +196,7 @@ def test_eight_times_the_training_length_is_read_or_refused_by_number(model):
             model(too_many)
         _, state = model(too_many[:, :1], model.empty_state(1))
         with pytest.raises(ValueError, match=told):
-            model(too_many[:, :1], state._replace(seen=limit))
+            model(too_many[:, :1], state._replace(tokens_seen=limit))
 
 
 @pytest.mark.parametrize("tokens_read", [0, 1, 33, CHUNK])
@@ -217,7 +217,7 @@ def test_the_state_holds_the_bytes_it_declares(model, tokens_read, batch):
 @pytest.mark.parametrize("size", [0.0, 1e-4, 1.0, 1e2])
 def test_bfloat16_autocast_stays_finite_under_extreme_inputs(model, size):
     model = model.float()
-    for half in model.halves():
+    for half in model.sublayers():
         x = (size * torch.randn(2, 70, model.width)).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
             state = half.empty_state(2)
@@ -237,11 +237,11 @@ def test_state_carried_between_windows_is_out_of_the_graph_and_bounded(model):
     state = model.empty_state(2)
     for start in range(0, 4 * window, window):
         _, state = model(random_tokens(model, window, seed=start), state)
-        state = model.carry(state, window)
+        state = model.truncate_state(state, window)
         tensors = [x for x in tree_leaves(state) if isinstance(x, torch.Tensor)]
         assert not any(x.requires_grad for x in tensors)
         assert count_bytes(state) <= model.state_bytes(window, 2)
-    assert state.seen == 4 * window
+    assert state.tokens_seen == 4 * window
 
 
 def train(model: nn.Module, batches, steps: int, rate: float = 3e-3) -> float:
@@ -310,7 +310,7 @@ def test_rows_of_an_encoders_batch_do_not_mix_both_ways(encoder):
 
 def test_an_encoder_that_reads_both_ways_keeps_no_state(encoder):
     x = torch.randn(2, 40, encoder.width, dtype=torch.float64)
-    for half in encoder.halves():
+    for half in encoder.sublayers():
         assert half(x).shape == x.shape
         if not half.causal:
             with pytest.raises(ValueError, match="keeps no state"):
@@ -320,7 +320,7 @@ def test_an_encoder_that_reads_both_ways_keeps_no_state(encoder):
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e2])
 def test_an_encoder_stays_finite_in_bfloat16_both_ways(encoder, size):
     encoder = encoder.float()
-    for half in encoder.halves():
+    for half in encoder.sublayers():
         x = (size * torch.randn(2, 70, encoder.width)).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
             y = half(x)

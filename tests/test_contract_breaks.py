@@ -7,7 +7,8 @@ import test_contract as contract
 import torch
 from torch import nn
 
-from zoo.mixers.base import Mixer, linear, shifted
+from zoo.mixers.base import Mixer, linear
+from zoo.mixers.parts import shifted
 from zoo.model.backbone import Backbone
 
 
@@ -118,7 +119,7 @@ class Overflows(Sound):
 
 
 class CarriesItsGraph(Sound):
-    def carry(self, state, window):
+    def truncate_state(self, state, window):
         return state
 
 

@@ -152,7 +152,7 @@ def dense(mixer, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("model", ["transformer", "alibi"])
 def test_a_training_windows_tokens_stand_where_they_are_placed(model, tiny):
-    mixer = tiny(model).halves()[0]
+    mixer = tiny(model).sublayers()[0]
     x = torch.randn(2, 9, mixer.q_proj.in_features, dtype=torch.float64)
     at = torch.stack([torch.randperm(999)[:9].sort().values for _ in range(2)])
     torch.testing.assert_close(mixer(x, shared={"positions": at}), dense(mixer, x, at))
@@ -160,7 +160,7 @@ def test_a_training_windows_tokens_stand_where_they_are_placed(model, tiny):
 
 def test_interpolated_slopes_are_positions_divided_also_past_a_state(tiny):
     """And nothing but linear biases takes them, alone."""
-    mixer = extend(tiny("alibi"), extension("alibi_interpolation"), TRAINED).halves()[0]
+    mixer = extend(tiny("alibi"), extension("alibi_interpolation"), TRAINED).sublayers()[0]
     x = torch.randn(2, 40, mixer.q_proj.in_features, dtype=torch.float64)
     expected = dense(mixer, x, torch.arange(40)[None] / 4)
     one, state = mixer(x[:, :17], mixer.empty_state(2))
@@ -182,7 +182,7 @@ def test_longrope_reads_by_short_factors_up_to_the_window_and_by_long_ones_stric
         words = [f"long_factors={16 * [long]}", f"short_factors={16 * [short]}"]
         words = ["extension.factor=4", *(f"extension.scaling.{word}" for word in words)]
         found = compose("eval", ["run=x", "extension=longrope", *words]).extension
-        return extend(tiny("transformer"), found, TRAINED).halves()[0]
+        return extend(tiny("transformer"), found, TRAINED).sublayers()[0]
 
     both, short, long = mixer(3.5, 1.2), mixer(1.2, 1.2), mixer(3.5, 3.5)
     x = torch.randn(2, 40, both.q_proj.in_features, dtype=torch.float64)
@@ -201,7 +201,7 @@ def test_a_learned_sink_is_one_more_key_at_no_distance(window, tiny):
     model = tiny("sink")
     if window:
         extend(model, extension("window", f"extension.attention.window={window}"), TRAINED)
-    mixer = model.halves()[0]
+    mixer = model.sublayers()[0]
     for learned in (mixer.sink_k, mixer.sink_v):
         torch.nn.init.normal_(learned)
     x = torch.randn(2, 20, mixer.q_proj.in_features, dtype=torch.float64)
@@ -229,16 +229,16 @@ def test_a_learned_sink_is_one_more_key_at_no_distance(window, tiny):
 def test_placed_tokens_are_turned_by_the_scaled_frequencies(tiny):
     words = ["finetune=x", "extension=pose", "extension.factor=4"]
     model = extend(tiny("transformer"), compose("train", words).extension, TRAINED)
-    mixer, at = model.halves()[0], torch.tensor([[0, 1, 2, 40, 41, 63]])
+    mixer, at = model.sublayers()[0], torch.tensor([[0, 1, 2, 40, 41, 63]])
     x = torch.randn(1, 6, mixer.q_proj.in_features, dtype=torch.float64)
     torch.testing.assert_close(mixer(x, shared={"positions": at}), dense(mixer, x, at / 4))
 
 
 def test_a_window_that_carries_few_keys_sees_these_under_a_scaling_too(tiny):
-    mixer = extend(tiny("transformer"), extension("pi", "extension.factor=4"), 16).halves()[0]
+    mixer = extend(tiny("transformer"), extension("pi", "extension.factor=4"), 16).sublayers()[0]
     x = torch.randn(2, 40, mixer.q_proj.in_features, dtype=torch.float64)
     _, state = mixer(x[:, :28], mixer.empty_state(2))
-    found, _ = mixer(x[:, 28:], mixer.carry(state, 16))
+    found, _ = mixer(x[:, 28:], mixer.truncate_state(state, 16))
     seen = dense(mixer, x[:, 12:], torch.arange(12, 40)[None] / 4)
     torch.testing.assert_close(found, seen[:, 16:])
 
@@ -303,7 +303,7 @@ def test_what_tells_where_tokens_stand_is_refused_where_it_cannot(tiny):
     {
         "streaming_llm window=-3": "0 <= sinks=4 < window=-3",
         "streaming_llm window=8 sinks=9": "0 <= sinks=9 < window=8",
-        "streaming_llm window=abc": "window=abc: must be a whole number or null",
+        "streaming_llm window=abc": "window=abc: must be an integer or null",
         "window window=17": "window=17 <= the trained length 16",
         "lm_infinite window=8 sinks=-1": "0 <= sinks=-1 < window=8",
         "self_extend window=-1": "window=-1 between 1 and the trained length 16",
@@ -356,7 +356,7 @@ def test_scores_have_both_halves_of_deepseeks_temperature(tiny, mscale, all_dim)
     words = [f"extension.scaling.mscale={mscale}", f"extension.scaling.mscale_all_dim={all_dim}"]
     extension = compose("eval", ["run=x", "extension=yarn", f"extension.factor={factor}", *words])
     extend(model, extension.extension, 256)
-    mixer = model.halves()[0]
+    mixer = model.sublayers()[0]
     _, magnitude = mixer.reach.scaling(256)
     turned = temperature(factor, mscale) / temperature(factor, all_dim)
     assert magnitude**2 == pytest.approx(turned**2 * temperature(factor, all_dim) ** 2)

@@ -9,7 +9,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 MODELS = sorted(ROOT.glob("configs/model/*.yaml"))
 TASKS = [path.stem for path in ROOT.glob("configs/data/*.yaml") if "\ntask:" in path.read_text()]
-SHARED = {"base", "feed_forward", "__init__"}  # not architectures
+SHARED = {"base", "parts", "short_conv", "feed_forward", "__init__"}  # not architectures
 
 
 def table_lines() -> dict[str, str]:

@@ -144,7 +144,7 @@ def test_a_short_window_carries_every_token_on():
     """conv: what leaves the kept keys joins the average of older tokens instead."""
     mixer, x = make("conv"), torch.randn(2, 9, WIDTH, dtype=torch.float64)
     _, whole = mixer(x, mixer.empty_state(2))
-    carried = mixer.carry(whole, 2)
+    carried = mixer.truncate_state(whole, 2)
     assert carried.k.shape[1] == 2
     k, v = mixer.k_proj(x[:, :7]), mixer.v_proj(x[:, :7])
     p, q, o = carried.older.unbind(1)
@@ -156,7 +156,7 @@ def test_a_short_window_carries_every_token_on():
 def test_full_keeps_the_positions_of_the_keys_it_carries():
     mixer, x = make("full"), torch.randn(2, 10, WIDTH, dtype=torch.float64)
     _, state = mixer(x[:, :9], mixer.empty_state(2))
-    y, _ = mixer(x[:, 9:], mixer.carry(state, 3))
+    y, _ = mixer(x[:, 9:], mixer.truncate_state(state, 3))
     w = (mixer.u[9] @ mixer.v[6:10].T)[:, None]
     weights = torch.exp(mixer.k_proj(x[:, 6:]) + w)
     average = (weights * mixer.v_proj(x[:, 6:])).sum(1) / weights.sum(1)
@@ -174,12 +174,12 @@ def test_every_variant_is_reached_from_the_command_line(variant, tiny):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"variant": "fast"}, "variant 'fast'"),
-        ({"variant": "conv", "heads": 5}, "heads=5 must divide width=12"),
-        ({"variant": "conv", "heads": 0}, "heads=0 must divide width=12"),
-        ({"variant": "conv", "window": 1}, "window=1 must be 2 tokens or more"),
-        ({"variant": "local", "window": 0}, "window=0 must be 2"),
-        ({"variant": "full"}, "max_length=None"),
+        ({"variant": "fast"}, "variant=fast: must be simple, conv, local or full"),
+        ({"variant": "conv", "heads": 5}, "heads=5: must divide width=12"),
+        ({"variant": "conv", "heads": 0}, "heads=0: must be an integer >= 1"),
+        ({"variant": "conv", "window": 1}, "window=1: must be an integer >= 2"),
+        ({"variant": "local", "window": 0}, "window=0: must be an integer >= 2"),
+        ({"variant": "full"}, "max_length=null: variant="),
         ({"variant": "local", "max_length": 9, "rank": 0}, "rank=0"),
     ],
 )

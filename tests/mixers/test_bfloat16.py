@@ -48,7 +48,7 @@ def error_and_cost(half: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_bfloat16_loses_what_the_design_makes_of_rounded_numbers(architecture, tiny):
     model = tiny(architecture, dtype=torch.float32)
-    for half in model.halves():
+    for half in model.sublayers():
         x = torch.randn(2, TOKENS, model.width)
         error, cost = error_and_cost(half, x)
         assert (error <= TIMES * cost).all(), (

@@ -82,10 +82,10 @@ def test_what_is_not_overwritten_stays(mixer):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"heads": 3}, "heads=3 must divide width=16"),
-        ({"heads": 0}, "heads=0 must divide width=16"),
-        ({"heads": 2, "conv_width": 1}, "conv_width=1 must be 2 to 8"),
-        ({"heads": 2, "conv_width": 9}, "conv_width=9 must be 2 to 8"),
+        ({"heads": 3}, "heads=3: must divide width=16"),
+        ({"heads": 0}, "heads=0: must be an integer >= 1"),
+        ({"heads": 2, "conv_width": 1}, "conv_width=1: must be an integer from 2 to 8"),
+        ({"heads": 2, "conv_width": 9}, "conv_width=9: must be an integer from 2 to 8"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(arguments, message):

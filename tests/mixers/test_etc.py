@@ -32,9 +32,9 @@ def tokens(length: int) -> torch.Tensor:
 
 
 def read(mixers: list[ETC], x: torch.Tensor) -> torch.Tensor:
-    shared = {}
+    cross_layer = {}
     for mixer in mixers:
-        x = x + mixer(x, shared=shared)
+        x = x + mixer(x, cross_layer=cross_layer)
     return x
 
 
@@ -117,9 +117,9 @@ def test_chunks_compose_through_layers_that_share_their_globals(chunks):
     def stream(sizes):
         states, outs = [mixer.empty_state(2) for mixer in mixers], []
         for y in x.split(sizes, 1):
-            shared = {}
+            cross_layer = {}
             for index, mixer in enumerate(mixers):
-                out, states[index] = mixer(y, states[index], shared)
+                out, states[index] = mixer(y, states[index], cross_layer)
                 y = y + out
             outs.append(y)
         return torch.cat(outs, 1), states
@@ -149,21 +149,21 @@ def test_what_left_the_window_is_seen_through_globals_of_completed_blocks():
 def test_a_carried_state_of_any_window_goes_on(window):
     mixer = stack(causal=True, layers=1)[0]
     _, state = mixer(tokens(18), mixer.empty_state(2))
-    state = mixer.carry(state, window)
+    state = mixer.truncate_state(state, window)
     assert state.k.shape[1] == min(window, WINDOW)
     assert state.globals_out[0].shape[1] == min(window // BLOCK, 18 // BLOCK)
     y, state = mixer(tokens(9), state)
     assert y.isfinite().all()
-    assert state.seen == 27
+    assert state.tokens_seen == 27
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": 5}, "heads=5 must divide width=12"),
-        ({"labels": 1}, "labels=1: .* from 2 to window=84"),
-        ({"labels": 90}, "labels=90: .* from 2 to window=84"),
-        ({"block": 0}, "block=0: at least 1"),
+        ({"heads": 5}, "heads=5: must divide width=12"),
+        ({"labels": 1}, "labels=1: must be an integer >= 2"),
+        ({"labels": 90}, "labels=90: must be at most window=84"),
+        ({"block": 0}, "block=0: must be an integer >= 1"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(options, message):

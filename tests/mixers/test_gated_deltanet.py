@@ -122,11 +122,11 @@ def test_backends_agree(mixer, backend):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"heads": 0}, "heads=0 must be 1 to 24 at width=32"),
-        ({"heads": 25}, "heads=25 must be 1 to 24 at width=32"),
-        ({"heads": 2, "conv_width": 1}, "conv_width=1 must be 2 to 8"),
-        ({"heads": 2, "head_width": 0}, "head_width=0 must be at least 1"),
-        ({"heads": 2, "value_factor": 0}, "value_factor=0 must be at least 1"),
+        ({"heads": 0}, "heads=0: must be an integer >= 1"),
+        ({"heads": 25}, "heads=25: must be at most 24"),
+        ({"heads": 2, "conv_width": 1}, "conv_width=1: must be an integer from 2 to 8"),
+        ({"heads": 2, "head_width": 0}, "head_width=0: must be an integer >= 1"),
+        ({"heads": 2, "value_factor": 0}, "value_factor=0: must be an integer >= 1"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(arguments, message):

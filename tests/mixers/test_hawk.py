@@ -120,9 +120,9 @@ def test_decays_near_one_lose_no_digits_and_their_gradient_is_finite():
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"gate_blocks": 0}, "gate_blocks=0 must be at least 1"),
-        ({"gate_blocks": 4, "inner_width": 18}, "gate_blocks=4 must divide inner_width=18"),
-        ({"gate_blocks": 3, "conv_width": 9}, "conv_width=9 must be 2 to 8"),
+        ({"gate_blocks": 0}, "gate_blocks=0: must be an integer >= 1"),
+        ({"gate_blocks": 4, "inner_width": 18}, "gate_blocks=4: must divide inner_width=18"),
+        ({"gate_blocks": 3, "conv_width": 9}, "conv_width=9: must be an integer from 2 to 8"),
     ],
 )
 def test_wrong_arguments_are_told_in_one_line(options, line):

@@ -132,10 +132,12 @@ def test_slots_have_the_variance_of_keys_however_long_a_block():
 def test_after_a_window_is_carried_the_last_slots_and_the_block_being_read_are_left():
     mixer, x = build(positions="rope"), tokens(5 * BLOCK + 3)
     _, state = mixer(x[:, : 4 * BLOCK + 2], mixer.empty_state(2))
-    carried = mixer.carry(state, 3 * BLOCK)  # has room for two blocks' slots beside two keys
+    carried = mixer.truncate_state(
+        state, 3 * BLOCK
+    )  # has room for two blocks' slots beside two keys
     assert carried.slot_k.shape[1] == 2 * SLOTS
     assert carried.k.shape[1] == 2
-    assert carried.seen == 4 * BLOCK + 2
+    assert carried.tokens_seen == 4 * BLOCK + 2
     y, after = mixer(x[:, 4 * BLOCK + 2 :], carried)
     expected = causal_formula(mixer, x[:, 2 * BLOCK :])[:, 2 * BLOCK + 2 :]
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-10)
@@ -145,13 +147,13 @@ def test_after_a_window_is_carried_the_last_slots_and_the_block_being_read_are_l
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"heads": 3}, "heads=3 must divide width=16"),
-        ({"block": 0}, "slots=2 must be between 1 and block=0"),
-        ({"slots": 7}, "slots=7 must be between 1 and block=6"),
-        ({"causal": False, "rank": 9, "max_length": 8}, "rank=9 must be .* max_length=8"),
-        ({"sharing": "layerwise"}, "sharing=layerwise would tie layers"),
-        ({"sharing": "all"}, "sharing 'all'.*none, headwise, kv"),
-        ({"positions": "alibi"}, "positions 'alibi'.*rope, none"),
+        ({"heads": 3}, "heads=3: must divide width=16"),
+        ({"block": 0}, "block=0: must be an integer >= 1"),
+        ({"slots": 7}, "slots=7: must be at most block=6"),
+        ({"causal": False, "rank": 9, "max_length": 8}, "rank=9: must be at most max_length=8"),
+        ({"sharing": "layerwise"}, "sharing=layerwise: must be none, headwise or kv"),
+        ({"sharing": "all"}, "sharing=all: must be none, headwise or kv"),
+        ({"positions": "alibi"}, "positions=alibi: must be rope or none"),
     ],
 )
 def test_wrong_arguments_are_refused_in_a_line(options, said):

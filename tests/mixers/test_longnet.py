@@ -114,15 +114,15 @@ def test_a_branch_takes_only_its_own_positions():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": 4}, "heads=4 must divide width=18"),
-        ({"segments": [8], "dilations": [1, 2]}, "as many of the one as of the other"),
+        ({"heads": 4}, "heads=4: must divide width=18"),
+        ({"segments": [8], "dilations": [1, 2]}, "must be as many as dilations"),
         ({"segments": [], "dilations": []}, "at least one"),
-        ({"segments": [0], "dilations": [1]}, "each of at least 1"),
+        ({"segments": [0], "dilations": [1]}, "a list, each an integer >= 1"),
         ({"segments": [8, 16], "dilations": [2, 4]}, "first must be 1"),
-        ({"segments": [8, 12], "dilations": [1, 2]}, "must divide the next"),
-        ({"segments": [8, 16, 48], "dilations": [1, 2, 3]}, "must divide the next"),
-        ({"segments": [2, 8], "dilations": [1, 4]}, "its segment and the one before"),
-        ({"positions": "xpos"}, "positions=xpos: unknown positions"),
+        ({"segments": [8, 12], "dilations": [1, 2]}, "must divide the next one"),
+        ({"segments": [8, 16, 48], "dilations": [1, 2, 3]}, "must divide the next one"),
+        ({"segments": [2, 8], "dilations": [1, 4]}, "its own and the preceding segment"),
+        ({"positions": "xpos"}, "positions=xpos: must be rope or none"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(options, message):

@@ -117,19 +117,22 @@ def test_a_linear_bias_hides_keys_whose_score_is_below_the_slope_times_the_dista
 def test_after_a_window_is_carried_queries_divide_by_the_keys_that_are_left():
     mixer, x = build(positions="none"), tokens(12)
     _, state = mixer(x[:, :8], mixer.empty_state(2))
-    y, _ = mixer(x[:, 8:], mixer.carry(state, 4))
+    y, _ = mixer(x[:, 8:], mixer.truncate_state(state, 4))
     torch.testing.assert_close(y, mixer(x[:, 4:])[:, 4:], rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"heads": 3}, "heads=3 must divide width=16"),
-        ({"kernel": "gelu"}, "kernel 'gelu'.*relu, squared_relu"),
-        ({"normalise": "softmax"}, "normalise 'softmax'.*length, sum, rms"),
-        ({"gated": True}, "gated=true gates normalise=rms, not normalise=length"),
-        ({"positions": "alibi", "causal": False}, "one-sided"),
-        ({"positions": "xpos"}, "positions 'xpos'"),
+        ({"heads": 3}, "heads=3: must divide width=16"),
+        ({"kernel": "gelu"}, "kernel=gelu: must be relu or squared_relu. Did you mean 'relu'"),
+        ({"normalise": "softmax"}, "normalise=softmax: must be length, sum or rms"),
+        ({"gated": True}, "gated=true: acts with normalise=rms, here it is length"),
+        (
+            {"positions": "alibi", "causal": False},
+            "positions=alibi: acts with objective=causal alone",
+        ),
+        ({"positions": "xpos"}, "positions=xpos: must be rope, alibi or none"),
     ],
 )
 def test_wrong_arguments_are_refused_in_a_line(options, said):

@@ -85,10 +85,10 @@ def test_the_fastest_forgetting_stays_finite():
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"heads": 0}, "heads=0 must divide width=12"),
-        ({"heads": 5}, "heads=5 must divide width=12"),
-        ({"heads": 3, "mix_rank": 0}, "mix_rank=0 and decay_rank=0 must be 1 or more"),
-        ({"heads": 3, "decay_rank": -1}, "decay_rank=-1 must be 1"),
+        ({"heads": 0}, "heads=0: must be an integer >= 1"),
+        ({"heads": 5}, "heads=5: must divide width=12"),
+        ({"heads": 3, "mix_rank": 0}, "mix_rank=0: must be an integer >= 1"),
+        ({"heads": 3, "decay_rank": -1}, "decay_rank=-1: must be an integer >= 1"),
     ],
 )
 def test_wrong_arguments_are_told_in_one_line(options, line):

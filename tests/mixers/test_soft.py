@@ -180,7 +180,7 @@ def test_the_landmark_state_never_grows_and_the_exact_one_does():
 def test_a_window_of_the_exact_form_is_carried():
     mixer, x = build(form="exact", positions="none", normalise="length"), tokens(12)
     _, state = mixer(x[:, :8], mixer.empty_state(2))
-    y, _ = mixer(x[:, 8:], mixer.carry(state, 4))
+    y, _ = mixer(x[:, 8:], mixer.truncate_state(state, 4))
     torch.testing.assert_close(y, mixer(x[:, 4:])[:, 4:], rtol=1e-9, atol=1e-10)
 
 
@@ -221,14 +221,14 @@ def test_the_residual_tells_an_inverse_from_none():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"heads": 3}, "heads=3 must divide width=16"),
-        ({"block": 0}, "block=0 must be at least 1"),
-        ({"landmarks": 0}, "landmarks=0 must be at least 1"),
-        ({"iterations": 0}, "iterations=0 must be at least 1"),
-        ({"epsilon": 0.0}, "epsilon=0.0 must be above 0"),
-        ({"form": "linear"}, "form 'linear'.*exact, landmarks"),
-        ({"normalise": "softmax"}, "normalise 'softmax'.*none, length, sum"),
-        ({"positions": "alibi"}, "positions 'alibi'.*rope, none"),
+        ({"heads": 3}, "heads=3: must divide width=16"),
+        ({"block": 0}, "block=0: must be an integer >= 1"),
+        ({"landmarks": 0}, "landmarks=0: must be an integer from 1 to 1048576"),
+        ({"iterations": 0}, "iterations=0: must be an integer from 1 to 1000"),
+        ({"epsilon": 0.0}, "epsilon=0: must be a number > 0 and <= 1000"),
+        ({"form": "linear"}, "form=linear: must be exact or landmarks"),
+        ({"normalise": "softmax"}, "normalise=softmax: must be none, length or sum"),
+        ({"positions": "alibi"}, "positions=alibi: must be rope or none"),
     ],
 )
 def test_wrong_arguments_are_refused_in_a_line(options, said):

@@ -34,9 +34,9 @@ def tokens(length: int) -> torch.Tensor:
 
 
 def read(mixers: list[Star], x: torch.Tensor) -> torch.Tensor:
-    shared = {}
+    cross_layer = {}
     for mixer in mixers:
-        x = x + mixer(x, shared=shared)
+        x = x + mixer(x, cross_layer=cross_layer)
     return x
 
 
@@ -104,9 +104,9 @@ def test_chunks_compose_within_and_at_the_edges_of_blocks(chunks):
     states, outs = [mixer.empty_state(2) for mixer in mixers], []
     sizes = [mixer.state_bytes(1, 2) for mixer in mixers]
     for y in x.split(chunks, 1):
-        shared = {}
+        cross_layer = {}
         for index, mixer in enumerate(mixers):
-            out, states[index] = mixer(y, states[index], shared)
+            out, states[index] = mixer(y, states[index], cross_layer)
             y = y + out
         outs.append(y)
     torch.testing.assert_close(torch.cat(outs, 1), read(mixers, x), **EXACT)
@@ -125,8 +125,8 @@ def test_information_goes_one_token_a_layer_and_by_the_relay_after_each_block():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": 5}, "heads=5 must divide width=12"),
-        ({"block": 0}, "block=0: at least 1"),
+        ({"heads": 5}, "heads=5: must divide width=12"),
+        ({"block": 0}, "block=0: must be an integer >= 1"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(options, message):

@@ -38,9 +38,9 @@ class Remembers(nn.Module):
         logits = self.logits[(windows * self.weights).sum(-1) % 97]
         if state is None:
             return logits
-        return logits, BackboneState((seen[:, -self.memory :],), before.seen + count)  # type: ignore
+        return logits, BackboneState((seen[:, -self.memory :],), before.tokens_seen + count)  # type: ignore
 
-    def halves(self) -> list[Mixer]:
+    def sublayers(self) -> list[Mixer]:
         return []
 
     def empty_state(self, batch: int) -> BackboneState:
@@ -71,7 +71,7 @@ class ByPosition(Remembers):
     def forward(self, tokens: Tensor, state: BackboneState | None = None):
         before = state or self.empty_state(len(tokens))
         _, after = super().forward(tokens, before)
-        positions = torch.arange(before.seen, before.seen + tokens.shape[1]) + 1
+        positions = torch.arange(before.tokens_seen, before.tokens_seen + tokens.shape[1]) + 1
         chance = torch.exp(-self.nats(positions.double()))
         others = torch.log((1 - chance) / (VOCABULARY - 1))
         logits = others[:, None].repeat(1, VOCABULARY)

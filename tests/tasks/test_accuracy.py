@@ -29,10 +29,10 @@ class Tracks(Remembers):
     def forward(self, tokens: Tensor, state: BackboneState | None = None):
         before = self.empty_state(len(tokens)) if state is None else state
         sums = before.blocks[0] + tokens.cumsum(1)
-        at = before.seen + torch.arange(tokens.shape[1])
+        at = before.tokens_seen + torch.arange(tokens.shape[1])
         answers = torch.where(at < self.reach, sums % 2, 0)
         logits = torch.nn.functional.one_hot(answers, 2).float()
-        after = BackboneState((sums[:, -1:],), before.seen + tokens.shape[1])  # type: ignore
+        after = BackboneState((sums[:, -1:],), before.tokens_seen + tokens.shape[1])  # type: ignore
         return logits if state is None else (logits, after)
 
 

@@ -263,7 +263,7 @@ def test_a_length_the_model_refuses_says_so_in_its_own_words(tiny, store, tmp_pa
 def test_a_length_without_memory_keeps_its_place_and_the_others_go_on(store, tmp_path):
     class Greedy(Remembers):
         def forward(self, tokens, state=None):
-            if state.seen + tokens.shape[1] > 64:
+            if state.tokens_seen + tokens.shape[1] > 64:
                 raise MemoryError("no room")
             return super().forward(tokens, state)
 

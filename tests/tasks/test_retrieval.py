@@ -39,7 +39,9 @@ class Finder(nn.Module):
                     logits[row, at, token] = 5.0
         if tokens.shape[1] > DIGITS:
             self.prompts.append(tokens)
-        return logits, BackboneState((seen[:, -self.memory :],), state.seen + tokens.shape[1])
+        return logits, BackboneState(
+            (seen[:, -self.memory :],), state.tokens_seen + tokens.shape[1]
+        )
 
     def next(self, text: bytes) -> int | None:
         stated, asked = text.find(STATEMENT.encode()), text.rfind(QUESTION.encode())
@@ -48,7 +50,7 @@ class Finder(nn.Module):
             return None
         return text[stated + len(STATEMENT) + written] ^ (written == self.slip)
 
-    def halves(self):
+    def sublayers(self):
         return []
 
     def empty_state(self, batch):

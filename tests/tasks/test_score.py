@@ -25,7 +25,7 @@ def test_text_read_in_chunks_costs_what_it_costs_at_once(architecture, chunk, ti
         at_once = F.cross_entropy(logits.mT, torch.as_tensor(tokens)[:, 1:], reduction="none")
         found, state = score(context, tokens, chunk=chunk)
     assert found.dtype == np.float64
-    assert state.seen == 150
+    assert state.tokens_seen == 150
     np.testing.assert_allclose(found, at_once.numpy(), rtol=1e-9)
 
 

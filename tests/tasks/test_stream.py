@@ -105,7 +105,7 @@ def test_attention_with_sinks_streams_in_a_state_that_stops_growing(tiny, tmp_pa
 def test_a_model_that_slows_down_is_seen(tmp_path):
     class Slows(Remembers):
         def forward(self, tokens, state=None):
-            if state is not None and state.seen >= 900:
+            if state is not None and state.tokens_seen >= 900:
                 time.sleep(0.2)
             return super().forward(tokens, state)
 

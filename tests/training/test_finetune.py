@@ -163,7 +163,7 @@ def test_longrope_is_searched_for_a_run_used_by_it_tuned_and_searched_again(prog
     extend(base, Extension.model_validate(tree), L)
     corpus = open_corpus(RunFolder.open("runs/base").config.data.model_dump(), Path("cache"))
     text = torch.from_numpy(evaluation_text(corpus.valid, 4 * L, 2, corpus.eval_documents))
-    for mixer in base.halves():
+    for mixer in base.sublayers():
         if isinstance(mixer, SoftmaxAttention):
             mixer.reach.bucket = None
             mixer.reach.scaling = lambda _, scaling=mixer.reach.scaling: scaling(4 * L)

@@ -237,7 +237,7 @@ def test_windows_that_carry_their_state_read_as_one_long_window(architecture, ti
     tokens = torch.randint(32, (2, 129))
     whole = model.loss(tokens)
     first, state = model.loss(tokens[:, :65], model.empty_state(2))
-    carried = model.carry(state, 128)
+    carried = model.truncate_state(state, 128)
     leaves = [leaf for leaf in tree_leaves(carried) if isinstance(leaf, torch.Tensor)]
     assert not any(leaf.requires_grad for leaf in leaves)
     second = model.loss(tokens[:, 64:], carried)[0]

@@ -140,7 +140,7 @@ def losses_by_hand(model: Backbone, text: Path, kind: str) -> Iterator[Tensor]:
             if stream_restarts(366, WINDOW, ROWS, SEED, step).any():
                 state = model.empty_state(ROWS)
             loss, state = model.loss(tokens, state)
-            state = model.carry(state, WINDOW)
+            state = model.truncate_state(state, WINDOW)
         elif kind == "masked":
             keys = [(SEED, step, row) for row in range(ROWS)]
             masked = mask_windows(tokens[:, :-1].numpy(), 256, keys)
@@ -213,7 +213,7 @@ def test_the_state_carried_is_what_makes_the_difference(text, tmp_path):
         tokens = windows(text, step, True)
         state = model.empty_state(ROWS) if restart else state
         loss, state = model.loss(tokens, state)
-        state = model.carry(state, WINDOW)
+        state = model.truncate_state(state, WINDOW)
         apart = abs(loss.item() - model.loss(tokens).item())
         assert (apart < 1e-6) == bool(restart), step
 

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zoo.config.groups import CONFIGS, choices, groups
+from zoo.config.groups import CONFIGS, choices, completed, groups
 from zoo.config.introspect import target_parameters
 from zoo.config.resolve import resolve
 
@@ -110,6 +110,9 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
         also.append("data.path")  # of that run's data, whatever this tree's default is
     try:
         tree = compose_groups(program, overrides)
+        if "model" in tree:
+            names = [o.value() for o in overrides if o.key_or_group == "model"]
+            _complete_model(tree, str(names[-1] if names else groups(program)["model"]))
         for override in overrides:
             if not _chooses_a_file(program, override):
                 refuse_renamed(override.key_or_group, override.value(), tree)
@@ -128,6 +131,12 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
             about = f" ({field.description})" if field and field.description else ""
             refuse(path, "", f"must be given{about}")
     return container
+
+
+def _complete_model(tree: DictConfig, name: str) -> None:
+    """Give the chosen model the keys that its YAML leaves out."""
+    model: Any = OmegaConf.to_container(tree.model, resolve=False)
+    OmegaConf.update(tree, "model", completed(name, model), merge=False, force_add=True)
 
 
 def compose_groups(program: str, overrides: Sequence[Override], hydra: bool = False) -> DictConfig:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from zoo.config.groups import CONFIGS, groups
+from zoo.config.introspect import lineage
 from zoo.config.schema import Extension, TrainConfig
 from zoo.config.tree import leaves
 from zoo.errors import refuse, shown
@@ -76,7 +77,8 @@ def _check_used(config: TrainConfig, given: Sequence[str]) -> None:
     """Refuse an argument of a mixer that the others of its arguments leave without effect."""
     names = [key.removeprefix("model.mixer.") for key in given if key.startswith("model.mixer.")]
     for part in (block.mixer for block in config.model.blocks if names):
-        known = NEEDS.get(part.target.rpartition(".")[2], {})
+        classes = [target.rpartition(".")[2] for target in lineage(part.target)]
+        known = next((NEEDS[name] for name in classes if name in NEEDS), {})
         for name in names:
             for other, values in known.get(name, {}).items():
                 here = config.objective if other == "objective" else part.options.get(other)

@@ -31,9 +31,31 @@ def choices(group: str) -> list[str]:
     return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
 
 
+FEED_FORWARD = {"_target_": "zoo.mixers.feed_forward.SwiGLU", "hidden_width": None}
+
+
+def completed(name: str, model: dict[str, Any]) -> dict[str, Any]:
+    """A model's section with the keys that its YAML leaves out.
+
+    Its name is the file's, its feed-forward a SwiGLU, `match=params` sizes that (or the layers,
+    where there is none), and no short convolution stands before its mixer.
+    """
+    whole = {"name": name, "short_conv": None, **model}
+    if "mixer" in model:
+        whole.setdefault("feed_forward", {**FEED_FORWARD})
+        without = whole["feed_forward"] is None
+        whole.setdefault("match", ["layers" if without else "feed_forward.hidden_width"])
+    return whole
+
+
 def extensions() -> dict[str, dict[str, Any]]:
     """Every extension's YAML by its name."""
     return {name: _inherited(name, "extension") for name in choices("extension")}
+
+
+def model_section(name: str) -> dict[str, Any]:
+    """The section of the model of that name, with the keys that its YAML leaves out."""
+    return completed(name, _inherited(name))
 
 
 def _inherited(name: str, group: str = "model") -> dict[str, Any]:

@@ -3,24 +3,47 @@
 import ast
 import functools
 import re
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
 
+from zoo.config.domains import Natural, Positive, Range, RopeBase, fits, refusal
 from zoo.errors import refuse, refuse_path
 from zoo.paths import ROOT
+
+KINDS = {  # the names that an option's annotation may use
+    "Annotated": Annotated,
+    "Literal": Literal,
+    "Natural": Natural,
+    "Positive": Positive,
+    "Range": Range,
+    "RopeBase": RopeBase,
+    "Sequence": Sequence,
+}
+
+
+class Argument(NamedTuple):
+    """One argument of a constructor or function."""
+
+    kind: Any  # its annotation, such as `int | None`; Any where it is of no option's type
+    default: Any  # `...` where it has none, or one that is not a constant
 
 
 def is_target(text: str) -> bool:
     return re.fullmatch(r"zoo(\.[a-z]\w*)+\.[A-Za-z]\w*", text) is not None
 
 
-def parameters(file: Path, name: str) -> dict[str, ast.expr | None] | None:
-    """What function or class `name` in `file` takes: {name: annotation}.
+def parameters(file: Path, name: str) -> dict[str, Argument] | None:
+    """The arguments of function or class `name` in `file`.
 
     None where its source does not tell.
     """
+    _, node = _defined(file, name)
+    return _own(node) if (node := _constructor(node)) and not node.args.kwarg else None
+
+
+def _defined(file: Path, name: str) -> tuple[ast.Module, ast.AST]:
+    """The source of `file`, and what it defines as `name`."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -28,14 +51,42 @@ def parameters(file: Path, name: str) -> dict[str, ast.expr | None] | None:
     found = [node for node in tree.body if getattr(node, "name", None) == name]
     if not found:
         refuse_path(file, f"there is no {name} in it", "Name a class or function of it")
-    node = found[0]
+    return tree, found[0]
+
+
+def _constructor(node: ast.AST) -> ast.FunctionDef | None:
+    """The function itself, or the class's own __init__."""
     if isinstance(node, ast.ClassDef):
         inits = [part for part in node.body if getattr(part, "name", None) == "__init__"]
         node = inits[0] if inits else node
-    if not isinstance(node, ast.FunctionDef) or node.args.kwarg:
-        return None
-    given = [arg for arg in node.args.args + node.args.kwonlyargs if arg.arg != "self"]
-    return {arg.arg: arg.annotation for arg in given}
+    return node if isinstance(node, ast.FunctionDef) else None
+
+
+def _own(node: ast.FunctionDef) -> dict[str, Argument]:
+    given, defaults = node.args.args + node.args.kwonlyargs, node.args.defaults
+    values = [*[None] * (len(node.args.args) - len(defaults)), *defaults, *node.args.kw_defaults]
+    return {
+        arg.arg: Argument(_kind(arg.annotation), _constant(value))
+        for arg, value in zip(given, values, strict=True)
+        if arg.arg != "self"
+    }
+
+
+def _kind(annotation: ast.expr | None) -> Any:
+    """The annotation itself, of those that options have."""
+    if annotation is None:
+        return Any
+    try:
+        return eval(ast.unparse(annotation), {**KINDS})
+    except (NameError, TypeError, AttributeError):  # a tensor's, or of another package
+        return Any
+
+
+def _constant(value: ast.expr | None) -> Any:
+    try:
+        return ... if value is None else ast.literal_eval(value)
+    except ValueError:
+        return ...
 
 
 # Set by the backbone, by the objective (a causal model must not be asked to look ahead), by what
@@ -56,65 +107,62 @@ def target_parameters(target: str) -> list[str] | None:
 
 def constructor_parameters(target: str) -> list[str] | None:
     """All that the zoo's `target` takes; None where its source does not tell."""
-    found = _annotations(target)
+    found = arguments(target)
     return None if found is None else list(found)
 
 
 @functools.cache
-def _annotations(target: str) -> dict[str, ast.expr | None] | None:
+def arguments(target: str) -> dict[str, Argument] | None:
+    """All arguments of the zoo's `target` by name; None where its source does not tell.
+
+    A class without a constructor of its own has its base's, and one that passes on `**kwargs`
+    takes what its base takes as well.
+    """
+    init = _constructor(_source(target)[1])
+    if init and not init.args.kwarg:
+        return _own(init)
+    for base in _bases(target):
+        inherited = arguments(base)
+        if inherited is not None:
+            return {**inherited, **(_own(init) if init else {})}
+    return None
+
+
+def lineage(target: str) -> list[str]:
+    """The zoo's `target` and the classes of the zoo that it is derived from, nearest first."""
+    return [target, *(name for base in _bases(target) for name in lineage(base))]
+
+
+def _source(target: str) -> tuple[ast.Module, ast.AST]:
     module, _, name = target.rpartition(".")
-    return parameters(ROOT / (module.replace(".", "/") + ".py"), name)
+    return _defined(ROOT / (module.replace(".", "/") + ".py"), name)
+
+
+def _bases(target: str) -> list[str]:
+    """The direct bases of a class that the zoo defines, as targets."""
+    tree, node = _source(target)
+    if not isinstance(node, ast.ClassDef):
+        return []
+    names = {
+        part.name: f"{target.rpartition('.')[0]}.{part.name}"
+        for part in tree.body
+        if isinstance(part, ast.ClassDef)
+    }
+    for part in tree.body:
+        if isinstance(part, ast.ImportFrom):
+            names |= {one.asname or one.name: f"{part.module}.{one.name}" for one in part.names}
+        elif isinstance(part, ast.Import):
+            names |= {one.asname: one.name for one in part.names if one.asname}
+    found = []
+    for base in map(ast.unparse, node.bases):
+        first, dot, rest = base.partition(".")
+        found.append(names.get(first, first) + dot + rest)
+    return [base for base in found if is_target(base)]
 
 
 def check_types(target: str, values: Mapping[str, Any]) -> None:
-    """Refuse values that are not of the types that the zoo's `target` declares for them."""
-    declared = _annotations(target) or {}
+    """Refuse values that the annotations of the zoo's `target` do not allow."""
+    declared = arguments(target) or {}
     for name, value in values.items():
-        annotation = declared.get(name)
-        if annotation is not None and not _fits(value, annotation):
-            digits = isinstance(value, int) and abs(value) >= LARGEST
-            limit = " of at most 15 digits" if digits else ""
-            refuse(name, value, f"must be {_in_words(annotation)}{limit}")
-
-
-LARGEST = 10**15  # of a whole number: beyond, sizes overflow before memory is asked for
-SIMPLE = {
-    "int": "a whole number",
-    "float": "a finite number",
-    "bool": "true or false",
-}
-SIMPLE |= {"str": "a word", "None": "null"}
-MANY = ("Sequence", "list", "tuple")
-
-
-def _fits(value: Any, annotation: ast.expr) -> bool:
-    """Whether `value` is of the annotated type, of those that options have; any other holds all."""
-    match annotation:
-        case ast.BinOp(left=left, right=right):
-            return _fits(value, left) or _fits(value, right)
-        case ast.Subscript(value=ast.Name(id=kind), slice=item) if kind in MANY:
-            return isinstance(value, list) and all(_fits(one, item) for one in value)
-        case ast.Constant(value=None):
-            return value is None
-        case ast.Name(id="bool"):
-            return isinstance(value, bool)
-        case ast.Name(id="int"):
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            return whole and abs(value) < LARGEST
-        case ast.Name(id="float"):
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            most = LARGEST if isinstance(value, int) else sys.float_info.max  # neither nan nor inf
-            return number and abs(value) <= most
-        case ast.Name(id="str"):
-            return isinstance(value, str)
-    return True
-
-
-def _in_words(annotation: ast.expr) -> str:
-    match annotation:
-        case ast.BinOp(left=left, right=right):
-            return f"{_in_words(left)} or {_in_words(right)}"
-        case ast.Subscript(slice=item):
-            return f"a list, each {_in_words(item)}"
-    name = ast.unparse(annotation)
-    return SIMPLE.get(name, name)
+        if name in declared and not fits(value, declared[name].kind):
+            refuse(name, value, *refusal(value, *declared[name]))

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from zoo.config.groups import _inherited, choices, extensions
+from zoo.config.groups import choices, extensions, model_section
 from zoo.config.introspect import constructor_parameters
 
 # "x as x": who composes a configuration also finds its types here.
@@ -37,8 +37,12 @@ def resolve(tree: dict[str, Any]) -> dict[str, Any]:
     parts = [model]
     if "pattern" in model:  # the other models of a sweep have no use for one
         parts = _hybrid(model["pattern"] if pattern is None else pattern, tree)
+    taps = model.get("short_conv")
     if tree.get("objective") == "masked":
         _check_bidirectional(parts)
+        if taps is not None:
+            advice = "Leave it out, or use objective=causal."
+            refuse("model.short_conv", taps, "the convolution sees earlier tokens alone", advice)
     for part in parts:
         if part.get("max_length") is not None and part.get("positions") != "learned":
             refuse(
@@ -57,7 +61,7 @@ def resolve(tree: dict[str, Any]) -> dict[str, Any]:
         )
     spelled = {
         "name": model.get("name"),
-        "blocks": [_block(part) for part in parts],
+        "blocks": [_block(part, taps) for part in parts],
         "embedding_positions": next(iter(embedded), None),
         "max_length": next((part.get("max_length") for part in embedded.values()), None),
         "match": model.get("match"),
@@ -87,7 +91,7 @@ def _check_bidirectional(parts: Sequence[dict[str, Any]]) -> None:
 
 def reads_both_ways(name: str) -> bool:
     """Whether the model of that name has a bidirectional form for objective=masked."""
-    part = _inherited(name)
+    part = model_section(name)
     if part.get("positions") in ONE_SIDED or "mixer" not in part:
         return False
     return "causal" in (constructor_parameters(part["mixer"]["_target_"]) or [])
@@ -101,7 +105,7 @@ def _is_embedded(part: dict[str, Any]) -> bool:
     return choose("model.positions", part["positions"], everywhere) in ("sinusoidal", "learned")
 
 
-def _block(part: dict[str, Any]) -> dict[str, Any]:
+def _block(part: dict[str, Any], short_conv: Any) -> dict[str, Any]:
     mixer = part.get("mixer")
     if "positions" in part and isinstance(mixer, dict):
         if "positions" in mixer:
@@ -109,7 +113,8 @@ def _block(part: dict[str, Any]) -> dict[str, Any]:
             rule = f"model.positions={name} sets it"
             refuse("model.mixer.positions", given, rule, "Use model.positions")
         mixer = {**mixer, "positions": "none" if _is_embedded(part) else part["positions"]}
-    return {"mixer": mixer, "feed_forward": part.get("feed_forward")}
+    block = {"mixer": mixer, "feed_forward": part.get("feed_forward")}
+    return block if short_conv is None else {**block, "short_conv": short_conv}
 
 
 def _hybrid(pattern: Any, tree: dict[str, Any]) -> list[dict[str, Any]]:
@@ -127,7 +132,7 @@ def _load_models(entry: str, tree: dict[str, Any]) -> list[dict[str, Any]]:
     times, star, name = entry.rpartition("*")
     if star and not re.fullmatch(r"[1-9]\d{0,2}", times):
         refuse("hybrid", [entry], "must be of entries such as 7*mamba, with a number from 1 to 999")
-    part = _inherited(choose("hybrid", name, choices("model"), kind="model"))
+    part = model_section(choose("hybrid", name, choices("model"), kind="model"))
     if "pattern" in part:
         refuse("hybrid", [entry], f"{name} is a pattern itself", "Write its models out")
     whole: Any = OmegaConf.to_container(OmegaConf.create({**tree, "model": part}), resolve=True)

@@ -40,6 +40,7 @@ Fraction = Annotated[Number, Field(ge=0, le=1)]
 Switch = Annotated[bool, Field(strict=True)]
 Threads = Annotated[Positive, Field(le=1024)]  # far more and the C library aborts
 Path = Annotated[str, Field(min_length=1)]
+ShortConv = Annotated[int, BeforeValidator(read_count), Field(ge=2, le=8)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
 
 
@@ -102,9 +103,15 @@ class TaskPart(Part):
 class Block(Section):
     mixer: MixerPart
     feed_forward: MixerPart | None
+    short_conv: ShortConv | None = None  # taps of a convolution before the mixer
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `short_conv` where there is none, as before: runs keep their names."""
+        return {key: v for key, v in write(self).items() if (key, v) != ("short_conv", None)}
 
 
-Matched = Literal["feed_forward.hidden_width", "mixer.inner_width", "mixer.head_width", "layers"]
+Matched = Annotated[str, Field(pattern=r"^(layers|(mixer|feed_forward)\.[a-z]\w*)$")]
 
 
 class Model(Section):

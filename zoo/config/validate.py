@@ -25,6 +25,7 @@ def validate(schema: type[Config], tree: dict[str, Any]) -> Config:
 
 def _explain(error: ErrorDetails, schema: type[BaseModel]) -> str:
     path = ".".join(str(key) for key in error["loc"])
+    path = re.sub(r"^model\.blocks\.\d+", "model", path)  # as the option is written
     given, context = error["input"], error.get("ctx", {})
     if error["type"] == "extra_forbidden":
         parent: Any = schema
@@ -36,7 +37,6 @@ def _explain(error: ErrorDetails, schema: type[BaseModel]) -> str:
     if error["type"] == "missing":
         return sentence(path, "is missing", "Add it to the YAML file, or give its value")
     if isinstance(cause := context.get("error"), UserError):
-        path = re.sub(r"^model\.blocks\.\d+", "model", path)  # as the option is written
         named = re.match(r"\w+=", str(cause)) is not None  # it begins with the option's last name
         return f"{path}.{cause}" if named and path else f"{path}: {cause}" if path else str(cause)
     if error["type"] == "string_pattern_mismatch":

@@ -20,15 +20,16 @@ The state is a running average with its maximum exponent, and for conv and local
 in float32 (zoo.ops.aft).
 """
 
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.errors import choose
+from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, State, compute_dtype, linear, residual_gain
+from zoo.mixers.parts import head_width
 from zoo.ops.aft import Window, absorb, aft, aft_full, aft_window
 from zoo.ops.wkv4 import empty_average
 
@@ -39,7 +40,7 @@ class AFTState(NamedTuple):
     older: Float[Tensor, "b 3 d"]  # the average of what stands no longer in k and v
     k: Float[Tensor, "b n d"]
     v: Float[Tensor, "b n d"]
-    seen: int
+    tokens_seen: int
 
 
 class AFT(Mixer):
@@ -47,38 +48,40 @@ class AFT(Mixer):
         self,
         *,
         width: int,
-        variant: str = "conv",
-        heads: int | None = None,
-        window: int = 32,
-        rank: int | None = None,
-        max_length: int | None = None,
+        variant: Literal["simple", "conv", "local", "full"] = "conv",
+        heads: Positive | None = None,
+        window: Annotated[int, Range(2)] = 32,
+        rank: Positive | None = None,
+        max_length: Positive | None = None,
         backend: str = "auto",
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__()
-        self.variant = choose("variant", variant, ["simple", "conv", "local", "full"])
-        self.width, self.backend, self.window, self.kept = width, backend, window, 0
+        self.variant, self.width, self.backend, self.window, self.kept = (
+            variant,
+            width,
+            backend,
+            window,
+            0,
+        )
         self.min_window = 2  # of one token the average is the token, whatever its weight
         self.recurrent = variant != "full"  # type: ignore[misc]
         if variant in ("conv", "local"):
-            if window < 2:
-                raise ValueError(f"window={window} must be 2 tokens or more")
             self.kept = window - 1
         if variant == "conv":
             heads = max(1, width // 4) if heads is None else heads
-            if heads < 1 or width % heads:
-                raise ValueError(f"heads={heads} must divide width={width}")
+            head_width(width, heads)
             self.min_window = window + 1  # beta weighs the window against what is older
             self.taps = nn.Parameter(torch.randn(heads, window))
             self.gamma = nn.Parameter(torch.ones(heads))
             self.beta = nn.Parameter(torch.zeros(heads))
         if variant in ("local", "full"):
             rank = min(128, max(1, width // 4)) if rank is None else rank
-            if max_length is None or max_length < 1 or rank < 1:
+            if max_length is None:
                 raise ValueError(
-                    f"variant={variant} has a w for each position: max_length={max_length} and "
-                    f"rank={rank} must be 1 or more"
+                    f"max_length=null: variant={variant} learns a weight for each position. Give "
+                    "the number of positions."
                 )
             self.max_length = max_length
             self.u = nn.Parameter(FACTOR_STD * torch.randn(max_length, rank))
@@ -90,7 +93,7 @@ class AFT(Mixer):
 
     def forward(self, x: Float[Tensor, "b t d"], state: AFTState | None = None):
         before = self.empty_state(len(x)) if state is None else state
-        end = before.seen + x.shape[1]
+        end = before.tokens_seen + x.shape[1]
         if self.max_length is not None and end > self.max_length:
             raise ValueError(f"AFT reads at most {self.max_length} tokens and was given {end}")
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -110,13 +113,13 @@ class AFT(Mixer):
         return aft_window(k, v, w[None], Window(*state[:3]), self.backend)
 
     def _local(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, Window]:
-        start, end = state.seen, state.seen + k.shape[1]
+        start, end = state.tokens_seen, state.tokens_seen + k.shape[1]
         near = F.pad(self.v, (0, 0, self.kept, 0))[start : end + self.kept]
         w = torch.einsum("tr,trs->ts", self.u[start:end], near.unfold(0, self.window, 1)).flip(1)
         return aft_window(k, v, w[:, None], Window(*state[:3]))
 
     def _full(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, Window]:
-        start, end = state.seen, state.seen + k.shape[1]
+        start, end = state.tokens_seen, state.tokens_seen + k.shape[1]
         k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
         y = aft_full(k, v, self.u[start:end], self.v[end - k.shape[1] : end])
         return y, Window(state.older, k, v)
@@ -131,12 +134,12 @@ class AFT(Mixer):
         kept = min(tokens, self.kept) if self.recurrent else tokens
         return older.nbytes + 2 * batch * kept * self.width * k.element_size()
 
-    def carry(self, state: State, window: int) -> State:
+    def truncate_state(self, state: State, window: int) -> State:
         """The last `window` keys and values; where there is an average, it takes in the others."""
-        older, k, v, seen = super().carry(state, window)
+        older, k, v, tokens_seen = super().truncate_state(state, window)
         excess = k.shape[1] - window
         if excess <= 0:
-            return AFTState(older, k, v, seen)
+            return AFTState(older, k, v, tokens_seen)
         if self.recurrent:
             older = absorb(older, k[:, :excess].to(older.dtype), v[:, :excess].to(older.dtype))
-        return AFTState(older, k[:, excess:], v[:, excess:], seen)
+        return AFTState(older, k[:, excess:], v[:, excess:], tokens_seen)

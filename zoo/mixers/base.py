@@ -6,15 +6,22 @@ sequence gives what one call gives: outputs, final state and gradients. Training
 decoding is chunks of one token, streaming is anything between.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from zoo.config.domains import fits, refusal
+from zoo.errors import refuse
+
 State = Any  # a tuple or NamedTuple of tensors and of the number of tokens seen
-Shared = dict[str, Tensor]  # what earlier layers left for later ones, for the tokens of one call
+CrossLayer = dict[
+    str, Tensor
+]  # what earlier layers left for later ones, for the tokens of one call
 
 
 class Mixer(nn.Module):
@@ -27,20 +34,27 @@ class Mixer(nn.Module):
     A design published for encoders takes `causal`: with `causal=False` it has its paper's form,
     reads a whole sequence at once and raises ValueError when given a state.
 
-    One whose layers read what an earlier layer computed (RWKV-7's first values) sets `shares`, and
-    its forward takes `shared` besides: empty before the first layer of each call, filled and read
-    in the order of the layers, for the same tokens. Given none, a layer stands alone.
+    A mixer whose layers read what an earlier layer computed (RWKV-7's first values) sets
+    `uses_cross_layer`, and its forward takes `cross_layer` as well: a dict, empty before the first
+    layer of each call, that the layers fill and read in their order, for the same tokens. Without
+    it a layer reads nothing from the others.
     """
 
     causal: bool = True  # output t depends on inputs <= t alone
     max_length: int | None = None  # tokens it can read; beyond, forward raises ValueError
     min_window: int = 1  # tokens; trained on shorter windows, some of its parameters learn nothing
-    shares: ClassVar[bool] = False
+    uses_cross_layer: ClassVar[bool] = False
     recurrent: ClassVar[bool] = True  # the state's size does not grow with the tokens seen
 
     def forward(self, x: Tensor, state: State = None) -> Any:
         """x (b, t, width) -> y (b, t, width), or (y, state) exactly when a state is given."""
         raise NotImplementedError
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Has the constructor refuse arguments that its annotations do not allow."""
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = _checked(cls.__init__)
 
     def empty_state(self, batch: int) -> State:
         """The state before the first token, on the parameters' device."""
@@ -52,35 +66,37 @@ class Mixer(nn.Module):
         del tokens
         return count_bytes(self.empty_state(batch))
 
-    def carry(self, state: State, window: int) -> State:
-        """What passes on to the next training window of `window` tokens: the state, detached."""
+    def truncate_state(self, state: State, window: int) -> State:
+        """The state that the next training window starts from, out of the graph.
+
+        `window` is the length of the windows in tokens. A state that grows keeps that much of it.
+        """
         del window
         return detach(state)
 
 
-class MultiHead(Mixer):
-    """Queries, keys and values of equal heads, each kind projected from the width to the width."""
+def _checked(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor with its arguments checked: UserError for one outside of its domain."""
+    declared = inspect.signature(init).parameters
 
-    def __init__(self, width: int, heads: int, *, causal: bool, backend: str) -> None:
-        super().__init__()
-        if heads < 1 or width % heads:
-            raise ValueError(f"heads={heads} must divide width={width}")
-        self.causal, self.backend = causal, backend
-        self.heads, self.head_width = heads, width // heads
-        self.q_proj, self.k_proj, self.v_proj = (linear(width, width) for _ in range(3))
+    @functools.wraps(init)
+    def checked(self: Mixer, *args: Any, **values: Any) -> None:
+        for name, value in values.items():
+            kind = declared[name].annotation if name in declared else Any
+            if not fits(value, kind):
+                default = declared[name].default
+                default = ... if default is inspect.Parameter.empty else default
+                refuse(name, value, *refusal(value, kind, default))
+        init(self, *args, **values)
 
-    def by_head(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... h k"]:
-        return x.unflatten(-1, (self.heads, self.head_width))
-
-    def qkv(self, x: Float[Tensor, "b t d"]) -> list[Float[Tensor, "b t h k"]]:
-        return [self.by_head(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+    return checked
 
 
 def at_least(minimum: float, **values: float) -> None:
     """Raise ValueError that names the first of a constructor's `values` below `minimum`."""
     for name, value in values.items():
         if not value >= minimum:  # nan is neither
-            raise ValueError(f"{name}={value} must be at least {minimum}")
+            raise ValueError(f"{name}={value}: must be >= {minimum}.")
 
 
 def detach(state: State) -> State:
@@ -91,12 +107,6 @@ def detach(state: State) -> State:
 def count_bytes(state: State) -> int:
     """Bytes of all tensors in a state."""
     return sum(x.numel() * x.element_size() for x in tree_leaves(state) if isinstance(x, Tensor))
-
-
-def shifted(x: Tensor, last: Tensor | None) -> Tensor:
-    """Each token's predecessor, (b, t, d): `last` (b, d), or zeros, then x without its last."""
-    first = torch.zeros_like(x[:, 0]) if last is None else last.to(x.dtype)
-    return torch.cat([first[:, None], x[:, :-1]], 1)
 
 
 def refuse_state(state: State) -> None:

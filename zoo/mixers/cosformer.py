@@ -21,14 +21,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from zoo.mixers.base import MultiHead, linear, refuse_state, residual_gain
+from zoo.config.domains import Positive
+from zoo.mixers.base import linear, refuse_state, residual_gain
+from zoo.mixers.parts import MultiHead
 from zoo.ops.linear_attention import SMALLEST, LinearState, linear_attention
 
 
 class CosFormerState(NamedTuple):
     S: Float[Tensor, "b h k v"]
     z: Float[Tensor, "b h k"]
-    seen: int
+    tokens_seen: int
 
 
 class CosFormer(MultiHead):
@@ -36,28 +38,26 @@ class CosFormer(MultiHead):
         self,
         *,
         width: int,
-        heads: int,
-        reference_length: int,
+        heads: Positive,
+        reference_length: Positive,
         backend: str = "auto",
         causal: bool = True,
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__(width, heads, causal=causal, backend=backend)
-        if reference_length < 1:
-            raise ValueError(f"reference_length={reference_length} must be at least 1")
         self.max_length = self.reference_length = reference_length
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: CosFormerState | None = None):
-        seen = state.seen if state else 0
-        end = seen + x.shape[1]
+        start = state.tokens_seen if state else 0
+        end = start + x.shape[1]
         if end > self.reference_length:
             raise ValueError(
                 f"cosformer reads at most {self.max_length} tokens and was given {end}"
             )
         q, k, v = self.qkv(x)
-        q, k = (self._reweighted(a.relu(), seen) for a in (q, k))
+        q, k = (self._reweighted(a.relu(), start) for a in (q, k))
         if not self.causal:
             refuse_state(state)
             return self.o_proj(_bidirectional(q, k, v).flatten(-2))

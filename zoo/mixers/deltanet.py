@@ -14,13 +14,15 @@ The state is the convolutions' last `conv_width - 1` inputs and S, in float32 (h
 the paper's transposed). One projection and one convolution serve q, k and v.
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from zoo.mixers.base import Mixer, compute_dtype, linear, residual_gain
+from zoo.config.domains import Positive, Range
+from zoo.mixers.base import Mixer, linear, residual_gain
+from zoo.mixers.parts import conv_weight, head_width, no_inputs
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.delta_rule import delta_rule, unit_length
 from zoo.ops.rms_norm import RMSNorm
@@ -36,25 +38,21 @@ class DeltaNet(Mixer):
         self,
         *,
         width: int,
-        heads: int,
-        conv_width: int = 4,
+        heads: Positive,
+        conv_width: Annotated[int, Range(2, 8)] = 4,
         negative_eigenvalues: bool = False,
         backend: str = "auto",
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__()
-        if heads < 1 or width % heads:
-            raise ValueError(f"heads={heads} must divide width={width}")
-        if not 2 <= conv_width <= 8:
-            raise ValueError(f"conv_width={conv_width} must be 2 to 8")
+        head = head_width(width, heads)
         self.heads, self.conv_width, self.backend = heads, conv_width, backend
         self.largest_beta = 2.0 if negative_eigenvalues else 1.0
         self.qkv_proj = linear(width, 3 * width)
-        bound = conv_width**-0.5  # a depthwise convolution sees conv_width inputs
-        self.conv_weight = nn.Parameter(torch.empty(3 * width, conv_width).uniform_(-bound, bound))
+        self.conv_weight = conv_weight(3 * width, conv_width)
         self.beta_proj = linear(width, heads)
-        self.norm = RMSNorm(width // heads, 1e-5)
+        self.norm = RMSNorm(head, 1e-5)
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: DeltaState | None = None):
@@ -78,8 +76,5 @@ class DeltaNet(Mixer):
         weight = self.o_proj.weight
         width = len(weight)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        conv = (batch, self.conv_width - 1, 3 * width)
         S = (batch, self.heads, width // self.heads, width // self.heads)
-        return DeltaState(
-            weight.new_zeros(conv, dtype=compute_dtype(weight)), weight.new_zeros(S, dtype=wide)
-        )
+        return DeltaState(no_inputs(self.conv_weight, batch), weight.new_zeros(S, dtype=wide))

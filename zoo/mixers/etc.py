@@ -24,7 +24,7 @@ Time O(t (r + c) + t^2 / c). The state is the last max(r, c - 1) keys and values
 completed block, those of its global as globals see it and as long tokens see it: it grows.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 from zoo.attention.local import relative_window, relative_window_around
 from zoo.attention.window import last_tokens
+from zoo.config.domains import Positive, Range
 from zoo.mixers.base import (
-    MultiHead,
-    Shared,
+    CrossLayer,
     State,
     compute_dtype,
     linear,
@@ -43,6 +43,7 @@ from zoo.mixers.base import (
     refuse_state,
     residual_gain,
 )
+from zoo.mixers.parts import MultiHead
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
 from zoo.ops.rms_norm import RMSNorm
@@ -55,31 +56,29 @@ class ETCState(NamedTuple):
     v: Float[Tensor, "b n h d"]
     globals_in: tuple[Float[Tensor, "b g h d"], ...]  # k, v that g2g sees
     globals_out: tuple[Float[Tensor, "b g h d"], ...]  # k, v that l2g sees
-    seen: int
+    tokens_seen: int
 
 
 class ETC(MultiHead):
     recurrent: ClassVar[bool] = False
-    shares: ClassVar[bool] = True
+    uses_cross_layer: ClassVar[bool] = True
 
     def __init__(
         self,
         *,
         width: int,
-        heads: int,
-        window: int = 84,
-        block: int = 32,
-        labels: int = 12,
+        heads: Positive,
+        window: Positive = 84,
+        block: Positive = 32,
+        labels: Annotated[int, Range(2)] = 12,
         backend: str = "auto",
         causal: bool = True,
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__(width, heads, causal=causal, backend=backend)
-        if not 2 <= labels <= window:
-            raise ValueError(f"labels={labels}: distances told apart, from 2 to window={window}")
-        if block < 1:
-            raise ValueError(f"block={block}: at least 1 token to a global one")
+        if labels > window:
+            raise ValueError(f"labels={labels}: must be at most window={window}.")
         self.layer, self.window, self.block = layer, window, block
         self.held = max(window, block - 1)
         self.min_window = block + 1 if causal else 2
@@ -98,23 +97,23 @@ class ETC(MultiHead):
         self,
         x: Float[Tensor, "b t d"],
         state: ETCState | None = None,
-        shared: Shared | None = None,
+        cross_layer: CrossLayer | None = None,
     ):
         if not self.causal:
             refuse_state(state)
-            return self._both_ways(x, shared)
-        start = state.seen if state else 0
+            return self._both_ways(x, cross_layer)
+        start = state.tokens_seen if state else 0
         q, k, v = self.qkv(x)
         if state:
             k, v = _after(state.k, k), _after(state.v, v)
-        g = self._globals(x, (start % self.block + x.shape[1]) // self.block, shared)
+        g = self._globals(x, (start % self.block + x.shape[1]) // self.block, cross_layer)
         g_q, *g_in = self.qkv(self.global_norm(g))
         before = state.globals_in if state else (g_in[0][:, :0], g_in[1][:, :0])
         g_in = [_after(a, b) for a, b in zip(before, g_in, strict=True)]
         span = max(g_in[0].shape[1], len(self.g2g))
         among = relative_window(g_q, g_in[0], g_in[1], self.g2g, span, backend=self.backend)
         g = g + self._out(merge([among, self._own_blocks(g_q, k, v, start, x.shape[1])]))
-        self._leave(g, shared)
+        self._leave(g, cross_layer)
         _, g_k, g_v = self.qkv(self.global_norm(g))
         g_out = [g_k + self.l2g[0].to(g_k.dtype), g_v]
         before = state.globals_out if state else (g_out[0][:, :0], g_out[1][:, :0])
@@ -129,17 +128,19 @@ class ETC(MultiHead):
     def _out(self, result: Partial) -> Tensor:
         return self.o_proj(result[0].flatten(-2))
 
-    def _globals(self, x: Tensor, count: int, shared: Shared | None) -> Float[Tensor, "b g d"]:
+    def _globals(
+        self, x: Tensor, count: int, cross_layer: CrossLayer | None
+    ) -> Float[Tensor, "b g d"]:
         """What the nearest such layer below left, and this layer's own learned vector."""
         own = self.first_global.expand(len(x), count, -1)
         names = [f"etc_globals_{layer}" for layer in range(self.layer)]
-        left = [shared[name] for name in names if name in shared] if shared else []
+        left = [cross_layer[name] for name in names if name in cross_layer] if cross_layer else []
         return left[-1] + own if left else own
 
-    def _leave(self, g: Tensor, shared: Shared | None) -> None:
+    def _leave(self, g: Tensor, cross_layer: CrossLayer | None) -> None:
         """For the layers above, each under its own name: a layer run again finds the same."""
-        if shared is not None:
-            shared[f"etc_globals_{self.layer}"] = g
+        if cross_layer is not None:
+            cross_layer[f"etc_globals_{self.layer}"] = g
 
     def _own_blocks(
         self, q: Float[Tensor, "b g h d"], k: Tensor, v: Tensor, start: int, tokens: int
@@ -182,17 +183,17 @@ class ETC(MultiHead):
         lse = F.pad(lse, (0, 0, c, 0), value=-torch.inf)[:, begun : begun + tokens]
         return [*found, (out, lse)]
 
-    def _both_ways(self, x: Float[Tensor, "b t d"], shared: Shared | None) -> Tensor:
+    def _both_ways(self, x: Float[Tensor, "b t d"], cross_layer: CrossLayer | None) -> Tensor:
         tokens, count = x.shape[1], -(-x.shape[1] // self.block)
         block = torch.arange(tokens, device=x.device) // self.block
         own = torch.arange(count, device=x.device)[:, None] == block  # (g, t)
         q, k, v = self.qkv(x)
-        g = self._globals(x, count, shared)
+        g = self._globals(x, count, cross_layer)
         g_q, g_k, g_v = self.qkv(self.global_norm(g))
         span = max(count, len(self.g2g))
         among = relative_window_around(g_q, g_k, g_v, self.g2g, span, backend=self.backend)
         g = g + self._out(merge([among, *self._two_labels(g_q, k, v, self.g2l, own)]))
-        self._leave(g, shared)
+        self._leave(g, cross_layer)
         _, g_k, g_v = self.qkv(self.global_norm(g))
         near = relative_window_around(q, k, v, self.l2l, self.window + 1, backend=self.backend)
         return self._out(merge([near, *self._two_labels(q, g_k, g_v, self.l2g, own.mT)]))
@@ -218,13 +219,13 @@ class ETC(MultiHead):
         size = self.empty_state(batch).k.element_size()
         return batch * held * self.heads * self.head_width * size
 
-    def carry(self, state: State, window: int) -> State:
+    def truncate_state(self, state: State, window: int) -> State:
         """The last `window` keys, and the globals of as many tokens."""
-        k, v, inner, outer, seen = super().carry(state, window)
+        k, v, inner, outer, tokens_seen = super().truncate_state(state, window)
         inner, outer = (
             tuple(last_tokens(u, window // self.block) for u in pair) for pair in (inner, outer)
         )
-        return ETCState(last_tokens(k, window), last_tokens(v, window), inner, outer, seen)
+        return ETCState(last_tokens(k, window), last_tokens(v, window), inner, outer, tokens_seen)
 
 
 def _after(past: Tensor, x: Tensor) -> Tensor:

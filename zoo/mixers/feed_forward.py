@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from zoo.mixers.base import Mixer, State, at_least, linear, residual_gain
+from zoo.config.domains import Positive
+from zoo.mixers.base import Mixer, State, linear, residual_gain
 
 
 class SwiGLU(Mixer):
@@ -14,11 +15,10 @@ class SwiGLU(Mixer):
     """
 
     def __init__(
-        self, *, width: int, hidden_width: int | None = None, layer: int = 0, layers: int = 1
+        self, *, width: int, hidden_width: Positive | None = None, layer: int = 0, layers: int = 1
     ) -> None:
         super().__init__()
         hidden = round(8 * width / 3 / 8) * 8 if hidden_width is None else hidden_width
-        at_least(1, hidden_width=hidden)
         self.gate_proj = linear(width, hidden)
         self.up_proj = linear(width, hidden)
         self.down_proj = linear(hidden, width, gain=residual_gain(layers))

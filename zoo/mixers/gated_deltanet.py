@@ -16,14 +16,17 @@ serve q, k and v.
 """
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.mixers.base import Mixer, compute_dtype, linear, residual_gain
+from zoo.config.domains import Positive, Range
+from zoo.mixers.base import Mixer, linear, residual_gain
 from zoo.mixers.deltanet import DeltaState
+from zoo.mixers.parts import conv_weight, no_inputs
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.delta_rule import delta_rule, unit_length
 from zoo.ops.rms_norm import RMSNorm
@@ -39,10 +42,10 @@ class GatedDeltaNet(Mixer):
         self,
         *,
         width: int,
-        heads: int,
-        head_width: int | None = None,
-        value_factor: int = 2,
-        conv_width: int = 4,
+        heads: Positive,
+        head_width: Positive | None = None,
+        value_factor: Positive = 2,
+        conv_width: Annotated[int, Range(2, 8)] = 4,
         negative_eigenvalues: bool = False,
         backend: str = "auto",
         layer: int = 0,
@@ -50,21 +53,14 @@ class GatedDeltaNet(Mixer):
     ) -> None:
         super().__init__()
         most = 3 * width // 4
-        if not 1 <= heads <= most:
-            raise ValueError(f"heads={heads} must be 1 to {most} at width={width}")
+        if heads > most:
+            raise ValueError(f"heads={heads}: must be at most {most}, 3/4 of width={width}.")
         key = most // heads if head_width is None else head_width
-        for name, value in (("head_width", key), ("value_factor", value_factor)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if not 2 <= conv_width <= 8:
-            raise ValueError(f"conv_width={conv_width} must be 2 to 8")
         self.heads, self.conv_width, self.backend = heads, conv_width, backend
         self.largest_beta = 2.0 if negative_eigenvalues else 1.0
         self.widths = [heads * key, heads * key, heads * key * value_factor]  # of q, k, v
         self.qkv_proj = linear(width, sum(self.widths))
-        bound = conv_width**-0.5  # a depthwise convolution sees conv_width inputs
-        weight = torch.empty(sum(self.widths), conv_width)
-        self.conv_weight = nn.Parameter(weight.uniform_(-bound, bound))
+        self.conv_weight = conv_weight(sum(self.widths), conv_width)
         self.beta_proj = linear(width, heads)
         self.a_proj = linear(width, heads)
         rates = torch.empty(heads).uniform_(1e-4, A_MAX)  # none is 0: its logarithm is kept
@@ -98,8 +94,5 @@ class GatedDeltaNet(Mixer):
     def empty_state(self, batch: int) -> DeltaState:
         weight = self.o_proj.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        conv = (batch, self.conv_width - 1, sum(self.widths))
         S = (batch, self.heads, *(w // self.heads for w in self.widths[1:]))
-        return DeltaState(
-            weight.new_zeros(conv, dtype=compute_dtype(weight)), weight.new_zeros(S, dtype=wide)
-        )
+        return DeltaState(no_inputs(self.conv_weight, batch), weight.new_zeros(S, dtype=wide))

@@ -8,11 +8,14 @@
 The state is S, in float32.
 """
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, linear, residual_gain
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.rms_norm import RMSNorm
@@ -23,22 +26,18 @@ class GLA(Mixer):
         self,
         *,
         width: int,
-        heads: int,
-        key_width: int | None = None,
-        gate_rank: int = 16,
-        temperature: float = 16.0,
+        heads: Positive,
+        key_width: Positive | None = None,
+        gate_rank: Positive = 16,
+        temperature: Annotated[float, Range(above=0)] = 16.0,
         backend: str = "auto",
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__()
         keys = width // 2 if key_width is None else key_width
-        if heads < 1 or width % heads or keys < heads or keys % heads:
-            raise ValueError(f"heads={heads} must divide width={width} and key_width={keys}")
-        if gate_rank < 1 or not temperature > 0:
-            raise ValueError(
-                f"gate_rank={gate_rank} must be at least 1 and temperature={temperature} positive"
-            )
+        if width % heads or keys < heads or keys % heads:
+            raise ValueError(f"heads={heads}: must divide width={width} and key_width={keys}.")
         self.heads, self.keys, self.temperature = heads, keys, temperature
         self.backend = backend
         self.q_proj, self.k_proj = linear(width, keys), linear(width, keys)

@@ -23,14 +23,16 @@ The state is the last `conv_width - 1` inputs of the convolution and h, in float
 """
 
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.mixers.base import Mixer, compute_dtype, linear, residual_gain
+from zoo.config.domains import Positive, Range
+from zoo.mixers.base import Mixer, linear, residual_gain
+from zoo.mixers.parts import conv_weight, no_inputs
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.linear_recurrence import linear_recurrence
 
@@ -76,27 +78,22 @@ class Hawk(Mixer):
         self,
         *,
         width: int,
-        inner_width: int | None = None,
-        gate_blocks: int,
-        conv_width: int = 4,
+        inner_width: Positive | None = None,
+        gate_blocks: Positive,
+        conv_width: Annotated[int, Range(2, 8)] = 4,
         backend: str = "auto",
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__()
-        if gate_blocks < 1:
-            raise ValueError(f"gate_blocks={gate_blocks} must be at least 1")
         step = math.lcm(8, gate_blocks)
         default = step * max(1, round(4 * width / 3 / step))
         inner = default if inner_width is None else inner_width
-        if inner < 1 or inner % gate_blocks:
-            raise ValueError(f"gate_blocks={gate_blocks} must divide inner_width={inner}")
-        if not 2 <= conv_width <= 8:
-            raise ValueError(f"conv_width={conv_width} must be 2 to 8")
+        if inner % gate_blocks:
+            raise ValueError(f"gate_blocks={gate_blocks}: must divide inner_width={inner}.")
         self.inner_width, self.conv_width, self.backend = inner, conv_width, backend
         self.gate_proj, self.x_proj = linear(width, inner), linear(width, inner)
-        bound = conv_width**-0.5  # a depthwise convolution sees conv_width inputs
-        self.conv_weight = nn.Parameter(torch.empty(inner, conv_width).uniform_(-bound, bound))
+        self.conv_weight = conv_weight(inner, conv_width)
         self.conv_bias = nn.Parameter(torch.zeros(inner))
         self.decay_gate = BlockDiagonal(inner, gate_blocks)
         self.input_gate = BlockDiagonal(inner, gate_blocks)
@@ -123,8 +120,7 @@ class Hawk(Mixer):
     def empty_state(self, batch: int) -> HawkState:
         weight = self.x_proj.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        shape = (batch, self.conv_width - 1, self.inner_width)
         return HawkState(
-            weight.new_zeros(shape, dtype=compute_dtype(weight)),
+            no_inputs(self.conv_weight, batch),
             weight.new_zeros((batch, self.inner_width), dtype=wide),
         )

@@ -24,22 +24,16 @@ keys (unturned) and values of the block that is being read.
 """
 
 from collections.abc import Iterator
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from zoo.errors import choose
-from zoo.mixers.base import (
-    MultiHead,
-    State,
-    compute_dtype,
-    linear,
-    refuse_state,
-    residual_gain,
-)
+from zoo.config.domains import Positive, RopeBase
+from zoo.mixers.base import State, compute_dtype, linear, refuse_state, residual_gain
+from zoo.mixers.parts import MultiHead
 from zoo.ops.attention import Part, attend, attention
 from zoo.ops.merge import merge
 from zoo.positions.alibi import add_bias_channels, slopes
@@ -53,7 +47,7 @@ class LinformerState(NamedTuple):
     slot_v: Float[Tensor, "b s h d"]
     k: Float[Tensor, "b p h d"]  # of the block being read; p < block
     v: Float[Tensor, "b p h d"]
-    seen: int
+    tokens_seen: int
 
 
 class Linformer(MultiHead):
@@ -63,31 +57,28 @@ class Linformer(MultiHead):
         self,
         *,
         width: int,
-        heads: int,
-        sharing: str = "headwise",
-        block: int = 32,
-        slots: int = 8,
-        max_length: int = 512,
-        rank: int = 48,
-        positions: str = "rope",
-        rope_base: float = 10000.0,
+        heads: Positive,
+        sharing: Literal["none", "headwise", "kv"] = "headwise",
+        block: Positive = 32,
+        slots: Positive = 8,
+        max_length: Positive = 512,
+        rank: Positive = 48,
+        positions: Literal["rope", "none"] = "rope",
+        rope_base: RopeBase = 10000.0,
         backend: str = "auto",
         causal: bool = True,
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__(width, heads, causal=causal, backend=backend)
-        if sharing == "layerwise":
-            raise ValueError("sharing=layerwise would tie layers, which are built one by one: kv")
         names = ("slots", "block") if causal else ("rank", "max_length")
         few, many = (slots, block) if causal else (rank, max_length)
-        if not 1 <= few <= many:
-            raise ValueError(f"{names[0]}={few} must be between 1 and {names[1]}={many}")
+        if few > many:
+            raise ValueError(f"{names[0]}={few}: must be at most {names[1]}={many}.")
         self.block, self.slots = block, slots
         self.max_length = None if causal else max_length
         self.min_window = block + 1 if causal else 1
-        choose("sharing", sharing, ["none", "headwise", "kv"])
-        self.positions = choose("positions", positions, ["rope", "none"])
+        self.positions = positions
         self.inv_freq = inverse_frequencies(self.head_width, rope_base)
         shape = (heads if sharing == "none" else 1, few, many)
         self.E = nn.Parameter(torch.randn(shape) * many**-0.5)
@@ -118,11 +109,11 @@ class Linformer(MultiHead):
     def _causal(
         self, q: Tensor, k: Tensor, v: Tensor, state: LinformerState | None
     ) -> tuple[Tensor, LinformerState]:
-        start, seen = 0, q.shape[1]
+        start, tokens_seen = 0, q.shape[1]
         if state:
             k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
             start = state.slot_k.shape[1] // self.slots * self.block + state.k.shape[1]
-            seen += state.seen
+            tokens_seen += state.tokens_seen
         local = self._local(q, k, v)
 
         done = k.shape[1] - k.shape[1] % self.block  # tokens in blocks that are now complete
@@ -140,7 +131,9 @@ class Linformer(MultiHead):
         for rows, (queries, *near) in zip(segments, pieces, strict=True):
             far = self._remote(rows, queries, slot_k, slot_v)
             outs.append(merge([(near[0], near[1]), far])[0] if far else near[0])
-        return torch.cat(outs, 1), LinformerState(slot_k, slot_v, k[:, done:], v[:, done:], seen)
+        return torch.cat(outs, 1), LinformerState(
+            slot_k, slot_v, k[:, done:], v[:, done:], tokens_seen
+        )
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(out, lse) of each query over its own block; k and v begin with their block."""
@@ -211,9 +204,9 @@ class Linformer(MultiHead):
         """Slots and keys held after so many tokens."""
         return tokens // self.block * self.slots + tokens % self.block
 
-    def carry(self, state: State, window: int) -> State:
+    def truncate_state(self, state: State, window: int) -> State:
         """The block being read and the last slots, no more in all than a window leaves."""
-        state = super().carry(state, window)
+        state = super().truncate_state(state, window)
         blocks = max(0, self._held(window) - state.k.shape[1]) // self.slots
         old = max(0, state.slot_k.shape[1] - blocks * self.slots)
         return state._replace(slot_k=state.slot_k[:, old:], slot_v=state.slot_v[:, old:])

@@ -23,22 +23,16 @@ those of the global tokens.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from zoo.attention.window import around, by_head, in_window, last_tokens, window
-from zoo.errors import choose
-from zoo.mixers.base import (
-    MultiHead,
-    State,
-    compute_dtype,
-    linear,
-    refuse_state,
-    residual_gain,
-)
+from zoo.config.domains import Natural, Positive, RopeBase
+from zoo.mixers.base import State, compute_dtype, linear, refuse_state, residual_gain
+from zoo.mixers.parts import MultiHead
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
 from zoo.positions.rope import apply_rope, inverse_frequencies
@@ -50,7 +44,7 @@ class LongformerState(NamedTuple):
     k: Float[Tensor, "b n h d"]  # the window's
     v: Float[Tensor, "b n h d"]
     marked: tuple[Float[Tensor, "b g h d"], ...]  # the global tokens' k, v, k_g, v_g
-    seen: int
+    tokens_seen: int
 
 
 class Longformer(MultiHead):
@@ -58,12 +52,12 @@ class Longformer(MultiHead):
         self,
         *,
         width: int,
-        heads: int,
-        window: int | Sequence[int] = 128,
-        dilation: int | Sequence[int] = 1,
-        global_tokens: int = 0,
-        positions: str = "rope",
-        rope_base: float = 10000.0,
+        heads: Positive,
+        window: Positive | Sequence[Positive] = 128,
+        dilation: Positive | Sequence[Positive] = 1,
+        global_tokens: Natural = 0,
+        positions: Literal["rope", "none"] = "rope",
+        rope_base: RopeBase = 10000.0,
         backend: str = "auto",
         causal: bool = True,
         layer: int = 0,
@@ -71,30 +65,30 @@ class Longformer(MultiHead):
     ) -> None:
         super().__init__(width, heads, causal=causal, backend=backend)
         windows = [window] if isinstance(window, int) else list(window)
-        if not windows or min(windows) < 1 or not (causal or all(w % 2 == 0 for w in windows)):
+        if not windows or not (causal or all(w % 2 == 0 for w in windows)):
             raise ValueError(
-                f"window={window}: one or several, of at least 1 token; without causal even ones"
+                f"window={window}: must be one or more integers (even numbers under "
+                "objective=masked)."
             )
         dilations = [dilation] * heads if isinstance(dilation, int) else list(dilation)
-        if len(dilations) != heads or min(dilations) < 1:
+        if len(dilations) != heads:
             raise ValueError(
-                f"dilation={dilation}: one of at least 1, or one for each of the {heads} heads"
+                f"dilation={dilation}: must be one integer, or one for each of the {heads} heads."
             )
         if max(windows) * max(dilations) > MAX_REACH:
             raise ValueError(
-                f"window={window}, dilation={dilation}: their product must be at most {MAX_REACH}"
+                f"window={window}: times dilation={dilation} must be at most {MAX_REACH} tokens."
             )
-        if global_tokens < 0 or (causal and global_tokens == 1):
+        if causal and global_tokens == 1:
             raise ValueError(
-                f"global_tokens={global_tokens}: 0 or more; causally not 1, "
-                "which would see itself alone"
+                "global_tokens=1: a single global token sees itself alone under objective=causal. "
+                "Use 0, or 2 or more."
             )
         self.window = windows[layer * len(windows) // layers]
         self.dilations = dilations if layer >= layers // 2 else [1] * heads
         self.reach = self.window * max(self.dilations)  # how far back the state goes
         self.global_tokens = global_tokens
         self.min_window = global_tokens + 2
-        choose("positions", positions, ["rope", "none"])
         self.inv_freq = (
             inverse_frequencies(self.head_width, rope_base) if positions == "rope" else ()
         )
@@ -111,7 +105,7 @@ class Longformer(MultiHead):
     def forward(self, x: Float[Tensor, "b t d"], state: LongformerState | None = None):
         if not self.causal:
             refuse_state(state)
-        start = state.seen if state else 0
+        start = state.tokens_seen if state else 0
         q, k = (self._turned(proj(x), start) for proj in (self.q_proj, self.k_proj))
         v = self.by_head(self.v_proj(x))
         keys, values = (_after(state.k, k), _after(state.v, v)) if state else (k, v)
@@ -184,12 +178,14 @@ class Longformer(MultiHead):
         size = self.empty_state(batch).k.element_size()
         return batch * held * self.heads * self.head_width * size
 
-    def carry(self, state: State, window: int) -> State:
+    def truncate_state(self, state: State, window: int) -> State:
         """The last `window` keys, and the global tokens."""
-        k, v, marked, seen = super().carry(state, window)
+        k, v, marked, tokens_seen = super().truncate_state(state, window)
         return LongformerState(
-            *(last_tokens(k, window), last_tokens(v, window)),
-            *(tuple(x[:, :window] for x in marked), seen),
+            last_tokens(k, window),
+            last_tokens(v, window),
+            tuple(x[:, :window] for x in marked),
+            tokens_seen,
         )
 
 

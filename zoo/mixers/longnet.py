@@ -26,7 +26,7 @@ tokens: at most w_i / r_i of them.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from zoo.attention.window import last_tokens
-from zoo.errors import choose
-from zoo.mixers.base import MultiHead, State, compute_dtype, linear, residual_gain
+from zoo.config.domains import Positive, RopeBase
+from zoo.mixers.base import State, compute_dtype, linear, residual_gain
+from zoo.mixers.parts import MultiHead
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
 from zoo.positions.rope import apply_rope, inverse_frequencies
@@ -43,7 +44,7 @@ from zoo.positions.rope import apply_rope, inverse_frequencies
 
 class LongNetState(NamedTuple):
     branches: tuple[Float[Tensor, "b rows h d2"], ...]  # k and v side by side
-    seen: int
+    tokens_seen: int
 
 
 class LongNet(MultiHead):
@@ -51,44 +52,43 @@ class LongNet(MultiHead):
         self,
         *,
         width: int,
-        heads: int,
-        segments: Sequence[int],
-        dilations: Sequence[int],
+        heads: Positive,
+        segments: Sequence[Positive],
+        dilations: Sequence[Positive],
         dedup: bool = False,
-        positions: str = "rope",
-        rope_base: float = 10000.0,
+        positions: Literal["rope", "none"] = "rope",
+        rope_base: RopeBase = 10000.0,
         backend: str = "auto",
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__(width, heads, causal=True, backend=backend)
         del layer
-        if len(segments) != len(dilations) or not segments or min(*segments, *dilations) < 1:
+        if len(segments) != len(dilations) or not segments:
             raise ValueError(
-                f"segments={list(segments)} and dilations={list(dilations)}: "
-                "as many of the one as of the other, at least one, each of at least 1"
+                f"segments={list(segments)}: must be as many as dilations={list(dilations)}, at "
+                "least one."
             )
         if dilations[0] != 1:
             raise ValueError(
-                f"dilations={list(dilations)}: the first must be 1, or some tokens see nothing"
+                f"dilations={list(dilations)}: the first must be 1, or some tokens see nothing."
             )
         steps = [*pairwise(segments), *pairwise(dilations)]
         strides = [*zip(dilations, segments, strict=True), *zip(dilations[1:], segments)]  # noqa: B905
         if any(b % a for a, b in (*steps, *strides)):
             raise ValueError(
-                f"segments={list(segments)} and dilations={list(dilations)}: each must divide the "
-                "next of its kind, and each dilation its segment and the one before"
+                f"segments={list(segments)}: each must divide the next one, and of dilations="
+                f"{list(dilations)} each the next one, its own and the preceding segment."
             )
         self.branches = list(zip(segments, dilations, strict=True))
         self.dedup = dedup
-        choose("positions", positions, ["rope", "none"])
         self.inv_freq = (
             inverse_frequencies(self.head_width, rope_base) if positions == "rope" else ()
         )
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: LongNetState | None = None):
-        start = state.seen if state else 0
+        start = state.tokens_seen if state else 0
         q, k, v = self.qkv(x)
         if self.inv_freq:
             q, k = apply_rope(q, self.inv_freq, start), apply_rope(k, self.inv_freq, start)
@@ -166,14 +166,14 @@ class LongNet(MultiHead):
         size = self.empty_state(batch).branches[0].element_size()
         return 2 * batch * rows * self.heads * self.head_width * size
 
-    def carry(self, state: State, window: int) -> State:
+    def truncate_state(self, state: State, window: int) -> State:
         """The rows of the last `window` tokens."""
-        branches, seen = super().carry(state, window)
+        branches, tokens_seen = super().truncate_state(state, window)
         kept = (
             last_tokens(held, -(-window // r))
             for held, (_, r) in zip(branches, self.branches, strict=True)
         )
-        return LongNetState(tuple(kept), seen)
+        return LongNetState(tuple(kept), tokens_seen)
 
 
 def _rows(x: Float[Tensor, "b t h d"], start: int, r: int) -> Float[Tensor, "b rows h d"]:

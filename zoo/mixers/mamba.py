@@ -10,14 +10,16 @@ The state is the last `conv_width - 1` inputs of the convolution and h, in float
 """
 
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.mixers.base import Mixer, at_least, compute_dtype, no_weight_decay
+from zoo.config.domains import Positive, Range
+from zoo.mixers.base import Mixer, no_weight_decay
+from zoo.mixers.parts import conv_weight, no_inputs
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.selective_scan import selective_scan
 
@@ -34,10 +36,10 @@ class Mamba(Mixer):
         self,
         *,
         width: int,
-        inner_width: int | None = None,
-        state_size: int = 16,
-        conv_width: int = 4,
-        dt_rank: int | None = None,
+        inner_width: Positive | None = None,
+        state_size: Positive = 16,
+        conv_width: Annotated[int, Range(2, 8)] = 4,
+        dt_rank: Positive | None = None,
         backend: str = "auto",
         layer: int = 0,
         layers: int = 1,
@@ -45,15 +47,12 @@ class Mamba(Mixer):
         super().__init__()
         inner = 2 * width if inner_width is None else inner_width
         rank = math.ceil(width / 16) if dt_rank is None else dt_rank
-        at_least(1, inner_width=inner, dt_rank=rank, state_size=state_size)
-        if not 2 <= conv_width <= 8:
-            raise ValueError(f"conv_width={conv_width} must be 2 to 8")
         self.inner_width, self.state_size, self.conv_width = inner, state_size, conv_width
         self.dt_rank, self.backend = rank, backend
 
         self.in_proj = nn.Linear(width, 2 * inner, bias=False)
-        bound = conv_width**-0.5  # a depthwise convolution sees conv_width inputs
-        self.conv_weight = nn.Parameter(torch.empty(inner, conv_width).uniform_(-bound, bound))
+        self.conv_weight = conv_weight(inner, conv_width)
+        bound = conv_width**-0.5
         self.conv_bias = nn.Parameter(torch.empty(inner).uniform_(-bound, bound))
         self.x_proj = nn.Linear(inner, rank + 2 * state_size, bias=False)
         self.dt_proj = nn.Linear(rank, inner)
@@ -99,8 +98,7 @@ class Mamba(Mixer):
     def empty_state(self, batch: int) -> MambaState:
         weight = self.in_proj.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        shape = (batch, self.conv_width - 1, self.inner_width)
         return MambaState(
-            weight.new_zeros(shape, dtype=compute_dtype(weight)),
+            no_inputs(self.conv_weight, batch),
             weight.new_zeros((batch, self.inner_width, self.state_size), dtype=wide),
         )

@@ -10,14 +10,16 @@ The state is the last `conv_width - 1` inputs of the convolution and h, in float
 """
 
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.mixers.base import Mixer, compute_dtype, no_weight_decay
+from zoo.config.domains import Positive, Range
+from zoo.mixers.base import Mixer, no_weight_decay
+from zoo.mixers.parts import conv_weight, no_inputs
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.rms_norm import RMSNorm
@@ -36,32 +38,24 @@ class Mamba2(Mixer):
         self,
         *,
         width: int,
-        heads: int | None = None,
-        head_width: int | None = None,
-        state_size: int = 64,
-        conv_width: int = 4,
+        heads: Positive | None = None,
+        head_width: Positive | None = None,
+        state_size: Positive = 64,
+        conv_width: Annotated[int, Range(2, 8)] = 4,
         backend: str = "auto",
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__()
         heads = max(1, 2 * width // 64) if heads is None else heads
-        for name, value in (("heads", heads), ("state_size", state_size)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
         head_width = max(1, 2 * width // heads) if head_width is None else head_width
-        if head_width < 1:
-            raise ValueError(f"head_width={head_width} must be at least 1")
-        if not 2 <= conv_width <= 8:
-            raise ValueError(f"conv_width={conv_width} must be 2 to 8")
         inner = heads * head_width
         self.heads, self.head_width, self.state_size = heads, head_width, state_size
         self.conv_width, self.backend = conv_width, backend
         self.conv_channels = inner + 2 * state_size
         self.in_proj = nn.Linear(width, inner + self.conv_channels + heads, bias=False)
-        bound = conv_width**-0.5  # a depthwise convolution sees conv_width inputs
-        weight = torch.empty(self.conv_channels, conv_width)
-        self.conv_weight = nn.Parameter(weight.uniform_(-bound, bound))
+        self.conv_weight = conv_weight(self.conv_channels, conv_width)
+        bound = conv_width**-0.5
         self.conv_bias = nn.Parameter(torch.empty(self.conv_channels).uniform_(-bound, bound))
         low, high = math.log(DT_MIN), math.log(DT_MAX)
         dt = torch.empty(heads).uniform_(low, high).exp().clamp(min=DT_FLOOR)
@@ -98,8 +92,5 @@ class Mamba2(Mixer):
     def empty_state(self, batch: int) -> Mamba2State:
         weight = self.in_proj.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        conv = (batch, self.conv_width - 1, self.conv_channels)
         h = (batch, self.heads, self.state_size, self.head_width)
-        return Mamba2State(
-            weight.new_zeros(conv, dtype=compute_dtype(weight)), weight.new_zeros(h, dtype=wide)
-        )
+        return Mamba2State(no_inputs(self.conv_weight, batch), weight.new_zeros(h, dtype=wide))

@@ -15,21 +15,15 @@ only while q_t.k_j / sqrt(head_width) > slope (t - j), and not at all beyond. Th
 softmax attention's: every key, turned on arrival, and every value.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.errors import choose
-from zoo.mixers.base import (
-    MultiHead,
-    State,
-    compute_dtype,
-    linear,
-    refuse_state,
-    residual_gain,
-)
+from zoo.config.domains import Positive, RopeBase
+from zoo.mixers.base import State, compute_dtype, linear, refuse_state, residual_gain
+from zoo.mixers.parts import MultiHead
 from zoo.mixers.softmax import KeyValues
 from zoo.ops.kernel_attention import kernel_attention
 from zoo.ops.rms_norm import RMSNorm
@@ -46,12 +40,12 @@ class ReLUAttention(MultiHead):
         self,
         *,
         width: int,
-        heads: int,
-        kernel: str = "relu",
-        normalise: str = "length",
+        heads: Positive,
+        kernel: Literal["relu", "squared_relu"] = "relu",
+        normalise: Literal["length", "sum", "rms"] = "length",
         gated: bool = False,
-        positions: str = "rope",
-        rope_base: float = 10000.0,
+        positions: Literal["rope", "alibi", "none"] = "rope",
+        rope_base: RopeBase = 10000.0,
         backend: str = "auto",
         causal: bool = True,
         layer: int = 0,
@@ -59,14 +53,12 @@ class ReLUAttention(MultiHead):
     ) -> None:
         super().__init__(width, heads, causal=causal, backend=backend)
         if positions == "alibi" and not causal:
-            raise ValueError(
-                "positions=alibi are one-sided: bidirectional attention has rope or none"
-            )
+            raise ValueError("positions=alibi: acts with objective=causal alone. Use rope or none.")
         if gated and normalise != "rms":
-            raise ValueError(f"gated=true gates normalise=rms, not normalise={normalise}")
-        self.kernel = choose("kernel", kernel, ["relu", "squared_relu"])
-        self.normalise = choose("normalise", normalise, ["length", "sum", "rms"])
-        self.positions = choose("positions", positions, ["rope", "alibi", "none"])
+            raise ValueError(
+                f"gated=true: acts with normalise=rms, here it is {normalise}. Leave it out."
+            )
+        self.kernel, self.normalise, self.positions = kernel, normalise, positions
         if positions == "rope":
             self.inv_freq = inverse_frequencies(self.head_width, rope_base)
         self.norm = RMSNorm(width, EPS) if normalise == "rms" else None
@@ -76,7 +68,7 @@ class ReLUAttention(MultiHead):
     def forward(self, x: Float[Tensor, "b t d"], state: KeyValues | None = None):
         if not self.causal:
             refuse_state(state)
-        start = state.seen if state else 0
+        start = state.tokens_seen if state else 0
         q, k, v = self.qkv(x)
         if self.positions == "rope":
             q, k = apply_rope(q, self.inv_freq, start), apply_rope(k, self.inv_freq, start)
@@ -119,7 +111,7 @@ class ReLUAttention(MultiHead):
         weight = self.k_proj.weight
         return 2 * batch * tokens * weight.shape[0] * compute_dtype(weight).itemsize
 
-    def carry(self, state: State, window: int) -> State:
+    def truncate_state(self, state: State, window: int) -> State:
         """The last `window` keys, which are then all that the next window's queries divide by."""
-        k, v, seen = super().carry(state, window)
-        return KeyValues(k[:, -window:], v[:, -window:], seen)
+        k, v, tokens_seen = super().truncate_state(state, window)
+        return KeyValues(k[:, -window:], v[:, -window:], tokens_seen)

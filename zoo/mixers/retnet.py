@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from zoo.config.domains import Positive, RopeBase
 from zoo.mixers.base import Mixer, linear, residual_gain
 from zoo.ops.linear_attention import linear_attention
 from zoo.positions.rope import apply_rope, inverse_frequencies
@@ -30,7 +31,7 @@ from zoo.positions.rope import apply_rope, inverse_frequencies
 
 class RetentionState(NamedTuple):
     S: Float[Tensor, "b h k v"]
-    seen: int
+    tokens_seen: int
 
 
 class RetNet(Mixer):
@@ -38,18 +39,16 @@ class RetNet(Mixer):
         self,
         *,
         width: int,
-        heads: int,
-        value_factor: int = 2,
-        rope_base: float = 10000.0,
+        heads: Positive,
+        value_factor: Positive = 2,
+        rope_base: RopeBase = 10000.0,
         backend: str = "auto",
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__()
-        if heads < 1 or width % (2 * heads):
-            raise ValueError(f"heads={heads} must divide width={width} into even head widths")
-        if value_factor < 1:
-            raise ValueError(f"value_factor={value_factor} must be at least 1")
+        if width % (2 * heads):
+            raise ValueError(f"heads={heads}: must divide width={width} into heads of even width.")
         self.heads, self.head_width, self.backend = heads, width // heads, backend
         self.inv_freq = inverse_frequencies(self.head_width, rope_base)
         self.log_decay = [math.log1p(-(2.0 ** (-5 - head))) for head in range(heads)]
@@ -60,21 +59,21 @@ class RetNet(Mixer):
         self.o_proj = linear(value_factor * width, width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: RetentionState | None = None):
-        seen = state.seen if state else 0
+        start = state.tokens_seen if state else 0
         q, k, v = (
             proj(x).unflatten(-1, (self.heads, -1))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         y, S = linear_attention(
-            apply_rope(q, self.inv_freq, seen) * self.head_width**-0.5,
-            apply_rope(k, self.inv_freq, seen),
+            apply_rope(q, self.inv_freq, start) * self.head_width**-0.5,
+            apply_rope(k, self.inv_freq, start),
             v,
             torch.tensor(self.log_decay, dtype=torch.float64, device=x.device),
             state=state.S if state else None,
             backend=self.backend,
         )
         y = self.o_proj(self.norm(y).flatten(-2) * F.silu(self.gate_proj(x)))
-        return y if state is None else (y, RetentionState(S, seen + x.shape[1]))
+        return y if state is None else (y, RetentionState(S, start + x.shape[1]))
 
     def empty_state(self, batch: int) -> RetentionState:
         weight = self.o_proj.weight

@@ -31,7 +31,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.mixers.base import Mixer, at_least, linear, residual_gain, shifted
+from zoo.config.domains import Positive
+from zoo.mixers.base import Mixer, linear, residual_gain
+from zoo.mixers.parts import shifted
 from zoo.ops.wkv4 import empty_average, wkv4
 
 SMALL = 0.1  # gain of projections that are zero in the paper
@@ -125,11 +127,10 @@ class ChannelMixing(Mixer):
     min_window = 2
 
     def __init__(
-        self, *, width: int, hidden_width: int | None = None, layer: int = 0, layers: int = 1
+        self, *, width: int, hidden_width: Positive | None = None, layer: int = 0, layers: int = 1
     ) -> None:
         super().__init__()
         self.width, hidden = width, 4 * width if hidden_width is None else hidden_width
-        at_least(1, hidden_width=hidden)
         shares = mixes(width, depth(layer, layers)[1])
         self.mix_k, self.mix_r = nn.Parameter(shares), nn.Parameter(shares.clone())
         self.k_proj = linear(width, hidden)

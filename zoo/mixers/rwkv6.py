@@ -25,7 +25,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.mixers.base import Mixer, linear, no_weight_decay, residual_gain, shifted
+from zoo.config.domains import Positive
+from zoo.mixers.base import Mixer, linear, no_weight_decay, residual_gain
+from zoo.mixers.parts import head_width, shifted
 from zoo.mixers.rwkv4 import SMALL, decays, depth, last_token, mixes, no_token, zigzag
 from zoo.ops.linear_attention import linear_attention
 
@@ -50,21 +52,17 @@ class RWKV6(Mixer):
         self,
         *,
         width: int,
-        heads: int,
-        mix_rank: int | None = None,
-        decay_rank: int | None = None,
+        heads: Positive,
+        mix_rank: Positive | None = None,
+        decay_rank: Positive | None = None,
         backend: str = "auto",
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__()
-        if heads < 1 or width % heads:
-            raise ValueError(f"heads={heads} must divide width={width}")
+        self.width, self.heads, self.head_width = width, heads, head_width(width, heads)
         mix_rank = min(32, max(1, width // 8)) if mix_rank is None else mix_rank
         decay_rank = 2 * mix_rank if decay_rank is None else decay_rank
-        if mix_rank < 1 or decay_rank < 1:
-            raise ValueError(f"mix_rank={mix_rank} and decay_rank={decay_rank} must be 1 or more")
-        self.width, self.heads, self.head_width = width, heads, width // heads
         self.backend = backend
         deep, shallow = depth(layer, layers)
         even, half = 1 - mixes(width, shallow), 1 - mixes(width, shallow / 2)

@@ -12,7 +12,7 @@ section 4), and its channel mixing.
     y           W_o (g * (norm(S_t r) + (r . (k~ * r_k)) v)), normalised per head, eps 64e-5
 
 A, B are the low-rank maps; v_first is the v of the first layer for the same token, read from
-`shared`. Given no `shared`, or where no layer before it wrote there, a layer takes its own v for
+`cross_layer`. Without it, or where no layer before it wrote there, a layer takes its own v for
 v_first, which leaves v as it is. The state is the last input and S, in float32 (here (k, v) per
 head, the paper's transposed).
 
@@ -31,7 +31,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.mixers.base import Mixer, Shared, at_least, linear, no_weight_decay, residual_gain, shifted
+from zoo.config.domains import Positive
+from zoo.mixers.base import CrossLayer, Mixer, linear, no_weight_decay, residual_gain
+from zoo.mixers.parts import head_width, shifted
 from zoo.ops.delta_rule import diagonal_plus_rank_one, unit_length
 
 NORM_EPS = 64e-5
@@ -60,20 +62,19 @@ class LowRank(nn.Module):
 
 
 class RWKV7(Mixer):
-    shares: ClassVar[bool] = True
+    uses_cross_layer: ClassVar[bool] = True
     min_window = 2  # a decay acts on what an earlier token wrote
 
     def __init__(
-        self, *, width: int, heads: int, backend: str = "auto", layer: int = 0, layers: int = 1
+        self, *, width: int, heads: Positive, backend: str = "auto", layer: int = 0, layers: int = 1
     ) -> None:
         super().__init__()
-        if heads < 1 or width % heads:
-            raise ValueError(f"heads={heads} must divide width={width}")
+        head = head_width(width, heads)
         self.heads, self.backend, self.layer = heads, backend, layer
         depth = layer / max(layers - 1, 1)  # 0 in the first layer, 1 in the last
         ramp = torch.linspace(0, 1, width)
         slope = ramp - 0.5
-        zigzag = torch.linspace(-1, 1, width // heads).repeat(heads)  # within each head
+        zigzag = torch.linspace(-1, 1, head).repeat(heads)  # within each head
         zigzag = zigzag * zigzag.abs()
 
         remaining = 1 - layer / layers
@@ -106,7 +107,7 @@ class RWKV7(Mixer):
         self,
         x: Float[Tensor, "b t d"],
         state: RWKV7State | None = None,
-        shared: Shared | None = None,
+        cross_layer: CrossLayer | None = None,
     ):
         wide = torch.promote_types(x.dtype, torch.float32)
         by_head = (self.heads, -1)
@@ -118,7 +119,7 @@ class RWKV7(Mixer):
         )
         log_w = -math.exp(-0.5) * torch.sigmoid(self.w_0 + self.w_map(for_w).to(wide))
         a = torch.sigmoid(self.a_0 + self.a_map(for_a).to(wide))
-        first = v if shared is None else shared.setdefault("first_values", v)
+        first = v if cross_layer is None else cross_layer.setdefault("first_values", v)
         if self.layer:
             v = v + (first - v) * torch.sigmoid(self.v_0 + self.v_map(for_v).to(wide))
         kappa = unit_length((k * self.k_k).unflatten(-1, by_head))
@@ -152,11 +153,10 @@ class ChannelMixing(Mixer):
     """
 
     def __init__(
-        self, *, width: int, hidden_width: int | None = None, layer: int = 0, layers: int = 1
+        self, *, width: int, hidden_width: Positive | None = None, layer: int = 0, layers: int = 1
     ) -> None:
         super().__init__()
         hidden = 4 * width if hidden_width is None else hidden_width
-        at_least(1, hidden_width=hidden)
         channel = torch.arange(width) / width
         self.mu = nn.Parameter(1 - channel ** ((1 - layer / layers) ** 4))
         self.k_proj = nn.Linear(width, hidden, bias=False)

@@ -28,14 +28,15 @@ at width 64 with 4 heads, largest error by token under autocast: 2.8 of the firs
 the next two, at most 0.064 of any later, of outputs up to 18.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from zoo.errors import choose
-from zoo.mixers.base import MultiHead, linear, refuse_state, residual_gain
+from zoo.config.domains import Positive
+from zoo.mixers.base import linear, refuse_state, residual_gain
+from zoo.mixers.parts import MultiHead
 from zoo.ops.linear_attention import linear_attention
 
 EPS = 1e-12  # a channel that was 0 so far is divided by it
@@ -45,7 +46,7 @@ class SimAState(NamedTuple):
     S: Float[Tensor, "b h k v"]
     zq: Float[Tensor, "b h k"]
     zk: Float[Tensor, "b h k"]
-    seen: int
+    tokens_seen: int
 
 
 class SimA(MultiHead):
@@ -53,17 +54,16 @@ class SimA(MultiHead):
         self,
         *,
         width: int,
-        heads: int,
-        scale: str = "t",
-        positions: str = "none",
+        heads: Positive,
+        scale: Literal["t", "none"] = "t",
+        positions: Literal["none"] = "none",
         backend: str = "auto",
         causal: bool = True,
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__(width, heads, causal=causal, backend=backend)
-        choose("positions", positions, ["none"])
-        self.scale = choose("scale", scale, ["none", "t"])
+        self.scale = scale
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: SimAState | None = None):
@@ -75,7 +75,7 @@ class SimA(MultiHead):
         zq, zk = q.abs().cumsum(1), k.abs().cumsum(1)
         if state:
             zq, zk = zq + state.zq[:, None], zk + state.zk[:, None]
-        start, tokens = state.seen if state else 0, x.shape[1]
+        start, tokens = state.tokens_seen if state else 0, x.shape[1]
         rescaled = q / (zq.clamp(min=EPS) * zk.clamp(min=EPS))
         if self.scale == "t":
             rescaled = (

@@ -34,7 +34,7 @@ Under positions=rope queries are turned, which leaves S_ii = 1 and makes S_ij de
 landmark, made of unturned queries, stands in the middle of its block.
 """
 
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,24 +43,21 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from zoo.errors import choose
+from zoo.config.domains import Positive, Range, RopeBase
 from zoo.mixers.base import (
     Mixer,
     State,
-    at_least,
     compute_dtype,
     linear,
     refuse_state,
     residual_gain,
 )
+from zoo.mixers.parts import head_width
 from zoo.mixers.softmax import KeyValues
 from zoo.ops.kernel_attention import gaussian, kernel_attention
 from zoo.positions.rope import apply_rope, inverse_frequencies
 
 PIECE = 64  # blocks whose landmarks' matrices are held at once; recomputed in the backward pass
-
-MAX_LANDMARKS = 2**20  # their state is as long
-MAX_ITERATIONS = 1000  # of Newton's method, which has converged long before
 
 
 class Landmarks(NamedTuple):
@@ -68,7 +65,7 @@ class Landmarks(NamedTuple):
     c: Float[Tensor, "b h m e"]
     q: Float[Tensor, "b block h d"]  # of the block being read, unturned; zeros where unread
     v: Float[Tensor, "b block h d"]
-    seen: int
+    tokens_seen: int
 
 
 class Soft(Mixer):
@@ -80,42 +77,26 @@ class Soft(Mixer):
         self,
         *,
         width: int,
-        heads: int,
-        form: str = "landmarks",
-        normalise: str = "none",
-        block: int = 16,
-        landmarks: int = 32,
-        epsilon: float = 0.01,
-        iterations: int = 20,
-        positions: str = "rope",
-        rope_base: float = 10000.0,
+        heads: Positive,
+        form: Literal["exact", "landmarks"] = "landmarks",
+        normalise: Literal["none", "length", "sum"] = "none",
+        block: Positive = 16,
+        landmarks: Annotated[int, Range(1, 2**20)] = 32,
+        epsilon: Annotated[float, Range(above=0, most=1000)] = 0.01,
+        iterations: Annotated[int, Range(1, 1000)] = 20,
+        positions: Literal["rope", "none"] = "rope",
+        rope_base: RopeBase = 10000.0,
         backend: str = "auto",
         causal: bool = True,
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__()
-        at_least(1, heads=heads)
-        if width % heads:
-            raise ValueError(f"heads={heads} must divide width={width}")
-        least = {"block": block, "landmarks": landmarks, "iterations": iterations}
-        for name, value in least.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if not 0 < epsilon <= 1e3:
-            raise ValueError(
-                f"epsilon={epsilon} must be above 0, or A may have no inverse, and at most 1000"
-            )
-        if iterations > MAX_ITERATIONS:
-            raise ValueError(f"iterations={iterations} must be at most {MAX_ITERATIONS}")
-        if landmarks > MAX_LANDMARKS:
-            raise ValueError(f"landmarks={landmarks} must be at most {MAX_LANDMARKS}")
-        self.causal, self.heads, self.head_width = causal, heads, width // heads
-        self.form = choose("form", form, ["exact", "landmarks"]) if causal else "bidirectional"
+        self.causal, self.heads, self.head_width = causal, heads, head_width(width, heads)
+        self.form = form if causal else "bidirectional"
         self.recurrent = self.form == "landmarks"  # type: ignore[misc]
         self.min_window = block + 1 if self.form == "landmarks" else 1
-        self.normalise = choose("normalise", normalise, ["none", "length", "sum"])
-        self.positions = choose("positions", positions, ["rope", "none"])
+        self.normalise, self.positions = normalise, positions
         self.inv_freq = inverse_frequencies(self.head_width, rope_base)
         self.block, self.landmarks = block, landmarks
         self.epsilon, self.iterations, self.backend = epsilon, iterations, backend
@@ -141,7 +122,7 @@ class Soft(Mixer):
 
     def _exact(self, q: Tensor, v: Tensor, state: KeyValues | None):
         """Sums, their numbers of keys and the state after."""
-        start = state.seen if state else 0
+        start = state.tokens_seen if state else 0
         q = k = self._turned(q, start)
         if state:
             k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
@@ -163,7 +144,7 @@ class Soft(Mixer):
 
     def _by_landmarks(self, q: Tensor, v: Tensor, state: Landmarks | None):
         state = state or self._no_landmarks(len(q))
-        fresh, (seen, block) = q.shape[1], (state.seen, self.block)
+        fresh, (seen, block) = q.shape[1], (state.tokens_seen, self.block)
         filled = seen % block
         q = torch.cat([state.q[:, :filled].to(q.dtype), q], 1)
         v = torch.cat([state.v[:, :filled].to(v.dtype), v], 1)
@@ -282,12 +263,12 @@ class Soft(Mixer):
         weight = self.q_proj.weight
         return 2 * batch * tokens * weight.shape[0] * compute_dtype(weight).itemsize
 
-    def carry(self, state: State, window: int) -> State:
+    def truncate_state(self, state: State, window: int) -> State:
         """All of a fixed state; of queries and values, those of the last `window` tokens."""
-        state = super().carry(state, window)
+        state = super().truncate_state(state, window)
         if self.form == "landmarks":
             return state
-        return KeyValues(state.k[:, -window:], state.v[:, -window:], state.seen)
+        return KeyValues(state.k[:, -window:], state.v[:, -window:], state.tokens_seen)
 
 
 class NewtonInverse(torch.autograd.Function):

@@ -10,9 +10,9 @@ leaves the order to the causal mask (Haviv 2022; Kazemnejad 2023) or to position
 embedding.
 The state is every key and value so far; keys are kept as they were turned on arrival. A `reach`
 (zoo.attention), given to a trained model by zoo.model.extend, takes over rotary positions, which
-keys a query sees and which are kept; its `slope_factor` interpolates ALiBi. Where `shared` holds
-"positions", (b, t), the tokens of a training window stand there. With `causal=False` every query
-sees every key (Devlin 2019, BERT), under `rope` or `none`.
+keys a query sees and which are kept; its `slope_factor` interpolates ALiBi. Where `cross_layer`
+holds "positions", (b, t), the tokens of a training window stand there. With `causal=False` every
+query sees every key (Devlin 2019, BERT), under `rope` or `none`.
 
 With `sink` every head has a learned key and value that each query sees, zero at first: the zero
 sink, softmax_1, of Xiao 2023 (section 3.3). Departure from its learnable sink, a token before the
@@ -30,8 +30,8 @@ from zoo.attention.pattern import Reach
 from zoo.attention.t5_attention import t5_attention
 from zoo.errors import choose
 from zoo.mixers.base import (
+    CrossLayer,
     Mixer,
-    Shared,
     State,
     at_least,
     compute_dtype,
@@ -49,11 +49,11 @@ from zoo.positions.t5 import RelativeBias
 class KeyValues(NamedTuple):
     k: Float[Tensor, "b n h d"]
     v: Float[Tensor, "b n h d"]
-    seen: int  # tokens read so far; more than n where older keys were dropped
+    tokens_seen: int  # tokens read so far; more than n where older keys were dropped
 
 
 class SoftmaxAttention(Mixer):
-    shares: ClassVar[bool] = True
+    uses_cross_layer: ClassVar[bool] = True
     reach: Reach | None = None  # of rotary positions; None: every key at its distance
     slope_factor = 1.0  # that ALiBi's slopes are divided by
 
@@ -122,19 +122,23 @@ class SoftmaxAttention(Mixer):
         self,
         x: Float[Tensor, "b t d"],
         state: KeyValues | None = None,
-        shared: Shared | None = None,
+        cross_layer: CrossLayer | None = None,
     ):
         if not self.causal:
             refuse_state(state)
-        start = state.seen if state else 0
-        at = shared.get("positions") if shared and self.positions in ("rope", "alibi") else None
+        start = state.tokens_seen if state else 0
+        at = (
+            cross_layer.get("positions")
+            if cross_layer and self.positions in ("rope", "alibi")
+            else None
+        )
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_width))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         sinks = self._sinks(q)
         if self.positions == "rope" and at is not None:
-            inv_freq, factor = self._frequencies(at, shared)
+            inv_freq, factor = self._frequencies(at, cross_layer)
             q, k = apply_rope(q, inv_freq, at, factor), apply_rope(k, inv_freq, at, factor)
         elif self.positions == "rope" and self.reach is None:
             q, k = apply_rope(q, self.inv_freq, start), apply_rope(k, self.inv_freq, start)
@@ -147,10 +151,10 @@ class SoftmaxAttention(Mixer):
             k, v = self.reach.keep(k, v)
         return y, KeyValues(k, v, start + x.shape[1])
 
-    def _frequencies(self, at: Tensor, shared: Shared | None) -> tuple[Frequencies, float]:
+    def _frequencies(self, at: Tensor, cross_layer: CrossLayer | None) -> tuple[Frequencies, float]:
         """Those for a text that reaches as far as `at`, and their attention factor."""
-        if shared and "inv_freq" in shared:
-            return shared["inv_freq"], 1.0
+        if cross_layer and "inv_freq" in cross_layer:
+            return cross_layer["inv_freq"], 1.0
         if self.reach is None:
             return self.inv_freq, 1.0
         return by_row(self.reach.scaling, at) if self.reach.bucket else self.reach.scaling(0)
@@ -211,9 +215,9 @@ class SoftmaxAttention(Mixer):
         tokens = self.reach.kept(tokens) if self.reach else tokens
         return 2 * batch * tokens * self.kv_heads * self.head_width * empty.element_size()
 
-    def carry(self, state: State, window: int) -> State:
+    def truncate_state(self, state: State, window: int) -> State:
         """The last `window` keys, as in Transformer-XL (Dai 2019, section 3.2); sinks stay."""
-        k, v, seen = super().carry(state, window)
+        k, v, seen = super().truncate_state(state, window)
         if self.reach and self.reach.sinks:  # bounded by what the reach keeps
             return KeyValues(k, v, seen)
         return KeyValues(k[:, -window:], v[:, -window:], seen)

@@ -34,16 +34,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.attention.local import attend_per_key
+from zoo.config.domains import Positive
 from zoo.mixers.base import (
-    MultiHead,
-    Shared,
+    CrossLayer,
     compute_dtype,
     linear,
     no_weight_decay,
     refuse_state,
     residual_gain,
-    shifted,
 )
+from zoo.mixers.parts import MultiHead, shifted
 from zoo.ops.attention import Part, attention
 
 
@@ -59,26 +59,24 @@ class StarState(NamedTuple):
     relay: Relay
     k: Float[Tensor, "b 1 h k"]  # the last satellite's
     v: Float[Tensor, "b 1 h k"]
-    seen: int
+    tokens_seen: int
 
 
 class Star(MultiHead):
-    shares: ClassVar[bool] = True
+    uses_cross_layer: ClassVar[bool] = True
 
     def __init__(
         self,
         *,
         width: int,
-        heads: int,
-        block: int = 32,
+        heads: Positive,
+        block: Positive = 32,
         backend: str = "auto",
         causal: bool = True,
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__(width, heads, causal=causal, backend=backend)
-        if block < 1:
-            raise ValueError(f"block={block}: at least 1 token between two relays")
         self.layer, self.block = layer, block
         self.min_window = block + 1 if causal else 2
         self.o_proj = linear(width, width, gain=residual_gain(layers))
@@ -95,18 +93,18 @@ class Star(MultiHead):
         self,
         x: Float[Tensor, "b t d"],
         state: StarState | None = None,
-        shared: Shared | None = None,
+        cross_layer: CrossLayer | None = None,
     ):
         if not self.causal:
             refuse_state(state)
         q, k, v = self.qkv(x)
-        e = next(iter(self._from_below("input", shared)), x)
-        if e is x and shared is not None:
-            shared[f"star_input_{self.layer}"] = x
+        e = next(iter(self._from_below("input", cross_layer)), x)
+        if e is x and cross_layer is not None:
+            cross_layer[f"star_input_{self.layer}"] = x
         e_k, e_v = (k, v) if e is x else (self.by_head(p(e)) for p in (self.k_proj, self.v_proj))
-        last = state if state and state.seen else None
+        last = state if state and state.tokens_seen else None
         if self.causal:
-            start = state.seen if state else 0
+            start = state.tokens_seen if state else 0
             relays, relay = self._relays(x, start, last and last.relay)
             s_k, s_v = (
                 self.by_head(proj(relays)).repeat_interleave(self.block, 1)[
@@ -115,7 +113,7 @@ class Star(MultiHead):
                 for proj in (self.k_proj, self.v_proj)
             )
         else:
-            s = self._relay_of_all(x, shared)
+            s = self._relay_of_all(x, cross_layer)
             s_k, s_v = self.by_head(self.k_proj(s)), self.by_head(self.v_proj(s))
         keys = [k, e_k, s_k, shifted(k, last and last.k[:, 0])]
         values = [v, e_v, s_v, shifted(v, last and last.v[:, 0])]
@@ -132,10 +130,10 @@ class Star(MultiHead):
             return y
         return y, StarState(relay, k[:, -1:], v[:, -1:], start + x.shape[1])
 
-    def _from_below(self, what: str, shared: Shared | None) -> list[Tensor]:
+    def _from_below(self, what: str, cross_layer: CrossLayer | None) -> list[Tensor]:
         """What such layers below left, by a name of its own each: a layer run again finds it."""
         names = (f"star_{what}_{layer}" for layer in range(self.layer))
-        return [shared[name] for name in names if name in shared] if shared else []
+        return [cross_layer[name] for name in names if name in cross_layer] if cross_layer else []
 
     def _relays(
         self, x: Float[Tensor, "b t d"], start: int, relay: Relay | None
@@ -175,17 +173,17 @@ class Star(MultiHead):
         k, v = (self.by_head(proj(s)).to(s.dtype) for proj in (self.relay_k, self.relay_v))
         return Relay(s, v, (q * k).sum(-1)), q
 
-    def _relay_of_all(self, x: Tensor, shared: Shared | None) -> Float[Tensor, "b 1 d"]:
+    def _relay_of_all(self, x: Tensor, cross_layer: CrossLayer | None) -> Float[Tensor, "b 1 d"]:
         """The paper's step: the relay of the layer below over itself and all satellites."""
-        relays = self._from_below("relay", shared)
+        relays = self._from_below("relay", cross_layer)
         s = relays[-1] if relays else x.mean(1, keepdim=True)
         q = self.by_head(self.relay_q(s))
         parts = [
             Part(q, self.by_head(self.relay_k(u)), self.by_head(self.relay_v(u))) for u in (s, x)
         ]
         s = self._update(attention(parts, backend=self.backend))
-        if shared is not None:
-            shared[f"star_relay_{self.layer}"] = s
+        if cross_layer is not None:
+            cross_layer[f"star_relay_{self.layer}"] = s
         return s
 
     def empty_state(self, batch: int) -> StarState:

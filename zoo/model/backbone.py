@@ -12,40 +12,87 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.data.synthetic import NO_LABEL
 from zoo.errors import NoStateError, UserError
-from zoo.mixers.base import Mixer, Shared, State
+from zoo.mixers.base import CrossLayer, Mixer, State
+from zoo.mixers.short_conv import ShortConvolution
 from zoo.ops.rms_norm import RMSNorm
 from zoo.positions.absolute import Learned, Sinusoidal
 from zoo.positions.rope import by_row
 
 
-class Block(nn.Module):
-    """x += mixer(norm(x)); x += feed_forward(norm(x)). The second line only where there is one."""
+class BlockState(NamedTuple):
+    """What a block's sublayers keep; () of one that it does not have."""
 
-    def __init__(self, *, width: int, mixer: Mixer, feed_forward: Mixer | None, norm_eps: float):
+    mixer: State
+    feed_forward: State = ()
+    short_conv: State = ()
+
+
+class Block(nn.Module):
+    """u = norm(x); u = short_conv(u); x += mixer(u); x += feed_forward(norm(x)).
+
+    Without the short convolution and the feed-forward where there is none.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        mixer: Mixer,
+        feed_forward: Mixer | None,
+        norm_eps: float,
+        short_conv: int | None = None,
+    ) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(width, norm_eps)
+        self.short_conv = ShortConvolution(width=width, taps=short_conv) if short_conv else None
         self.mixer = mixer
         self.feed_forward_norm = RMSNorm(width, norm_eps) if feed_forward else None
         self.feed_forward = feed_forward
 
-    def forward(self, x: Tensor, state: State = None, shared: Shared | None = None):
-        halves = [(self.mixer_norm, self.mixer), (self.feed_forward_norm, self.feed_forward)]
-        after = []
-        for index, (norm, half) in enumerate(halves):
-            if half is None:
-                after.append(())
-                continue
-            more = {"shared": shared} if half.shares else {}
-            if state is None:
-                x = x + half(norm(x), **more)
-            else:
-                y, new = _with_state(half, norm(x), state[index], more)
-                x = x + y
-                after.append(new)
-        return x if state is None else (x, tuple(after))
+    def forward(
+        self, x: Tensor, state: BlockState | None = None, cross_layer: CrossLayer | None = None
+    ) -> Any:
+        """The block's output, or (output, state) exactly when a state is given."""
+        before = state or BlockState(None, None, None)
+        feed_forward_state, conv_state = (), ()
+        u = self.mixer_norm(x)
+        if self.short_conv is not None:
+            u, conv_state = _apply(self.short_conv, u, before.short_conv, cross_layer)
+        y, mixer_state = _apply(self.mixer, u, before.mixer, cross_layer)
+        x = x + y
+        if self.feed_forward is not None and self.feed_forward_norm is not None:
+            u = self.feed_forward_norm(x)
+            y, feed_forward_state = _apply(self.feed_forward, u, before.feed_forward, cross_layer)
+            x = x + y
+        if state is None:
+            return x
+        return x, BlockState(mixer_state, feed_forward_state, conv_state)
 
-    def halves(self) -> list[Mixer]:
-        return [half for half in (self.mixer, self.feed_forward) if half is not None]
+    def named_sublayers(self) -> dict[str, Mixer]:
+        """The sublayers that the block has, by their names in `BlockState`."""
+        parts = {name: getattr(self, name) for name in BlockState._fields}
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+def _apply(
+    sublayer: Mixer, x: Tensor, state: State, cross_layer: CrossLayer | None
+) -> tuple[Tensor, State]:
+    """The sublayer's output and, where a state is given, its state after x.
+
+    Raises NoStateError where it keeps none.
+    """
+    more = {"cross_layer": cross_layer} if sublayer.uses_cross_layer else {}
+    if state is None:
+        return sublayer(x, **more), None
+    found: Any = None
+    if "state" in inspect.signature(sublayer.forward).parameters:
+        found = sublayer(x, state, **more)
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise NoStateError(
+            f"{type(sublayer).__name__} keeps no state, so it cannot read a text in chunks or "
+            "write token by token: given a state, forward must return (y, state)"
+        )
+    return found
 
 
 def _check_tied(model: "Backbone", weights: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
@@ -61,32 +108,20 @@ def _check_tied(model: "Backbone", weights: Mapping[str, Tensor], prefix: str, *
         )
 
 
-def _with_state(half: Mixer, x: Tensor, state: State, more: dict[str, Any]) -> tuple[Tensor, State]:
-    """What it returns for a state; NoStateError where it keeps none."""
-    found: Any = None
-    if "state" in inspect.signature(half.forward).parameters:
-        found = half(x, state, **more)
-    if not isinstance(found, tuple) or len(found) != 2:
-        name = type(half).__name__
-        raise NoStateError(
-            f"{name} keeps no state, so it cannot read a text in chunks or write token by token: "
-            "given a state, forward must return (y, state)"
-        )
-    return found
-
-
 class BackboneState(NamedTuple):
-    blocks: tuple[tuple[State, State], ...]
-    seen: int  # tokens read so far
+    blocks: tuple[BlockState, ...]
+    tokens_seen: int
 
 
 class Backbone(nn.Module):
     """A language model: tokens (b, t) -> logits (b, t, vocabulary).
 
     `mixers` and `feed_forwards` are constructors, cycled over the layers: one entry each for a
-    plain model, several for a hybrid. `positions`, if given, is added at the embedding. The head
-    is the embedding itself unless `tied=False`. `checkpoint_activations` recomputes each block in
-    the backward pass instead of keeping what it computed.
+    plain model, several for a hybrid. So are `short_convs`, the tokens that a short convolution
+    before the mixer reads (zoo.mixers.short_conv), or None for no such layer. `positions`, if
+    given, is added at the embedding. The head is the embedding itself unless `tied=False`.
+    `checkpoint_activations` recomputes each block in the backward pass instead of keeping what it
+    computed.
     """
 
     extended: str | None = None  # the extension that zoo.model.extend gave it
@@ -99,6 +134,7 @@ class Backbone(nn.Module):
         layers: int,
         mixers: Sequence[Callable[..., Mixer]],
         feed_forwards: Sequence[Callable[..., Mixer] | None],
+        short_convs: Sequence[int | None] = (None,),
         positions: Sinusoidal | Learned | None = None,
         norm_eps: float = 1e-6,
         tied: bool = True,
@@ -119,6 +155,7 @@ class Backbone(nn.Module):
                 mixer=mixers[layer % len(mixers)](**place),
                 feed_forward=feed_forward(**place) if feed_forward else None,
                 norm_eps=norm_eps,
+                short_conv=short_convs[layer % len(short_convs)],
             )
             blocks.append(block)
         self.blocks = nn.ModuleList(blocks)
@@ -138,25 +175,25 @@ class Backbone(nn.Module):
         """Logits (b, t, vocabulary), or (logits, state) exactly when a state is given.
 
         `positions`, (b, t) and rising, are where the tokens of a training window stand instead of
-        at 0, 1, 2 ..; layers find them in `shared`. Raises ValueError where the tokens seen would
-        exceed `max_length`.
+        at 0, 1, 2 ..; layers find them in `cross_layer`. Raises ValueError where the tokens seen
+        would exceed `max_length`.
         """
-        start = state.seen if state else 0
+        start = state.tokens_seen if state else 0
         self._check_length(start + tokens.shape[1])
         x = self.embedding(tokens)
         if self.positions is not None:
             x = self.positions(x, start, positions)
-        after, shared = [], {}
+        after, cross_layer = [], {}
         if positions is not None:
-            shared["positions"] = positions
+            cross_layer["positions"] = positions
             if self.frequencies is not None:  # once for all layers
-                shared["inv_freq"], _ = by_row(self.frequencies, positions)
+                cross_layer["inv_freq"], _ = by_row(self.frequencies, positions)
         for index, block in enumerate(self.blocks):
             before = state.blocks[index] if state else None
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, before, shared, use_reentrant=False)
+                x = checkpoint(block, x, before, cross_layer, use_reentrant=False)
             else:
-                x = block(x, before, shared)
+                x = block(x, before, cross_layer)
             if state:
                 x, new = x
                 after.append(new)
@@ -211,9 +248,9 @@ class Backbone(nn.Module):
                 f"this model reads at most {self.max_length} tokens and was given {tokens}"
             )
 
-    def halves(self) -> list[Mixer]:
-        """Every mixer and feed-forward, in the order they act."""
-        return [half for block in self._blocks() for half in block.halves()]
+    def sublayers(self) -> list[Mixer]:
+        """Every mixer, feed-forward and short convolution."""
+        return [part for block in self._blocks() for part in block.named_sublayers().values()]
 
     def _blocks(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
@@ -221,51 +258,44 @@ class Backbone(nn.Module):
     @property
     def max_length(self) -> int | None:
         """Tokens the model can read, the least of its parts' limits; None where there is none."""
-        parts = (*self.halves(), self.positions)
+        parts = (*self.sublayers(), self.positions)
         limits = [part.max_length for part in parts if part is not None]
         return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def causal(self) -> bool:
         """Whether every output depends on the tokens up to its own alone."""
-        return all(half.causal for half in self.halves())
+        return all(layer.causal for layer in self.sublayers())
 
     @property
     def min_window(self) -> int:
         """Tokens a training window must have for every parameter to learn."""
-        return max(half.min_window for half in self.halves())
+        return max(layer.min_window for layer in self.sublayers())
 
     @property
     def recurrent(self) -> bool:
         """Whether the state stays the same size however many tokens were read."""
-        return all(half.recurrent for half in self.halves())
+        return all(layer.recurrent for layer in self.sublayers())
 
     def empty_state(self, batch: int) -> BackboneState:
         """The state before the first token."""
-        return BackboneState(
-            tuple(
-                (
-                    block.mixer.empty_state(batch),
-                    block.feed_forward.empty_state(batch) if block.feed_forward else (),
-                )
-                for block in self._blocks()
-            ),
-            0,
-        )
+        blocks = []
+        for block in self._blocks():
+            parts = block.named_sublayers().items()
+            blocks.append(BlockState(**{name: part.empty_state(batch) for name, part in parts}))
+        return BackboneState(tuple(blocks), 0)
 
     def state_bytes(self, tokens: int, batch: int = 1) -> int:
         """Bytes the state holds after `tokens` tokens."""
-        return sum(half.state_bytes(tokens, batch) for half in self.halves())
+        return sum(layer.state_bytes(tokens, batch) for layer in self.sublayers())
 
-    def carry(self, state: BackboneState, window: int) -> BackboneState:
-        """What passes on to the next training window, out of the graph."""
+    def truncate_state(self, state: BackboneState, window: int) -> BackboneState:
+        """The state that the next training window starts from, out of the graph."""
         blocks = []
-        for block, (mixer, feed_forward) in zip(self._blocks(), state.blocks, strict=True):
-            second = block.feed_forward
-            blocks.append(
-                (
-                    block.mixer.carry(mixer, window),
-                    second.carry(feed_forward, window) if second else (),
-                )
-            )
-        return BackboneState(tuple(blocks), state.seen)
+        for block, before in zip(self._blocks(), state.blocks, strict=True):
+            after = {
+                name: part.truncate_state(getattr(before, name), window)
+                for name, part in block.named_sublayers().items()
+            }
+            blocks.append(BlockState(**after))
+        return BackboneState(tuple(blocks), state.tokens_seen)

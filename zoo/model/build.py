@@ -5,6 +5,7 @@ lists (`match: [layers, mixer.inner_width]`): the number of layers first, to the
 width to within 1 %.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,7 +15,8 @@ from torch import nn
 
 from zoo.config.introspect import constructor_parameters
 from zoo.config.schema import Part, Size, TrainConfig
-from zoo.errors import UserError
+from zoo.errors import UserError, below, refuse
+from zoo.mixers.base import Mixer
 from zoo.mixers.feed_forward import SwiGLU
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.backbone import Backbone
@@ -36,30 +38,40 @@ def build_model(config: TrainConfig, vocab_size: int) -> tuple[Backbone, dict[st
         if config.match == "params":
             knobs = _match(config, vocab_size)
         model = assemble(config, vocab_size, knobs)
-        _check_window(model, config.seq_len)
-        if config.objective == "causal" and not model.causal:
-            kinds = sorted({type(half).__name__ for half in model.halves() if not half.causal})
-            raise ValueError(
-                f"{', '.join(kinds)} declares causal=False, so it cannot be trained or scored left "
-                "to right. objective=masked trains encoders"
-            )
-        return model, knobs
     except UserError:
         raise
-    except (TypeError, ValueError) as error:  # an architecture's own word on its arguments
-        reason = str(error).splitlines()[0]
-        if "Overflow when unpacking" in reason:
-            reason = "its sizes are larger than a tensor can be. Use smaller ones."
-        raise UserError(f"model={config.model.name}: {reason}") from error
+    except (TypeError, ValueError) as error:  # such as sizes larger than a tensor can be
+        told = _reason(error)
+        if told.startswith("heads="):  # of the transformer that match=params sizes to
+            raise below("size", ValueError(told)) from error
+        refuse("model", config.model.name, told, "Change its options or the size")
+    _check_window(model, config.model.name, config.seq_len)
+    if config.objective == "causal" and not model.causal:
+        kinds = sorted({type(layer).__name__ for layer in model.sublayers() if not layer.causal})
+        raise UserError(
+            f"objective=causal: {', '.join(kinds)} declares causal=False, so it cannot be trained "
+            "or scored left to right. Use objective=masked."
+        )
+    return model, knobs
 
 
-def _check_window(model: Backbone, window: int) -> None:
+def _reason(error: Exception) -> str:
+    told = str(error).splitlines()[0]
+    overflow = "Overflow when unpacking" in told
+    return "its sizes are larger than a tensor can be" if overflow else told
+
+
+def _check_window(model: Backbone, name: str, window: int) -> None:
     if model.max_length is not None and window > model.max_length:
-        raise ValueError(f"it reads at most {model.max_length} tokens and seq_len is {window}")
+        raise UserError(
+            f"seq_len={window}: model={name} reads at most {model.max_length} tokens. "
+            f"Use seq_len={model.max_length} or less."
+        )
     if window < model.min_window:
-        raise ValueError(
-            f"windows of seq_len={window} tokens leave some of its parameters without a gradient; "
-            f"it needs {model.min_window} (its blocks, landmarks or segments)"
+        raise UserError(
+            f"seq_len={window}: windows of model={name} must have at least {model.min_window} "
+            "tokens, or some of its parameters would have no gradient. Use longer windows, or "
+            "smaller blocks, landmarks or segments."
         )
 
 
@@ -71,7 +83,7 @@ def count_parameters(model: nn.Module) -> int:
 def assemble(config: TrainConfig, vocab_size: int, knobs: Mapping[str, int]) -> Backbone:
     """The configured model with the layers and widths that `knobs` name in place of its own."""
     model, width = config.model, config.size.width
-    causal, positions = config.objective == "causal", None
+    positions = None
     if model.embedding_positions:
         kind = EMBEDDED[model.embedding_positions]
         positions = kind(width=width, max_length=model.max_length)
@@ -79,27 +91,44 @@ def assemble(config: TrainConfig, vocab_size: int, knobs: Mapping[str, int]) -> 
         vocab_size=vocab_size,
         width=width,
         layers=knobs.get("layers", config.size.layers),
-        mixers=[_constructor("mixer", block.mixer, knobs, causal) for block in model.blocks],
+        mixers=[_constructor(config, "mixer", block.mixer, knobs) for block in model.blocks],
         feed_forwards=[
-            _constructor("feed_forward", block.feed_forward, knobs) if block.feed_forward else None
-            for block in model.blocks
+            _constructor(config, "feed_forward", part, knobs) if part else None
+            for part in (block.feed_forward for block in model.blocks)
         ],
+        short_convs=[block.short_conv for block in model.blocks],
         positions=positions,
         checkpoint_activations=config.checkpoint_activations,
     )
 
 
 def _constructor(
-    slot: str, part: Part, knobs: Mapping[str, int], causal: bool = True
+    config: TrainConfig, slot: str, part: Part, knobs: Mapping[str, int]
 ) -> Callable[..., Any]:
-    """The part's class with its arguments and those knobs of its slot that it takes."""
+    """The part's class with its arguments and those knobs of its slot that it takes.
+
+    UserError where it refuses an argument, named as the option that sets it.
+    """
     taken = constructor_parameters(part.target) or []
     widths: dict[str, Any] = {
         name: knobs[f"{slot}.{name}"] for name in taken if f"{slot}.{name}" in knobs
     }
-    if not causal:
+    if config.objective == "masked" and slot == "mixer":
         widths["causal"] = False
-    return partial(part.load(), **widths)
+    cls = part.load()
+
+    def constructed(**place: int) -> Mixer:
+        try:
+            return cls(**widths, **place)
+        except (TypeError, ValueError) as error:
+            told = _reason(error)
+            if not (name := re.match(r"(\w+)=", told)):
+                raise
+            given = part.options.get(name[1])
+            owner = "size" if name[1] == "heads" and given == config.size.heads else f"model.{slot}"
+            raise below(owner, ValueError(told)) from error
+
+    return constructed
 
 
 def _reference_parameters(size: Size, vocab_size: int) -> int:

@@ -81,7 +81,7 @@ def _check_places(
 
 def _positions(model: Backbone) -> set[str]:
     """The kinds of positions that the model's layers and its embedding have."""
-    kinds = {half.positions for half in model.halves() if isinstance(half, SoftmaxAttention)}
+    kinds = {one.positions for one in model.sublayers() if isinstance(one, SoftmaxAttention)}
     return kinds | {EMBEDDED[type(model.positions)]} if model.positions is not None else kinds
 
 
@@ -90,7 +90,7 @@ def rotary_mixers(model: Backbone) -> list[SoftmaxAttention]:
 
 
 def _attending(model: Backbone, positions: str) -> list[SoftmaxAttention]:
-    mixers = [half for half in model.halves() if isinstance(half, SoftmaxAttention)]
+    mixers = [one for one in model.sublayers() if isinstance(one, SoftmaxAttention)]
     return [mixer for mixer in mixers if mixer.positions == positions]
 
 

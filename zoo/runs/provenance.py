@@ -31,7 +31,8 @@ MEASURING = ("model.backbone", "model.build", "model.extend")  # makes a trained
 # how text became tokens (the fingerprint has that).
 APART = (
     *("errors", "paths", "console", "cli", "report", "model.audit", "training.callbacks"),
-    *("config.applicability", "config.compose", "config.effects", "config.groups"),
+    *("config.applicability", "config.compose", "config.domains", "config.effects"),
+    "config.groups",
     *("config.introspect", "config.resolve", "config.schema", "config.sizes", "config.stored"),
     *("config.trainer_arguments", "config.tree", "config.validate"),
     *("runs", "data.sources", "data.store", "data.corpora"),

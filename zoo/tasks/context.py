@@ -165,7 +165,7 @@ def nats(logits: Float[Tensor, "b t v"], targets: Int[Tensor, "b t"]) -> Float[T
 
 def check_state(model: Backbone, state: BackboneState, batch: int = 1) -> int:
     """Bytes of the state; RuntimeError where the model declares another number."""
-    held, declared = count_bytes(state), model.state_bytes(state.seen, batch)
+    held, declared = count_bytes(state), model.state_bytes(state.tokens_seen, batch)
     if held != declared:
         raise RuntimeError(f"the state holds {held} bytes and declares {declared}")
     return held

@@ -58,7 +58,7 @@ class Learner(lightning.LightningModule):
             if state is None or bool(batch["restart"].any()):
                 state = self.model.empty_state(len(tokens))
             loss, state = self.model.loss(tokens, state)
-            self.carried[micro] = self.model.carry(state, self.seq_len)
+            self.carried[micro] = self.model.truncate_state(state, self.seq_len)
         else:
             loss = self.loss(batch)
         loss = loss * batch.get("share", 1.0)

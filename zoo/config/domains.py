@@ -1,0 +1,104 @@
+"""The values that an annotated argument may have.
+
+A constructor declares them where it declares the type. They are checked before anything heavy is
+imported, from the source (zoo.config.introspect), and again when a mixer is built:
+
+    state_size: Positive = 16                        an integer >= 1
+    conv_width: Annotated[int, Range(2, 8)] = 4      an integer from 2 to 8
+    epsilon: Annotated[float, Range(above=0)]        a number > 0
+    sharing: Literal["none", "kv"] = "kv"            none or kv
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from zoo.errors import nearest, shown
+
+
+class Range(NamedTuple):
+    """Numbers from `least` to `most`, both included, and greater than `above`."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+
+    def holds(self, value: float) -> bool:
+        return self.least <= value <= self.most and value > self.above
+
+    def __str__(self) -> str:
+        if math.isfinite(self.least) and math.isfinite(self.most):
+            return f"from {self.least} to {self.most}"
+        bounds = [f">= {self.least}"] if math.isfinite(self.least) else []
+        bounds += [f"> {self.above}"] if math.isfinite(self.above) else []
+        bounds += [f"<= {self.most}"] if math.isfinite(self.most) else []
+        return " and ".join(bounds)
+
+
+Positive = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+RopeBase = Annotated[float, Range(above=1)]  # rotary frequencies fall from 1 by its powers
+
+LARGEST = 10**15  # of an integer: beyond, sizes overflow before memory is asked for
+NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+LISTS = (Sequence, list, tuple)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether `value` is one that `kind` allows; a kind that no option has allows all."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is Annotated:
+        ranges = [item for item in inner[1:] if isinstance(item, Range)]
+        return fits(value, inner[0]) and all(one.holds(value) for one in ranges)
+    if origin is Literal:
+        return value in inner
+    if origin in LISTS:
+        return isinstance(value, list | tuple) and all(fits(one, inner[0]) for one in value)
+    if kind in (None, NoneType):
+        return value is None
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
+    if kind is float:  # neither nan nor infinite
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and abs(value) <= (LARGEST if isinstance(value, int) else sys.float_info.max)
+    return isinstance(value, kind) if kind in (bool, str) else True
+
+
+def in_words(kind: Any) -> str:
+    """What `kind` allows, such as "an integer >= 1 or null"."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return listed([in_words(one) for one in inner])
+    if origin is Annotated:
+        return " ".join([in_words(inner[0]), *(str(x) for x in inner[1:] if isinstance(x, Range))])
+    if origin is Literal:
+        return listed([str(one) for one in inner])
+    if origin in LISTS:
+        return f"a list, each {in_words(inner[0])}"
+    return NAMES.get(NoneType if kind is None else kind, "of its type")
+
+
+def refusal(value: Any, kind: Any, default: Any = ...) -> tuple[str, str]:
+    """The rule of a value that `kind` does not allow; the nearest choice and the default."""
+    huge = isinstance(value, int) and abs(value) >= LARGEST
+    rule = f"must be {in_words(kind)}{' of at most 15 digits' if huge else ''}"
+    guess = nearest(str(value), _choices(kind))
+    advice = "" if default is ... else f"The default is {shown(default)}"
+    hint = f"Did you mean {guess!r}? " if guess and advice else ""
+    return rule, hint + advice
+
+
+def _choices(kind: Any) -> list[str]:
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return [str(one) for one in inner]
+    return [name for one in inner for name in _choices(one)]
+
+
+def listed(words: Sequence[str]) -> str:
+    """The words as a sentence lists them: "a, b or c"."""
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
