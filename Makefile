@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo compare study claims reach test lint constraints bench gpu-check clean
+.PHONY: help env demo compare study claims length-extension test lint constraints bench gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -46,20 +46,20 @@ claims: .venv/ready  ## judge published claims on BOOKS=<folder of books>: 40 mi
 	for run in runs/claims/transformer-*; do \
 	  $(RUN) train.py finetune=$$run extension=pi extension.factor=8 runs=runs/claims_tuned \
 	    batch_tokens=16k trainer.max_steps=100 optim.lr=3e-4 optim.warmup_steps=10 || exit; done
-	for reach in dca streaming_llm window 'pi extension.factor=8' 'ntk extension.factor=8'; do \
-	  $(RUN) eval.py run='runs/claims/transformer-*' $(ASKED) extension=$$reach || exit; done
+	for extension in dca streaming_llm window 'pi extension.factor=8' 'ntk extension.factor=8'; do \
+	  $(RUN) eval.py run='runs/claims/transformer-*' $(ASKED) extension=$$extension || exit; done
 	$(RUN) eval.py run='runs/claims*/*' $(ASKED)
 
-READ := task=reach task.perplexity.protocols=[half_tail] \
+READ := task=length_extension task.perplexity.protocols=[half_tail] \
   task.perplexity.lengths=[128,256,512,1k,2k] task.passkey.lengths=[128,256,512,1k,2k]
-FACTOR := extension.factor=8
+FACTOR := 8
 
-reach: .venv/ready  ## one rotary model under every training-free extension, on BOOKS=<folder of books>
-	$(RUN) train.py experiment=reach data=text data.path=$(BOOKS)
-	for way in 'pi $(FACTOR)' 'ntk $(FACTOR)' dynamic_ntk 'ntk_by_parts $(FACTOR)' \
-	  'yarn $(FACTOR)' dynamic_yarn dca 'self_extend extension.attention.group=16' rerope \
-	  streaming_llm lm_infinite window none; do \
-	  $(RUN) eval.py run='runs/reach/*' $(READ) extension=$$way || exit; done
+length-extension: .venv/ready  ## one rotary model under every training-free extension, on BOOKS=<folder of books>
+	$(RUN) train.py experiment=length_extension data=text data.path=$(BOOKS)
+	found=$$($(RUN) -m zoo training-free $(FACTOR)) || exit; echo "$$found" | \
+	  sed 's/^extension=self_extend$$/& extension.attention.group=16/' | \
+	  while read -r options; do \
+	    $(RUN) eval.py run='runs/length_extension/*' $(READ) $$options </dev/null || exit; done
 
 test: .venv/ready-dev  ## the whole test suite
 	$(RUN) -m pytest -n 2 --dist loadfile

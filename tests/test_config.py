@@ -361,7 +361,9 @@ def test_help_shows_groups_options_and_three_examples(command):
     assert code == 0
     assert out.count("\n  python eval.py ") == 3
     assert "[extrapolation]" in out
-    for task in yaml.safe_load(Path(ROOT, "configs/task/reach.yaml").read_text())["defaults"]:
+    for task in yaml.safe_load(Path(ROOT, "configs/task/length_extension.yaml").read_text())[
+        "defaults"
+    ]:
         options = yaml.safe_load(Path(ROOT, f"configs/task/{task}.yaml").read_text())[task]
         assert all(f"task.{task}.{name}=" in out for name in options if name[0] != "_")
     assert re.search(r"task.perplexity.units=8 +disjoint stretches of text", out)

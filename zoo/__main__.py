@@ -16,12 +16,13 @@ PROGRAMS = {  # the module and what it does
     "study": ("zoo.cli.study", "carry out the experiments of the results page"),
     "eval": ("zoo.cli.eval", "measure trained runs, write a report"),
     "list": ("zoo.cli.listing", "list models, extensions, tasks, corpora and experiments"),
+    "training-free": ("zoo.cli.training_free", "list the extensions that need no training"),
     "doctor": ("zoo.cli.doctor", "show which kernels and libraries this machine uses"),
 }
 USAGE = "\n".join(
     [
         *("zoo <program> [option=value ...]", ""),
-        *(f"  zoo {name:<9}{does}" for name, (_, does) in PROGRAMS.items()),
+        *(f"  zoo {name:<14}{does}" for name, (_, does) in PROGRAMS.items()),
         *("", "zoo train --help and zoo eval --help explain the options.", ""),
     ]
 )

@@ -26,7 +26,10 @@ TARGETS: dict[str, str] = {}
 # What a class or function (by its name of today) takes: {its name: {old: new}}.
 ARGUMENTS: dict[str, dict[str, str]] = {}
 # YAML files by group: {group: {old: new}}.
-CHOICES: dict[str, dict[str, str]] = {}
+CHOICES: dict[str, dict[str, str]] = {
+    "experiment": {"reach": "length_extension"},
+    "task": {"reach": "length_extension"},
+}
 
 
 def _reversed(names: Mapping[str, str]) -> dict[str, str]:
