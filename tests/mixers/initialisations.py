@@ -223,6 +223,11 @@ def gla(m, _, layers: int) -> Laws:
     return found | {"decay_proj.1.bias": Exactly(0.0)}
 
 
+@states("zoo.mixers.short_conv.ShortConvolution")
+def short_conv(m, _, layers: int) -> Laws:
+    return {"weight": Uniform(-0.5, 0.5)}
+
+
 @states("zoo.mixers.deltanet.DeltaNet")
 def deltanet(m, _, layers: int) -> Laws:
     found = fan_in(m, "qkv_proj", "beta_proj") | fan_in(m, "o_proj", gain=branch(layers))

@@ -92,7 +92,7 @@ def _check_bidirectional(parts: Sequence[dict[str, Any]]) -> None:
 def reads_both_ways(name: str) -> bool:
     """Whether the model of that name has a bidirectional form for objective=masked."""
     part = model_section(name)
-    if part.get("positions") in ONE_SIDED or "mixer" not in part:
+    if part.get("positions") in ONE_SIDED or part.get("short_conv") or "mixer" not in part:
         return False
     return "causal" in (constructor_parameters(part["mixer"]["_target_"]) or [])
 
