@@ -21,6 +21,10 @@ zero there, are small here, and so are the first low-rank factors, so that every
 from the first step; and ranks go in steps of 8 below width 512, where the published least of 32
 would be half of the width. Blocks have the backbone's RMS norms, where the paper has layer norms,
 one of them after the embedding.
+
+The authors' program (BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py, configure_optimizers)
+decays the weights of its projections, not the low-rank maps, and gives w_0 twice the learning rate.
+Here the low-rank maps are decayed as every matrix is, and all rates are equal.
 """
 
 import math

@@ -23,12 +23,15 @@ all operations amounts to (u is the unit roundoff, half of eps):
 and what the predictions change by then bounds what they may. A leak is compared where it shows
 best: in float64, where a bound is about 1e-9, on a copy of the model; and in the arithmetic of the
 run, where the kernels are those that train and measure.
+
+A leak that shows only beyond `LONGEST` tokens (in float64 beyond `SHARP`) is not found: `tokens`
+records how many were read in each arithmetic.
 """
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -91,6 +94,7 @@ class Audit:
     lengths: tuple[int, ...] = ()  # that were read; none for an encoder, which may read both ways
     worst: float = 0.0  # the largest deviation over its bound
     state: bool = True  # whether the model keeps a state that could be audited
+    tokens: dict[str, int] = field(default_factory=dict)  # the longest text read, by arithmetic
 
     def record(self) -> dict[str, Any]:
         """As run.json holds it."""
@@ -120,10 +124,12 @@ def audit(
     lengths = [n for n in lengths if n > 1]
     found: list[Deviation] = []
     state, training, head = True, model.training, getattr(model, "head", None)
+    read: dict[str, int] = {}
     try:
         for reader, kind in _readers(model, autocast):
             reader.drop_head()
             sharp = kind == torch.float64
+            read[_name(kind)] = min(lengths[-1:] + [SHARP] * sharp, default=0)
             for n in dict.fromkeys(min(n, SHARP) if sharp else n for n in lengths):
                 try:
                     found += _deviations(reader, text[:n], kind, n == lengths[0], state)
@@ -143,7 +149,12 @@ def audit(
         lengths=tuple(lengths),
         worst=worst.ratio if worst else 0.0,
         state=state,
+        tokens=read,
     )
+
+
+def _name(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def stretch(tokens: np.ndarray, count: int) -> np.ndarray:
@@ -241,8 +252,7 @@ def _deviations(
         apart = (logits - wanted).abs().nan_to_num(torch.inf, torch.inf).amax(-1)
         if len(apart):
             place, value = int(apart.argmax()), float(apart.max())
-            name = str(kind).removeprefix("torch.")
-            found.append(Deviation(check, form, name, length, place + 1, value, bound))
+            found.append(Deviation(check, form, _name(kind), length, place + 1, value, bound))
 
     places = _cuts(length, max(1, min(CUTS, TOKENS // length)))
     rows = _changed(text, [length, *places, 0], vocabulary)

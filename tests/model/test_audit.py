@@ -274,6 +274,13 @@ def test_the_record_is_plain():
     assert record["ok"] is False
     assert isinstance(record["reason"], str)
     assert record["lengths"] == [LENGTH, 2 * LENGTH]
+    assert record["tokens"] == {"float64": 2 * LENGTH, "float32": 2 * LENGTH}
+
+
+def test_how_far_it_read_in_each_arithmetic_is_recorded(monkeypatch):
+    monkeypatch.setattr("zoo.model.audit.SHARP", LENGTH)
+    found = audit(model_of(Honest), some_text())
+    assert found.tokens == {"float64": LENGTH, "float32": 2 * LENGTH}
 
 
 def test_a_model_that_declares_to_read_both_ways_is_not_trained_left_to_right(monkeypatch):
