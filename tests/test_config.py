@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -350,30 +349,6 @@ def test_the_same_options_give_the_same_name_wherever_they_run():
         assert run_name(compose("train", ["model=mamba", same])) == name
     for other in ["seed=1", "optim.lr=1", "model.mixer.state_size=8", "trainer.max_steps=7"]:
         assert run_name(compose("train", ["model=mamba", other])) != name
-
-
-def test_help_shows_groups_options_and_three_examples(command):
-    code, out, error = command("train", "--help")
-    assert (code, error) == (0, "")
-    assert all(name in out for name in ["mamba", "[small]", "stdlib", "seq_len=512", "optim.lr="])
-    assert out.count("\n  python train.py ") == 3
-    code, out, _ = command("eval", "--help")
-    assert code == 0
-    assert out.count("\n  python eval.py ") == 3
-    assert "[extrapolation]" in out
-    for task in yaml.safe_load(Path(ROOT, "configs/task/length_extension.yaml").read_text())[
-        "defaults"
-    ]:
-        options = yaml.safe_load(Path(ROOT, f"configs/task/{task}.yaml").read_text())[task]
-        assert all(f"task.{task}.{name}=" in out for name in options if name[0] != "_")
-    assert re.search(r"task.perplexity.units=8 +disjoint stretches of text", out)
-
-
-def test_help_names_what_the_trainer_takes_and_hybrids(command):
-    _, out, _ = command("train", "--help")
-    assert "hybrid=null" in out
-    assert "accumulate_grad_batches" in out
-    assert "max_epochs" not in out
 
 
 def run_program(*words: str, cwd: Path, **more) -> tuple[subprocess.CompletedProcess, float]:

@@ -44,7 +44,7 @@ for source in sorted(root.glob("zoo/**/*.py")):
 
 import zoo.locks
 from zoo.cli.train import check
-from zoo.cli.launch import composing, compose_tree, parse
+from zoo.config.compose import compose_tree, composing, parse
 from zoo.errors import UserError
 from zoo.runs.folder import RunFolder
 

@@ -38,19 +38,19 @@ def train(tmp_path, monkeypatch, capfd) -> Callable:
     return call
 
 
-def learn(config, folder: RunFolder) -> None:
+def learn(config, folder: RunFolder, *_) -> None:
     """Trains nothing, and says it did."""
     write_checkpoint(folder, "step=00001000.ckpt")
     folder.update(status="done", step=config.trainer.max_steps)
 
 
-def stop_after_7(config, folder: RunFolder) -> None:
+def stop_after_7(config, folder: RunFolder, *_) -> None:
     write_checkpoint(folder, "step=00000007.ckpt")
     folder.update(step=7)
     raise KeyboardInterrupt("stopped by SIGTERM at step 7")
 
 
-def refuse(config, folder: RunFolder) -> None:
+def refuse(config, folder: RunFolder, *_) -> None:
     raise ValueError("heads=3 must divide\nwidth=64")
 
 
@@ -135,7 +135,7 @@ def test_a_late_refusal_leaves_no_folder(train, tmp_path):
 
 
 def test_a_failure_on_the_way_is_recorded(train):
-    def learner(config, folder):
+    def learner(config, folder, *_):
         raise ZeroDivisionError("step 3")
 
     with pytest.raises(ZeroDivisionError):
@@ -145,7 +145,7 @@ def test_a_failure_on_the_way_is_recorded(train):
 
 
 def test_a_full_disk_on_the_way_is_one_line(train):
-    def learner(config, folder):
+    def learner(config, folder, *_):
         folder.update(step=3)
         raise OSError(errno.ENOSPC, "No space left on device", "runs/x/checkpoints/last.ckpt")
 
@@ -157,7 +157,7 @@ def test_a_full_disk_on_the_way_is_one_line(train):
 
 
 def test_a_failing_arm_does_not_stop_the_sweep(train, tmp_path):
-    def learner(config, folder):
+    def learner(config, folder, *_):
         if config.model.name == "mamba" and config.seed == 1:
             raise ValueError("no such width")
         learn(config, folder)
@@ -169,6 +169,7 @@ def test_a_failing_arm_does_not_stop_the_sweep(train, tmp_path):
     assert head == "train.py: 1 of 4 arms failed:"
     assert "model=mamba seed=1" in line
     assert line.endswith(": no such width")
+    assert error.count("no such width") == 1
     runs = find_runs("runs/*", "runs")
     assert sorted(run.info["status"] for run in runs) == ["done", "done", "done", "failed"]
     assert [run.info["reason"] for run in runs if run.info["reason"]] == ["no such width"]
@@ -178,7 +179,7 @@ def test_a_failing_arm_does_not_stop_the_sweep(train, tmp_path):
 
 
 def test_a_stopped_sweep_goes_on_by_the_same_command(train):
-    def learner(config, folder):
+    def learner(config, folder, *_):
         (stop_after_7 if config.seed == 1 else learn)(config, folder)
 
     assert train("-m", "seed=0,1,2", learner=learner)[0] == 130
@@ -259,7 +260,7 @@ def test_a_refusal_on_the_way_puts_back_what_was_recorded(train, monkeypatch):
     before = only_run()
     config, info = before.config, before.info
 
-    def other_text(config, folder):
+    def other_text(config, folder, *_):
         raise UserError("data=stdlib is not the text")
 
     edit_code(monkeypatch, **{"zoo/model/backbone.py": "changed"})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zoo.cli.launch import composed_arms
+from zoo.cli.arms import composed_arms
 from zoo.cli.study import left, main, unfinished
 from zoo.cli.train import check
 from zoo.cli.tune import Tuned, group

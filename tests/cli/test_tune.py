@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from zoo.cli import tune as program
-from zoo.cli.launch import Arm
+from zoo.cli.arms import Arm
 from zoo.config.schema import TrainConfig
 from zoo.errors import RunError
 from zoo.runs.folder import RunFolder

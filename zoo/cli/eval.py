@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from zoo.cli.launch import Arm, launch
+from zoo.cli.arms import Arm
+from zoo.cli.launch import launch
 from zoo.config.applicability import check_applies, positions_of
 from zoo.config.effects import check_extension, check_names
 from zoo.config.resolve import resolve
@@ -18,14 +19,14 @@ from zoo.runs.folder import RunFolder
 from zoo.runs.resume import with_place
 
 USAGE = """
-python eval.py run=<folder or pattern> [option=value ...]    measure trained runs, write a report
+Measure trained runs and write a report.
 
+  python eval.py run=<folder or pattern> [option=value ...]
+
+Examples
   python eval.py run='runs/compare/*'
   python eval.py run=runs/my-run task=perplexity task.perplexity.lengths=[512,4k,16k]
   python eval.py run='runs/*mamba*' task=stream task.stream.tokens=1M
-
-flags: -m sweep over values separated by commas; --cfg job show the configuration;
-  -sc install=bash TAB completion (also zsh, fish); --list [models ...] list every choice
 """
 
 

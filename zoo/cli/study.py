@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from zoo.cli.launch import composed_arms, guarded
+from zoo.cli.arms import composed_arms
+from zoo.cli.guard import guarded
 from zoo.cli.train import check
 from zoo.cli.tune import Tuned, group, tune
 from zoo.config.groups import choices

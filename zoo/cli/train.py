@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from zoo.cli import processes
-from zoo.cli.launch import Arm, launch
+from zoo.cli.arms import Arm
+from zoo.cli.launch import launch
 from zoo.config.applicability import check_applies, positions_of
 from zoo.config.effects import check_effects, check_names, notes
 from zoo.config.resolve import resolve
@@ -25,14 +26,14 @@ from zoo.runs.stopping import current
 from zoo.training.shares import check_shares, process_count
 
 USAGE = """
-python train.py [option=value ...]    train a model; the same line again continues a stopped run
+Train a model. The same command again continues a stopped run.
 
+  python train.py [option=value ...]
+
+Examples
   python train.py model=mamba seq_len=65536
-  python train.py -m model=transformer,mamba seed=0,1     each combination, one after another
-  python train.py resume=<run folder>                     go on where it stopped
-
-flags: -m sweep over values separated by commas; --cfg job show the configuration;
-  -sc install=bash TAB completion (also zsh, fish); --list [models ...] list every choice
+  python train.py -m model=transformer,mamba seed=0,1   every combination, one after another
+  python train.py resume=<run folder>                   continue a run
 """
 
 

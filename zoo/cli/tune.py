@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zoo.cli.launch import Arm, composed_arms, guarded
+from zoo.cli.arms import Arm, composed_arms
+from zoo.cli.guard import guarded
 from zoo.cli.train import check, job
 from zoo.config.schema import TrainConfig
 from zoo.console import label, say

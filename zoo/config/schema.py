@@ -38,6 +38,7 @@ Natural = Annotated[int, BeforeValidator(read_count), Field(ge=0, le=MANY)]
 Number = Annotated[float, BeforeValidator(_not_bool)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Switch = Annotated[bool, Field(strict=True)]
+Seed = Annotated[int, BeforeValidator(read_count), Field(ge=0, lt=2**32)]  # as NumPy seeds
 Threads = Annotated[Positive, Field(le=1024)]  # far more and the C library aborts
 Path = Annotated[str, Field(min_length=1)]
 ShortConv = Annotated[int, BeforeValidator(read_count), Field(ge=2, le=8)]
@@ -164,16 +165,20 @@ Momentum = Annotated[Number, Field(ge=0, lt=1)]
 class Optim(Section):
     name: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[Number, Field(gt=0, le=1e3)] = Field(description="peak learning rate")
-    weight_decay: Annotated[Number, Field(ge=0, le=1e3)]
-    betas: tuple[Momentum, Momentum]
-    eps: Annotated[Number, Field(gt=0, le=1)]
-    warmup_steps: Natural
-    min_lr_ratio: Fraction
-    clip: Annotated[Number, Field(gt=0)]
-    momentum: Momentum | None = Field(default=None, description="of optim=muon")
+    weight_decay: Annotated[Number, Field(ge=0, le=1e3)] = Field(
+        description="decoupled weight decay, of matrices alone"
+    )
+    betas: tuple[Momentum, Momentum] = Field(description="decay rates of AdamW's two averages")
+    eps: Annotated[Number, Field(gt=0, le=1)] = Field(description="AdamW's epsilon")
+    warmup_steps: Natural = Field(description="steps of linear warm-up")
+    min_lr_ratio: Fraction = Field(description="learning rate at the last step, over the peak")
+    clip: Annotated[Number, Field(gt=0)] = Field(description="largest norm of the gradient")
+    momentum: Momentum | None = Field(default=None, description="momentum of optim=muon")
     # How a run goes on that is given more steps than it had; from which step, and at which rate
     # (over `lr`) it was there: see zoo.config.schedule.
-    continuation: Literal["cosine", "constant", "rewarm"] = "cosine"
+    continuation: Literal["cosine", "constant", "rewarm"] = Field(
+        default="cosine", description="the rate of a run that is given more steps (with resume=)"
+    )
     continued_at: Natural | None = None
     continued_from: Fraction | None = None
 
@@ -199,13 +204,17 @@ def _devices(value: Any) -> Any:
 
 def _duration(value: Any) -> Any:
     """A time as Lightning takes it: 00:08:00:00 (days to seconds) or {hours: 8}."""
-    if value is None or (isinstance(value, str) and re.fullmatch(r"\d+(:\d\d){3}", value)):
+    if value is None:
+        return value
+    if isinstance(value, str) and re.fullmatch(r"\d+(:\d\d){3}", value) and value.strip("0:"):
         return value
     units = {"weeks", "days", "hours", "minutes", "seconds"}
     numbers = [*value.values()] if isinstance(value, dict) and {*value} <= units else []
-    if numbers and all(type(one) in (int, float) and 0 <= one < 1e6 for one in numbers):
+    if all(type(one) in (int, float) and 0 <= one < 1e6 for one in numbers) and any(numbers):
         return value
-    raise ValueError("must be days:hours:minutes:seconds such as 00:08:00:00, or {hours:8}")
+    raise ValueError(
+        "must be a time above 0, as days:hours:minutes:seconds such as 00:08:00:00, or {hours:8}"
+    )
 
 
 def _determinism(value: Any) -> Any:
@@ -219,22 +228,34 @@ class Trainer(OpenSection):
 
     max_steps: Positive = Field(description="optimiser steps")
     precision: Literal["32-true", "bf16-mixed"] = Field(
-        description="32-true or bf16-mixed; auto: bf16-mixed on CUDA, else 32-true"
+        description="auto, 32-true or bf16-mixed; auto: bf16-mixed on CUDA, else 32-true"
     )
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = Field(
-        description="auto, cpu, gpu ..."
+        description="auto, cpu, gpu, cuda or mps"
     )
     devices: Annotated[int | str | list[int], BeforeValidator(_devices)] = Field(
-        description="auto, a number, or [0, 1]"
+        description="auto (one), a number, or a list such as [0,1]"
     )
-    strategy: Literal["auto", "ddp"] | None = None
-    accumulate_grad_batches: Positive | None = None
-    max_time: Annotated[str | dict[str, float] | None, BeforeValidator(_duration)] = None
-    log_every_n_steps: Positive | None = None
-    deterministic: Annotated[bool | str | None, BeforeValidator(_determinism)] = None
-    benchmark: Switch | None = None
-    detect_anomaly: Switch | None = None
-    enable_progress_bar: Switch | None = None
+    strategy: Literal["auto", "ddp"] | None = Field(
+        default=None, description="auto or ddp: how several devices share a step"
+    )
+    accumulate_grad_batches: Positive | None = Field(
+        default=None, description="micro-batches that a step is read in, to save memory"
+    )
+    max_time: Annotated[str | dict[str, float] | None, BeforeValidator(_duration)] = Field(
+        default=None, description="longest training, as days:hours:minutes:seconds: 00:08:00:00"
+    )
+    log_every_n_steps: Positive | None = Field(
+        default=None, description="steps between rows of metrics.csv"
+    )
+    deterministic: Annotated[bool | str | None, BeforeValidator(_determinism)] = Field(
+        default=None, description="true or warn: deterministic algorithms alone"
+    )
+    benchmark: Switch | None = Field(default=None, description="let cuDNN try its algorithms")
+    detect_anomaly: Switch | None = Field(
+        default=None, description="name the operation that first gives NaN (slow)"
+    )
+    enable_progress_bar: Switch | None = Field(default=None, description="print progress")
 
     @model_validator(mode="before")
     @classmethod
@@ -309,34 +330,45 @@ class TrainConfig(Section):
     trainer: Trainer
     logger: Logger
     seq_len: Positive = Field(description="tokens in a training window")
-    batch_tokens: Positive = Field(description="tokens per optimiser step")
-    batch_size: Positive = Field(description="windows per step; null: batch_tokens / seq_len")
-    seed: Annotated[Natural, Field(lt=2**32)] = Field(description="of weights and data order")
-    objective: Literal["causal", "masked"] = Field(
-        description="causal: the next token; masked: encoders in the form their papers publish"
+    batch_tokens: Positive = Field(description="tokens in an optimiser step")
+    batch_size: Positive = Field(
+        description="windows in an optimiser step; null: batch_tokens / seq_len"
     )
-    match: Literal["params", "none"] = Field(description="params: as many as the transformer's")
+    seed: Seed = Field(description="random seed of the initial weights and the data order")
+    objective: Literal["causal", "masked"] = Field(
+        description="causal: predict the next token; masked: predict masked tokens, for models "
+        "published as encoders"
+    )
+    match: Literal["params", "none"] = Field(
+        description="params: as many parameters as the transformer, within 1 %"
+    )
     state_passing: Literal["none", "carry"] = Field(
-        description="carry: each window starts from the state the one before it left"
+        description="carry: start each window from the state that the window before left"
     )
     checkpoint_activations: Switch = Field(
-        description="recompute in the backward pass: less memory"
+        description="recompute activations in the backward pass, to save memory"
     )
     valid_every: Positive = Field(description="steps between validations")
-    valid_windows: Positive = Field(description="windows in a validation")
+    valid_windows: Positive = Field(description="windows that a validation reads")
     save_every: Positive = Field(description="steps between checkpoints")
     runs: Path = Field(description="folder that holds the run folders")
-    name: Name | None = Field(description="run folder's name; null: made from the options")
-    resume: Path | None = Field(description="run folder to continue")
-    finetune: Path | None = Field(description="run folder to train further, under `extension`")
-    extension: Extension
-    fresh: Switch = Field(description="true: train again in a new folder")
-    changed_code: Literal["refuse", "accept"] = Field(
-        default="refuse", description="accept: go on with a run that other code began"
+    name: Name | None = Field(description="name of the run folder; null: made from the options")
+    resume: Path | None = Field(description="run folder whose training to continue")
+    finetune: Path | None = Field(
+        description="run folder whose model to train further, under extension=<name>"
     )
-    allocator: Literal["tuned", "system"] = Field(description="tuned: keeps freed memory (glibc)")
+    extension: Extension
+    fresh: Switch = Field(description="true: train again, in a new folder")
+    changed_code: Literal["refuse", "accept"] = Field(
+        default="refuse", description="accept: continue a run that was trained by other code"
+    )
+    allocator: Literal["tuned", "system"] = Field(
+        description="tuned: let the C library keep freed memory, which is faster (glibc)"
+    )
     threads: Threads | None = Field(description="CPU threads; null: all cores")
-    workers: Annotated[Natural, Field(le=64)] = Field(description="data loading processes")
+    workers: Annotated[Natural, Field(le=64)] = Field(
+        description="processes that load data; 0: none but the main one"
+    )
 
     @field_validator("batch_size", mode="before")
     @classmethod
@@ -386,30 +418,30 @@ def _folders(value: Any) -> Any:
 class DataPlace(Section):
     """Where a run's text is now, if not where the run was trained on it."""
 
-    path: str | None = None
-    cache: str | None = None
+    path: str | None = Field(
+        default=None, description="where the runs' text is now; null: where they were trained on it"
+    )
+    cache: str | None = Field(default=None, description="where its tokens are kept; null: as then")
 
 
 class EvalConfig(Section):
     """A measurement of trained runs. Paths are relative to the working directory."""
 
     run: Annotated[str | list[str], BeforeValidator(_folders)] = Field(
-        description="run folder, or a pattern such as 'runs/compare/*'"
+        description="run folder, a pattern such as 'runs/compare/*', or a list of them"
     )
-    data: DataPlace = Field(
-        default_factory=DataPlace, description="data.path, where a run's text was moved to"
-    )
+    data: DataPlace = Field(default_factory=DataPlace, description="where the runs' text is now")
     task: dict[str, TaskPart]
     extension: Extension
     logger: Logger
     runs: Path = Field(description="folder that holds the run folders")
     split: Literal["train", "valid", "test"] = Field(description="part of the corpus to measure on")
-    fresh: Switch = Field(description="true: measure again what is known")
+    fresh: Switch = Field(description="true: measure again what was measured before")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
-        description="auto, cpu, cuda, cuda:1 ..."
+        description="auto, cpu, mps, cuda, cuda:1 ..."
     )
     threads: Threads | None = Field(description="CPU threads; null: all cores")
-    report: Path | None = Field(description="HTML file to write; null: none")
+    report: Path | None = Field(description="HTML file to write the report to; null: none")
 
     @model_validator(mode="after")
     def _measures(self) -> "EvalConfig":

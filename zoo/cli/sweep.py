@@ -1,0 +1,140 @@
+"""Run the arms of a sweep by Hydra's launcher; one that fails does not stop the others."""
+
+import functools
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from zoo.cli.arms import Arm, Check, Job, bare
+from zoo.cli.guard import log_plainly
+from zoo.config.groups import groups
+from zoo.config.schema import TrainConfig
+from zoo.console import label, say
+from zoo.errors import RunError, UserError, refuse
+from zoo.runs.files import one_line
+from zoo.runs.stopping import handled
+
+
+def sweep(
+    program: str,
+    words: list[str],
+    arms: list[list[Override]],
+    configs: list[Any],
+    check: Check,
+    job: Job,
+) -> int:
+    """Run the arms by Hydra's sweeper and launcher, then list them; returns the exit code.
+
+    Args:
+        program: train or eval.
+        words: the command line, as Hydra reads it.
+        arms: the options of each arm.
+        configs: their configurations.
+        check: turns a composed tree into a configuration.
+        job: carries one configuration out.
+    """
+    names = [c.name for c in configs if isinstance(c, TrainConfig) and c.name and not c.resume]
+    if len(set(names)) < len(names):
+        refuse("name", names[0], "names one folder, and these are several runs", "Leave it out")
+    common = set.intersection(*({bare(o.input_line) for o in arm} for arm in arms))
+    task = functools.partial(_arm, program, len(configs), common, check, job)
+    front = GlobalHydra.instance().hydra
+    assert front is not None
+    with _announced(Path(configs[0].runs)):
+        returned = front.multirun(config_name=program, task_function=task, overrides=words)
+    batches = returned if isinstance(returned, list) else []  # an optimiser's sweeper keeps them
+    results = [result for batch in batches for result in batch]
+    if program == "train" and len(results) > 1:
+        say(_table([result.return_value for result in results]))
+    failed = [r for r in results if r.return_value.failed]
+    if failed:
+        say(f"{program}.py: {len(failed)} of {len(results)} arms failed:")
+        for result in failed:
+            say(f"  {_label(result.overrides)}: {result.return_value.failed}")
+    return 1 if failed else 0
+
+
+def _table(arms: list[Arm]) -> str:
+    """The arms of a sweep with their validation losses, a line each."""
+    rows = [("arm", "options", "seed", "valid loss", "folder")]
+    for arm in arms:
+        options = " ".join(o for o in arm.options.split() if not o.startswith("seed="))
+        loss = "" if arm.loss is None else f"{arm.loss:.4f}"
+        seed = "" if arm.seed is None else str(arm.seed)
+        result = "failed" if arm.failed else loss
+        rows.append((str(arm.number), options, seed, result, arm.folder or ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+@contextmanager
+def _announced(runs: Path) -> Iterator[None]:
+    """Say where the jobs that a cluster's launcher (submitit) submits meanwhile keep their logs."""
+    pattern, done = ".sweeps/*/.submitit/*", threading.Event()
+    known = {*runs.glob(pattern)}
+
+    def tell() -> None:
+        for job in sorted({*runs.glob(pattern)} - known):
+            known.add(job)
+            say(f"job {job.name}: logs in {job}")
+
+    def watch() -> None:
+        while not done.wait(1):
+            tell()
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watching.join()
+        tell()
+
+
+def for_hydra(program: str, override: Override, params: dict[str, str]) -> str:
+    """The option as Hydra takes it although the YAML files may not hold its key."""
+    line, key = (override.input_line or "").lstrip("+"), override.key_or_group
+    plain_key = override.is_hydra_override() or key in groups(program) or key in params
+    return line if plain_key else f"++{line}"
+
+
+def _arm(
+    program: str, count: int, common: set[str], check: Check, job: Job, composed: DictConfig
+) -> Arm:
+    """One arm, wherever the launcher put it."""
+    words, number = list(HydraConfig.get().overrides.task), HydraConfig.get().job.num + 1
+    given = [word.lstrip("+").partition("=")[0] for word in words]
+    options = " ".join(word for word in map(bare, words) if word not in common)
+    arm = Arm(number, options, Path(HydraConfig.get().sweep.dir).name)
+    log_plainly()
+    label(f"[{number}/{count}] ")
+    try:
+        say(_label(words))
+        HydraConfig.instance().cfg = None  # a further rank must not compose the sweep's own
+        tree: Any = OmegaConf.to_container(composed, resolve=True)
+        arm.seed = tree.get("seed")
+        with handled():
+            code = job(check(tree, given), arm)
+        arm.failed = f"exit code {code}" if code else None
+    except Exception as error:
+        if not isinstance(error, UserError | RunError):
+            traceback.print_exc()
+        say("failed")  # why is told once, when all are done
+        arm.failed = one_line(error)
+    finally:
+        label("")
+    return arm
+
+
+def _label(words: Sequence[str]) -> str:
+    return " ".join(map(bare, words))
