@@ -23,14 +23,14 @@ def train(arm: Tuned, rate: float, seed: int, step: int, **other) -> None:
 
 
 def test_all_is_left_at_first_and_no_time_is_known(arms):
-    told = "2 of 2 arms left (model=lstm, model=nope), at most 480 steps"
+    told = "2 of 2 arms left (lstm, nope), at most 480 steps"
     assert left(arms) == told  # two rates and another seed, 80 steps each
 
 
 def test_what_was_trained_and_pruned_is_not_left(arms):
     train(arms[0], 1e-3, 0, 80, status="done")
     train(arms[0], 2e-3, 0, 20, pruned=True)
-    assert left(arms[:1]).startswith("1 of 1 arms left (model=lstm), at most 80 steps, 0:02:40")
+    assert left(arms[:1]).startswith("1 of 1 arms left (lstm), at most 80 steps, 0:02:40")
     train(arms[0], 1e-3, 1, 80, status="done")
     assert unfinished(arms) == arms[1:]
     assert left(arms[:1]) == "all 1 arms are done"

@@ -98,7 +98,9 @@ def group(composed: Sequence[tuple[list[str], TrainConfig]]) -> list[Tuned]:
     arms: dict[str, Tuned] = {}
     for line, (_, config) in zip(words, composed, strict=True):
         key = {k: v for k, v in identity(config).items() if k not in ("optim.lr", "seed")}
-        name = " ".join(word for word in line if word not in common) or config.model.name
+        name = (
+            " ".join(w.removeprefix("model=") for w in line if w not in common) or config.model.name
+        )
         arm = arms.setdefault(str(key), Tuned(name, {}))
         arm.configs[config.optim.lr, config.seed] = config
     return [*arms.values()]
