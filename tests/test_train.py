@@ -86,6 +86,14 @@ def test_the_same_command_continues_then_says_it_is_done(train):
     assert sorted(path.name for path in Path("runs").iterdir())[1].endswith("-2")
 
 
+def test_a_finished_run_is_not_already_trained_on_a_device_that_is_not_there(train, monkeypatch):
+    monkeypatch.setattr("zoo.devices.cuda_devices", lambda: 0)
+    train("name=mine")
+    code, error = train("name=mine", "trainer.accelerator=cuda")
+    assert code == 2
+    assert error == "train.py: trainer.accelerator=cuda: there is none here. Use auto or cpu.\n"
+
+
 def test_resume_goes_on_and_changes_only_what_it_may(train):
     train("name=mine", learner=stop_after_7)
     code, error = train(

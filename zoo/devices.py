@@ -7,7 +7,7 @@ import ctypes
 import sys
 from typing import Any
 
-from zoo.errors import UserError
+from zoo.errors import refuse
 
 
 def cuda_devices() -> int:
@@ -37,12 +37,22 @@ def resolve_precision(accelerator: Any) -> str:
     return "bf16-mixed" if on_cuda(accelerator) else "32-true"
 
 
+def check_accelerator(accelerator: Any) -> None:
+    """Raise UserError where the machine has no accelerator of this name."""
+    on_mac = sys.platform == "darwin"
+    needs_cuda = accelerator == "cuda" or (accelerator == "gpu" and not on_mac)
+    if (needs_cuda and not cuda_devices()) or (accelerator == "mps" and not on_mac):
+        refuse("trainer.accelerator", accelerator, "there is none here", "Use auto or cpu")
+
+
 def check_deterministic(accelerator: Any, deterministic: Any) -> None:
     """Raise UserError where deterministic algorithms are asked for that PyTorch has not got."""
     if deterministic is True and on_cuda(accelerator):
-        raise UserError(
-            "trainer.deterministic=true: not available on CUDA, where cumsum has no deterministic "
-            "form. Use trainer.deterministic=warn, or trainer.accelerator=cpu."
+        refuse(
+            "trainer.deterministic",
+            True,
+            "not available on CUDA, where cumsum has no deterministic form",
+            "Use trainer.deterministic=warn, or trainer.accelerator=cpu",
         )
 
 

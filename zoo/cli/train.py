@@ -16,7 +16,7 @@ from zoo.config.schema import TrainConfig
 from zoo.config.validate import validate
 from zoo.console import say
 from zoo.data.sources import check_source
-from zoo.devices import check_deterministic
+from zoo.devices import check_accelerator, check_deterministic
 from zoo.errors import RunError, refuse, refuse_path
 from zoo.runs.checkpoints import step_of
 from zoo.runs.folder import RunFolder
@@ -57,6 +57,7 @@ def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
     if not tree["resume"]:
         check_effects(config, tree, given)
     check_shares(config)
+    check_accelerator(config.trainer.accelerator)
     check_deterministic(config.trainer.accelerator, config.trainer.deterministic)
     if config.data.task is None:
         check_source(config.data.model_dump())

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from zoo.config.groups import CONFIGS, groups
+from zoo.config.groups import CONFIGS, groups, inherited
 from zoo.config.introspect import lineage
 from zoo.config.schema import Extension, TrainConfig
 from zoo.config.tree import leaves
@@ -106,7 +106,22 @@ def check_effects(config: TrainConfig, tree: Mapping[str, Any], given: Sequence[
     if config.match == "params" and not config.finetune:
         _check_matched(config)
     _check_used(config, given)
+    if "size.heads" in given:
+        _check_heads(config, tree, given)
     check_extension(config.extension, given, longer=config.finetune is not None)
+
+
+def _check_heads(config: TrainConfig, tree: Mapping[str, Any], given: Sequence[str]) -> None:
+    """Refuse `size.heads` where no layer's YAML file refers to it, or the mixers' own is given."""
+    pattern = tree.get("hybrid") or tree["model"].get("pattern") or [config.model.name]
+    names = {str(entry).rpartition("*")[2] for entry in pattern}
+    if "model.mixer.heads" in given:
+        refuse(
+            "size.heads", config.size.heads, "model.mixer.heads sets it", "Leave one of them out"
+        )
+    if not any("${size.heads}" in str(inherited(name)) for name in names):
+        rule = f"model={config.model.name} has no heads"
+        refuse("size.heads", config.size.heads, rule, "Leave it out")
 
 
 def _check_matched(config: TrainConfig) -> None:

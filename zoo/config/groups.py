@@ -50,17 +50,17 @@ def completed(name: str, model: dict[str, Any]) -> dict[str, Any]:
 
 def extensions() -> dict[str, dict[str, Any]]:
     """Every extension's YAML by its name."""
-    return {name: _inherited(name, "extension") for name in choices("extension")}
+    return {name: inherited(name, "extension") for name in choices("extension")}
 
 
 def model_section(name: str) -> dict[str, Any]:
     """The section of the model of that name, with the keys that its YAML leaves out."""
-    return completed(name, _inherited(name))
+    return completed(name, inherited(name))
 
 
-def _inherited(name: str, group: str = "model") -> dict[str, Any]:
+def inherited(name: str, group: str = "model") -> dict[str, Any]:
     """A YAML of a group over those its `defaults` name, as Hydra merges them."""
     part: Any = OmegaConf.load(CONFIGS / group / f"{name}.yaml")
     parents = [parent for parent in part.pop("defaults", []) if parent != "_self_"]
-    merged: Any = OmegaConf.merge(*[_inherited(parent, group) for parent in parents], part)
+    merged: Any = OmegaConf.merge(*[inherited(parent, group) for parent in parents], part)
     return OmegaConf.to_container(merged)  # type: ignore[return-value]
