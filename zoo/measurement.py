@@ -1,17 +1,20 @@
-"""What identifies a measurement: one place for the run folder, the evaluation and the report.
+"""What identifies a measurement, and how its numbers are shown: one place for all that need it.
 
 A row of `results.jsonl` answers a question about the weights in its folder. Two rows are the same
 measurement where the text, how it was read and the question agree; what came out does not count.
+A row also carries its task's `Declaration`, so that whoever reads rows can draw any task.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-READ = ("fingerprint", "extension_settings", "device", "dtype", "threads")  # what, how, by what
-# Beside the task, what its settings come to; a row lists in `question` the fields that hold it.
-# Rows of before it did are read by these.
-QUESTIONS = {
+# What identifies a measurement beside its question: the text, how it was read, by what machine.
+READ_BY = ("fingerprint", "extension_settings", "device", "dtype", "threads")
+# The fields of a question, for rows written before each row listed its own in `question`.
+EARLIER_QUESTIONS = {
     "perplexity": (
         *("split", "documents", "unit", "units", "stride", "protocol", "length", "windows"),
     ),
@@ -27,18 +30,88 @@ QUESTIONS = {
     ),
 }
 
+Form = Literal["score", "share", "count", "bytes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """A number that a task measures, and how reports show it.
+
+    Attributes:
+        field: the row's field that holds it.
+        name: what it is, in lower case: "accuracy". Quantities of one name are drawn once.
+        better: which direction is better; None where neither is.
+        form: how it is printed: `score` 1.234, `share` 12%, `count` three digits, `bytes` 3 MiB.
+        unit: follows the name in captions: "bits per byte".
+        interval: the row's field with its 95% interval, [low, high].
+        chance: the row's field with what guessing would give.
+        where: fields that a row of it has, {"phase": "decode"}.
+        cost: whether it is drawn under "Speed and memory", not with its task.
+    """
+
+    field: str
+    name: str
+    better: Literal["lower", "higher"] | None
+    form: Form = "count"
+    unit: str = ""
+    interval: str | None = None
+    chance: str | None = None
+    where: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cost: bool = False
+
+    def of(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row is one of this quantity's."""
+        return all(row.get(name) == value for name, value in self.where.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declaration:
+    """What a task says of itself: a title, one or two sentences, and its quantities."""
+
+    title: str
+    about: str
+    quantities: tuple[Quantity, ...]
+
+    def plain(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The declaration as a row carries it: the quantities that the row has, no defaults."""
+        mine = [dataclasses.asdict(quantity) for quantity in self.quantities if quantity.of(row)]
+        short = [{k: v for k, v in each.items() if v or k == "better"} for each in mine]
+        return {"title": self.title, "about": self.about, "quantities": short}
+
+
+def declared(row: Mapping[str, Any]) -> Declaration | None:
+    """The declaration that a row carries; None where it has none that can be read."""
+    found: Any = row.get("declares")
+    try:
+        known = {each.name for each in dataclasses.fields(Quantity)}
+        quantities = (
+            Quantity(**{k: v for k, v in one.items() if k in known}) for one in found["quantities"]
+        )
+        return Declaration(
+            title=str(found["title"]), about=str(found["about"]), quantities=tuple(quantities)
+        )
+    except (TypeError, KeyError, AttributeError):
+        return None
+
+
+def panel(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that tell apart the rows of a task at one length: its quantities' `where`."""
+    found = declared(row)
+    names = [n for one in found.quantities for n in one.where] if found else ("protocol", "phase")
+    return {name: row.get(name) for name in names}
+
 
 def question(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a row that say what was asked, its task among them."""
-    names = row.get("question") or QUESTIONS.get(str(row.get("task")), ("length",))
+    """The fields of a row that say what was asked, its task and the task's settings among them."""
+    names = row.get("question") or EARLIER_QUESTIONS.get(str(row.get("task")), ("length",))
     return {name: row.get(name) for name in ("task", *names)}
 
 
 def replaces(later: Mapping[str, Any], earlier: Mapping[str, Any]) -> bool:
     """Whether a row measured again what an earlier one had measured; a field that the earlier one
     lacks, being of an older kind, tells nothing apart."""
-    asked = {name: later.get(name) for name in READ} | question(later)
-    return all(earlier.get(name, value) == value for name, value in asked.items())
+    same = {name: later.get(name) for name in READ_BY} | question(later)
+    return all(earlier.get(name, value) == value for name, value in same.items())
 
 
 def agrees(row: Mapping[str, Any], part: Mapping[str, Any]) -> bool:

@@ -5,6 +5,11 @@ import math
 import random
 from typing import Any
 
+from zoo.tasks.passkey import Passkey
+from zoo.tasks.perplexity import Perplexity
+from zoo.tasks.speed import Speed
+from zoo.tasks.stream import Stream
+
 TRAIN = 512
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 # arm -> (score at the training length, bits added per doubling beyond it, longest length)
@@ -30,6 +35,14 @@ def identity(arm: str, seed: int = 0, **other: Any) -> dict[str, Any]:
     }
 
 
+TASKS = {"perplexity": Perplexity, "speed": Speed, "stream": Stream, "passkey": Passkey}
+
+
+def with_declaration(row: dict[str, Any]) -> dict[str, Any]:
+    """The row as the driver writes it, with what its task declares."""
+    return row | {"declares": TASKS[row["task"]].declares.plain(row)}
+
+
 def score_row(arm: str, length: int, bits: float, **other: Any) -> dict[str, Any]:
     """A perplexity row: stretches differ by a bit, arms on a stretch by hundredths of it."""
     noise = random.Random(f"{arm} {length}")
@@ -42,7 +55,8 @@ def score_row(arm: str, length: int, bits: float, **other: Any) -> dict[str, Any
         **{"unit_bits": [unit + shift for unit in units]},
         **{"nll_sum": bits * 1000, "state_bytes": 65536},
     }
-    return row | other
+    row |= other
+    return with_declaration(row) if row["task"] in TASKS else row
 
 
 def arm_rows(arm: str, seed: int, start: float, slope: float, end: int | None) -> list[dict]:
@@ -63,7 +77,7 @@ def arm_rows(arm: str, seed: int, start: float, slope: float, end: int | None) -
         status = status if beyond else {"status": "ok", "reason": None}
         for protocol, extra in (("half_tail", 0.0), ("blocks", 0.9 * (64 / length) ** 0.7)):
             bits = at(length) + extra
-            row = score_row(arm, length, bits) | who | {"protocol": protocol} | status
+            row = score_row(arm, length, bits, protocol=protocol) | who | status
             row |= {"state_bytes": state(length)}
             if protocol == "blocks":
                 edges = [0] + [2**k for k in range(int(math.log2(length)) + 1)]
@@ -77,7 +91,7 @@ def arm_rows(arm: str, seed: int, start: float, slope: float, end: int | None) -
             per_second = (0.5 if arm == "mamba" else 1) * rate / (1 + quadratic)
             speed |= {"tokens_per_second": per_second, "milliseconds": 1000 / per_second}
             speed |= {"peak_bytes": 30_000_000 + 9000 * length, "state_bytes": state(length)}
-            rows.append(who | speed | status)
+            rows.append(with_declaration(who | speed | status))
     if arm == "mamba":
         edges = [2**k for k in range(21)]
         curve = {
@@ -85,7 +99,8 @@ def arm_rows(arm: str, seed: int, start: float, slope: float, end: int | None) -
             "bits_per_byte": [at(2**9) + 4 * (b + 1) ** -0.6 for b in edges[1:]],
         }
         stream = {"task": "stream", "length": 2**20, "curve": curve, "tokens_per_second": 41_000.0}
-        rows.append(who | stream | {"peak_bytes": 92_000_000, "state_bytes": 147_456})
+        stream |= {"peak_bytes": 92_000_000, "state_bytes": 147_456, "bits_per_byte": 1.9}
+        rows.append(with_declaration(who | stream))
     return rows
 
 

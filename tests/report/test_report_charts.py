@@ -8,22 +8,15 @@ import altair as alt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import experiment, score_row
+from synthetic import experiment, score_row, with_declaration
 
-from zoo.report.charts import COLORS, DISTINCT, Axis, Style, _ends, lines, styles, ticks
-from zoo.report.figures import (
-    MANY,
-    POOLED,
-    changes,
-    drawn,
-    drawn_words,
-    pngs,
-    positions,
-    scores,
-    state_cells,
-    table,
-)
-from zoo.report.rows import gather, interval
+from zoo.report.axes import Axis, ticks
+from zoo.report.charts import COLORS, DISTINCT, Style, _ends, lines, styles
+from zoo.report.figures import MANY, changes, cost_figures, drawn, drawn_words, scores, table
+from zoo.report.pictures import pictures
+from zoo.report.positions import MIN_TOKENS, positions
+from zoo.report.rows import gather
+from zoo.report.statistics import interval
 
 
 def test_no_two_arms_are_drawn_alike():
@@ -100,7 +93,7 @@ def test_every_point_by_position_rests_on_enough_tokens():
     points = curve([8] * 5 + [300, 8, 8], [6.0, 5.0, 4.0, 4.0, 4.0, 2.0, 9.0, 9.0])
     assert [point["scored tokens"] for point in points] == ["356"]
     points = curve([8] * 10 + [300, 8], list(range(12)))
-    assert min(int(point["scored tokens"]) for point in points) >= POOLED
+    assert min(int(point["scored tokens"]) for point in points) >= MIN_TOKENS
     few = curve([8, 8], [6.0, 5.0])  # all there is
     assert [(point["y"], point["scored tokens"]) for point in few] == [(5.5, "16")]
 
@@ -154,7 +147,7 @@ def test_figures_draw_no_more_arms_than_can_be_told_apart_and_say_so(tmp_path):
 def test_a_legend_names_every_arm():
     rows = [score_row(f"a{i}", n, 2.0) for i in range(35) for n in (512, 1024)]
     results = gather(rows, [])
-    text = json.dumps(scores(results, "half_tail").draw(styles(results), legend=True).to_dict())
+    text = json.dumps(scores(results, "half_tail").draw(styles(results), legend=4).to_dict())
     assert '"symbolLimit": 0' in text
 
 
@@ -168,8 +161,9 @@ def test_the_curve_is_that_of_the_longest_length():
 def test_state_bytes_come_from_whichever_rows_have_them():
     rows = [score_row("mamba", 512, 2.0, state_bytes=None, protocol="blocks")]
     rows.append(rows[0] | {"task": "speed", "phase": "decode", "state_bytes": 7})
-    rows[1] |= {"tokens_per_second": 1.0}
-    assert state_cells(gather(rows, []))["mamba"][512].value == 7
+    rows[1] = with_declaration(rows[1] | {"milliseconds": 1.0})
+    state = next(f for f in cost_figures(gather(rows, [])) if "state_bytes" in f.name)
+    assert [point["y"] for point in state.points] == [7]
 
 
 def test_an_interval_below_zero_still_draws():
@@ -224,4 +218,4 @@ def test_many_arms_are_a_table_best_first_and_shaded_by_what_they_lost():
     }
     assert cells["a13", 4096]["shade"] == pytest.approx(0.7)
     assert cells["a0", 4096]["shade"] == 1  # two bits lost are as dark as one
-    assert pngs(results, styles(results))["bits_per_byte.png"].startswith(b"\x89PNG")
+    assert pictures(results, styles(results))["bits_per_byte.png"].startswith(b"\x89PNG")

@@ -81,7 +81,10 @@ def test_every_figure_has_its_specification_and_words_for_it(page):
             "positions-perplexity",
             "positions-stream",
         ),
-        *("forward", "decode", "peak", "state"),
+        "speed-tokens_per_second-forward",
+        "speed-milliseconds-decode",
+        "speed-peak_bytes-forward",
+        "perplexity-state_bytes",
     }
     assert {f"spec-{name}" for name in names} == set(page.specs)
     assert all(figure["aria-label"] for figure in figures)

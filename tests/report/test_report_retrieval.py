@@ -1,22 +1,25 @@
 """Passkeys in the report: accuracy against length, on the axis of the scores, chance in sight."""
 
 import pytest
-from synthetic import identity, score_row
+from synthetic import identity, score_row, with_declaration
 
 from zoo.report.caveats import limits
 from zoo.report.charts import COLORS, styles
-from zoo.report.figures import pngs, reach, retrieval, scores
+from zoo.report.figures import length_extension, quantity_figure, scores, task_figures
 from zoo.report.page import render
-from zoo.report.rows import gather, wilson
-from zoo.report.tables import DASH, found, share
+from zoo.report.pictures import pictures
+from zoo.report.rows import gather
+from zoo.report.statistics import wilson
+from zoo.report.tables import task_tables
 from zoo.report.text import as_text
+from zoo.report.words import DASH, share
 
 
 def passkey_row(arm: str, length: int, right: int, **other) -> dict:
     row = identity(arm) | {"task": "passkey", "length": length, "count": 50, "split": "test"}
     for name, chance in (("", 0.1), ("exact_", 1e-4)):
         row |= {f"{name}interval": wilson(right, 50), f"{name}chance": chance}
-    return row | {"accuracy": right / 50, "exact": right / 100} | other
+    return with_declaration(row | {"accuracy": right / 50, "exact": right / 100} | other)
 
 
 ROWS = [score_row(arm, n, 2.0) for arm in ("transformer", "mamba") for n in (512, 1024, 4096)]
@@ -26,22 +29,24 @@ ROWS.append(passkey_row("mamba", 512, 49))
 
 def test_the_table_has_the_share_found_its_interval_and_chance():
     results = gather(ROWS, [])
-    table = found(results, "accuracy")
+    table, exact = task_tables(results, "passkey")
     assert "Chance: 10%" in table.caption
     cells = {
         row[0].text: [(cell.text, cell.note, cell.kind) for cell in row[1:]] for row in table.rows
     }
     assert cells["transformer"] == [
-        *(("100%", f"93%{DASH}100%", ""), ("40%", f"28%{DASH}54%", ""), ("0%", f"0%{DASH}7%", "")),
+        ("100%", f"93%{DASH}100%", "best"),
+        ("40%", f"28%{DASH}54%", ""),
+        ("0%", f"0%{DASH}7%", ""),
     ]
-    assert cells["mamba"] == [("98%", f"90%{DASH}100%", ""), ("not measured", "", "reason")]
-    assert "Chance: 0.01%" in found(results, "exact").caption
-    assert found(gather(ROWS[:6], []), "accuracy") is None
+    assert cells["mamba"] == [("98%", f"90%{DASH}100%", "tie"), ("not measured", "", "reason")]
+    assert "Chance: 0.01%" in exact.caption
+    assert "passkey" not in gather(ROWS[:6], []).tasks
 
 
 def test_accuracy_is_drawn_on_the_axis_of_the_scores_and_zero_is_seen():
     results = gather(ROWS, [])
-    figures = scores(results, "half_tail"), retrieval(results, "accuracy")
+    figures = scores(results, "half_tail"), task_figures(results, "passkey")[0]
     specs = [figure.draw(styles(results)).to_dict() for figure in figures]
     axes = [spec["layer"][3]["encoding"]["x"] for spec in specs]
     assert axes[0]["scale"] == axes[1]["scale"]
@@ -76,21 +81,23 @@ def test_one_model_under_many_methods_is_told_apart_alike_in_both_panels():
     results = gather(rows, [])
     look = styles(results)
     assert len({(style.color, style.symbol) for style in look.values()}) == len(ways)
-    left, right = (figure.draw(look).to_dict()["layer"] for figure in reach(results))
+    left, right = (figure.draw(look).to_dict()["layer"] for figure in length_extension(results))
     for channel in ("color", "shape", "x"):
         assert left[4]["encoding"][channel]["scale"] == right[4]["encoding"][channel]["scale"]
     assert left[2]["data"]["values"] == []  # so many bands would cover one another
-    assert set(pngs(results, look)) == {"bits_per_byte.png", "reach.png", "speed.png"}
-    assert reach(gather(rows[::2], [])) == reach(gather(rows[1::2], [])) == []
-    assert 'id="spec-reach-passkey-accuracy"' in render(results, look)
+    names = {"bits_per_byte.png", "length_extension.png", "passkey.png", "speed.png"}
+    assert set(pictures(results, look)) == names
+    assert length_extension(gather(rows[::2], [])) == length_extension(gather(rows[1::2], [])) == []
+    assert 'id="spec-length_extension-passkey-accuracy"' in render(results, look)
 
 
 def test_several_seeds_have_an_interval_within_what_shares_can_be():
     rows = [passkey_row("mamba", 512, right, seed=seed) for seed, right in ((0, 50), (1, 40))]
     results = gather(rows, [])
-    (point,) = retrieval(results, "accuracy").points
+    (quantity, *_) = results.tasks["passkey"].quantities
+    (point,) = quantity_figure(results, "passkey", quantity).points
     assert (point["y"], point["low"], point["high"]) == (0.9, 0.0, 1.0)
-    assert found(results, "accuracy").rows[0][1].note == f"0%{DASH}100%"
+    assert task_tables(results, "passkey")[0].rows[0][1].note == f"0%{DASH}100%"
 
 
 @pytest.mark.parametrize(

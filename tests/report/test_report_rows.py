@@ -6,12 +6,13 @@ import random
 import pytest
 from synthetic import experiment, identity, score_row
 
-from zoo.report.rows import gather, interval
+from zoo.report.rows import gather
+from zoo.report.statistics import interval
 from zoo.report.text import as_text
 
 
 def cell(rows, label="mamba", length=512):
-    cells = gather(rows, []).cells("perplexity", "bits_per_byte", spread=True, protocol="half_tail")
+    cells = gather(rows, []).cells("perplexity", "bits_per_byte", protocol="half_tail")
     return cells[label][length]
 
 
@@ -245,13 +246,13 @@ def test_a_shorter_length_of_another_question_does_not_split_an_arm():
     assert gather(rows, []).arms == ["mamba"]
 
 
-def test_what_was_asked_for_is_told_from_what_stands_beside_it():
+def test_what_was_requested_is_told_from_what_is_beside_it():
     rows = [score_row("mamba", 512, 2.0), score_row("transformer", 512, 2.0, requested=False)]
     results = gather(rows, [])
     assert [results.requested(label) for label in results.arms] == [True, False]
     assert "mamba *" in as_text(results)
     assert "transformer *" not in as_text(results)
-    assert "* asked for now" in as_text(results)
+    assert "* requested now" in as_text(results)
     alone = gather(rows[:1], [])
     assert not alone.requested("mamba")
     assert "*" not in as_text(alone)

@@ -3,7 +3,7 @@
 import pytest
 from synthetic import LENGTHS, experiment, identity, run_records, score_row
 
-from zoo.report import tables
+from zoo.report import scores
 from zoo.report.caveats import banners, failures
 from zoo.report.charts import styles
 from zoo.report.headlines import tiles
@@ -38,7 +38,7 @@ def test_a_leaky_arm_is_shown_with_its_reason_and_never_ranked(place):
     results = gather(rows, audited(rows) if place == "run.json" else run_records(rows))
     assert {tile.arm for tile in tiles(results)} == {"transformer"}
     assert not any("mamba" in tile.detail for tile in tiles(results))
-    assert tables.reaches(results)["mamba"] is None
+    assert scores.effective_contexts(results)["mamba"] is None
     page = render(results, styles(results))
     assert f'<td class="leaks" colspan="8"><span>leaks: {WHY}' in page
     assert "0.050" not in page
@@ -89,7 +89,7 @@ def test_a_model_that_has_not_learned_has_no_effective_context(bits, other, has_
     rows = [score_row("dead", n, bits, **other) for n in (512, 1024, 2048)]
     rows += [score_row("mamba", n, 2.0 * n / 512) for n in (512, 1024, 2048)]
     results = gather(rows, [])
-    assert (tables.reaches(results)["dead"] is not None) == has_learned
+    assert (scores.effective_contexts(results)["dead"] is not None) == has_learned
     tile = next(tile for tile in tiles(results) if "ffective context" in tile.title)
     assert (tile.arm == "dead") == has_learned
     assert any(line.startswith("Not learned: dead") for line in banners(results)) != has_learned
@@ -98,7 +98,7 @@ def test_a_model_that_has_not_learned_has_no_effective_context(bits, other, has_
 
 def test_one_seed_that_has_not_learned_is_not_hidden_in_the_mean():
     rows = [score_row("m", n, bits, seed=bits) for n in (512, 1024) for bits in (2, 2.1, 8)]
-    assert tables.reaches(gather(rows, []))["m"] is None
+    assert scores.effective_contexts(gather(rows, []))["m"] is None
 
 
 def test_a_blind_guess_is_eight_bits_of_bytes_alone():

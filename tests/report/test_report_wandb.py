@@ -19,7 +19,12 @@ from zoo.report.wandb import by_length, mirror, report_blocks, save_report
 def test_metrics_are_those_of_the_rows():
     rows = [score_row("mamba", 512, bits, seed=bits) for bits in (1, 3)]
     rows.append(score_row("mamba", 1024, 9.0) | {"status": "failed"})
-    assert by_length(rows, []) == {512: {"bits_per_byte/half_tail/mamba": 2.0}}
+    assert by_length(rows, []) == {
+        512: {
+            "perplexity/bits_per_byte/half_tail/mamba": 2.0,
+            "perplexity/state_bytes/mamba": 65536,
+        }
+    }
 
 
 def test_without_a_key_rows_are_mirrored_offline_and_that_is_said(

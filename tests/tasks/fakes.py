@@ -1,6 +1,6 @@
 """Models whose costs are known, and contexts to measure them on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,8 @@ from zoo.data.corpora import Corpus
 from zoo.data.store import TokenStore
 from zoo.mixers.base import Mixer
 from zoo.model.backbone import BackboneState
-from zoo.tasks.context import EvalContext
+from zoo.tasks.context import EvalContext, Row
+from zoo.tasks.task import Task
 
 VOCABULARY = 16
 
@@ -110,6 +111,11 @@ def random_text(count: int, seed: int = 0) -> np.ndarray:
 
 def text_corpus(store: TokenStore, documents: str = "joined") -> Corpus:
     return Corpus("fake", store, store, store, "bytes", VOCABULARY, documents)
+
+
+def measure(task: type[Task], context: EvalContext, **settings) -> Iterator[Row]:
+    """The rows of a task under some settings."""
+    return task(**settings).rows(context)
 
 
 def make_context(model: nn.Module, folder: Path, store: TokenStore, **other) -> EvalContext:

@@ -12,6 +12,7 @@ from fakes import (
     ByPosition,
     Remembers,
     make_context,
+    measure,
     random_text,
     text_corpus,
     text_store,
@@ -23,7 +24,8 @@ from zoo.data.bigrams import Bigrams
 from zoo.data.loader import evaluation_text
 from zoo.data.masking import mask_tokens
 from zoo.errors import UserError
-from zoo.tasks.perplexity import CAUSAL, measure, windows
+from zoo.tasks.perplexity import Perplexity
+from zoo.tasks.protocols import CAUSAL, windows
 
 LENGTHS, STRIDE, UNITS = [32, 48, 96, 192], 16, 3  # 48 and 96 divide the longest, 128 would not
 
@@ -64,7 +66,7 @@ def test_a_protocol_scores_what_its_definition_says(lengths, store, tmp_path):
     context = make_context(model, tmp_path, store)
     text = evaluation_text(store, 192, UNITS, "joined")
     settings = {"lengths": lengths, "units": UNITS, "stride": STRIDE, "overlap": None, "chunk": 50}
-    rows = list(measure(context, protocols=CAUSAL, **settings))
+    rows = list(measure(Perplexity, context, protocols=CAUSAL, **settings))
     assert len(rows) == len(CAUSAL) * len(lengths)
     for row in rows:
         nats = brute_force(model, text, row["protocol"], row["length"])
@@ -82,7 +84,7 @@ def test_a_protocol_scores_what_its_definition_says(lengths, store, tmp_path):
 def test_a_tail_is_the_same_tokens_at_every_length(protocol, tail, store, tmp_path):
     # A model that remembers one token gives a token one cost, however long the context.
     context = make_context(Remembers(memory=1), tmp_path, store)
-    rows = list(measure(context, lengths=LENGTHS, protocols=[protocol], stride=STRIDE))
+    rows = list(measure(Perplexity, context, lengths=LENGTHS, protocols=[protocol], stride=STRIDE))
     assert len({tuple(np.round(row["unit_bits"], 9)) for row in rows}) == 1
     assert {row["count"] for row in rows} == {tail * rows[0]["units"]}
 
@@ -103,14 +105,14 @@ def test_half_a_window_or_more_is_before_every_token_that_a_half_tail_scores(uni
 
 def test_blocks_score_the_same_tokens_at_every_length_that_divides_the_longest(store, tmp_path):
     context = make_context(Remembers(memory=1), tmp_path, store)
-    rows = list(measure(context, lengths=[48, 96, 192], protocols=["blocks"]))
+    rows = list(measure(Perplexity, context, lengths=[48, 96, 192], protocols=["blocks"]))
     assert len({round(row["nll_sum"], 9) for row in rows}) == 1
 
 
 def test_an_encoder_is_asked_for_the_same_hidden_tokens_at_every_length(store, tmp_path):
     model = BothSides()
     context = make_context(model, tmp_path, store)
-    rows = list(measure(context, lengths=[64, 192], units=UNITS, stride=STRIDE))
+    rows = list(measure(Perplexity, context, lengths=[64, 192], units=UNITS, stride=STRIDE))
     assert [(row["protocol"], row["length"]) for row in rows] == [("masked", 192), ("masked", 64)]
     text, hidden = evaluation_text(store, 192, UNITS, "joined")[:, :-1], VOCABULARY
     for row in rows:
@@ -136,13 +138,17 @@ def test_a_protocol_and_an_objective_that_do_not_match_are_not_applicable(store,
         (Remembers(1), "masked", "behind, which half_tail | blocks"),
     ):
         context = make_context(model, tmp_path, store)
-        (row,) = measure(context, lengths=[64], protocols=[protocol])
+        (row,) = measure(Perplexity, context, lengths=[64], protocols=[protocol])
         assert (row["status"], told in row["reason"]) == ("not_applicable", True)
         assert model.read == 0
 
 
 def test_a_tail_never_reaches_beyond_the_shortest_window(store, tmp_path):
-    rows = list(measure(make_context(Remembers(1), tmp_path, store), lengths=[32, 64], stride=256))
+    rows = list(
+        measure(
+            Perplexity, make_context(Remembers(1), tmp_path, store), lengths=[32, 64], stride=256
+        )
+    )
     assert {row["stride"] for row in rows} == {32}
 
 
@@ -150,7 +156,7 @@ def test_early_tokens_weigh_on_blocks_and_not_on_tails(tmp_path):
     model = ByPosition(lambda position: 1 + 1 / position)
     context = make_context(model, tmp_path, text_store(np.zeros(2000)))
     how = {"lengths": [64, 256], "stride": 32, "units": 4, "chunk": 40}
-    rows = by_protocol(measure(context, protocols=CAUSAL[:3], **how))
+    rows = by_protocol(measure(Perplexity, context, protocols=CAUSAL[:3], **how))
     for length in (64, 256):
         positions = np.arange(1, length + 1)
         nats = 1 + 1 / positions
@@ -168,7 +174,7 @@ def test_early_tokens_weigh_on_blocks_and_not_on_tails(tmp_path):
 def test_bits_are_per_byte_of_text_whatever_a_token_is(tmp_path):
     model = ByPosition(lambda position: torch.full_like(position, 2.0))
     store = text_store(np.zeros(400), bytes_per_token=4)
-    row = next(measure(make_context(model, tmp_path, store), lengths=[32]))
+    row = next(measure(Perplexity, make_context(model, tmp_path, store), lengths=[32]))
     assert row["bits_per_byte"] == pytest.approx(2.0 / math.log(2) / 4)
     assert row["perplexity"] == pytest.approx(math.exp(2.0))
 
@@ -178,7 +184,11 @@ def test_bits_are_per_byte_of_the_scored_text_itself(tmp_path):
     model, text = ByPosition(lambda position: torch.full_like(position, 2.0)), np.zeros(400)
     sizes = np.random.default_rng(0).integers(1, 8, 400).astype(np.uint16)
     store = replace(text_store(text), sizes=sizes, meta={"source_bytes": int(sizes.sum())})
-    rows = [*measure(make_context(model, tmp_path, store), lengths=[16, 32], protocols=CAUSAL[:2])]
+    rows = [
+        *measure(
+            Perplexity, make_context(model, tmp_path, store), lengths=[16, 32], protocols=CAUSAL[:2]
+        )
+    ]
     starts = [at * 367 // 7 for at in range(8)]
     for row in rows:
         unit = store.bytes_of(0, 400)
@@ -204,21 +214,21 @@ def test_one_document_has_one_score_whatever_stands_beside_it(tmp_path):
         offsets = np.array([0, 64, len(tokens)][: 2 + bool(beside)])
         store = replace(store, sizes=every, offsets=offsets, meta={"source_bytes": 1})
         context = make_context(model, tmp_path, store, data=text_corpus(store, "whole"))
-        scores.append([row["bits_per_byte"] for row in measure(context, lengths=[63])])
+        scores.append([row["bits_per_byte"] for row in measure(Perplexity, context, lengths=[63])])
     assert scores[0] == scores[1] == scores[2]
 
 
 def test_a_perplexity_beyond_all_numbers_is_none_and_its_bits_are_told(store, tmp_path):
     model = Remembers(memory=5)
     model.logits *= 1e4
-    row = next(measure(make_context(model, tmp_path, store), lengths=[32]))
+    row = next(measure(Perplexity, make_context(model, tmp_path, store), lengths=[32]))
     assert (row["status"], row["perplexity"]) == ("ok", None)
     assert 1000 < row["bits_per_byte"] < 1e5
 
 
 def test_positions_are_kept_whole_in_the_file_the_row_names(store, tmp_path):
     context = make_context(Remembers(memory=20), tmp_path, store)
-    for row in measure(context, lengths=[32, 96], stride=STRIDE, protocols=CAUSAL):
+    for row in measure(Perplexity, context, lengths=[32, 96], stride=STRIDE, protocols=CAUSAL):
         with np.load(tmp_path / row["positions_file"], allow_pickle=False) as kept:
             assert kept["nll_sum"].dtype == np.float64
             assert kept["nll_sum"].shape == kept["count"].shape == (row["length"],)
@@ -233,9 +243,9 @@ def test_positions_are_kept_whole_in_the_file_the_row_names(store, tmp_path):
 def test_text_is_read_once_for_all_lengths_whose_windows_start_there(store, tmp_path):
     model = Remembers(memory=1)
     context = make_context(model, tmp_path, store)
-    rows = list(measure(context, lengths=[48, 96, 192], protocols=["blocks"], units=2))
+    rows = list(measure(Perplexity, context, lengths=[48, 96, 192], protocols=["blocks"], units=2))
     assert model.read == 2 * (192 + 96 + 2 * 48)
-    rows += measure(context, lengths=[48, 96, 192], units=2)
+    rows += measure(Perplexity, context, lengths=[48, 96, 192], units=2)
     assert model.read == 2 * (192 + 96 + 2 * 48) + 2 * (192 + 2 * 96 + 3 * 48)
     assert len(rows) == 3 + 2 * 3
 
@@ -251,7 +261,7 @@ def test_short_windows_are_spread_over_the_whole_stretch_when_not_all_are_read()
 
 def test_a_length_the_model_refuses_says_so_in_its_own_words(tiny, store, tmp_path):
     context = make_context(tiny("learned").eval(), tmp_path, store)  # reads 256 tokens
-    rows = by_protocol(measure(context, lengths=[64, 256, 512]))
+    rows = by_protocol(measure(Perplexity, context, lengths=[64, 256, 512]))
     for protocol in ("blocks", "half_tail"):
         assert {rows[protocol, length]["status"] for length in (64, 256)} == {"ok"}
         row = rows[protocol, 512]
@@ -268,12 +278,12 @@ def test_a_length_without_memory_keeps_its_place_and_the_others_go_on(store, tmp
             return super().forward(tokens, state)
 
     context = make_context(Greedy(1), tmp_path, store)
-    rows = list(measure(context, lengths=[96, 32], chunk=8))
+    rows = list(measure(Perplexity, context, lengths=[96, 32], chunk=8))
     assert [(row["length"], row["status"]) for row in rows] == [
         *[(96, "out_of_memory"), (96, "out_of_memory"), (32, "ok"), (32, "ok")]
     ]
     context = make_context(Remembers(1), tmp_path, store)
-    whole = list(measure(context, lengths=[96, 32]))
+    whole = list(measure(Perplexity, context, lengths=[96, 32]))
     assert [row["nll_sum"] for row in rows[2:]] == pytest.approx(
         [row["nll_sum"] for row in whole[2:]]
     )
@@ -281,7 +291,7 @@ def test_a_length_without_memory_keeps_its_place_and_the_others_go_on(store, tmp
 
 def test_text_that_is_too_short_leaves_a_reason_at_every_length(store, tmp_path):
     context = make_context(Remembers(1), tmp_path, store)
-    rows = list(measure(context, lengths=[32, 100_000]))
+    rows = list(measure(Perplexity, context, lengths=[32, 100_000]))
     assert {row["status"] for row in rows} == {"failed"}
     assert {(row["length"], row["protocol"]) for row in rows} == {
         (length, protocol) for length in (32, 100_000) for protocol in ("blocks", "half_tail")
@@ -290,36 +300,36 @@ def test_text_that_is_too_short_leaves_a_reason_at_every_length(store, tmp_path)
 
 
 def test_what_is_known_is_not_measured_again(store, tmp_path):
-    model, asked = Remembers(1), []
-
-    def measured(key) -> bool:
-        asked.append(key)
-        return key["protocol"] == "blocks" or key["length"] == 96
-
-    context = make_context(model, tmp_path, store, measured=measured)
-    rows = list(measure(context, lengths=[32, 96], units=2, stride=STRIDE))
+    model, task = Remembers(1), Perplexity(lengths=[32, 96], units=2, stride=STRIDE)
+    context = make_context(model, tmp_path, store)
+    asked = [*task.questions(context)]
+    wanted = [q for q in asked if q["protocol"] == "half_tail" and q["length"] == 32]
+    rows = list(task.rows(context, wanted))
     assert [(row["protocol"], row["length"]) for row in rows] == [("half_tail", 32)]
     assert model.read == 2 * 32 * 3
-    identity = {"unit", "units", "documents", "stride", "split", "windows"}
-    assert all(identity <= key.keys() for key in asked)
+    identity = {"unit", "units", "documents", "stride", "split"}
+    assert all(identity <= question.keys() for question in asked)
+    assert task.settings == {"task.perplexity.overlap": 2}
 
 
 def test_lengths_are_multiples_of_the_training_length_unless_given(tmp_path):
     store = text_store(random_text(2000))
-    rows = measure(make_context(Remembers(1), tmp_path, store), protocols=["blocks"], units=1)
+    rows = measure(
+        Perplexity, make_context(Remembers(1), tmp_path, store), protocols=["blocks"], units=1
+    )
     assert [row["length"] for row in rows] == [1024, 512, 256, 128, 64, 32]
 
 
 @pytest.mark.parametrize("wrong", [{"protocols": ["block"]}, {"lengths": [0]}, {"stride": 0}])
 def test_settings_that_make_no_sense_are_refused(wrong, store, tmp_path):
     with pytest.raises(UserError):
-        list(measure(make_context(Remembers(1), tmp_path, store), **wrong))
+        list(measure(Perplexity, make_context(Remembers(1), tmp_path, store), **wrong))
 
 
 def test_a_row_says_what_simple_guesses_would_score(tmp_path, store):
     """A bigram model, token frequencies, an even guess over the vocabulary, in bits per byte."""
     context = make_context(Remembers(memory=5), tmp_path, store)
-    rows = list(measure(context, lengths=LENGTHS, units=UNITS, stride=STRIDE))
+    rows = list(measure(Perplexity, context, lengths=LENGTHS, units=UNITS, stride=STRIDE))
     text = evaluation_text(store, LENGTHS[-1], UNITS, "joined")
     counts = np.bincount(text.ravel())
     shares = counts[counts > 0] / counts.sum()

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 from building import train_config
-from fakes import make_context, text_store
+from fakes import make_context, measure, text_store
 from torch import nn
 
 from zoo.data.passkey import DIGITS, QUESTION, STATEMENT
 from zoo.errors import UserError
 from zoo.model.backbone import BackboneState
 from zoo.model.build import build_model
-from zoo.report.rows import wilson
-from zoo.tasks.passkey import _answer, _keys, measure
+from zoo.report.statistics import wilson
+from zoo.tasks.passkey import Passkey, _answer, _keys
 
 SMALL = {"depths": 5, "repeats": 4, "candidates": 3}
 
@@ -67,7 +67,7 @@ def context(model, folder):
 
 def test_a_key_is_found_exactly_where_it_is_remembered(tmp_path):
     """Beyond the memory every candidate is alike, and a tie is no answer."""
-    (row,) = measure(context(Finder(200), tmp_path), lengths=[400], **SMALL)
+    (row,) = measure(Passkey, context(Finder(200), tmp_path), lengths=[400], **SMALL)
     assert row["status"] == "ok"
     assert row["correct_by_depth"] == row["exact_by_depth"] == [0, 0, 0, 4, 4]
     assert (row["correct"], row["count"], row["accuracy"], row["exact"]) == (8, 20, 0.4, 0.4)
@@ -77,14 +77,14 @@ def test_a_key_is_found_exactly_where_it_is_remembered(tmp_path):
 
 def test_one_wrong_digit_is_no_exact_answer(tmp_path):
     model = context(Finder(10**6, slip=3), tmp_path)
-    rows = list(measure(model, lengths=[150, 300], chunk=64, **SMALL))
+    rows = list(measure(Passkey, model, lengths=[150, 300], chunk=64, **SMALL))
     assert [row["exact"] for row in rows] == [0, 0]
     assert [row["accuracy"] for row in rows] == [1, 1]
 
 
 def test_longer_prompts_begin_earlier_in_the_same_text_and_hide_the_same_keys(tmp_path):
     model = Finder(10**6)
-    rows = list(measure(context(model, tmp_path), lengths=[400, 200], **SMALL))
+    rows = list(measure(Passkey, context(model, tmp_path), lengths=[400, 200], **SMALL))
     assert [row["length"] for row in rows] == [200, 400]
     short, long = (
         torch.cat([prompt for prompt in model.prompts if prompt.shape[1] == length - DIGITS])
@@ -123,17 +123,15 @@ def test_answers_from_the_state_are_those_of_reading_everything_again(name, tmp_
 def test_what_cannot_be_asked_keeps_its_row_with_the_reason(tmp_path):
     config = train_config("model=learned", "size=tiny", "seq_len=200", "model.max_length=200")
     model = build_model(config, vocab_size=256)[0]
-    rows = list(measure(context(model, tmp_path), lengths=[200, 400], **SMALL))
+    rows = list(measure(Passkey, context(model, tmp_path), lengths=[200, 400], **SMALL))
     assert [row["status"] for row in rows] == ["ok", "not_applicable"]
     assert "200" in rows[1]["reason"]
-    (row,) = measure(context(model, tmp_path), lengths=[4000], **SMALL)
+    (row,) = measure(Passkey, context(model, tmp_path), lengths=[4000], **SMALL)
     assert (row["status"], row["length"]) == ("failed", 4000)
-    with pytest.raises(UserError, match=r"task\.passkey\.candidates=1: must be 2 to 10,000"):
-        next(measure(context(model, tmp_path), candidates=1))
-    with pytest.raises(UserError, match=r"task\.passkey\.lengths=4: must be 5 to"):
-        next(measure(context(model, tmp_path), lengths=[4]))
-    known = make_context(model, tmp_path, context(model, tmp_path).store, measured=lambda key: True)
-    assert list(measure(known, lengths=[200], **SMALL)) == []
+    with pytest.raises(UserError, match=r"task\.passkey\.candidates=1: must be an integer from 2"):
+        next(measure(Passkey, context(model, tmp_path), candidates=1))
+    with pytest.raises(UserError, match=r"task\.passkey\.lengths=\[0\]: must be"):
+        next(measure(Passkey, context(model, tmp_path), lengths=[0]))
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ import time
 
 import pytest
 import torch
-from fakes import VOCABULARY, Remembers, make_context, random_text, text_store
+from fakes import VOCABULARY, Remembers, make_context, measure, random_text, text_store
 
 from zoo.errors import UserError
 from zoo.tasks.memory import peak_bytes
-from zoo.tasks.speed import measure
+from zoo.tasks.speed import Speed
 
 MIB = 2**20
 
@@ -29,7 +29,7 @@ def test_each_length_is_read_at_once_and_written_token_by_token(store, tmp_path)
 
     model = Watched(3)
     context = make_context(model, tmp_path, store)
-    rows = list(measure(context, lengths=[100], decode_tokens=5, repeats=2, chunk=40))
+    rows = list(measure(Speed, context, lengths=[100], decode_tokens=5, repeats=2, chunk=40))
     assert [row["phase"] for row in rows] == ["forward", "decode"]
     assert {row["status"] for row in rows} == {"ok"}
     warm_up = model.calls.index((100, False))
@@ -44,7 +44,7 @@ def test_tokens_per_second_are_those_of_the_clock(store, tmp_path):
             return super().forward(tokens, state)
 
     context = make_context(Sleeps(1), tmp_path, store)
-    forward, decode = measure(context, lengths=[64], decode_tokens=3, repeats=2)
+    forward, decode = measure(Speed, context, lengths=[64], decode_tokens=3, repeats=2)
     for row, tokens in ((forward, 64), (decode, 1)):
         assert 20 <= row["milliseconds"] < 200
         assert row["tokens_per_second"] == pytest.approx(1000 * tokens / row["milliseconds"])
@@ -73,7 +73,7 @@ def test_a_peak_is_what_the_call_took_each_time(store, tmp_path):
             return super().forward(tokens, state)
 
     context = make_context(Hungry(1), tmp_path, store)
-    for row in measure(context, lengths=[16, 32, 64], decode_tokens=2, repeats=1):
+    for row in measure(Speed, context, lengths=[16, 32, 64], decode_tokens=2, repeats=1):
         taken = 64 if row["phase"] == "forward" else 16
         assert taken * MIB <= row["peak_bytes"] < (taken + 1) * MIB
 
@@ -83,7 +83,7 @@ def test_a_peak_is_what_the_call_took_each_time(store, tmp_path):
 def test_a_row_tells_the_bytes_of_the_state(architecture, precision, tiny, store, tmp_path):
     model = tiny(architecture, dtype=torch.float32).eval()
     context = make_context(model, tmp_path, store, precision=precision)
-    rows = list(measure(context, lengths=[16, 64], decode_tokens=2, repeats=1))
+    rows = list(measure(Speed, context, lengths=[16, 64], decode_tokens=2, repeats=1))
     for row in rows:
         with context.arithmetic():
             assert row["state_bytes"] == model.state_bytes(row["length"])
@@ -93,22 +93,20 @@ def test_a_row_tells_the_bytes_of_the_state(architecture, precision, tiny, store
 
 def test_writing_beyond_what_the_model_reads_is_not_applicable(tiny, store, tmp_path):
     context = make_context(tiny("learned").eval(), tmp_path, store)  # reads 256 tokens
-    forward, decode = measure(context, lengths=[256], decode_tokens=2, repeats=1)
+    forward, decode = measure(Speed, context, lengths=[256], decode_tokens=2, repeats=1)
     assert forward["status"] == "ok"
     assert decode["status"] == "not_applicable"
     assert decode["reason"] == "this model reads at most 256 tokens and was given 258"
 
 
 def test_what_is_known_is_not_timed_again(store, tmp_path):
-    def measured(key):
-        return key["phase"] == "forward"
-
-    context = make_context(Remembers(1), tmp_path, store, measured=measured)
-    rows = list(measure(context, lengths=[16, 32], decode_tokens=2))
+    context, task = make_context(Remembers(1), tmp_path, store), Speed(lengths=[16, 32])
+    wanted = [question for question in task.questions(context) if question["phase"] == "decode"]
+    rows = list(task.rows(context, wanted))
     assert [row["phase"] for row in rows] == ["decode", "decode"]
 
 
 @pytest.mark.parametrize("wrong", [{"lengths": [0]}, {"decode_tokens": 0}, {"repeats": 0}])
 def test_settings_that_make_no_sense_are_refused(wrong, store, tmp_path):
     with pytest.raises(UserError):
-        list(measure(make_context(Remembers(1), tmp_path, store), **wrong))
+        list(measure(Speed, make_context(Remembers(1), tmp_path, store), **wrong))

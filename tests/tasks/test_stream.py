@@ -7,13 +7,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from fakes import VOCABULARY, ByPosition, Remembers, make_context, random_text, text_store
+from fakes import VOCABULARY, ByPosition, Remembers, make_context, measure, random_text, text_store
 
 from zoo.config.compose import compose
 from zoo.errors import UserError
 from zoo.model.extend import extend
 from zoo.tasks.memory import held_bytes
-from zoo.tasks.stream import measure
+from zoo.tasks.stream import Stream
 
 MIB = 2**20
 tells_growth = pytest.mark.skipif(
@@ -23,7 +23,7 @@ tells_growth = pytest.mark.skipif(
 
 def test_a_stream_is_one_long_sequence(tmp_path):
     model, text = Remembers(memory=20), random_text(1000)
-    (row,) = measure(make_context(model, tmp_path, text_store(text)), tokens=777, chunk=50)
+    (row,) = measure(Stream, make_context(model, tmp_path, text_store(text)), tokens=777, chunk=50)
     nats = model.costs(text[:778])
     assert row["nll_sum"] == pytest.approx(nats.sum(), rel=1e-12)
     assert (row["count"], row["length"], row["passes"]) == (777, 777, 0.777)
@@ -34,7 +34,7 @@ def test_a_stream_is_one_long_sequence(tmp_path):
 
 def test_a_text_that_ends_is_read_again(tmp_path):
     model, text = Remembers(memory=3), random_text(100)
-    (row,) = measure(make_context(model, tmp_path, text_store(text)), tokens=250, chunk=40)
+    (row,) = measure(Stream, make_context(model, tmp_path, text_store(text)), tokens=250, chunk=40)
     assert row["passes"] == 2.5
     assert row["nll_sum"] == pytest.approx(model.costs(np.tile(text, 3)[:251]).sum())
 
@@ -43,7 +43,7 @@ def test_a_text_that_ends_is_read_again(tmp_path):
 def test_a_long_stream_takes_constant_memory(tmp_path):
     model = ByPosition(lambda position: 1 + 1 / position)
     context = make_context(model, tmp_path, text_store(np.zeros(50_000)))
-    (row,) = measure(context, tokens=MIB, chunk=4096)
+    (row,) = measure(Stream, context, tokens=MIB, chunk=4096)
     assert row["status"] == "ok"
     assert row["state_bytes"] == 8
     assert row["growth_bytes"] < 4 * MIB
@@ -62,7 +62,7 @@ def test_memory_that_is_lost_on_the_way_is_seen(tmp_path):
             return super().forward(tokens, state)
 
     context = make_context(Leaks(1), tmp_path, text_store(random_text(1000)))
-    (row,) = measure(context, tokens=1000, chunk=10)
+    (row,) = measure(Stream, context, tokens=1000, chunk=10)
     assert row["growth_bytes"] > 100 * MIB  # of 180; the heap may shrink meanwhile
 
 
@@ -74,7 +74,7 @@ def test_a_state_that_grows_in_secret_fails(tmp_path):
             return logits, after._replace(blocks=(held,))
 
     context = make_context(Grows(1), tmp_path, text_store(random_text(100)))
-    (row,) = measure(context, tokens=64, chunk=16)
+    (row,) = measure(Stream, context, tokens=64, chunk=16)
     assert (row["status"], "declares 8" in row["reason"]) == ("failed", True)
 
 
@@ -85,7 +85,7 @@ def test_a_recurrent_model_streams_and_attention_says_why_not(precision, tiny, t
     for architecture in ("mamba", "transformer"):
         model = tiny(architecture, dtype=torch.float32).eval()
         context = make_context(model, tmp_path, store, precision=precision)
-        rows += measure(context, tokens=256, chunk=64)
+        rows += measure(Stream, context, tokens=256, chunk=64)
     mamba, other = rows
     assert (mamba["status"], mamba["reason"]) == ("ok", None)
     assert other["status"] == "not_applicable"
@@ -97,7 +97,7 @@ def test_attention_with_sinks_streams_in_a_state_that_stops_growing(tiny, tmp_pa
     sinks = compose("eval", ["run=x", "extension=streaming_llm"]).extension
     model = extend(tiny("transformer", dtype=torch.float32).eval(), sinks, 16)
     context = make_context(model, tmp_path, text_store(random_text(300)))
-    short, long = (next(measure(context, tokens=n, chunk=64)) for n in (64, 1000))
+    short, long = (next(measure(Stream, context, tokens=n, chunk=64)) for n in (64, 1000))
     assert (short["status"], long["status"]) == ("ok", "ok")
     assert long["state_bytes"] == short["state_bytes"] > 0
 
@@ -110,17 +110,15 @@ def test_a_model_that_slows_down_is_seen(tmp_path):
             return super().forward(tokens, state)
 
     context = make_context(Slows(1), tmp_path, text_store(random_text(1000)))
-    (row,) = measure(context, tokens=1000, chunk=100)
+    (row,) = measure(Stream, context, tokens=1000, chunk=100)
     assert row["late_tokens_per_second"] < 500
     assert row["tokens_per_second"] > 2 * row["late_tokens_per_second"]
 
 
-def test_what_is_known_is_not_streamed_again(tmp_path):
-    store = text_store(random_text(300))
-    context = make_context(Remembers(1), tmp_path, store, measured=lambda key: True)
-    assert list(measure(context, tokens=100)) == []
-
-
 def test_a_stream_of_nothing_is_refused(tmp_path):
     with pytest.raises(UserError):
-        list(measure(make_context(Remembers(1), tmp_path, text_store(random_text(9))), tokens=0))
+        list(
+            measure(
+                Stream, make_context(Remembers(1), tmp_path, text_store(random_text(9))), tokens=0
+            )
+        )

@@ -119,7 +119,7 @@ def test_a_search_leaves_the_model_as_it_was(program):
     before = [mixer.reach for mixer in rotary_mixers(model)]
     context = EvalContext(model=model, data=corpus, folder=Path("runs/base"), train_length=L)
     few = {"population": 6, "mutations": 3, "crossovers": 3, "parents": 4, "texts": 2}
-    (row,) = longrope.measure(context, times=2.0, generations=1, **few)
+    (row,) = longrope.LongRope(times=2.0, generations=1, **few).rows(context)
     assert row["status"] == "ok"
     assert [mixer.reach for mixer in rotary_mixers(model)] == before
 

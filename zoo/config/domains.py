@@ -37,9 +37,23 @@ class Range(NamedTuple):
         return " and ".join(bounds)
 
 
+class Several:
+    """Marks a list of at least one value."""
+
+    @staticmethod
+    def holds(value: Sequence[Any]) -> bool:
+        return len(value) > 0
+
+
 Positive = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
 RopeBase = Annotated[float, Range(above=1)]  # rotary frequencies fall from 1 by its powers
+
+# Of measurements: what is counted, how long texts are, and what random numbers start from.
+MAX_COUNT, MAX_LENGTH = 2**20, 2**40
+Count = Annotated[int, Range(1, MAX_COUNT)]
+Lengths = Annotated[Sequence[Annotated[int, Range(1, MAX_LENGTH)]], Several]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 LARGEST = 10**15  # of an integer: beyond, sizes overflow before memory is asked for
 NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
@@ -52,8 +66,8 @@ def fits(value: Any, kind: Any) -> bool:
     if origin in (Union, UnionType):
         return any(fits(value, one) for one in inner)
     if origin is Annotated:
-        ranges = [item for item in inner[1:] if isinstance(item, Range)]
-        return fits(value, inner[0]) and all(one.holds(value) for one in ranges)
+        rules = [item for item in inner[1:] if isinstance(item, Range) or item is Several]
+        return fits(value, inner[0]) and all(one.holds(value) for one in rules)
     if origin is Literal:
         return value in inner
     if origin in LISTS:
@@ -74,7 +88,8 @@ def in_words(kind: Any) -> str:
     if origin in (Union, UnionType):
         return listed([in_words(one) for one in inner])
     if origin is Annotated:
-        return " ".join([in_words(inner[0]), *(str(x) for x in inner[1:] if isinstance(x, Range))])
+        words = " ".join([in_words(inner[0]), *(str(x) for x in inner[1:] if isinstance(x, Range))])
+        return words.replace("a list,", "one or more,") if Several in inner[1:] else words
     if origin is Literal:
         return listed([str(one) for one in inner])
     if origin in LISTS:

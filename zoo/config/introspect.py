@@ -3,23 +3,14 @@
 import ast
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from zoo.config.domains import Natural, Positive, Range, RopeBase, fits, refusal
+from zoo.config import domains
+from zoo.config.domains import fits, refusal
 from zoo.errors import refuse, refuse_path
 from zoo.paths import ROOT
-
-KINDS = {  # the names that an option's annotation may use
-    "Annotated": Annotated,
-    "Literal": Literal,
-    "Natural": Natural,
-    "Positive": Positive,
-    "Range": Range,
-    "RopeBase": RopeBase,
-    "Sequence": Sequence,
-}
 
 
 class Argument(NamedTuple):
@@ -72,12 +63,30 @@ def _own(node: ast.FunctionDef) -> dict[str, Argument]:
     }
 
 
+def _fields(node: ast.AST) -> dict[str, Argument]:
+    """The fields of a dataclass; none of another class."""
+    if not isinstance(node, ast.ClassDef) or "dataclass" not in map(
+        _decorator, node.decorator_list
+    ):
+        return {}
+    return {
+        part.target.id: Argument(_kind(part.annotation), _constant(part.value))
+        for part in node.body
+        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+        if "ClassVar" not in ast.unparse(part.annotation)
+    }
+
+
+def _decorator(node: ast.expr) -> str:
+    return ast.unparse(node.func if isinstance(node, ast.Call) else node)
+
+
 def _kind(annotation: ast.expr | None) -> Any:
     """The annotation itself, of those that options have."""
     if annotation is None:
         return Any
     try:
-        return eval(ast.unparse(annotation), {**KINDS})
+        return eval(ast.unparse(annotation), {**vars(domains)})
     except (NameError, TypeError, AttributeError):  # a tensor's, or of another package
         return Any
 
@@ -116,16 +125,18 @@ def arguments(target: str) -> dict[str, Argument] | None:
     """All arguments of the zoo's `target` by name; None where its source does not tell.
 
     A class without a constructor of its own has its base's, and one that passes on `**kwargs`
-    takes what its base takes as well.
+    takes what its base takes as well. A dataclass takes its fields.
     """
-    init = _constructor(_source(target)[1])
+    node = _source(target)[1]
+    init = _constructor(node)
+    own = _own(init) if init else _fields(node)
     if init and not init.args.kwarg:
-        return _own(init)
+        return own
     for base in _bases(target):
         inherited = arguments(base)
         if inherited is not None:
-            return {**inherited, **(_own(init) if init else {})}
-    return None
+            return {**inherited, **own}
+    return own or None if not init else None
 
 
 def lineage(target: str) -> list[str]:

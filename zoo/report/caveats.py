@@ -3,10 +3,12 @@
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 
-from zoo.report.others import other_tasks
-from zoo.report.rows import Results, Row, finite, in_words, missing, unfinished
-from zoo.report.tables import DASH, Table, Td, dead, plain
+from zoo.report.rows import Results, Row, in_words, unfinished
+from zoo.report.scores import dead
+from zoo.report.statistics import finite, missing
+from zoo.report.tables import Table, Td, shown_quantities
 from zoo.report.validity import LEAKS
+from zoo.report.words import DASH, plain
 
 NAMED = 6  # arms that a sentence lists
 
@@ -125,7 +127,8 @@ def limits(results: Results) -> list[str]:
             f"The best of several trainings of {names(several)} is named by its test score: that "
             "choice flatters it by a little."
         )
-    if not results.where(task="passkey"):
+    every = [quantity for task in results.tasks for quantity in shown_quantities(results, task)]
+    if not any(quantity.form == "share" for quantity in every):
         said.append(
             "Bits per byte is not retrieval: a low score can hide that far text is not used."
         )
@@ -134,8 +137,6 @@ def limits(results: Results) -> list[str]:
             "Speed is of one machine under its load, and without an interval: compare ratios, not "
             "absolute figures, and trust no small one."
         )
-    if other := other_tasks(results):
-        said.append(f"Shown as tables, without a figure: {', '.join(other)}.")
     return said
 
 

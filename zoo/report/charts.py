@@ -6,20 +6,21 @@ distinction. Everything else is `currentColor`, so that the page's theme, light 
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
 
-from zoo.report.rows import Results, finite
+from zoo.report.axes import LOG, Axis
+from zoo.report.rows import Results
+from zoo.report.statistics import finite
 
 Spec = dict[str, Any]
 Drawing = alt.LayerChart | alt.FacetChart
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
 DASHES = ((1, 0), (6, 3), (2, 2.5), (9, 3, 2, 3), (1, 4))
-LOG = "log scale"
 SYMBOLS = (  # SVG paths in a square from -1 to 1
     "M-1,0A1,1,0,1,1,1,0A1,1,0,1,1,-1,0Z",
     "M-0.9,-0.9H0.9V0.9H-0.9Z",
@@ -29,6 +30,7 @@ SYMBOLS = (  # SVG paths in a square from -1 to 1
     "M-0.4,-1.1H0.4V-0.4H1.1V0.4H0.4V1.1H-0.4V0.4H-1.1V-0.4H-0.4Z",
 )
 DISTINCT = len(COLORS) * len(DASHES)  # arms that can be told apart
+DOT: dict[str, Any] = {"filled": True, "size": 56, "opacity": 1}
 NAME = 17  # pixels that a name beside a line needs
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
 
@@ -40,63 +42,6 @@ class Style:
     color: str
     dash: tuple[float, ...]
     symbol: str
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A scale: its title, the words for its ticks, and from which ratio on it is logarithmic.
-
-    A figure names its scale where that is logarithmic.
-    """
-
-    title: str
-    text: Callable[[float], str | list[str]]
-    log_from: float = 1.6
-    base: int = 10
-    own_ticks: bool = False  # ticks at the data's own values
-    signed: bool = False  # values around 0: never logarithmic
-    also: tuple[float, ...] = ()  # values that the scale has besides the data's own
-
-    def scale(self, values: Sequence[float]) -> tuple[alt.Scale, alt.Axis]:
-        """The scale around the values, which are positive unless signed, and its axis."""
-        values = [*values, *self.also]
-        low, high = min(values), max(values)
-        log = not self.signed and high / low > self.log_from
-        if log:
-            air = (high / low) ** 0.04
-            low, high = low / air, high * air
-        else:
-            air = max((high - low) * 0.06, abs(high) * 0.01, 1e-3)
-            low, high = low - air, high + air
-        at = sorted(set(values)) if self.own_ticks else ticks(low, high, self.base, log)
-        # The words are looked up by position: languages spell numbers differently.
-        words = json.dumps([self.text(value) for value in at])
-        axis = alt.Axis(
-            title=f"{self.title}, {LOG}" if log else self.title,
-            values=at,
-            labelExpr=f"{words}[indexof({json.dumps(at)}, datum.value)]",
-            labelOverlap="greedy",
-        )
-        return alt.Scale(type="log" if log else "linear", domain=[low, high], nice=False), axis
-
-
-def ticks(low: float, high: float, base: int, log: bool) -> list[float]:
-    """A handful of round values within a range: in base 2 powers of two, in base 10 1, 2, 5."""
-    if log and base == 2:
-        powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
-        return [2.0**power for power in powers[:: math.ceil(len(powers) / 9)]] if powers else []
-    if log:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-        choices = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,))
-        series = ([step * 10.0**power for power in powers for step in steps] for steps in choices)
-        inside = [[value for value in values if low <= value <= high] for values in series]
-        return next((values for values in inside if len(values) <= 8), inside[-1])
-    rough = (high - low) / 6
-    unit = base ** math.floor(math.log(rough, base))
-    step = next(unit * k for k in ((1, 2) if base == 2 else (1, 2, 5, 10)) if unit * k >= rough)
-    return [
-        round(k * step, 12) + 0.0 for k in range(math.ceil(low / step), math.floor(high / step) + 1)
-    ]
 
 
 def styles(results: Results, arms: Sequence[str] | None = None) -> dict[str, Style]:
@@ -129,7 +74,7 @@ def lines(
     width: int | str = "container",
     height: int = 300,
     named: bool = False,
-    legend: bool = False,
+    legend: int = 0,
     ink: str = "currentColor",
 ) -> Drawing | None:
     """One line per arm of `look`, with its interval as a band; None where there is none to draw.
@@ -143,6 +88,7 @@ def lines(
         level: a y position (chance) marked by a horizontal rule.
         named: name the arms at the right, beside the ends of their lines; makes a figure of many
             arms as high as their names.
+        legend: the columns of a legend below; 0 for none.
     """
 
     def drawable(value: Any) -> bool:
@@ -154,63 +100,93 @@ def lines(
     arms = [arm for arm in look if any(point["arm"] == arm for point in points)]
     marks = [{"x": rule, "text": f"trained at {rule:,}"} for rule in rules]
     x_scale, x_axis = x.scale([point["x"] for point in [*points, *marks]])
-    drawn = ("y", "low", "high") if len(arms) <= len(COLORS) else ("y",)
+    banded = len(arms) <= len(COLORS)
+    drawn = ("y", "low", "high") if banded else ("y",)
     seen = [point[name] for point in points for name in drawn]
     y_scale, y_axis = y.scale([value for value in seen if drawable(value)])
     y_axis.title, y_axis.grid = None, True
     height = max(height, NAME * len(arms)) if named else height
     across, up = alt.X("x:Q", scale=x_scale, axis=x_axis), alt.Y("y:Q", scale=y_scale, axis=y_axis)
-
-    bottom = y_scale.domain[0]  # where an interval reaches below all there is to see
-    sure = [point for point in points if finite(point["low"]) and finite(point["high"])]
-    bands = [point | {"low": max(point["low"], bottom)} for point in sure if "low" in drawn]
-    symbols: dict[str, Any] = {"symbolSize": 80, "symbolOpacity": 1, "symbolStrokeWidth": 0}
-    symbols["symbolLimit"] = 0  # by default a long legend ends in "6 entries"
-    key = alt.Legend(title=None, orient="bottom", columns=4, **symbols) if legend else None
-
-    def scale(field: str) -> alt.Scale:
-        return alt.Scale(domain=arms, range=[getattr(look[arm], field) for arm in arms])
-
-    color = alt.Color("arm:N", legend=key, sort=None, scale=scale("color"))
-    shape = alt.Shape("arm:N", legend=key, sort=None, scale=scale("symbol"))
-    dash = alt.StrokeDash("arm:N", legend=None, sort=None, scale=scale("dash"))
-    tip = [alt.Tooltip(f"{name}:N") for name in points[0] if name not in ("x", "y", "low", "high")]
-    base = alt.Chart(alt.Data(values=list(points))).encode(x=across, y=up, color=color)
-    trained = alt.Chart(alt.Data(values=marks)).encode(x=across)
-    dots = {"filled": True, "size": 56, "opacity": 1}
+    coding = _coding(arms, look, legend)
     layers = [
-        trained.mark_rule(color=ink, opacity=0.5, strokeDash=[3, 3]),
-        trained.mark_text(color=ink, opacity=0.8, fontSize=11.5).encode(
-            y=alt.value(-8), text="text:N"
-        ),
-        alt.Chart(alt.Data(values=bands))
-        .mark_area(opacity=0.17)
-        .encode(across, alt.Y("low:Q", scale=y_scale, axis=y_axis), alt.Y2("high:Q"), color),
-        base.mark_line(strokeWidth=2.4).encode(strokeDash=dash),
-        base.mark_point(**dots).encode(shape=shape, tooltip=tip),
+        *_marks(marks, across, ink),
+        _bands(points if banded else [], across, y_scale, y_axis, coding["color"]),
+        *_lines(points, across, up, coding),
     ]
     if level is not None:
         chance = alt.Chart(alt.Data(values=[{"y": level}])).encode(y=up)
         layers.append(chance.mark_rule(color=ink, opacity=0.8, strokeDash=[2, 3]))
     if named:
-        ends = alt.Chart(alt.Data(values=_ends(points, arms, y_scale, height)))
-        ends = ends.encode(x=alt.value("width"), y=up)
-        dot = ends.mark_point(**dots, xOffset=12).encode(color=color, shape=shape)
-        text = ends.mark_text(align="left", xOffset=21, color=ink, fontSize=12.5, limit=230)
-        layers += [
-            dot.properties(name="end"),
-            text.encode(text="text:N").properties(name="ends"),
-        ]
-    return alt.layer(*layers).properties(
-        width=width,
-        height=height,
-        description=about,
-        title=alt.Title(
-            y.title,
-            subtitle=LOG if y_scale.type == "log" else alt.Undefined,
-            offset=26 if marks else 12,
-        ),
+        layers += _names(_ends(points, arms, y_scale, height), up, coding, ink)
+    title = alt.Title(
+        y.title,
+        subtitle=LOG if y_scale.type == "log" else alt.Undefined,
+        offset=26 if marks else 12,
     )
+    return alt.layer(*layers).properties(width=width, height=height, description=about, title=title)
+
+
+def _coding(arms: Sequence[str], look: Mapping[str, Style], legend: int) -> dict[str, Any]:
+    """Colour, symbol and dash of every arm, as encodings."""
+
+    def scale(field: str) -> alt.Scale:
+        return alt.Scale(domain=arms, range=[getattr(look[arm], field) for arm in arms])
+
+    symbols: dict[str, Any] = {"symbolSize": 80, "symbolOpacity": 1, "symbolStrokeWidth": 0}
+    symbols["symbolLimit"] = 0  # by default a long legend ends in "6 entries"
+    key = alt.Legend(title=None, orient="bottom", columns=legend, **symbols) if legend else None
+    return {
+        "color": alt.Color("arm:N", legend=key, sort=None, scale=scale("color")),
+        "shape": alt.Shape("arm:N", legend=key, sort=None, scale=scale("symbol")),
+        "strokeDash": alt.StrokeDash("arm:N", legend=None, sort=None, scale=scale("dash")),
+    }
+
+
+def _marks(marks: Sequence[Spec], across: alt.X, ink: str) -> list[alt.Chart]:
+    """Vertical rules with words above them."""
+    base = alt.Chart(alt.Data(values=list(marks))).encode(x=across)
+    words = base.mark_text(color=ink, opacity=0.8, fontSize=11.5)
+    return [
+        base.mark_rule(color=ink, opacity=0.5, strokeDash=[3, 3]),
+        words.encode(y=alt.value(-8), text="text:N"),
+    ]
+
+
+def _bands(
+    points: Sequence[Spec], across: alt.X, scale: alt.Scale, axis: alt.Axis, color: alt.Color
+) -> alt.Chart:
+    """The intervals of the points that have one."""
+    bottom = scale.domain[0]  # where an interval reaches below all there is to see
+    sure = [point for point in points if finite(point["low"]) and finite(point["high"])]
+    bands = [point | {"low": max(point["low"], bottom)} for point in sure]
+    low, high = alt.Y("low:Q", scale=scale, axis=axis), alt.Y2("high:Q")
+    return (
+        alt.Chart(alt.Data(values=bands)).mark_area(opacity=0.17).encode(across, low, high, color)
+    )
+
+
+def _lines(
+    points: Sequence[Spec], across: alt.X, up: alt.Y, coding: Mapping[str, Any]
+) -> list[alt.Chart]:
+    """The lines, and a symbol with a tip at each point."""
+    names = [name for name in points[0] if name not in ("x", "y", "low", "high")]
+    tip = [alt.Tooltip(field=name, type="nominal") for name in names]
+    base = alt.Chart(alt.Data(values=list(points))).encode(x=across, y=up, color=coding["color"])
+    return [
+        base.mark_line(strokeWidth=2.4).encode(strokeDash=coding["strokeDash"]),
+        base.mark_point(**DOT).encode(shape=coding["shape"], tooltip=tip),
+    ]
+
+
+def _names(ends: Sequence[Spec], up: alt.Y, coding: Mapping[str, Any], ink: str) -> list[alt.Chart]:
+    """The arms' names at the right, each behind its symbol."""
+    base = alt.Chart(alt.Data(values=list(ends))).encode(x=alt.value("width"), y=up)
+    dot = base.mark_point(**DOT, xOffset=12)
+    text = base.mark_text(align="left", xOffset=21, color=ink, fontSize=12.5, limit=230)
+    return [
+        dot.encode(color=coding["color"], shape=coding["shape"]).properties(name="end"),
+        text.encode(text="text:N").properties(name="ends"),
+    ]
 
 
 def grid(

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from zoo.report.rows import Cell, Results, Row, contrast
-from zoo.report.tables import PLUS_MINUS, Table, Td, signed
-from zoo.report.validity import unlearned
+from zoo.report.scores import dead
+from zoo.report.tables import Table, Td
+from zoo.report.words import PLUS_MINUS, signed
 
 Verdict = Literal["holds", "does not hold", "not shown at this scale"]
 HOLDS: Verdict = "holds"
@@ -125,13 +126,14 @@ def judge(results: Results) -> list[Judged]:
 
 def _problem(results: Results, claim: Claim) -> str:
     """Why these runs cannot decide the claim whatever they scored, or nothing."""
+    without = dead(results)
     for score in (score for each in claim.comparisons for score in (each.score, each.other)):
         rows = score.rows(results)
         labels = {row["label"] for row in rows}
         if len(labels) > 1:
             return f"{score.arm} was measured in {len(labels)} settings, which may not be mixed"
-        if why := unlearned(rows):
-            return f"{score.arm} has not learned: {next(iter(why.values()))}"
+        if why := next((without[label] for label in labels if label in without), None):
+            return f"{score.arm} has not learned: {why}"
     return ""
 
 

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from zoo.report import tables
+from zoo.report import scores
 from zoo.report.caveats import names
-from zoo.report.rows import Cells, Results, missing
+from zoo.report.rows import Cells, Results
+from zoo.report.statistics import missing
+from zoo.report.tables import Tied
+from zoo.report.words import count, score, times
 
 Best = Callable[[Iterable[float]], float]
 
@@ -28,26 +31,25 @@ class Tile:
 def tiles(results: Results) -> list[Tile]:
     """The results in a few words."""
     said: list[Tile | None] = []
-    protocol, without = tables.headline(results), tables.dead(results)
-    equal = {"spread": True, "protocol": protocol}
-    cells = results.cells("perplexity", "bits_per_byte", **equal) if protocol else {}
+    protocol, without = scores.headline(results), scores.dead(results)
+    cells = results.cells("perplexity", "bits_per_byte", protocol=protocol) if protocol else {}
     kinds = architectures(results)
     if protocol and cells and one_text(results):
-        tied = tables.ties(results, protocol)
+        tied = scores.ties(results, protocol)
         train, longest = results.train_length(), max(next(iter(cells.values())))
         learned = {label: mine for label, mine in cells.items() if label not in without}
         for length in dict.fromkeys([train or longest, longest]):
-            multiple = "" if length == train else f"{tables.times(length, train)} "
+            multiple = "" if length == train else f"{times(length, train)} "
             where = f"at {length:,} tokens, {multiple}the training length"
             titles = f"Best {where}", f"Bits per byte {where}"
-            said.append(_best(titles, learned, length, min, tables.score, "bits/byte", kinds, tied))
+            said.append(_best(titles, learned, length, min, score, "bits/byte", kinds, tied))
     if protocol:
         said.append(_longest_context(results, cells, kinds))
     if decode := results.cells("speed", "milliseconds", phase="decode"):
         longest = max(next(iter(decode.values())))
         where = f"after {longest:,} tokens"
         titles = f"Fastest decoding {where}", f"Decoding {where}"
-        said.append(_best(titles, decode, longest, min, tables.count, "ms/token", kinds))
+        said.append(_best(titles, decode, longest, min, count, "ms/token", kinds))
     return [tile for tile in said if tile]
 
 
@@ -79,7 +81,7 @@ def _best(
     text: Callable[[float], str],
     unit: str,
     kinds: Mapping[str, str],
-    tied: tables.Tied | None = None,
+    tied: Tied | None = None,
 ) -> Tile | None:
     """The best architecture of a column, what it cannot be told from, how many have no result.
 
@@ -117,7 +119,7 @@ def _longest_context(results: Results, cells: Cells, kinds: Mapping[str, str]) -
         value = cells[label][results.train_length(label) or 0].value
         return math.inf if value is None else value
 
-    contexts = {label: own for label, own in tables.reaches(results).items() if own}
+    contexts = {label: own for label, own in scores.effective_contexts(results).items() if own}
     if not contexts:
         return None
     first: dict[str, str] = {}  # the best arm of each architecture
@@ -128,7 +130,7 @@ def _longest_context(results: Results, cells: Cells, kinds: Mapping[str, str]) -
     surely = min(contexts[label].low for label in who)
     close = [k for k in first.values() if k not in who and contexts[k].high >= surely]
     arms = " and ".join(who) if len(who) < 3 else f"{len(who)} architectures"
-    detail = f"{tables.times(far, results.train_length(who[0]))} the training length"
+    detail = f"{times(far, results.train_length(who[0]))} the training length"
     if len(who) > 2:
         detail += f": {names(who)}"
     if close:

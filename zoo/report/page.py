@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,24 +18,25 @@ from zoo.report.caveats import banners, failures, limits
 from zoo.report.charts import Spec, Style, styles, themed
 from zoo.report.claims import claims_table
 from zoo.report.figures import (
-    PICTURES,
-    POOLED,
     Lines,
     changes,
-    costs,
     drawn,
     drawn_words,
-    pngs,
-    positions,
-    reach,
-    retrieval,
+    length_extension,
+    quantity_figure,
     scores,
+    task_figures,
 )
 from zoo.report.headlines import one_text, tiles
-from zoo.report.others import other_tables
+from zoo.report.pictures import pictures
+from zoo.report.positions import MIN_TOKENS, positions
 from zoo.report.rows import Results, gather
+from zoo.report.scores import EXPLAINED, PROTOCOLS, SAME_TOKENS, SHARE, contexts, ties
 from zoo.report.text import as_text
 from zoo.report.validity import blind_guess
+from zoo.report.words import plain, score, signed
+
+APART = ("perplexity", "stream")  # tasks with a part of their own
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,17 @@ class Block:
     table: tables.Table | None
     arms: list[str]  # drawn
     more: tuple["Block", ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the page shows of one task: a heading, a sentence or two, figures and tables."""
+
+    name: str
+    title: str
+    about: str
+    blocks: list[Block]
+    tables: list[tables.Table]
 
 
 def write_report(
@@ -69,14 +82,23 @@ def write_report(
     """
     results = gather(rows, runs)
     look, figures = styles(results, drawn(results)), figures or pictures_folder(html)
-    pictures = pngs(results, look)
-    _write(html, render(results, look, title).encode())
-    for name, picture in pictures.items():
+    made, before = pictures(results, look), picture_names(html)
+    _write(html, render(results, look, title, [*made]).encode())
+    for name, picture in made.items():
         _write(figures / name, picture)
-    for name in PICTURES:
-        if name not in pictures:
-            (figures / name).unlink(missing_ok=True)
+    for name in before - made.keys():
+        (figures / name).unlink(missing_ok=True)
     return terminal(results)
+
+
+def picture_names(html: Path) -> set[str]:
+    """The PNGs that a report says it has."""
+    try:
+        text = html.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return set()
+    found = re.search(r'<meta name="pictures" content="([\w. -]*)">', text)
+    return {name for name in found[1].split() if Path(name).name == name} if found else set()
 
 
 def pictures_folder(html: Path) -> Path:
@@ -89,8 +111,13 @@ def terminal(results: Results) -> str:
     return "\n".join([as_text(results), *(f"! {line}" for line in banners(results))])
 
 
-def render(results: Results, look: Mapping[str, Style], title: str | None = None) -> str:
-    """The page as text."""
+def render(
+    results: Results,
+    look: Mapping[str, Style],
+    title: str | None = None,
+    pictures: Sequence[str] = (),
+) -> str:
+    """The page as text; `pictures` are the names of the PNGs beside it."""
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -107,22 +134,22 @@ def render(results: Results, look: Mapping[str, Style], title: str | None = None
         tiles=tiles(results),
         look=look,
         partly=drawn_words(results),
-        reach=[figure(lines, height=360) for lines in reach(results)],
+        pictures=pictures,
+        pair=[figure(lines, height=360) for lines in length_extension(results)],
         scores=score_blocks(results, look),
-        explained={f"scores-{name}": words for name, words in tables.EXPLAINED.items()},
+        explained={f"scores-{name}": words for name, words in EXPLAINED.items()},
         claims=claims_table(results),
-        contexts=tables.contexts(results),
-        retrieval=retrieval_blocks(results, look),
+        contexts=contexts(results),
+        parts=[task_part(results, task, look) for task in results.tasks if task not in APART],
         curve=figure(positions(results, "perplexity")),
         costs=cost_blocks(results, look),
-        pooled=tables.plain(POOLED),
+        pooled=plain(MIN_TOKENS),
         blind=blind_guess(results.rows),
-        stream=figure(positions(results, "stream"), table=tables.streams(results)),
-        others=other_tables(results),
+        stream=stream_part(results, look),
         budgets=tables.budgets(results),
         failures=failures(results),
         limits=limits(results),
-        share=f"{tables.SHARE:.0%}",
+        share=f"{SHARE:.0%}",
         vega=vega(),
     )
 
@@ -153,7 +180,7 @@ def facts(results: Results) -> list[str]:
         **{"data": "data: {}", "tokenizer": "tokenizer: {}", "size": "size: {}"},
         **{"train_tokens": "{} train tokens", "device": "{}"},
     }.items():
-        values = dict.fromkeys(tables.plain(row[field]) for row in results.rows if row.get(field))
+        values = dict.fromkeys(plain(row[field]) for row in results.rows if row.get(field))
         said += [words.format(" / ".join(values))] if values else []
     if days := sorted({str(row["time"])[:10] for row in results.rows if row.get("time")}):
         said.append(f"measured {' to '.join(dict.fromkeys([days[0], days[-1]]))}")
@@ -163,48 +190,54 @@ def facts(results: Results) -> list[str]:
 def score_blocks(results: Results, look: Mapping[str, Style]) -> list[Block]:
     """Bits per byte by length, once per protocol."""
     blocks = []
-    for protocol, words in tables.PROTOCOLS.items():
-        cells = results.cells("perplexity", "bits_per_byte", spread=True, protocol=protocol)
-        caption, tied = f"Bits per byte. {words}.", tables.ties(results, protocol)
+    for protocol, words in PROTOCOLS.items():
+        cells = results.cells("perplexity", "bits_per_byte", protocol=protocol)
+        caption, tied = f"Bits per byte. {words}.", ties(results, protocol)
         best = min if one_text(results) else None
-        table = tables.grid(results, cells, caption, tables.score, best, tied)
+        table = tables.grid(results, cells, caption, score, best, tied)
         block = _block(scores(results, protocol), words, table, look=look, named=True, height=380)
         blocks.append(replace(block, more=tuple(_compared(results, protocol, look))))
     return [block for block in blocks if block.table]
 
 
-def retrieval_blocks(results: Results, look: Mapping[str, Style]) -> list[Block]:
-    """Passkeys found by length: the choice drawn, the exact answers as a table."""
-    blocks = []
-    for answer, words in tables.ANSWERS.items():
-        table = tables.found(results, answer)
-        blocks.append(
-            _block(retrieval(results, answer), words, table, look=look, named=True, height=240)
-        )
-    return [block for block in blocks if block.table]
-
-
 def _compared(results: Results, protocol: str, look: Mapping[str, Style]) -> Iterator[Block]:
     """What the scores differ by: against an arm's own training length, against the reference."""
-    if protocol in tables.SAME_TOKENS:
+    if protocol in SAME_TOKENS:
         title = "Change of bits per byte against the arm's own at its training length."
-        table = tables.grid(results, results.changes(protocol), title, tables.signed)
+        table = tables.grid(results, results.changes(protocol), title, signed)
         figure = changes(results, protocol)
         yield _block(figure, title, table, look=look, named=True, height=240)
     title = f"Bits per byte less those of {results.reference} on the same text."
-    table = tables.grid(results, results.differences(protocol), title, tables.signed)
+    table = tables.grid(results, results.differences(protocol), title, signed)
     yield Block(f"differences-{protocol}", title, "", None, table, [])
+
+
+def task_part(results: Results, task: str, look: Mapping[str, Style]) -> Part:
+    """What any task has measured: figures by length and tables."""
+    said = results.tasks[task]
+    figures = task_figures(results, task)
+    blocks = [_block(figure, look=look, named=True, height=240) for figure in figures]
+    shown = tables.task_tables(results, task) if tables.shown_quantities(results, task) else []
+    return Part(task, said.title, said.about, blocks, shown)
+
+
+def stream_part(results: Results, look: Mapping[str, Style]) -> Part | None:
+    """One long text, by position."""
+    if "stream" not in results.tasks:
+        return None
+    part = task_part(results, "stream", look)
+    return replace(part, blocks=[_block(positions(results, "stream"), look=look)])
 
 
 def cost_blocks(results: Results, look: Mapping[str, Style]) -> list[Block]:
     """Speed and memory by length."""
     blocks = []
-    for name, (cells, figure) in costs(results).items():
-        text = tables.size if name in ("peak", "state") else tables.count
-        best = max if name == "forward" else min
-        title = figure.y.title[0].upper() + figure.y.title[1:]
-        table = tables.grid(results, cells, f"{title}.", text, best)
-        blocks.append(_block(figure, title, table, look=look, height=230))
+    for task, quantity in tables.costs(results):
+        table, figure = (
+            tables.quantity_table(results, task, quantity),
+            quantity_figure(results, task, quantity),
+        )
+        blocks.append(_block(figure, figure.y.title, table, look=look, height=230))
     return [block for block in blocks if block.table]
 
 

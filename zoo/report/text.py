@@ -2,38 +2,31 @@
 
 from zoo.report.caveats import failures
 from zoo.report.claims import judge, told
-from zoo.report.others import other_tables
 from zoo.report.rows import Cell, Results
-from zoo.report.tables import (
-    ANSWERS,
-    DASH,
-    PLUS_MINUS,
-    PROTOCOLS,
-    SAME_TOKENS,
-    Table,
-    dead,
-    found,
-    headline,
-    reaches,
-    score,
-    signed,
-    speeds,
-    streams,
-    times,
-)
+from zoo.report.scores import PROTOCOLS, SAME_TOKENS, dead, effective_contexts, headline
+from zoo.report.tables import Table, costs, quantity_table, shown_quantities, task_tables
 from zoo.report.validity import LEAKS
+from zoo.report.words import DASH, PLUS_MINUS, score, signed, times
 
-MARK = " *"  # after the label of an arm that was asked for, among others
+MARK = " *"  # after the label of an arm that was requested, among others
 
 
 def as_text(results: Results) -> str:
     """The tables for a terminal: whatever was measured, the claims, and why what failed did."""
-    tables = [*(found(results, answer) for answer in ANSWERS), *speeds(results), streams(results)]
-    shown = [_table_as_text(results, table) for table in (*tables, *other_tables(results))]
-    said = [*_scores_as_text(results), *shown, _claims_as_text(results)]
+    tables = [
+        table
+        for task in results.tasks
+        if task != "perplexity" and shown_quantities(results, task)
+        for table in task_tables(results, task)
+    ]
+    tables += [table for shown in costs(results) if (table := quantity_table(results, *shown))]
+    reasons: list[str] = []  # each is told once, below the first table that has it
+    said = _scores_as_text(results, reasons)
+    said += [_table_as_text(results, table, reasons) for table in tables]
+    said.append(_claims_as_text(results))
     said = [text for text in said if text] or ["no score measured yet"]
     if any(map(results.requested, results.arms)) and any(said):
-        said.append(f"{MARK.strip()} asked for now; the others stand beside it as measured before")
+        said.append(f"{MARK.strip()} requested now; the other arms were measured before")
     return "\n\n".join([*said, *_failures_as_text(results, "\n".join(said))])
 
 
@@ -51,31 +44,30 @@ def _failures_as_text(results: Results, said: str) -> list[str]:
 def _claims_as_text(results: Results) -> str:
     """Each claim's verdict, and below it what was compared."""
     lines = []
-    for own in judge(results):
-        why = f" ({own.why})" if own.why else ""
-        lines.append(f"claim {own.claim.number} {own.verdict}{why}: {own.claim.words}")
-        lines += [f"    {line}" for line in told(own)]
+    for judged in judge(results):
+        why = f" ({judged.why})" if judged.why else ""
+        lines.append(f"claim {judged.claim.number} {judged.verdict}{why}: {judged.claim.words}")
+        lines += [f"    {line}" for line in told(judged)]
     return "\n".join(lines)
 
 
-def _scores_as_text(results: Results) -> list[str]:
-    """The headline tables; reasons are numbered and spelt out below the first."""
+def _scores_as_text(results: Results, reasons: list[str]) -> list[str]:
+    """The headline tables; `reasons` takes those for which a cell has no number."""
     protocol = headline(results)
-    equal = {"spread": True, "protocol": protocol}
-    cells = results.cells("perplexity", "bits_per_byte", **equal) if protocol else {}
+    cells = results.cells("perplexity", "bits_per_byte", protocol=protocol) if protocol else {}
     if not protocol or not cells:
         return []
-    reach_of, without, train = reaches(results), dead(results), results.train_length()
+    context_of, without, train = effective_contexts(results), dead(results), results.train_length()
     lengths = list(next(iter(cells.values())))
     every = [cell for mine in cells.values() for cell in mine.values()]
-    reasons = list(dict.fromkeys(cell.reason for cell in every if cell.reason))
+    reasons += dict.fromkeys(cell.reason for cell in every if cell.reason)
     heads = [["", *(f"{n:,}" for n in lengths)], ["arm", *(times(n, train) for n in lengths)]]
 
     def shown(cell: Cell) -> str:
         return f"({reasons.index(cell.reason) + 1})" if cell.value is None else score(cell.value)
 
     def known(label: str) -> str:
-        own = reach_of.get(label)
+        own = context_of.get(label)
         if own is None:
             return "not learned" if label in without else "unknown"
         return f"{own}{own.ends}"
@@ -110,19 +102,18 @@ def _marked(results: Results, label: str) -> str:
     return label + MARK * (label in results.by_arm and results.requested(label))
 
 
-def _table_as_text(results: Results, table: Table | None) -> str:
-    if table is None:
-        return ""
+def _table_as_text(results: Results, table: Table, reasons: list[str]) -> str:
     lines = [[head for head, _ in table.head]]
     whys = [cell.text for row in table.rows for cell in row if cell.kind in ("reason", LEAKS)]
-    reasons = list(dict.fromkeys(whys))
+    known = len(reasons)
+    reasons += [why for why in dict.fromkeys(whys) if why not in reasons]
     for arm, *cells in table.rows:
         texts = []
         for cell in cells:
             why = f"({reasons.index(cell.text) + 1})" if cell.text in reasons else cell.text
             texts += [why] * cell.span
         lines.append([_marked(results, arm.text), *texts])
-    notes = [f"({i}) {why}" for i, why in enumerate(reasons, 1)]
+    notes = [f"({i}) {why}" for i, why in enumerate(reasons[known:], known + 1)]
     return "\n".join([table.caption, *_aligned(lines), *notes])
 
 

@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 from zoo.errors import UserError
 from zoo.report.caveats import banners, limits
-from zoo.report.figures import PICTURES
-from zoo.report.page import pictures_folder
-from zoo.report.rows import finite, gather
-from zoo.report.tables import PROTOCOLS
+from zoo.report.page import picture_names, pictures_folder
+from zoo.report.rows import gather
+from zoo.report.statistics import finite
 from zoo.report.text import as_text
 
 Rows = Sequence[Mapping[str, Any]]
@@ -50,7 +49,9 @@ def mirror(
         run.define_metric("*", step_metric="length")
         for length, metrics in sorted(by_length(rows, runs).items()):
             run.log({"length": length} | metrics)
-        columns: list[Any] = sorted({n for row in rows for n in row} - {"curve", "unit_bits"})
+        columns: list[Any] = sorted(
+            {n for row in rows for n in row} - {"curve", "unit_bits", "declares"}
+        )
         table = wandb.Table(columns=columns, allow_mixed_types=True)
         for row in rows:
             table.add_data(*(_plain(row.get(column)) for column in columns))
@@ -74,8 +75,8 @@ def _pages(report: Path | None) -> dict[str, Any]:
     if report is None or not report.is_file():
         return {}
     pages = {"report": wandb.Html(report.read_text(encoding="utf-8"), inject=False)}
-    for file in sorted(pictures_folder(report).glob("*.png")):
-        if file.name in PICTURES:
+    for name in sorted(picture_names(report)):
+        if (file := pictures_folder(report) / name).is_file():
             data = base64.b64encode(file.read_bytes()).decode()
             picture = f'<img alt="{file.stem}" width="100%" src="data:image/png;base64,{data}">'
             pages[f"figures/{file.stem}"] = wandb.Html(picture, inject=False)
@@ -98,20 +99,19 @@ def begin(mode: str, **about: Any) -> Any:
 
 
 def by_length(rows: Rows, runs: Rows) -> dict[int, dict[str, float]]:
-    """length -> metric name -> value, the mean over seeds, for every measurement of every arm."""
+    """length -> metric name -> value, the mean over seeds, for every quantity of every arm.
+
+    A name is <task>/<field>/<what tells its rows apart>/<arm>.
+    """
     results = gather(rows, runs)
-    kinds: list[tuple[str, str, dict[str, Any]]] = [
-        *(("perplexity", "bits_per_byte", {"protocol": name}) for name in PROTOCOLS),
-        ("speed", "tokens_per_second", {"phase": "forward"}),
-        ("speed", "milliseconds", {"phase": "decode"}),
-    ]
     metrics: dict[int, dict[str, float]] = {}
-    for task, field, equal in kinds:
-        for label, mine in results.cells(task, field, **equal).items():
-            for length, cell in mine.items():
-                if cell.value is not None:
-                    name = "/".join([field, *equal.values(), label])
-                    metrics.setdefault(length, {})[name] = cell.value
+    for task, said in results.tasks.items():
+        for quantity in said.quantities:
+            for label, mine in results.measured(task, quantity).items():
+                name = "/".join([task, quantity.field, *quantity.where.values(), label])
+                for length, cell in mine.items():
+                    if cell.value is not None:
+                        metrics.setdefault(length, {})[name] = cell.value
     return metrics
 
 

@@ -5,90 +5,98 @@ ones, a model is measured on long ones. Labels of one row depend on each other, 
 counts rows, not labels: Wilson's, as if each row were one question.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
+from zoo.config.domains import Count, Lengths, Seed
 from zoo.data.synthetic import NO_LABEL
 from zoo.errors import UserError
-from zoo.report.rows import wilson
-from zoo.tasks.context import (
-    EvalContext,
-    Row,
-    check_counts,
-    check_length,
-    check_lengths,
-    check_state,
-    chunk_tokens,
-    run_guarded,
-)
+from zoo.measurement import Declaration, Quantity
+from zoo.report.statistics import wilson
+from zoo.tasks.context import EvalContext, Row, check_length, check_state, chunk_tokens
+from zoo.tasks.memory import check_memory
+from zoo.tasks.task import STATE, Task, lengths_of
 
 TIMES = (1, 2, 4, 8, 16)  # the training length
 BATCH_TOKENS = 2**16  # short rows are read together, up to so many tokens
+TOKEN_BYTES = 32  # of an example: its token, label and prediction in int64, and what is compared
 QUARTERS = 4
 
 
-def measure(
-    context: EvalContext,
-    *,
-    lengths: Sequence[int] | None = None,
-    examples: int = 128,
-    seed: int = 0,
-    chunk: int = 4096,
-) -> Iterator[Row]:
-    """One row per length: accuracy over all labels, and over those in each quarter of the places.
+@dataclass(frozen=True, kw_only=True)
+class Accuracy(Task):
+    """One row per length: accuracy over all labels, and in each quarter of the positions.
 
-    `lengths` are 1, 2 .. 16 times the training length unless given; each reads that many
-    `examples`, drawn from `seed`, `chunk` tokens at a time.
+    Each length reads `examples` examples, drawn from `seed`, `chunk` tokens at a time.
     """
-    lengths = [*(lengths or (times * context.train_length for times in TIMES))]
-    lengths = check_lengths("accuracy", lengths)
-    check_counts("accuracy", examples=examples, chunk=chunk)
-    check_counts("accuracy", seed=seed, least=0, most=2**63)
-    for length in lengths:
-        key = {"split": context.split, "length": length, "examples": examples, "example_seed": seed}
-        if not context.measured(key):
-            outcome = run_guarded(partial(_read, context, length, examples, seed, chunk))
-            yield key | outcome.row | (outcome.value or {})
 
+    declares = Declaration(
+        title="Accuracy",
+        about="The share of labels that the model finds likeliest, on examples of the task that "
+        "it was trained on. Models are trained on short examples and tested on longer ones.",
+        quantities=(
+            Quantity(
+                field="accuracy",
+                name="accuracy",
+                better="higher",
+                form="share",
+                interval="interval",
+                chance="chance",
+            ),
+            STATE,
+        ),
+    )
+    lengths: Lengths | None = None
+    examples: Count = 128
+    seed: Seed = 0
+    chunk: Count = 4096
 
-def _read(context: EvalContext, length: int, rows: int, seed: int, chunk: int) -> Row:
-    """The figures of one length."""
-    check_length(context.model, length)
-    drawn = context.examples.examples(context.split, seed, 0, rows, length)
-    asked = drawn.labels != NO_LABEL
-    if not asked.any():
-        raise UserError(
-            f"task.accuracy.examples={rows}: none of them has a label at length {length}. Use more."
-        )
-    at_once = max(1, BATCH_TOKENS // length)
-    context.progress.begin(f"accuracy at {length}", rows * length)
-    with context.arithmetic():
-        found = [
-            _likeliest(context, drawn.tokens[first : first + at_once], chunk)
-            for first in range(0, rows, at_once)
-        ]
-        state_bytes = context.model.state_bytes(length)
-    right = (np.concatenate(found) == drawn.labels) & asked
-    accuracy = right.sum() / asked.sum()
-    return {
-        "accuracy": float(accuracy),
-        "interval": wilson(round(accuracy * rows), rows),
-        "chance": 1 / drawn.answers,
-        "correct": int(right.sum()),
-        "count": int(asked.sum()),
-        "accuracy_by_quarter": _by_quarter(right, asked),
-        "state_bytes": state_bytes,
-    }
+    def check(self) -> None:
+        longest = max(self.lengths or [0])
+        option = f"task.accuracy.lengths={longest}"
+        check_memory(option, self.examples * longest * TOKEN_BYTES, f"{self.examples} examples")
+
+    def questions(self, context: EvalContext) -> list[Row]:
+        lengths = lengths_of(self.lengths, context, TIMES)
+        return [{"split": context.split, "length": length} for length in lengths]
+
+    def measure(self, context: EvalContext, question: Row) -> Row:
+        length, rows = question["length"], self.examples
+        check_length(context.model, length)
+        drawn = context.examples.examples(context.split, self.seed, 0, rows, length)
+        labelled = drawn.labels != NO_LABEL
+        if not labelled.any():
+            raise UserError(
+                f"task.accuracy.examples={rows}: none has a label at length {length}. Use more."
+            )
+        at_once = max(1, BATCH_TOKENS // length)
+        context.progress.begin(f"accuracy at {length}", rows * length)
+        with context.arithmetic():
+            found = [
+                _likeliest(context, drawn.tokens[first : first + at_once], self.chunk)
+                for first in range(0, rows, at_once)
+            ]
+            state_bytes = context.model.state_bytes(length)
+        right = (np.concatenate(found) == drawn.labels) & labelled
+        accuracy = right.sum() / labelled.sum()
+        return {
+            "accuracy": float(accuracy),
+            "interval": wilson(round(accuracy * rows), rows),
+            "chance": 1 / drawn.answers,
+            "correct": int(right.sum()),
+            "count": int(labelled.sum()),
+            "accuracy_by_quarter": _by_quarter(right, labelled),
+            "state_bytes": state_bytes,
+        }
 
 
 def _likeliest(
     context: EvalContext, tokens: Int[np.ndarray, "b t"], chunk: int
 ) -> Int[np.ndarray, "b t"]:
-    """The symbol that the model finds likeliest at each place, read `chunk` tokens at a time."""
+    """The symbol that the model finds likeliest at each position, read `chunk` tokens at a time."""
     model, parts = context.model, []
     text = torch.from_numpy(tokens)
     state = model.empty_state(len(text))
@@ -103,8 +111,10 @@ def _likeliest(
 
 
 def _by_quarter(
-    right: Bool[np.ndarray, "b t"], asked: Bool[np.ndarray, "b t"]
+    right: Bool[np.ndarray, "b t"], labelled: Bool[np.ndarray, "b t"]
 ) -> list[float | None]:
-    """Accuracy in each quarter of the places; None where nothing is asked."""
-    quarters = zip(*(np.array_split(part.sum(0), QUARTERS) for part in (right, asked)), strict=True)
-    return [float(r.sum() / a.sum()) if a.sum() else None for r, a in quarters]
+    """Accuracy in each quarter of the positions; None where there are no labels."""
+    quarters = zip(
+        *(np.array_split(part.sum(0), QUARTERS) for part in (right, labelled)), strict=True
+    )
+    return [float(r.sum() / all_.sum()) if all_.sum() else None for r, all_ in quarters]

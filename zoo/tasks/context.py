@@ -6,7 +6,7 @@ Position p is the number of tokens a prediction was made from, 1 .. length.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,16 +24,13 @@ from zoo.data.examples import SyntheticData
 from zoo.data.store import TokenStore
 from zoo.errors import NoStateError, UserError
 from zoo.mixers.base import count_bytes
-from zoo.model.audit import AUTOCAST, Audit, audit, stretch
+from zoo.model.audit import AUTOCAST
 from zoo.model.backbone import Backbone, BackboneState
 from zoo.tasks.progress import Progress
 
 Row = dict[str, Any]
 
 MAX_LOGITS = 2**26  # numbers in the output of one chunk: 256 MiB in float32
-MAX_AUDIT_TOKENS = 4096  # tokens: up to so many an audit reads as far as the measurements will
-MAX_COUNT = 2**20  # of what a task is asked to count: examples, prompts, repeats
-MAX_LENGTH = 2**40  # tokens of a length
 BUCKETS_PER_OCTAVE = 4  # points of a curve: 50 to 16k tokens, 75 to a million
 
 
@@ -50,7 +47,6 @@ class EvalContext:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "32-true"
     progress: Progress = field(default_factory=Progress)
-    measured: Callable[[Row], bool] = lambda key: False  # this row is known: no need to measure it
 
     @property
     def corpus(self) -> Corpus:
@@ -86,21 +82,6 @@ class EvalContext:
             else:
                 stack.enter_context(torch.inference_mode())
             yield
-
-
-def check_counts(task: str, *, least: int = 1, most: int = MAX_COUNT, **values: int) -> None:
-    """Refuse settings of a task that are not `least` to `most`, one line for the first."""
-    for name, value in values.items():
-        if not least <= value <= most:
-            raise UserError(f"task.{task}.{name}={value}: must be {least} to {most:,}.")
-
-
-def check_lengths(task: str, lengths: Sequence[int], least: int = 1) -> list[int]:
-    """The lengths once each, the shortest first. UserError for one below `least`."""
-    found = sorted(set(lengths))
-    check_counts(task, least=least, most=MAX_LENGTH, lengths=found[0])
-    check_counts(task, least=least, most=MAX_LENGTH, lengths=found[-1])
-    return found
 
 
 def chunk_tokens(context: EvalContext, chunk: int) -> int:
@@ -209,41 +190,6 @@ class NotApplicableError(Exception):
 
 class LeakError(Exception):
     """The model's predictions depend on what they must not; the message says how that was seen."""
-
-
-class Leaks:
-    """The audit of a context's model, made once, before its first measurement."""
-
-    def __init__(self, context: EvalContext) -> None:
-        self.context = context
-        self.found: Audit | None = None
-        self.problem: Row = {}  # status and reason of a model that could not be audited
-
-    def check(self, key: Row) -> None:
-        """Audit at the training length and at a longer one that is measured, `key["length"]` or
-        twice the training length at least; LeakError where the model leaks."""
-        if self.found is None and not self.problem:
-            self._make(key)
-        if self.found and not self.found.ok:
-            raise LeakError(self.found.reason)
-
-    def _make(self, key: Row) -> None:
-        context, train = self.context, self.context.train_length
-        longest = max(int(key.get("unit") or key.get("length") or 0), 2 * train)
-        lengths = train, max(2 * train, min(longest, MAX_AUDIT_TOKENS))
-        text, dtype = (
-            stretch(context.data.text(context.split), lengths[1]),
-            AUTOCAST.get(context.precision),
-        )
-        try:
-            self.found = audit(context.model, text, lengths=lengths, autocast=dtype)
-        except Exception as error:  # what breaks the audit may well break the measurement: see it
-            reason = f"it could not be audited for leaks: {failure_row(error)['reason']}"
-            self.problem = {"status": "failed", "reason": reason}
-
-    def judge(self, row: Row) -> Row:
-        """The row, but without success where the model could not be audited."""
-        return row | (self.problem if row["status"] == "ok" else {})
 
 
 class Outcome(NamedTuple):

@@ -10,18 +10,19 @@ it was tuned with.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from zoo.attention.pattern import Reach
+from zoo.config.domains import Count, Range, Seed
 from zoo.data.loader import evaluation_bytes, evaluation_text
 from zoo.errors import UserError
+from zoo.measurement import Declaration, Quantity
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.extend import rotary_mixers
 from zoo.positions.longrope import N_HATS, Rescale, Search
@@ -30,57 +31,74 @@ from zoo.positions.scaling import linear, longrope, ntk_aware, yarn
 from zoo.runs.files import write_text
 from zoo.runs.folder import RunFolder
 from zoo.runs.longrope import found_file
-from zoo.tasks.context import EvalContext, Row, bits_per_byte, chunk_tokens, run_guarded, score
+from zoo.tasks.context import EvalContext, Row, bits_per_byte, chunk_tokens, score
+from zoo.tasks.task import Task
 
 log = logging.getLogger("zoo")
 
 
-def measure(
-    context: EvalContext,
-    *,
-    times: float,
-    texts: int = 5,
-    population: int = 64,
-    generations: int = 40,
-    mutations: int = 16,
-    crossovers: int = 16,
-    parents: int = 32,
-    most: float | None = None,
-    magnitude: str = "su",
-    seed: int = 0,
-    chunk: int = 4096,
-) -> Iterator[Row]:
+@dataclass(frozen=True, kw_only=True)
+class LongRope(Task):
     """One row: bits per byte under the best rescale, and the best of each generation.
 
     Searched on `texts` texts of the validation split, of `times` times the trained length; short
-    factors at the original length. Raises UserError where the model has no rotary positions or the
-    folder holds a search with other settings.
+    factors at the original length. `most` is the largest factor, by default 1.25 times as much, or
+    as much for short texts.
     """
-    problem = _problem(context, times, magnitude)
-    most = most or (times if problem.tuned else 1.25 * times)
-    sizes: dict[str, Any] = {
-        "population": population,
-        "mutations": mutations,
-        "crossovers": crossovers,
-    }
-    sizes |= {"parents": parents, "seed": seed}
-    try:
-        search = Search(problem.starts, most, problem.n_hats, **sizes)
-    except ValueError as error:
-        raise UserError(f"longrope: {error}") from error
-    corpus = context.corpus
-    which = corpus.valid, problem.length, texts, corpus.eval_documents
-    text, text_bytes = evaluation_text(*which), int(evaluation_bytes(*which)[:, 1:].sum())
-    settings = {"texts": len(text), "times": times, "magnitude": problem.magnitude, **sizes}
-    settings |= {"most": most}
-    key = {"split": "valid", "length": problem.length, "units": len(text), "searched": generations}
-    key |= {"search_seed" if name == "seed" else name: settings[name] for name in settings}
-    settings |= {"weights": _fingerprint(context)}
-    file = context.folder / found_file(times)
-    if _resume(search, file, settings) or not context.measured(key):
-        searched = partial(_search, context, search, problem, text, text_bytes)
-        outcome = run_guarded(lambda: searched(generations, chunk, file))
-        yield key | outcome.row | (outcome.value or {})
+
+    declares = Declaration(
+        title="LongRoPE's search",
+        about="The best rescale of the rotary frequencies that the search found, scored on texts "
+        "of the validation split.",
+        quantities=(
+            Quantity(field="bits_per_byte", name="bits per byte", better="lower", form="score"),
+        ),
+    )
+    unidentifying = ("texts", "chunk")  # a question has the number of texts that there are
+    times: Annotated[float, Range(above=1, most=2**20)]
+    texts: Count = 5
+    population: Count = 64
+    generations: Annotated[int, Range(0, 2**20)] = 40
+    mutations: Count = 16
+    crossovers: Count = 16
+    parents: Count = 32
+    most: Annotated[float, Range(above=1, most=2**21)] | None = None
+    magnitude: Literal["su", "yarn", "none"] = "su"
+    seed: Seed = 0
+    chunk: Count = 4096
+
+    def questions(self, context: EvalContext) -> list[Row]:
+        """Raises UserError where the model has no rotary positions, or where the run's folder holds
+        a search with other settings."""
+        prepared = self._prepare(context)
+        return [{"split": "valid", "length": prepared.problem.length, "units": len(prepared.text)}]
+
+    def stands(self, context: EvalContext) -> bool:
+        return "search" in json.loads(self._file(context).read_text(encoding="utf-8"))
+
+    def measure(self, context: EvalContext, question: Row) -> Row:
+        return _search(context, self._prepare(context), self.generations, self.chunk)
+
+    def _file(self, context: EvalContext) -> Path:
+        return context.folder / found_file(self.times)
+
+    def _prepare(self, context: EvalContext) -> "Prepared":
+        """The search as the run's folder holds it, or its beginning, and the texts."""
+        problem = _problem(context, self.times, self.magnitude)
+        most = self.most or (self.times if problem.tuned else 1.25 * self.times)
+        sizes = {name: getattr(self, name) for name in ("population", "mutations", "crossovers")}
+        sizes |= {"parents": self.parents, "seed": self.seed}
+        try:
+            search = Search(problem.starts, most, problem.n_hats, **sizes)
+        except ValueError as error:
+            raise UserError(f"longrope: {error}") from error
+        corpus = context.corpus
+        which = corpus.valid, problem.length, self.texts, corpus.eval_documents
+        text, text_bytes = evaluation_text(*which), int(evaluation_bytes(*which)[:, 1:].sum())
+        settings = {"texts": len(text), "times": self.times, "magnitude": problem.magnitude}
+        settings |= {**sizes, "most": most, "weights": _fingerprint(context)}
+        _resume(search, self._file(context), settings)
+        return Prepared(search, problem, text, text_bytes, self._file(context))
 
 
 @dataclass
@@ -125,8 +143,6 @@ def _problem(context: EvalContext, factor: float, magnitude: str) -> Problem:
         raise UserError("longrope searches for models whose rotary layers have one width and base")
     if context.extension != "none":
         raise UserError("longrope searches under extension=none, for the model as it was trained")
-    if not factor > 1:
-        raise UserError(f"task.longrope.times={factor:g}: texts longer than trained, so above 1")
     own = config.extension
     if own.name not in ("none", "longrope") or (own.scaling and own.factor != factor):
         raise UserError(f"longrope: the run was tuned under {own.name} x{own.factor:g}, not this")
@@ -147,17 +163,19 @@ def _problem(context: EvalContext, factor: float, magnitude: str) -> Problem:
     return Problem(mixers, length, starts, n_hats, factor, original_length, magnitude, tuned)
 
 
-def _search(
-    context: EvalContext,
-    search: Search,
-    problem: Problem,
-    text: Int[np.ndarray, "n t1"],
-    text_bytes: int,
-    generations: int,
-    chunk: int,
-    file: Path,
-) -> Row:
+class Prepared(NamedTuple):
+    """A search, and what it searches on."""
+
+    search: Search
+    problem: Problem
+    text: Int[np.ndarray, "n t1"]
+    text_bytes: int
+    file: Path
+
+
+def _search(context: EvalContext, prepared: Prepared, generations: int, chunk: int) -> Row:
     """Search to the end, saving as it goes; the row's figures."""
+    search, problem, text, text_bytes, file = prepared
     tokens = len(text) * problem.length
 
     def loss(genome: Rescale) -> float:
@@ -199,11 +217,11 @@ def _search(
     }
 
 
-def _resume(search: Search, file: Path, settings: Row) -> bool:
-    """Go on with the search that the file holds, or begin one there; whether it begins."""
+def _resume(search: Search, file: Path, settings: Row) -> None:
+    """Go on with the search that the file holds, or begin one there."""
     if not file.is_file():
         write_text(file, json.dumps({"settings": settings, "best": []}))
-        return True
+        return
     state = json.loads(file.read_text(encoding="utf-8"))
     theirs = state["settings"]
     if differ := [key for key in {**theirs, **settings} if theirs.get(key) != settings.get(key)]:
@@ -212,7 +230,6 @@ def _resume(search: Search, file: Path, settings: Row) -> bool:
         )
     if "search" in state:
         search.restore(state["search"])
-    return "search" not in state
 
 
 def _fingerprint(context: EvalContext) -> str:

@@ -14,6 +14,22 @@ from typing import Any
 import torch
 from torch.autograd.profiler import profile
 
+from zoo.errors import UserError
+
+
+def check_memory(option: str, needed: int, what: str) -> None:
+    """Refuse a length of which the data alone is larger than the machine's memory (Unix).
+
+    Raises UserError: `option` as `<option>=<value>`, `what` of that length takes `needed` bytes.
+    """
+    with suppress(AttributeError, ValueError, OSError):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > memory:
+            raise UserError(
+                f"{option}: {what} of this length take {needed / 2**30:,.0f} GiB, more than the "
+                f"machine's {memory / 2**30:,.0f}. Use shorter lengths or fewer of them."
+            )
+
 
 def peak_bytes(device: torch.device, call: Callable[[], object]) -> int | None:
     """Most bytes of tensors that `call` held at a time, beyond those from before it.

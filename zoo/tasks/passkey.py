@@ -14,68 +14,125 @@ answers from the state that the prompt left. Intervals are Wilson's, over prompt
 What is low at every length was not learned: train with `data.passkey=`.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
+from zoo.config.domains import Count, Lengths, Range, Seed
 from zoo.data.loader import evaluation_text
 from zoo.data.passkey import DIGITS, passkey_prompt, random_key, tokens
 from zoo.errors import UserError
-from zoo.report.rows import wilson
-from zoo.tasks.context import (
-    MAX_COUNT,
-    EvalContext,
-    Row,
-    check_counts,
-    check_length,
-    check_lengths,
-    check_state,
-    chunk_tokens,
-    nats,
-    run_guarded,
-)
+from zoo.measurement import Declaration, Quantity
+from zoo.report.statistics import wilson
+from zoo.tasks.context import EvalContext, Row, check_length, check_state, chunk_tokens, nats
+from zoo.tasks.memory import check_memory
 from zoo.tasks.perplexity import BATCH_TOKENS, TIMES
+from zoo.tasks.task import STATE, Task, lengths_of
 
 PAD = -1  # after the end of a key that has fewer tokens than another
+TOKEN_BYTES = 32  # of a prompt: the text and the prompt in int64, and the copies that are read
 
 
-def measure(
-    context: EvalContext,
-    *,
-    lengths: Sequence[int] | None = None,
-    depths: int = 5,
-    repeats: int = 10,
-    candidates: int = 10,
-    seed: int = 0,
-    chunk: int = 4096,
-) -> Iterator[Row]:
-    """One row per length, with the counts of each depth: `depths` of them from 0 to 1.
+@dataclass(frozen=True, kw_only=True)
+class Passkey(Task):
+    """One row per length, with the counts at each depth: `depths` of them from 0 to 1.
 
-    `lengths` (tokens, prompt and answer) are 1, 2 .. 32 times the training length unless given.
-    Each of them reads depths * repeats prompts, `chunk` tokens at a time.
+    A length counts the tokens of prompt and answer. Each reads depths * repeats prompts, `chunk`
+    tokens at a time.
     """
-    lengths = [*(lengths or (times * context.train_length for times in TIMES))]
-    lengths = check_lengths("passkey", lengths, least=DIGITS + 1)
-    check_counts("passkey", depths=depths, chunk=chunk)
-    check_counts("passkey", repeats=repeats, most=MAX_COUNT // depths)
-    check_counts("passkey", candidates=candidates, least=2, most=10**DIGITS)
-    check_counts("passkey", seed=seed, least=0, most=2**63)
-    documents, count = context.corpus.eval_documents, depths * repeats
-    questions = [_keys(seed, index, candidates) for index in range(count)]
-    asked = {"split": context.split, "documents": documents, "unit": lengths[-1], "count": count}
-    asked |= {"depths": np.linspace(0, 1, depths).tolist(), "candidates": candidates}
-    asked |= {"digits": DIGITS, "key_seed": seed}
-    found = run_guarded(lambda: evaluation_text(context.store, lengths[-1], count, documents))
-    for length in lengths:
-        named = asked | {"length": length}
-        if not found.ok:  # no stretch is long enough
-            yield named | found.row
-        elif not context.measured(named):
-            outcome = run_guarded(partial(_ask, context, found.value, named, questions, chunk))
-            yield named | outcome.row | (outcome.value or {})
+
+    declares = Declaration(
+        title="Passkeys found",
+        about="A key of four digits is stated somewhere in a text and asked for at its end, with "
+        "the same texts and keys for every model. A level score in bits per byte does not show "
+        "this: a model may read on well and have forgotten the key.",
+        quantities=(
+            Quantity(
+                field="accuracy",
+                name="passkeys found, forced choice",
+                better="higher",
+                form="share",
+                interval="interval",
+                chance="chance",
+            ),
+            Quantity(
+                field="exact",
+                name="passkeys found, exact match",
+                better="higher",
+                form="share",
+                interval="exact_interval",
+                chance="exact_chance",
+            ),
+            STATE,
+        ),
+    )
+    lengths: Lengths | None = None
+    depths: Annotated[int, Range(1, 1024)] = 5
+    repeats: Annotated[int, Range(1, 1024)] = 10
+    candidates: Annotated[int, Range(2, 10_000)] = 10
+    seed: Seed = 0
+    chunk: Count = 4096
+
+    def check(self) -> None:
+        longest, count = max(self.lengths or [0]), self.depths * self.repeats
+        option = f"task.passkey.lengths={longest}"
+        check_memory(option, count * longest * TOKEN_BYTES, f"{count} prompts")
+
+    def questions(self, context: EvalContext) -> list[Row]:
+        lengths = lengths_of(self.lengths, context, TIMES)
+        shared = {"split": context.split, "documents": context.corpus.eval_documents}
+        return [shared | {"unit": lengths[-1], "length": length} for length in lengths]
+
+    def measure(self, context: EvalContext, question: Row) -> Row:
+        length, unit, count = question["length"], question["unit"], self.depths * self.repeats
+        text = evaluation_text(context.store, unit, count, question["documents"])
+        check_length(context.model, length)
+        keys = [_keys(self.seed, index, self.candidates) for index in range(count)]
+        prompts, encode = self._prompts(context, text, keys, length), context.corpus.encode
+        rows = max(1, chunk_tokens(context, BATCH_TOKENS) // length)
+        context.progress.begin(f"passkey at {length}", len(prompts) * length)
+        right = []
+        with context.arithmetic():
+            for first in range(0, len(prompts), rows):
+                batch = slice(first, first + rows)
+                answers = [[tokens(name, encode) for name in names] for names in keys[batch]]
+                right.append(_answer(context, np.stack(prompts[batch]), answers, self.chunk))
+            state_bytes = context.model.state_bytes(length)
+        chosen, written = np.concatenate(right).reshape(-1, self.depths, 2).sum(0).T  # by depth
+        return {
+            "accuracy": chosen.sum() / count,
+            "interval": wilson(chosen.sum(), count),
+            "chance": 1 / self.candidates,
+            "correct": int(chosen.sum()),
+            "correct_by_depth": chosen.tolist(),
+            "exact": written.sum() / count,
+            "exact_interval": wilson(written.sum(), count),
+            "exact_chance": 10.0**-DIGITS,
+            "exact_correct": int(written.sum()),
+            "exact_by_depth": written.tolist(),
+            "count": count,
+            "digits": DIGITS,
+            "state_bytes": state_bytes,
+        }
+
+    def _prompts(
+        self,
+        context: EvalContext,
+        text: Int[np.ndarray, "units t"],
+        keys: Sequence[Sequence[str]],
+        length: int,
+    ) -> list[Int[np.ndarray, " t"]]:
+        """The prompts of one length, without the key's digits at the end."""
+        depths, encode = np.linspace(0, 1, self.depths), context.corpus.encode
+        prompts = []
+        for i, (key, *_) in enumerate(keys):
+            filler = text[i // len(depths) % len(text)][-(length - DIGITS) :]
+            prompts.append(passkey_prompt(filler, key, depths[i % len(depths)], encode))
+        return prompts
 
 
 def _keys(seed: int, index: int, count: int) -> list[str]:
@@ -85,51 +142,6 @@ def _keys(seed: int, index: int, count: int) -> list[str]:
     while len(keys) < count:
         keys[random_key(generator)] = None
     return list(keys)
-
-
-def _ask(
-    context: EvalContext,
-    text: Int[np.ndarray, "units t"],
-    asked: Row,
-    questions: Sequence[Sequence[str]],
-    chunk: int,
-) -> Row:
-    """How often the model finds the key at the length asked, over all prompts and by depth."""
-    encode, depths, length = context.corpus.encode, asked["depths"], asked["length"]
-    check_length(context.model, length)
-    prompts = [
-        passkey_prompt(
-            text[i // len(depths) % len(text)][-(length - DIGITS) :],
-            keys[0],
-            depths[i % len(depths)],
-            encode,
-        )
-        for i, keys in enumerate(questions)
-    ]
-    rows = max(1, chunk_tokens(context, BATCH_TOKENS) // length)
-    context.progress.begin(f"passkey at {length}", len(prompts) * length)
-    right = []
-    with context.arithmetic():
-        for first in range(0, len(prompts), rows):
-            batch = slice(first, first + rows)
-            answers = [[tokens(name, encode) for name in keys] for keys in questions[batch]]
-            right.append(_answer(context, np.stack(prompts[batch]), answers, chunk))
-        state_bytes = context.model.state_bytes(length)
-    chosen, written = np.concatenate(right).reshape(-1, len(depths), 2).sum(0).T  # by depth
-    count = len(questions)
-    return {
-        "accuracy": chosen.sum() / count,
-        "interval": wilson(chosen.sum(), count),
-        "chance": 1 / asked["candidates"],
-        "correct": int(chosen.sum()),
-        "correct_by_depth": chosen.tolist(),
-        "exact": written.sum() / count,
-        "exact_interval": wilson(written.sum(), count),
-        "exact_chance": 10.0**-DIGITS,
-        "exact_correct": int(written.sum()),
-        "exact_by_depth": written.tolist(),
-        "state_bytes": state_bytes,
-    }
 
 
 def _answer(

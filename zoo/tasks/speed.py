@@ -1,38 +1,35 @@
 """Tokens per second and peak memory by length: reading a text at once, writing token by token."""
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
+from zoo.config.domains import Count, Lengths
+from zoo.measurement import Declaration, Quantity
 from zoo.tasks.context import (
     EvalContext,
     NotApplicableError,
+    Outcome,
     Row,
-    check_counts,
     check_length,
-    check_lengths,
     check_state,
     chunk_tokens,
     run_guarded,
 )
-from zoo.tasks.memory import peak_bytes
+from zoo.tasks.memory import check_memory, peak_bytes
+from zoo.tasks.task import STATE, Task, lengths_of
 
 TIMES = (1, 4, 16, 32)  # the training length
 PATIENCE = 2.0  # seconds of repeats per length; one is timed however long it takes
+TOKEN_BYTES = 8
 
 
-def measure(
-    context: EvalContext,
-    *,
-    lengths: Sequence[int] | None = None,
-    decode_tokens: int = 32,
-    repeats: int = 3,
-    chunk: int = 4096,
-) -> Iterator[Row]:
+@dataclass(frozen=True, kw_only=True)
+class Speed(Task):
     """Two rows per length; one sequence of random tokens, medians of timed repeats.
 
     `forward` reads `length` tokens in one call, after a first call that is not timed. `decode`
@@ -40,24 +37,65 @@ def measure(
     by one; its figures are those of the writing. `peak_bytes` is what the call, or the state and
     the writing of a token, took beyond the model's weights; None where the device does not tell.
     """
-    lengths = [*(lengths or (times * context.train_length for times in TIMES))]
-    lengths = check_lengths("speed", lengths)
-    check_counts("speed", decode_tokens=decode_tokens, repeats=repeats, chunk=chunk)
-    phases: list[tuple[Row, Callable[[Tensor], Row]]] = [
-        ({"phase": "forward", "repeats": repeats}, partial(_forward, context, repeats)),
-        (
-            {"phase": "decode", "decode_tokens": decode_tokens},
-            partial(_decode, context, decode_tokens, chunk_tokens(context, chunk)),
+
+    declares = Declaration(
+        title="Speed and memory",
+        about="Forward reads a text of this length in one call; decoding writes one token after "
+        "another behind a text of this length.",
+        quantities=(
+            Quantity(
+                field="tokens_per_second",
+                name="forward",
+                better="higher",
+                unit="tokens per second",
+                where={"phase": "forward"},
+                cost=True,
+            ),
+            Quantity(
+                field="milliseconds",
+                name="decoding",
+                better="lower",
+                unit="milliseconds per token",
+                where={"phase": "decode"},
+                cost=True,
+            ),
+            Quantity(
+                field="peak_bytes",
+                name="peak memory of the forward pass",
+                better="lower",
+                form="bytes",
+                where={"phase": "forward"},
+                cost=True,
+            ),
+            STATE,
         ),
-    ]
-    asked = [(about | {"length": length}, phase) for length in lengths for about, phase in phases]
-    wanted = [(key, phase) for key, phase in asked if not context.measured(key)]
-    if wanted:  # the first call of a process builds and loads what later ones find
-        run_guarded(partial(_forward, context, 1, _random_tokens(context, min(64, lengths[0]))))
-    for key, phase in wanted:
-        context.progress.begin(f"speed of {key['phase']} at {key['length']}", key["length"])
-        outcome = run_guarded(lambda: phase(_random_tokens(context, key["length"])))  # noqa: B023
-        yield key | outcome.row | (outcome.value or {})
+    )
+    lengths: Lengths | None = None
+    decode_tokens: Count = 32
+    repeats: Count = 3
+    chunk: Count = 4096
+
+    def check(self) -> None:
+        longest = max(self.lengths or [0])
+        check_memory(f"task.speed.lengths={longest}", longest * TOKEN_BYTES, "the text")
+
+    def questions(self, context: EvalContext) -> list[Row]:
+        lengths = lengths_of(self.lengths, context, TIMES)
+        return [{"phase": phase, "length": n} for n in lengths for phase in ("forward", "decode")]
+
+    def answers(self, context: EvalContext, wanted: Sequence[Row]) -> Iterator[tuple[Row, Outcome]]:
+        if wanted:  # the first call of a process builds and loads what later ones find
+            short = min(64, *(question["length"] for question in wanted))
+            run_guarded(lambda: _forward(context, 1, _random_tokens(context, short)))
+        yield from super().answers(context, wanted)
+
+    def measure(self, context: EvalContext, question: Row) -> Row:
+        phase, length = question["phase"], question["length"]
+        context.progress.begin(f"speed of {phase} at {length}", length)
+        tokens = _random_tokens(context, length)
+        if phase == "forward":
+            return _forward(context, self.repeats, tokens)
+        return _decode(context, self.decode_tokens, chunk_tokens(context, self.chunk), tokens)
 
 
 def _forward(context: EvalContext, repeats: int, tokens: Tensor) -> Row:

@@ -1,30 +1,31 @@
 """One pass over a very long text, the state carried on: constant memory at any length."""
 
-from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
 from time import perf_counter
+from typing import Annotated
 
 import numpy as np
 
+from zoo.config.domains import MAX_LENGTH, Count, Range
 from zoo.data.store import TokenStore
+from zoo.measurement import Declaration, Quantity
 from zoo.tasks.context import (
-    MAX_LENGTH,
     EvalContext,
     NotApplicableError,
     Row,
     bits_per_byte,
-    check_counts,
     check_length,
     check_state,
     chunk_tokens,
     position_edges,
-    run_guarded,
     score,
 )
 from zoo.tasks.memory import held_bytes, peak_bytes
+from zoo.tasks.task import Task
 
 
-def measure(context: EvalContext, *, tokens: int = 2**20, chunk: int = 4096) -> Iterator[Row]:
+@dataclass(frozen=True, kw_only=True)
+class Stream(Task):
     """One row: bits per byte by position, speed, memory, over `tokens` tokens read in chunks.
 
     A split shorter than that is read again from its start; `passes` says how often. Only models
@@ -34,11 +35,39 @@ def measure(context: EvalContext, *, tokens: int = 2**20, chunk: int = 4096) -> 
     `growth_bytes` by how much the process grew after the first tenth of the text: near 0 where
     memory is constant. Both are None where nothing tells.
     """
-    check_counts("stream", tokens=tokens, chunk=chunk, most=MAX_LENGTH)
-    key = {"split": context.split, "length": tokens, "chunk": chunk_tokens(context, chunk)}
-    if not context.measured(key):
-        outcome = run_guarded(partial(_read, context, tokens, key["chunk"]))
-        yield key | outcome.row | (outcome.value or {})
+
+    declares = Declaration(
+        title="Streaming",
+        about="One long text is read once in chunks, with the state passed on. A state of fixed "
+        "size means memory that does not grow, however long the text.",
+        quantities=(
+            Quantity(field="bits_per_byte", name="bits per byte", better="lower", form="score"),
+            Quantity(field="tokens_per_second", name="tokens per second", better="higher"),
+            Quantity(
+                field="late_tokens_per_second",
+                name="tokens per second in the last tenth",
+                better="higher",
+            ),
+            Quantity(field="peak_bytes", name="peak memory", better="lower", form="bytes"),
+            Quantity(
+                field="growth_bytes",
+                name="growth after the first tenth",
+                better="lower",
+                form="bytes",
+            ),
+            Quantity(field="state_bytes", name="state", better="lower", form="bytes"),
+        ),
+    )
+    unidentifying = ("tokens", "chunk")  # a question has them as `length` and `chunk`
+    tokens: Annotated[int, Range(1, MAX_LENGTH)] = 2**20
+    chunk: Count = 4096
+
+    def questions(self, context: EvalContext) -> list[Row]:
+        chunk = chunk_tokens(context, self.chunk)
+        return [{"split": context.split, "length": self.tokens, "chunk": chunk}]
+
+    def measure(self, context: EvalContext, question: Row) -> Row:
+        return _read(context, question["length"], question["chunk"])
 
 
 def _read(context: EvalContext, tokens: int, chunk: int) -> Row:

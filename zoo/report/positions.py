@@ -1,0 +1,76 @@
+"""Figures by position in the text: which rows become which lines."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from itertools import pairwise
+
+from zoo.report.axes import Axis
+from zoo.report.charts import Spec
+from zoo.report.figures import Lines, number, trained
+from zoo.report.rows import Results, Row
+from zoo.report.statistics import finite
+from zoo.report.words import score, short
+
+MIN_TOKENS = 256  # scored tokens that a point rests on at least
+
+
+def positions(results: Results, task: str) -> Lines:
+    """Bits per byte against the position in the text, at the longest length an arm could read."""
+    points = []
+    equal = {"protocol": "blocks"} if task == "perplexity" else {}
+    for label in results.arms:
+        rows = results.where(task=task, label=label, status="ok", **equal)
+        rows = [row for row in rows if isinstance(row.get("curve"), dict)]
+        longest = max((row["length"] for row in rows), default=0)
+        points += _curve(label, [row["curve"] for row in rows if row["length"] == longest])
+    about = "Bits per byte by position within the text, one line per arm."
+    x = Axis("tokens read before", short, base=2)
+    y = Axis("bits per byte (lower is better)", number, log_from=2.5)
+    return Lines(f"positions-{task}", points, x, y, about, trained(results))
+
+
+def _curve(label: str, curves: list[Row]) -> list[Spec]:
+    """Points at the middle of ranges of positions, averaged over seeds by token count.
+
+    A range is as many neighbouring buckets as hold `MIN_TOKENS` tokens: a few tokens, such as those
+    at the very first and last positions, differ by a bit and more from what a model scores there.
+    """
+    total: dict[tuple[int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for curve in curves:
+        edges, bits = curve["edges"], curve["bits_per_byte"]
+        if edges != curves[-1]["edges"]:  # of an older version: its ranges would overlap
+            continue
+        # Where nothing was counted, every position was scored at least once.
+        counts = curve.get("count") or [b - a for a, b in pairwise(edges)]
+        for *bucket, value, weight in zip(edges, edges[1:], bits, counts, strict=False):
+            if finite(value) and finite(weight) and weight > 0:
+                total[bucket[0], bucket[1]][0] += value * weight
+                total[bucket[0], bucket[1]][1] += weight
+    points = []
+    for first, end, bits, tokens in _pooled(total):
+        where = {"x": math.sqrt((first + 1) * end), "y": bits, "low": None, "high": None}
+        tip = {"positions": f"{first:,} to {end - 1:,}", "bits per byte": score(bits)}
+        points.append({"arm": label, **where, **tip, "scored tokens": f"{tokens:,.0f}"})
+    return points
+
+
+def _pooled(total: Mapping[tuple[int, int], list[float]]) -> list[tuple[int, int, float, float]]:
+    """(first position, end, mean, tokens) of neighbouring buckets with `MIN_TOKENS` tokens or more.
+
+    What is left at the end joins the range before it, where there is one.
+    """
+    pools: list[tuple[int, int, float, float]] = []  # first, end, sum, tokens
+
+    def join(end: int, amount: float, tokens: float) -> None:
+        first, _, before, had = pools.pop()
+        pools.append((first, end, before + amount, had + tokens))
+
+    for (first, end), (amount, tokens) in sorted(total.items()):
+        if pools and pools[-1][3] < MIN_TOKENS:
+            join(end, amount, tokens)
+        else:
+            pools.append((first, end, amount, tokens))
+    if len(pools) > 1 and pools[-1][3] < MIN_TOKENS:
+        join(*pools.pop()[1:])
+    return [(first, end, amount / tokens, tokens) for first, end, amount, tokens in pools]

@@ -1,0 +1,148 @@
+"""What the report shows of scores in bits per byte: protocols, ties, effective context."""
+
+from dataclasses import dataclass
+from itertools import takewhile
+
+from zoo.report.rows import Cell, Results, contrast, in_words
+from zoo.report.statistics import finite
+from zoo.report.tables import Table, Td, Tied
+from zoo.report.validity import LEAKS, unlearned
+from zoo.report.words import AT_LEAST, DASH, times
+
+PROTOCOLS = {  # the first that was measured is the headline
+    "half_tail": "Same tokens at every length",
+    "stride_tail": "Same few tokens, full windows",
+    "blocks": "Average over whole blocks",
+    "window_mean": "Mean over sliding windows",
+    "masked": "Masked tokens, read from both sides",
+}
+EXPLAINED = {
+    "half_tail": "Every length scores the same tokens, each with at least half that length of text "
+    "before it: along a line only the model's view of the past changes.",
+    "stride_tail": "Every length scores the same last tokens, each with nearly that length of text "
+    "before it: along a line only the model's view of the past changes.",
+    "blocks": "The text is cut into blocks of this length and every token is scored. The first "
+    "tokens of a block know little of their past, and longer blocks have fewer of them: lines "
+    "fall even where nothing is gained from far text.",
+    "window_mean": "A window of this length slides over the text; every token in it is scored.",
+    "masked": "For encoders. The text is cut into blocks of this length, and at every length the "
+    "same hidden tokens are scored. Not comparable with models that read from one side.",
+}
+# A length's score and another's are of the same tokens.
+SAME_TOKENS = ("half_tail", "stride_tail", "masked")
+SHARE = 0.05  # effective context: how much worse than at the training length still counts
+
+
+@dataclass(frozen=True)
+class EffectiveContext:
+    """Effective context in tokens, its 95% interval, and whether the tests ended before it did."""
+
+    length: int
+    low: int
+    high: int
+    open_end: bool
+    then: str = ""  # why there is no score at the next length
+
+    def __str__(self) -> str:
+        return f"{AT_LEAST + ' ' if self.open_end else ''}{self.length:,}"
+
+    @property
+    def ends(self) -> str:
+        """Its interval in words, where the scores leave it open."""
+        return f" ({self.low:,}{DASH}{self.high:,})" if self.low < self.high else ""
+
+
+def headline(results: Results) -> str | None:
+    """The protocol whose scores stand first."""
+    return next((p for p in PROTOCOLS if results.where(task="perplexity", protocol=p)), None)
+
+
+def ties(results: Results, protocol: str) -> Tied:
+    """Tells whether two arms cannot be told apart at a length.
+
+    That is so where the interval of their difference holds 0, or, of arms that were not scored on
+    the same text, where the intervals of their scores overlap.
+    """
+    places = results.places("perplexity", protocol=protocol)
+    cells = results.cells("perplexity", "bits_per_byte", protocol=protocol)
+
+    def tied(label: str, other: str, length: int) -> bool:
+        apart = contrast(places[label][length], places[other][length])
+        if apart.low is not None and apart.high is not None:
+            return apart.low <= 0 <= apart.high
+        one, two = cells[label][length], cells[other][length]
+        ends = (one.low, two.high), (two.low, one.high)
+        return all(low is not None and high is not None and low <= high for low, high in ends)
+
+    return tied
+
+
+def effective_context(excess: dict[int, Cell], train: int | None) -> EffectiveContext | None:
+    """The largest length up to which no score is worse than it may be.
+
+    `excess` is by how much each is worse than the share allows: `Results.changes` against the
+    score at `train` times 1 + share. The interval asks the same of both ends of its intervals.
+    """
+    if train is None or train not in excess or excess[train].value is None:
+        return None
+    lengths = [length for length in sorted(excess) if length > train]
+
+    def last(end: str) -> int:
+        def good(length: int) -> bool:
+            at = getattr(excess[length], end)
+            at = excess[length].value if at is None else at
+            return at is not None and at <= 0
+
+        return max(takewhile(good, lengths), default=train)
+
+    point = last("value")
+    after = next((excess[length] for length in lengths if length > point), None)
+    return EffectiveContext(
+        point, last("high"), last("low"), after is None, after.reason if after else ""
+    )
+
+
+def dead(results: Results) -> dict[str, str]:
+    """Arm -> why its scores show no learning, of those that show none."""
+    rows = results.where(task="perplexity", protocol=headline(results), status="ok")
+    return unlearned([row for row in rows if finite(row.get("bits_per_byte"))])
+
+
+def effective_contexts(results: Results) -> dict[str, EffectiveContext | None]:
+    """Effective context of every arm, from the scores on the same tokens at every length.
+
+    None where there is no score at the training length, or where the arm has not learned: a score
+    that no text could make worse stays level at any length.
+    """
+    protocol, without = headline(results), dead(results)
+    excess = results.changes(protocol, 1 + SHARE) if protocol in SAME_TOKENS else {}
+    return {
+        label: None if label in without else effective_context(mine, results.train_length(label))
+        for label, mine in excess.items()
+    }
+
+
+def contexts(results: Results) -> Table | None:
+    """Effective context as a table."""
+    heads = ("arm", "tokens", "of the training length", "95% interval", "ends because")
+    caption = f"Largest length up to which bits per byte stay within {SHARE:.0%} of the arm's own."
+    table, without = Table(caption, [(head, "") for head in heads]), dead(results)
+    for label, own in effective_contexts(results).items():
+        if own is None:
+            dull = without.get(label)
+            why = f"has not learned: {dull}" if dull else _unscored(results, label)
+            kind = LEAKS if why.startswith(LEAKS) else "reason"
+            cells = [Td(why, kind=kind, span=4)]
+        else:
+            why = "it does not: the tests end here" if own.open_end else own.then or "scores rise"
+            ends = f"{own.low:,}{DASH}{own.high:,}"
+            multiple = times(own.length, results.train_length(label))
+            cells = [Td(str(own), kind="lead"), Td(multiple), Td(ends), Td(why, kind="words")]
+        table.rows.append([Td(label), *cells])
+    return table if table.rows else None
+
+
+def _unscored(results: Results, label: str) -> str:
+    """Why an arm has no score at its training length."""
+    leaks = (in_words(row) for row in results.by_arm[label] if row["status"] == LEAKS)
+    return next(leaks, "unknown: no score at the training length")

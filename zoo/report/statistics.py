@@ -1,0 +1,39 @@
+"""Numbers: whether a value is one, its 95% interval over seeds or over questions."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+# Student's t, 97.5 %, by degrees of freedom: few seeds or stretches deserve wide intervals.
+STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def missing(value: Any) -> bool:
+    """True for None and NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def finite(value: Any) -> TypeGuard[float]:
+    """True for an ordinary number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95% interval (Student's t) of the mean of independent values; None of fewer than two."""
+    freedom = len(values) - 1
+    if freedom < 1:
+        return None
+    mean = sum(values) / len(values)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / freedom)
+    beyond = 1.96 + 2.37 / freedom + 2.8 / freedom**2
+    student = STUDENT[freedom - 1] if freedom <= len(STUDENT) else beyond
+    half = student * deviation / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """95% interval of a share that was `right` out of `count` (Wilson 1927)."""
+    z = 1.959964
+    middle = (right + z * z / 2) / (count + z * z)
+    half = z / (count + z * z) * math.sqrt(right * (count - right) / count + z * z / 4)
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,0 +1,117 @@
+"""Who is measured: the fields that every row of a run has, and the labels of its arm."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.config.groups import extensions
+from zoo.config.schema import Extension
+from zoo.config.stored import as_before
+from zoo.config.tree import flat, within
+from zoo.config.validate import plain
+from zoo.errors import UserError
+from zoo.model.audit import AUTOCAST
+from zoo.model.device import device_name
+from zoo.runs.folder import RunFolder, trained_by
+from zoo.runs.identity import identity
+from zoo.tasks.context import Row
+
+LABELS = ("arm", "extension_options")  # in words what `extension_settings` identifies
+EXTENDED = (*LABELS, "extension", "extension_factor", "extension_settings")
+UNSHAPED = (  # options that leave a run's weights as they are; the text is known by its fingerprint
+    *("data.path", "data.cache", "valid_every", "valid_windows", "save_every"),
+)
+
+
+def row_identity(extension: Extension, folder: RunFolder, device: torch.device) -> Row:
+    """The fields every row of a run shares: what was trained, how, and what measures it."""
+    trained, info = folder.config, folder.info
+    name = trained.model.name
+    if trained.finetune or trained.extension.name != "none":
+        how = "tuned" if trained.finetune else "trained"
+        name += f" {how} with {_label(trained.extension)}"
+    dtype = AUTOCAST.get(trained.trainer.precision, torch.float32)
+    return {
+        "run": folder.name,
+        "arm": name if extension.name == "none" else f"{name} + {_label(extension)}",
+        "model": trained.model.name,
+        "size": trained.size.name,
+        "seed": trained.seed,
+        "extension": extension.name,
+        "extension_factor": extension.factor,
+        "extension_settings": extension_settings(extension),
+        "extension_options": flat(plain(extension)),
+        "parameters": info.get("parameters"),
+        "flops_per_token": info.get("flops_per_token"),
+        "train_length": trained.seq_len,
+        **weights_of(folder),
+        "lr": trained.optim.lr,
+        "match": trained.match,
+        "state_passing": trained.state_passing,
+        "data": trained.data.name,
+        "fingerprint": info.get("fingerprint"),
+        "tokenizer": info.get("tokenizer"),
+        "sources": trained_by(info),
+        "commit": info.get("commit"),
+        "device": device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "audit": None,  # of a model that leaks, the reason
+    }
+
+
+def weights_of(folder: RunFolder) -> Row:
+    """What the weights have read that are measured: after damage, not the run's last."""
+    info = folder.info
+    try:
+        last = next(folder.whole_checkpoints(), None)
+    except UserError:
+        last = None
+    step = info["step"] if last is None or last.step is None else last.step
+    tokens = info.get("tokens_seen")
+    if step != info["step"]:
+        tokens = step * info["tokens_per_step"] if info.get("tokens_per_step") else None
+    return {"train_tokens": tokens, "train_steps": step}
+
+
+def _label(extension: Extension) -> str:
+    """Its name, under a remap that of the scaling beneath, and the factor."""
+    name = extension.name
+    if extension.scaling and extension.attention:
+        targets = {
+            tree["scaling"]["_target_"]: other
+            for other, tree in extensions().items()
+            if isinstance(tree["scaling"], dict)
+            and not tree["attention"]
+            and not tree.get("positions")
+        }
+        name += f" over {targets.get(extension.scaling.target, extension.scaling.target)}"
+    return name + (f" x{extension.factor:g}" if extension.factor > 1 else "")
+
+
+def trained_settings(folder: RunFolder) -> dict[str, Any]:
+    """Every option that shaped a run's weights but the seed: equal for runs that are its seeds.
+
+    A fine-tuned run has its base's beside its own, in place of where the base lies.
+    """
+    config, base = folder.config, {}
+    every = flat(identity(config))
+    settings = {k: v for k, v in every.items() if not within(k, ("seed", *UNSHAPED))}
+    if config.finetune and Path(config.finetune).is_dir():
+        try:
+            base = trained_settings(RunFolder.open(config.finetune))
+        except UserError:  # damaged since
+            return settings
+        del settings["finetune"]
+    return settings | {f"base.{name}": value for name, value in base.items()}
+
+
+def extension_settings(extension: Extension) -> str:
+    """A name for the extension with all its settings, the same for the same ones."""
+    if extension.name == "none":
+        return "none"
+    told = json.dumps(as_before({"extension": plain(extension)})["extension"], sort_keys=True)
+    return f"{extension.name}-{hashlib.sha256(told.encode()).hexdigest()[:6]}"

@@ -1,0 +1,93 @@
+"""The base of every task: its settings, the questions it asks, how it answers, what it declares.
+
+A task is a dataclass of its settings in a module of its name, `zoo/tasks/<name>.py`, and a YAML
+file that sets them, `configs/task/<name>.yaml`. The driver (zoo.tasks.evaluate) asks for its
+`questions`, leaves out those that the run's results already answer, and writes a row for each of
+the others. Reports draw the row from the task's `declares`, and know no task by name.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import ClassVar
+
+from zoo.config.introspect import check_types, is_target
+from zoo.errors import UserError
+from zoo.measurement import Declaration, Quantity
+from zoo.tasks.context import EvalContext, Outcome, Row, run_guarded
+
+# The bytes that a model keeps of what it has read: a cost that several tasks see.
+STATE = Quantity(
+    field="state_bytes", name="state kept between chunks", better="lower", form="bytes", cost=True
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A measurement of trained models; a subclass adds its settings as fields with annotations.
+
+    Raises UserError for a setting outside the values that its annotation allows.
+    """
+
+    declares: ClassVar[Declaration]
+    # Settings that do not change an answer: which questions are asked, and how a text is cut.
+    unidentifying: ClassVar[tuple[str, ...]] = ("lengths", "chunk")
+
+    def __post_init__(self) -> None:
+        target = f"{type(self).__module__}.{type(self).__qualname__}"
+        if is_target(target):
+            try:
+                check_types(target, {each.name: getattr(self, each.name) for each in fields(self)})
+            except UserError as error:
+                raise UserError(f"task.{self.name}.{error}") from None
+
+    @property
+    def name(self) -> str:
+        """The module's name, which is that of its YAML file and of its options."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def settings(self) -> Row:
+        """The settings that identify a measurement, by the names of their options."""
+        names = [one.name for one in fields(self) if one.name not in self.unidentifying]
+        return {f"task.{self.name}.{name}": getattr(self, name) for name in names}
+
+    def check(self) -> None:
+        """Refuse settings that cannot be measured, whatever the model; called before one is opened.
+
+        Raises UserError.
+        """
+
+    def questions(self, context: EvalContext) -> Iterable[Row]:
+        """The fields that tell one measurement from another, such as {"length": 512}, of each."""
+        raise NotImplementedError
+
+    def stands(self, context: EvalContext) -> bool:
+        """Whether answers from before still stand; not so where files they left are gone."""
+        return True
+
+    def measure(self, context: EvalContext, question: Row) -> Row:
+        """Answer one question: the fields of the row that hold what came out.
+
+        Raises NotApplicableError where the question has no meaning for the model.
+        """
+        raise NotImplementedError
+
+    def answers(self, context: EvalContext, wanted: Sequence[Row]) -> Iterator[tuple[Row, Outcome]]:
+        """Answer the questions one after another; a task that reads a text once for several
+        overrides this."""
+        for question in wanted:
+            yield question, run_guarded(partial(self.measure, context, question))
+
+    def rows(self, context: EvalContext, wanted: Sequence[Row] | None = None) -> Iterator[Row]:
+        """One row for each question, by default for all: what was asked and what came out."""
+        wanted = [*self.questions(context)] if wanted is None else wanted
+        for question, outcome in self.answers(context, wanted):
+            yield question | outcome.row | (outcome.value or {})
+
+
+def lengths_of(
+    given: Sequence[int] | None, context: EvalContext, multiples: Sequence[int]
+) -> list[int]:
+    """The test lengths, shortest first, each once; by default multiples of the training length."""
+    return sorted({*(given or (times * context.train_length for times in multiples))})
