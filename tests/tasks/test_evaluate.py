@@ -186,7 +186,7 @@ def test_a_task_that_breaks_leaves_the_other_tasks_alone(model, tmp_path, monkey
 
 def test_settings_that_fit_no_run_stop_the_evaluation(model, tmp_path):
     folder = run_folder(tmp_path / "a")
-    with pytest.raises(UserError, match=r"task\.perplexity\.protocols=.*Did you mean blocks"):
+    with pytest.raises(UserError, match=r"task\.perplexity\.protocols=.*Did you mean .blocks"):
         run_eval([folder], "task.perplexity.protocols=[block]")
 
 
