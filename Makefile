@@ -19,7 +19,7 @@ $(BIN)/python:
 	@touch $@
 
 .venv/ready-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev,oracles,tune]'
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev,oracles,tune,checkpoints]'
 	@touch $@ .venv/ready
 
 env: .venv/ready  ## create the virtual environment in .venv
@@ -72,7 +72,8 @@ lint: .venv/ready-dev  ## formatting, lint and types
 constraints: .venv/ready-dev  ## pin what pyproject.toml needs, for every platform; WITH=--upgrade
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
 	  --custom-compile-command 'make constraints' $(WITH) \
-	  --extra dev --extra oracles --extra corpora --extra tune pyproject.toml --output-file constraints.txt
+	  --extra dev --extra oracles --extra corpora --extra tune --extra checkpoints \
+	  pyproject.toml --output-file constraints.txt
 
 bench: .venv/ready-dev  ## time the CPU kernels and training steps against other implementations
 	$(RUN) kernels/bench/selective_scan.py --json kernels/bench/results/selective_scan.json

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = [word for extra in ("dev", "oracles", "corpora", "tune") for word in ("--extra", extra)]
+NAMES = ("dev", "oracles", "corpora", "tune", "checkpoints")
+EXTRAS = [word for extra in NAMES for word in ("--extra", extra)]
 PLATFORMS = {
     "Linux x86-64": "x86_64-unknown-linux-gnu",
     "Linux aarch64": "aarch64-unknown-linux-gnu",

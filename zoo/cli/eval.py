@@ -2,12 +2,16 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from zoo.cli.arms import Arm
 from zoo.cli.launch import launch
 from zoo.config.applicability import check_applies, positions_of
 from zoo.config.effects import check_extension, check_names
+from zoo.config.groups import CONFIGS
 from zoo.config.resolve import resolve
 from zoo.config.schema import EvalConfig
 from zoo.config.validate import plain, validate
@@ -27,6 +31,7 @@ Examples
   python eval.py run='runs/compare/*'
   python eval.py run=runs/my-run task=perplexity task.perplexity.lengths=[512,4k,16k]
   python eval.py run='runs/*mamba*' task=stream task.stream.tokens=1M
+  python eval.py checkpoint=<folder of a pretrained model> data.path=<folder of .txt files>
 """
 
 
@@ -37,8 +42,12 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
     check_extension(config.extension, given)
     if config.report is not None:
         check_writable("report", config.report)
-    folders = find_runs(config.run, config.runs)
-    if len(folders) == 1:  # of several, one without weights keeps its row and says why
+    folders = find_runs(config.run, config.runs) if config.run else []
+    if config.checkpoint:
+        _check_checkpoint(config.checkpoint, config)
+    if (
+        len(folders) == 1 and not config.checkpoint
+    ):  # of several, one without weights keeps its row and says why
         RunFolder.open(folders[0].path).checkpoint()
         trained = folders[0].config
         kinds, before = positions_of(trained.model), trained.extension.name
@@ -51,11 +60,31 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
 def job(config: EvalConfig, arm: Arm | None) -> int:
     """Measure the runs one after another; the exit code tells whether every one could be."""
     del arm
-    folders = find_runs(config.run, config.runs)
+    folders = find_runs(config.run, config.runs) if config.run else []
+    if config.checkpoint:
+        from zoo.training.pretrained import pretrained_run  # heavy: seconds
+
+        text = _text(config)
+        folders.append(pretrained_run(Path(config.checkpoint), text, Path(config.runs)))
     say(f"measuring {', '.join(map(str, folders))}")
     from zoo.tasks.evaluate import evaluate  # heavy: seconds
 
     return evaluate(config, folders, say=_print, fresh=config.fresh)
+
+
+def _check_checkpoint(checkpoint: str, config: EvalConfig) -> None:
+    """Refuse a checkpoint or a text that could not be read, before anything heavy is imported."""
+    from zoo.pretrained.checkpoint import check_checkpoint
+
+    check_checkpoint(Path(checkpoint))
+    check_source({**_text(config), "tokenizer": config.data.tokenizer or "bytes"})
+
+
+def _text(config: EvalConfig) -> dict[str, Any]:
+    """The data section of the text that a checkpoint is measured on."""
+    default = yaml.safe_load((CONFIGS / "data" / "text.yaml").read_text(encoding="utf-8"))
+    given = {key: value for key, value in plain(config.data).items() if value is not None}
+    return {**default, "tokenizer": None, **given}
 
 
 def _print(text: str) -> None:

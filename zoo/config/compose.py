@@ -23,6 +23,7 @@ from zoo.config.resolve import resolve
 
 # "x as x": who composes a configuration also finds its types here.
 from zoo.config.schema import EvalConfig as EvalConfig
+from zoo.config.schema import Model
 from zoo.config.schema import Optim as Optim
 from zoo.config.schema import Part as Part
 from zoo.config.schema import TrainConfig as TrainConfig
@@ -106,6 +107,8 @@ def _swept_values(override: Override) -> list[str]:
 def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
     """What the YAML files and single-valued options make, names and values as they were given."""
     also = [*groups(program)]
+    if program == "train":
+        also += [f"model.{key}" for key, f in Model.model_fields.items() if not f.is_required()]
     if {"resume", "finetune"} & {override.key_or_group for override in overrides}:
         also.append("data.path")  # of that run's data, whatever this tree's default is
     try:

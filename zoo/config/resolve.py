@@ -65,6 +65,7 @@ def resolve(tree: dict[str, Any]) -> dict[str, Any]:
         "embedding_positions": next(iter(embedded), None),
         "max_length": next((part.get("max_length") for part in embedded.values()), None),
         "match": model.get("match"),
+        **{key: model[key] for key in ("norm_eps", "tied") if key in model},
     }
     return {**tree, "model": spelled}
 

@@ -121,6 +121,16 @@ class Model(Section):
     embedding_positions: Literal["sinusoidal", "learned"] | None
     max_length: Positive | None  # of learned positions
     match: list[Matched]  # what match=params may change, in this order
+    norm_eps: Annotated[Number, Field(gt=0, lt=1)] = Field(
+        default=1e-6, description="added under the root of every normalisation"
+    )
+    tied: Switch = Field(default=True, description="true: the head is the embedding")
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what pretrained checkpoints alone set, where it is as ever: names stay."""
+        plain = {"norm_eps": 1e-6, "tied": True}
+        return {key: v for key, v in write(self).items() if key not in plain or plain[key] != v}
 
 
 MAX_LAYERS = 256
@@ -155,7 +165,7 @@ class Data(OpenSection):
     @model_serializer(mode="wrap")
     def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without `passkey` and `task` where there are none, as before: runs keep their names."""
-        none = (("passkey", 0.0), ("task", None))
+        none = (("passkey", 0.0), ("task", None), ("end_token", None))
         return {key: v for key, v in write(self).items() if (key, v) not in none}
 
 
@@ -357,6 +367,10 @@ class TrainConfig(Section):
     finetune: Path | None = Field(
         description="run folder whose model to train further, under extension=<name>"
     )
+    checkpoint: Path | None = Field(
+        default=None,
+        description="pretrained checkpoint that the run was made of; eval.py checkpoint= sets it",
+    )
     extension: Extension
     fresh: Switch = Field(description="true: train again, in a new folder")
     changed_code: Literal["refuse", "accept"] = Field(
@@ -378,10 +392,15 @@ class TrainConfig(Section):
             return max(1, known["batch_tokens"] // known["seq_len"])
         return value
 
+    @model_serializer(mode="wrap")
+    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `checkpoint` where there is none: runs keep their names."""
+        return {key: v for key, v in write(self).items() if (key, v) != ("checkpoint", None)}
+
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
         acts = self.extension.scaling is not None or self.extension.attention is not None
-        if acts and not self.finetune:
+        if acts and not self.finetune and not self.checkpoint:
             name = self.extension.name
             refuse(
                 "extension",
@@ -409,6 +428,8 @@ class TrainConfig(Section):
 
 
 def _folders(value: Any) -> Any:
+    if value is None:
+        return value
     every = value if isinstance(value, list) else [value]
     if not every or not all(isinstance(one, str) and one for one in every):
         raise ValueError("must be a run folder, a pattern or a list of them")
@@ -416,19 +437,26 @@ def _folders(value: Any) -> Any:
 
 
 class DataPlace(Section):
-    """Where a run's text is now, if not where the run was trained on it."""
+    """Where a run's text is now, if not where the run was trained on it; a checkpoint's text."""
 
     path: str | None = Field(
         default=None, description="where the runs' text is now; null: where they were trained on it"
     )
     cache: str | None = Field(default=None, description="where its tokens are kept; null: as then")
+    tokenizer: str | None = Field(
+        default=None, description="of the text for a checkpoint=; null: the checkpoint's own"
+    )
 
 
 class EvalConfig(Section):
     """A measurement of trained runs. Paths are relative to the working directory."""
 
-    run: Annotated[str | list[str], BeforeValidator(_folders)] = Field(
+    run: Annotated[str | list[str] | None, BeforeValidator(_folders)] = Field(
         description="run folder, a pattern such as 'runs/compare/*', or a list of them"
+    )
+    checkpoint: Path | None = Field(
+        default=None,
+        description="pretrained model: a folder of transformers, or a GGUF file; needs data.path",
     )
     data: DataPlace = Field(default_factory=DataPlace, description="where the runs' text is now")
     task: dict[str, TaskPart]
@@ -445,6 +473,22 @@ class EvalConfig(Section):
 
     @model_validator(mode="after")
     def _measures(self) -> "EvalConfig":
+        if self.run is None and self.checkpoint is None:
+            raise UserError("run= is needed: run folder, or a pattern such as 'runs/compare/*'")
+        if self.checkpoint is not None and self.data.path is None:
+            refuse(
+                "checkpoint",
+                self.checkpoint,
+                "must have a text to be measured on",
+                "Add data.path=<folder of .txt files>",
+            )
+        if self.checkpoint is None and self.data.tokenizer is not None:
+            refuse(
+                "data.tokenizer",
+                self.data.tokenizer,
+                "a run keeps the tokenizer that it was trained with",
+                "Leave it out",
+            )
         if self.extension.positions is not None:
             name = self.extension.name
             refuse(

@@ -94,7 +94,7 @@ def open_corpus(spec: Mapping[str, Any], cache: str | Path) -> Corpus:
     are damaged. Raises UserError, one line, where the source is missing, unreadable or no text.
     """
     documents = choose("data.eval_documents", spec["eval_documents"], ("whole", "joined"))
-    tokenizer = open_tokenizer(spec["tokenizer"])
+    tokenizer = open_tokenizer(spec["tokenizer"], spec.get("end_token"))
     source = find_source(spec)
     train, valid, test = open_or_build(
         store_folder(spec, cache),

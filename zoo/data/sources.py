@@ -89,6 +89,7 @@ def store_folder(spec: Spec, cache: str | Path) -> Path:
     """Where the tokens of this corpus, place and tokeniser are kept."""
     place = {"stdlib": _stdlib_root, "text": lambda: _text_root(spec)}.get(spec["name"], str)()
     what = [str(place), identify_tokenizer(spec["tokenizer"]), spec.get("documents")]
+    what += [] if spec.get("end_token") is None else [spec["end_token"]]
     return Path(cache) / f"{spec['name']}-{_fingerprint(what)[:12]}"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from zoo.errors import UserError
+from zoo.errors import UserError, refuse
 
 BYTES = "bytes"
 
@@ -29,14 +29,17 @@ class Tokenizer(NamedTuple):
     encode_checked: Callable[[bytes], array | tuple[array, array]]
 
 
-def open_tokenizer(choice: str) -> Tokenizer:
+def open_tokenizer(choice: str, end_token: int | None = None) -> Tokenizer:
     """ "bytes" (token = byte, 0 ends a document) or the path of a `tokenizers` JSON file.
 
-    A file's vocabulary gets one more token, the highest, that ends each document; the truncation
-    and padding the file may ask for are switched off. Raises UserError as `check_tokenizer` does,
-    and where the file is no tokeniser.
+    Each document ends with `end_token`, one of the file's own; without it the vocabulary gets one
+    more token, the highest. The truncation and padding the file may ask for are switched off.
+    Raises UserError as `check_tokenizer` does, and where the file is no tokeniser or has no such
+    token.
     """
     if choice == BYTES:
+        if end_token is not None:
+            refuse("data.end_token", end_token, "bytes end a document with 0", "Leave it out")
         return Tokenizer(BYTES, 256, encode_bytes, encode_bytes)
     name = identify_tokenizer(choice)
     try:
@@ -45,8 +48,12 @@ def open_tokenizer(choice: str) -> Tokenizer:
         raise UserError(f"data.tokenizer: {choice} is not a tokenizers JSON: {error}") from error
     model.no_truncation()
     model.no_padding()
-    end = max(model.get_vocab(with_added_tokens=True).values()) + 1
-    code = "H" if end < 2**16 else "I"
+    end = size = max(model.get_vocab(with_added_tokens=True).values()) + 1
+    if end_token is not None:
+        if not 0 <= end_token < size:
+            refuse("data.end_token", end_token, f"must be a token of {choice}, 0 to {size - 1}")
+        name, end = f"{name}, {end_token} ends", end_token
+    code = "H" if max(size, end + 1) <= 2**16 else "I"
 
     def encode(document: bytes) -> array:
         return array(code, [*model.encode(document.decode(), add_special_tokens=False).ids, end])
@@ -60,7 +67,7 @@ def open_tokenizer(choice: str) -> Tokenizer:
         sizes = bytes_by_token(text, encoding.offsets)
         return array(code, [*encoding.ids, end]), array("H", sizes)
 
-    return Tokenizer(name, end + 1, encode, encode_checked)
+    return Tokenizer(name, max(size, end + 1), encode, encode_checked)
 
 
 def bytes_by_token(text: str, spans: Sequence[tuple[int, int]]) -> list[int]:

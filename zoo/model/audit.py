@@ -49,6 +49,8 @@ SHARP = 2048  # tokens read in float64
 TOKENS = 2**14  # of the rows read side by side
 CUTS = 6  # places from which on the future is changed
 ONE_BY_ONE = 80  # tokens read one by one, more than the 64 of the largest chunk of any operation
+WORK = {"cuda": 2**44}  # parameters times tokens of a length: an audit reads one some fifty times
+WORK_ELSEWHERE = 2**36  # about a minute on two cores
 COPIED = 2**27  # parameters: of more, no copy in float64 is made
 
 
@@ -110,7 +112,8 @@ def audit(
 ) -> Audit:
     """Audit the model on a stretch of text, `tokens` (t,) or (1, t).
 
-    `lengths` are t / 2 and t unless given, each at most `LONGEST` and what the model can read.
+    `lengths` are t / 2 and t unless given, each at most `LONGEST`, what the model can read and what
+    one so large can read in reasonable time (`WORK`).
     `autocast` is the run's arithmetic where that is not the weights' own. An encoder, which
     declares `causal=False`, is exempt. A length at which the outputs are not finite numbers is left
     out: it cannot be scored either.
@@ -119,7 +122,9 @@ def audit(
         return Audit(ok=True)
     device = next(model.parameters()).device
     text = torch.as_tensor(np.asarray(tokens), dtype=torch.int64).reshape(-1).to(device)
-    most = min(LONGEST, model.max_length or LONGEST)
+    work = WORK.get(device.type, WORK_ELSEWHERE)
+    affordable = work // max(1, sum(weight.numel() for weight in model.parameters()))
+    most = min(LONGEST, model.max_length or LONGEST, max(ONE_BY_ONE, affordable))
     lengths = sorted({min(n, most, len(text)) for n in lengths or (len(text) // 2, len(text))})
     lengths = [n for n in lengths if n > 1]
     found: list[Deviation] = []

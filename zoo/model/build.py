@@ -98,6 +98,8 @@ def assemble(config: TrainConfig, vocab_size: int, knobs: Mapping[str, int]) -> 
         ],
         short_convs=[block.short_conv for block in model.blocks],
         positions=positions,
+        norm_eps=model.norm_eps,
+        tied=model.tied,
         checkpoint_activations=config.checkpoint_activations,
     )
 

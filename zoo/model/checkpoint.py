@@ -12,6 +12,7 @@ from zoo.errors import UserError
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.extend import extend
+from zoo.model.pretrained import check_unchanged, load_pretrained, pretrained_weights
 from zoo.runs.checkpoints import reject
 from zoo.runs.files import one_line
 from zoo.runs.folder import RunFolder
@@ -24,6 +25,9 @@ def load(folder: RunFolder, device: torch.device | str = "cpu") -> Backbone:
 
     UserError where there is none, or where it is of another model than config.yaml's.
     """
+    if folder.config.checkpoint:
+        check_unchanged(Path(folder.config.checkpoint), folder.info["checkpoint"])
+        return load_pretrained(folder.config).to(device).eval().requires_grad_(False)
     path, state = _a_checkpoint(folder)
     vocabulary = state["state_dict"].get("model.embedding.weight")
     if not isinstance(vocabulary, Tensor) or vocabulary.ndim != 2:
@@ -56,6 +60,9 @@ def load_weights(model: Backbone, state: dict[str, Any], folder: RunFolder) -> N
 
 def trained_weights(folder: RunFolder) -> dict[str, Tensor]:
     """The model's weights in a run's last good checkpoint. UserError where it has none."""
+    if folder.config.checkpoint:
+        weights = pretrained_weights(Path(folder.config.checkpoint))
+        return {name: tensor.float() for name, tensor in weights.items()}
     return _weights(_a_checkpoint(folder)[1])
 
 

@@ -26,7 +26,7 @@ def vocabulary(data: Data, seq_len: int) -> int:
     """The symbols or tokens that a run's model knows, without opening its text."""
     if data.task is not None:
         return open_synthetic(data.name, data.task.load(), seq_len).vocab_size
-    return open_tokenizer(data.options["tokenizer"]).vocab_size
+    return open_tokenizer(data.options["tokenizer"], data.options.get("end_token")).vocab_size
 
 
 def validation(data: Corpus | SyntheticData, config: TrainConfig) -> dict[str, Tensor]:

@@ -1,0 +1,263 @@
+"""Checkpoints saved by `transformers`, opened here: logits are theirs, what differs is refused."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from zoo.errors import UserError
+from zoo.model.backbone import Backbone
+from zoo.model.pretrained import check_unchanged, identify, load_pretrained
+from zoo.pretrained.checkpoint import check_checkpoint
+from zoo.pretrained.families import describe
+from zoo.pretrained.weights import open_weights, read_json
+from zoo.training.pretrained import pretrained_config
+
+transformers = pytest.importorskip("transformers")
+
+VOCAB = 96
+TEXT = {"name": "text", "path": "books", "tokenizer": "bytes", "cache": ".data"}
+TEXT |= {"eval_documents": "whole", "passkey": 0.0}
+LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+MAMBA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "state_size": 8,
+}
+CASES = {
+    "llama": ("Llama", LLAMA),
+    "llama, all heads, untied": ("Llama", LLAMA | {"num_key_value_heads": 4}),
+    "llama, tied": ("Llama", LLAMA | {"tie_word_embeddings": True}),
+    "llama, another base": (
+        "Llama",
+        LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    ),
+    "llama, linear": (
+        "Llama",
+        LLAMA
+        | {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+    "llama, llama3": ("Llama", LLAMA | {"rope_parameters": LLAMA3}),
+    "llama, yarn": ("Llama", LLAMA | {"rope_parameters": YARN}),
+    "mistral": ("Mistral", LLAMA | {"sliding_window": None}),
+    "mistral, sliding": ("Mistral", LLAMA | {"sliding_window": 17}),
+    "mamba": ("Mamba", MAMBA),
+    "mamba, untied": ("Mamba", MAMBA | {"tie_word_embeddings": False, "time_step_rank": 3}),
+    "mamba2": (
+        "Mamba2",
+        MAMBA | {"num_heads": 4, "head_dim": 16, "n_groups": 1, "tie_word_embeddings": False},
+    ),
+}
+
+
+def save(folder: Path, case: str, **more) -> torch.nn.Module:
+    """A model of random weights, saved as `transformers` saves it."""
+    family, options = CASES[case]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**options)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for name, weight in model.named_parameters():  # norms and biases start at one and zero
+        if weight.dim() == 1 and "dt_bias" not in name and "A_log" not in name:
+            weight.data += 0.1 * torch.randn_like(weight)
+    model.save_pretrained(folder, **more)
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    return model
+
+
+def opened(folder: Path) -> Backbone:
+    check_checkpoint(folder)
+    described = describe(read_json(folder / "config.json"))
+    config = pretrained_config(described, folder, TEXT, folder)
+    return load_pretrained(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(case, tmp_path):
+    theirs, ours = save(tmp_path, case), opened(tmp_path)
+    for length in (1, 2, 15, 33, 200):
+        tokens = torch.randint(0, VOCAB, (2, length))
+        with torch.no_grad():
+            expected = theirs(tokens).logits
+        assert torch.allclose(ours(tokens), expected, atol=1e-5, rtol=1e-5), length
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prefill_and_decoding_give_the_tokens_of_transformers(case, tmp_path):
+    theirs, ours = save(tmp_path, case), opened(tmp_path)
+    prompt = torch.randint(0, VOCAB, (1, 21))
+    expected = theirs.generate(
+        prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    logits, state = ours(prompt, ours.empty_state(1))
+    written = prompt
+    for _ in range(64):
+        token = logits[:, -1:].argmax(-1)
+        written = torch.cat([written, token], 1)
+        logits, state = ours(token, state)
+    assert torch.equal(written, expected)
+
+
+def test_shards_are_one_checkpoint(tmp_path):
+    theirs = save(tmp_path, "llama", max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    tokens = torch.randint(0, VOCAB, (1, 9))
+    assert torch.allclose(opened(tmp_path)(tokens), theirs(tokens).logits, atol=1e-5)
+
+
+def test_weights_in_bfloat16_are_read_in_float32(tmp_path):
+    theirs = save(tmp_path, "llama")
+    theirs.bfloat16().save_pretrained(tmp_path)
+    assert open_weights(tmp_path)["model.norm.weight"].dtype == torch.bfloat16
+    tokens = torch.randint(0, VOCAB, (1, 9))
+    assert torch.allclose(opened(tmp_path)(tokens), theirs.float()(tokens).logits, atol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's list of mapped files")
+def test_opening_copies_no_float32_weight(tmp_path):
+    save(tmp_path, "llama")
+    model = opened(tmp_path)
+    mapped = [
+        [int(end, 16) for end in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(tmp_path / "model.safetensors"))
+    ]
+    for name, weight in model.named_parameters():
+        assert any(start <= weight.data_ptr() < end for start, end in mapped), name
+
+
+def altered(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: v for key, v in config.items() if v != "absent"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "lama"}, "llama"),
+        ({"model_type": "absent"}, "model_type"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"head_dim": 16}, "head_dim=16"),
+        ({"logit_softcapping": 30.0}, "logit_softcapping=30.0"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "rope_type='su'"),
+        ({"rope_parameters": YARN | {"attention_factor": 2.0}}, "attention_factor=2.0"),
+        ({"hidden_size": "wide"}, "hidden_size='wide'"),
+    ],
+)
+def test_what_the_zoo_does_not_compute_is_refused_by_name(changes, said, tmp_path):
+    save(tmp_path, "llama")
+    altered(tmp_path, **changes)
+    with pytest.raises(UserError) as error:
+        opened(tmp_path)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_key_of_every_family_is_read_or_known_to_be_silent(tmp_path):
+    """A key that no table knows is refused: none of a family's own may be."""
+    for case in CASES:
+        save(tmp_path / case, case)
+        config = read_json(tmp_path / case / "config.json")
+        describe(config)
+        with pytest.raises(UserError, match="new_key"):
+            describe(config | {"new_key": 1})
+
+
+def damage_missing_shard(folder: Path) -> None:
+    save(folder, "llama", max_shard_size="20KB")
+    next(folder.glob("*.safetensors")).unlink()
+
+
+def damage_truncated(folder: Path) -> None:
+    save(folder, "llama")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def damage_header(folder: Path) -> None:
+    save(folder, "llama")
+    (folder / "model.safetensors").write_bytes(b"\xff" * 64)
+
+
+def damage_pickle(folder: Path) -> None:
+    save(folder, "llama")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def damage_config(folder: Path) -> None:
+    save(folder, "llama")
+    (folder / "config.json").write_text("{")
+
+
+def damage_no_tokenizer(folder: Path) -> None:
+    save(folder, "llama")
+    (folder / "tokenizer.json").unlink()
+
+
+def damage_outside(folder: Path) -> None:
+    save(folder, "llama", max_shard_size="20KB")
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["lm_head.weight"] = "../secret.safetensors"
+    file.write_text(json.dumps(index))
+
+
+def damage_another_size(folder: Path) -> None:
+    save(folder, "llama")
+    altered(folder, intermediate_size=48)
+
+
+def damage_a_tensor_less(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save(folder, "llama")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "damage", [value for name, value in sorted(globals().items()) if name.startswith("damage_")]
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line(damage, tmp_path):
+    damage(tmp_path)
+    with pytest.raises(UserError) as error:
+        opened(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_changed_are_told(tmp_path):
+    save(tmp_path, "llama")
+    recorded = identify(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    check_unchanged(tmp_path, recorded)  # the same contents at another time
+    save(tmp_path, "llama, tied")
+    with pytest.raises(UserError, match="changed"):
+        check_unchanged(tmp_path, recorded)

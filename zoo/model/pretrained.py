@@ -1,0 +1,102 @@
+"""The weights of a pretrained checkpoint as a model of the zoo.
+
+A run that was made of a checkpoint (`config.checkpoint`) keeps no copy of its weights: it names the
+folder or GGUF file, and `run.json` holds what identifies the files.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.config.schema import TrainConfig
+from zoo.errors import UserError, refuse
+from zoo.model.backbone import Backbone
+from zoo.model.build import build_model
+from zoo.model.convert import from_transformers
+from zoo.model.extend import extend
+from zoo.pretrained.gguf import GGUFFile
+from zoo.pretrained.weights import digest_files, open_weights, weight_files
+
+
+def checkpoint_files(checkpoint: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights. UserError where one is missing."""
+    if checkpoint.is_file():
+        return [checkpoint]
+    if not checkpoint.is_dir():
+        refuse(
+            "checkpoint",
+            str(checkpoint),
+            "no such file or folder",
+            "Give a checkpoint's folder, or a .gguf file",
+        )
+    return weight_files(checkpoint)
+
+
+def identify(checkpoint: Path) -> dict[str, Any]:
+    """What identifies a checkpoint's weights: sha256 over the files, sizes and times."""
+    files = checkpoint_files(checkpoint)
+    return {"sha256": digest_files(files), "files": _stamps(files)}
+
+
+def check_unchanged(checkpoint: Path, recorded: Mapping[str, Any]) -> None:
+    """Refuse weights that changed since a run was made of them.
+
+    The contents are hashed anew only where a size or a time differs.
+    """
+    files = checkpoint_files(checkpoint)
+    if _stamps(files) != recorded["files"] and digest_files(files) != recorded["sha256"]:
+        refuse(
+            "checkpoint",
+            str(checkpoint),
+            "its weights changed since this run was made of them",
+            "Put them back, or measure the new ones with checkpoint= and fresh=true",
+        )
+
+
+def _stamps(files: list[Path]) -> dict[str, list[int]]:
+    stats = {file.name: file.stat() for file in files}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def pretrained_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """A checkpoint's tensors under the zoo's names, mapped from its files where they can be."""
+    gguf = checkpoint.is_file()
+    return from_transformers(GGUFFile(checkpoint).weights() if gguf else open_weights(checkpoint))
+
+
+def load_pretrained(config: TrainConfig) -> Backbone:
+    """The model that a run was made of, its weights in float32, on the CPU.
+
+    Weights that are stored in float32 are not copied: parameters are views of the mapped files.
+    Raises UserError where the weights do not fit the model that config.json describes.
+    """
+    assert config.checkpoint is not None
+    checkpoint = Path(config.checkpoint)
+    weights = {name: tensor.float() for name, tensor in pretrained_weights(checkpoint).items()}
+    with torch.device("meta"):
+        model, _ = build_model(config, len(weights["embedding.weight"]))
+    _check_fit(checkpoint, model, weights)
+    if config.model.tied:
+        del weights["head.weight"]  # one tensor, not two
+    model.load_state_dict(weights, strict=False, assign=True)
+    if config.model.tied:
+        model.head.weight = model.embedding.weight
+    extend(model, config.extension, config.seq_len)
+    return model
+
+
+def _check_fit(checkpoint: Path, model: Backbone, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not exactly those of the model that config.json describes."""
+    needed = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    given = {name: tuple(weight.shape) for name, weight in weights.items()}
+    differ = [name for name in {**needed, **given} if needed.get(name) != given.get(name)]
+    if differ:
+        name = differ[0]
+        raise UserError(
+            f"checkpoint={checkpoint}: {len(differ)} of its tensors do not fit config.json, such as "
+            f"{name}, which is {given.get(name, 'missing')} and must be "
+            f"{needed.get(name, 'left out')}. Give a whole checkpoint."
+        )

@@ -1,0 +1,92 @@
+"""Opens a checkpoint's tensors without copying them: safetensors, in one file or in shards.
+
+Tensors are views of the mapped files, so that opening costs no memory beyond the pages that are
+read. Nothing is unpickled and nothing is downloaded.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds, and what is refused is refused at once
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. UserError where there is none, or it is damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"checkpoint={file.parent}: {file.name} cannot be read ({error.strerror})."
+        ) from None
+    except (ValueError, RecursionError):
+        raise UserError(
+            f"checkpoint={file.parent}: {file.name} is damaged: it is not JSON."
+        ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"checkpoint={file.parent}: {file.name} is damaged: it holds no object.")
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, in the order of their names.
+
+    Raises UserError where there are none or a shard is missing.
+    """
+    if (folder / INDEX).is_file():
+        placed = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
+            raise UserError(f"checkpoint={folder}: {INDEX} is damaged: it has no weight_map.")
+        names = sorted({*placed.values()})
+        if any(Path(name).name != name for name in names):
+            raise UserError(f"checkpoint={folder}: {INDEX} names files outside the folder.")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(
+                f"checkpoint={folder}: {len(missing)} of {len(names)} shards are missing, such as "
+                f"{missing[0]}. Put the whole checkpoint there."
+            )
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if found := sorted(folder.glob("*.bin")):
+        raise UserError(
+            f"checkpoint={folder}: {found[0].name} is a pickle, which can run code when it is "
+            "read. Save the model as safetensors."
+        )
+    raise UserError(f"checkpoint={folder}: no {SINGLE} and no {INDEX}. Give a checkpoint's folder.")
+
+
+def open_weights(folder: Path) -> "dict[str, Tensor]":
+    """Every tensor of a checkpoint folder by its name, mapped from the files, in their own dtype.
+
+    Raises UserError where a file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (no mapping)
+        except (SafetensorError, OSError, ValueError) as error:
+            line = str(error).splitlines()[0]
+            raise UserError(f"checkpoint={folder}: {file.name} is damaged ({line}).") from None
+    return tensors
+
+
+def digest_files(files: list[Path]) -> str:
+    """sha256 over the files' contents, in their order."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()

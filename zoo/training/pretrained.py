@@ -1,0 +1,93 @@
+"""Makes a run of a pretrained checkpoint, which is measured and fine-tuned like any other."""
+
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zoo.config.compose import compose
+from zoo.config.schema import TrainConfig
+from zoo.config.validate import plain, validate
+from zoo.console import say
+from zoo.data.corpora import Corpus
+from zoo.errors import refuse
+from zoo.model.build import count_parameters
+from zoo.model.flops import forward_flops
+from zoo.model.pretrained import check_unchanged, identify, load_pretrained
+from zoo.pretrained.checkpoint import read_checkpoint
+from zoo.pretrained.families import Description
+from zoo.runs.folder import RunFolder
+from zoo.runs.identity import identity
+from zoo.runs.provenance import provenance
+from zoo.training.windows import open_data
+
+
+def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> RunFolder:
+    """The run of a checkpoint on a text: the one made before, or a new one.
+
+    Args:
+        checkpoint: a folder of `transformers` (config.json and safetensors), or a GGUF file.
+        data: a data section, as configs/data has it. Without `tokenizer` the checkpoint's is used.
+        runs: the folder that holds the run folders.
+
+    Raises:
+        UserError: where the checkpoint is not whole, is of no known family or asks for what the
+            zoo does not compute, where its tokenizer is missing, and where its weights changed
+            since the run was made.
+    """
+    described, tokenizer = read_checkpoint(checkpoint, runs / ".tokenizers")
+    section = {**data, "tokenizer": data.get("tokenizer") or str(tokenizer)}
+    if section["tokenizer"] == str(tokenizer) and described.end_token is not None:
+        section["end_token"] = described.end_token
+    config = pretrained_config(described, checkpoint, section, runs)
+    text = open_data(config.data, config.seq_len)
+    assert isinstance(text, Corpus)
+    if text.vocab_size > described.vocab_size:
+        refuse(
+            "data.tokenizer",
+            section["tokenizer"],
+            f"has {text.vocab_size:,} tokens, the checkpoint's embedding {described.vocab_size:,}",
+            "Give the tokenizer that the checkpoint was trained with",
+        )
+    name = f"{checkpoint.stem or checkpoint.name}-{config.data.name}-{text.fingerprint[:8]}"
+    path = runs / "".join(c if c.isalnum() or c in "._+-" else "-" for c in name).lstrip(".-")
+    if path.exists():
+        folder = RunFolder.open(path)
+        if identity(folder.config) != identity(config):
+            refuse(
+                "checkpoint", str(checkpoint), f"{path} holds another run", "Choose another runs="
+            )
+        check_unchanged(checkpoint, folder.info["checkpoint"])
+        return folder
+    say(f"{checkpoint}: {described.family}, reading its weights")
+    found = identify(checkpoint)
+    model = load_pretrained(config)
+    info = {
+        "status": "done",
+        "id": uuid.uuid4().hex[:12],
+        **provenance(),
+        "checkpoint": found,
+        "fingerprint": text.fingerprint,
+        "tokenizer": text.tokenizer,
+        "parameters": count_parameters(model),
+        "flops_per_token": forward_flops(model, config.seq_len),
+    }
+    return RunFolder.create(path, config, info)
+
+
+def pretrained_config(
+    described: Description, checkpoint: Path, data: Mapping[str, Any], runs: Path
+) -> TrainConfig:
+    """The options that `describe` found, with the text and the checkpoint beside them.
+
+    What the options of training say is of no consequence: nothing is trained.
+    """
+    tree = plain(compose("train", [w for w in described.words if not w.startswith("extension")]))
+    scaled = [word for word in described.words if word.startswith("extension")]
+    if scaled:
+        tree["extension"] = plain(compose("eval", ["run=x", *scaled]))["extension"]
+    name = described.family
+    size = {**tree["size"], "name": "checkpoint"}
+    model = {**tree["model"], "name": name}
+    more = {"data": dict(data), "size": size, "model": model, "runs": str(runs)}
+    return validate(TrainConfig, {**tree, **more, "checkpoint": str(checkpoint)})
