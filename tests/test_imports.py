@@ -16,7 +16,7 @@ LAYERS = [
     {"config"},
     {"data", "report", "ops"},
     {"runs"},
-    {"positions", "attention"},
+    {"positions", "attention", "pretrained"},
     {"mixers"},
     {"model"},
     {"training"},
@@ -36,6 +36,8 @@ OPTIONAL = {
     "tokenizers",
     "transformers",
     "optuna",
+    "safetensors",
+    "gguf",
 }
 
 

@@ -474,7 +474,7 @@ class EvalConfig(Section):
     @model_validator(mode="after")
     def _measures(self) -> "EvalConfig":
         if self.run is None and self.checkpoint is None:
-            raise UserError("run= is needed: run folder, or a pattern such as 'runs/compare/*'")
+            refuse("run", "", "must be given (run folder, or a pattern such as 'runs/compare/*')")
         if self.checkpoint is not None and self.data.path is None:
             refuse(
                 "checkpoint",

@@ -96,7 +96,7 @@ def _check_fit(checkpoint: Path, model: Backbone, weights: Mapping[str, Tensor])
     if differ:
         name = differ[0]
         raise UserError(
-            f"checkpoint={checkpoint}: {len(differ)} of its tensors do not fit config.json, such as "
-            f"{name}, which is {given.get(name, 'missing')} and must be "
+            f"checkpoint={checkpoint}: {len(differ)} of its tensors do not fit config.json, such "
+            f"as {name}, which is {given.get(name, 'missing')} and must be "
             f"{needed.get(name, 'left out')}. Give a whole checkpoint."
         )

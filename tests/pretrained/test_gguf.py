@@ -1,0 +1,178 @@
+"""A GGUF file gives the weights, the options and the tokens of the model it was made of."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from zoo.errors import UserError
+from zoo.pretrained.families import describe
+from zoo.pretrained.gguf import GGUFFile
+
+gguf = pytest.importorskip("gguf")
+
+WIDTH, HEADS, GROUPS, HIDDEN, VOCAB = 32, 4, 2, 64, 260
+TOKENS = ["<|end|>", "ab", "abc", "Ġ1"]
+MERGES = ["a b", "ab c", "Ġ 1"]
+
+
+def letters() -> list[str]:
+    """The 256 letters by which a byte-level tokeniser writes bytes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return sorted(ByteLevel.alphabet())
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows as llama.cpp lays them out: the two of a rotary pair beside each other."""
+    rows, columns = weight.shape
+    width = rows // heads
+    order = [
+        head * width + half * width // 2 + i
+        for head in range(heads)
+        for i in range(width // 2)
+        for half in (0, 1)
+    ]
+    return weight[order].reshape(rows, columns)
+
+
+def write(path: Path, quantised: str = "F32", **fields) -> dict[str, np.ndarray]:
+    """A Llama of one layer and random weights; returns these under transformers' names."""
+    draw = np.random.default_rng(0)
+    shapes = {
+        "model.embed_tokens": (VOCAB, WIDTH),
+        "model.norm": (WIDTH,),
+        "model.layers.0.input_layernorm": (WIDTH,),
+        "model.layers.0.self_attn.q_proj": (WIDTH, WIDTH),
+        "model.layers.0.self_attn.k_proj": (WIDTH // 2, WIDTH),
+        "model.layers.0.self_attn.v_proj": (WIDTH // 2, WIDTH),
+        "model.layers.0.self_attn.o_proj": (WIDTH, WIDTH),
+        "model.layers.0.post_attention_layernorm": (WIDTH,),
+        "model.layers.0.mlp.gate_proj": (HIDDEN, WIDTH),
+        "model.layers.0.mlp.up_proj": (HIDDEN, WIDTH),
+        "model.layers.0.mlp.down_proj": (WIDTH, HIDDEN),
+    }
+    weights = {
+        f"{name}.weight": draw.standard_normal(shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "input_layernorm": "attn_norm",
+        "q_proj": "attn_q",
+        "k_proj": "attn_k",
+        "v_proj": "attn_v",
+        "o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "gate_proj": "ffn_gate",
+        "up_proj": "ffn_up",
+        "down_proj": "ffn_down",
+    }
+    writer = gguf.GGUFWriter(path, fields.pop("architecture", "llama"))
+    writer.add_block_count(1)
+    writer.add_context_length(128)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(GROUPS)
+    writer.add_rope_freq_base(20000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(VOCAB)
+    writer.add_rope_dimension_count(WIDTH // HEADS)
+    writer.add_tokenizer_model(fields.pop("tokenizer", "gpt2"))
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([*letters(), *TOKENS])
+    writer.add_token_types([1] * 256 + [3, 1, 1, 1])
+    writer.add_token_merges(MERGES)
+    writer.add_eos_token_id(256)
+    for key, value in fields.items():
+        writer.add_uint32(key.replace("__", "."), value)
+    kind = gguf.GGMLQuantizationType[quantised]
+    for name, weight in weights.items():
+        inside = name.removesuffix(".weight")
+        last = inside if inside in names else inside.rpartition(".")[2]
+        block = "blk.0." if "layers.0" in name else ""
+        stored = weight
+        if last in ("q_proj", "k_proj"):
+            stored = permuted(weight, HEADS if last == "q_proj" else GROUPS)
+        if stored.ndim == 2:
+            stored = gguf.quants.quantize(stored, kind)
+            writer.add_tensor(f"{block}{names[last]}.weight", stored, raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{block}{names[last]}.weight", stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+@pytest.mark.parametrize(("quantised", "off"), [("F32", 0), ("Q8_0", 0.02), ("Q4_1", 0.3)])
+def test_weights_come_back_in_the_order_of_transformers(quantised, off, tmp_path):
+    weights = write(tmp_path / "a.gguf", quantised)
+    read = GGUFFile(tmp_path / "a.gguf").weights()
+    assert read.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert (read[name] - torch.from_numpy(weight)).abs().max() <= off, name
+
+
+def test_the_options_are_those_of_the_file(tmp_path):
+    write(tmp_path / "a.gguf")
+    described = describe(GGUFFile(tmp_path / "a.gguf").config())
+    assert described.end_token == 256
+    assert described.vocab_size == VOCAB
+    for word in ("size.width=32", "model.mixer.kv_heads=2", "model.tied=true", "seq_len=128"):
+        assert word in described.words
+    assert "model.norm_eps=1e-05" in described.words
+    assert "model.mixer.rope_base=20000.0" in described.words
+
+
+def test_its_tokenizer_merges_gives_text_back_and_keeps_digits_apart(tmp_path):
+    from tokenizers import Tokenizer
+
+    write(tmp_path / "a.gguf")
+    tokenizer = Tokenizer.from_str(GGUFFile(tmp_path / "a.gguf").tokenizer())
+    assert tokenizer.encode("abcab", add_special_tokens=False).ids == [258, 257]
+    assert tokenizer.encode(" 1", add_special_tokens=False).tokens == ["Ġ", "1"]  # a digit alone
+    assert tokenizer.encode("<|end|>").ids == [256]
+    text = "Jürgen, 日本 and\n\n  12 more\t"
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"architecture": "gemma"}, "general.architecture=gemma"),
+        ({"llama__expert_count": 4}, "llama.expert_count"),
+        ({"tokenizer": "llama"}, "tokenizer.ggml.model=llama"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(fields, said, tmp_path):
+    write(tmp_path / "a.gguf", **fields)
+
+    def read():
+        file = GGUFFile(tmp_path / "a.gguf")
+        return file.config(), file.tokenizer()
+
+    with pytest.raises(UserError, match=re.escape(said)):
+        read()
+
+
+@pytest.mark.parametrize("length", [0, 3, 40, 2000])
+def test_a_truncated_file_is_refused_in_one_line(length, tmp_path):
+    path = tmp_path / "a.gguf"
+    write(path)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(UserError) as error:
+        GGUFFile(path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_json_is_what_tokenizers_writes(tmp_path):
+    write(tmp_path / "a.gguf")
+    tree = json.loads(GGUFFile(tmp_path / "a.gguf").tokenizer())
+    assert tree["model"]["merges"] == [["a", "b"], ["ab", "c"], ["Ġ", "1"]]
