@@ -221,14 +221,6 @@ def damage_no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
-def damage_outside(folder: Path) -> None:
-    save(folder, "llama", max_shard_size="20KB")
-    file = folder / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    index["weight_map"]["lm_head.weight"] = "../secret.safetensors"
-    file.write_text(json.dumps(index))
-
-
 def damage_another_size(folder: Path) -> None:
     save(folder, "llama")
     altered(folder, intermediate_size=48)
@@ -251,6 +243,26 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(damage, tmp_path):
     with pytest.raises(UserError) as error:
         opened(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_files_outside_the_folder_are_not_read(tmp_path):
+    save(tmp_path / "one", "llama", max_shard_size="20KB")
+    file = tmp_path / "one" / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    shard = index["weight_map"]["lm_head.weight"]
+    (tmp_path / "one" / shard).rename(tmp_path / shard)
+    placed = {name: f"../{at}" if at == shard else at for name, at in index["weight_map"].items()}
+    file.write_text(json.dumps({"weight_map": placed}))
+    with pytest.raises(UserError, match="outside the folder"):
+        opened(tmp_path / "one")
+
+
+@pytest.mark.parametrize(("case", "tied"), [("llama", False), ("mamba", True)])
+def test_a_head_is_tied_where_its_family_ties_it_unless_told_otherwise(case, tied, tmp_path):
+    save(tmp_path, case)
+    altered(tmp_path, tie_word_embeddings="absent")
+    words = describe(read_json(tmp_path / "config.json")).words
+    assert f"model.tied={str(tied).lower()}" in words
 
 
 def test_weights_that_changed_are_told(tmp_path):

@@ -11,6 +11,7 @@ from zoo.cli.eval import main
 from zoo.runs.folder import RunFolder
 
 transformers = pytest.importorskip("transformers")
+SLOPES = ["extension=alibi_interpolation", "extension.factor=2"]
 MEASURE = ["task=perplexity", "task.perplexity.lengths=[32,64]", "task.perplexity.units=2"]
 
 
@@ -108,7 +109,7 @@ def test_weights_that_changed_are_not_measured_as_the_same(words, checkpoint, tm
         (lambda w: ["checkpoint=nowhere", *w[1:]], "checkpoint=nowhere"),
         (lambda w: [*w, "data.tokenizer=nowhere.json"], "nowhere.json"),
         (lambda w: [x for x in w if not x.startswith("checkpoint")], "run=: must be given"),
-        (lambda w: [*w, "extension=alibi_interpolation", "extension.factor=2"], "extension=alibi_interpolation"),
+        (lambda w: [*w, *SLOPES], SLOPES[0]),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(change, said, words, tmp_path, capsys):
