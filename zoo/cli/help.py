@@ -37,7 +37,9 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "eval": {
-        "What is measured": ("run", "split", "data.path", "data.cache"),
+        "What is measured": (
+            *("run", "checkpoint", "split", "data.path", "data.cache", "data.tokenizer"),
+        ),
         "Where and how": ("report", "fresh", "runs", "device", "threads"),
     },
 }
