@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 from building import ARCHITECTURES
+from test_errors import FORM
 
 from zoo.cli import train
-from zoo.config.compose import compose_tree, composing, parse
+from zoo.config.compose import compose, compose_tree, composing, parse
 from zoo.config.groups import choices
 from zoo.config.introspect import target_parameters
-from zoo.config.schema import Trainer
+from zoo.config.schema import TrainConfig, Trainer
+from zoo.config.sizes import read_sizes
 from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED
-from zoo.config.tree import leaves
+from zoo.config.tree import flat, leaves, within
+from zoo.config.validate import plain
 
 ROOT = Path(__file__).parents[1]
 ODD = ("0", "-1", "1", "2", "3", "7", "0.5", "1e9", "1e18", "1e309", "1e308", "-inf", "nan", "inf")
@@ -76,6 +79,40 @@ def written(folder: Path) -> list[str]:
     ]
 
 
+# What an option changes beside itself, by the beginnings of the paths.
+FOLLOWS = {
+    "seq_len": ("batch_size", "model.max_length", "model.blocks"),
+    "batch_tokens": ("batch_size",),
+    "trainer.accelerator": ("trainer.precision",),
+    **dict.fromkeys(("size", "model", "hybrid", "objective"), ("model", "size")),
+}
+SPELLED_OUT = ("hybrid", "model.pattern", "model.positions")  # as blocks
+
+
+def taken_otherwise(words: list[str], config: TrainConfig, before: TrainConfig) -> list[str]:
+    """What a configuration has that its line did not ask for, and the other way round.
+
+    `before` is that of the same line with the model, size and logger alone.
+    """
+    with composing("train"):
+        asked = {o.key_or_group: o.value() for o in parse(words)}
+    is_now, was = flat(plain(config)), flat(plain(before))
+    wrong = []
+    for key, value in asked.items():
+        path = re.sub(r"^model\.(?=mixer|feed_forward)", "model.blocks.0.", key)
+        if path not in is_now or value is None or key in (*GROUPS, *SPELLED_OUT):
+            continue
+        meant, held = read_sizes(value), is_now[path]
+        if isinstance(held, bool) != isinstance(meant, bool) or held not in (meant, str(meant)):
+            wrong.append(f"{key}={value} was taken as {held!r}")
+    may_change = [path for key in asked for path in (key, *FOLLOWS.get(key.split(".")[0], ()))]
+    may_change += [path for key in asked for path in FOLLOWS.get(key, ())]
+    for path in {*is_now, *was}:
+        if is_now.get(path) != was.get(path) and not within(path, may_change):
+            wrong.append(f"{path} became {is_now.get(path)!r}")
+    return wrong
+
+
 @pytest.mark.slow
 def test_500_command_lines_in_one_process_are_refused_or_rehearsed(tmp_path, monkeypatch, capfd):
     """Everything but the training itself; what would be trained is counted."""
@@ -84,7 +121,7 @@ def test_500_command_lines_in_one_process_are_refused_or_rehearsed(tmp_path, mon
     trained: list[Any] = []
     for name in ("fit", "fit_apart"):
         monkeypatch.setattr(train, name, lambda config, *_: trained.append(config))
-    wrong, refused = [], 0
+    wrong, refused, other_form = [], 0, []
     for words in lines(500, seed=0):
         before, start, count = set(written(tmp_path)), time.monotonic(), len(trained)
         try:
@@ -99,11 +136,20 @@ def test_500_command_lines_in_one_process_are_refused_or_rehearsed(tmp_path, mon
             refused += 1
             if len(said_by(said)) != 1:
                 wrong.append((words, f"said {said!r}"))
+            elif not FORM.fullmatch(said_by(said)[0].removeprefix("train.py: ")):
+                other_form.append(said_by(said)[0])
             if left := set(written(tmp_path)) - before:
                 wrong.append((words, f"left {left}"))
         elif code or (len(trained) == count and "already trained" not in said):
             wrong.append((words, f"exit code {code}: {said[-300:]!r}"))
+        elif len(trained) > count:
+            chosen = ("model=", "size=", "logger=")
+            default = [word for word in words if word.startswith(chosen)]
+            default += [] if named(words) else ["size=tiny", "logger=none"]
+            other = taken_otherwise(words, trained[-1], compose("train", default))
+            wrong += [(words, told) for told in other]
     assert wrong == []
+    assert other_form == []
     assert refused > 250
     assert len(trained) > 20
 
@@ -125,7 +171,7 @@ def test_command_lines_as_programs_end_well(tmp_path):
     few += ["valid_windows=2", "optim.warmup_steps=1"]
     wrong, done = [], 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for words in lines(36, seed=1):
+    for words in lines(40, seed=1):
         given = {word.partition("=")[0] for word in words}
         line = [*words, *(word for word in few if word.partition("=")[0] not in given)]
         before, start = set(written(tmp_path)), time.monotonic()
