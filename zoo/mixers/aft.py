@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, State, compute_dtype, linear, residual_gain
-from zoo.mixers.parts import head_width
+from zoo.mixers.parts import append, head_width
 from zoo.ops.aft import Window, absorb, aft, aft_full, aft_window
 from zoo.ops.wkv4 import empty_average
 
@@ -120,7 +120,7 @@ class AFT(Mixer):
 
     def _full(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, Window]:
         start, end = state.tokens_seen, state.tokens_seen + k.shape[1]
-        k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
+        k, v = append(state.k, k), append(state.v, v)
         y = aft_full(k, v, self.u[start:end], self.v[end - k.shape[1] : end])
         return y, Window(state.older, k, v)
 

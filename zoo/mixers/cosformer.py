@@ -23,7 +23,7 @@ from torch import Tensor
 
 from zoo.config.domains import Positive
 from zoo.mixers.base import linear, refuse_state, residual_gain
-from zoo.mixers.parts import MultiHead
+from zoo.mixers.parts import MultiHead, wide_dtype, wide_zeros
 from zoo.ops.linear_attention import SMALLEST, LinearState, linear_attention
 
 
@@ -68,16 +68,15 @@ class CosFormer(MultiHead):
 
     def _reweighted(self, x: Tensor, start: int) -> Float[Tensor, "b t h k"]:
         """[x cos a, x sin a] with a = pi i / 2M at positions start, start + 1, ..."""
-        wide = torch.promote_types(self.o_proj.weight.dtype, torch.float32)
+        wide = wide_dtype(self.o_proj.weight)
         i = torch.arange(start, start + x.shape[1], device=x.device, dtype=torch.float64)
         a = (math.pi / 2 / self.reference_length * i)[:, None, None]
         return torch.cat([x * a.cos().to(wide), x * a.sin().to(wide)], -1)
 
     def empty_state(self, batch: int) -> CosFormerState:
         weight = self.o_proj.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
         head = weight.shape[0] // self.heads
-        S = weight.new_zeros((batch, self.heads, 2 * head, head), dtype=wide)
+        S = wide_zeros(weight, (batch, self.heads, 2 * head, head))
         return CosFormerState(S, S[..., 0].clone(), 0)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, linear, residual_gain
-from zoo.mixers.parts import conv_weight, head_width, no_inputs
+from zoo.mixers.parts import conv_weight, head_width, no_inputs, wide_dtype, wide_zeros
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.delta_rule import delta_rule, unit_length
 from zoo.ops.rms_norm import RMSNorm
@@ -60,7 +60,7 @@ class DeltaNet(Mixer):
             self.qkv_proj(x), self.conv_weight, state=state.conv if state else None
         )
         q, k, v = (u.unflatten(-1, (self.heads, -1)) for u in qkv.chunk(3, -1))
-        wide = torch.promote_types(v.dtype, torch.float32)  # of the state, and of the norm
+        wide = wide_dtype(v)  # of the state, and of the norm
         y, S = delta_rule(
             unit_length(q),
             unit_length(k),
@@ -75,6 +75,5 @@ class DeltaNet(Mixer):
     def empty_state(self, batch: int) -> DeltaState:
         weight = self.o_proj.weight
         width = len(weight)
-        wide = torch.promote_types(weight.dtype, torch.float32)
         S = (batch, self.heads, width // self.heads, width // self.heads)
-        return DeltaState(no_inputs(self.conv_weight, batch), weight.new_zeros(S, dtype=wide))
+        return DeltaState(no_inputs(self.conv_weight, batch), wide_zeros(weight, S))

@@ -37,13 +37,12 @@ from zoo.config.domains import Positive, Range
 from zoo.mixers.base import (
     CrossLayer,
     State,
-    compute_dtype,
     linear,
     no_weight_decay,
     refuse_state,
     residual_gain,
 )
-from zoo.mixers.parts import MultiHead
+from zoo.mixers.parts import MultiHead, append, no_keys
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
 from zoo.ops.rms_norm import RMSNorm
@@ -105,11 +104,11 @@ class ETC(MultiHead):
         start = state.tokens_seen if state else 0
         q, k, v = self.qkv(x)
         if state:
-            k, v = _after(state.k, k), _after(state.v, v)
+            k, v = append(state.k, k), append(state.v, v)
         g = self._globals(x, (start % self.block + x.shape[1]) // self.block, cross_layer)
         g_q, *g_in = self.qkv(self.global_norm(g))
         before = state.globals_in if state else (g_in[0][:, :0], g_in[1][:, :0])
-        g_in = [_after(a, b) for a, b in zip(before, g_in, strict=True)]
+        g_in = [append(a, b) for a, b in zip(before, g_in, strict=True)]
         span = max(g_in[0].shape[1], len(self.g2g))
         among = relative_window(g_q, g_in[0], g_in[1], self.g2g, span, backend=self.backend)
         g = g + self._out(merge([among, self._own_blocks(g_q, k, v, start, x.shape[1])]))
@@ -121,7 +120,7 @@ class ETC(MultiHead):
         y = self._out(merge([near, *self._completed(q, before, g_out, start)]))
         if state is None:
             return y
-        g_out = [_after(a, b) for a, b in zip(before, g_out, strict=True)]
+        g_out = [append(a, b) for a, b in zip(before, g_out, strict=True)]
         k, v = last_tokens(k, self.held), last_tokens(v, self.held)
         return y, ETCState(k, v, (*g_in,), (*g_out,), start + x.shape[1])
 
@@ -209,9 +208,7 @@ class ETC(MultiHead):
 
     def empty_state(self, batch: int) -> ETCState:
         weight = self.k_proj.weight
-        none = weight.new_empty(
-            (batch, 0, self.heads, self.head_width), dtype=compute_dtype(weight)
-        )
+        none = no_keys(weight, batch, self.heads, self.head_width)
         return ETCState(none, none, (none, none), (none, none), 0)
 
     def state_bytes(self, tokens: int, batch: int = 1) -> int:
@@ -226,7 +223,3 @@ class ETC(MultiHead):
             tuple(last_tokens(u, window // self.block) for u in pair) for pair in (inner, outer)
         )
         return ETCState(last_tokens(k, window), last_tokens(v, window), inner, outer, tokens_seen)
-
-
-def _after(past: Tensor, x: Tensor) -> Tensor:
-    return torch.cat([past.to(x.dtype), x], 1)

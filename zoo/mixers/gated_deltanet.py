@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, linear, residual_gain
 from zoo.mixers.deltanet import DeltaState
-from zoo.mixers.parts import conv_weight, no_inputs
+from zoo.mixers.parts import conv_weight, no_inputs, wide_dtype, wide_zeros
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.delta_rule import delta_rule, unit_length
 from zoo.ops.rms_norm import RMSNorm
@@ -76,7 +76,7 @@ class GatedDeltaNet(Mixer):
             self.qkv_proj(x), self.conv_weight, state=state.conv if state else None
         )
         q, k, v = (u.unflatten(-1, (self.heads, -1)) for u in qkv.split(self.widths, -1))
-        wide = torch.promote_types(self.A_log.dtype, torch.float32)
+        wide = wide_dtype(self.A_log)
         step = F.softplus(self.a_proj(x).to(wide) + self.dt_bias.to(wide))
         y, S = delta_rule(
             unit_length(q),
@@ -93,6 +93,5 @@ class GatedDeltaNet(Mixer):
 
     def empty_state(self, batch: int) -> DeltaState:
         weight = self.o_proj.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
         S = (batch, self.heads, *(w // self.heads for w in self.widths[1:]))
-        return DeltaState(no_inputs(self.conv_weight, batch), weight.new_zeros(S, dtype=wide))
+        return DeltaState(no_inputs(self.conv_weight, batch), wide_zeros(weight, S))

@@ -10,13 +10,13 @@ The state is S, in float32.
 
 from typing import Annotated
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, linear, residual_gain
+from zoo.mixers.parts import wide_dtype, wide_zeros
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.rms_norm import RMSNorm
 
@@ -54,7 +54,7 @@ class GLA(Mixer):
             proj(x).unflatten(-1, (self.heads, -1))
             for proj in (self.q_proj, self.k_proj, self.v_proj, self.decay_proj)
         )
-        wide = torch.promote_types(self.o_proj.weight.dtype, torch.float32)
+        wide = wide_dtype(self.o_proj.weight)
         o, S = linear_attention(
             q * (self.keys // self.heads) ** -0.5,
             k,
@@ -68,6 +68,5 @@ class GLA(Mixer):
 
     def empty_state(self, batch: int) -> Float[Tensor, "b h k v"]:
         weight = self.o_proj.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
         shape = (batch, self.heads, self.keys // self.heads, weight.shape[0] // self.heads)
-        return weight.new_zeros(shape, dtype=wide)
+        return wide_zeros(weight, shape)

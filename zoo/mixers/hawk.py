@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, linear, residual_gain
-from zoo.mixers.parts import conv_weight, no_inputs
+from zoo.mixers.parts import conv_weight, no_inputs, wide_dtype, wide_zeros
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.linear_recurrence import linear_recurrence
 
@@ -110,7 +110,7 @@ class Hawk(Mixer):
             state=state.conv if state else None,
             backend=self.backend,
         )
-        wide = torch.promote_types(self.decay.dtype, torch.float32)
+        wide = wide_dtype(self.decay)
         a, scale = decay_and_scale(self.decay.to(wide), self.decay_gate(u).to(wide))
         u = scale * torch.sigmoid(self.input_gate(u).to(wide)) * u
         h, last = linear_recurrence(a, u, state.h if state else None, self.backend)
@@ -119,8 +119,7 @@ class Hawk(Mixer):
 
     def empty_state(self, batch: int) -> HawkState:
         weight = self.x_proj.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
         return HawkState(
             no_inputs(self.conv_weight, batch),
-            weight.new_zeros((batch, self.inner_width), dtype=wide),
+            wide_zeros(weight, (batch, self.inner_width)),
         )

@@ -33,7 +33,7 @@ from torch.nn.functional import pad
 
 from zoo.config.domains import Positive, RopeBase
 from zoo.mixers.base import State, compute_dtype, linear, refuse_state, residual_gain
-from zoo.mixers.parts import MultiHead
+from zoo.mixers.parts import MultiHead, append, no_keys
 from zoo.ops.attention import Part, attend, attention
 from zoo.ops.merge import merge
 from zoo.positions.alibi import add_bias_channels, slopes
@@ -111,7 +111,7 @@ class Linformer(MultiHead):
     ) -> tuple[Tensor, LinformerState]:
         start, tokens_seen = 0, q.shape[1]
         if state:
-            k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
+            k, v = append(state.k, k), append(state.v, v)
             start = state.slot_k.shape[1] // self.slots * self.block + state.k.shape[1]
             tokens_seen += state.tokens_seen
         local = self._local(q, k, v)
@@ -122,8 +122,8 @@ class Linformer(MultiHead):
             for P, x in ((self.E, k), (self.F, v))
         )
         if state:
-            slot_k = torch.cat([state.slot_k.to(k.dtype), slot_k], 1)
-            slot_v = torch.cat([state.slot_v.to(v.dtype), slot_v], 1)
+            slot_k = append(state.slot_k, slot_k)
+            slot_v = append(state.slot_v, slot_v)
 
         outs = []
         segments = list(self._segments(start, q.shape[1]))
@@ -191,9 +191,7 @@ class Linformer(MultiHead):
 
     def empty_state(self, batch: int) -> LinformerState:
         weight = self.k_proj.weight
-        none = weight.new_empty(
-            (batch, 0, self.heads, self.head_width), dtype=compute_dtype(weight)
-        )
+        none = no_keys(weight, batch, self.heads, self.head_width)
         return LinformerState(none, none, none, none, 0)
 
     def state_bytes(self, tokens: int, batch: int = 1) -> int:

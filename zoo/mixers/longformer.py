@@ -31,8 +31,8 @@ from torch import Tensor
 
 from zoo.attention.window import around, by_head, in_window, last_tokens, window
 from zoo.config.domains import Natural, Positive, RopeBase
-from zoo.mixers.base import State, compute_dtype, linear, refuse_state, residual_gain
-from zoo.mixers.parts import MultiHead
+from zoo.mixers.base import State, linear, refuse_state, residual_gain
+from zoo.mixers.parts import MultiHead, append, no_keys
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
 from zoo.positions.rope import apply_rope, inverse_frequencies
@@ -108,13 +108,13 @@ class Longformer(MultiHead):
         start = state.tokens_seen if state else 0
         q, k = (self._turned(proj(x), start) for proj in (self.q_proj, self.k_proj))
         v = self.by_head(self.v_proj(x))
-        keys, values = (_after(state.k, k), _after(state.v, v)) if state else (k, v)
+        keys, values = (append(state.k, k), append(state.v, v)) if state else (k, v)
         local = self._local(q, keys, values)
         out, marked = local[0], ()
         if self.global_tokens:
             marked = self._marked(x, k, v, start)
             if state:
-                marked = tuple(_after(a, b) for a, b in zip(state.marked, marked, strict=True))
+                marked = tuple(append(a, b) for a, b in zip(state.marked, marked, strict=True))
             out = self._with_globals(x, q, local, marked, start)
         y = self.o_proj(out.flatten(-2))
         if state is None:
@@ -168,9 +168,7 @@ class Longformer(MultiHead):
 
     def empty_state(self, batch: int) -> LongformerState:
         weight = self.k_proj.weight
-        none = weight.new_empty(
-            (batch, 0, self.heads, self.head_width), dtype=compute_dtype(weight)
-        )
+        none = no_keys(weight, batch, self.heads, self.head_width)
         return LongformerState(none, none, (none,) * 4 if self.global_tokens else (), 0)
 
     def state_bytes(self, tokens: int, batch: int = 1) -> int:
@@ -187,7 +185,3 @@ class Longformer(MultiHead):
             tuple(x[:, :window] for x in marked),
             tokens_seen,
         )
-
-
-def _after(past: Tensor, x: Tensor) -> Tensor:
-    return torch.cat([past.to(x.dtype), x], 1)

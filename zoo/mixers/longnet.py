@@ -35,8 +35,8 @@ from torch import Tensor
 
 from zoo.attention.window import last_tokens
 from zoo.config.domains import Positive, RopeBase
-from zoo.mixers.base import State, compute_dtype, linear, residual_gain
-from zoo.mixers.parts import MultiHead
+from zoo.mixers.base import State, linear, residual_gain
+from zoo.mixers.parts import MultiHead, no_keys
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
 from zoo.positions.rope import apply_rope, inverse_frequencies
@@ -156,9 +156,7 @@ class LongNet(MultiHead):
 
     def empty_state(self, batch: int) -> LongNetState:
         weight = self.k_proj.weight
-        none = weight.new_empty(
-            (batch, 0, self.heads, 2 * self.head_width), dtype=compute_dtype(weight)
-        )
+        none = no_keys(weight, batch, self.heads, 2 * self.head_width)
         return LongNetState((none,) * len(self.branches), 0)
 
     def state_bytes(self, tokens: int, batch: int = 1) -> int:

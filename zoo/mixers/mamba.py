@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, no_weight_decay
-from zoo.mixers.parts import conv_weight, no_inputs
+from zoo.mixers.parts import conv_weight, no_inputs, wide_zeros
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.selective_scan import selective_scan
 
@@ -97,8 +97,7 @@ class Mamba(Mixer):
 
     def empty_state(self, batch: int) -> MambaState:
         weight = self.in_proj.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
         return MambaState(
             no_inputs(self.conv_weight, batch),
-            weight.new_zeros((batch, self.inner_width, self.state_size), dtype=wide),
+            wide_zeros(weight, (batch, self.inner_width, self.state_size)),
         )

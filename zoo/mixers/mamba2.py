@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, no_weight_decay
-from zoo.mixers.parts import conv_weight, no_inputs
+from zoo.mixers.parts import conv_weight, no_inputs, wide_dtype, wide_zeros
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.rms_norm import RMSNorm
@@ -74,7 +74,7 @@ class Mamba2(Mixer):
             u, self.conv_weight, self.conv_bias, state=state.conv if state else None
         )
         values, B, C = u.split([inner, n, n], -1)
-        wide = torch.promote_types(self.A_log.dtype, torch.float32)
+        wide = wide_dtype(self.A_log)
         values = values.unflatten(-1, (self.heads, self.head_width)).to(wide)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         y, h = linear_attention(
@@ -91,6 +91,5 @@ class Mamba2(Mixer):
 
     def empty_state(self, batch: int) -> Mamba2State:
         weight = self.in_proj.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
         h = (batch, self.heads, self.state_size, self.head_width)
-        return Mamba2State(no_inputs(self.conv_weight, batch), weight.new_zeros(h, dtype=wide))
+        return Mamba2State(no_inputs(self.conv_weight, batch), wide_zeros(weight, h))

@@ -1,5 +1,8 @@
 """What several mixers are made of."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -28,6 +31,34 @@ class MultiHead(Mixer):
 
     def qkv(self, x: Float[Tensor, "b t d"]) -> list[Float[Tensor, "b t h k"]]:
         return [self.by_head(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+
+
+class KeyValues(NamedTuple):
+    """A key/value cache."""
+
+    k: Float[Tensor, "b n h d"]
+    v: Float[Tensor, "b n h d"]
+    tokens_seen: int  # more than n where older keys were evicted
+
+
+def append(past: Float[Tensor, "b n ..."], x: Float[Tensor, "b t ..."]) -> Tensor:
+    """Both behind one another, in x's dtype."""
+    return torch.cat([past.to(x.dtype), x], 1)
+
+
+def no_keys(weight: Tensor, batch: int, heads: int, width: int) -> Float[Tensor, "b 0 h d"]:
+    """Keys before the first token, of the dtype that products with `weight` will have."""
+    return weight.new_empty((batch, 0, heads, width), dtype=compute_dtype(weight))
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which states are kept and summed: x's own, or float32 if that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def wide_zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """A state of zeros, on the device of `like`."""
+    return like.new_zeros(shape, dtype=wide_dtype(like))
 
 
 def conv_weight(channels: int, taps: int) -> nn.Parameter:

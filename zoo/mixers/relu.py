@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from zoo.config.domains import Positive, RopeBase
 from zoo.mixers.base import State, compute_dtype, linear, refuse_state, residual_gain
-from zoo.mixers.parts import MultiHead
-from zoo.mixers.softmax import KeyValues
+from zoo.mixers.parts import KeyValues, MultiHead, append, no_keys
 from zoo.ops.kernel_attention import kernel_attention
 from zoo.ops.rms_norm import RMSNorm
 from zoo.positions.alibi import slopes
@@ -73,7 +72,7 @@ class ReLUAttention(MultiHead):
         if self.positions == "rope":
             q, k = apply_rope(q, self.inv_freq, start), apply_rope(k, self.inv_freq, start)
         if state:
-            k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
+            k, v = append(state.k, k), append(state.v, v)
         y = self.o_proj(self._attend(q, k, v).to(v.dtype))
         return y if state is None else (y, KeyValues(k, v, start + x.shape[1]))
 
@@ -102,9 +101,7 @@ class ReLUAttention(MultiHead):
 
     def empty_state(self, batch: int) -> KeyValues:
         weight = self.k_proj.weight
-        none = weight.new_empty(
-            (batch, 0, self.heads, self.head_width), dtype=compute_dtype(weight)
-        )
+        none = no_keys(weight, batch, self.heads, self.head_width)
         return KeyValues(none, none, 0)
 
     def state_bytes(self, tokens: int, batch: int = 1) -> int:

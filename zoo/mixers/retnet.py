@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from zoo.config.domains import Positive, RopeBase
 from zoo.mixers.base import Mixer, linear, residual_gain
+from zoo.mixers.parts import wide_zeros
 from zoo.ops.linear_attention import linear_attention
 from zoo.positions.rope import apply_rope, inverse_frequencies
 
@@ -77,6 +78,5 @@ class RetNet(Mixer):
 
     def empty_state(self, batch: int) -> RetentionState:
         weight = self.o_proj.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
         shape = (batch, self.heads, self.head_width, self.v_proj.out_features // self.heads)
-        return RetentionState(weight.new_zeros(shape, dtype=wide), 0)
+        return RetentionState(wide_zeros(weight, shape), 0)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from zoo.config.domains import Positive
 from zoo.mixers.base import Mixer, linear, residual_gain
-from zoo.mixers.parts import shifted
+from zoo.mixers.parts import shifted, wide_dtype, wide_zeros
 from zoo.ops.wkv4 import empty_average, wkv4
 
 SMALL = 0.1  # gain of projections that are zero in the paper
@@ -71,12 +71,12 @@ def zigzag(width: int, size: float) -> Tensor:
 
 def last_token(x: Float[Tensor, "b t d"]) -> Float[Tensor, "b d"]:
     """What a token shift keeps, in float32 or better."""
-    return x[:, -1].to(torch.promote_types(x.dtype, torch.float32))
+    return x[:, -1].to(wide_dtype(x))
 
 
 def no_token(weight: Tensor, batch: int, width: int) -> Float[Tensor, "b d"]:
     """The token before the first."""
-    return weight.new_zeros((batch, width), dtype=torch.promote_types(weight.dtype, torch.float32))
+    return wide_zeros(weight, (batch, width))
 
 
 class RWKV4(Mixer):

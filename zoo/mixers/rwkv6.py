@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from zoo.config.domains import Positive
 from zoo.mixers.base import Mixer, linear, no_weight_decay, residual_gain
-from zoo.mixers.parts import head_width, shifted
+from zoo.mixers.parts import head_width, shifted, wide_zeros
 from zoo.mixers.rwkv4 import SMALL, decays, depth, last_token, mixes, no_token, zigzag
 from zoo.ops.linear_attention import linear_attention
 
@@ -109,6 +109,5 @@ class RWKV6(Mixer):
 
     def empty_state(self, batch: int) -> RWKV6State:
         weight = self.k_proj.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
         shape = (batch, self.heads, self.head_width, self.head_width)
-        return RWKV6State(no_token(weight, batch, self.width), weight.new_zeros(shape, dtype=wide))
+        return RWKV6State(no_token(weight, batch, self.width), wide_zeros(weight, shape))

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from zoo.config.domains import Positive
 from zoo.mixers.base import CrossLayer, Mixer, linear, no_weight_decay, residual_gain
-from zoo.mixers.parts import head_width, shifted
+from zoo.mixers.parts import head_width, shifted, wide_dtype, wide_zeros
 from zoo.ops.delta_rule import diagonal_plus_rank_one, unit_length
 
 NORM_EPS = 64e-5
@@ -113,7 +113,7 @@ class RWKV7(Mixer):
         state: RWKV7State | None = None,
         cross_layer: CrossLayer | None = None,
     ):
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = wide_dtype(x)
         by_head = (self.heads, -1)
         before = shifted(x, state.last if state else None) - x
         for_r, for_w, for_k, for_v, for_a, for_g = (x + before * mu for mu in self.mu)
@@ -140,10 +140,9 @@ class RWKV7(Mixer):
 
     def empty_state(self, batch: int) -> RWKV7State:
         weight = self.o_proj.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
         width, head = len(weight), len(weight) // self.heads
-        S = weight.new_zeros((batch, self.heads, head, head), dtype=wide)
-        return RWKV7State(weight.new_zeros((batch, width), dtype=wide), S)
+        S = wide_zeros(weight, (batch, self.heads, head, head))
+        return RWKV7State(wide_zeros(weight, (batch, width)), S)
 
 
 class ChannelMixingState(NamedTuple):
@@ -176,5 +175,4 @@ class ChannelMixing(Mixer):
 
     def empty_state(self, batch: int) -> ChannelMixingState:
         weight = self.v_proj.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return ChannelMixingState(weight.new_zeros((batch, len(weight)), dtype=wide))
+        return ChannelMixingState(wide_zeros(weight, (batch, len(weight))))

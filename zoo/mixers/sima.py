@@ -36,7 +36,7 @@ from torch import Tensor
 
 from zoo.config.domains import Positive
 from zoo.mixers.base import linear, refuse_state, residual_gain
-from zoo.mixers.parts import MultiHead
+from zoo.mixers.parts import MultiHead, wide_dtype, wide_zeros
 from zoo.ops.linear_attention import linear_attention
 
 EPS = 1e-12  # a channel that was 0 so far is divided by it
@@ -68,7 +68,7 @@ class SimA(MultiHead):
 
     def forward(self, x: Float[Tensor, "b t d"], state: SimAState | None = None):
         q, k, v = self.qkv(x)
-        q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+        q, k = (x.to(wide_dtype(x)) for x in (q, k))
         if not self.causal:
             refuse_state(state)
             return self.o_proj(self._bidirectional(q, k, v).flatten(-2))
@@ -101,6 +101,5 @@ class SimA(MultiHead):
 
     def empty_state(self, batch: int) -> SimAState:
         weight, channels = self.q_proj.weight, self.q_proj.out_features // self.heads
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        z = weight.new_zeros((batch, self.heads, channels), dtype=wide)
+        z = wide_zeros(weight, (batch, self.heads, channels))
         return SimAState(z.new_zeros((*z.shape, channels)), z, z, 0)

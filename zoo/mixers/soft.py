@@ -52,8 +52,7 @@ from zoo.mixers.base import (
     refuse_state,
     residual_gain,
 )
-from zoo.mixers.parts import head_width
-from zoo.mixers.softmax import KeyValues
+from zoo.mixers.parts import KeyValues, append, head_width, no_keys, wide_dtype, wide_zeros
 from zoo.ops.kernel_attention import gaussian, kernel_attention
 from zoo.positions.rope import apply_rope, inverse_frequencies
 
@@ -125,7 +124,7 @@ class Soft(Mixer):
         start = state.tokens_seen if state else 0
         q = k = self._turned(q, start)
         if state:
-            k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
+            k, v = append(state.k, k), append(state.v, v)
         o = kernel_attention(q, k, self._values(v), "gaussian", backend=self.backend)
         visible = torch.arange(k.shape[1] - q.shape[1] + 1, k.shape[1] + 1, device=o.device)
         return o, visible, KeyValues(k, v, start + q.shape[1])
@@ -217,7 +216,7 @@ class Soft(Mixer):
     def _landmarks(self, q: Tensor, first: int) -> Float[Tensor, "b n h d"]:
         """One per whole block of unturned queries, which is block `first` of the text or after."""
         blocks = q.unflatten(1, (-1, self.block)).transpose(2, 3).flatten(-2)
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = wide_dtype(q)
         landmarks = F.gelu(self.norm(self.convolution(blocks))).to(wide)
         if self.positions == "none":
             return landmarks
@@ -243,18 +242,14 @@ class Soft(Mixer):
         if self.form == "landmarks":
             return self._no_landmarks(batch)
         weight = self.q_proj.weight
-        shape = (batch, 0, self.heads, self.head_width)
-        none = weight.new_empty(shape, dtype=compute_dtype(weight))
+        none = no_keys(weight, batch, self.heads, self.head_width)
         return KeyValues(none, none, 0)
 
     def _no_landmarks(self, batch: int) -> Landmarks:
         weight, place = self.q_proj.weight, (self.heads, self.head_width)
         channels = self.head_width + (self.normalise == "sum")
         unread = weight.new_zeros((batch, self.block, *place), dtype=compute_dtype(weight))
-        c = weight.new_zeros(
-            (batch, self.heads, self.landmarks, channels),
-            dtype=torch.promote_types(weight.dtype, torch.float32),
-        )
+        c = wide_zeros(weight, (batch, self.heads, self.landmarks, channels))
         return Landmarks(c.new_zeros((batch, self.landmarks, *place)), c, unread, unread, 0)
 
     def state_bytes(self, tokens: int, batch: int = 1) -> int:

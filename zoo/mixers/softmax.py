@@ -19,7 +19,7 @@ sink, softmax_1, of Xiao 2023 (section 3.3). Departure from its learnable sink, 
 text: queries see it before they are turned, at no distance, the same however far they stand.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -34,22 +34,16 @@ from zoo.mixers.base import (
     Mixer,
     State,
     at_least,
-    compute_dtype,
     linear,
     no_weight_decay,
     refuse_state,
     residual_gain,
 )
+from zoo.mixers.parts import KeyValues, no_keys
 from zoo.ops.attention import Part, attention
 from zoo.positions.alibi import CHUNK, add_bias_channels
 from zoo.positions.rope import Frequencies, apply_rope, by_row, inverse_frequencies
 from zoo.positions.t5 import RelativeBias
-
-
-class KeyValues(NamedTuple):
-    k: Float[Tensor, "b n h d"]
-    v: Float[Tensor, "b n h d"]
-    tokens_seen: int  # tokens read so far; more than n where older keys were dropped
 
 
 class SoftmaxAttention(Mixer):
@@ -205,9 +199,7 @@ class SoftmaxAttention(Mixer):
 
     def empty_state(self, batch: int) -> KeyValues:
         weight = self.k_proj.weight
-        none = weight.new_empty(
-            (batch, 0, self.kv_heads, self.head_width), dtype=compute_dtype(weight)
-        )
+        none = no_keys(weight, batch, self.kv_heads, self.head_width)
         return KeyValues(none, none, 0)
 
     def state_bytes(self, tokens: int, batch: int = 1) -> int:

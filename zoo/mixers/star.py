@@ -43,7 +43,7 @@ from zoo.mixers.base import (
     refuse_state,
     residual_gain,
 )
-from zoo.mixers.parts import MultiHead, shifted
+from zoo.mixers.parts import MultiHead, shifted, wide_dtype, wide_zeros
 from zoo.ops.attention import Part, attention
 
 
@@ -139,7 +139,7 @@ class Star(MultiHead):
         self, x: Float[Tensor, "b t d"], start: int, relay: Relay | None
     ) -> tuple[Float[Tensor, "b blocks d"], Relay]:
         """The relay that the tokens of each block read, and where its recurrence stands after x."""
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = wide_dtype(x)
         if relay is None:
             first = self.by_head(self.first_relay.expand(len(x), -1))
             relay, q = self._begun(self._update(first).to(wide))
@@ -188,12 +188,11 @@ class Star(MultiHead):
 
     def empty_state(self, batch: int) -> StarState:
         weight = self.k_proj.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
         shape = (batch, self.heads, self.head_width)
         relay = Relay(
-            weight.new_zeros((batch, len(weight)), dtype=wide),
-            weight.new_zeros(shape, dtype=wide),
-            weight.new_zeros(shape[:2], dtype=wide),
+            wide_zeros(weight, (batch, len(weight))),
+            wide_zeros(weight, shape),
+            wide_zeros(weight, shape[:2]),
         )
         last = weight.new_zeros((batch, 1, *shape[1:]), dtype=compute_dtype(weight))
         return StarState(relay, last, last, 0)
