@@ -371,7 +371,7 @@ def rwkv7(m, layer: int, layers: int) -> Laws:
     return found | fan_in(m, "o_proj", gain=branch(layers))
 
 
-@states("zoo.mixers.rwkv7.ChannelMixing")
+@states("zoo.mixers.rwkv7.RWKV7ChannelMixing")
 def rwkv7_channel(m, layer: int, layers: int) -> Laws:
     width = m.v_proj.out_features
     mu = 1 - (torch.arange(width, dtype=torch.float64) / width) ** ((1 - layer / layers) ** 4)

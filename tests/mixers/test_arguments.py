@@ -14,7 +14,7 @@ from zoo.config import introspect
 from zoo.config.domains import fits
 from zoo.config.effects import check_effects
 from zoo.config.introspect import arguments, target_parameters
-from zoo.config.schema import Block, MixerPart
+from zoo.config.schema import BlockConfig, MixerPart
 from zoo.config.validate import plain
 from zoo.errors import UserError
 from zoo.model.build import build_model, count_parameters
@@ -136,7 +136,9 @@ def with_parts(config, subclassed, which):
         for part in block.values():
             if part:
                 part["_target_"] = subclassed[part["_target_"]][which]
-    model = config.model.model_copy(update={"blocks": [Block.model_validate(b) for b in blocks]})
+    model = config.model.model_copy(
+        update={"blocks": [BlockConfig.model_validate(b) for b in blocks]}
+    )
     return config.model_copy(update={"model": model})
 
 

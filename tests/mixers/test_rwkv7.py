@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from zoo.mixers.rwkv7 import RWKV7, ChannelMixing, LowRank
+from zoo.mixers.rwkv7 import RWKV7, LowRankMap, RWKV7ChannelMixing
 from zoo.model.backbone import Backbone
 
 WIDTH, HEADS, LAYERS, TOKENS = 16, 2, 3, 43
@@ -118,7 +118,7 @@ def test_recomputed_activations_give_the_same_gradients(first):
         torch.manual_seed(0)
         kinds = [
             lambda **place: RWKV7(heads=HEADS, **place),
-            lambda **place: ChannelMixing(**place),
+            lambda **place: RWKV7ChannelMixing(**place),
         ]
         return Backbone(
             vocab_size=11,
@@ -160,13 +160,13 @@ def test_decays_stay_above_the_papers_bound(layers):
     [(64, (16, 16, 40)), (128, (32, 16, 56)), (768, (64, 32, 128)), (2048, (128, 64, 224))],
 )
 def test_ranks_are_published_from_width_512_and_smaller_below(width, ranks):
-    found = tuple(len(LowRank(width, factor).down.weight) for factor in (2.5, 1.7, 5.0))
+    found = tuple(len(LowRankMap(width, factor).down.weight) for factor in (2.5, 1.7, 5.0))
     assert found == ranks
 
 
 def test_channel_mixing_is_the_paper():
     torch.manual_seed(0)
-    layer = ChannelMixing(width=WIDTH, hidden_width=24, layer=1, layers=3).double()
+    layer = RWKV7ChannelMixing(width=WIDTH, hidden_width=24, layer=1, layers=3).double()
     x = torch.randn(2, 9, WIDTH, dtype=torch.float64)
     mu, last, wanted = layer.mu, torch.zeros(2, WIDTH).double(), []
     np.testing.assert_allclose(

@@ -101,7 +101,7 @@ class TaskPart(Part):
     home: ClassVar[str] = "zoo.tasks."
 
 
-class Block(Section):
+class BlockConfig(Section):
     mixer: MixerPart
     feed_forward: MixerPart | None
     short_conv: ShortConv | None = None  # taps of a convolution before the mixer
@@ -117,7 +117,7 @@ Matched = Annotated[str, Field(pattern=r"^(layers|(mixer|feed_forward)\.[a-z]\w*
 
 class Model(Section):
     name: Name
-    blocks: list[Block] = Field(min_length=1)  # repeated over the layers
+    blocks: list[BlockConfig] = Field(min_length=1)  # repeated over the layers
     embedding_positions: Literal["sinusoidal", "learned"] | None
     max_length: Positive | None  # of learned positions
     match: list[Matched]  # what match=params may change, in this order

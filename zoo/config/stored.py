@@ -22,7 +22,9 @@ OPTIONS = {
     "extension.reach": "extension.attention",
 }
 # Classes and functions that `_target_` names.
-TARGETS: dict[str, str] = {}
+TARGETS: dict[str, str] = {
+    "zoo.mixers.rwkv7.ChannelMixing": "zoo.mixers.rwkv7.RWKV7ChannelMixing",
+}
 # What a class or function (by its name of today) takes: {its name: {old: new}}.
 ARGUMENTS: dict[str, dict[str, str]] = {}
 # YAML files by group: {group: {old: new}}.

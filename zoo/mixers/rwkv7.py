@@ -49,7 +49,7 @@ class RWKV7State(NamedTuple):
     S: Float[Tensor, "b h k v"]
 
 
-class LowRank(nn.Module):
+class LowRankMap(nn.Module):
     """x -> f(x A) B, of a rank that grows with the root of the width."""
 
     def __init__(self, width: int, factor: float, activation=None) -> None:
@@ -87,13 +87,13 @@ class RWKV7(Mixer):
             nn.Parameter(torch.stack([1 - channel ** (e * remaining) for e in SHIFTS.values()]))
         )
         self.w_0 = nn.Parameter(-5.5 + 6 * ramp ** (1 + depth**0.3) + 2.5 * zigzag)
-        self.w_map = LowRank(width, 2.5, nn.Tanh())
+        self.w_map = LowRankMap(width, 2.5, nn.Tanh())
         self.a_0 = nn.Parameter(-0.19 + 0.3 * zigzag + 0.4 * slope)
-        self.a_map = LowRank(width, 2.5)
+        self.a_map = LowRankMap(width, 2.5)
         if layer:
             self.v_0 = nn.Parameter(0.73 - 0.4 * slope)
-            self.v_map = LowRank(width, 1.7)
-        self.g_map = LowRank(width, 5.0, nn.Sigmoid())
+            self.v_map = LowRankMap(width, 1.7)
+        self.g_map = LowRankMap(width, 5.0, nn.Sigmoid())
         self.k_k = nn.Parameter(0.71 - 0.1 * slope)
         self.k_a = nn.Parameter(torch.full((width,), 1.02))
         self.r_k = no_weight_decay(nn.Parameter(torch.full((heads, width // heads), -0.04)))
@@ -145,11 +145,11 @@ class RWKV7(Mixer):
         return RWKV7State(wide_zeros(weight, (batch, width)), S)
 
 
-class ChannelMixingState(NamedTuple):
+class RWKV7ChannelState(NamedTuple):
     last: Float[Tensor, "b d"]  # the last token's input
 
 
-class ChannelMixing(Mixer):
+class RWKV7ChannelMixing(Mixer):
     """y = W_v relu(W_k (x_t + mu (x_{t-1} - x_t)))^2   (Peng 2025, section 4.2)
 
     `hidden_width` is 4 times the width unless given.
@@ -166,13 +166,13 @@ class ChannelMixing(Mixer):
         nn.init.uniform_(self.k_proj.weight, -0.5 * width**-0.5, 0.5 * width**-0.5)
         self.v_proj = linear(hidden, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: ChannelMixingState | None = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: RWKV7ChannelState | None = None):
         before = shifted(x, state.last if state else None)
         y = self.v_proj(F.relu(self.k_proj(x + self.mu * (before - x))).square())
         if state is None:
             return y
-        return y, ChannelMixingState(x[:, -1].to(state.last.dtype))
+        return y, RWKV7ChannelState(x[:, -1].to(state.last.dtype))
 
-    def empty_state(self, batch: int) -> ChannelMixingState:
+    def empty_state(self, batch: int) -> RWKV7ChannelState:
         weight = self.v_proj.weight
-        return ChannelMixingState(wide_zeros(weight, (batch, len(weight))))
+        return RWKV7ChannelState(wide_zeros(weight, (batch, len(weight))))
