@@ -4,16 +4,51 @@ import copy
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
 import pytest
+
+if "--shape-checks" in sys.argv:  # before anything of zoo is imported
+    from jaxtyping import install_import_hook
+
+    shaped = ("ops", "positions", "attention", "mixers", "model")  # what computes with tensors
+    install_import_hook([f"zoo.{folder}" for folder in shaped], "beartype.beartype")
+
 from building import ARCHITECTURES, train_config
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in as many processes as cores
 settings.register_profile("no wall clock", deadline=None)  # a loaded machine is no failure
 settings.load_profile("no wall clock")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--model",
+        action="append",
+        default=[],
+        choices=ARCHITECTURES,
+        help="test this architecture alone, where tests go over all of them; may be repeated",
+    )
+    parser.addoption(
+        "--shape-checks",
+        action="store_true",
+        help="check shapes and types of annotated arguments at run time (in one process)",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --model: of the tests of every architecture, those of the given ones."""
+    if chosen := {*config.getoption("--model")}:
+        items[:] = [item for item in items if chosen & _architectures(item)]
+
+
+def _architectures(item: pytest.Item) -> set[str]:
+    values = getattr(item, "callspec", None)
+    found = values.params if values else {}
+    return {name for key, name in found.items() if key in ("architecture", "encoder")}
 
 
 @pytest.fixture
