@@ -130,11 +130,13 @@ def test_rows_restart_together_so_that_a_batch_has_one_state_and_depend_on_the_s
 
 def test_a_text_shorter_than_a_window_is_refused():
     assert window_starts(11, 10, 2, 0, 0).tolist() == [0, 0]
-    with pytest.raises(UserError, match=r"has 10 tokens, but a window of seq_len=10 takes 11"):
+    with pytest.raises(
+        UserError, match=r"^seq_len=10: needs 11 tokens, and the training text has 10"
+    ):
         window_starts(10, 10, 2, 0, 0)
 
 
 def test_a_text_too_short_for_rows_side_by_side_is_refused():
     assert window_starts(21, 10, 2, 0, 0, contiguous=True).tolist() == [0, 10]
-    with pytest.raises(UserError, match=r"2 rows of seq_len=10 side by side take 21"):
+    with pytest.raises(UserError, match=r"^batch_size=2: needs 21 tokens with seq_len=10"):
         window_starts(20, 10, 2, 0, 0, contiguous=True)

@@ -83,7 +83,7 @@ def test_a_text_too_short_for_a_key_is_refused_in_one_line():
         lambda: planted(0.1, size=30),
     ):
         with pytest.raises(
-            UserError, match=r"a passkey takes \d+ tokens, more than the 30"
+            UserError, match=r"^length=30: must be at least \d+ tokens, to hold"
         ) as told:
             ask()
         assert "\n" not in str(told.value)

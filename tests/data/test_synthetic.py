@@ -180,7 +180,7 @@ def test_groups_are_groups(group):
         ("mqar", 12, {}, "length=12"),
         ("mqar", 64, {"pairs": 10}, "pairs=10"),
         ("mqar", 64, {"rewritten": 5}, "rewritten=5"),
-        ("mqar", 64, {"power": 0.0}, "power=0.0"),
+        ("mqar", 64, {"power": 0.0}, "power=0"),
         ("selective_copying", 6, {}, "length=6"),
         ("selective_copying", 6, {"copied": 0}, "copied=0"),
         ("copying", 5, {}, "length=5"),

@@ -165,7 +165,7 @@ def test_a_pickle_that_is_refused_is_one_line(place, capsys):
         torch.save({"state_dict": Harmful(), "global_step": 4}, file)
     outcome = carry_out("resume", stub=True)
     assert outcome.code == 2
-    assert "has no checkpoint that can be read: step=00000002.ckpt cannot be read" in outcome.error
+    assert "has no checkpoint that can be read (step=00000002.ckpt cannot be read" in outcome.error
     assert "\n" not in outcome.error
     outcome = carry_out("eval", stub=True)
     assert outcome.code in (1, 2)

@@ -161,7 +161,7 @@ def test_runs_that_cannot_be_measured_keep_their_place_and_the_others_go_on(
     found = {row["run"]: (row["status"], row["reason"]) for row in reported}
     assert found["young"] == ("unfinished", "training is running at step 7")
     assert found["broken"] == ("failed", "loss is nan at step 9")
-    assert found["gone"] == ("failed", "gone has no checkpoint yet")
+    assert found["gone"] == ("failed", "gone: has no checkpoint yet. Train it first.")
     assert found["other"][0] == "failed"
     assert "is not the text that the run was trained on" in found["other"][1]
     assert found["good"] == ("ok", None)

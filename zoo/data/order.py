@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from zoo.errors import UserError
+from zoo.errors import refuse
 
 
 def window_starts(
@@ -46,10 +46,8 @@ def stream_restarts(
 def windows_per_epoch(n_tokens: int, seq_len: int) -> int:
     """Constant, whatever the shift: where the text allows, one window is left for it to move in."""
     if n_tokens < seq_len + 1:
-        raise UserError(
-            f"the training text has {n_tokens:,} tokens, but a window of seq_len={seq_len} takes "
-            f"{seq_len + 1:,}: use a smaller seq_len or more text"
-        )
+        rule = f"needs {seq_len + 1:,} tokens, and the training text has {n_tokens:,}"
+        refuse("seq_len", seq_len, rule, "Use a smaller seq_len or more text")
     return max(1, n_tokens // seq_len - 1)
 
 
@@ -70,10 +68,12 @@ def _streams(
     stretch = (n_tokens - 1) // batch_size
     windows = stretch // seq_len
     if windows < 1:
-        raise UserError(
-            f"the training text has {n_tokens:,} tokens, but {batch_size} rows of seq_len="
-            f"{seq_len} side by side take {batch_size * seq_len + 1:,}: use a smaller batch_size "
-            "or seq_len, or more text"
+        refuse(
+            "batch_size",
+            batch_size,
+            f"needs {batch_size * seq_len + 1:,} tokens with seq_len={seq_len} (windows side by "
+            f"side), and the training text has {n_tokens:,}",
+            "Use a smaller batch_size or seq_len, or more text",
         )
     entry, *shift = _raw(seed, 0, 1 + batch_size).tolist()
     spare = stretch - windows * seq_len  # tokens that fill no window

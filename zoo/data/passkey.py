@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from zoo.data.tokenizers import Encode
-from zoo.errors import UserError
+from zoo.errors import refuse
 
 DIGITS = 4
 STATEMENT, QUESTION, END = "\nThe pass key is ~", "\nPass key? ~", ".\n"
@@ -87,5 +87,6 @@ def place(size: int, stated: int, asked: int, depth: float) -> int:
     """Where the statement starts in a text of `size` tokens that ends with the question."""
     room = size - stated - asked
     if room < 0:
-        raise UserError(f"a passkey takes {stated + asked} tokens, more than the {size} of a text")
+        rule = f"must be at least {stated + asked} tokens, to hold a passkey and its question"
+        refuse("length", size, rule)
     return round(depth * room)

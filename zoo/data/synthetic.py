@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from zoo.errors import UserError, choose
+from zoo.errors import UserError, choose, refuse
 
 NO_LABEL = -100  # what PyTorch's cross-entropy leaves out
 
@@ -47,8 +47,8 @@ def check_task(name: str, task: Task, length: int) -> Examples:
     try:
         return task(np.random.default_rng(0), 1, length)
     except UserError as error:
-        told = str(error).replace("length=", "seq_len=", 1)
-        raise UserError(f"{told} (data={name})") from None
+        told = str(error).removesuffix(".").replace("length=", "seq_len=", 1)
+        raise UserError(f"{told} (data={name}).") from None
 
 
 def parity(generator: np.random.Generator, rows: int, length: int) -> Examples:
@@ -253,7 +253,7 @@ def _distinct(generator: np.random.Generator, rows: int, below: int, count: int)
 def _require(holds: bool, name: str, value: object, rule: str) -> None:
     if not holds:
         option = "length" if name == "length" else f"data.task.{name}"
-        raise UserError(f"{option}={value}: must be {rule}.")
+        refuse(option, value, f"must be {rule}")
 
 
 @cache

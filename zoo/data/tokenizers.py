@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from zoo.errors import UserError, refuse
+from zoo.errors import refuse
 
 BYTES = "bytes"
 
@@ -45,7 +45,9 @@ def open_tokenizer(choice: str, end_token: int | None = None) -> Tokenizer:
     try:
         model = importlib.import_module("tokenizers").Tokenizer.from_file(choice)
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"data.tokenizer: {choice} is not a tokenizers JSON: {error}") from error
+        told = " ".join(str(error).split()).removesuffix(".")
+        rule = f"is no tokenizers JSON file ({told})"
+        refuse("data.tokenizer", choice, rule, f"Name another file, or use {BYTES}")
     model.no_truncation()
     model.no_padding()
     end = size = max(model.get_vocab(with_added_tokens=True).values()) + 1
@@ -122,13 +124,9 @@ def identify_tokenizer(choice: str) -> str:
     try:
         digest = hashlib.sha256(Path(choice).read_bytes()).hexdigest()
     except OSError as error:
-        raise UserError(
-            f"data.tokenizer: {choice!r} is neither {BYTES!r} nor a tokenizers JSON file "
-            f"that can be read ({error.strerror}); nothing is downloaded"
-        ) from error
+        rule = f"must be {BYTES} or a tokenizers JSON file that can be read ({error.strerror})"
+        refuse("data.tokenizer", choice, rule, "Nothing is downloaded")
     if importlib.util.find_spec("tokenizers") is None:
-        raise UserError(
-            f"data.tokenizer={choice} needs the package tokenizers (pip install tokenizers); "
-            f"data.tokenizer={BYTES} needs none"
-        )
+        rule, advice = "needs the package tokenizers", f"pip install tokenizers, or use {BYTES}"
+        refuse("data.tokenizer", choice, rule, f"Run {advice}")
     return f"{Path(choice).name}@{digest[:12]}"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.errors import UserError
+from zoo.errors import refuse_path
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.extend import extend
@@ -18,6 +18,7 @@ from zoo.runs.files import one_line
 from zoo.runs.folder import RunFolder
 
 log = logging.getLogger("zoo")
+REPLACE = "Put back the files as they were, or train a new run with fresh=true"
 
 
 def load(folder: RunFolder, device: torch.device | str = "cpu") -> Backbone:
@@ -31,7 +32,7 @@ def load(folder: RunFolder, device: torch.device | str = "cpu") -> Backbone:
     path, state = _a_checkpoint(folder)
     vocabulary = state["state_dict"].get("model.embedding.weight")
     if not isinstance(vocabulary, Tensor) or vocabulary.ndim != 2:
-        raise UserError(f"{path} holds no model of ours: it has no embedding")
+        refuse_path(path, "holds no model of this package (it has no embedding)", REPLACE)
     model, _ = build_model(folder.config, vocabulary.shape[0])
     extend(model, folder.config.extension, folder.config.seq_len)
     load_weights(model, state, folder)
@@ -47,15 +48,14 @@ def load_weights(model: Backbone, state: dict[str, Any], folder: RunFolder) -> N
         mine = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         theirs = {name: tuple(value.shape) for name, value in weights.items()}
         differ = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
-        told = f"{folder}: config.yaml's model does not fit the checkpoint"
+        told = "config.yaml's model does not fit the checkpoint"
         if not differ:
-            raise UserError(f"{told}: {str(error).splitlines()[0]}") from None
+            refuse_path(str(folder), f"{told} ({str(error).splitlines()[0]})", REPLACE)
         name = differ[0]
         one, other = (shapes.get(name, "none") for shapes in (mine, theirs))
-        raise UserError(
-            f"{told}: {len(differ)} of its {len(mine)} weights differ, such as {name}, which is "
-            f"{one} there and {other} here"
-        ) from None
+        which = f"{len(differ)} of its {len(mine)} weights differ, such as {name}"
+        told += f" ({which}, which is {one} there and {other} here)"
+        refuse_path(str(folder), told, REPLACE)
 
 
 def trained_weights(folder: RunFolder) -> dict[str, Tensor]:
@@ -70,9 +70,8 @@ def _a_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]]:
     path, state = last_checkpoint(folder)
     if path is None:
         step = folder.info["step"]
-        raise UserError(
-            f"{folder} has no checkpoint{f' of its {step:,} steps' if step else ' yet'}"
-        )
+        rule = f"has no checkpoint{f' of its {step:,} steps' if step else ' yet'}"
+        refuse_path(str(folder), rule, REPLACE if step else "Train it first")
     return path, state
 
 
@@ -105,5 +104,5 @@ def last_checkpoint(folder: RunFolder) -> tuple[Path | None, dict[str, Any]]:
             continue
         return whole.path, state
     if unread:
-        raise UserError(f"{folder} has no checkpoint that can be read: {unread}")
+        refuse_path(str(folder), f"has no checkpoint that can be read ({unread})", REPLACE)
     return None, {}

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from zoo.errors import UserError
+from zoo.errors import refuse_path
 
 LLAMA = [
     (r"model\.embed_tokens\.", "embedding."),
@@ -62,7 +62,7 @@ def from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 renamed[ours] = tensor.squeeze(1) if ours.endswith("conv_weight") else tensor
                 break
         else:
-            raise UserError(f"no place for {name!r}: not a Llama or Mamba checkpoint")
+            refuse_path(name, "is no weight of a Llama or a Mamba", "Convert one of these")
     if "head.weight" not in renamed and "embedding.weight" in renamed:
         renamed["head.weight"] = renamed["embedding.weight"]
     return renamed

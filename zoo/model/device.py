@@ -2,7 +2,7 @@
 
 import torch
 
-from zoo.errors import UserError
+from zoo.errors import refuse
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -14,8 +14,8 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device={name} is not to be had here: {reason}") from None
+        reason = str(error).splitlines()[0].removesuffix(".")
+        refuse("device", name, f"is not available here ({reason})", "Use device=auto")
     return device
 
 

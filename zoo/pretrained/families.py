@@ -57,7 +57,7 @@ class _Reader:
     def number(self, key: str) -> Any:
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"config.json: {key}={value!r} must be a number.")
+            raise UserError(f"config.json: {key}={value!r}: must be a number.")
         return value
 
     def only(self, key: str, *allowed: Any) -> None:
@@ -75,8 +75,8 @@ class _Reader:
 
 def _unsupported(key: str, value: Any) -> UserError:
     return UserError(
-        f"config.json: {key}={value!r}: the zoo does not compute this. Only a checkpoint whose "
-        "every setting is honoured is read."
+        f"config.json: {key}={value!r}: is not supported. Use a checkpoint of which every setting "
+        "is."
     )
 
 
@@ -90,7 +90,7 @@ def describe(config: Config) -> Description:
         UserError: for an unknown family, and for a key or a value that cannot be honoured.
     """
     if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
-        raise UserError("config.json: it names no model_type. Give the folder of a checkpoint.")
+        raise UserError("config.json: names no model_type. Give the folder of a checkpoint.")
     name = choose("model_type", config["model_type"], FAMILIES)
     reader = _Reader(config)
     words = FAMILIES[name](reader)
@@ -175,7 +175,7 @@ def _scaled(name: str, options: Mapping[str, str]) -> Callable[[dict[str, Any], 
         before = scaling.pop("original_max_position_embeddings", None)
         factor = scaling.pop("factor", None) or (length / before if before else None)
         if factor is None:
-            raise UserError("config.json: rope_scaling.factor is missing.")
+            raise UserError("config.json: must give rope_scaling.factor.")
         words = [f"extension={name}", f"extension.factor={factor}"]
         words += [f"extension.original_length={before}"] if before else []
         for key, option in options.items():

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zoo.errors import UserError
+from zoo.errors import UserError, refuse
 
 if TYPE_CHECKING:  # torch takes seconds, and what is refused is refused at once
     from torch import Tensor
@@ -36,6 +36,7 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+SAFETENSORS = "Use the model's safetensors"
 SPECIAL = (3, 4)  # token types: control, user-defined
 DIGITS = {"type": "Digits", "individual_digits": True}
 BYTE_LEVEL = {
@@ -65,17 +66,17 @@ class GGUFFile:
             gguf: Any = importlib.import_module("gguf")
         except ImportError:
             raise UserError(
-                f"checkpoint={path}: GGUF files need the package gguf. Install it: pip install gguf"
+                f"checkpoint={path}: GGUF files need the package gguf. Run pip install gguf."
             ) from None
         self.path, self._gguf = path, gguf
         try:
             self._reader = gguf.GGUFReader(path)
         except (OSError, ValueError, IndexError) as error:
             line = (str(error).splitlines() or [""])[0]
-            raise UserError(f"checkpoint={path}: not a whole GGUF file ({line}).") from None
+            raise UserError(f"checkpoint={path}: must be a whole GGUF file ({line}).") from None
         if (kind := self._field("general.architecture")) != "llama":
             raise UserError(
-                f"checkpoint={path}: general.architecture={kind}: only llama is read from GGUF. "
+                f"checkpoint={path}: general.architecture={kind} is not read from GGUF. "
                 "Use the model's safetensors."
             )
 
@@ -100,7 +101,7 @@ class GGUFFile:
         read = {f"llama.{name}" for name in known.values()}
         for name in self._reader.fields:
             if name not in read and not DESCRIPTIVE.match(name):
-                raise UserError(f"checkpoint={self.path}: {name}: the zoo does not compute this.")
+                refuse("checkpoint", self.path, f"{name} is not supported", SAFETENSORS)
         config = {ours: self._field(f"llama.{name}") for ours, name in known.items()}
         config = {key: value for key, value in config.items() if value is not None}
         # Stored in float32: 1e-5 comes back as 9.999999747378752e-06.
@@ -126,7 +127,8 @@ class GGUFFile:
             found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", stored.name)
             block, kind = found.groups("") if found else ("", "")
             if kind not in NAMES:
-                raise UserError(f"checkpoint={self.path}: no place for the tensor {stored.name}.")
+                rule = f"the model has no tensor {stored.name}"
+                refuse("checkpoint", self.path, rule, SAFETENSORS)
             values = self._gguf.quants.dequantize(stored.data, stored.tensor_type)
             tensor = torch.from_numpy(values.copy() if not values.flags.writeable else values)
             if kind in heads:
@@ -145,7 +147,7 @@ class GGUFFile:
         )
         if kind != "gpt2" or pre not in PRE_TOKENIZERS:
             raise UserError(
-                f"checkpoint={self.path}: tokenizer.ggml.model={kind}, pre={pre}: not known. Give "
+                f"checkpoint={self.path}: tokenizer.ggml.model={kind}, pre={pre} is unknown. Give "
                 "the model's own file: data.tokenizer=<tokenizer.json>."
             )
         tokens, types = (

@@ -9,13 +9,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.errors import UserError
+from zoo.errors import UserError, refuse
 
 if TYPE_CHECKING:  # torch takes seconds, and what is refused is refused at once
     from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+WHOLE = "Download the whole checkpoint again"
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -23,15 +24,12 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"checkpoint={file.parent}: {file.name} cannot be read ({error.strerror})."
-        ) from None
+        rule = f"{file.name} cannot be read ({error.strerror})"
+        refuse("checkpoint", file.parent, rule, "Give the folder of a checkpoint")
     except (ValueError, RecursionError):
-        raise UserError(
-            f"checkpoint={file.parent}: {file.name} is damaged: it is not JSON."
-        ) from None
+        refuse("checkpoint", file.parent, f"{file.name} is damaged (it is not JSON)", WHOLE)
     if not isinstance(found, dict):
-        raise UserError(f"checkpoint={file.parent}: {file.name} is damaged: it holds no object.")
+        refuse("checkpoint", file.parent, f"{file.name} is damaged (it holds no object)", WHOLE)
     return found
 
 
@@ -43,10 +41,10 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         placed = read_json(folder / INDEX).get("weight_map")
         if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
-            raise UserError(f"checkpoint={folder}: {INDEX} is damaged: it has no weight_map.")
+            refuse("checkpoint", folder, f"{INDEX} is damaged (it has no weight_map)", WHOLE)
         names = sorted({*placed.values()})
         if any(Path(name).name != name for name in names):
-            raise UserError(f"checkpoint={folder}: {INDEX} names files outside the folder.")
+            refuse("checkpoint", folder, f"{INDEX} names files outside the folder", WHOLE)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UserError(
@@ -78,7 +76,7 @@ def open_weights(folder: Path) -> "dict[str, Tensor]":
                 tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError, ValueError) as error:
             line = str(error).splitlines()[0]
-            raise UserError(f"checkpoint={folder}: {file.name} is damaged ({line}).") from None
+            refuse("checkpoint", folder, f"{file.name} is damaged ({line})", WHOLE)
     return tensors
 
 

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Int
 from zoo.config.domains import Count, Lengths, Range, Seed
 from zoo.data.loader import evaluation_text
 from zoo.data.passkey import DIGITS, passkey_prompt, random_key, tokens
-from zoo.errors import UserError
+from zoo.errors import refuse
 from zoo.measurement import Declaration, Quantity
 from zoo.report.statistics import wilson
 from zoo.tasks.context import EvalContext, Row, check_length, check_state, chunk_tokens, nats
@@ -162,7 +162,8 @@ def _answer(
     padded = np.full((len(answers), len(answers[0]), longest), PAD)
     for row, several in enumerate(answers):
         if len({tuple(answer) for answer in several}) < len(several):
-            raise UserError("passkey: this tokeniser writes different keys alike")
+            rule = "cannot be measured, as the run's tokeniser writes different keys alike"
+            refuse("task", "passkey", rule, "Measure another task")
         for column, answer in enumerate(several):
             padded[row, column, : len(answer)] = answer
     wanted = torch.from_numpy(padded).to(context.device)  # a key's end is not asked for

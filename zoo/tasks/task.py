@@ -12,7 +12,7 @@ from functools import partial
 from typing import ClassVar
 
 from zoo.config.introspect import check_types, is_target
-from zoo.errors import UserError
+from zoo.errors import UserError, below
 from zoo.measurement import Declaration, Quantity
 from zoo.tasks.context import EvalContext, Outcome, Row, run_guarded
 
@@ -39,7 +39,7 @@ class Task:
             try:
                 check_types(target, {each.name: getattr(self, each.name) for each in fields(self)})
             except UserError as error:
-                raise UserError(f"task.{self.name}.{error}") from None
+                raise below(f"task.{self.name}", error) from None
 
     @property
     def name(self) -> str:
