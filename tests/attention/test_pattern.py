@@ -3,11 +3,14 @@
 The matrices below are drawn by the papers' rules; `dense` knows nothing of key blocks.
 """
 
+import re
+
 import pytest
 import torch
 
 from zoo.attention import pattern
 from zoo.attention.dual_chunk import DualChunk
+from zoo.attention.key_blocks import KeyBlock, identity
 from zoo.attention.lm_infinite import LMInfinite
 from zoo.attention.parallel_windows import ParallelWindows
 from zoo.attention.pattern import AttentionPattern, distances
@@ -250,8 +253,37 @@ def test_a_key_seen_twice_is_an_error_of_the_pattern():
         def views(self, rows):
             return [*super().views(rows), *super().views(rows)]
 
-    with pytest.raises(ValueError, match="sees a key twice"):
+    with pytest.raises(ValueError, match="Twice: a query attends to a key twice"):
         distances(Twice(scaling), 5)
+
+
+BROKEN = {
+    "with sinks=2 every key block must hold sinks alone. Got range(0, 3)": (
+        lambda rows: [KeyBlock(range(3), identity, identity, rows)]
+    ),
+    "the rows of a key block must be among range(0, 5)": (
+        lambda rows: [KeyBlock(range(1), identity, identity, range(4, 6))]
+    ),
+    "a causal key block must have as many keys as queries": (
+        lambda rows: [KeyBlock(range(2), identity, identity, range(2, 5), causal=True)]
+    ),
+    "no query may attend to later keys": (
+        lambda rows: [KeyBlock(range(2), identity, identity, range(5))]
+    ),
+}
+
+
+@pytest.mark.parametrize("told", BROKEN)
+def test_a_pattern_that_breaks_a_rule_is_neither_computed_nor_drawn(told):
+    class Broken(AttentionPattern):
+        def views(self, rows):
+            return BROKEN[told](rows)
+
+    found = Broken(scaling)
+    found.sinks = 2 if "sinks" in told else 0
+    for use in (lambda: distances(found, 5), lambda: found(*random_inputs(5), 0)):
+        with pytest.raises(ValueError, match=re.escape(f"Broken: {told}")):
+            use()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ neighbours true, and at c - 1 otherwise (successive-chunk, eq. 4); any later one
 
 import torch
 
-from zoo.attention.pattern import BLOCK_QUERIES, AttentionPattern, KeyBlock, Scaling, constant
+from zoo.attention.key_blocks import KeyBlock, Scaling, constant
+from zoo.attention.pattern import BLOCK_QUERIES, AttentionPattern
 
 
 class DualChunk(AttentionPattern):

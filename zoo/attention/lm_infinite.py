@@ -4,14 +4,8 @@ Every query sees the last `window` keys at their true distance and the first `si
 min(distance, window). Unlike StreamingLLM's, positions are those of the text and not of the cache.
 """
 
-from zoo.attention.pattern import (
-    MAX_BLOCK_QUERIES,
-    AttentionPattern,
-    KeyBlock,
-    Scaling,
-    constant,
-    distant_keys,
-)
+from zoo.attention.key_blocks import KeyBlock, Scaling, constant, distant_keys
+from zoo.attention.pattern import MAX_BLOCK_QUERIES, AttentionPattern
 
 
 class LMInfinite(AttentionPattern):

@@ -20,7 +20,8 @@ windows of unequal length, which the papers align at one end.
 
 import torch
 
-from zoo.attention.pattern import AttentionPattern, KeyBlock, Scaling
+from zoo.attention.key_blocks import KeyBlock, Scaling
+from zoo.attention.pattern import AttentionPattern
 
 
 class ParallelWindows(AttentionPattern):

@@ -9,61 +9,43 @@ same output. Keys are cached before any rotation, because a remap or a scaling m
 key to several positions.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from zoo.attention.key_blocks import (
+    KeyBlock,
+    KeyIndex,
+    RotationCache,
+    Scaling,
+    distant_keys,
+    identity,
+)
 from zoo.attention.window import last_tokens, window
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
-from zoo.positions.rope import Frequencies, apply_rope
+from zoo.positions.rope import apply_rope
 
 BLOCK_QUERIES = 1024  # queries that share key blocks: fused kernels take tiles of that many
 MAX_BLOCK_QUERIES = 8192  # the same where key blocks are small
-
-# Positions of tokens in the text -> positions they are rotated to: one each, or one for all.
-PositionMap = Callable[[Int[Tensor, " n"]], Tensor]
-Scaling = Callable[[int], tuple[Frequencies, float]]  # length -> (inv_freq, attention factor)
-
-
-class KeyBlock(NamedTuple):
-    """Consecutive keys and how a block of queries attends to them."""
-
-    keys: range  # their positions in the text
-    queries_at: PositionMap
-    keys_at: PositionMap
-    rows: range | None = None  # positions of the queries that attend; None: the whole block
-    causal: bool = False  # as many keys as queries: query i attends to the first i
-    times: float = 1.0  # how many times each key counts in the softmax
-
-
-def identity(positions: Tensor) -> Tensor:
-    """Rotate tokens to their own positions."""
-    return positions
-
-
-@cache  # one function per position: rotated tokens are cached by their map
-def constant(position: int) -> PositionMap:
-    """Rotate all tokens to one position; with keys at 0, a query's position is the distance."""
-    return lambda positions: torch.tensor([position])
 
 
 class AttentionPattern:
     """Plain causal attention: every key up to the query's own, at its true distance.
 
-    `scaling` gives the frequencies for a text of so many tokens; where it depends on the length,
-    queries of the bucket up to n * `bucket` all use those for that length, so that what a query
-    sees depends on its position alone and not on how the text was cut into chunks.
+    Args:
+        scaling: the rotary frequencies and the attention factor for a text of so many tokens.
+        bucket: tokens; None where `scaling` does not depend on the length. Otherwise queries of
+            the bucket up to n * `bucket` all use the frequencies for that length, so that a query's
+            result depends on its position alone and not on how the text was cut into chunks.
     """
 
-    nearest: int | None = None  # keys seen where they stand, besides those of the views
-    sinks = 0  # keys kept from the beginning of the text; views are of these alone if there are any
-    recent: int | None = None  # and from its end; None: all
+    nearest: int | None = None  # keys attended to at their true positions, besides the key blocks
+    sinks = 0  # keys cached from the beginning of the text: if any, key blocks hold these alone
+    recent: int | None = None  # keys cached from its end; None: all
 
     def __init__(self, scaling: Scaling, *, bucket: int | None = None) -> None:
         self.scaling, self.bucket = scaling, bucket
@@ -80,6 +62,32 @@ class AttentionPattern:
             yield range(first, last)
             first = last
 
+    def plan(self, queries: range, index: KeyIndex) -> Iterator[tuple[range, list[KeyBlock]]]:
+        """Blocks of `queries`, each with its key blocks among the cached keys.
+
+        ValueError where `views` breaks its rules; see `_check`.
+        """
+        for block in self.blocks(queries):
+            views = self.views(block)
+            for view in views:
+                self._check(view, block)
+            cached = (index.cached(view) for view in views)
+            yield block, [view for view in cached if view is not None]
+
+    def _check(self, view: KeyBlock, block: range) -> None:
+        keys, rows = view.keys, view.rows or block
+        if self.sinks and keys.stop > self.sinks:
+            rule = f"with sinks={self.sinks} every key block must hold sinks alone"
+        elif rows.start < block.start or rows.stop > block.stop:
+            rule = f"the rows of a key block must be among {block}"
+        elif view.causal and len(keys) != len(rows):
+            rule = "a causal key block must have as many keys as queries"
+        elif keys.start > rows.start or (not view.causal and keys.stop > rows.start + 1):
+            rule = "no query may attend to later keys"
+        else:
+            return
+        raise ValueError(f"{type(self).__name__}: {rule}. Got {keys} for queries {rows}.")
+
     def __call__(
         self,
         q: Float[Tensor, "b t h d"],
@@ -89,58 +97,60 @@ class AttentionPattern:
         backend: str = "auto",
         always: Sequence[Part] = (),
     ) -> Float[Tensor, "b t h e"]:
-        """Attention of the queries at start, start + 1, ... over the kept keys and their own.
+        """Attend from the queries at start, start + 1, ... to the cached keys and their own.
 
-        `always` are further keys that each of these queries sees, as they are.
+        `always` are further keys that each of these queries attends to, as they are.
         """
-        dropped = start + q.shape[1] - k.shape[1]
-
-        def place(position: int) -> int:
-            return position if position < self.sinks else position - dropped
-
-        stands = torch.arange(k.shape[1])
-        stands = torch.where(stands < self.sinks, stands, stands + dropped)
-        viewed = slice(self.sinks or None)
-        whole = range(start, start + q.shape[1])
-        near = self._near(q, k, v, start, backend) if self.nearest else None
-        outs, keys, scaled, length = [], {}, None, None
-        for block in self.blocks(whole):
-            reached = (
-                block.stop if self.bucket is None else -(-block.stop // self.bucket) * self.bucket
-            )
-            if scaled is None or (self.bucket and reached != length):
-                before, scaled, length = scaled, self.scaling(reached), reached
-                if not _same(before, scaled):
-                    keys = _Turned(k[:, viewed], stands[viewed], *scaled)
-            inv_freq, factor = scaled
-            queries = _Turned(_cut(q, whole, block), _positions(block), *scaled)
-            results = [(whole, near)] if near else []
+        queries, stored = range(start, start + q.shape[1]), slice(self.sinks or None)
+        index = KeyIndex(self.sinks, queries.stop - k.shape[1], k.shape[1])
+        keys = RotationCache(k[:, stored], index.positions()[stored])
+        near = [(queries, self._near(q, k, v, start, backend))] if self.nearest else []
+        outs, length, scaled = [], None, None
+        for block, key_blocks in self.plan(queries, index):
+            if scaled is None or length != self._length(block):
+                length = self._length(block)
+                scaled = self.scaling(length)
+            rotated = RotationCache(_cut(q, queries, block), _positions(block)).use(scaled)
+            results = [*near]
             if always:
-                parts = [part._replace(q=_cut(part.q, whole, block)) for part in always]
+                parts = [part._replace(q=_cut(part.q, queries, block)) for part in always]
                 results.append((block, attend(parts, backend=backend)))
-            for view in self.views(block):
-                view = self._kept(view, dropped)
-                if view is None:
-                    continue
-                rows = view.rows or block
-                run = slice(place(view.keys.start), place(view.keys.stop - 1) + 1)
-                at = view.queries_at(_positions(rows)) if self.sinks else None
-                if at is not None and len(at) == 1 and not callable(inv_freq):
-                    # few keys are turned back by where all of the queries stand, which stay
-                    back = view.keys_at(stands[run]) - at
-                    seen = apply_rope(k[:, run], inv_freq, back, factor**2)
-                    seeing = _cut(q, whole, rows)
-                else:
-                    seen = keys[view.keys_at][:, run]
-                    seeing = _cut(queries[view.queries_at], block, rows)
-                seeing, seen = self.scored(seeing, seen, rows.start - view.keys.start)
-                part = Part(seeing, seen, v[:, run], view.causal, times=view.times)
-                results.append((rows, attend([part], backend=backend)))
+            for view in key_blocks:
+                part = self._part(view, block, rotated, keys.use(scaled), v, index)
+                results.append((view.rows or block, attend([part], backend=backend)))
             outs += _merged(block, results)
         return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
 
+    def _length(self, block: range) -> int:
+        """The length of text whose frequencies a block of queries uses; 0: any."""
+        return 0 if self.bucket is None else -(-block.stop // self.bucket) * self.bucket
+
+    def _part(
+        self,
+        view: KeyBlock,
+        block: range,
+        queries: RotationCache,
+        keys: RotationCache,
+        v: Tensor,
+        index: KeyIndex,
+    ) -> Part:
+        """The part of the softmax that a key block is: its queries and keys rotated, its values."""
+        rows, slots = view.rows or block, index.slots(view.keys)
+        assert keys.scaled is not None
+        inv_freq, factor = keys.scaled
+        at = view.queries_at(_positions(rows)) if self.sinks else None
+        if at is not None and len(at) == 1 and not callable(inv_freq):
+            # cheaper: rotate the few sinks back by it, and no query
+            back = view.keys_at(keys.positions[slots]) - at
+            q_rows, k_slots = queries.x, apply_rope(keys.x[:, slots], inv_freq, back, factor**2)
+        else:
+            q_rows, k_slots = queries[view.queries_at], keys[view.keys_at][:, slots]
+        q_rows = _cut(q_rows, block, rows)
+        q_rows, k_slots = self.scored(q_rows, k_slots, rows.start - view.keys.start)
+        return Part(q_rows, k_slots, v[:, slots], view.causal, times=view.times)
+
     def _near(self, q: Tensor, k: Tensor, v: Tensor, start: int, backend: str) -> Partial:
-        """The queries over the nearest keys; where tokens were dropped the sinks are not among."""
+        """Attend to the nearest keys; where keys were dropped the sinks are not among them."""
         assert self.nearest is not None
         if start + q.shape[1] > k.shape[1]:
             k, v = k[:, self.sinks :], v[:, self.sinks :]
@@ -151,56 +161,23 @@ class AttentionPattern:
         q = apply_rope(q, inv_freq, at[k.shape[1] - q.shape[1] :], factor)
         return window(q, k, v, self.nearest, backend=backend)
 
-    def _kept(self, view: KeyBlock, dropped: int) -> KeyBlock | None:
-        """The view without keys that are gone: those a training window left behind."""
-        gone = self.sinks + dropped - view.keys.start
-        if gone <= 0 or view.keys.start < self.sinks:
-            return view
-        if gone >= len(view.keys):
-            return None
-        rows = view.rows[gone:] if view.causal and view.rows else view.rows
-        return view._replace(keys=view.keys[gone:], rows=rows)
-
     def scored(self, q: Tensor, k: Tensor, origin: int) -> tuple[Tensor, Tensor]:
-        """Turned queries and the keys of a view as their products score.
+        """Change rotated queries and keys of a key block before their products are scores.
 
-        The first query stands `origin` keys after the view's first.
+        The first query's position is `origin` after the first key's.
         """
-        del origin
         return q, k
 
     def keep(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """What of the keys and values later queries may see."""
+        """Evict the keys and values that no later query attends to."""
         if self.recent is None or k.shape[1] <= self.sinks + self.recent:
             return k, v
         last = k.shape[1] - self.recent
         return tuple(torch.cat([x[:, : self.sinks], x[:, last:]], 1) for x in (k, v))  # type: ignore
 
     def kept(self, tokens: int) -> int:
-        """How many keys are kept after so many tokens."""
+        """The number of keys cached after so many tokens."""
         return tokens if self.recent is None else min(tokens, self.sinks + self.recent)
-
-
-def _same(one: tuple[Frequencies, float] | None, other: tuple[Frequencies, float]) -> bool:
-    """Whether keys turned by the one serve the other; trained frequencies, only the very same."""
-    if one is None or one[1] != other[1]:
-        return False
-    if isinstance(one[0], torch.Tensor) or isinstance(other[0], torch.Tensor):
-        return one[0] is other[0]
-    return one[0] == other[0]
-
-
-class _Turned(dict[PositionMap, Tensor]):
-    """Tokens turned to all the places that are asked for, once to each."""
-
-    def __init__(self, x: Tensor, stands: Tensor, inv_freq: Frequencies, factor: float) -> None:
-        super().__init__()
-        self.x, self.stands, self.scaled = x, stands, (inv_freq, factor)
-
-    def __missing__(self, places: PositionMap) -> Tensor:
-        inv_freq, factor = self.scaled
-        self[places] = apply_rope(self.x, inv_freq, places(self.stands), factor)
-        return self[places]
 
 
 def _positions(rows: range) -> Tensor:
@@ -208,12 +185,12 @@ def _positions(rows: range) -> Tensor:
 
 
 def _cut(x: Tensor, whole: range, rows: range) -> Tensor:
-    """Those rows of a tensor that has all of `whole`."""
+    """The given rows of a tensor that holds all of `whole`."""
     return x[:, rows.start - whole.start : rows.stop - whole.start]
 
 
 def _merged(block: range, results: Sequence[tuple[range, Partial]]) -> list[Tensor]:
-    """The block's outputs, cut where the rows of some partial results begin or end."""
+    """Merge partial results into the block's outputs, cut where some of their rows begin or end."""
     edges = {edge for rows, _ in results for edge in (rows.start, rows.stop) if edge in block}
     outs = []
     for first, last in pairwise(sorted(edges | {block.start, block.stop})):
@@ -226,30 +203,11 @@ def _merged(block: range, results: Sequence[tuple[range, Partial]]) -> list[Tens
     return outs
 
 
-def distant_keys(
-    rows: range,
-    width: int,
-    queries_at: PositionMap,
-    keys_at: PositionMap,
-    last: int | None = None,
-) -> list[KeyBlock]:
-    """Keys (before `last`) that lie `width` or more before the query, as the maps say."""
-    if last is not None and rows.stop > width + last:  # these see all of them
-        late = range(max(rows.start, width + last), rows.stop)
-        views = [KeyBlock(range(last), queries_at, keys_at, late)] if last else []
-        return [*distant_keys(range(rows.start, late.start), width, queries_at, keys_at), *views]
-    seeing = range(max(rows.start, width), rows.stop)
-    if not seeing:
-        return []
-    first = seeing.start - width
-    views = [KeyBlock(range(first, seeing.stop - width), queries_at, keys_at, seeing, causal=True)]
-    return [*views, KeyBlock(range(first), queries_at, keys_at, seeing)] if first else views
-
-
 def distances(pattern: AttentionPattern, tokens: int) -> Float[Tensor, "n n"]:
-    """The distance at which each query sees each key, NaN where it does not: what the paper draws.
+    """Draw the distance at which each query attends to each key, as the papers' figures do.
 
-    Raises ValueError where a key is seen twice.
+    NaN where it does not. The key blocks are those of the computation (`AttentionPattern.plan`).
+    Raises ValueError where these break their rules or a query attends to a key twice.
     """
     seen = torch.full((tokens, tokens), torch.nan, dtype=torch.float64)
     at = torch.arange(tokens)
@@ -257,15 +215,15 @@ def distances(pattern: AttentionPattern, tokens: int) -> Float[Tensor, "n n"]:
         apart = at[:, None] - at
         near = (apart >= 0) & (apart < pattern.nearest)
         seen[near] = apart[near].double()
-    for block in pattern.blocks(range(tokens)):
-        for view in pattern.views(block):
+    for block, key_blocks in pattern.plan(range(tokens), KeyIndex(pattern.sinks, 0, tokens)):
+        for view in key_blocks:
             rows, keys = (slice(x.start, x.stop) for x in (view.rows or block, view.keys))
             apart = view.queries_at(at[rows])[:, None] - view.keys_at(at[keys]).double()
             cells = seen[rows, keys]
             sees = torch.ones_like(cells, dtype=torch.bool)
             sees = sees.tril() if view.causal else sees
             if (sees & ~cells.isnan()).any():
-                raise ValueError("a query sees a key twice")
+                raise ValueError(f"{type(pattern).__name__}: a query attends to a key twice")
             cells[sees] = apart.expand_as(cells)[sees]
     return seen
 

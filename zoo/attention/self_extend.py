@@ -7,7 +7,8 @@ of one per G tokens. With G without bound every far key stands at distance w: Re
 
 import torch
 
-from zoo.attention.pattern import AttentionPattern, KeyBlock, Scaling, constant, distant_keys
+from zoo.attention.key_blocks import KeyBlock, Scaling, constant, distant_keys
+from zoo.attention.pattern import AttentionPattern
 
 
 class SelfExtend(AttentionPattern):

@@ -8,14 +8,8 @@ the paper shows to collapse.
 
 import torch
 
-from zoo.attention.pattern import (
-    MAX_BLOCK_QUERIES,
-    AttentionPattern,
-    KeyBlock,
-    Scaling,
-    distant_keys,
-    identity,
-)
+from zoo.attention.key_blocks import KeyBlock, Scaling, distant_keys, identity
+from zoo.attention.pattern import MAX_BLOCK_QUERIES, AttentionPattern
 
 
 class StreamingLLM(AttentionPattern):
