@@ -17,6 +17,7 @@ PROGRAMS = {  # the module and what it does
     "eval": ("zoo.cli.eval", "measure trained runs, write a report"),
     "list": ("zoo.cli.listing", "list models, extensions, tasks, corpora and experiments"),
     "training-free": ("zoo.cli.training_free", "list the extensions that need no training"),
+    "patterns": ("zoo.cli.patterns", "draw which tokens each query attends to"),
     "doctor": ("zoo.cli.doctor", "show which kernels and libraries this machine uses"),
 }
 USAGE = "\n".join(

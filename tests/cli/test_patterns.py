@@ -4,6 +4,7 @@ import pytest
 import torch
 from building import ARCHITECTURES, train_config
 
+from zoo.__main__ import main
 from zoo.cli import patterns
 from zoo.config.groups import extensions
 from zoo.model.build import build_model
@@ -51,15 +52,30 @@ def test_a_sheet_is_a_png_and_an_unwritable_folder_is_one_line(tmp_path, capsys,
     png = patterns.sheet({"a": grid, "b": grid}, 1, "title", patterns.influence_colors())
     assert png.startswith(b"\x89PNG")
     monkeypatch.setattr(patterns, "sheets", lambda: [("x.png", png)])
-    assert patterns.main([str(tmp_path / "new")]) == 0
+    assert main(["patterns", str(tmp_path / "new")]) == 0
     assert (tmp_path / "new" / "x.png").read_bytes() == png
     (tmp_path / "file").write_text("")
-    assert patterns.main([str(tmp_path / "file")]) == 2
-    assert not patterns.main(["--help"])
-    assert patterns.main(["--huge"]) == 2
-    assert capsys.readouterr().err.count("usage: ") == 2
-    assert patterns.main([str(tmp_path / "file")]) == 2
+    capsys.readouterr()
+    assert main(["patterns", str(tmp_path / "file")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_help_explains_and_other_arguments_are_refused_in_one_line(capsys, tmp_path):
+    assert main(["patterns", "--help"]) == 0
+    assert "extensions.png" in capsys.readouterr().out
+    for words in ("--huge", "a b", f"{tmp_path} extension=yarn extension.factor=4"):
+        assert main(["patterns", *words.split()]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_one_pattern_is_drawn_with_its_options(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(patterns, "sheet", lambda grids, *_: drawn.update(grids) or b"png")
+    options = ["extension=dca", "extension.attention.chunk=8"]
+    assert main(["patterns", str(tmp_path), *options]) == 0
+    assert (tmp_path / "extension.png").read_bytes() == b"png"
+    grid = drawn[" ".join(options)]
+    assert not torch.equal(grid, patterns.extension_grids()["dca"])
 
 
 @pytest.mark.slow

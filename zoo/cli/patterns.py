@@ -1,11 +1,13 @@
-"""`python -m zoo.cli.patterns [FOLDER]`: draw what every query sees, on two sheets of pictures.
+"""`zoo patterns [folder] [extension=...]`: draw which tokens each query attends to, as PNGs.
 
-    extensions.png       which keys a remap of distances shows to each query, and at what distance:
-                         the picture that its paper draws, from the code that attention runs
-    architectures.png    how far each output of one untrained layer depends on each input, for every
+    extensions.png       the distance at which each query attends to each key, under every extension
+                         that remaps distances: the figure of its paper, from the code that runs
+    architectures.png    how much each output of an untrained layer depends on each input, for every
                          architecture in configs/model
 
-Rows are queries, columns are keys, the first token at the top left.
+Rows are queries, columns are keys, the first token at the top left. With options, as in
+`extension=dca extension.attention.chunk=8`, it draws that one pattern beside plain attention, in
+extension.png. The folder is the working directory unless given.
 """
 
 import sys
@@ -35,30 +37,39 @@ INK, PAPER, PANEL = "#1d1f23", "#ffffff", 132  # pixels to a side
 NEAR = ("#fde725", "#5ec962", "#21918c", "#3b528b")  # distances from 0 to the trained length
 FAR = ("#f6b48f", "#b2182b")  # those beyond, which the model has not seen in training
 
+DISTANCES = (
+    f"Distance at which each query sees each key: red is beyond the {TRAINED} tokens trained"
+)
 Grid = Float[Tensor, "queries keys"]
 
 
 def extension_grids() -> dict[str, Grid]:
-    """The distances of every extension that remaps them, by name; NaN where a key is not seen."""
+    """Draw the distances of every extension that remaps them; NaN where a key is not attended to.
+
+    Returns {extension: (96, 96) tokens}, with `none`, plain causal attention, first.
+    """
     remaps = [name for name, tree in extensions().items() if tree["attention"]]
-    plain = AttentionPattern(
-        lambda _: ((), 1.0)
-    )  # a model under no extension: every key, true distances
-    return {"none": distances(plain, READ)} | {name: _distances(name) for name in remaps}
+    return {"none": _plain()} | {name: _distances([f"extension={name}"]) for name in remaps}
 
 
-def _distances(extension: str) -> Grid:
+def _plain() -> Grid:
+    return distances(AttentionPattern(lambda _: ((), 1.0)), READ)
+
+
+def _distances(options: Sequence[str]) -> Grid:
     train = compose("train", ["model=transformer", "size=tiny", f"seq_len={TRAINED}", "match=none"])
     model, _ = build_model(train, vocab_size=8)
-    config = compose("eval", ["run=none", f"extension={extension}"])
-    extend(model, config.extension, TRAINED)
-    remap = rotary_mixers(model)[0].reach
-    assert remap is not None
-    return distances(remap, READ)
+    extension = compose("eval", ["run=none", *options]).extension
+    if extension.attention is None:
+        raise UserError(f"extension={extension.name}: remaps no distances. Choose another.")
+    extend(model, extension, TRAINED)
+    pattern = rotary_mixers(model)[0].reach
+    assert pattern is not None
+    return distances(pattern, READ)
 
 
 def architecture_grids() -> dict[str, Grid]:
-    """The influence of inputs on outputs in the first layer of every architecture, by name."""
+    """Measure how inputs influence outputs in the first layer of every architecture, by name."""
     grids = {}
     for name in choices("model"):
         config = compose(
@@ -73,10 +84,10 @@ def architecture_grids() -> dict[str, Grid]:
 
 
 def influence(layer: Mixer, width: int) -> Grid:
-    """How much of each output (rows) comes from each input: norms of the Jacobian, largest 1, NaN
-    below `NO_INFLUENCE`.
+    """Measure how much of each output (row) comes from each input (column), by the Jacobian's norm.
 
-    A cell stands for `CELL` inputs and the last of as many outputs. The norm over a token's
+    The largest is 1, NaN stands for less than `NO_INFLUENCE`. A cell is `CELL` inputs and the last
+    of as many outputs. The norm over a token's
     channels is estimated from one random direction of the output.
     """
     x = torch.randn(1, LAYER_READ, width, requires_grad=True)
@@ -92,18 +103,18 @@ def influence(layer: Mixer, width: int) -> Grid:
 
 
 def distance_colors() -> alt.Scale:
-    """From yellow to blue up to the trained length, from orange to red beyond it."""
+    """Color distances from yellow to blue up to the trained length, orange to red beyond it."""
     near = [TRAINED * i / (len(NEAR) - 1) for i in range(len(NEAR))]
     return alt.Scale(domain=[*near, TRAINED + 1e-3, READ], range=[*NEAR, *FAR])
 
 
 def influence_colors() -> alt.Scale:
-    """Bright for much, on a logarithmic scale."""
+    """Color influences on a logarithmic scale, bright for much."""
     return alt.Scale(scheme="viridis", type="log", domain=[NO_INFLUENCE, 1])
 
 
 def sheet(grids: dict[str, Grid], columns: int, title: str, colors: alt.Scale) -> bytes:
-    """A PNG of the grids side by side; white where a grid is NaN."""
+    """Draw the grids side by side in one PNG, white where a grid is NaN."""
     panels = [_panel(name, grid, colors) for name, grid in grids.items()]
     rows = [alt.hconcat(*panels[i : i + columns]) for i in range(0, len(panels), columns)]
     chart = alt.vconcat(*rows, title=title)
@@ -132,29 +143,38 @@ def _panel(name: str, grid: Grid, colors: alt.Scale) -> alt.Chart:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write both sheets into the folder named in `argv`, the working directory by default."""
-    if len(argv) > 1 or (argv and argv[0].startswith("-")):
-        sys.stderr.write("usage: python -m zoo.cli.patterns [folder for the two pictures]\n")
-        return 0 if argv[0] in ("-h", "--help") else 2
-    folder = Path(argv[0] if argv else ".")
+    """Write the sheets; returns the exit code. UserError for arguments it does not know."""
+    if {"-h", "--help"} & {*argv}:
+        sys.stdout.write(f"{__doc__}")
+        return 0
+    options = [word for word in argv if "=" in word]
+    folders = [word for word in argv if "=" not in word]
+    if len(folders) > 1 or (folders and folders[0].startswith("-")):
+        raise UserError(
+            f"zoo patterns {' '.join(argv)}: must be one folder and options. See --help."
+        )
+    folder = Path(folders[0] if folders else ".")
+    drawn = one_pattern(options) if options else sheets()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, png in sheets():
+        for name, png in drawn:
             with replacing(folder / name) as file:
                 file.write(png)
             sys.stdout.write(f"{folder / name}\n")
-    except (UserError, OSError) as error:
-        sys.stderr.write(f"zoo.cli.patterns: {one_line(error)}\n")
-        return 2
+    except OSError as error:
+        raise UserError(f"zoo patterns {folder}: {one_line(error)}. Name another folder.") from None
     return 0
 
 
+def one_pattern(options: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Draw the pattern of an extension with these options, beside plain causal attention."""
+    grids = {"none": _plain(), " ".join(options): _distances(options)}
+    yield "extension.png", sheet(grids, 2, DISTANCES, distance_colors())
+
+
 def sheets() -> Iterator[tuple[str, bytes]]:
-    """(file name, PNG) of both sheets, as they are drawn."""
-    title = (
-        f"Distance at which each query sees each key: red is beyond the {TRAINED} tokens trained"
-    )
-    yield "extensions.png", sheet(extension_grids(), 5, title, distance_colors())
+    """Draw both sheets, one after the other: (file name, PNG)."""
+    yield "extensions.png", sheet(extension_grids(), 5, DISTANCES, distance_colors())
     title = (
         f"How much each output of a first layer, untrained, takes from each of {LAYER_READ} inputs"
     )
@@ -162,4 +182,8 @@ def sheets() -> Iterator[tuple[str, bytes]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
