@@ -11,6 +11,7 @@ import zoo.tasks.evaluate
 from zoo.config.compose import compose
 from zoo.errors import UserError
 from zoo.measurement import question
+from zoo.report import published
 from zoo.runs.folder import RunFolder
 from zoo.tasks.evaluate import evaluate
 from zoo.tasks.progress import Progress
@@ -419,3 +420,15 @@ def test_progress_says_how_fast_and_how_long():
     assert stream.getvalue().startswith("a perplexity at 512: ")
     assert "tokens/s" in stream.getvalue()
     assert stream.getvalue().endswith("s left\n")
+
+
+def test_published_results_of_the_same_data_stand_beside_a_run(model, tmp_path, monkeypatch):
+    theirs, mine = run_folder(tmp_path / "theirs"), run_folder(tmp_path / "mine")
+    monkeypatch.setattr(published, "FOLDER", tmp_path / "published")
+    with pytest.raises(UserError, match="against=published: no published table has the data"):
+        run_eval([mine], "against=published")
+    run_eval([theirs], f"publish={tmp_path}/published/table.json")
+    code, said, _ = run_eval([mine], "against=published")
+    assert code == 0
+    assert "transformer (published)" in said
+    assert len(mine.rows()) == len(theirs.rows())  # theirs were not measured again, nor kept

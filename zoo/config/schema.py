@@ -470,6 +470,12 @@ class EvalConfig(Section):
     )
     threads: Threads | None = Field(description="CPU threads; null: all cores")
     report: Path | None = Field(description="HTML file to write the report to; null: none")
+    against: Literal["published"] | None = Field(
+        default=None, description="published: beside the published results of the same data"
+    )
+    publish: Path | None = Field(
+        default=None, description="file for these results, in the form of published ones"
+    )
 
     @model_validator(mode="after")
     def _measures(self) -> "EvalConfig":

@@ -102,8 +102,9 @@ def _model(row: Row) -> str:
 def _untuned(results: Results) -> list[str]:
     """The models that were trained at one learning rate only."""
     rates = defaultdict(set)
+    tuned = {rate.arm for rate in results.rates}
     for row in results.rows:
-        if not missing(row.get("lr")):
+        if not missing(row.get("lr")) and row.get("arm") not in tuned:
             rates[_model(row)].add(row["lr"])
     return [model for model, tried in rates.items() if len(tried) == 1]
 

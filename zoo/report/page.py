@@ -32,6 +32,7 @@ from zoo.report.pictures import pictures
 from zoo.report.positions import MIN_TOKENS, positions
 from zoo.report.rows import Results, gather
 from zoo.report.scores import EXPLAINED, PROTOCOLS, SAME_TOKENS, SHARE, contexts, ties
+from zoo.report.sensitivity import rates_table
 from zoo.report.text import as_text
 from zoo.report.validity import blind_guess
 from zoo.report.words import plain, score, signed
@@ -147,6 +148,7 @@ def render(
         blind=blind_guess(results.rows),
         stream=stream_part(results, look),
         budgets=tables.budgets(results),
+        rates=rates_table(results),
         failures=failures(results),
         limits=limits(results),
         share=f"{SHARE:.0%}",

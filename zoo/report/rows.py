@@ -13,6 +13,7 @@ from typing import Any
 
 from zoo.measurement import Declaration, Quantity, declared
 from zoo.report.labels import lengthen
+from zoo.report.rates import Rate, choose_rates
 from zoo.report.statistics import finite, interval, missing
 from zoo.report.validity import drop_partial_budgets, mark_leaks, spread_leaks
 
@@ -53,6 +54,7 @@ class Results:
     runs: list[Row]
     arms: list[str]
     reference: str | None
+    rates: tuple[Rate, ...] = ()  # all that were tried, of arms with several
 
     @functools.cached_property
     def by_arm(self) -> dict[str, list[Row]]:
@@ -256,6 +258,7 @@ def gather(rows: Iterable[Mapping[str, Any]], runs: Iterable[Mapping[str, Any]])
     """Read rows and run records; a run that left no row keeps its place with the reason."""
     records: list[Row] = [dict(row) for row in rows]
     runs = [dict(run) for run in runs]
+    records, runs, rates = choose_rates(records, runs)
     measured = {row.get("run") for row in records}
     records += [_run_row(run) for run in runs if run.get("run") not in measured]
     mark_leaks(records, runs)
@@ -275,7 +278,7 @@ def gather(rows: Iterable[Mapping[str, Any]], runs: Iterable[Mapping[str, Any]])
         for row in records
         if row.get("model") == "transformer" and row.get("extension") in (None, "none")
     ]
-    return Results(records, runs, arms, next(iter(plain or arms), None))
+    return Results(records, runs, arms, next(iter(plain or arms), None), tuple(rates))
 
 
 def unfinished(run: Mapping[str, Any]) -> str | None:

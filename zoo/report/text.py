@@ -4,6 +4,7 @@ from zoo.report.caveats import failures
 from zoo.report.claims import judge, told
 from zoo.report.rows import Cell, Results
 from zoo.report.scores import PROTOCOLS, SAME_TOKENS, dead, effective_contexts, headline
+from zoo.report.sensitivity import rates_table
 from zoo.report.tables import Table, costs, quantity_table, shown_quantities, task_tables
 from zoo.report.validity import LEAKS
 from zoo.report.words import DASH, PLUS_MINUS, score, signed, times
@@ -20,6 +21,7 @@ def as_text(results: Results) -> str:
         for table in task_tables(results, task)
     ]
     tables += [table for shown in costs(results) if (table := quantity_table(results, *shown))]
+    tables += [table] if (table := rates_table(results)) else []
     reasons: list[str] = []  # each is told once, below the first table that has it
     said = _scores_as_text(results, reasons)
     said += [_table_as_text(results, table, reasons) for table in tables]

@@ -20,7 +20,7 @@ from zoo.measurement import agrees
 from zoo.model.checkpoint import load
 from zoo.model.device import pick_device
 from zoo.model.extend import extend
-from zoo.report import write_report
+from zoo.report import published, write_report
 from zoo.report.page import pictures_folder, terminal
 from zoo.report.rows import gather
 from zoo.report.wandb import mirror
@@ -76,6 +76,8 @@ def evaluate(
     tasks = {name: part.load()() for name, part in config.task.items()}
     for task in tasks.values():
         task.check()
+    if config.against:
+        published.require({folder.info.get("fingerprint") for folder in folders})
     if config.report and (pictures := pictures_folder(Path(config.report))).is_file():
         raise UserError(
             f"report={config.report}: its pictures go to the folder {pictures}, which is a file. "
@@ -97,7 +99,7 @@ def evaluate(
             bad = {"run": folder.name, "arm": folder.name, "status": "failed"}
             runs.append(bad | {"reason": str(error)})
             continue
-        runs.append(run.about | run.folder.info | {"settings": trained_settings(run.folder)})
+        runs.append(run.record())
         found = list(run.measure(tasks, fresh))
         if len(folders) == 1 and all(row["status"] == "not_applicable" for row in found):
             raise UserError(found[0]["reason"])
@@ -121,8 +123,15 @@ def _report(
     config: EvalConfig, rows: list[Row], runs: list[Row], say: Callable[[str], None]
 ) -> None:
     """Write what config asks for, and say the table; the last line names the file."""
+    if config.publish:
+        path = Path(config.publish)
+        published.write(path, published.pack(path.stem, rows, runs))
+    theirs, their_runs, differing = published.beside(rows) if config.against else ([], [], [])
+    for line in differing:
+        log.warning("%s", line)
     report = Path(config.report) if config.report else None
-    said = write_report(rows, runs, report) if report else terminal(gather(rows, runs))
+    shown = rows + theirs, runs + their_runs
+    said = write_report(*shown, report) if report else terminal(gather(*shown))
     if config.logger.name == "wandb":
         about = {"project": config.logger.project, "config": plain(config), "report": report}
         mirror(rows, runs, Path(config.runs), config.logger.mode, **about)
@@ -153,6 +162,12 @@ class _Run:
         return cls(
             config.model_copy(update={"extension": extension}), folder, about, device, progress
         )
+
+    def record(self) -> Row:
+        """What the report needs to know of the run itself."""
+        trained = {"arm": self.about["arm"], "settings": trained_settings(self.folder)}
+        trained["valid_loss"] = self.folder.last_figure("valid_loss")
+        return self.about | self.folder.info | trained
 
     def measure(self, tasks: dict[str, Task], fresh: bool) -> Iterator[Row]:
         """The rows of the run, each appended to `results.jsonl` unless it was found there.

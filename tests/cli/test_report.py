@@ -1,0 +1,34 @@
+"""`zoo report` draws a published table from its rows alone."""
+
+from zoo.cli.report import main
+from zoo.report import published
+
+
+def table(folder):
+    about = {"run": "a", "arm": "lstm", "model": "lstm", "task": "accuracy", "status": "ok"}
+    rows = [about | {"length": n, "accuracy": 0.75, "seed": 0} for n in (16, 64)]
+    runs = [{"run": "a", "arm": "lstm", "status": "done", "commit": "c"}]
+    published.write(folder / "state_tracking.json", published.pack("state_tracking", rows, runs))
+
+
+def test_a_table_is_drawn_again_from_its_file(tmp_path, monkeypatch, capsys):
+    table(tmp_path)
+    monkeypatch.setattr(published, "FOLDER", tmp_path)
+    assert main([]) == 0
+    assert capsys.readouterr().out.split(maxsplit=1) == [
+        "state_tracking",
+        "zoo tune experiment=state_tracking\n",
+    ]
+    assert main(["state_tracking", f"report={tmp_path}/page.html"]) == 0
+    assert "lstm" in (tmp_path / "page.html").read_text()
+    assert "0.75" in capsys.readouterr().out
+    assert main([str(tmp_path / "state_tracking.json"), f"report={tmp_path}/again.html"]) == 0
+
+
+def test_an_unknown_table_is_refused_in_one_line(tmp_path, monkeypatch, capfd):
+    table(tmp_path)
+    monkeypatch.setattr(published, "FOLDER", tmp_path)
+    assert main(["state_trackin"]) == 2
+    assert "Did you mean 'state_tracking'" in capfd.readouterr().err
+    assert main(["a", "b"]) == 2
+    assert not list(tmp_path.glob("*.html"))

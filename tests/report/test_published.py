@@ -1,0 +1,87 @@
+"""Published tables come back as they were packed, and stand only beside what they compare with."""
+
+import json
+
+import pytest
+
+from zoo.errors import UserError
+from zoo.report import published
+
+
+def run(name: str, **other) -> dict:
+    record = {"run": name, "arm": "mamba", "lr": 1e-3, "status": "done", "valid_loss": 0.5}
+    return record | {"settings": {"size": "tiny"}, "files": {"a.py": "hash"}} | other
+
+
+def rows(name: str, **other) -> list[dict]:
+    about = {"run": name, "arm": "mamba", "task": "accuracy", "status": "ok", "check": "x"}
+    about |= {"fingerprint": "f", "train_tokens": 100, "train_length": 16, "parameters": 1000}
+    return [about | {"length": n, "accuracy": 1 / n} | other for n in (16, 32)]
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    monkeypatch.setattr(published, "FOLDER", tmp_path)
+    packed = published.pack("t", rows("a") + rows("b", arm="lstm"), [run("a"), run("b")])
+    published.write(tmp_path / "t.json", packed)
+    return tmp_path / "t.json"
+
+
+def test_rows_and_records_come_back(table):
+    found, runs = published.unpack(published.read("t"))
+    wanted = rows("a") + rows("b", arm="lstm")
+    assert found == [{k: v for k, v in row.items() if k != "check"} for row in wanted]
+    assert [each["run"] for each in runs] == ["a", "b"]
+    assert "files" not in runs[0]
+
+
+def test_what_all_rows_share_is_written_once(table):
+    assert table.read_text().count('"accuracy":') == 4
+    assert table.read_text().count('"fingerprint"') == 1
+
+
+def test_a_run_of_the_same_kind_stands_beside_all_published_ones(table):
+    theirs, runs, said = published.beside(rows("mine", parameters=1004))
+    assert {row["arm"] for row in theirs} == {"mamba (published)", "lstm (published)"}
+    assert {each["run"] for each in runs} == {row["run"] for row in theirs}
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("mine", "words"),
+    [
+        ({"train_tokens": 200}, "training tokens (200 here, 100 there)"),
+        ({"parameters": 1200}, "parameters (1200 here, 1000 there)"),
+        ({"train_length": 32}, "training length (32 here, 16 there)"),
+    ],
+)
+def test_another_budget_is_said(table, mine, words):
+    theirs, _, said = published.beside(rows("mine", **mine))
+    assert theirs
+    assert said == [f"published t: other {words}"]
+
+
+def test_other_data_and_other_tasks_are_left_out(table):
+    assert published.beside(rows("mine", fingerprint="g")) == ([], [], [])
+    assert published.beside(rows("mine", task="speed")) == ([], [], [])
+
+
+def test_where_no_table_has_the_data_the_comparison_is_refused(table):
+    published.require({"f", "g"})
+    with pytest.raises(UserError, match=r"against=published: no published table has the data"):
+        published.require({"g"})
+
+
+def test_a_file_that_is_no_table_is_refused_in_one_line(table):
+    with pytest.raises(UserError, match=r"Did you mean|Use one of"):
+        published.read("tt")
+    table.write_text(json.dumps({"format": 0}))
+    with pytest.raises(UserError, match=r"is no published table \(it has format 0, not 1\)"):
+        published.read("t")
+
+
+def test_the_shipped_tables_can_be_read():
+    for path in published.FOLDER.glob("*.json"):
+        found, runs = published.unpack(published.read(path.stem))
+        assert found
+        assert all(each.get("commit") for each in runs)

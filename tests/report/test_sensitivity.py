@@ -1,0 +1,46 @@
+"""The rates that were tried are shown, and an arm that was tuned is not called untuned."""
+
+from synthetic import run_records, score_row
+
+from zoo.report.caveats import banners
+from zoo.report.charts import styles
+from zoo.report.page import render
+from zoo.report.rows import gather
+from zoo.report.sensitivity import rates_table
+
+
+def tuned():
+    rows, runs = [], []
+    for lr, losses in {1e-3: (0.5, 0.7), 4e-3: (0.2, 0.4)}.items():
+        for seed, loss in enumerate(losses):
+            name = f"mamba-{lr:g}-{seed}"
+            row = score_row("mamba", 512, 2 + loss, seed=seed, lr=lr) | {"run": name}
+            rows.append(row)
+            record = {**row, "status": "done", "valid_loss": loss, "settings": {"optim.lr": lr}}
+            runs.append(record)
+    pruned = {"run": "p", "arm": "mamba", "lr": 8e-3, "settings": {"optim.lr": 8e-3}}
+    runs.append(pruned | {"status": "stopped", "reason": "pruned at step 10 of 40"})
+    return gather(rows, runs)
+
+
+def test_only_the_best_rate_is_an_arm_and_every_rate_is_in_the_table():
+    results = tuned()
+    assert results.arms == ["mamba"]
+    assert {row["lr"] for row in results.rows} == {4e-3}
+    table = rates_table(results)
+    assert table is not None
+    (row,) = table.rows
+    assert [cell.text for cell in row] == ["mamba", "0.6000", "0.3000", "pruned at step 10 of 40"]
+    assert [cell.kind for cell in row] == ["", "", "best", "reason"]
+    assert row[2].note == "2 seeds, 0.2 to 0.4"
+    assert "pruned at step 10 of 40" in render(results, styles(results))
+
+
+def test_a_tuned_arm_is_not_said_to_be_untuned_and_its_other_rates_are_no_failures():
+    said = banners(tuned())
+    assert not any("Untuned" in line or "not finished" in line for line in said)
+
+
+def test_rows_of_one_rate_have_no_such_table():
+    rows = [score_row("mamba", 512, 2.0)]
+    assert rates_table(gather(rows, run_records(rows))) is None

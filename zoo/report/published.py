@@ -1,0 +1,140 @@
+"""Published results: the rows and run records of a table in one small file of the package.
+
+    {"name": the experiment, "common": fields of all rows,
+     "runs": [{fields of a run's record, "fields": of all its rows, "rows": [the rest of each]}]}
+
+A report is drawn from such a file as from run folders: nothing is trained or measured again.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import choose, refuse, refuse_path
+
+Row = dict[str, Any]
+
+FOLDER = Path(__file__).parent / "published"
+FORMAT = 1
+RECORD = (  # what is kept of a run's record: no path, no host, no list of files
+    *("run", "arm", "model", "size", "seed", "lr", "settings", "status", "reason", "pruned"),
+    *("step", "tokens_seen", "valid_loss", "parameters", "fingerprint", "commit", "dirty"),
+    *("sources", "device", "threads", "train_length"),
+)
+LOCAL = ("check", "positions_file", "requested")  # fields of a row that mean something at home only
+# Published rows stand beside others where they agree in these.
+COMPARABLE = {
+    "train_tokens": "training tokens",
+    "train_length": "training length",
+    "parameters": "parameters",
+}
+TOLERANCE = {"parameters": 0.01}  # as match=params leaves it
+
+
+def pack(name: str, rows: Iterable[Row], runs: Iterable[Row]) -> dict[str, Any]:
+    """The rows and records as the file's tree; fields that all rows share are written once."""
+    grouped: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        grouped[row.get("run")].append({k: v for k, v in row.items() if k not in LOCAL})
+    common = _shared([row for own in grouped.values() for row in own])
+    packed = []
+    for run in runs:
+        own = [_without(row, common) for row in grouped[run.get("run")]]
+        fields = _shared(own)
+        record = {key: run[key] for key in RECORD if run.get(key) is not None}
+        packed.append(record | {"fields": fields, "rows": [_without(row, fields) for row in own]})
+    return {"format": FORMAT, "name": name, "common": common, "runs": packed}
+
+
+def unpack(tree: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
+    """The rows and the run records of a file's tree."""
+    rows, runs = [], []
+    for run in tree["runs"]:
+        record = {key: value for key, value in run.items() if key not in ("fields", "rows")}
+        runs.append(record)
+        rows += [{**tree["common"], **run["fields"], **row} for row in run["rows"]]
+    return rows, runs
+
+
+def write(path: Path, tree: Mapping[str, Any]) -> None:
+    """A line for each run, so that changes of single runs can be read."""
+    head = {key: value for key, value in tree.items() if key != "runs"}
+    lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in tree["runs"])
+    text = json.dumps(head, separators=(",", ":"))[:-1] + f',"runs":[\n{lines}\n]}}\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def read(name: str) -> dict[str, Any]:
+    """A published table by its name, or a file. UserError where there is none or it is damaged."""
+    known = sorted(path.stem for path in FOLDER.glob("*.json"))
+    path = Path(name) if name.endswith(".json") else FOLDER / f"{choose('table', name, known)}.json"
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if tree["format"] != FORMAT:
+            raise ValueError(f"it has format {tree['format']}, not {FORMAT}")
+        unpack(tree)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        refuse_path(path, f"is no published table ({error})", "Name one of zoo report's list.")
+    return tree
+
+
+def require(fingerprints: Container[Any]) -> None:
+    """Refuse `against=published` where no published table has any of these data."""
+    names = sorted(path.stem for path in FOLDER.glob("*.json"))
+    known = {row["fingerprint"] for name in names for row in unpack(read(name))[0]}
+    if not any(fingerprint in fingerprints for fingerprint in known):
+        rule = "no published table has the data of these runs"
+        refuse("against", "published", rule, f"Train on those of {', '.join(names) or 'none'}.")
+
+
+def beside(rows: Sequence[Row]) -> tuple[list[Row], list[Row], list[str]]:
+    """The published rows and records of the data and tasks of these rows, under names of their own.
+
+    Also, for every table, what its budget differs in, in words.
+    """
+    found_rows, found_runs, said = [], [], []
+    asked = {(row.get("task"), row.get("fingerprint")) for row in rows if row["status"] == "ok"}
+    for path in sorted(FOLDER.glob("*.json")):
+        theirs, runs = unpack(read(path.stem))
+        theirs = [row for row in theirs if (row.get("task"), row.get("fingerprint")) in asked]
+        if not theirs:
+            continue
+        said += [f"published {path.stem}: {words}" for words in differences(rows, theirs)]
+        kept = {row["run"] for row in theirs}
+        found_rows += [row | _published(row, path.stem) for row in theirs]
+        found_runs += [run | _published(run, path.stem) for run in runs if run.get("run") in kept]
+    return found_rows, found_runs, said
+
+
+def differences(mine: Sequence[Row], theirs: Sequence[Row]) -> list[str]:
+    """What the two groups of rows differ in, of what must be equal, in words."""
+    found = []
+    for field, words in COMPARABLE.items():
+        ours, others = ({row.get(field) for row in part} - {None} for part in (mine, theirs))
+        within = TOLERANCE.get(field, 0.0)
+        if ours and others and not all(_near(a, b, within) for a in ours for b in others):
+            shown = (", ".join(sorted(map(str, values))) for values in (ours, others))
+            found.append(f"other {words} ({' here, '.join(shown)} there)")
+    return found
+
+
+def _near(a: Any, b: Any, within: float) -> bool:
+    return a == b if not within else abs(a / b - 1) <= within
+
+
+def _published(row: Row, table: str) -> Row:
+    return {"run": f"published/{table}/{row['run']}", "arm": f"{row.get('arm')} (published)"}
+
+
+def _shared(rows: Sequence[Row]) -> Row:
+    """The fields that all rows have with one value."""
+    if not rows:
+        return {}
+    return {k: v for k, v in rows[0].items() if all(k in r and r[k] == v for r in rows[1:])}
+
+
+def _without(row: Row, shared: Mapping[str, Any]) -> Row:
+    return {key: value for key, value in row.items() if key not in shared}
