@@ -305,7 +305,7 @@ def theirs_scan(inputs: dict) -> dict[str, Callable] | None:
 
 def step_through_time(inputs: dict) -> Callable[[], torch.Tensor]:
     """The published scheme of WKV's kernels, forward: a thread per channel, token by token."""
-    steps = cuda.Kernel(
+    steps = cuda.CudaKernel(
         "bench/wkv4_steps.cu", sizes="tokens width", rows="k v", sequences="y", pointers="w u"
     )
     k, v, w, u = (inputs[name].detach() for name in ("k", "v", "w", "u"))

@@ -28,7 +28,7 @@ from record import processor, record
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.merge import merge
 from zoo.ops.rms_norm import rms_norm
-from zoo.ops.rotary import rotary
+from zoo.ops.rotary import apply_rotary
 from zoo.ops.runtime.cpu import tune_allocator
 from zoo.ops.selective_scan import selective_scan
 
@@ -108,7 +108,7 @@ def forms(op: str, length: int) -> dict[str, Callable]:
     if op == "rotary":
         cos, sin = torch.randn(2, length, 1, HEAD // 2)
         return {
-            name: lambda x, name=name: rotary(x, cos, sin, name).flatten(2)
+            name: lambda x, name=name: apply_rotary(x, cos, sin, name).flatten(2)
             for name in ("native", "torch", "reference")
         }
     if op == "merge":

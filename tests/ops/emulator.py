@@ -77,4 +77,6 @@ def install(
     monkeypatch.setattr(cuda, "load", load)
     monkeypatch.setattr(cuda, "processors", lambda _: 1)
     if not split:
-        monkeypatch.setattr(cuda, "pieces", lambda tokens, tile, *_: (-(-tokens // tile) * tile, 1))
+        monkeypatch.setattr(
+            cuda, "time_chunks", lambda tokens, tile, *_: (-(-tokens // tile) * tile, 1)
+        )

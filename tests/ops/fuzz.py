@@ -16,13 +16,13 @@ from torch import Tensor
 from zoo.ops.aft import Window, aft_window
 from zoo.ops.attention import Part, _formula, attend
 from zoo.ops.causal_conv import causal_conv
-from zoo.ops.few_keys import few_keys
 from zoo.ops.linear_recurrence import linear_recurrence
 from zoo.ops.merge import merge
 from zoo.ops.rms_norm import rms_norm
-from zoo.ops.rotary import rotary
+from zoo.ops.rotary import apply_rotary
 from zoo.ops.selective_scan import selective_scan
-from zoo.ops.wkv4 import NOTHING, wkv4
+from zoo.ops.small_kv_attention import small_kv_attention
+from zoo.ops.wkv4 import LOG_ZERO, wkv4
 
 # Of the norm of a result, besides what the definition itself loses in that type.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2.0**-8}
@@ -198,7 +198,7 @@ def average_so_far(draw: Draw, b: int, d: int) -> Tensor:
     state = draw.values(b, 3, d, dtype=draw.wide)
     state[:, 1] = state[:, 1].abs() + 0.5
     if draw.chance(0.3):
-        state[:1] = torch.tensor([0.0, 0.0, NOTHING], dtype=draw.wide)[:, None]
+        state[:1] = torch.tensor([0.0, 0.0, LOG_ZERO], dtype=draw.wide)[:, None]
     return state
 
 
@@ -252,7 +252,7 @@ def _rotary(draw: Draw) -> Call:
 
     def run(backend, x):
         turn = angles.to(x.dtype) if isinstance(x, Tensor) else angles
-        return (rotary(x, turn.cos(), turn.sin(), backend),)
+        return (apply_rotary(x, turn.cos(), turn.sin(), backend),)
 
     return Call(run, [draw.layout(draw.values(b, t, h, d))])
 
@@ -271,7 +271,7 @@ def _merge(draw: Draw) -> Call:
     return Call(run, [draw.layout(x) for x in tensors], definition="torch")
 
 
-def _few_keys(draw: Draw) -> Call:
+def _small_kv_attention(draw: Draw) -> Call:
     b, t, h = draw.batch(), draw.size(128), draw.size()
     keys, d, e = draw.random.randint(0, 8), draw.size(), draw.size()
     tensors = [draw.values(b, t, h, d), draw.values(b, keys, h, d), draw.values(b, keys, h, e)]
@@ -279,7 +279,7 @@ def _few_keys(draw: Draw) -> Call:
 
     def run(backend, *qkv):
         if backend == "native":
-            return few_keys(*qkv, scale)
+            return small_kv_attention(*qkv, scale)
         if backend == "auto":
             return attend([Part(*qkv)], scale=scale)
         out, lse = _formula(*(x.transpose(1, 2) for x in qkv), None, False, scale)
@@ -306,7 +306,7 @@ CASES: dict[str, Callable[[Draw], Call]] = {  # by folder of kernels/
     "rms_norm": _rms_norm,
     "rotary": _rotary,
     "merge": _merge,
-    "few_keys": _few_keys,
+    "small_kv_attention": _small_kv_attention,
 }
 NARROW = {"selective_scan", "causal_conv", "wkv4", "aft", "linear_recurrence"}  # read bfloat16
 

@@ -232,9 +232,9 @@ def test_native_is_a_good_citizen_of_torch():
 
 
 def test_the_longest_window_of_the_kernel_is_known_without_building_it():
-    assert module.KERNEL.constant("most", torch.float32) == module.LONGEST
+    assert module.KERNEL.constant("most", torch.float32) == module.MAX_WINDOW
     k, v = torch.randn(2, 1, 9, 2).unbind()
-    y, _ = aft_window(k, v, torch.zeros(1, 1, module.LONGEST + 1))
+    y, _ = aft_window(k, v, torch.zeros(1, 1, module.MAX_WINDOW + 1))
     assert y.isfinite().all()  # by the torch form
 
 
@@ -281,7 +281,7 @@ def cuda_arguments(b: int, t: int, d: int, s: int, n: int, size: float = 1.0) ->
 @pytest.mark.parametrize(("shape", "dtype", "size", "blocks", "reverse"), EMULATED)
 def test_cuda_is_the_definition(shape, dtype, size, blocks, reverse, monkeypatch, poisoned):
     emulator.install(monkeypatch, reverse=reverse)
-    monkeypatch.setattr(module, "MOST_BLOCKS", blocks)
+    monkeypatch.setattr(module, "MAX_BLOCKS", blocks)
     t, n = shape[1], shape[4]
     k, v, m, state = cuda_arguments(*shape, size=size)
     if n == 0 and t > 1:  # from nothing; of one token alone no weight matters

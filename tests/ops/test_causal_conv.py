@@ -173,5 +173,5 @@ def test_cuda_runs_more_tokens_than_a_grid_has_rows(monkeypatch):
     module._conv_cuda(x, weight, None, torch.zeros(1, 3, 1), True)
     module._conv_backward_cuda(x, None, x, weight, None, torch.zeros(1, 3, 1), True)
     assert grids == 2 * [(-(-tokens // module.SEGMENT), 1, 1)]
-    most = module.cuda.MOST_BLOCKS
+    most = module.cuda.MAX_GRID
     assert all(blocks <= limit for blocks, limit in zip(grids[0], most, strict=True))

@@ -206,7 +206,7 @@ def test_cuda_tensors_reach_the_kernels_in_their_own_types(monkeypatch):
 @pytest.mark.parametrize("blocks", [1, 12, 5000])
 def test_chunks_of_time_cover_it_and_fill_the_device(tokens, blocks, monkeypatch):
     monkeypatch.setattr(cuda, "processors", lambda _: 132)
-    chunk, chunks = cuda.pieces(tokens, 32, blocks, torch.device("cpu"))
+    chunk, chunks = cuda.time_chunks(tokens, 32, blocks, torch.device("cpu"))
     assert chunk % 32 == 0
     assert chunk * (chunks - 1) < tokens <= chunk * chunks
     assert (

@@ -13,16 +13,16 @@ from zoo.ops import delta_rule as module
 from zoo.ops.delta_rule import delta_rule, diagonal_plus_rank_one, unit_length
 
 BACKENDS = ["reference", "torch"]
-CHUNK = 8  # small, so that short sequences have many chunks
-LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7]
+CHUNK_TOKENS = 8  # small, so that short sequences have many chunks
+LENGTHS = [1, 2, CHUNK_TOKENS - 1, CHUNK_TOKENS, CHUNK_TOKENS + 1, 3 * CHUNK_TOKENS + 7]
 DECAYS = ["none", "head", "channel"]
 NAMES = ["q", "k", "v", "a", "b", "log_decay", "state"]
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", CHUNK)
-    monkeypatch.setattr(module, "PIECE", 2 * CHUNK)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", CHUNK_TOKENS)
+    monkeypatch.setattr(module, "SEGMENT_TOKENS", 2 * CHUNK_TOKENS)
 
 
 def arguments(
@@ -222,7 +222,11 @@ def test_float32_gradients_are_right_to_a_millionth(decay, rate, monkeypatch):
 def test_chunk_piece_and_block_sizes_do_not_matter(chunk, piece, bound, monkeypatch):
     args = arguments(LENGTHS[-1], "channel")
     wanted = everything(diagonal_plus_rank_one, args, backend="reference")
-    for name, value in (("CHUNK", chunk), ("PIECE", piece), ("BOUND", bound)):
+    for name, value in (
+        ("CHUNK_TOKENS", chunk),
+        ("SEGMENT_TOKENS", piece),
+        ("MAX_EXPONENT", bound),
+    ):
         monkeypatch.setattr(module, name, value)
     assert_close(everything(diagonal_plus_rank_one, args, backend="torch"), wanted, 1e-13)
 
@@ -230,7 +234,7 @@ def test_chunk_piece_and_block_sizes_do_not_matter(chunk, piece, bound, monkeypa
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_chunks_with_the_state_carried_are_the_whole(backend):
     args = arguments(LENGTHS[-1], "channel")
-    sizes = [1, 2, CHUNK + 1, LENGTHS[-1] - CHUNK - 4]
+    sizes = [1, 2, CHUNK_TOKENS + 1, LENGTHS[-1] - CHUNK_TOKENS - 4]
 
     def in_chunks(state, **sequences):
         ys = []
@@ -308,12 +312,15 @@ def test_unit_length_keeps_zero_and_its_gradient_finite():
 
 
 def test_the_triangular_systems_are_counted():
-    args = {k: x.detach() for k, x in arguments(2 * CHUNK, "head", erase=False).items()}
+    args = {k: x.detach() for k, x in arguments(2 * CHUNK_TOKENS, "head", erase=False).items()}
     with FlopCounterMode(display=False) as counter:
         diagonal_plus_rank_one(**args)
     counts = counter.get_flop_counts()["Global"]
     systems, columns = 2 * 3 * 2, 5 + 4  # batch, heads, chunks; those of W and X
-    assert counts[torch.ops.aten.linalg_solve_triangular] == systems * CHUNK * CHUNK * columns
+    assert (
+        counts[torch.ops.aten.linalg_solve_triangular]
+        == systems * CHUNK_TOKENS * CHUNK_TOKENS * columns
+    )
 
 
 def test_a_public_recurrence_with_a_decay_per_head_agrees(in_pytorch):

@@ -37,22 +37,22 @@ def functions(source: str) -> set[str]:
 
 
 def test_every_kernel_has_an_op_and_random_calls():
-    assert sorted(kernels(native.Kernel)) == SOURCES
+    assert sorted(kernels(native.CpuKernel)) == SOURCES
     folders = {Path(source).parent.name for source in SOURCES}
     assert set(fuzz.CASES) == folders
-    assert {Path(source).parent.name for source in kernels(cuda.Kernel)} <= folders
+    assert {Path(source).parent.name for source in kernels(cuda.CudaKernel)} <= folders
 
 
 @pytest.fixture
 def called(monkeypatch) -> set[tuple[str, str]]:
     """The functions of kernels called so far."""
-    seen, call = set(), native.Kernel.call
+    seen, call = set(), native.CpuKernel.call
 
     def watched(kernel, function, sizes, **tensors):
         seen.add((kernel.source, function))
         return call(kernel, function, sizes, **tensors)
 
-    monkeypatch.setattr(native.Kernel, "call", watched)
+    monkeypatch.setattr(native.CpuKernel, "call", watched)
     return seen
 
 
@@ -72,7 +72,7 @@ def test_many_random_calls_give_what_the_definition_gives(source, poisoned):
 
 def test_a_kernel_that_is_wrong_anywhere_does_not_pass(monkeypatch):
     """One number of one output, by a thousandth."""
-    call = native.Kernel.call
+    call = native.CpuKernel.call
 
     def wrong(kernel, function, sizes, **tensors):
         call(kernel, function, sizes, **tensors)
@@ -80,7 +80,7 @@ def test_a_kernel_that_is_wrong_anywhere_does_not_pass(monkeypatch):
             if name == "y" and tensors[name].numel():
                 tensors[name].view(-1)[0] *= 1.001
 
-    monkeypatch.setattr(native.Kernel, "call", wrong)
+    monkeypatch.setattr(native.CpuKernel, "call", wrong)
     problems = []
     for seed in range(10):
         try:

@@ -24,8 +24,7 @@ from zoo.ops.attention import Part, attend
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.delta_rule import delta_rule
 from zoo.ops.linear_attention import linear_attention
-from zoo.ops.runtime import dispatch as backends
-from zoo.ops.runtime import libraries
+from zoo.ops.runtime import dispatch, libraries
 from zoo.ops.selective_scan import selective_scan
 
 BF16 = torch.bfloat16
@@ -352,25 +351,25 @@ def test_auto_takes_ours_even_without_a_compiler(stand_ins, monkeypatch):
         monkeypatch.setattr(kernel, "missing", lambda: "no compiler")
     for module in (selective_scan_module, delta_rule_module):  # the first use of it imports a lot
         monkeypatch.setattr(module, "checkpoint", lambda form, *given, **_: form(*given))
-    backends.forget()
+    dispatch.reset()
     for case in ("scan", "conv", "linear", "delta"):
         op, _, shapes = CASES[case]
         op(**draw(BF16, **shapes))
-    assert set(backends.chosen().values()) == {"torch"}
-    backends.forget()
+    assert set(dispatch.used_backends().values()) == {"torch"}
+    dispatch.reset()
 
 
 @pytest.mark.parametrize("mixer", [Mamba, GLA, RetNet, RWKV6])
 def test_a_model_trains_on_a_library_under_autocast(stand_ins, mixer):
     backend, options = ("mamba_ssm", {}) if mixer is Mamba else ("fla", {"heads": 2})
-    backends.forget()
+    dispatch.reset()
     layer = mixer(width=32, backend=backend, **options)
     with torch.autocast("cpu", BF16):
         y = layer(torch.randn(2, 9, 32))
     y.float().sum().backward()
-    assert any(backend in names.split("+") for names in backends.chosen().values())
+    assert any(backend in names.split("+") for names in dispatch.used_backends().values())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
-    backends.forget()
+    dispatch.reset()
 
 
 def test_the_doctor_names_what_is_there_and_how_to_get_the_rest(stand_ins, monkeypatch):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from zoo.ops import linear_attention as module
-from zoo.ops.linear_attention import CHUNK, LinearState, linear_attention
+from zoo.ops.linear_attention import CHUNK_TOKENS, LinearState, linear_attention
 
-LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7]
+LENGTHS = [1, 2, CHUNK_TOKENS - 1, CHUNK_TOKENS, CHUNK_TOKENS + 1, 3 * CHUNK_TOKENS + 7]
 DECAYS = ["none", "head", "token", "channel"]
 B, H, K, V = 2, 3, 4, 5
 
@@ -60,7 +60,7 @@ def test_chunks_are_the_loop(decay, t):
     [{"bonus": True}, {"shared": True}, {"normalise": True}, {"bonus": True, "shared": True}],
 )
 def test_every_variant_is_the_loop(decay, variant):
-    same(inputs(CHUNK + 9, decay, **variant), variant.get("normalise", False))
+    same(inputs(CHUNK_TOKENS + 9, decay, **variant), variant.get("normalise", False))
 
 
 @pytest.mark.parametrize("decay", DECAYS[1:])
@@ -68,28 +68,28 @@ def test_every_variant_is_the_loop(decay, variant):
 @pytest.mark.parametrize("size", [1e-6, 13.8, 1e4])
 def test_any_decay_is_exact(decay, bonus, size):
     """From next to none over 1e-6 per token to one that forgets everything at once."""
-    same(inputs(2 * CHUNK + 3, decay, bonus=bonus, size=size), rtol=1e-8)
+    same(inputs(2 * CHUNK_TOKENS + 3, decay, bonus=bonus, size=size), rtol=1e-8)
 
 
 @pytest.mark.parametrize("decay", DECAYS[2:])
 def test_a_token_that_forgets_everything_leaves_its_neighbours_exact(decay):
-    leaves = inputs(CHUNK + 5, decay, size=1e-3)
+    leaves = inputs(CHUNK_TOKENS + 5, decay, size=1e-3)
     with torch.no_grad():
         leaves[3][:, 20] = -1e6
     same(leaves)
 
 
 def test_pieces_recomputed_in_the_backward_change_nothing(monkeypatch):
-    leaves = inputs(3 * CHUNK + 7, "channel", bonus=True)
+    leaves = inputs(3 * CHUNK_TOKENS + 7, "channel", bonus=True)
     whole = run(leaves, "torch", False)
-    monkeypatch.setattr(module, "PIECE", CHUNK)
+    monkeypatch.setattr(module, "SEGMENT_TOKENS", CHUNK_TOKENS)
     for one, other in zip(run(leaves, "torch", False), whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_float32_is_as_exact_as_its_rounding(decay):
-    leaves = inputs(3 * CHUNK, decay, size=2.0)
+    leaves = inputs(3 * CHUNK_TOKENS, decay, size=2.0)
     low = [x if x is None else x.detach().float() for x in leaves]
     y, S = linear_attention(*low[:4], state=low[5])
     expected, state = linear_attention(*leaves[:4], state=leaves[5], backend="reference")
@@ -100,7 +100,7 @@ def test_float32_is_as_exact_as_its_rounding(decay):
 
 
 def test_bfloat16_autocast_leaves_the_sums_in_float32():
-    leaves = [x if x is None else x.detach().float() for x in inputs(3 * CHUNK, "token")]
+    leaves = [x if x is None else x.detach().float() for x in inputs(3 * CHUNK_TOKENS, "token")]
     expected, _ = linear_attention(*leaves[:4])
     with torch.autocast("cpu", torch.bfloat16):
         y, S = linear_attention(*leaves[:4])

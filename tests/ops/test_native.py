@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.errors import UserError
 from zoo.ops.causal_conv import KERNEL, causal_conv
 from zoo.ops.runtime import cpu as native
-from zoo.ops.runtime import dispatch as backends
+from zoo.ops.runtime import dispatch
 from zoo.ops.selective_scan import selective_scan
 
 SOURCE = "causal_conv/causal_conv.c"
@@ -32,7 +32,7 @@ def cache(tmp_path, monkeypatch) -> Iterator[Path]:
     def forget():
         for function in (native.load, native._compiler, native.cache_folder, KERNEL.missing):
             function.cache_clear()
-        backends._used.clear()
+        dispatch._used.clear()
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     forget()
@@ -149,7 +149,7 @@ def test_without_a_compiler_auto_says_so_and_native_refuses(cache, monkeypatch, 
     (line,) = caplog.messages
     assert "torch" in line
     assert "no C compiler" in line
-    assert backends.chosen() == {"causal_conv": "torch"}
+    assert dispatch.used_backends() == {"causal_conv": "torch"}
     with pytest.raises(UserError, match="no C compiler"):
         convolve("native")
 
@@ -184,36 +184,36 @@ def test_a_backend_is_named_once_and_only_if_it_runs(cache, caplog):
     asked = []
     available = {"best": lambda: asked.append(1) or "it rains", "good": True, "other": False}
     with caplog.at_level(logging.INFO, "zoo"):
-        assert backends.pick("op", "good", available) == "good"
+        assert dispatch.select_backend("op", "good", available) == "good"
         assert not asked  # who wants another need not wait for it
-        assert backends.pick("op", "auto", available) == "good"
+        assert dispatch.select_backend("op", "auto", available) == "good"
     assert caplog.messages == ["op runs on its good backend"]
     with pytest.raises(UserError, match="it rains"):
-        backends.pick("op", "best", available)
+        dispatch.select_backend("op", "best", available)
     with pytest.raises(UserError, match="does not take these inputs"):
-        backends.pick("op", "other", available)
+        dispatch.select_backend("op", "other", available)
     with pytest.raises(UserError, match="Did you mean 'good'"):
-        backends.pick("op", "god", available)
+        dispatch.select_backend("op", "god", available)
 
 
 def test_an_op_is_watched_by_whatever_acts_on_operators():
     plain, learned = torch.ones(2), torch.nn.Parameter(torch.ones(2))
     fake = FakeTensorMode()
-    assert native.unwatched(plain, None)
-    assert not native.unwatched(plain, learned)
+    assert native.can_bypass_dispatcher(plain, None)
+    assert not native.can_bypass_dispatcher(plain, learned)
     with torch.no_grad():
-        assert native.unwatched(plain, learned)
+        assert native.can_bypass_dispatcher(plain, learned)
         with FlopCounterMode(display=False):
-            assert not native.unwatched(plain)
+            assert not native.can_bypass_dispatcher(plain)
         with fake:
-            assert not native.unwatched(plain)
-        assert not native.unwatched(fake.from_tensor(plain))
+            assert not native.can_bypass_dispatcher(plain)
+        assert not native.can_bypass_dispatcher(fake.from_tensor(plain))
     with torch.inference_mode():
-        assert native.unwatched(plain, learned)
+        assert native.can_bypass_dispatcher(plain, learned)
     seen = []
 
     def look(x):
-        seen.append(native.unwatched(x, plain))
+        seen.append(native.can_bypass_dispatcher(x, plain))
         return x.sum()
 
     torch.vmap(look)(torch.ones(3, 2))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops import rotary as module
-from zoo.ops.rotary import rotary
+from zoo.ops.rotary import apply_rotary
 
 # (b, t, h, d), half: heads no vector divides, channels that stay as they are, several segments
 SHAPES = [((1, 1, 1, 2), 1), ((2, 3, 2, 10), 5), ((2, 300, 3, 38), 17), ((1, 5, 4, 64), 8)]
@@ -18,7 +18,7 @@ def table(shape: tuple[int, ...], half: int) -> tuple[Tensor, Tensor]:
 
 def everything(x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> list[Tensor]:
     x = x.detach().requires_grad_()
-    y = rotary(x, cos, sin, backend)
+    y = apply_rotary(x, cos, sin, backend)
     torch.manual_seed(1)
     return [y, *torch.autograd.grad(y, x, torch.randn(x.shape).to(x))]
 
@@ -32,7 +32,7 @@ def assert_close(found: list[Tensor], wanted: list[Tensor], tolerance: float) ->
 def test_a_quarter_turn_by_hand(backend):
     x = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).view(1, 1, 1, 5)
     cos, sin = torch.tensor([0.0, 1.0]).view(1, 1, 2), torch.tensor([1.0, 0.0]).view(1, 1, 2)
-    assert rotary(x, cos, sin, backend).flatten().tolist() == [-3.0, 2.0, 1.0, 4.0, 5.0]
+    assert apply_rotary(x, cos, sin, backend).flatten().tolist() == [-3.0, 2.0, 1.0, 4.0, 5.0]
 
 
 @pytest.mark.parametrize(("shape", "half"), SHAPES)
@@ -69,7 +69,7 @@ def test_operator_checks():
 def test_angles_that_are_learned_get_their_gradient_and_no_tokens_are_none():
     x, (cos, sin) = torch.randn(1, 4, 2, 6, dtype=torch.float64), table((4,), 3)
     inputs = (x, cos.requires_grad_(), sin.requires_grad_())
-    assert torch.autograd.gradcheck(rotary, inputs)
-    assert rotary(x[:, :0], cos[:0].detach(), sin[:0].detach()).shape == (1, 0, 2, 6)
+    assert torch.autograd.gradcheck(apply_rotary, inputs)
+    assert apply_rotary(x[:, :0], cos[:0].detach(), sin[:0].detach()).shape == (1, 0, 2, 6)
     with pytest.raises(ValueError, match="rotary width 6 is more than the head width 4"):
-        rotary(x[..., :4], cos, sin)
+        apply_rotary(x[..., :4], cos, sin)

@@ -114,11 +114,11 @@ def test_native_decays_are_right_relative_to_themselves_and_to_one(states):
     assert (error <= 6e-8 + 4e-7 * exponent.abs()[:, None]).all()
 
 
-@pytest.mark.parametrize("piece", [1, 7, 64, 1000])
-def test_piece_size_of_the_torch_form_does_not_matter(piece):
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_piece_size_of_the_torch_form_does_not_matter(chunk):
     args = arguments(2, 67, 5, 3)
     wanted, last = selective_scan(**args, backend="reference")
-    y, state = module._torch(*args.values(), piece=piece)
+    y, state = module._torch(*args.values(), chunk=chunk)
     torch.testing.assert_close(y, wanted)
     torch.testing.assert_close(state, last)
 

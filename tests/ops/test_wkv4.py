@@ -123,11 +123,11 @@ def test_nothing_read_is_the_empty_state(backend):
     assert torch.equal(found["y"][:, 0], args["v"][:, 0])  # of one token the average is its value
 
 
-@pytest.mark.parametrize("piece", [1, 7, 64, 1000])
-def test_piece_size_of_the_torch_form_does_not_matter(piece):
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_piece_size_of_the_torch_form_does_not_matter(chunk):
     args = arguments(2, 67, 5)
     wanted, last = wkv4(**args, backend="reference")
-    y, state = module._torch(*args.values(), piece=piece)
+    y, state = module._torch(*args.values(), chunk=chunk)
     torch.testing.assert_close(y, wanted)
     torch.testing.assert_close(state, last)
 

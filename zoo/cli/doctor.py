@@ -12,12 +12,12 @@ from zoo.errors import refuse_path
 from zoo.ops import (
     aft,
     causal_conv,
-    few_keys,
     linear_recurrence,
     merge,
     rms_norm,
     rotary,
     selective_scan,
+    small_kv_attention,
     wkv4,
 )
 from zoo.ops.runtime import cpu as native
@@ -34,7 +34,7 @@ KERNELS = {
     "wkv4, aft": (wkv4.KERNEL, wkv4.CUDA),
     "aft_window": (aft.KERNEL, aft.CUDA),
     "linear_recurrence": (linear_recurrence.KERNEL, linear_recurrence.CUDA),
-    "attend, few keys": (few_keys.KERNEL, None),
+    "attend, small_kv_attention": (small_kv_attention.KERNEL, None),
     "merge": (merge.KERNEL, None),
     "rms_norm": (rms_norm.KERNEL, None),
     "rotary": (rotary.KERNEL, None),
@@ -75,7 +75,7 @@ def _library(name: str) -> str:
     return "installed" if libraries.installed(name) else f"pip install {libraries.PACKAGES[name]}"
 
 
-def _on_cpu(kernel: native.Kernel, no_compiler: str | None) -> str:
+def _on_cpu(kernel: native.CpuKernel, no_compiler: str | None) -> str:
     if no_compiler:
         return f"torch ({no_compiler})"
     built = native.read_intact(native.library(kernel.source)) is not None

@@ -24,7 +24,7 @@ from torch import Tensor
 from zoo.config.domains import Positive
 from zoo.mixers.base import linear, refuse_state, residual_gain
 from zoo.mixers.parts import MultiHead, wide_dtype, wide_zeros
-from zoo.ops.linear_attention import SMALLEST, LinearState, linear_attention
+from zoo.ops.linear_attention import MIN_NORMALISER, LinearState, linear_attention
 
 
 class CosFormerState(NamedTuple):
@@ -85,5 +85,5 @@ def _bidirectional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
         S = torch.einsum("bthk,bthv->bhkv", k, v.to(k.dtype))
         y = torch.einsum("bthk,bhkv->bthv", q, S)
-        total = torch.einsum("bthk,bhk->bth", q, k.sum(1)).clamp(min=SMALLEST)
+        total = torch.einsum("bthk,bhk->bth", q, k.sum(1)).clamp(min=MIN_NORMALISER)
     return (y / total[..., None]).to(v.dtype)

@@ -22,14 +22,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops.exponential_sums import Sums, average, square, triangle
+from zoo.ops.exponential_sums import Sums, average, causal_sums, dense_sums
 from zoo.ops.runtime import cpu as native
 from zoo.ops.runtime import cuda
 from zoo.ops.runtime.checks import check
-from zoo.ops.runtime.dispatch import pick
-from zoo.ops.wkv4 import NOTHING, empty_average, running_averages, wkv4
+from zoo.ops.runtime.dispatch import select_backend
+from zoo.ops.wkv4 import LOG_ZERO, empty_average, running_averages, wkv4
 
-KERNEL = native.Kernel(
+KERNEL = native.CpuKernel(
     "aft/aft.c",
     sizes="batch tokens before width 1<=window<=most",
     rows={
@@ -46,7 +46,7 @@ KERNEL = native.Kernel(
     },
     outputs="y last saved dk dv dm dstate",
 )
-CUDA = cuda.Kernel(
+CUDA = cuda.CudaKernel(
     "aft/aft.cu",
     sizes="batch tokens before width window chunks run",
     rows="k v",
@@ -55,13 +55,13 @@ CUDA = cuda.Kernel(
 )
 SHAPES = {"k": "b t d", "v": "* d", "w": "rows heads s"}
 SHAPES |= {"state": "b 3 d?", "state.k": "b n d?", "state.v": "b n d?"}
-TILE, PER = 8, 8  # of the CUDA kernel: tokens of a tile, tiles of a chunk
-MOST_WARPS = 32  # that share its composition
-MOST_BLOCKS = 4096  # about, that walk: several times what a device runs at once, and each keeps dm
-BLOCK = 32  # queries at least of a block of the torch form
-PIECE = 1024  # tokens it holds intermediate tensors for
-ROWS = 128  # queries of a tile of `aft_full`
-LONGEST = 128  # tokens in the kernels' window
+TILE, TILES_PER_CHUNK = 8, 8  # of the CUDA kernel: tokens of a tile, tiles of a chunk
+MAX_WARPS = 32  # that share its composition
+MAX_BLOCKS = 4096  # about, that walk: several times what a device runs at once, and each keeps dm
+MIN_BLOCK = 32  # queries at least of a block of the torch form
+CHUNK_TOKENS = 1024  # tokens it holds intermediate tensors for
+TILE_QUERIES = 128  # queries of a tile of `aft_full`
+MAX_WINDOW = 128  # tokens in the kernels' window
 
 
 def aft(
@@ -108,10 +108,10 @@ def aft_window(
         )
     if state is not None and state.k.shape[1] >= s:
         raise ValueError(f"aft_window: {state.k.shape[1]} keys before those of a window of {s}")
-    fits = rows == 1 and s <= LONGEST
+    fits = rows == 1 and s <= MAX_WINDOW
     row = torch.promote_types(k.dtype, v.dtype)
     here = fits and cuda.native_here(KERNEL, CUDA, k.device, row, partial(_macros, s=s))
-    name = pick("aft_window", backend, {"native": here, "torch": True, "reference": True})
+    name = select_backend("aft_window", backend, {"native": here, "torch": True, "reference": True})
     wide = torch.promote_types(k.dtype, torch.float32)
     if state is None:
         keys, values, older = k, v, empty_average(k, b, d)
@@ -167,16 +167,16 @@ def _torch(k, v, w, older, t: int) -> tuple[Tensor, Tensor]:
     (_, n, d), s = k.shape, w.shape[-1]
     kept = max(0, n - (s - 1))
     last = absorb(older, k[:, :kept], v[:, :kept])
-    size = min(_power_of_two(max(s - 1, BLOCK)), _power_of_two(t))
+    size = min(_power_of_two(max(s - 1, MIN_BLOCK)), _power_of_two(t))
     blocks = -(-t // size)
     before = size if blocks > 1 else n - t
     pad = (0, 0, before - (n - t), blocks * size - t)
-    k, v = F.pad(k, pad, value=NOTHING), F.pad(v, pad)
+    k, v = F.pad(k, pad, value=LOG_ZERO), F.pad(v, pad)
     weights = _block_weights(w, size, before)
 
     now = [x[:, before:].unflatten(1, (blocks, size)) for x in (k, v)]
     past = [x[:, : before + (blocks - 1) * size].unflatten(1, (blocks, before)) for x in (k, v)]
-    many = max(1, PIECE // size)
+    many = max(1, CHUNK_TOKENS // size)
     pieces = [weights] * -(-blocks // many) if len(weights) == 1 else weights.split(many)
     ys = []
     for *parts, weights in zip(*(x.split(many, 1) for x in (*now, *past)), pieces, strict=True):
@@ -203,9 +203,9 @@ def _blocks(k, v, past_k, past_v, w, older) -> tuple[Tensor, Tensor]:
     """k, v (b, n, q, d), the keys before each block, w (n|1, h, q, keys), what is older still."""
     heads, before = w.shape[1], past_k.shape[2]
     split = [x.unflatten(-1, (heads, -1)).transpose(2, 3) for x in (k, v, past_k, past_v)]
-    parts = [triangle(w[..., before:], *split[:2])]
+    parts = [causal_sums(w[..., before:], *split[:2])]
     if before:
-        parts.append(square(w[..., :before], *split[2:]))
+        parts.append(dense_sums(w[..., :before], *split[2:]))
         top = past_k.detach().amax(2)
         e = torch.exp(past_k - top[:, :, None])
         sums = torch.stack([(e * past_v).sum(2), e.sum(2)], 2)
@@ -294,7 +294,7 @@ def _macros(dtype: torch.dtype, s: int) -> cuda.Macros:
 
 def _chunks(t: int, s: int) -> int:
     """Chunks of keys: those of queries begin as many tiles later as a query sees."""
-    return -(-(-(-t // TILE) + _tiles(s)) // PER)
+    return -(-(-(-t // TILE) + _tiles(s)) // TILES_PER_CHUNK)
 
 
 def _channels(s: int) -> int:
@@ -304,8 +304,8 @@ def _channels(s: int) -> int:
 
 def _walks(k: Tensor, t: int, s: int) -> tuple[int, int]:
     """Parts of the time of the queries, and the chunks of each part."""
-    chunks = -(-t // (TILE * PER))
-    run = -(-len(k) * chunks * -(-k.shape[2] // _channels(s)) // MOST_BLOCKS)
+    chunks = -(-t // (TILE * TILES_PER_CHUNK))
+    run = -(-len(k) * chunks * -(-k.shape[2] // _channels(s)) // MAX_BLOCKS)
     return -(-chunks // run), run
 
 
@@ -317,7 +317,7 @@ def _launch(function: str, k: Tensor, t: int, s: int, parts: int, **tensors: Ten
     sizes |= {"chunks": chunks, "run": run}
     threads = channels = _channels(s)
     if not parts:
-        threads, channels = cuda.WARP * min(MOST_WARPS, chunks), cuda.WARP
+        threads, channels = cuda.WARP * min(MAX_WARPS, chunks), cuda.WARP
     grid = (b * max(parts, 1) * -(-d // channels), 1, 1)
     CUDA.call(function, grid, threads, _macros(k.dtype, s), sizes, k=cuda.dense(k), **tensors)
 
@@ -405,10 +405,10 @@ def aft_full(
             f"{tuple(right.shape)} do not fit"
         )
     t, wide = len(left), torch.promote_types(k.dtype, torch.float32)
-    size = min(ROWS, _power_of_two(t))
+    size = min(TILE_QUERIES, _power_of_two(t))
     short = -t % size
     with torch.autocast(k.device.type, enabled=False):
-        keys = F.pad(k.to(wide), (0, 0, 0, short), value=NOTHING)
+        keys = F.pad(k.to(wide), (0, 0, 0, short), value=LOG_ZERO)
         values = F.pad(v.to(wide), (0, 0, 0, short))
         left, right = (F.pad(x.to(wide), (0, 0, 0, short)) for x in (left, right))
         ys, end = [], k.shape[1] - t
@@ -425,7 +425,7 @@ def aft_full(
 def _rows(left: Tensor, right: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The last queries over all keys: those before them are a square, their own a triangle."""
     w, past = left @ right.t(), len(right) - len(left)
-    parts = [triangle(w[:, past:], k[:, past:], v[:, past:])]
+    parts = [causal_sums(w[:, past:], k[:, past:], v[:, past:])]
     if past:
-        parts.append(square(w[:, :past], k[:, :past], v[:, :past]))
+        parts.append(dense_sums(w[:, :past], k[:, :past], v[:, :past]))
     return average(parts)

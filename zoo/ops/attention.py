@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops import few_keys
+from zoo.ops import small_kv_attention
 from zoo.ops.merge import merge
 from zoo.ops.runtime import libraries
-from zoo.ops.runtime.dispatch import pick
+from zoo.ops.runtime.dispatch import select_backend
 
 TILE = 512  # queries per tile of the `torch` backend
 
@@ -81,11 +81,16 @@ def _partial(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Ten
             "it needs heads a multiple of 8 wide",
         ),
     )
-    few = few_keys.takes(q, k, v) if mask is None and not causal else False
-    available = {"native": few, "flash": q.device.type == "cpu", "torch": True, "xformers": theirs}
-    chosen = pick("attend", backend, available | {"reference": True})
+    small = small_kv_attention.takes(q, k, v) if mask is None and not causal else False
+    available = {
+        "native": small,
+        "flash": q.device.type == "cpu",
+        "torch": True,
+        "xformers": theirs,
+    }
+    chosen = select_backend("attend", backend, available | {"reference": True})
     if chosen == "native":
-        out, lse = few_keys.few_keys(q, k, v, factor)
+        out, lse = small_kv_attention.small_kv_attention(q, k, v, factor)
         return out, lse + log(times)
     form = _FORMS[chosen]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

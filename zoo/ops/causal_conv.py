@@ -20,9 +20,9 @@ from zoo.errors import choose
 from zoo.ops.runtime import cpu as native
 from zoo.ops.runtime import cuda, libraries
 from zoo.ops.runtime.checks import check
-from zoo.ops.runtime.dispatch import pick
+from zoo.ops.runtime.dispatch import select_backend
 
-KERNEL = native.Kernel(
+KERNEL = native.CpuKernel(
     "causal_conv/causal_conv.c",
     sizes="batch tokens width 1<=window<=most silu",
     rows={
@@ -41,7 +41,7 @@ KERNEL = native.Kernel(
     },
     outputs="y last dx dstate dweight dbias",
 )
-CUDA = cuda.Kernel(
+CUDA = cuda.CudaKernel(
     "causal_conv/causal_conv.cu",
     sizes="tokens width segments silu",
     rows="x state",
@@ -84,7 +84,7 @@ def causal_conv(
         (x.dtype not in libraries.DTYPES, "it has no float64"),
     )
     available = {"native": here, "torch": True, "causal_conv1d": theirs, "reference": True}
-    name = pick("causal_conv", backend, available)
+    name = select_backend("causal_conv", backend, available)
     wide = torch.promote_types(x.dtype, torch.float32)
     before = x.new_zeros((b, width - 1, d)) if state is None else state
     narrow = name == "native" and x.device.type == "cuda"  # it reads and writes x's type itself
@@ -96,7 +96,7 @@ def causal_conv(
         last = torch.cat([before, x[:, -(width - 1) :]], 1)[:, -(width - 1) :]
     elif name == "native":
         form = conv
-        if native.unwatched(x_, w, bias, before):
+        if native.can_bypass_dispatcher(x_, w, bias, before):
             form = _conv_cuda if narrow else _conv
         y, last = form(x_, w, bias, before, activation == "silu")
     else:
@@ -238,7 +238,7 @@ def _backward(ctx, dy, dlast):
     dy = torch.zeros_like(x) if dy is None else dy
     arguments = (dy, dlast, x, weight, bias, state)
     form = conv_backward
-    if native.unwatched(*arguments):
+    if native.can_bypass_dispatcher(*arguments):
         form = _conv_backward if dy.device.type == "cpu" else _conv_backward_cuda
     dx, dweight, dbias, dstate = form(*arguments, ctx.silu)
     return dx, dweight, None if bias is None else dbias, dstate, None

@@ -40,8 +40,8 @@ cumulative decays. One decay per head: all pairs of a chunk. One per channel: a 
 spans meets at their boundary, exp(sum from there to t-1) on the left and exp(sum from after s to
 there) on the right, both at most 1; spans double from blocks to the chunk. Within a block the right
 factor is the exponential of a positive number, so blocks are the longest in which that stays below
-`BOUND`: all 32 tokens of a chunk for RWKV-7, whose w > -exp(-1/2), and one token where decays are
-stronger than any bound. No decay is clamped, and exp(-inf) = 0 is a decay too.
+`MAX_EXPONENT`: all 32 tokens of a chunk for RWKV-7, whose w > -exp(-1/2), and one token where
+decays are stronger than any bound. No decay is clamped, and exp(-inf) = 0 is a decay too.
 
 Backends: `reference` is the recurrence, `torch` the chunks, recomputed piece by piece in the
 backward pass. `fla`, by name only, is that library: the delta rule with no decay or one per head
@@ -59,11 +59,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.runtime import libraries
-from zoo.ops.runtime.dispatch import pick
+from zoo.ops.runtime.dispatch import select_backend
 
-CHUNK = 32  # tokens solved as one triangular system; a power of two
-PIECE = 2048  # tokens whose chunks are held at once, in the forward and in the backward pass
-BOUND = 20.0  # exponents within a block of per-channel decays; float32 ends at 88
+CHUNK_TOKENS = 32  # tokens solved as one triangular system; a power of two
+SEGMENT_TOKENS = (
+    2048  # tokens whose chunks are held at once, in the forward and in the backward pass
+)
+MAX_EXPONENT = 20.0  # exponents within a block of per-channel decays; float32 ends at 88
 
 
 def diagonal_plus_rank_one(
@@ -84,7 +86,7 @@ def diagonal_plus_rank_one(
     too. Raises `ValueError` on shapes that do not fit, `UserError` where there is no such backend.
     """
     _check(q, k, v, a=a, b=b, log_decay=log_decay, state=state)
-    name = pick("delta_rule", backend, {"torch": True, "reference": True})
+    name = select_backend("delta_rule", backend, {"torch": True, "reference": True})
     wide = torch.promote_types(v.dtype, torch.float32)
     batch, _, heads, width = k.shape
     if state is None:
@@ -121,13 +123,13 @@ def delta_rule(
         v,
         (log_decay is not None and log_decay.ndim == 4, "it takes one decay per head"),
         (
-            k.shape[-1] > libraries.MOST_KEYS,
-            f"its keys have at most {libraries.MOST_KEYS} channels",
+            k.shape[-1] > libraries.MAX_KEY_WIDTH,
+            f"its keys have at most {libraries.MAX_KEY_WIDTH} channels",
         ),
         (v.dtype not in (torch.bfloat16, torch.float16), "it is used with bfloat16 or float16"),
     )
     available = {"torch": True, "fla": theirs, "reference": True}
-    if pick("delta_rule", backend, available) == "fla":
+    if select_backend("delta_rule", backend, available) == "fla":
         state = None if state is None else state.float()
         return libraries.delta_rule(q, k, v, beta, log_decay, state)
     wide = torch.promote_types(v.dtype, torch.float32)
@@ -186,31 +188,31 @@ def _torch(q, k, v, a, b, log_decay, S) -> tuple[Tensor, Tensor]:
     t = v.shape[1]
     if t == 1:  # a chunk of one token is the recurrence itself
         return _reference(q, k, v, a, b, log_decay, S)
-    chunk = min(CHUNK, 1 << (t - 1).bit_length())
+    chunk = min(CHUNK_TOKENS, 1 << (t - 1).bit_length())
     block = _block(log_decay, chunk)
-    sequences = [x.split(PIECE, 1) for x in (q, k, v, a, log_decay)]
-    erase = [None] * len(sequences[0]) if b is None else b.split(PIECE, 1)
+    sequences = [x.split(SEGMENT_TOKENS, 1) for x in (q, k, v, a, log_decay)]
+    erase = [None] * len(sequences[0]) if b is None else b.split(SEGMENT_TOKENS, 1)
     ys = []
     for *parts, b_ in zip(*sequences, erase, strict=True):
         y, S = checkpoint(
-            _piece, *parts, b_, S, chunk, block, use_reentrant=False, preserve_rng_state=False
+            _segment, *parts, b_, S, chunk, block, use_reentrant=False, preserve_rng_state=False
         )
         ys.append(y)
     return torch.cat(ys, 1), S
 
 
 def _block(log_decay: Tensor, chunk: int) -> int:
-    """The longest block, up to a chunk, in which no channel decays by more than exp(-BOUND)."""
+    """The longest block, up to a chunk, in which no decay is below exp(-MAX_EXPONENT)."""
     if log_decay.shape[-1] == 1:
         return chunk
     steepest = -float(log_decay.detach().amin())
     block = chunk
-    while block > 1 and block * steepest > BOUND:
+    while block > 1 and block * steepest > MAX_EXPONENT:
         block //= 2
     return block
 
 
-def _piece(q, k, v, a, log_decay, b, S, chunk: int, block: int) -> tuple[Tensor, Tensor]:
+def _segment(q, k, v, a, log_decay, b, S, chunk: int, block: int) -> tuple[Tensor, Tensor]:
     t = v.shape[1]
 
     def chunks(x: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from zoo.ops.wkv4 import NOTHING
+from zoo.ops.wkv4 import LOG_ZERO
 
-PAIRS = 4  # tokens at most of a triangle done pair by pair
+PAIRS = 4  # tokens at most of a causal triangle done pair by pair
 
 
 class Sums(NamedTuple):
@@ -26,7 +26,7 @@ class Sums(NamedTuple):
     top: Float[Tensor, "... q c"]
 
 
-def square(w: Tensor, k: Tensor, v: Tensor) -> Sums:
+def dense_sums(w: Tensor, k: Tensor, v: Tensor) -> Sums:
     """Every query over every key: w (..., q, n); k, v (..., n, c)."""
     top_w, top_k = w.detach().amax(-1, keepdim=True), k.detach().amax(-2, keepdim=True)
     e = torch.exp(k - top_k)
@@ -34,20 +34,20 @@ def square(w: Tensor, k: Tensor, v: Tensor) -> Sums:
     return Sums(sums.unflatten(-1, (2, -1)), top_w + top_k)
 
 
-def triangle(w: Tensor, k: Tensor, v: Tensor) -> Sums:
+def causal_sums(w: Tensor, k: Tensor, v: Tensor) -> Sums:
     """Every query over the keys up to its own: w (..., n, n); k, v (..., n, c); n = 2^i."""
     n = k.shape[-2]
     if n <= PAIRS:
         future = torch.ones(n, n, dtype=torch.bool, device=k.device).triu(1)
-        scores = (w[..., None] + k[..., None, :, :]).masked_fill(future[..., None], NOTHING)
+        scores = (w[..., None] + k[..., None, :, :]).masked_fill(future[..., None], LOG_ZERO)
         top = scores.detach().amax(-2)
         e = torch.exp(scores - top[..., None, :])
         return Sums(torch.stack([(e * v[..., None, :, :]).sum(-2), e.sum(-2)], -2), top)
     half = n // 2
     corners = torch.stack([w[..., :half, :half], w[..., half:, half:]], -3)
     halves = [x.unflatten(-2, (2, half)) for x in (k, v)]
-    sums, top = triangle(corners, *halves)
-    below = square(w[..., half:, :half], *(x[..., 0, :, :] for x in halves))
+    sums, top = causal_sums(corners, *halves)
+    below = dense_sums(w[..., half:, :half], *(x[..., 0, :, :] for x in halves))
     second = merge([Sums(sums[..., 1, :, :, :], top[..., 1, :, :]), below])
     return Sums(
         torch.cat([sums[..., 0, :, :, :], second.sums], -3),

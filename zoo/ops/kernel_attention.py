@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.errors import choose
-from zoo.ops.runtime.dispatch import pick
+from zoo.ops.runtime.dispatch import select_backend
 
 TILE = 256  # queries, and keys, per tile; with fewer queries a tile takes more keys
 
@@ -60,7 +60,7 @@ def kernel_attention(
     if kernel == "gaussian":
         q, k = _with_norms(q, k)
     form = {"torch": _Tiled.apply, "reference": _formula}[
-        pick("kernel_attention", backend, {"torch": True, "reference": True})
+        select_backend("kernel_attention", backend, {"torch": True, "reference": True})
     ]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):

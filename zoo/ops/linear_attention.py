@@ -36,11 +36,11 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.ops.linear_recurrence import linear_scan
 from zoo.ops.runtime import libraries
-from zoo.ops.runtime.dispatch import pick
+from zoo.ops.runtime.dispatch import select_backend
 
-CHUNK = 64  # tokens whose scores are a matrix
-PIECE = 4096  # tokens whose scores exist at one time; recomputed in the backward
-SMALLEST = 1e-6  # a normaliser below it divides as if it were this
+CHUNK_TOKENS = 64  # tokens whose scores are a matrix
+SEGMENT_TOKENS = 4096  # tokens whose scores exist at one time; recomputed in the backward
+MIN_NORMALISER = 1e-6  # a normaliser below it divides as if it were this
 
 
 class LinearState(NamedTuple):
@@ -72,7 +72,9 @@ def linear_attention(
         (normalise, "it is used without a normaliser"),
         (v.dtype not in (torch.bfloat16, torch.float16), "it is used with bfloat16 or float16"),
     )
-    name = pick("linear_attention", backend, {"torch": True, "fla": theirs, "reference": True})
+    name = select_backend(
+        "linear_attention", backend, {"torch": True, "fla": theirs, "reference": True}
+    )
     if name == "fla":
         assert state is None or isinstance(state, Tensor)  # no normaliser
         return libraries.linear_attention(
@@ -96,7 +98,7 @@ def linear_attention(
         y, S = (_torch if name == "torch" else _reference)(q, k, v, w, bonus, S.to(wide))
     if not normalise:
         return y.to(dtype), S
-    total = y[..., -1:].clamp(min=SMALLEST)
+    total = y[..., -1:].clamp(min=MIN_NORMALISER)
     return (y[..., :width] / total).to(dtype), LinearState(S[..., :width], S[..., width])
 
 
@@ -134,22 +136,22 @@ def _reference(q, k, v, w, bonus, S) -> tuple[Tensor, Tensor]:
 
 def _torch(q, k, v, w, bonus, S) -> tuple[Tensor, Tensor]:
     """Piece by piece; the backward recomputes a piece from the state before it."""
-    if v.shape[1] <= PIECE:
-        return _piece(q, k, v, w, bonus, S)
-    pieces = [a.split(PIECE, 1) for a in (q, k, v)]
-    decays = [None] * len(pieces[0]) if w is None else w.split(PIECE, 1)
+    if v.shape[1] <= SEGMENT_TOKENS:
+        return _segment(q, k, v, w, bonus, S)
+    pieces = [a.split(SEGMENT_TOKENS, 1) for a in (q, k, v)]
+    decays = [None] * len(pieces[0]) if w is None else w.split(SEGMENT_TOKENS, 1)
     ys = []
     for q_p, k_p, v_p, w_p in zip(*pieces, decays, strict=True):
         y, S = checkpoint(
-            _piece, q_p, k_p, v_p, w_p, bonus, S, use_reentrant=False, preserve_rng_state=False
+            _segment, q_p, k_p, v_p, w_p, bonus, S, use_reentrant=False, preserve_rng_state=False
         )
         ys.append(y)
     return torch.cat(ys, 1), S
 
 
-def _piece(q, k, v, w, bonus, S) -> tuple[Tensor, Tensor]:
+def _segment(q, k, v, w, bonus, S) -> tuple[Tensor, Tensor]:
     t = v.shape[1]
-    size = min(CHUNK, 1 << (t - 1).bit_length())
+    size = min(CHUNK_TOKENS, 1 << (t - 1).bit_length())
     q, k, v = (_chunked(a, size) for a in (q, k, v))  # (b, h, n, c, .)
     w = None if w is None else _chunked(w, size)
     if w is None:

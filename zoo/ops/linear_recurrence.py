@@ -18,16 +18,16 @@ from torch.utils.flop_counter import register_flop_formula
 from zoo.ops.runtime import cpu as native
 from zoo.ops.runtime import cuda
 from zoo.ops.runtime.checks import check
-from zoo.ops.runtime.dispatch import pick
+from zoo.ops.runtime.dispatch import select_backend
 
-KERNEL = native.Kernel(
+KERNEL = native.CpuKernel(
     "linear_recurrence/linear_recurrence.c",
     sizes="batch tokens width",
     rows={"a u h dh da du": "batch tokens width"},
     pointers={"state last dstate": "batch width"},
     outputs="h last da du dstate",
 )
-CUDA = cuda.Kernel(
+CUDA = cuda.CudaKernel(
     "linear_recurrence/linear_recurrence.cu",
     sizes="tokens width chunks back",
     rows="a u",
@@ -36,7 +36,7 @@ CUDA = cuda.Kernel(
 )
 SHAPES = {"u": "b t d", "a": "b t d", "state": "b d?"}
 CHUNK, THREADS = 64, 64  # of the CUDA kernel: tokens of a chunk, channels of a block
-MOST_WARPS = 32  # that share its composition
+MAX_WARPS = 32  # that share its composition
 
 
 def linear_recurrence(
@@ -56,7 +56,9 @@ def linear_recurrence(
         raise ValueError("linear_recurrence: no tokens")
     row = torch.promote_types(a.dtype, u.dtype)
     here = cuda.native_here(KERNEL, CUDA, u.device, row, _macros)
-    name = pick("linear_recurrence", backend, {"native": here, "torch": True, "reference": True})
+    name = select_backend(
+        "linear_recurrence", backend, {"native": here, "torch": True, "reference": True}
+    )
     wide = torch.promote_types(row, torch.float32)
     if not (name == "native" and u.device.type == "cuda"):  # that reads narrow types itself
         row = wide
@@ -133,7 +135,7 @@ def _scan(a: Tensor, u: Tensor, h: Tensor) -> Tensor:
 
 
 def _native(a, u, state) -> tuple[Tensor, Tensor]:
-    if native.unwatched(a, u, state):
+    if native.can_bypass_dispatcher(a, u, state):
         form = _recurrence if u.device.type == "cpu" else _recurrence_cuda
         return form(a, u, state)
     return recurrence(a, u, state)
@@ -196,7 +198,7 @@ def _launch(
     sizes = {"tokens": t, "width": d, "chunks": chunks, "back": int(back)}
     threads, grid = THREADS, (chunks * -(-d // THREADS), 1, b)
     if function == "compose":
-        threads, grid = cuda.WARP * min(MOST_WARPS, chunks), (-(-d // cuda.WARP), 1, b)
+        threads, grid = cuda.WARP * min(MAX_WARPS, chunks), (-(-d // cuda.WARP), 1, b)
     CUDA.call(function, grid, threads, _macros(a.dtype), sizes, a=cuda.dense(a), edges=edges,
               **tensors)  # fmt: skip
 
@@ -243,7 +245,7 @@ def _backward(ctx, dh, dlast):
     a, h, state = ctx.saved_tensors
     dh = torch.zeros_like(h) if dh is None else dh
     form = recurrence_backward
-    if native.unwatched(dh, dlast, a, h, state):
+    if native.can_bypass_dispatcher(dh, dlast, a, h, state):
         form = _recurrence_backward if dh.device.type == "cpu" else _recurrence_backward_cuda
     return form(dh, dlast, a, h, state)
 

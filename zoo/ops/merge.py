@@ -16,9 +16,9 @@ from torch import Tensor
 
 from zoo.ops.runtime import cpu as native
 from zoo.ops.runtime.checks import check
-from zoo.ops.runtime.dispatch import pick
+from zoo.ops.runtime.dispatch import select_backend
 
-KERNEL = native.Kernel(
+KERNEL = native.CpuKernel(
     "merge/merge.c",
     sizes="batch tokens heads width",
     rows={
@@ -49,9 +49,12 @@ def merge(results: Sequence[Partial], backend: str = "auto") -> Partial:
         flat = [(o.flatten(1, -3), x.flatten(1, -2)) for o, x in results]
         return tuple(x.unflatten(1, out.shape[1:-2]) for x in merge(flat, backend))  # type: ignore
     tensors = sum(results, ())
-    if pick("merge", backend, {"native": KERNEL.takes(*tensors), "torch": True}) == "torch":
+    if (
+        select_backend("merge", backend, {"native": KERNEL.takes(*tensors), "torch": True})
+        == "torch"
+    ):
         return _formula(results)
-    two: Callable[..., Partial] = _both if native.unwatched(*tensors) else both
+    two: Callable[..., Partial] = _both if native.can_bypass_dispatcher(*tensors) else both
     return reduce(lambda a, b: two(*a, *b), results[1:], (out, lse))
 
 
@@ -125,7 +128,7 @@ def _backward(ctx, d_out, d_lse):
     if d_out is None:
         d_out = torch.zeros_like(saved[0])
     tensors = (d_out, d_lse, *saved)
-    return (_both_backward if native.unwatched(*tensors) else both_backward)(*tensors)
+    return (_both_backward if native.can_bypass_dispatcher(*tensors) else both_backward)(*tensors)
 
 
 both.register_autograd(_backward, setup_context=_save)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from zoo.ops.runtime import cpu as native
 from zoo.ops.runtime.checks import check
-from zoo.ops.runtime.dispatch import pick
+from zoo.ops.runtime.dispatch import select_backend
 
-KERNEL = native.Kernel(
+KERNEL = native.CpuKernel(
     "rms_norm/rms_norm.c",
     sizes="batch tokens width",
     rows={"x y dy dx": "batch tokens width"},
@@ -36,12 +36,14 @@ def rms_norm(
         tokens = x.numel() // d if d else 0
         return rms_norm(x.reshape(1, tokens, d), weight, eps, backend).view(x.shape)
     here = KERNEL.takes(x, weight)
-    name = pick("rms_norm", backend, {"native": here, "torch": True, "reference": True})
+    name = select_backend("rms_norm", backend, {"native": here, "torch": True, "reference": True})
     if name == "torch":
         return F.rms_norm(x, weight.shape, weight, eps)
     if name == "reference":
         return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
-    return _norm(x, weight, eps) if native.unwatched(x, weight) else norm(x, weight, eps)
+    return (
+        _norm(x, weight, eps) if native.can_bypass_dispatcher(x, weight) else norm(x, weight, eps)
+    )
 
 
 class RMSNorm(nn.Module):
@@ -98,7 +100,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy):
     x, weight = ctx.saved_tensors
-    form = _norm_backward if native.unwatched(dy, x, weight) else norm_backward
+    form = _norm_backward if native.can_bypass_dispatcher(dy, x, weight) else norm_backward
     return *form(dy, x, weight, ctx.eps), None
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from zoo.ops.runtime import cpu as native
 from zoo.ops.runtime.checks import check
-from zoo.ops.runtime.dispatch import pick
+from zoo.ops.runtime.dispatch import select_backend
 
-KERNEL = native.Kernel(
+KERNEL = native.CpuKernel(
     "rotary/rotary.c",
     sizes="batch tokens heads width half",
     rows={"x y": "batch tokens heads*width", "cos sin": "batch tokens half"},
@@ -27,7 +27,7 @@ KERNEL = native.Kernel(
 )
 
 
-def rotary(
+def apply_rotary(
     x: Float[Tensor, "b t h d"],
     cos: Float[Tensor, "*bt 1 half"],
     sin: Float[Tensor, "*bt 1 half"],
@@ -40,9 +40,9 @@ def rotary(
     width = _width(x, cos, sin)
     fixed = not (cos.requires_grad or sin.requires_grad)
     here = KERNEL.takes(x, cos, sin) if fixed else False
-    name = pick("rotary", backend, {"native": here, "torch": fixed, "reference": True})
+    name = select_backend("rotary", backend, {"native": here, "torch": fixed, "reference": True})
     if name == "native":
-        form: Callable[..., Tensor] = _turn if native.unwatched(x) else turn
+        form: Callable[..., Tensor] = _turn if native.can_bypass_dispatcher(x) else turn
         return form(x, cos, sin)
     turned, rest = x[..., :width], x[..., width:]
     turned = _InPlace.apply(turned, cos, sin) if name == "torch" else _formula(turned, cos, sin)
@@ -68,10 +68,10 @@ def _fit(width: int, d: int) -> None:
 
 def _formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x1, x2 = x.chunk(2, -1)
-    return torch.cat(turned_pairs(x1, x2, cos, sin), -1)
+    return torch.cat(rotate_pairs(x1, x2, cos, sin), -1)
 
 
-def turned_pairs(x1: Tensor, x2: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotate_pairs(x1: Tensor, x2: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return x1 * cos - x2 * sin, x1 * sin + x2 * cos
 
 
@@ -118,7 +118,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy):
     cos, sin = ctx.saved_tensors
-    return (_turn if native.unwatched(dy) else turn)(dy, cos, -sin), None, None
+    return (_turn if native.can_bypass_dispatcher(dy) else turn)(dy, cos, -sin), None, None
 
 
 turn.register_autograd(_backward, setup_context=_save)

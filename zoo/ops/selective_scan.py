@@ -5,7 +5,7 @@
     y_t    = (C_t . h_t + D x_t) silu(z_t)
 
 Backends: `reference` is that loop; `torch` does the recurrence in blocks of tokens and keeps only
-the state before each piece; `native` is kernels/selective_scan (CPU and CUDA); `mamba_ssm`, by name
+the state before each chunk; `native` is kernels/selective_scan (CPU and CUDA); `mamba_ssm`, by name
 only, is that library (CUDA, from an empty state).
 """
 
@@ -23,9 +23,9 @@ from zoo.ops.linear_recurrence import linear_scan
 from zoo.ops.runtime import cpu as native
 from zoo.ops.runtime import cuda, libraries
 from zoo.ops.runtime.checks import check
-from zoo.ops.runtime.dispatch import Available, pick
+from zoo.ops.runtime.dispatch import Available, select_backend
 
-KERNEL = native.Kernel(
+KERNEL = native.CpuKernel(
     "selective_scan/selective_scan.c",
     sizes="batch tokens width states<=most",
     rows={
@@ -45,7 +45,7 @@ KERNEL = native.Kernel(
     },
     outputs="y last saved dx ddt dz dB dC dA dD dbias dstate",
 )
-CUDA = cuda.Kernel(
+CUDA = cuda.CudaKernel(
     "selective_scan/selective_scan.cu",
     sizes="tokens width states chunk chunks",
     rows="x dt z B C",
@@ -55,8 +55,8 @@ CUDA = cuda.Kernel(
 SHAPES = {"x": "b t d", "dt": "b t d", "A": "d n", "B": "b t n", "C": "b t n"}
 SHAPES |= {"D": "d?", "z": "b t d?", "dt_bias": "d?", "state": "b d n?"}
 TILE = 32  # of the CUDA kernel: tokens between saved states
-MOST_STATES = 64  # of the CUDA kernel
-PIECE = 256  # tokens the torch form holds (b, t, d, n) tensors for
+MAX_STATES = 64  # of the CUDA kernel
+CHUNK_TOKENS = 256  # tokens the torch form holds (b, t, d, n) tensors for
 
 
 def selective_scan(
@@ -83,13 +83,13 @@ def selective_scan(
         "mamba_ssm",
         x,
         (state is not None, "it starts from an empty state only"),
-        (A.shape[1] > libraries.MOST_STATES, f"it has at most {libraries.MOST_STATES} states"),
+        (A.shape[1] > libraries.MAX_STATES, f"it has at most {libraries.MAX_STATES} states"),
         (_common_dtype(x, dt, B, C, z) not in libraries.DTYPES, "it has no float64"),
     )
     dtype, wide = _common_dtype(x, dt, B, C, z), torch.promote_types(x.dtype, torch.float32)
     available = {"native": _native_here(x, dtype, wide, A.shape[1]), "torch": True}
     available |= {"mamba_ssm": theirs, "reference": True}
-    name = pick("selective_scan", backend, available)
+    name = select_backend("selective_scan", backend, available)
     if name == "mamba_ssm":
         x_, dt, B, C = (a.to(dtype) for a in (x, dt, B, C))
         z = None if z is None else z.to(dtype)
@@ -117,7 +117,7 @@ def _common_dtype(*sequences: Tensor | None) -> torch.dtype:
 def _native_here(x: Tensor, dtype: torch.dtype, wide: torch.dtype, n: int) -> Available:
     if x.device.type == "cpu":
         return partial(KERNEL.has_room, wide, states=n)
-    return n <= MOST_STATES and cuda.native_here(
+    return n <= MAX_STATES and cuda.native_here(
         KERNEL, CUDA, x.device, dtype, partial(_macros, n=n)
     )
 
@@ -135,20 +135,20 @@ def _reference(x, dt, A, B, C, D, z, dt_bias, h) -> tuple[Tensor, Tensor]:
     return (y if z is None else y * F.silu(z)), h
 
 
-def _torch(x, dt, A, B, C, D, z, dt_bias, h, piece: int = PIECE) -> tuple[Tensor, Tensor]:
-    """Piece by piece; the backward recomputes a piece from the state before it."""
-    sequences = [a.split(piece, 1) for a in (x, dt, B, C)]
-    gates = [None] * len(sequences[0]) if z is None else z.split(piece, 1)
+def _torch(x, dt, A, B, C, D, z, dt_bias, h, chunk: int = CHUNK_TOKENS) -> tuple[Tensor, Tensor]:
+    """Piece by chunk; the backward recomputes a chunk from the state before it."""
+    sequences = [a.split(chunk, 1) for a in (x, dt, B, C)]
+    gates = [None] * len(sequences[0]) if z is None else z.split(chunk, 1)
     ys = []
     for *parts, gate in zip(*sequences, gates, strict=True):
         y, h = checkpoint(
-            _piece, *parts, A, D, gate, dt_bias, h, use_reentrant=False, preserve_rng_state=False
+            _chunk, *parts, A, D, gate, dt_bias, h, use_reentrant=False, preserve_rng_state=False
         )
         ys.append(y)
     return torch.cat(ys, 1), h
 
 
-def _piece(x, dt, B, C, A, D, z, dt_bias, h) -> tuple[Tensor, Tensor]:
+def _chunk(x, dt, B, C, A, D, z, dt_bias, h) -> tuple[Tensor, Tensor]:
     step = F.softplus(dt if dt_bias is None else dt + dt_bias)
     decay = torch.exp(step[..., None] * A)
     hs = linear_scan(decay, (step * x)[..., None] * B[:, :, None], h)
@@ -160,7 +160,7 @@ def _piece(x, dt, B, C, A, D, z, dt_bias, h) -> tuple[Tensor, Tensor]:
 
 def _native(x, dt, A, B, C, D, z, dt_bias, state) -> tuple[Tensor, Tensor]:
     tensors = (x, dt, A, B, C, D, z, dt_bias, state)
-    if native.unwatched(*tensors):
+    if native.can_bypass_dispatcher(*tensors):
         return (_scan if x.device.type == "cpu" else _scan_cuda)(*tensors, save=False)[:2]
     save = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in tensors)
     y, last, _ = scan(*tensors, save)
@@ -278,7 +278,7 @@ def _scan_cuda(
     (b, t, d), n = x.shape, A.shape[1]
     threads = 128  # `Forward` of the kernel
     groups = -(-d // (threads // max(1, _padded(n) // 16)))
-    chunk, chunks = cuda.pieces(t, TILE, b * groups, x.device)
+    chunk, chunks = cuda.time_chunks(t, TILE, b * groups, x.device)
     y, last = x.new_empty(x.shape), A.new_empty((b, d, n))
     saved = A.new_empty(_tiles_shape(x, A) if save else 0)
     tensors = {name: cuda.dense(a) for name, a in zip(SEQUENCES, (x, dt, B, C, z), strict=True)}
@@ -313,7 +313,7 @@ def _scan_backward_cuda(
     padded, macros = _padded(n), _macros(x.dtype, n)
     threads = 256 if padded <= 32 else 128  # `Backward` of the kernel
     groups = -(-d // (threads // (padded // 4)))
-    chunk, chunks = cuda.pieces(t, TILE, b * groups, x.device)
+    chunk, chunks = cuda.time_chunks(t, TILE, b * groups, x.device)
     tensors = {name: cuda.dense(a) for name, a in zip(SEQUENCES, (x, dt, B, C, z), strict=True)}
     outer = {"A": A, "D": D, "dt_bias": dt_bias, "dlast": dlast}
     tensors |= {k: a if a is None else a.contiguous() for k, a in outer.items()}
@@ -362,7 +362,7 @@ def _backward(ctx, dy, dlast, _):
     tensors = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
     form = scan_backward
-    if native.unwatched(dy, dlast, *tensors):
+    if native.can_bypass_dispatcher(dy, dlast, *tensors):
         form = _scan_backward if dy.device.type == "cpu" else _scan_backward_cuda
     gradients = form(dy, dlast, *tensors)
     return *(g if p else None for g, p in zip(gradients, ctx.present, strict=True)), None

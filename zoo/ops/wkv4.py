@@ -21,9 +21,9 @@ from zoo.ops.linear_recurrence import linear_scan
 from zoo.ops.runtime import cpu as native
 from zoo.ops.runtime import cuda
 from zoo.ops.runtime.checks import check
-from zoo.ops.runtime.dispatch import pick
+from zoo.ops.runtime.dispatch import select_backend
 
-KERNEL = native.Kernel(
+KERNEL = native.CpuKernel(
     "wkv4/wkv4.c",
     sizes="batch tokens width",
     rows={"k v y dy dk dv": "batch tokens width"},
@@ -36,7 +36,7 @@ KERNEL = native.Kernel(
     },
     outputs="y last saved dk dv dw du dstate",
 )
-CUDA = cuda.Kernel(
+CUDA = cuda.CudaKernel(
     "wkv4/wkv4.cu",
     sizes="tokens width chunks",
     rows="k v",
@@ -45,15 +45,15 @@ CUDA = cuda.Kernel(
 )
 SHAPES = {"k": "b t d", "v": "b t d", "w": "d", "u": "d", "state": "b 3 d?"}
 CHUNK, THREADS = 64, 64  # of the CUDA kernel: tokens between saved states, channels of a block
-MOST_WARPS = 32  # that share its composition
-PIECE = 1024  # tokens the torch form holds its intermediate tensors for
-NOTHING = -1e38  # the maximum over no tokens: e to the power of it is zero beside any token's
+MAX_WARPS = 32  # that share its composition
+CHUNK_TOKENS = 1024  # tokens the torch form holds its intermediate tensors for
+LOG_ZERO = -1e38  # the maximum over no tokens: e to the power of it is zero beside any token's
 
 
 def empty_average(like: Tensor, batch: int, width: int) -> Float[Tensor, "b 3 d"]:
     """The state before the first token, in float32 or better."""
     state = like.new_zeros((batch, 3, width), dtype=torch.promote_types(like.dtype, torch.float32))
-    state[:, 2] = NOTHING
+    state[:, 2] = LOG_ZERO
     return state
 
 
@@ -77,7 +77,7 @@ def wkv4(
         raise ValueError("wkv4: no tokens")
     row = torch.promote_types(k.dtype, v.dtype)
     here = cuda.native_here(KERNEL, CUDA, k.device, row, _macros)
-    name = pick("wkv4", backend, {"native": here, "torch": True, "reference": True})
+    name = select_backend("wkv4", backend, {"native": here, "torch": True, "reference": True})
     wide = torch.promote_types(k.dtype, torch.float32)
     state = empty_average(k, b, d) if state is None else state
     form = {"native": _native, "torch": _torch, "reference": _reference}[name]
@@ -101,18 +101,18 @@ def _reference(k, v, w, u, state) -> tuple[Tensor, Tensor]:
     return torch.stack(ys, 1), torch.stack([p, q, o], 1)
 
 
-def _torch(k, v, w, u, state, piece: int = PIECE) -> tuple[Tensor, Tensor]:
-    """Piece by piece; the backward recomputes a piece from the state before it."""
+def _torch(k, v, w, u, state, chunk: int = CHUNK_TOKENS) -> tuple[Tensor, Tensor]:
+    """Piece by chunk; the backward recomputes a chunk from the state before it."""
     ys = []
-    for parts in zip(k.split(piece, 1), v.split(piece, 1), strict=True):
+    for parts in zip(k.split(chunk, 1), v.split(chunk, 1), strict=True):
         y, state = checkpoint(
-            _piece, *parts, w, u, state, use_reentrant=False, preserve_rng_state=False
+            _chunk, *parts, w, u, state, use_reentrant=False, preserve_rng_state=False
         )
         ys.append(y)
     return torch.cat(ys, 1), state
 
 
-def _piece(k, v, w, u, state) -> tuple[Tensor, Tensor]:
+def _chunk(k, v, w, u, state) -> tuple[Tensor, Tensor]:
     sums, o, last = running_averages(torch.stack([v, torch.ones_like(v)], 2), k, w, state)
     top = torch.maximum(o, u + k).detach()
     past, here = torch.exp(o - top), torch.exp(u + k - top)
@@ -162,7 +162,7 @@ def _running_maximum(k: Tensor, w: Tensor, before: Tensor) -> Tensor:
 
 
 def _native(k, v, w, u, state) -> tuple[Tensor, Tensor]:
-    if native.unwatched(k, v, w, u, state):
+    if native.can_bypass_dispatcher(k, v, w, u, state):
         form = _wkv if k.device.type == "cpu" else _wkv_cuda
         return form(k, v, w, u, state, save=False)[:2]
     save = torch.is_grad_enabled() and any(a.requires_grad for a in (k, v, w, u, state))
@@ -241,7 +241,7 @@ def _launch(function: str, k: Tensor, chunks: int, **tensors: Tensor | None) -> 
     sizes = {"tokens": t, "width": d, "chunks": -(-t // CHUNK)}
     threads, grid = THREADS, (chunks * -(-d // THREADS), 1, b)
     if not chunks:
-        threads, grid = cuda.WARP * min(MOST_WARPS, sizes["chunks"]), (-(-d // cuda.WARP), 1, b)
+        threads, grid = cuda.WARP * min(MAX_WARPS, sizes["chunks"]), (-(-d // cuda.WARP), 1, b)
     CUDA.call(function, grid, threads, _macros(k.dtype), sizes, k=cuda.dense(k), **tensors)
 
 
@@ -292,7 +292,7 @@ def _backward(ctx, dy, dlast, _):
     k, v, w, u, saved = ctx.saved_tensors
     dy = torch.zeros_like(k) if dy is None else dy
     form = wkv_backward
-    if native.unwatched(dy, dlast, k, v, w, u, saved):
+    if native.can_bypass_dispatcher(dy, dlast, k, v, w, u, saved):
         form = _wkv_backward if dy.device.type == "cpu" else _wkv_backward_cuda
     return *form(dy, dlast, k, v, w, u, saved), None
 

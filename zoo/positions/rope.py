@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from zoo.ops.rotary import rotary, turned_pairs
+from zoo.ops.rotary import apply_rotary, rotate_pairs
 
 Frequencies = Sequence[float] | Tensor | Callable[[Tensor], Tensor]
 
@@ -100,9 +100,9 @@ def apply_rope(
     else:
         cos, sin = rotary_tables(inv_freq, positions, x.device, wide.dtype, attention_factor)
     if not interleaved:
-        return rotary(wide, cos, sin).to(x.dtype)
+        return apply_rotary(wide, cos, sin).to(x.dtype)
     width = 2 * cos.shape[-1]
-    pairs = turned_pairs(wide[..., 0:width:2], wide[..., 1:width:2], cos, sin)
+    pairs = rotate_pairs(wide[..., 0:width:2], wide[..., 1:width:2], cos, sin)
     rotated = torch.stack(pairs, -1).flatten(-2).to(x.dtype)
     return torch.cat([rotated, x[..., width:]], -1) if width < x.shape[-1] else rotated
 

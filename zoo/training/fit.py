@@ -28,7 +28,7 @@ from zoo.model.checkpoint import last_checkpoint, load_weights, trained_weights
 from zoo.model.device import device_name
 from zoo.model.extend import extend
 from zoo.model.flops import forward_flops
-from zoo.ops.runtime import dispatch as backends
+from zoo.ops.runtime import dispatch
 from zoo.ops.runtime.cpu import tune_allocator
 from zoo.report import wandb
 from zoo.runs.files import one_line, write_text
@@ -59,7 +59,7 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
         torch.set_num_threads(config.threads)
     elif (processes := process_count(config)) > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
-    backends.forget()
+    dispatch.reset()
     if config.allocator == "tuned" and (told := tune_allocator()):
         log.info("%s; allocator=system leaves it alone", told)
     data = open_data(config.data, config.seq_len)
@@ -121,7 +121,7 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
         raise NonFiniteError(f"{error}; last good checkpoint: {good or 'none yet'}") from None
     finally:
         if first:
-            folder.update(backends=backends.chosen())
+            folder.update(backends=dispatch.used_backends())
     if checkpoints.interrupted:
         by = stop.asked or "SIGTERM"  # which another process may have got
         raise KeyboardInterrupt(f"stopped by {by} at step {trainer.global_step}")

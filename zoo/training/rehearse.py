@@ -18,7 +18,7 @@ from zoo.errors import UserError
 from zoo.model.backbone import Backbone
 from zoo.model.build import assemble, build_model, count_parameters, told_pattern
 from zoo.model.extend import extend
-from zoo.ops.runtime import dispatch as backends
+from zoo.ops.runtime import dispatch
 from zoo.training.shares import micro_batches, process_count
 from zoo.training.windows import vocabulary
 
@@ -136,7 +136,7 @@ def _kept_per_row(config: TrainConfig, vocab_size: int, knobs: dict[str, int]) -
         raise UserError(f"model={config.model.name}: {reason} Use smaller sizes.") from None
     finally:
         log.setLevel(level)
-        backends.forget()
+        dispatch.reset()
     more = max(0, layers - cycle) / cycle * (twice - once)
     return (once + more) * config.seq_len / tokens
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-MOST_REMEMBERED = 4096  # calls
+MAX_REMEMBERED = 4096  # calls
 
 _passed: set[tuple] = set()
 
@@ -33,7 +33,7 @@ def check(op: str, shapes: Mapping[str, str], *tensors: Tensor | None) -> None:
     except (AttributeError, TypeError):  # no tensor, or one of symbolic sizes
         like = None
     _check(op, shapes, tensors)
-    if like and len(_passed) < MOST_REMEMBERED:
+    if like and len(_passed) < MAX_REMEMBERED:
         _passed.add(like)
 
 

@@ -188,10 +188,10 @@ def _build(command: list[str], library: Path) -> None:
         keep(library, built.read_bytes())
 
 
-MOST_THREADS = max(64, os.cpu_count() or 1)  # more gain nothing, and a system has no more to give
+MAX_THREADS = max(64, os.cpu_count() or 1)  # more gain nothing, and a system has no more to give
 
 
-class Kernel:
+class CpuKernel:
     """A C file with functions `int f(Sizes, Arrays)`, 0 for success, and the one way into it.
 
     `sizes` names the int64 fields of its `Sizes`, to which the number of threads is added last;
@@ -223,7 +223,7 @@ class Kernel:
         self._shapes = functools.lru_cache(256)(self._shapes_of)
 
     def _missing(self) -> bool | str:
-        """True where the kernel can run, else the reason why not, for `backends.pick`."""
+        """True where the kernel can run, else the reason why not, for `select_backend`."""
         try:
             load(self.source)
         except (BuildError, OSError) as error:
@@ -231,7 +231,7 @@ class Kernel:
         return True
 
     def takes(self, *tensors: Tensor) -> Available:
-        """Whether it can read these, for `backends.pick`: of one type, on the CPU."""
+        """Whether it can read these, for `select_backend`: of one type, on the CPU."""
         kinds = {(tensor.device.type, tensor.dtype) for tensor in tensors}
         fits = kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
         return self.missing if fits else False
@@ -291,7 +291,7 @@ class Kernel:
         entry = getattr(load(self.source, dtype), function)
         if entry.argtypes is None:
             entry.argtypes = [self._sizes, self._arrays]
-        threads = min(torch.get_num_threads(), MOST_THREADS)
+        threads = min(torch.get_num_threads(), MAX_THREADS)
         filled = self._sizes.from_buffer_copy(array("q", (*sizes, threads)))
         if entry(filled, self._arrays.from_buffer_copy(array("q", words))):
             raise MemoryError(f"{self.source}: no memory for {function}")
@@ -360,7 +360,7 @@ _ALWAYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect) | torch._C
 )
 
 
-def unwatched(*tensors: Tensor | None) -> bool:
+def can_bypass_dispatcher(*tensors: Tensor | None) -> bool:
     """Whether an op may call its kernel itself, past PyTorch's dispatcher, which takes 0.1 ms.
 
     So where no gradient is recorded and nothing acts on operators: no compiler or tracer, no

@@ -30,7 +30,7 @@ log = logging.getLogger("zoo")
 OPTIONS = ["--std=c++17", "--ftz=true"]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `DTYPE` of common.cuh
 WARP = 32  # threads that run in step
-MOST_BLOCKS = (2**31 - 1, 65535, 65535)  # of a grid (CUDA programming guide, compute capabilities)
+MAX_GRID = (2**31 - 1, 65535, 65535)  # of a grid (CUDA programming guide, compute capabilities)
 
 Macros = tuple[tuple[str, int], ...]
 
@@ -257,7 +257,7 @@ def absent() -> str | None:
     return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
 
 
-class Kernel:
+class CudaKernel:
     """A `.cu` whose kernels take one structure of 64-bit words by value.
 
     Its fields: `sizes`, integers; then sequences (b, t, width) of the type `DTYPE` names: `rows`,
@@ -273,7 +273,7 @@ class Kernel:
         self._reasons: dict[tuple[Macros, torch.device], bool | str] = {}
 
     def missing(self, macros: Macros, device: torch.device) -> bool | str:
-        """True where the kernel can run, else the reason why not, for `backends.pick`."""
+        """True where the kernel can run, else the reason why not, for `select_backend`."""
         key = macros, device
         if key not in self._reasons:
             reason = absent()
@@ -327,20 +327,20 @@ class Kernel:
         devices = {tensor.device for tensor in tensors.values() if tensor is not None}
         if len(devices) != 1:
             raise ValueError(f"{self.source}: tensors on {', '.join(sorted(map(str, devices)))}")
-        if any(not 0 < blocks <= most for blocks, most in zip(grid, MOST_BLOCKS, strict=True)):
+        if any(not 0 < blocks <= most for blocks, most in zip(grid, MAX_GRID, strict=True)):
             raise ValueError(f"{self.source}: CUDA runs no grid of {grid} blocks")
         words = self.pack(sizes, tensors)
         load(self.source, macros, devices.pop()).launch(function, grid, threads, words)
 
 
 def native_here(
-    on_cpu: native.Kernel,
-    on_cuda: Kernel,
+    on_cpu: native.CpuKernel,
+    on_cuda: CudaKernel,
     device: torch.device,
     dtype: torch.dtype,
     macros: Callable[[torch.dtype], Macros],
 ) -> bool | Callable[[], bool | str]:
-    """Whether a kernel of ours takes sequences of this type on this device, for `backends.pick`."""
+    """Whether a kernel of ours reads this type on this device, for `select_backend`."""
     if device.type == "cpu":
         return on_cpu.missing
     if device.type != "cuda" or dtype not in DTYPES:
@@ -349,11 +349,11 @@ def native_here(
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
-    """With neighbouring channels, as a `Kernel`'s rows are."""
+    """With neighbouring channels, as a `CudaKernel`'s rows are."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def pieces(tokens: int, tile: int, blocks: int, device: torch.device) -> tuple[int, int]:
+def time_chunks(tokens: int, tile: int, blocks: int, device: torch.device) -> tuple[int, int]:
     """Tokens of a chunk of time, a multiple of `tile`, and the chunks that makes.
 
     So many that, with `blocks` thread blocks to each, a device is filled several times over.

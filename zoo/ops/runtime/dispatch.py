@@ -13,7 +13,7 @@ Available = bool | str | Callable[[], bool | str]
 _used: dict[str, list[str]] = {}
 
 
-def pick(op: str, requested: str, available: Mapping[str, Available]) -> str:
+def select_backend(op: str, requested: str, available: Mapping[str, Available]) -> str:
     """The backend of `op` to run: `requested`, or for "auto" the first of `available` that can.
 
     Callables in `available` are asked only when it comes to them, so that a kernel is not built
@@ -35,12 +35,12 @@ def pick(op: str, requested: str, available: Mapping[str, Available]) -> str:
     )
 
 
-def chosen() -> dict[str, str]:
-    """Op -> backend used since the last `forget` ("native+torch" where both were)."""
+def used_backends() -> dict[str, str]:
+    """Op -> backend used since the last `reset` ("native+torch" where both were)."""
     return {op: "+".join(names) for op, names in _used.items()}
 
 
-def forget() -> None:
+def reset() -> None:
     """Begin a new record; each run of a sweep has its own."""
     _used.clear()
 

@@ -34,10 +34,10 @@ OPS = {
 }
 DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST_STATES = 256  # mamba_ssm, csrc/selective_scan/selective_scan.cpp
+MAX_STATES = 256  # mamba_ssm, csrc/selective_scan/selective_scan.cpp
 ALIGNED = 8  # xformers: heads and rows of a bias, a multiple of 16 bytes
-HIDDEN = -(2.0**15)  # for float16 too
-MOST_KEYS = 256  # fla, chunk_gated_delta_rule_fwd_h
+MASKED_SCORE = -(2.0**15)  # for float16 too
+MAX_KEY_WIDTH = 256  # fla, chunk_gated_delta_rule_fwd_h
 
 
 def installed(name: str) -> bool:
@@ -46,7 +46,7 @@ def installed(name: str) -> bool:
 
 
 def usable(name: str, tensor: Tensor, *refusals: tuple[bool, str]) -> Callable[[], bool | str]:
-    """For `backends.pick`: whether a library takes inputs that lie where `tensor` does.
+    """For `select_backend`: whether a library takes inputs that lie where `tensor` does.
 
     `refusals` are what it cannot carry and whether that is asked of it.
     """
@@ -184,7 +184,7 @@ def _xformers_bias(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> A
     if bias is None:
         return None
     keys = k.shape[1]
-    rows = F.pad(bias.clamp(min=HIDDEN), (0, -keys % ALIGNED))[..., :keys]
+    rows = F.pad(bias.clamp(min=MASKED_SCORE), (0, -keys % ALIGNED))[..., :keys]
     return rows.expand(q.shape[0], q.shape[2], q.shape[1], keys)
 
 

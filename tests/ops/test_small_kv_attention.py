@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from zoo.ops.attention import Part, attend
-from zoo.ops.few_keys import FEW, KERNEL, few_keys, takes
-from zoo.ops.runtime.dispatch import chosen, forget
+from zoo.ops.runtime.dispatch import reset, used_backends
+from zoo.ops.small_kv_attention import KERNEL, MAX_KEYS, small_kv_attention, takes
 
 
 def inputs(keys: int, width: int, value_width: int, tokens: int = 300):
@@ -21,14 +21,14 @@ def test_it_is_the_formula(keys, width, value_width):
         pytest.skip("registers of this machine have fewer lanes")
     q, k, v = inputs(keys, width, value_width)
     wanted = attend([Part(q, k, v)], scale=0.7, backend="reference")
-    torch.testing.assert_close(few_keys(q, k, v, 0.7), wanted, rtol=1e-12, atol=1e-12)
-    out, lse = few_keys(q.float(), k.float(), v.float(), 0.7)
+    torch.testing.assert_close(small_kv_attention(q, k, v, 0.7), wanted, rtol=1e-12, atol=1e-12)
+    out, lse = small_kv_attention(q.float(), k.float(), v.float(), 0.7)
     assert (out - wanted[0]).norm() <= 1e-6 * wanted[0].norm()
     assert (lse - wanted[1]).norm() <= 1e-6 * wanted[1].norm()
 
 
 def test_as_many_keys_as_a_register_of_single_precision_has_lanes():
-    q, k, v = inputs(FEW, 16, 16)
+    q, k, v = inputs(MAX_KEYS, 16, 16)
     found = attend([Part(q.float(), k.float(), v.float())])
     wanted = attend([Part(q, k, v)], backend="reference")
     torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-5, atol=1e-6)
@@ -39,14 +39,14 @@ def test_any_number_of_queries_in_slices(tokens, poisoned):
     q, k, v = inputs(2, 20, 20, tokens=140)
     q, k, v = q[:, 3 : 3 + tokens, 1:], k[:, :, 1:], v[:, :, :2]
     wanted = attend([Part(q, k, v)], scale=1.0, backend="reference")
-    torch.testing.assert_close(few_keys(q, k, v, 1.0), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(small_kv_attention(q, k, v, 1.0), wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_scores_of_thousands_neither_overflow_nor_vanish():
     q, k, v = inputs(2, 16, 16)
     q = 1e3 * q
     wanted = attend([Part(q, k, v)], scale=1.0, backend="reference")
-    torch.testing.assert_close(few_keys(q, k, v, 1.0), wanted, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(small_kv_attention(q, k, v, 1.0), wanted, rtol=1e-11, atol=1e-11)
 
 
 def test_threads_do_not_change_a_bit():
@@ -54,27 +54,27 @@ def test_threads_do_not_change_a_bit():
     threads, results = torch.get_num_threads(), []
     for count in (1, 2):
         torch.set_num_threads(count)
-        results.append(few_keys(q, k, v, 1.0))
+        results.append(small_kv_attention(q, k, v, 1.0))
     torch.set_num_threads(threads)
     assert all(map(torch.equal, *results))
 
 
 def test_attention_takes_it_where_no_gradient_is_wanted_and_keys_are_few():
     q, k, v = inputs(2, 16, 16)
-    forget()
+    reset()
     attend([Part(q, k, v)])
-    assert chosen() == {"attend": "native"}
+    assert used_backends() == {"attend": "native"}
     for part in (
         Part(q.clone().requires_grad_(), k, v),
         Part(q, *inputs(17, 16, 16)[1:]),
         Part(q, k, v, mask=torch.ones(1, 1, 300, 2, dtype=torch.bool)),
         Part(q[:, :2], k, v, causal=True),
     ):
-        forget()
+        reset()
         attend([part])
-        assert chosen() == {"attend": "flash"}
+        assert used_backends() == {"attend": "flash"}
     with pytest.raises(ValueError, match="17 keys of width 16 are too many"):
-        few_keys(*inputs(17, 16, 16), 1.0)
+        small_kv_attention(*inputs(17, 16, 16), 1.0)
     assert takes(q.bfloat16(), k.bfloat16(), v.bfloat16()) is False
 
 

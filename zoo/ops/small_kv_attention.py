@@ -1,4 +1,4 @@
-"""Softmax attention over no more keys than a register has lanes, by kernels/few_keys (CPU).
+"""Softmax attention over no more keys than a register has lanes (kernels/small_kv_attention, CPU).
 
 A backend of `zoo.ops.attention` for the sinks of a stream and the like. Forward only.
 """
@@ -10,8 +10,8 @@ from zoo.ops.runtime import cpu as native
 from zoo.ops.runtime.checks import check
 from zoo.ops.runtime.dispatch import Available
 
-KERNEL = native.Kernel(
-    "few_keys/few_keys.c",
+KERNEL = native.CpuKernel(
+    "small_kv_attention/small_kv_attention.c",
     sizes="batch tokens keys<=most heads width<=widest value_width",
     rows={
         "q": "batch tokens heads*width",
@@ -23,12 +23,16 @@ KERNEL = native.Kernel(
     pointers={"scale": "1"},
     outputs="out lse",
 )
-FEW = 16  # keys: lanes of the widest register there is
+MAX_KEYS = 16  # keys: lanes of the widest register there is
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> Available:
-    """Whether the kernel takes these (`attend`'s argument shapes), for `backends.pick`."""
-    if k.shape[1] > FEW or not KERNEL.takes(q, k, v) or not native.unwatched(q, k, v):
+    """Whether the kernel takes these (`attend`'s argument shapes), for `select_backend`."""
+    if (
+        k.shape[1] > MAX_KEYS
+        or not KERNEL.takes(q, k, v)
+        or not native.can_bypass_dispatcher(q, k, v)
+    ):
         return False
     return lambda: _room(q, k) is True if KERNEL.missing() is True else KERNEL.missing()
 
@@ -37,7 +41,7 @@ def _room(q: Tensor, k: Tensor) -> bool | str:
     return KERNEL.has_room(q.dtype, keys=k.shape[1], width=q.shape[-1])
 
 
-def few_keys(
+def small_kv_attention(
     q: Float[Tensor, "b t h d"],
     k: Float[Tensor, "b n h d"],
     v: Float[Tensor, "b n h e"],
@@ -47,9 +51,11 @@ def few_keys(
 
     Raises `ValueError` on more keys than lanes, or heads wider than the kernel has room for.
     """
-    check("few_keys", {"q": "b t h d", "k": "b n h d", "v": "b n h e"}, q, k, v)
+    check("small_kv_attention", {"q": "b t h d", "k": "b n h d", "v": "b n h e"}, q, k, v)
     if _room(q, k) is not True:
-        raise ValueError(f"few_keys: {k.shape[1]} keys of width {q.shape[-1]} are too many")
+        raise ValueError(
+            f"small_kv_attention: {k.shape[1]} keys of width {q.shape[-1]} are too many"
+        )
     (b, t, h, d), n, e = q.shape, k.shape[1], v.shape[-1]
     out, lse = q.new_empty((b, t, h, e)), q.new_empty((b, t, h))
     rows = {"q": q, "k": k, "v": v, "out": out}
