@@ -1,4 +1,4 @@
-/* What every CUDA kernel needs: the type of the sequences, exp and its relatives, warps.
+/* What every CUDA kernel needs: the type of the sequences, exp and its relatives, places, warps.
  *
  * Header-free: NVRTC compiles it on machines that have no CUDA toolkit. All arithmetic is float32.
  * DTYPE is that of the sequences: 0 float, 1 bfloat16, 2 half. Sizes and offsets are 64 bits wide.
@@ -48,6 +48,21 @@ struct Rows {
 };
 
 __device__ __forceinline__ Int smaller(Int a, Int b) { return a < b ? a : b; }
+
+/* What a thread works at: a channel of batch row b in one of the chunks of SIZE tokens. Chunks lie
+ * along the grid's first side, the only one of more than 65535 blocks. */
+template <int THREADS, int SIZE> struct ChunkPlace {
+    Int b, chunk, channel, start, end;
+    int count; /* tokens of the chunk */
+    bool here; /* the channel exists */
+    template <typename Arguments> __device__ __forceinline__ ChunkPlace(const Arguments &a) {
+        const Int groups = (a.width + THREADS - 1) / THREADS;
+        b = blockIdx.z, chunk = blockIdx.x / groups;
+        channel = blockIdx.x % groups * THREADS + threadIdx.x;
+        start = chunk * SIZE, count = (int)smaller(SIZE, a.tokens - start), end = start + count;
+        here = channel < a.width;
+    }
+};
 
 constexpr float LOG2E = 1.44269504088896340736f, LN2 = 0.69314718055994530942f;
 

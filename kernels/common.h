@@ -44,7 +44,8 @@ typedef struct {
 } Rows;
 
 INLINE Int min_int(Int a, Int b) { return a < b ? a : b; }
-INLINE Int blocks_of(Int width) { return (width + LANES - 1) / LANES; }
+INLINE Int ceil_div(Int a, Int b) { return (a + b - 1) / b; }
+INLINE Int blocks_of(Int width) { return ceil_div(width, LANES); }
 INLINE Real *row(Rows a, Int b, Int t) { return a.data + b * a.batch + t * a.row; }
 
 INLINE Vec splat(Real a) { return a - (Vec){}; } /* a - 0, not a + 0: keeps -0 */
@@ -338,3 +339,55 @@ static void parallel_for(Int threads, Int units, Work *work, const void *job) {
     while (started) pthread_join(pool[--started], 0);
 #endif
 }
+
+/* The functions that Python calls: `name` does `name_unit` for every unit of work, in the order and
+ * on the threads that the source's `run` chooses. Sources define Sizes and Arrays before. */
+#define ENTRY(name)               \
+    int name(Sizes s, Arrays a) { \
+        run(s, a, name##_unit);   \
+        return 0;                 \
+    }
+
+/* Work by segments: a unit is TOKENS tokens of one batch row; `width` is the work at a token. */
+typedef struct {
+    Int b, start, end;
+} Segment;
+#define BY_SEGMENTS(width)                                                                    \
+    typedef struct {                                                                          \
+        Sizes s;                                                                              \
+        Arrays a;                                                                             \
+        Int segments;                                                                         \
+    } Job;                                                                                    \
+    INLINE Segment segment_of(const Job *j, Int unit) {                                       \
+        Int start = unit % j->segments * TOKENS;                                              \
+        return (Segment){unit / j->segments, start, min_int(start + TOKENS, j->s.tokens)};    \
+    }                                                                                         \
+    static void run(Sizes s, Arrays a, Work *work) {                                          \
+        Job job = {s, a, ceil_div(s.tokens, TOKENS)};                                         \
+        Int threads = s.batch * s.tokens * (width) < 1 << 15 ? 1 : s.threads;                 \
+        parallel_for(threads, s.batch * job.segments, work, &job);                            \
+    }
+
+/* Work by channels: a unit is up to GROUP neighbouring channel blocks of one batch row, with all of
+ * their time; calls of less than `least` numbers have one thread. */
+typedef struct {
+    Int b, first, blocks;
+} Group;
+#define BY_CHANNELS(least)                                                                    \
+    typedef struct {                                                                          \
+        Sizes s;                                                                              \
+        Arrays a;                                                                             \
+        Int group, groups; /* channel blocks in a unit; units in a batch row */               \
+    } Job;                                                                                    \
+    INLINE Group group_of(const Job *j, Int unit) {                                           \
+        Int first = unit % j->groups * j->group;                                              \
+        return (Group){unit / j->groups, first,                                               \
+                       min_int(j->group, blocks_of(j->s.width) - first)};                     \
+    }                                                                                         \
+    static void run(Sizes s, Arrays a, Work *work) {                                          \
+        Int blocks = blocks_of(s.width), spread = s.batch * blocks / s.threads;               \
+        Int group = spread < 1 ? 1 : min_int(spread, GROUP);                                  \
+        Job job = {s, a, group, ceil_div(blocks, group)};                                     \
+        Int threads = s.batch * s.tokens * s.width < (least) ? 1 : s.threads;                 \
+        parallel_for(threads, s.batch * job.groups, work, &job);                              \
+    }

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from zoo import locks
-from zoo.ops.runtime import cpu as native
-from zoo.ops.runtime import cuda
+from zoo.ops.runtime import build, cuda
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("zoo/**/*.py"), ROOT / "train.py", ROOT / "eval.py"])
@@ -84,9 +83,9 @@ def test_a_lock_that_is_waited_for_is_taken_when_it_is_free(tmp_path, monkeypatc
 def test_kernels_are_refused_in_one_line_on_windows(monkeypatch):
     with monkeypatch.context() as windows:
         windows.setattr(sys, "platform", "win32")
-        with pytest.raises(native.BuildError, match=r"^the C kernels are built on Linux and macOS"):
-            native._compiler.__wrapped__()
-        with pytest.raises(native.BuildError, match=r"^the CUDA kernels are launched on Linux"):
+        with pytest.raises(build.BuildError, match=r"^the C kernels are built on Linux and macOS"):
+            build.compiler.__wrapped__()
+        with pytest.raises(build.BuildError, match=r"^the CUDA kernels are launched on Linux"):
             cuda.driver.__wrapped__()
 
 

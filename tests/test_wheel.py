@@ -60,6 +60,6 @@ def test_the_programs_run_away_from_the_checkout(installed, tmp_path):
     assert "state_size: 16" in run(tmp_path, *words, PYTHONPATH=str(installed))
     told = run(tmp_path, "-m", "zoo", "doctor", PYTHONPATH=str(installed))
     assert "selective_scan" in told
-    where = "from zoo.ops.runtime.cpu import kernels_folder as f; print(f())"
+    where = "from zoo.ops.runtime.build import kernels_folder as f; print(f())"
     found = run(tmp_path, "-c", where, PYTHONPATH=str(installed))
     assert Path(found.strip()) == (installed / "zoo/_kernels").resolve()

@@ -10,9 +10,9 @@ enum {
     CHUNK = 32, /* queries between saved states */
     MANY = 4,   /* queries side by side while c stays; divides CHUNK */
     GROUP = 4,  /* channel blocks of a unit: neighbours share cache lines and pages */
-    MOST = 128  /* the longest window, CHUNK or more */
+    MAX_WINDOW = 128  /* the longest window, CHUNK or more */
 };
-const Int lanes = LANES, chunk = CHUNK, most = MOST; /* for the caller */
+const Int lanes = LANES, chunk = CHUNK, max_window = MAX_WINDOW; /* for the caller */
 
 /* `tokens` keys, of which the first `before` are no queries; the window's length. */
 typedef struct {
@@ -26,11 +26,7 @@ typedef struct {
     Real *dm, *dstate;  /* (b, window + 1, d), (b, 3, d): dstate holds that of `last` before */
 } Arrays;
 
-typedef struct {
-    Sizes s;
-    Arrays a;
-    Int group, groups; /* channel blocks in a unit; units in a batch row */
-} Job;
+BY_CHANNELS(1 << 12)
 
 typedef struct {
     Vec p, q, o; /* of the tokens older than the window: numerator p e^o, denominator q e^o */
@@ -44,7 +40,7 @@ INLINE void store_state(Real *to, State s, Int stride, Int count) {
     store(to, s.p, count), store(to + stride, s.q, count), store(to + 2 * stride, s.o, count);
 }
 INLINE Real *saved_chunk(const Job *j, Int b, Int block, Int index) {
-    Int chunks = (j->s.tokens - j->s.before + CHUNK - 1) / CHUNK;
+    Int chunks = ceil_div(j->s.tokens - j->s.before, CHUNK);
     return j->a.saved + ((b * blocks_of(j->s.width) + block) * chunks + index) * 3 * LANES;
 }
 INLINE int any(Mask a) {
@@ -57,7 +53,7 @@ INLINE int any(Mask a) {
 typedef struct {
     const Job *j;
     Int b, channel, count, start, steps, window;
-    Vec m[MOST + 1], E[MOST + CHUNK], F[MOST + CHUNK]; /* e^{k - c} and e^{k - c} v */
+    Vec m[MAX_WINDOW + 1], E[MAX_WINDOW + CHUNK], F[MAX_WINDOW + CHUNK]; /* e^{k - c} and e^{k - c} v */
     Vec c;
     State older;
 } Window;
@@ -171,8 +167,8 @@ INLINE int together(const Window *x, Int i, Vec *c) {
 static void forward_unit(const void *job, Int unit) {
     const Job *j = job;
     const Arrays *a = &j->a;
-    Int b = unit / j->groups, first = unit % j->groups * j->group, d = j->s.width;
-    Int blocks = min_int(j->group, blocks_of(d) - first);
+    const Group group = group_of(j, unit);
+    Int b = group.b, first = group.first, blocks = group.blocks, d = j->s.width;
     State s[GROUP];
     Window x;
     for (Int g = 0; g < blocks; g++) {
@@ -206,14 +202,14 @@ static void forward_unit(const void *job, Int unit) {
  * queries from the present one on, over e^{-c} of the present; P, Q and `o` are dL/dp, dL/dq and
  * dL/do (at constant p e^o, q e^o) of the older tokens' state. */
 typedef struct {
-    Vec G[2 * MOST], H[2 * MOST], dm[MOST + 1], P, Q, o;
+    Vec G[2 * MAX_WINDOW], H[2 * MAX_WINDOW], dm[MAX_WINDOW + 1], P, Q, o;
 } Future;
 
 /* What the forward sweep of a chunk leaves for the reverse one. */
 typedef struct {
     Vec own[CHUNK], fall[CHUNK], A[CHUNK], a[CHUNK], b[CHUNK], p[CHUNK], q[CHUNK];
     Mask won[CHUNK];
-    Vec dm[MOST + 1];
+    Vec dm[MAX_WINDOW + 1];
 } Past;
 
 /* dy/den, and what the weights m get from it. */
@@ -318,8 +314,9 @@ static void backward_chunk(const Job *j, Int b, Int block, Int start, Future *u)
 static void backward_unit(const void *job, Int unit) {
     const Job *j = job;
     const Arrays *a = &j->a;
-    Int b = unit / j->groups, first = unit % j->groups * j->group, d = j->s.width;
-    Int blocks = min_int(j->group, blocks_of(d) - first), queries = j->s.tokens - j->s.before;
+    const Group group = group_of(j, unit);
+    Int b = group.b, first = group.first, blocks = group.blocks, d = j->s.width;
+    Int queries = j->s.tokens - j->s.before;
     Future u[GROUP];
     memset(u, 0, sizeof u);
     for (Int g = 0; g < blocks; g++) {
@@ -339,18 +336,5 @@ static void backward_unit(const void *job, Int unit) {
     }
 }
 
-static void run(Sizes s, Arrays a, Work *work) {
-    Int blocks = blocks_of(s.width), spread = s.batch * blocks / s.threads;
-    Int group = spread < 1 ? 1 : min_int(spread, GROUP);
-    Job job = {s, a, group, (blocks + group - 1) / group};
-    Int threads = s.batch * s.tokens * s.width < 1 << 12 ? 1 : s.threads;
-    parallel_for(threads, s.batch * job.groups, work, &job);
-}
-int forward(Sizes s, Arrays a) {
-    run(s, a, forward_unit);
-    return 0;
-}
-int backward(Sizes s, Arrays a) {
-    run(s, a, backward_unit);
-    return 0;
-}
+ENTRY(forward)
+ENTRY(backward)

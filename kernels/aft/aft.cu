@@ -19,21 +19,21 @@ struct Arguments {
 };
 
 constexpr int TILE = 8;                      /* tokens whose keys are taken at once */
-constexpr int PER = 8;                       /* tiles of a chunk */
+constexpr int TILES_PER_CHUNK = 8;           /* tiles of a chunk */
 constexpr int NEAR = TILES * TILE;           /* tokens before a tile that its queries see */
 constexpr int ROWS = NEAR + 2;               /* of the weights: distances 0 to NEAR, and beyond */
 constexpr int THREADS = TILES <= 4 ? 64 : 32; /* channels of a block: for 48 KB of shared memory */
 constexpr int SLOTS = TILES ? TILES : 1;
-constexpr int MOST_WARPS = 32;               /* that share a composition */
-constexpr float NOTHING = -1e38f;            /* the maximum over no tokens */
-constexpr float NEVER = -3e38f;              /* the key of no token: less than NOTHING */
+constexpr int MAX_WARPS = 32;                /* that share a composition */
+constexpr float LOG_ZERO = -1e38f;           /* the maximum over no tokens */
+constexpr float NEVER = -3e38f;              /* the key of no token: less than LOG_ZERO */
 
 __device__ __forceinline__ float power(float exponent) { return exp2f(exponent * LOG2E); }
 __device__ __forceinline__ Int queries_of(const Arguments &a) { return a.tokens - a.before; }
 /* Tiles that hold queries; the tile of the first query is number 0. */
 __device__ __forceinline__ Int tiles_of(const Arguments &a) { return (queries_of(a) + TILE - 1) / TILE; }
 __device__ __forceinline__ Int walks_of(const Arguments &a) {
-    return (tiles_of(a) + PER * a.run - 1) / (PER * a.run);
+    return (tiles_of(a) + TILES_PER_CHUNK * a.run - 1) / (TILES_PER_CHUNK * a.run);
 }
 
 /* Numerator p e^o and denominator q e^o of some tokens, o their largest key. */
@@ -73,7 +73,7 @@ __device__ __forceinline__ State before(Int b, Int chunk, Int channel, const Arg
     return get(a.edges, b * (a.chunks + 1) + chunk, channel, a);
 }
 /* A chunk of keys lies NEAR tokens before that of queries with its number: this is its first tile. */
-__device__ __forceinline__ Int first_tile(Int chunk) { return chunk * PER - TILES; }
+__device__ __forceinline__ Int first_tile(Int chunk) { return chunk * TILES_PER_CHUNK - TILES; }
 
 /* The keys and values of a tile. */
 struct Tokens {
@@ -159,11 +159,11 @@ struct Entry {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) chunk_sums(Arguments a) {
-    const Place p(a, a.chunks - 1); /* nobody asks what is after the last */
+    const Place p(a, a.chunks - 1); /* the end of the last is not needed */
     if (!p.here) return;
-    State s = {0.0f, 0.0f, NOTHING};
+    State s = {0.0f, 0.0f, LOG_ZERO};
 #pragma unroll 1
-    for (int i = 0; i < PER; i++) {
+    for (int i = 0; i < TILES_PER_CHUNK; i++) {
         const Tokens x(a, p, first_tile(p.part) + i);
         const float c = x.top(s.o), aged = power(s.o - c);
         s = {s.p * aged, s.q * aged, c};
@@ -194,11 +194,11 @@ struct Stretch {
 
 /* Sums of the chunks become the states before them: each warp's stretch, the stretches before it,
  * and then chunk by chunk. */
-extern "C" __global__ void __launch_bounds__(MOST_WARPS *WARP) compose(Arguments a) {
-    __shared__ State totals[MOST_WARPS][WARP];
+extern "C" __global__ void __launch_bounds__(MAX_WARPS *WARP) compose(Arguments a) {
+    __shared__ State totals[MAX_WARPS][WARP];
     const Stretch r(a);
     const Int row = r.b * (a.chunks + 1);
-    State s = {0.0f, 0.0f, NOTHING};
+    State s = {0.0f, 0.0f, LOG_ZERO};
     if (r.here && r.warp + 1 < r.warps)
 #pragma unroll 4
         for (Int i = r.begin; i < smaller(r.end, a.chunks - 1); i++)
@@ -210,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS *WARP) compose(Arguments
     for (int i = 0; i < r.warp; i++) s = join(s, totals[i][r.lane]);
 #pragma unroll 4
     for (Int i = r.begin; i < r.end; i++) {
-        State sums = {0.0f, 0.0f, NOTHING};
+        State sums = {0.0f, 0.0f, LOG_ZERO};
         if (i + 1 < a.chunks) sums = get(a.edges, row + i, r.channel, a);
         put(a.edges, s, row + i, r.channel, a);
         s = join(s, sums);
@@ -232,7 +232,8 @@ __device__ __forceinline__ void finish(const Arguments &a, const Place &p, State
 template <bool BACK> __device__ __forceinline__ void walk(const Arguments &a, Ring &ring, float (*dm)[THREADS]) {
     const Place p(a, walks_of(a));
     if (!p.here) return;
-    const Int tiles = tiles_of(a), begin = p.part * a.run * PER, end = smaller(begin + a.run * PER, tiles);
+    const Int tiles = tiles_of(a), run = a.run * TILES_PER_CHUNK;
+    const Int begin = p.part * run, end = smaller(begin + run, tiles);
     const float beyond = a.m[(Int)(NEAR + 1) * a.width + p.channel];
     State older = before(p.b, p.part * a.run, p.channel, a);
     float tops[SLOTS]; /* of the ring's tiles: their e^{k - top} and e^{k - top} v */
@@ -325,11 +326,11 @@ template <bool BACK> __device__ __forceinline__ void walk(const Arguments &a, Ri
 #pragma unroll
             for (int i = 0; i < TILE - 1; i++) dm_beyond += pairs[i];
             dm_beyond += A * (older.p * G_here - older.q * H_here);
-            if (tile % PER == 0) base = older.o, G_sum = H_sum = 0.0f;
+            if (tile % TILES_PER_CHUNK == 0) base = older.o, G_sum = H_sum = 0.0f;
             const float scale = power(base - c0);
             G_sum += scale * G_here, H_sum += scale * H_here;
-            if (tile % PER == PER - 1 || tile + 1 == tiles) {
-                float *ahead = a.ahead + (p.b * a.chunks + tile / PER) * 2 * a.width + p.channel;
+            if (tile % TILES_PER_CHUNK == TILES_PER_CHUNK - 1 || tile + 1 == tiles) {
+                float *ahead = a.ahead + (p.b * a.chunks + tile / TILES_PER_CHUNK) * 2 * a.width + p.channel;
                 ahead[0] = G_sum, ahead[a.width] = H_sum;
             }
         } else if (tile + 1 == tiles) {
@@ -384,10 +385,11 @@ __device__ __forceinline__ Future earlier(Future now, Future later) {
     return {now.G + e * later.G, now.H + e * later.H, now.o};
 }
 /* Backwards: `ahead` of each chunk becomes what its keys get from queries in the chunks after it. */
-extern "C" __global__ void __launch_bounds__(MOST_WARPS *WARP) compose_back(Arguments a) {
-    __shared__ Future totals[MOST_WARPS][WARP];
+extern "C" __global__ void __launch_bounds__(MAX_WARPS *WARP) compose_back(Arguments a) {
+    __shared__ Future totals[MAX_WARPS][WARP];
     const Stretch r(a);
-    const Int row = r.b * (a.chunks + 1), query_chunks = (tiles_of(a) + PER - 1) / PER;
+    const Int row = r.b * (a.chunks + 1);
+    const Int query_chunks = (tiles_of(a) + TILES_PER_CHUNK - 1) / TILES_PER_CHUNK;
     const float never = 3e38f; /* the maximum beyond the end: nothing comes from there */
     auto sums = [&](Int chunk) -> Future {
         const float *at = a.ahead + (r.b * a.chunks + chunk) * 2 * a.width + r.channel;
@@ -438,7 +440,7 @@ struct Reads {
 /* Through a chunk of keys backwards: what the queries after them give back. */
 extern "C" __global__ void __launch_bounds__(THREADS) gradients(Arguments a) {
     __shared__ Ring ring; /* G and H of the TILES tiles after the present one, over e^-c before each */
-    __shared__ float tops[PER + TILES + 1][THREADS]; /* the largest key before each tile */
+    __shared__ float tops[TILES_PER_CHUNK + TILES + 1][THREADS]; /* the largest key before each tile */
     const Place p(a, a.chunks);
     if (!p.here) return;
     const Int first = first_tile(p.part);
@@ -448,9 +450,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradients(Arguments a) {
     float c = before(p.b, p.part, p.channel, a).o;
     tops[0][threadIdx.x] = c;
 #pragma unroll 1
-    for (int i = 0; i < PER + TILES; i++) {
+    for (int i = 0; i < TILES_PER_CHUNK + TILES; i++) {
         const Tokens x(a, p, first + i);
-        if (i >= PER) { /* the last slot is that of the first tile: they leave from the end */
+        if (i >= TILES_PER_CHUNK) { /* the last slot is that of the first tile: they leave from the end */
             const Reads g(a, p, first + i);
             float G[TILE], H[TILE], all = 1.0f;
 #pragma unroll
@@ -458,7 +460,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradients(Arguments a) {
                 all *= Entry(x.k[q], c).fall;
                 G[q] = g.G[q] * all, H[q] = g.H[q] * all;
             }
-            keep(ring, TILES - 1 - (i - PER), G, H);
+            keep(ring, TILES - 1 - (i - TILES_PER_CHUNK), G, H);
         }
         c = x.top(c);
         tops[i + 1][threadIdx.x] = c;
@@ -466,7 +468,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradients(Arguments a) {
     float G_sum = sums[0], H_sum = sums[a.width]; /* over e^-(the largest key up to the tile) */
     int slot = 0; /* of the latest tile */
 #pragma unroll 1
-    for (int n = PER - 1; n >= 0; n--) {
+    for (int n = TILES_PER_CHUNK - 1; n >= 0; n--) {
         const Int tile = first + n;
         const Tokens x(a, p, tile);
         const float c0 = tops[n][threadIdx.x], end = tops[n + 1][threadIdx.x];

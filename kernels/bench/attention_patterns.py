@@ -28,7 +28,7 @@ from zoo.attention.pattern import AttentionPattern
 from zoo.attention.self_extend import SelfExtend
 from zoo.attention.streaming_llm import StreamingLLM
 from zoo.ops.attention import Part, attention
-from zoo.ops.runtime.cpu import tune_allocator
+from zoo.ops.runtime.allocator import tune_allocator
 from zoo.positions.rope import apply_rope, inverse_frequencies
 from zoo.tasks.memory import peak_bytes
 

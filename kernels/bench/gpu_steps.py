@@ -48,8 +48,10 @@ try:
     from zoo.ops import aft, causal_conv, linear_recurrence, selective_scan, wkv4
     from zoo.ops.attention import Part, attend
     from zoo.ops.linear_attention import linear_attention
-    from zoo.ops.runtime import cpu as native
-    from zoo.ops.runtime import cuda, libraries
+    from zoo.ops.runtime import cuda, libraries, nvrtc
+    from zoo.ops.runtime.build import BuildError
+    from zoo.ops.runtime.native_op import every_kernel
+    from zoo.ops.runtime.sizes import ceil_div
 except ImportError as error:
     sys.stderr.write(f"gpu-check: {error}; {NEEDS}\n")
     sys.exit(2)
@@ -312,9 +314,8 @@ def step_through_time(inputs: dict) -> Callable[[], torch.Tensor]:
     (b, t, d), threads, y = k.shape, 32, torch.empty_like(k)
 
     def step() -> torch.Tensor:
-        sizes, grid = {"tokens": t, "width": d}, (-(-d // threads), 1, b)
-        macros = wkv4._macros(k.dtype)
-        steps.call("step_through_time", grid, threads, macros, sizes, k=k, v=v, w=w, u=u, y=y)
+        sizes, grid = {"tokens": t, "width": d}, (ceil_div(d, threads), 1, b)
+        steps.call("step_through_time", grid, threads, sizes, k=k, v=v, w=w, u=u, y=y)
         return y
 
     return step
@@ -443,33 +444,30 @@ def ceilings(record: dict) -> None:
 def build(record: dict) -> bool:
     """First use into an empty cache, and once more from it; one that fails stops no other."""
     on_gpu = DEVICE == "cuda"
-    target = cuda.architecture(*torch.cuda.get_device_capability()) if on_gpu else "sm_90"
+    target = nvrtc.architecture(*torch.cuda.get_device_capability()) if on_gpu else "sm_90"
     good = True
-    for kernel, macros in [
-        (selective_scan.CUDA, selective_scan._macros(torch.bfloat16, STATES)),
-        (causal_conv.CUDA, causal_conv._macros(torch.bfloat16, WINDOW)),
-        (wkv4.CUDA, wkv4._macros(torch.bfloat16)),
-        (aft.CUDA, aft._macros(torch.bfloat16, AFT_WINDOW)),
-        (linear_recurrence.CUDA, linear_recurrence._macros(torch.bfloat16)),
-    ]:
+    for _, kernel in every_kernel().values():
+        if kernel is None:
+            continue
+        macros = ("DTYPE", cuda.DTYPES[torch.bfloat16]), *kernel.macros
         try:
             record[kernel.source] = _build(kernel.source, macros, target)
-        except (native.BuildError, RuntimeError) as error:
+        except (BuildError, RuntimeError) as error:
             record[kernel.source] = {"error": str(error)}
             good = False
         say(f"{kernel.source} for {target}: {record[kernel.source]}")
     return good
 
 
-def _build(source: str, macros: cuda.Macros, target: str) -> dict[str, Any]:
+def _build(source: str, macros: nvrtc.Macros, target: str) -> dict[str, Any]:
     times = []
     for _ in range(2):
         begin = time.perf_counter()
-        image = cuda.binary(source, macros, target)
+        image = nvrtc.binary(source, macros, target)
         if DEVICE == "cuda":
-            cuda.Module(image, torch.cuda.current_device())
+            cuda.LoadedModule(image, torch.cuda.current_device())
         times.append(time.perf_counter() - begin)
-    report = cuda.compile_source(source, macros, target, ("--ptxas-options=-v",)).log
+    report = nvrtc.compile_source(source, macros, target, ("--ptxas-options=-v",)).log
     lines = [x.strip() for x in report.splitlines() if "Used" in x or "spill" in x]
     return {"first_s": times[0], "cached_s": times[1], "ptxas": lines}
 

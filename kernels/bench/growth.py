@@ -27,7 +27,7 @@ from record import record
 from zoo.config.compose import compose
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
-from zoo.ops.runtime.cpu import tune_allocator
+from zoo.ops.runtime.allocator import tune_allocator
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 256

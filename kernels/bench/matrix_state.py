@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from record import processor, record
 
 from zoo.ops import delta_rule, linear_attention
-from zoo.ops.runtime.cpu import tune_allocator
+from zoo.ops.runtime.allocator import tune_allocator
 
 HEADS, HEAD = 2, 64
 LINEAR, DELTA = ["none", "head", "channel"], ["delta", "gated", "general"]
@@ -86,11 +86,11 @@ def seconds(
 
 def with_chunk(chunk: int, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     module = delta_rule if "a" in tensors else linear_attention
-    kept, module.CHUNK = module.CHUNK, chunk
+    kept, module.CHUNK_TOKENS = module.CHUNK_TOKENS, chunk
     try:
         return output(tensors, "torch")
     finally:
-        module.CHUNK = kept
+        module.CHUNK_TOKENS = kept
 
 
 def forms_of(kind: str) -> dict[str, Callable[..., torch.Tensor]]:

@@ -23,7 +23,7 @@ from record import processor, record
 
 from zoo.ops.aft import aft_window
 from zoo.ops.linear_recurrence import linear_recurrence
-from zoo.ops.runtime.cpu import tune_allocator
+from zoo.ops.runtime.allocator import tune_allocator
 from zoo.ops.wkv4 import wkv4
 
 WIDTH, TAPS, LOOP = 256, 32, 1024

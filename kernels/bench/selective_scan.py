@@ -29,7 +29,7 @@ from zoo.ops.causal_conv import causal_conv
 from zoo.ops.merge import merge
 from zoo.ops.rms_norm import rms_norm
 from zoo.ops.rotary import apply_rotary
-from zoo.ops.runtime.cpu import tune_allocator
+from zoo.ops.runtime.allocator import tune_allocator
 from zoo.ops.selective_scan import selective_scan
 
 try:

@@ -25,7 +25,7 @@ from zoo.mixers.feed_forward import SwiGLU
 from zoo.mixers.mamba import Mamba
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.backbone import Backbone
-from zoo.ops.runtime.cpu import tune_allocator
+from zoo.ops.runtime.allocator import tune_allocator
 
 WIDTH, LAYERS, HEADS, VOCABULARY = 128, 4, 4, 256
 

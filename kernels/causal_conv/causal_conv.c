@@ -8,10 +8,10 @@ enum {
     TOKENS = 512,
     WIDE = 16,
     MANY = 4, /* vectors side by side; divides WIDE */
-    MOST = 8  /* the widest window */
+    MAX_WINDOW = 8  /* the widest window */
 };
 
-const Int segment = TOKENS, most = MOST; /* the shape of dweight, for the caller */
+const Int segment = TOKENS, max_window = MAX_WINDOW; /* the shape of dweight, for the caller */
 
 typedef struct {
     Int batch, tokens, width, window, silu, threads;
@@ -46,7 +46,7 @@ INLINE Real *input(const Sizes *s, Rows x, Rows state, Int b, Int t) {
 }
 
 typedef struct {
-    Vec weight[WIDE][MOST], bias[WIDE];
+    Vec weight[WIDE][MAX_WINDOW], bias[WIDE];
 } Filter;
 
 INLINE void load_filter(Filter *f, const Job *j, Place p) {
@@ -69,7 +69,7 @@ static void forward_unit(const void *job, Int unit) {
     const Job *j = job;
     const Place p = place(j, unit);
     const Int window = j->s.window;
-    Real *inputs[MOST];
+    Real *inputs[MAX_WINDOW];
     Vec sum[MANY];
     Filter f;
     load_filter(&f, j, p);
@@ -97,9 +97,9 @@ static void backward_unit(const void *job, Int unit) {
     const Int window = j->s.window;
     const Sizes *s = &j->s;
     const Arrays *a = &j->a;
-    Real *inputs[MOST];
-    Vec ring[MOST][WIDE] = {}, *past[MOST], sum[MANY], slope[MANY];
-    Vec dweight[MOST][WIDE] = {}, dbias[WIDE] = {};
+    Real *inputs[MAX_WINDOW];
+    Vec ring[MAX_WINDOW][WIDE] = {}, *past[MAX_WINDOW], sum[MANY], slope[MANY];
+    Vec dweight[MAX_WINDOW][WIDE] = {}, dbias[WIDE] = {};
     Filter f;
     load_filter(&f, j, p);
     for (Int t = p.start; t < p.end + window - 1; t++) {
@@ -142,15 +142,9 @@ static void backward_unit(const void *job, Int unit) {
 }
 
 static void run(Sizes s, Arrays a, Work *work) {
-    Job job = {s, a, (s.tokens + TOKENS - 1) / TOKENS, (blocks_of(s.width) + WIDE - 1) / WIDE};
+    Job job = {s, a, ceil_div(s.tokens, TOKENS), ceil_div(blocks_of(s.width), WIDE)};
     Int threads = s.batch * s.tokens * s.width < 1 << 15 ? 1 : s.threads;
     parallel_for(threads, s.batch * job.segments * job.tiles, work, &job);
 }
-int forward(Sizes s, Arrays a) {
-    run(s, a, forward_unit);
-    return 0;
-}
-int backward(Sizes s, Arrays a) {
-    run(s, a, backward_unit);
-    return 0;
-}
+ENTRY(forward)
+ENTRY(backward)

@@ -14,17 +14,7 @@ struct Arguments {
 
 constexpr int SEGMENT = 64, THREADS = 128;
 
-struct Place {
-    Int b, channel, segment, start, end;
-    bool here;
-    /* Segments lie along the grid's first side, the only one of more than 65535 blocks. */
-    __device__ __forceinline__ Place(const Arguments &a) {
-        const Int groups = (a.width + THREADS - 1) / THREADS;
-        b = blockIdx.z, channel = (Int)(blockIdx.x % groups) * THREADS + threadIdx.x;
-        segment = blockIdx.x / groups, start = segment * SEGMENT, end = smaller(start + SEGMENT, a.tokens);
-        here = channel < a.width;
-    }
-};
+typedef ChunkPlace<THREADS, SEGMENT> Place;
 /* Token t of the state followed by the sequence; zero beyond its end. */
 __device__ __forceinline__ float input(const Arguments &a, const Place &p, Int t) {
     if (t >= a.tokens) return 0.0f;
@@ -98,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward(Arguments a) {
         else if (p.start == 0)
             a.dstate[(p.b * (WINDOW - 1) + t) * a.width + p.channel] = narrow(dx);
     }
-    const Int at = p.b * a.segments + p.segment;
+    const Int at = p.b * a.segments + p.chunk;
     a.dbias[at * a.width + p.channel] = dbias;
 #pragma unroll
     for (int k = 0; k < WINDOW; k++)

@@ -93,17 +93,11 @@ static Int greatest_common_divisor(Int a, Int b) { return b ? greatest_common_di
 /* As many strips to a batch row as give every thread the same share, but none too narrow. */
 static void run(Sizes s, Arrays a, Work *work) {
     Int blocks = blocks_of(s.width), strips = s.threads / greatest_common_divisor(s.threads, s.batch);
-    Int even = (blocks + strips - 1) / strips, least = min_int(s.batch * blocks / s.threads, GROUP);
+    Int even = ceil_div(blocks, strips), least = min_int(s.batch * blocks / s.threads, GROUP);
     Int group = even > least ? even : least;
-    Job job = {s, a, group, (blocks + group - 1) / group, 1 + (AHEAD - 1) / group};
+    Job job = {s, a, group, ceil_div(blocks, group), 1 + (AHEAD - 1) / group};
     Int threads = s.batch * s.tokens * s.width < 1 << 14 ? 1 : s.threads;
     parallel_for(threads, s.batch * job.groups, work, &job);
 }
-int forward(Sizes s, Arrays a) {
-    run(s, a, forward_unit);
-    return 0;
-}
-int backward(Sizes s, Arrays a) {
-    run(s, a, backward_unit);
-    return 0;
-}
+ENTRY(forward)
+ENTRY(backward)

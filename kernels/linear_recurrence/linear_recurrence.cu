@@ -18,7 +18,7 @@ struct Arguments {
 constexpr int THREADS = 64; /* channels of a block */
 constexpr int CHUNK = 64;   /* tokens of a chunk */
 constexpr int SEGMENT = 8;  /* tokens loaded at once */
-constexpr int MOST_WARPS = 32; /* that share a composition */
+constexpr int MAX_WARPS = 32; /* that share a composition */
 
 /* s -> decay s + end: what tokens in a row do to a state, or to what comes back through them. */
 struct Map {
@@ -30,18 +30,7 @@ struct Map {
     }
 };
 
-struct Place {
-    Int b, chunk, channel, start;
-    int count; /* tokens of the chunk */
-    bool here; /* the channel exists */
-    __device__ __forceinline__ Place(const Arguments &a) {
-        const Int groups = (a.width + THREADS - 1) / THREADS;
-        b = blockIdx.z, chunk = blockIdx.x / groups;
-        channel = blockIdx.x % groups * THREADS + threadIdx.x;
-        start = chunk * CHUNK, count = (int)smaller(CHUNK, a.tokens - start);
-        here = channel < a.width;
-    }
-};
+typedef ChunkPlace<THREADS, CHUNK> Place;
 /* The place's channel from token `first` of its chunk on, in a row of its own stride or contiguous. */
 struct Column {
     Element *data;
@@ -97,8 +86,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 12) chunk_ends(Arguments a
 
 /* Maps become what reaches each chunk: each warp its stretch of the chunks, then the stretches before
  * it, then chunk by chunk. "Before" is later in time where `back`. */
-extern "C" __global__ void __launch_bounds__(MOST_WARPS *WARP) compose(Arguments a) {
-    __shared__ Map totals[MOST_WARPS][WARP];
+extern "C" __global__ void __launch_bounds__(MAX_WARPS *WARP) compose(Arguments a) {
+    __shared__ Map totals[MAX_WARPS][WARP];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     const Int b = blockIdx.z, channel = (Int)blockIdx.x * WARP + lane;
     const Int each = (a.chunks + warps - 1) / warps;

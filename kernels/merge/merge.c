@@ -8,15 +8,11 @@ typedef struct {
 } Sizes;
 
 typedef struct {
-    Rows o1, o2, out, d_out, d_o1, d_o2;     /* (b, t, heads width) */
-    Rows lse1, lse2, lse, d_lse, d_l1, d_l2; /* (b, t, heads) */
+    Rows o1, o2, out, dout, do1, do2;         /* (b, t, heads width) */
+    Rows lse1, lse2, lse, dlse, dlse1, dlse2; /* (b, t, heads) */
 } Arrays;
 
-typedef struct {
-    Sizes s;
-    Arrays a;
-    Int segments;
-} Job;
+BY_SEGMENTS(s.heads * s.width)
 
 /* 0 of what a softmax is over, NaN of infinity and NaN. */
 INLINE Vec flaw(Vec lse) { return choose(lse == splat(-INFINITY), splat(0), lse - lse); }
@@ -38,8 +34,8 @@ INLINE Vec weights(Vec lse1, Vec lse2, Vec *w1, Vec *w2) {
 static void forward_unit(const void *job, Int unit) {
     const Job *j = job;
     const Arrays *a = &j->a;
-    const Int b = unit / j->segments, start = unit % j->segments * TOKENS;
-    const Int end = min_int(start + TOKENS, j->s.tokens), heads = j->s.heads, d = j->s.width;
+    const Segment seg = segment_of(j, unit);
+    const Int b = seg.b, start = seg.start, end = seg.end, heads = j->s.heads, d = j->s.width;
     for (Int t = start; t < end; t++)
         for (Int first = 0; first < heads; first += LANES) {
             const Int count = heads - first;
@@ -60,8 +56,8 @@ static void forward_unit(const void *job, Int unit) {
 static void backward_unit(const void *job, Int unit) {
     const Job *j = job;
     const Arrays *a = &j->a;
-    const Int b = unit / j->segments, start = unit % j->segments * TOKENS;
-    const Int end = min_int(start + TOKENS, j->s.tokens), heads = j->s.heads, d = j->s.width;
+    const Segment seg = segment_of(j, unit);
+    const Int b = seg.b, start = seg.start, end = seg.end, heads = j->s.heads, d = j->s.width;
     for (Int t = start; t < end; t++)
         for (Int first = 0; first < heads; first += LANES) {
             const Int count = heads - first;
@@ -72,32 +68,21 @@ static void backward_unit(const void *job, Int unit) {
             for (Int h = 0; h < min_int(LANES, count); h++) {
                 const Int at = (first + h) * d;
                 const Real *o1 = row(a->o1, b, t) + at, *o2 = row(a->o2, b, t) + at;
-                const Real *d_out = row(a->d_out, b, t) + at;
-                Real *d_o1 = row(a->d_o1, b, t) + at, *d_o2 = row(a->d_o2, b, t) + at;
+                const Real *dout = row(a->dout, b, t) + at;
+                Real *do1 = row(a->do1, b, t) + at, *do2 = row(a->do2, b, t) + at;
                 for (Int c = 0; c < d; c += LANES) {
-                    Vec g = load(d_out + c, d - c);
+                    Vec g = load(dout + c, d - c);
                     along[h] += g * (load(o1 + c, d - c) - load(o2 + c, d - c));
-                    store(d_o1 + c, g * w1[h], d - c);
-                    store(d_o2 + c, g * w2[h], d - c);
+                    store(do1 + c, g * w1[h], d - c);
+                    store(do2 + c, g * w2[h], d - c);
                 }
             }
             Vec pull = row_sums(along) * w1 * w2;
-            Vec d_lse = a->d_lse.data ? load(row(a->d_lse, b, t) + first, count) : splat(0);
-            store(row(a->d_l1, b, t) + first, w1 * d_lse + pull, count);
-            store(row(a->d_l2, b, t) + first, w2 * d_lse - pull, count);
+            Vec dlse = a->dlse.data ? load(row(a->dlse, b, t) + first, count) : splat(0);
+            store(row(a->dlse1, b, t) + first, w1 * dlse + pull, count);
+            store(row(a->dlse2, b, t) + first, w2 * dlse - pull, count);
         }
 }
 
-static void run(Sizes s, Arrays a, Work *work) {
-    Job job = {s, a, (s.tokens + TOKENS - 1) / TOKENS};
-    Int threads = s.batch * s.tokens * s.heads * s.width < 1 << 15 ? 1 : s.threads;
-    parallel_for(threads, s.batch * job.segments, work, &job);
-}
-int forward(Sizes s, Arrays a) {
-    run(s, a, forward_unit);
-    return 0;
-}
-int backward(Sizes s, Arrays a) {
-    run(s, a, backward_unit);
-    return 0;
-}
+ENTRY(forward)
+ENTRY(backward)

@@ -19,11 +19,7 @@ typedef struct {
     Real *dweight;      /* (b, segments, d) */
 } Arrays;
 
-typedef struct {
-    Sizes s;
-    Arrays a;
-    Int segments;
-} Job;
+BY_SEGMENTS(s.width)
 
 /* 1 / sqrt(mean of squares + eps) of each of `count` tokens from t on, in its lane. */
 INLINE Vec scales(const Job *j, Int b, Int t, Int count) {
@@ -40,8 +36,8 @@ INLINE Vec scales(const Job *j, Int b, Int t, Int count) {
 
 static void forward_unit(const void *job, Int unit) {
     const Job *j = job;
-    const Int b = unit / j->segments, start = unit % j->segments * TOKENS;
-    const Int end = min_int(start + TOKENS, j->s.tokens), d = j->s.width;
+    const Segment seg = segment_of(j, unit);
+    const Int b = seg.b, start = seg.start, end = seg.end, d = j->s.width;
     for (Int t = start; t < end; t += LANES) {
         Int count = min_int(LANES, end - t);
         Vec scale = scales(j, b, t, count);
@@ -56,8 +52,8 @@ static void forward_unit(const void *job, Int unit) {
 
 static void backward_unit(const void *job, Int unit) {
     const Job *j = job;
-    const Int b = unit / j->segments, start = unit % j->segments * TOKENS;
-    const Int end = min_int(start + TOKENS, j->s.tokens), d = j->s.width;
+    const Segment seg = segment_of(j, unit);
+    const Int b = seg.b, start = seg.start, end = seg.end, d = j->s.width;
     Real *dweight = j->a.dweight + unit * d;
     memset(dweight, 0, d * sizeof *dweight);
     for (Int t = start; t < end; t += LANES) {
@@ -80,16 +76,5 @@ static void backward_unit(const void *job, Int unit) {
     }
 }
 
-static void run(Sizes s, Arrays a, Work *work) {
-    Job job = {s, a, (s.tokens + TOKENS - 1) / TOKENS};
-    Int threads = s.batch * s.tokens * s.width < 1 << 15 ? 1 : s.threads;
-    parallel_for(threads, s.batch * job.segments, work, &job);
-}
-int forward(Sizes s, Arrays a) {
-    run(s, a, forward_unit);
-    return 0;
-}
-int backward(Sizes s, Arrays a) {
-    run(s, a, backward_unit);
-    return 0;
-}
+ENTRY(forward)
+ENTRY(backward)

@@ -12,16 +12,12 @@ typedef struct {
     Rows cos, sin; /* (b, t, half) */
 } Arrays;
 
-typedef struct {
-    Sizes s;
-    Arrays a;
-    Int segments;
-} Job;
+BY_SEGMENTS(s.heads * s.width)
 
-static void turn_unit(const void *job, Int unit) {
+static void forward_unit(const void *job, Int unit) {
     const Job *j = job;
-    const Int b = unit / j->segments, start = unit % j->segments * TOKENS;
-    const Int end = min_int(start + TOKENS, j->s.tokens), half = j->s.half, d = j->s.width;
+    const Segment seg = segment_of(j, unit);
+    const Int b = seg.b, start = seg.start, end = seg.end, half = j->s.half, d = j->s.width;
     for (Int t = start; t < end; t++) {
         const Real *cos = row(j->a.cos, b, t), *sin = row(j->a.sin, b, t);
         for (Int h = 0; h < j->s.heads; h++) {
@@ -39,9 +35,4 @@ static void turn_unit(const void *job, Int unit) {
     }
 }
 
-int turn(Sizes s, Arrays a) {
-    Job job = {s, a, (s.tokens + TOKENS - 1) / TOKENS};
-    Int threads = s.batch * s.tokens * s.heads * s.width < 1 << 15 ? 1 : s.threads;
-    parallel_for(threads, s.batch * job.segments, turn_unit, &job);
-    return 0;
-}
+ENTRY(forward)

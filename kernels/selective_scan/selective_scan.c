@@ -12,11 +12,11 @@ enum {
     MANY = 4,           /* state indices side by side */
     BATCH = 4,          /* tokens side by side in softplus and silu */
     GROUP = 16,         /* blocks of a unit at most, */
-    STATES = 1024,      /* with so many state indices in all, or of one: they lie on the stack */
+    MAX_STATES = 1024,  /* with so many state indices in all, or of one: they lie on the stack */
     STRETCH = 32,       /* chunks between additions to the totals of dA, dD, dbias */
     PARTIALS = 1 << 23  /* Reals of partial sums, about */
 };
-const Int lanes = LANES, chunk = CHUNK, most = STATES; /* for the caller */
+const Int lanes = LANES, chunk = CHUNK, max_states = MAX_STATES; /* for the caller */
 
 typedef struct {
     Int batch, tokens, width, states, threads;
@@ -38,7 +38,7 @@ typedef struct {
     Real *partial;           /* (units, chunks, 2, n, CHUNK): dB, dC summed over a unit's channels */
 } Job;
 
-INLINE Int chunks_of(Int tokens) { return (tokens + CHUNK - 1) / CHUNK; }
+INLINE Int chunks_of(Int tokens) { return ceil_div(tokens, CHUNK); }
 
 INLINE Real *saved_chunk(const Job *j, Int b, Int block, Int index) {
     Int chunks = chunks_of(j->s.tokens);
@@ -367,8 +367,8 @@ INLINE Job plan(Sizes s, Arrays a) {
     if (s.batch * s.tokens * s.width * s.states < 1 << 15) s.threads = 1;
     Job job = {s, a};
     Int blocks = blocks_of(s.width), least = INT64_MAX;
-    for (Int g = 1; g <= min_int(blocks, GROUP) && (g == 1 || g * s.states <= STATES); g++) {
-        Int groups = (blocks + g - 1) / g, rounds = (s.batch * groups + s.threads - 1) / s.threads;
+    for (Int g = 1; g <= min_int(blocks, GROUP) && (g == 1 || g * s.states <= MAX_STATES); g++) {
+        Int groups = ceil_div(blocks, g), rounds = ceil_div(s.batch * groups, s.threads);
         if (rounds * (2 * g + 3) > least) continue;
         least = rounds * (2 * g + 3);
         job.group = g, job.groups = groups;

@@ -244,7 +244,7 @@ extern "C" __global__ void compose_back(Arguments a) {
 extern "C" __global__ void __launch_bounds__(Forward::THREADS, 3) chunk_starts(Arguments a) {
     typedef Forward X;
     __shared__ float C_tile[TILE][STATES];
-    const Place<X> p(a, blockIdx.y + 1); /* nobody asks what is before the first */
+    const Place<X> p(a, blockIdx.y + 1); /* the start of the first is not needed */
     float q[X::K], rate[X::K], total = 0.0f;
     const float bias = a.dt_bias && p.here ? a.dt_bias[p.channel] : 0.0f;
     load_rates(rate, a, p);

@@ -1,10 +1,10 @@
 /* Softmax attention of many queries over a few keys, forward; README.md says how. */
 #include "../common.h"
 
-enum { TOKENS = 128, WIDEST = 256, SIDE_BY_SIDE = 8 };
+enum { TOKENS = 128, MAX_WIDTH = 256, SIDE_BY_SIDE = 8 };
 
-const Int most = LANES;          /* keys */
-const Int widest = WIDEST;        /* channels of a head */
+const Int max_keys = LANES;
+const Int max_width = MAX_WIDTH; /* channels of a head */
 
 typedef struct {
     Int batch, tokens, keys, heads, width, value_width, threads;
@@ -16,11 +16,7 @@ typedef struct {
     Real *scale;       /* (1) */
 } Arrays;
 
-typedef struct {
-    Sizes s;
-    Arrays a;
-    Int segments;
-} Job;
+BY_SEGMENTS(s.heads * s.width)
 
 /* Every lane of each vector gets its largest, or the sum, of all. */
 #define ACROSS(i, w) (i ^ w)
@@ -74,9 +70,9 @@ INLINE void tokens(const Job *j, Int b, Int t, Int h, const Vec *keys, Mask ther
 
 static void forward_unit(const void *job, Int unit) {
     const Job *j = job;
-    const Int b = unit / j->segments, start = unit % j->segments * TOKENS, n = j->s.keys;
-    const Int end = min_int(start + TOKENS, j->s.tokens), d = j->s.width;
-    Vec keys[WIDEST] = {};
+    const Segment seg = segment_of(j, unit);
+    const Int b = seg.b, start = seg.start, end = seg.end, n = j->s.keys, d = j->s.width;
+    Vec keys[MAX_WIDTH] = {};
     Mask there = {};
     for (Int i = 0; i < n; i++) there[i] = -1;
     for (Int h = 0; h < j->s.heads; h++) {
@@ -88,9 +84,4 @@ static void forward_unit(const void *job, Int unit) {
     }
 }
 
-int forward(Sizes s, Arrays a) {
-    Job job = {s, a, (s.tokens + TOKENS - 1) / TOKENS};
-    Int threads = s.batch * s.tokens * s.heads * s.width < 1 << 15 ? 1 : s.threads;
-    parallel_for(threads, s.batch * job.segments, forward_unit, &job);
-    return 0;
-}
+ENTRY(forward)

@@ -23,11 +23,7 @@ typedef struct {
     Real *dw, *du, *dstate;  /* (b, d), (b, d), (b, 3, d): dstate holds that of `last` before */
 } Arrays;
 
-typedef struct {
-    Sizes s;
-    Arrays a;
-    Int group, groups; /* channel blocks in a unit; units in a batch row */
-} Job;
+BY_CHANNELS(1 << 14)
 
 /* Numerator p e^{o + low} and denominator q e^{o + low}. While no k exceeds o it falls by w again
  * and again, and its rounding would err the same way each time: `low` is what o lost. */
@@ -46,7 +42,7 @@ INLINE void store_state(Real *to, State s, Int stride, Int count) {
     store(to + 2 * stride, s.o, count);
 }
 INLINE Real *saved_chunk(const Job *j, Int b, Int block, Int index) {
-    Int chunks = (j->s.tokens + CHUNK - 1) / CHUNK;
+    Int chunks = ceil_div(j->s.tokens, CHUNK);
     return j->a.saved + ((b * blocks_of(j->s.width) + block) * chunks + index) * 4 * LANES;
 }
 
@@ -108,8 +104,8 @@ INLINE void forward_tokens(const Job *j, Int b, Int t, Int c, State *s, Vec w, V
 static void forward_unit(const void *job, Int unit) {
     const Job *j = job;
     const Arrays *a = &j->a;
-    Int b = unit / j->groups, first = unit % j->groups * j->group, d = j->s.width;
-    Int blocks = min_int(j->group, blocks_of(d) - first);
+    const Group group = group_of(j, unit);
+    Int b = group.b, first = group.first, blocks = group.blocks, d = j->s.width;
     State s[GROUP];
     for (Int i = 0; i < blocks; i++) {
         Int c = (first + i) * LANES;
@@ -203,8 +199,8 @@ static void backward_chunk(const Job *j, Int b, Int block, Int start, Future *f,
 static void backward_unit(const void *job, Int unit) {
     const Job *j = job;
     const Arrays *a = &j->a;
-    Int b = unit / j->groups, first = unit % j->groups * j->group, d = j->s.width;
-    Int blocks = min_int(j->group, blocks_of(d) - first);
+    const Group group = group_of(j, unit);
+    Int b = group.b, first = group.first, blocks = group.blocks, d = j->s.width;
     Future f[GROUP];
     Vec dw[GROUP] = {}, du[GROUP] = {};
     for (Int i = 0; i < blocks; i++) {
@@ -222,18 +218,5 @@ static void backward_unit(const void *job, Int unit) {
     }
 }
 
-static void run(Sizes s, Arrays a, Work *work) {
-    Int blocks = blocks_of(s.width), spread = s.batch * blocks / s.threads;
-    Int group = spread < 1 ? 1 : min_int(spread, GROUP);
-    Job job = {s, a, group, (blocks + group - 1) / group};
-    Int threads = s.batch * s.tokens * s.width < 1 << 14 ? 1 : s.threads;
-    parallel_for(threads, s.batch * job.groups, work, &job);
-}
-int forward(Sizes s, Arrays a) {
-    run(s, a, forward_unit);
-    return 0;
-}
-int backward(Sizes s, Arrays a) {
-    run(s, a, backward_unit);
-    return 0;
-}
+ENTRY(forward)
+ENTRY(backward)

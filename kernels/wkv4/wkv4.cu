@@ -19,9 +19,9 @@ struct Arguments {
 constexpr int THREADS = 64;            /* channels of a block */
 constexpr int CHUNK = 64;              /* tokens of a chunk */
 constexpr int FORWARD = 8, BACKWARD = 4; /* tokens of a segment: what is loaded at once */
-constexpr int MOST_WARPS = 32;         /* that share a composition */
-constexpr float NOTHING = -1e38f;      /* the maximum over no tokens */
-constexpr float NEVER = -3e38f;        /* the key of a token past the end: less than NOTHING */
+constexpr int MAX_WARPS = 32;          /* that share a composition */
+constexpr float LOG_ZERO = -1e38f;     /* the maximum over no tokens */
+constexpr float NEVER = -3e38f;        /* the key of a token past the end: less than LOG_ZERO */
 
 /* Numerator p e^{o + low} and denominator q e^{o + low}. While no key exceeds o it falls by w again
  * and again, and its rounding would err the same way each time: `low` is what o lost. */
@@ -29,18 +29,7 @@ struct State {
     float p, q, o, low;
 };
 
-struct Place {
-    Int b, chunk, channel, start;
-    int count; /* tokens of the chunk */
-    bool here; /* the channel exists */
-    __device__ __forceinline__ Place(const Arguments &a) {
-        const Int groups = (a.width + THREADS - 1) / THREADS;
-        b = blockIdx.z, chunk = blockIdx.x / groups;
-        channel = blockIdx.x % groups * THREADS + threadIdx.x;
-        start = chunk * CHUNK, count = (int)smaller(CHUNK, a.tokens - start);
-        here = channel < a.width;
-    }
-};
+typedef ChunkPlace<THREADS, CHUNK> Place;
 
 /* Four numbers of a channel and chunk in a (b, chunks, 4, d) array. */
 __device__ __forceinline__ State get(const float *from, Int b, Int chunk, Int channel,
@@ -122,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 12) chunk_ends(Arguments a
     const Place p(a);
     if (!p.here) return;
     const float w = a.w[p.channel];
-    State s = {0.0f, 0.0f, NOTHING, 0.0f};
+    State s = {0.0f, 0.0f, LOG_ZERO, 0.0f};
 #pragma unroll 1
     for (int i = 0; i < p.count; i += FORWARD) {
         const Tokens<FORWARD> x(a, p, i);
@@ -150,11 +139,11 @@ __device__ __forceinline__ float tokens_faded(Int chunks) { return (float)(chunk
 
 /* Ends from nothing become the states before the chunks: each warp's stretch, the stretches before
  * it, and then chunk by chunk. */
-extern "C" __global__ void __launch_bounds__(MOST_WARPS *WARP) compose(Arguments a) {
-    __shared__ State totals[MOST_WARPS][WARP];
+extern "C" __global__ void __launch_bounds__(MAX_WARPS *WARP) compose(Arguments a) {
+    __shared__ State totals[MAX_WARPS][WARP];
     const Stretch r(a);
     const float w = r.here ? a.w[r.channel] : 0.0f;
-    State s = {0.0f, 0.0f, NOTHING, 0.0f};
+    State s = {0.0f, 0.0f, LOG_ZERO, 0.0f};
     if (r.here && r.warp + 1 < r.warps)
 #pragma unroll 4
         for (Int i = r.begin; i < smaller(r.end, a.chunks - 1); i++)
@@ -239,8 +228,8 @@ struct Future {
     }
 };
 /* Backwards: `ahead` becomes what reaches each chunk's end. */
-extern "C" __global__ void __launch_bounds__(MOST_WARPS *WARP) compose_back(Arguments a) {
-    __shared__ State totals[MOST_WARPS][WARP];
+extern "C" __global__ void __launch_bounds__(MAX_WARPS *WARP) compose_back(Arguments a) {
+    __shared__ State totals[MAX_WARPS][WARP];
     const Stretch r(a);
     Future f = {0.0f, 0.0f, 1.0f};
     float product = 1.0f;

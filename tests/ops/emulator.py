@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from zoo.ops.runtime import cuda
+from zoo.ops.runtime import cuda, nvrtc
+from zoo.ops.runtime.sizes import ceil_div
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 COMPILER = shutil.which("g++")
@@ -21,7 +22,7 @@ needed = pytest.mark.skipif(COMPILER is None, reason="no g++ for the emulator")
 
 
 class Program:
-    """A `.cu` in the emulator, in the place of a `cuda.Module`."""
+    """A `.cu` in the emulator, in the place of a `cuda.LoadedModule`."""
 
     def __init__(self, library: ctypes.CDLL, reverse: bool) -> None:
         self.library, self.reverse = library, reverse
@@ -38,7 +39,7 @@ class Program:
 
 
 @functools.cache
-def build(text: str, folder: str, macros: cuda.Macros) -> ctypes.CDLL:
+def build(text: str, folder: str, macros: nvrtc.Macros) -> ctypes.CDLL:
     """The library of the text of a `.cu` in a folder of kernels/."""
     name = hashlib.sha256(repr((text, macros)).encode()).hexdigest()[:20]
     with tempfile.TemporaryDirectory() as scratch:
@@ -78,5 +79,5 @@ def install(
     monkeypatch.setattr(cuda, "processors", lambda _: 1)
     if not split:
         monkeypatch.setattr(
-            cuda, "time_chunks", lambda tokens, tile, *_: (-(-tokens // tile) * tile, 1)
+            cuda, "time_chunks", lambda tokens, tile, *_: (ceil_div(tokens, tile) * tile, 1)
         )

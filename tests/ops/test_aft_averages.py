@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from zoo.errors import UserError
-from zoo.ops import aft as module
-from zoo.ops.aft import Window, aft, aft_full, aft_window
+from zoo.ops import aft_kernel as module
+from zoo.ops.aft import Window, aft, aft_window
+from zoo.ops.aft_full import aft_full
 from zoo.ops.runtime import cuda
 from zoo.ops.wkv4 import empty_average
 
@@ -228,11 +229,11 @@ def test_native_is_a_good_citizen_of_torch():
     args = arguments(5, 2, 3, 2)
     m = torch.rand(4, 18, dtype=torch.float64, requires_grad=True)
     k, v = (torch.cat([args[f"past_{x}"], args[x]], 1).detach().requires_grad_() for x in "kv")
-    torch.library.opcheck(module.window, (k, v, m, args["older"], 5, True))
+    torch.library.opcheck(module.WINDOW.op, (k, v, m, args["older"], 2, True))
 
 
 def test_the_longest_window_of_the_kernel_is_known_without_building_it():
-    assert module.KERNEL.constant("most", torch.float32) == module.MAX_WINDOW
+    assert module.KERNEL.constant("max_window", torch.float32) == module.MAX_WINDOW
     k, v = torch.randn(2, 1, 9, 2).unbind()
     y, _ = aft_window(k, v, torch.zeros(1, 1, module.MAX_WINDOW + 1))
     assert y.isfinite().all()  # by the torch form
@@ -281,20 +282,20 @@ def cuda_arguments(b: int, t: int, d: int, s: int, n: int, size: float = 1.0) ->
 @pytest.mark.parametrize(("shape", "dtype", "size", "blocks", "reverse"), EMULATED)
 def test_cuda_is_the_definition(shape, dtype, size, blocks, reverse, monkeypatch, poisoned):
     emulator.install(monkeypatch, reverse=reverse)
-    monkeypatch.setattr(module, "MAX_BLOCKS", blocks)
+    monkeypatch.setattr(module, "CUDA_MAX_BLOCKS", blocks)
     t, n = shape[1], shape[4]
     k, v, m, state = cuda_arguments(*shape, size=size)
     if n == 0 and t > 1:  # from nothing; of one token alone no weight matters
         state = empty_average(k, len(k), k.shape[2])
     inputs = [k.to(dtype), v.to(dtype), m, state]
-    y, last, saved = module._window_cuda(*inputs, t, True)
+    y, last, saved = module._forward_cuda(*inputs, n, True)
     torch.manual_seed(1)
     dy, dlast = (torch.randn(a.shape, dtype=torch.float64).to(a.dtype) for a in (y, last))
-    found = [y, last, *module._window_backward_cuda(dy, dlast, *inputs[:3], saved)]
-    assert torch.equal(module._window_cuda(*inputs, t, False)[0], y)
+    found = [y, last, *module._backward_cuda(dy, dlast, *inputs[:3], saved)]
+    assert torch.equal(module._forward_cuda(*inputs, n, False)[0], y)
 
     wide = [a.double().requires_grad_() for a in inputs]
-    exact, after, _ = module.window(*wide, t, True)
+    exact, after, _ = module.WINDOW.op(*wide, n, True)
     loss = (exact * dy.double()).sum() + (after * dlast.double()).sum()
     wanted = [exact, after, *torch.autograd.grad(loss, wide)]
     rounding = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
@@ -318,12 +319,12 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
 def test_the_emulator_notices(mistake, monkeypatch, poisoned):
     inputs = cuda_arguments(2, 131, 5, 9, 8)
-    wanted = module.window(*(a.double() for a in inputs), 131, False)[0]
+    wanted = module.WINDOW.op(*(a.double() for a in inputs), 8, False)[0]
 
     def check() -> None:
         for reverse in (False, True):
             emulator.install(monkeypatch, reverse=reverse, change=mistake)
-            assert_close({"y": module._window_cuda(*inputs, 131, False)[0]}, {"y": wanted}, 2e-6)
+            assert_close({"y": module._forward_cuda(*inputs, 8, False)[0]}, {"y": wanted}, 2e-6)
 
     with pytest.raises(AssertionError, match="y: "):
         check()
@@ -339,14 +340,14 @@ def test_cuda_reads_rows_further_apart_than_32_bits_count(change, monkeypatch):
     """
     k, *others = cuda_arguments(1, 2, 4, 9, 0)
     emulator.install(monkeypatch)
-    wanted = module._window_cuda(k, *others, 2, False)[0]
+    wanted = module._forward_cuda(k, *others, 0, False)[0]
     apart, reserve_nothing = 2**32 + 64, 0x4000  # MAP_NORESERVE of Linux
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
     memory = mmap.mmap(-1, 4 * (apart + 4), flags)
     far = torch.frombuffer(memory, dtype=torch.float32).as_strided((1, 2, 4), (0, apart, 1))
     far.copy_(k)
     emulator.install(monkeypatch, change=change)
-    found = module._window_cuda(far, *others, 2, False)[0]
+    found = module._forward_cuda(far, *others, 0, False)[0]
     assert torch.equal(found, wanted) == (change is None)
 
 
@@ -359,7 +360,7 @@ def test_cuda_batches_are_not_bound_by_the_grids_smaller_sides(monkeypatch):
 
     monkeypatch.setattr(cuda, "load", lambda *_: Recorder())
     k, v, m, state = cuda_arguments(70_000, 1, 1, 9, 8)
-    _, _, saved = module._window_cuda(k, v, m, state, 1, True)
-    module._window_backward_cuda(torch.ones(70_000, 1, 1), None, k, v, m, saved)
+    _, _, saved = module._forward_cuda(k, v, m, state, 8, True)
+    module._backward_cuda(torch.ones(70_000, 1, 1), None, k, v, m, saved)
     names = ["compose", "outputs", "reads", "compose_back", "gradients"]
     assert grids == [(name, (70_000, 1, 1)) for name in names]

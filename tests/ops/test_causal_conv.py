@@ -8,6 +8,7 @@ from torch import Tensor
 from zoo.errors import UserError
 from zoo.ops import causal_conv as module
 from zoo.ops.causal_conv import causal_conv
+from zoo.ops.runtime import cuda
 
 BACKENDS = ["reference", "torch", "native"]
 # (b, t, d, width): shorter than the window, widths no vector divides, several segments
@@ -122,8 +123,8 @@ def test_slices_and_bfloat16_are_read_as_they_are():
 
 def test_native_is_a_good_citizen_of_torch():
     x, weight, bias, state = arguments(2, 5, 3, 4).values()
-    torch.library.opcheck(module.conv, (x, weight, bias, state, True))
-    torch.library.opcheck(module.conv, (x, weight, None, state, False))
+    torch.library.opcheck(module.CONV.op, (x, weight, bias, state, True))
+    torch.library.opcheck(module.CONV.op, (x, weight, None, state, False))
 
 
 def test_what_does_not_fit_is_refused():
@@ -151,12 +152,10 @@ def test_cuda_is_the_reference(shape, reverse, activation, monkeypatch):
     try:
         args = {k: a.detach() for k, a in arguments(*shape, 4, torch.float32).items()}
         x, weight, bias, state = args.values()
-        y, last = module._conv_cuda(x, weight, bias, state, activation == "silu")
+        y, last = module._forward_cuda(x, weight, bias, state, activation == "silu")
         torch.manual_seed(1)
         dy, dlast = (torch.randn(a.shape, dtype=torch.float64).float() for a in (y, last))
-        gradients = module._conv_backward_cuda(
-            dy, dlast, x, weight, bias, state, activation == "silu"
-        )
+        gradients = module._backward_cuda(dy, dlast, x, weight, bias, state, activation == "silu")
     finally:
         torch.use_deterministic_algorithms(False)
     wide = {k: a.double().requires_grad_() for k, a in args.items()}
@@ -170,8 +169,8 @@ def test_cuda_runs_more_tokens_than_a_grid_has_rows(monkeypatch):
     tokens, grids = 5_000_000, []
     monkeypatch.setattr(module.CUDA, "call", lambda _, grid, *__, **___: grids.append(grid))
     x, weight = torch.zeros(1, tokens, 1), torch.zeros(1, 4)
-    module._conv_cuda(x, weight, None, torch.zeros(1, 3, 1), True)
-    module._conv_backward_cuda(x, None, x, weight, None, torch.zeros(1, 3, 1), True)
-    assert grids == 2 * [(-(-tokens // module.SEGMENT), 1, 1)]
-    most = module.cuda.MAX_GRID
+    module._forward_cuda(x, weight, None, torch.zeros(1, 3, 1), True)
+    module._backward_cuda(x, None, x, weight, None, torch.zeros(1, 3, 1), True)
+    assert grids == 2 * [(-(-tokens // module.CUDA_SEGMENT), 1, 1)]
+    most = cuda.MAX_GRID
     assert all(blocks <= limit for blocks, limit in zip(grids[0], most, strict=True))

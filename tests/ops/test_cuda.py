@@ -12,13 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zoo.cli import doctor
 from zoo.errors import UserError
-from zoo.ops import aft as aft_module
+from zoo.ops import aft_kernel as aft_module
 from zoo.ops import causal_conv as conv_module
 from zoo.ops import linear_recurrence as recurrence_module
 from zoo.ops import selective_scan as scan_module
 from zoo.ops import wkv4 as wkv_module
-from zoo.ops.runtime import cpu as native
-from zoo.ops.runtime import cuda
+from zoo.ops.runtime import build, cuda, nvrtc
+from zoo.ops.runtime.native_op import every_kernel
 from zoo.ops.selective_scan import CUDA
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ RECURRENCE = "linear_recurrence/linear_recurrence.cu"
 TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 
 
-def macros(dtype: int, **others: int) -> cuda.Macros:
+def macros(dtype: int, **others: int) -> nvrtc.Macros:
     return ("DTYPE", dtype), *others.items()
 
 
@@ -47,8 +47,8 @@ CEILINGS = {WKV: 96, RECURRENCE: 96}
 
 def nvrtc_missing() -> str:
     try:
-        cuda.nvrtc()
-    except native.BuildError as error:
+        nvrtc.nvrtc()
+    except build.BuildError as error:
         return str(error)
     return ""
 
@@ -59,7 +59,7 @@ needs_nvrtc = pytest.mark.skipif(bool(nvrtc_missing()), reason=nvrtc_missing())
 @needs_nvrtc
 @pytest.mark.parametrize(("source", "defines", "target"), BUILDS)
 def test_kernels_keep_to_their_registers(source, defines, target):
-    log = cuda.compile_source(source, defines, target, ("--ptxas-options=-v",)).log
+    log = nvrtc.compile_source(source, defines, target, ("--ptxas-options=-v",)).log
     used = [int(line.split("Used")[1].split()[0]) for line in log.splitlines() if "Used" in line]
     spills = [line for line in log.splitlines() if "spill" in line]
     assert used
@@ -74,26 +74,26 @@ def test_nvrtc_is_loaded_after_its_builtins(tmp_path, monkeypatch):
     for name in ("libnvrtc.so.13", "libnvrtc-builtins.so.13.0", "libnvrtc-builtins.alt.so.13.0"):
         (folder / name).touch()
     package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda _: package)
+    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda _: package)
     opened = []
     library = SimpleNamespace(nvrtcGetErrorString=SimpleNamespace())
-    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: opened.append(name) or library)
-    assert cuda.nvrtc.__wrapped__() is library
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", lambda name: opened.append(name) or library)
+    assert nvrtc.nvrtc.__wrapped__() is library
     assert opened == [str(folder / "libnvrtc-builtins.so.13.0"), str(folder / "libnvrtc.so.13")]
 
 
 @needs_nvrtc
 def test_a_compile_error_is_one_line():
-    with pytest.raises(native.BuildError, match=r"^NVRTC .*failed: .*error.*STATES.*$"):
-        cuda.compile_source(SCAN, macros(0), "sm_90")
+    with pytest.raises(build.BuildError, match=r"^NVRTC .*failed: .*error.*STATES.*$"):
+        nvrtc.compile_source(SCAN, macros(0), "sm_90")
 
 
 @needs_nvrtc
 def test_the_target_is_the_newest_that_the_device_runs():
-    assert cuda.architecture(9, 0) == "sm_90"
-    assert cuda.architecture(8, 9) == "sm_89"
-    with pytest.raises(native.BuildError, match="does not compile for sm_30"):
-        cuda.architecture(3, 0)
+    assert nvrtc.architecture(9, 0) == "sm_90"
+    assert nvrtc.architecture(8, 9) == "sm_89"
+    with pytest.raises(build.BuildError, match="does not compile for sm_30"):
+        nvrtc.architecture(3, 0)
 
 
 @pytest.fixture
@@ -103,29 +103,29 @@ def compiled(tmp_path, monkeypatch) -> list:
 
     def compile_source(source, defines, target, extra=()):
         asked.append((source, defines, target, *extra))
-        return cuda.Binary(b"image of " + target.encode(), "")
+        return nvrtc.Binary(b"image of " + target.encode(), "")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cuda, "compile_source", compile_source)
-    monkeypatch.setattr(cuda, "nvrtc_version", lambda: "13.0")
-    native.cache_folder.cache_clear()
+    monkeypatch.setattr(nvrtc, "compile_source", compile_source)
+    monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: "13.0")
+    build.cache_folder.cache_clear()
     yield asked
-    native.cache_folder.cache_clear()
+    build.cache_folder.cache_clear()
 
 
 def test_a_binary_is_kept_and_replaced_when_damaged(compiled, tmp_path, monkeypatch):
     defines = macros(1, STATES=16)
     for _ in range(2):
-        assert cuda.binary(SCAN, defines, "sm_90") == b"image of sm_90"
+        assert nvrtc.binary(SCAN, defines, "sm_90") == b"image of sm_90"
     assert len(compiled) == 1
     (kept,) = (tmp_path / "zoo").glob("*.cubin")
     kept.write_bytes(b"image of sm_91")
-    assert cuda.binary(SCAN, defines, "sm_90") == b"image of sm_90"
+    assert nvrtc.binary(SCAN, defines, "sm_90") == b"image of sm_90"
     assert len(compiled) == 2
-    cuda.binary(SCAN, defines, "sm_80")
-    cuda.binary(SCAN, macros(0, STATES=16), "sm_90")
-    monkeypatch.setattr(cuda, "nvrtc_version", lambda: "13.1")
-    cuda.binary(SCAN, defines, "sm_90")
+    nvrtc.binary(SCAN, defines, "sm_80")
+    nvrtc.binary(SCAN, macros(0, STATES=16), "sm_90")
+    monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: "13.1")
+    nvrtc.binary(SCAN, defines, "sm_90")
     assert len(compiled) == 5
 
 
@@ -133,8 +133,8 @@ def test_a_binary_that_cannot_be_kept_is_used(compiled, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(native, "keep", full)
-    assert cuda.binary(SCAN, macros(1, STATES=16), "sm_90") == b"image of sm_90"
+    monkeypatch.setattr(build, "store", full)
+    assert nvrtc.binary(SCAN, macros(1, STATES=16), "sm_90") == b"image of sm_90"
 
 
 def test_arguments_that_do_not_fit_are_refused():
@@ -156,12 +156,12 @@ def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match="does not take just chunk"):
         CUDA.pack({name: 1 for name in CUDA.sizes if name != "chunk"}, {})
     with pytest.raises(ValueError, match="no grid of"):
-        CUDA.call("outputs", (1, 65536, 1), 32, macros(0, STATES=4), sizes, x=x)
+        CUDA.call("outputs", (1, 65536, 1), 32, sizes, (("STATES", 4),), x=x)
 
 
 def test_cuda_tensors_reach_the_kernels_in_their_own_types(monkeypatch):
     for op in (scan_module, conv_module, wkv_module, recurrence_module):
-        monkeypatch.setattr(op.CUDA, "missing", lambda *_: True)
+        monkeypatch.setattr(op.CUDA, "usable", lambda *_: True)
 
     def empty(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="cuda")
@@ -172,9 +172,9 @@ def test_cuda_tensors_reach_the_kernels_in_their_own_types(monkeypatch):
         assert (y.dtype, y.shape, y.device.type) == (x.dtype, x.shape, "cuda")
         assert (last.dtype, last.shape) == (torch.float32, (2, 6, 3))
         tensors = (x, x, A, B, B, None, x, None)
-        saved = scan_module.scan(*tensors, None, True)[2]
+        saved = scan_module.SCAN.op(*tensors, None, True)[2]
         assert (saved.dtype, saved.shape) == (torch.float32, (2, 2, 3, 6))
-        gradients = scan_module.scan_backward(y, None, *tensors, saved)
+        gradients = scan_module.SCAN.backward_op(y, None, *tensors, saved)
         dtypes = [gradient.dtype for gradient in gradients]
         assert dtypes == [*(a.dtype for a in (x, x, A, B, B, A, x, A)), torch.float32]
         y, before = conv_module.causal_conv(x, empty(6, 4, dtype=torch.float32), backend="native")
@@ -183,18 +183,18 @@ def test_cuda_tensors_reach_the_kernels_in_their_own_types(monkeypatch):
         state = empty(2, 3, 6, dtype=torch.float32)
         y, last = wkv_module.wkv4(k, k, w, w, state, backend="native")
         assert (y.dtype, y.shape, last.dtype) == (k.dtype, k.shape, torch.float32)
-        y, last, saved = wkv_module.wkv(k, k, w, w, last, True)
+        y, last, saved = wkv_module.WKV.op(k, k, w, w, last, True)
         assert (saved.dtype, saved.shape) == (torch.float32, (2, 3, 4, 6))
-        gradients = wkv_module.wkv_backward(y, None, k, k, w, w, saved)
+        gradients = wkv_module.WKV.backward_op(y, None, k, k, w, w, saved)
         assert [a.dtype for a in gradients] == [k.dtype, k.dtype, *[torch.float32] * 3]
         m = empty(34, 6, dtype=torch.float32)
-        y, last, saved = aft_module.window(k, k, m, state, 100, True)
+        y, last, saved = aft_module.WINDOW.op(k, k, m, state, 30, True)
         assert (saved.dtype, saved.shape) == (torch.float32, (2, 4, 3, 6))
-        gradients = aft_module.window_backward(y, None, k, k, m, saved)
+        gradients = aft_module.WINDOW.backward_op(y, None, k, k, m, saved)
         assert [a.dtype for a in gradients] == [k.dtype, k.dtype, *[torch.float32] * 2]
         h, last = recurrence_module.linear_recurrence(k, k, backend="native")
         assert (h.dtype, h.shape, last.dtype, last.shape) == (k.dtype, k.shape, w.dtype, (2, 6))
-        gradients = recurrence_module.recurrence_backward(h, None, k, h, last)
+        gradients = recurrence_module.RECURRENCE.backward_op(h, None, k, h, last)
         assert [a.dtype for a in gradients] == [k.dtype, k.dtype, torch.float32]
         with pytest.raises(UserError, match="does not take these inputs"):
             scan_module.selective_scan(
@@ -221,7 +221,7 @@ def test_no_cuda_is_said_in_one_line():
     reason = cuda.absent()
     assert reason
     assert "\n" not in reason
-    assert CUDA.missing(macros(0, STATES=16), torch.device("cuda", 0)) == reason
+    assert CUDA.usable(torch.device("cuda", 0), torch.float32, (("STATES", 16),)) == reason
 
 
 def test_the_doctor_says_what_runs_and_builds_nothing(monkeypatch, tmp_path):
@@ -242,6 +242,6 @@ def test_the_doctor_says_what_runs_and_builds_nothing(monkeypatch, tmp_path):
     assert not [*tmp_path.rglob("*.so")]
     if emulator.COMPILER:
         text = "\n".join(doctor.report())
-        assert str(native.cache_folder()) in text
-        for op in (*doctor.KERNELS, "attend", "delta_rule"):
+        assert str(build.cache_folder()) in text
+        for op in (*every_kernel(), "attend", "delta_rule"):
             assert op in text

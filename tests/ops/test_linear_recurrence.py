@@ -174,7 +174,7 @@ def test_native_gives_the_same_bits_on_any_number_of_threads():
 
 
 def test_native_is_a_good_citizen_of_torch():
-    torch.library.opcheck(module.recurrence, tuple(arguments(2, 5, 3).values()))
+    torch.library.opcheck(module.RECURRENCE.op, tuple(arguments(2, 5, 3).values()))
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -210,9 +210,9 @@ def test_cuda_is_the_reference(shape, dtype, kind, reverse, monkeypatch, poisone
     args = arguments(*shape, kind=kind, dtype=torch.float32)
     a, u = (args[name].detach().to(dtype) for name in "au")
     state = args["state"].detach()
-    h, last = module._recurrence_cuda(a, u, state)
+    h, last = module._forward_cuda(a, u, state)
     dh, dlast = weights(h, last)
-    gradients = module._recurrence_backward_cuda(dh, dlast, a, h, state)
+    gradients = module._backward_cuda(dh, dlast, a, h, state)
     found = {"h": h, "last": last, **dict(zip(NAMES, gradients, strict=True))}
 
     wide = [x.double().requires_grad_() for x in (a, u, state)]
@@ -231,8 +231,8 @@ def test_cuda_is_the_reference(shape, dtype, kind, reverse, monkeypatch, poisone
 def test_cuda_with_nothing_asked_of_the_state(t, monkeypatch, poisoned):
     emulator.install(monkeypatch)
     a, u, state = (x.detach() for x in arguments(1, t, 3, dtype=torch.float32).values())
-    h, _ = module._recurrence_cuda(a, u, state)
-    found = module._recurrence_backward_cuda(torch.ones_like(h), None, a, h, state)
+    h, _ = module._forward_cuda(a, u, state)
+    found = module._backward_cuda(torch.ones_like(h), None, a, h, state)
     wide = [x.double().requires_grad_() for x in (a, u, state)]
     wanted = linear_recurrence(*wide, backend="reference")[0]
     exact = torch.autograd.grad(wanted.sum(), wide)
@@ -259,7 +259,7 @@ def test_the_emulator_notices(mistake, monkeypatch, poisoned):
     def check() -> None:
         for reverse in (False, True):
             emulator.install(monkeypatch, reverse=reverse, change=mistake)
-            assert_close({"h": module._recurrence_cuda(*inputs)[0]}, {"h": wanted.double()}, 1e-5)
+            assert_close({"h": module._forward_cuda(*inputs)[0]}, {"h": wanted.double()}, 1e-5)
 
     with pytest.raises((AssertionError, RuntimeError), match=r"h: |different places"):
         check()
@@ -275,11 +275,11 @@ def test_cuda_reads_rows_further_apart_than_32_bits_count(change, monkeypatch):
     """
     a, u, state = (x.detach() for x in arguments(1, 2, 4, dtype=torch.float32).values())
     emulator.install(monkeypatch)
-    wanted = module._recurrence_cuda(a, u, state)[0]
+    wanted = module._forward_cuda(a, u, state)[0]
     apart, reserve_nothing = 2**32 + 64, 0x4000  # MAP_NORESERVE of Linux
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
     memory = mmap.mmap(-1, 4 * (apart + 4), flags)
     far = torch.frombuffer(memory, dtype=torch.float32).as_strided((1, 2, 4), (0, apart, 1))
     far.copy_(u)
     emulator.install(monkeypatch, change=change)
-    assert torch.equal(module._recurrence_cuda(a, far, state)[0], wanted) == (change is None)
+    assert torch.equal(module._forward_cuda(a, far, state)[0], wanted) == (change is None)

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import UserError
 from zoo.ops.causal_conv import KERNEL, causal_conv
-from zoo.ops.runtime import cpu as native
-from zoo.ops.runtime import dispatch
+from zoo.ops.runtime import build, dispatch
+from zoo.ops.runtime.native_op import can_bypass_dispatcher
 from zoo.ops.selective_scan import selective_scan
 
 SOURCE = "causal_conv/causal_conv.c"
@@ -30,7 +30,7 @@ def cache(tmp_path, monkeypatch) -> Iterator[Path]:
     """A process that has not built anything yet, with an empty cache."""
 
     def forget():
-        for function in (native.load, native._compiler, native.cache_folder, KERNEL.missing):
+        for function in (build.load, build.compiler, build.cache_folder, KERNEL.usable):
             function.cache_clear()
         dispatch._used.clear()
 
@@ -50,33 +50,33 @@ def only_library(cache: Path) -> Path:
 
 
 def test_a_kernel_is_built_once(cache, monkeypatch):
-    native.load(SOURCE)
+    build.load(SOURCE)
     library = only_library(cache)
     assert {f.suffix for f in cache.iterdir()} == {".so", ".sha256"}  # nothing is left lying about
-    native.load.cache_clear()
-    monkeypatch.setattr(native, "_build", lambda *_: pytest.fail("built again"))
-    native.load(SOURCE)
+    build.load.cache_clear()
+    monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("built again"))
+    build.load(SOURCE)
     assert only_library(cache) == library
 
 
 def test_a_damaged_library_is_built_again(cache):
-    native.load(SOURCE)
+    build.load(SOURCE)
     library = only_library(cache)
     good = library.read_bytes()
     flipped = good[:-9] + bytes([good[-9] ^ 1]) + good[-8:]
     library.unlink()  # a new file: the old one is mapped into this process
     for damaged in (b"", b"\x7fELF", good[: len(good) // 2], flipped):
         library.write_bytes(damaged)
-        assert native.read_intact(library) is None
-    native.load.cache_clear()
-    native.load(SOURCE)
+        assert build.read_intact(library) is None
+    build.load.cache_clear()
+    build.load(SOURCE)
     assert library.read_bytes() == good
 
 
 def test_a_cache_that_cannot_be_written_is_replaced_for_the_process(cache, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    folder = native.cache_folder()
+    folder = build.cache_folder()
     assert folder.stat().st_mode & 0o777 == 0o700  # nobody else can slip a library in
     assert convolve("native").isfinite().all()
     assert only_library(folder).is_file()
@@ -95,28 +95,28 @@ DAMAGES = {
 @pytest.mark.parametrize("suffix", [".so", ".sha256"])
 def test_a_damaged_file_of_the_cache_is_named_and_built_again(tmp_path, caplog, suffix, damage):
     library = tmp_path / "kernel.so"
-    native.keep(library, b"a library" * 9)
+    build.store(library, b"a library" * 9)
     DAMAGES[damage](library.with_suffix(suffix))
     with caplog.at_level(logging.WARNING, "zoo"):
-        assert native.read_intact(library) is None
+        assert build.read_intact(library) is None
     (line,) = caplog.messages
     assert str(library) in line
-    native.keep(library, b"another" * 9)
-    assert native.read_intact(library) == b"another" * 9
+    build.store(library, b"another" * 9)
+    assert build.read_intact(library) == b"another" * 9
     library.chmod(0o722)
-    assert native.read_intact(library) is None
+    assert build.read_intact(library) is None
 
 
 @pytest.mark.parametrize("whose", ["another user's", "everybody's"])
 def test_no_library_is_loaded_from_a_folder_others_write(cache, monkeypatch, caplog, whose):
-    native.keep(native.library(SOURCE), b"planted")  # the right name, the right checksum
-    native.cache_folder.cache_clear()
+    build.store(build.library(SOURCE), b"planted")  # the right name, the right checksum
+    build.cache_folder.cache_clear()
     cache.chmod(0o777 if whose == "everybody's" else 0o700)
     if whose == "another user's":
-        uid = native.os.getuid()
-        monkeypatch.setattr(native.os, "getuid", lambda: uid + 1)
+        uid = build.os.getuid()
+        monkeypatch.setattr(build.os, "getuid", lambda: uid + 1)
     with caplog.at_level(logging.WARNING, "zoo"):
-        folder = native.cache_folder()
+        folder = build.cache_folder()
     monkeypatch.undo()
     assert folder != cache
     assert folder.stat().st_mode & 0o077 == 0
@@ -127,7 +127,7 @@ def test_no_library_is_loaded_from_a_folder_others_write(cache, monkeypatch, cap
 
 
 def use_kernel() -> None:
-    assert ctypes.c_int64.in_dll(native.load(SOURCE), "segment").value > 0
+    assert ctypes.c_int64.in_dll(build.load(SOURCE), "segment").value > 0
 
 
 def test_two_processes_at_once_both_get_their_kernel(cache):
@@ -167,16 +167,16 @@ def test_a_compiler_that_fails_is_quoted(cache, monkeypatch, tmp_path):
 
 
 def test_other_source_is_another_library(cache, monkeypatch, tmp_path):
-    native.load(SOURCE)
+    build.load(SOURCE)
     copy = tmp_path / "kernels"
     (copy / "causal_conv").mkdir(parents=True)
     for name in ("common.h", SOURCE):
-        (copy / name).write_bytes((native.kernels_folder() / name).read_bytes())
+        (copy / name).write_bytes((build.kernels_folder() / name).read_bytes())
     with (copy / "common.h").open("a") as header:
         header.write("/* changed */\n")
-    monkeypatch.setattr(native, "kernels_folder", lambda: copy)
-    native.load.cache_clear()
-    native.load(SOURCE)
+    monkeypatch.setattr(build, "kernels_folder", lambda: copy)
+    build.load.cache_clear()
+    build.load(SOURCE)
     assert len(list(cache.glob("*.so"))) == 2
 
 
@@ -199,21 +199,21 @@ def test_a_backend_is_named_once_and_only_if_it_runs(cache, caplog):
 def test_an_op_is_watched_by_whatever_acts_on_operators():
     plain, learned = torch.ones(2), torch.nn.Parameter(torch.ones(2))
     fake = FakeTensorMode()
-    assert native.can_bypass_dispatcher(plain, None)
-    assert not native.can_bypass_dispatcher(plain, learned)
+    assert can_bypass_dispatcher(plain, None)
+    assert not can_bypass_dispatcher(plain, learned)
     with torch.no_grad():
-        assert native.can_bypass_dispatcher(plain, learned)
+        assert can_bypass_dispatcher(plain, learned)
         with FlopCounterMode(display=False):
-            assert not native.can_bypass_dispatcher(plain)
+            assert not can_bypass_dispatcher(plain)
         with fake:
-            assert not native.can_bypass_dispatcher(plain)
-        assert not native.can_bypass_dispatcher(fake.from_tensor(plain))
+            assert not can_bypass_dispatcher(plain)
+        assert not can_bypass_dispatcher(fake.from_tensor(plain))
     with torch.inference_mode():
-        assert native.can_bypass_dispatcher(plain, learned)
+        assert can_bypass_dispatcher(plain, learned)
     seen = []
 
     def look(x):
-        seen.append(native.can_bypass_dispatcher(x, plain))
+        seen.append(can_bypass_dispatcher(x, plain))
         return x.sum()
 
     torch.vmap(look)(torch.ones(3, 2))
@@ -269,7 +269,6 @@ def test_no_kernel_asks_for_more_threads_than_a_system_has(monkeypatch, threads)
     """In a process of its own: a system that refuses a thread ends it."""
     script = f"""
 import torch
-from zoo.ops.runtime import cpu as native
 from zoo.ops.linear_recurrence import linear_recurrence
 torch.get_num_threads = lambda: {threads}
 a = torch.full((1, 300, 4000), 0.5)
@@ -294,11 +293,11 @@ def test_forward_gradients_are_refused_and_not_lost():
         causal_conv(forward_ad.make_dual(x, x), weight)
 
 
-@pytest.mark.skipif(native.platform.libc_ver()[0] != "glibc", reason="not glibc")
+@pytest.mark.skipif(build.platform.libc_ver()[0] != "glibc", reason="not glibc")
 def test_tuned_glibc_recycles_large_buffers():
     script = """
 import resource, torch
-from zoo.ops.runtime.cpu import tune_allocator
+from zoo.ops.runtime.allocator import tune_allocator
 assert tune_allocator()
 for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -63,7 +63,7 @@ def test_threads_do_not_change_a_bit():
 
 def test_operator_checks():
     x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(8, requires_grad=True)
-    torch.library.opcheck(module.norm, (x, weight, 1e-6))
+    torch.library.opcheck(module.NORM.op, (x, weight, 1e-6))
 
 
 def test_no_tokens_and_half_precision_take_the_form_of_pytorch():

@@ -63,7 +63,7 @@ def test_it_reads_slices_where_they_lie_and_leaves_nothing_unwritten(poisoned):
 
 def test_operator_checks():
     x, (cos, sin) = torch.randn(2, 5, 3, 8, requires_grad=True), table((5,), 3)
-    torch.library.opcheck(module.turn, (x, cos.float(), sin.float()))
+    torch.library.opcheck(module.ROTATION.op, (x, cos.float(), sin.float()))
 
 
 def test_angles_that_are_learned_get_their_gradient_and_no_tokens_are_none():

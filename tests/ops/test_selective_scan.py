@@ -234,11 +234,11 @@ def on_cuda(args: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tens
     inputs = {
         k: a.detach().to(dtype if k in module.SEQUENCES else torch.float32) for k, a in args.items()
     }
-    y, last, saved = module._scan_cuda(*inputs.values(), True)
+    y, last, saved = module._forward_cuda(*inputs.values(), True)
     torch.manual_seed(1)
     dy, dlast = (torch.randn(a.shape, dtype=torch.float64).to(a.dtype) for a in (y, last))
     tensors = [inputs[k] for k in NAMES if k != "state"]
-    gradients = module._scan_backward_cuda(dy, dlast, *tensors, saved)
+    gradients = module._backward_cuda(dy, dlast, *tensors, saved)
     found = {"y": y, "last": last, **dict(zip(NAMES, gradients, strict=True))}
     wide = {k: a.double().requires_grad_() for k, a in inputs.items()}
     exact, exact_last = selective_scan(**wide, backend="reference")
@@ -278,10 +278,10 @@ def test_cuda_does_without_what_is_optional(monkeypatch, poisoned):
     emulator.install(monkeypatch)
     args = arguments(1, 34, 3, 2, dtype=torch.float32)
     short = [args[k].detach() for k in ("x", "dt", "A", "B", "C")] + [None] * 3
-    y, last, saved = module._scan_cuda(*short, None, True)
+    y, last, saved = module._forward_cuda(*short, None, True)
     wide = [args[k].detach().double().requires_grad_() for k in ("x", "dt", "A", "B", "C")]
     wanted, wanted_last = selective_scan(*wide, backend="reference")
-    gradients = module._scan_backward_cuda(torch.ones_like(y), None, *short, saved)
+    gradients = module._backward_cuda(torch.ones_like(y), None, *short, saved)
     exact = torch.autograd.grad(wanted.sum(), wide)
     found = dict(enumerate([y, last, *gradients[:5]]))
     assert_close(found, dict(enumerate([wanted, wanted_last, *exact])), 1e-6)
@@ -301,7 +301,7 @@ def emulated_error(monkeypatch, change: tuple[str, str]) -> None:
     wanted, _ = selective_scan(*inputs, backend="reference")
     for reverse in (False, True):
         emulator.install(monkeypatch, split=False, reverse=reverse, change=change)
-        y, *_ = module._scan_cuda(*inputs, False)
+        y, *_ = module._forward_cuda(*inputs, False)
         assert_close({"y": y}, {"y": wanted}, 1e-6)
 
 
@@ -322,7 +322,7 @@ def test_cuda_reads_rows_further_apart_than_32_bits_count(change, monkeypatch):
     """
     args = [a.detach() for a in arguments(1, 2, 4, 4, dtype=torch.float32).values()]
     emulator.install(monkeypatch)
-    wanted = module._scan_cuda(*args, False)
+    wanted = module._forward_cuda(*args, False)
     apart = 2**32 + 64
     reserve_nothing = 0x4000  # MAP_NORESERVE of Linux
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
@@ -330,7 +330,7 @@ def test_cuda_reads_rows_further_apart_than_32_bits_count(change, monkeypatch):
     x = torch.frombuffer(memory, dtype=torch.float32).as_strided((1, 2, 4), (0, apart, 1))
     x.copy_(args[0])
     emulator.install(monkeypatch, change=change)
-    same = torch.equal(module._scan_cuda(x, *args[1:], False)[0], wanted[0])
+    same = torch.equal(module._forward_cuda(x, *args[1:], False)[0], wanted[0])
     assert same == (change is None)
 
 
@@ -372,9 +372,9 @@ def test_native_compiles_into_one_graph(grad):
 
 def test_native_is_a_good_citizen_of_torch():
     args = arguments(2, 5, 3, 2)
-    torch.library.opcheck(module.scan, (*args.values(), True))
+    torch.library.opcheck(module.SCAN.op, (*args.values(), True))
     short = [args[k] for k in ("x", "dt", "A", "B", "C")]
-    torch.library.opcheck(module.scan, (*short, None, None, None, None, True))
+    torch.library.opcheck(module.SCAN.op, (*short, None, None, None, None, True))
 
 
 def test_shapes_that_do_not_fit_are_refused():

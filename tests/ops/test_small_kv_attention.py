@@ -5,7 +5,7 @@ import torch
 
 from zoo.ops.attention import Part, attend
 from zoo.ops.runtime.dispatch import reset, used_backends
-from zoo.ops.small_kv_attention import KERNEL, MAX_KEYS, small_kv_attention, takes
+from zoo.ops.small_kv_attention import KERNEL, MAX_KEYS, accepts, small_kv_attention
 
 
 def inputs(keys: int, width: int, value_width: int, tokens: int = 300):
@@ -17,7 +17,7 @@ def inputs(keys: int, width: int, value_width: int, tokens: int = 300):
 @pytest.mark.parametrize("keys", [1, 2, 3, 8])
 @pytest.mark.parametrize(("width", "value_width"), [(2, 1), (20, 36), (64, 64), (256, 8)])
 def test_it_is_the_formula(keys, width, value_width):
-    if keys > KERNEL.constant("most", torch.float64):
+    if keys > KERNEL.constant("max_keys", torch.float64):
         pytest.skip("registers of this machine have fewer lanes")
     q, k, v = inputs(keys, width, value_width)
     wanted = attend([Part(q, k, v)], scale=0.7, backend="reference")
@@ -75,7 +75,7 @@ def test_attention_takes_it_where_no_gradient_is_wanted_and_keys_are_few():
         assert used_backends() == {"attend": "flash"}
     with pytest.raises(ValueError, match="17 keys of width 16 are too many"):
         small_kv_attention(*inputs(17, 16, 16), 1.0)
-    assert takes(q.bfloat16(), k.bfloat16(), v.bfloat16()) is False
+    assert accepts(q.bfloat16(), k.bfloat16(), v.bfloat16()) is False
 
 
 @pytest.mark.parametrize("needs_gradient", [False, True])

@@ -197,7 +197,7 @@ def test_native_gives_the_same_bits_twice_and_on_any_number_of_threads():
 
 
 def test_native_is_a_good_citizen_of_torch():
-    torch.library.opcheck(module.wkv, (*arguments(2, 5, 3).values(), True))
+    torch.library.opcheck(module.WKV.op, (*arguments(2, 5, 3).values(), True))
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -229,12 +229,12 @@ def test_cuda_is_the_reference(shape, dtype, size, rate, reverse, monkeypatch, p
     emulator.install(monkeypatch, reverse=reverse)
     args = arguments(*shape, size=size, rate=rate, dtype=torch.float32)
     inputs = [args[x].detach().to(dtype) for x in "kv"] + [args[x].detach() for x in NAMES[2:]]
-    y, last, saved = module._wkv_cuda(*inputs, True)
+    y, last, saved = module._forward_cuda(*inputs, True)
     torch.manual_seed(1)
     dy, dlast = (torch.randn(a.shape, dtype=torch.float64).to(a.dtype) for a in (y, last))
-    gradients = module._wkv_backward_cuda(dy, dlast, *inputs[:4], saved)
+    gradients = module._backward_cuda(dy, dlast, *inputs[:4], saved)
     found = {"y": y, "last": last, **dict(zip(NAMES, gradients, strict=True))}
-    assert torch.equal(module._wkv_cuda(*inputs, False)[0], y)
+    assert torch.equal(module._forward_cuda(*inputs, False)[0], y)
 
     wide = dict(zip(NAMES, [a.double().requires_grad_() for a in inputs], strict=True))
     exact, state = wkv4(**wide, backend="native")
@@ -254,8 +254,8 @@ def test_cuda_from_nothing_and_with_nothing_asked_of_the_state(monkeypatch, pois
     emulator.install(monkeypatch)
     inputs = [a.detach() for a in arguments(1, 70, 3, dtype=torch.float32).values()]
     inputs[4] = empty_average(inputs[0], 1, 3)
-    y, _, saved = module._wkv_cuda(*inputs, True)
-    gradients = module._wkv_backward_cuda(torch.ones_like(y), None, *inputs[:4], saved)
+    y, _, saved = module._forward_cuda(*inputs, True)
+    gradients = module._backward_cuda(torch.ones_like(y), None, *inputs[:4], saved)
     wide = [a.double().requires_grad_() for a in inputs]
     wanted, _ = wkv4(*wide, backend="reference")
     exact = torch.autograd.grad(wanted.sum(), wide)
@@ -279,7 +279,7 @@ def test_the_emulator_notices(mistake, monkeypatch, poisoned):
     def check() -> None:
         for reverse in (False, True):
             emulator.install(monkeypatch, reverse=reverse, change=mistake)
-            assert_close({"y": module._wkv_cuda(*inputs, False)[0]}, {"y": wanted}, 1e-6)
+            assert_close({"y": module._forward_cuda(*inputs, False)[0]}, {"y": wanted}, 1e-6)
 
     with pytest.raises((AssertionError, RuntimeError), match=r"y: |different places"):
         check()
@@ -295,11 +295,11 @@ def test_cuda_reads_rows_further_apart_than_32_bits_count(change, monkeypatch):
     """
     inputs = [a.detach() for a in arguments(1, 2, 4, dtype=torch.float32).values()]
     emulator.install(monkeypatch)
-    wanted = module._wkv_cuda(*inputs, False)[0]
+    wanted = module._forward_cuda(*inputs, False)[0]
     apart, reserve_nothing = 2**32 + 64, 0x4000  # MAP_NORESERVE of Linux
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
     memory = mmap.mmap(-1, 4 * (apart + 4), flags)
     k = torch.frombuffer(memory, dtype=torch.float32).as_strided((1, 2, 4), (0, apart, 1))
     k.copy_(inputs[0])
     emulator.install(monkeypatch, change=change)
-    assert torch.equal(module._wkv_cuda(k, *inputs[1:], False)[0], wanted) == (change is None)
+    assert torch.equal(module._forward_cuda(k, *inputs[1:], False)[0], wanted) == (change is None)

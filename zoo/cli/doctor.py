@@ -9,57 +9,36 @@ from collections.abc import Sequence
 import torch
 
 from zoo.errors import refuse_path
-from zoo.ops import (
-    aft,
-    causal_conv,
-    linear_recurrence,
-    merge,
-    rms_norm,
-    rotary,
-    selective_scan,
-    small_kv_attention,
-    wkv4,
-)
-from zoo.ops.runtime import cpu as native
-from zoo.ops.runtime import cuda, libraries
+from zoo.ops.runtime import build, cuda, libraries, nvrtc
+from zoo.ops.runtime.cpu import CpuKernel
+from zoo.ops.runtime.native_op import every_kernel
 
 # Ops that are matrix products, or library kernels, in PyTorch's own hands.
 BY_TORCH = {
     "attend": "PyTorch's fused attention on the CPU, tiles of matrix products elsewhere",
     "linear_attention, delta_rule, kernel_attention": "chunked matrix products",
 }
-KERNELS = {
-    "selective_scan": (selective_scan.KERNEL, selective_scan.CUDA),
-    "causal_conv": (causal_conv.KERNEL, causal_conv.CUDA),
-    "wkv4, aft": (wkv4.KERNEL, wkv4.CUDA),
-    "aft_window": (aft.KERNEL, aft.CUDA),
-    "linear_recurrence": (linear_recurrence.KERNEL, linear_recurrence.CUDA),
-    "attend, small_kv_attention": (small_kv_attention.KERNEL, None),
-    "merge": (merge.KERNEL, None),
-    "rms_norm": (rms_norm.KERNEL, None),
-    "rotary": (rotary.KERNEL, None),
-}
 
 
 def report() -> list[str]:
-    """The lines to print."""
+    """Return the lines to print."""
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads"]
     try:
-        lines.append(f"C compiler: {' '.join([*native._compiler(), *native.FLAGS])}")
+        lines.append(f"C compiler: {' '.join([*build.compiler(), *build.FLAGS])}")
         no_compiler = None
-    except native.BuildError as error:
+    except build.BuildError as error:
         no_compiler = str(error)
         lines.append(f"C compiler: none ({no_compiler}); install gcc or clang for the CPU kernels")
     lines.append(f"cache of kernels: {_cache()}")
     no_cuda = cuda.absent()
-    lines.append(f"CUDA: {no_cuda}" if no_cuda else f"CUDA: NVRTC {cuda.nvrtc_version()}")
+    lines.append(f"CUDA: {no_cuda}" if no_cuda else f"CUDA: NVRTC {nvrtc.nvrtc_version()}")
     if not no_cuda:
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)
             name = torch.cuda.get_device_name(i)
-            lines.append(f"  {name}: kernels for {cuda.architecture(major, minor)}")
+            lines.append(f"  {name}: kernels for {nvrtc.architecture(major, minor)}")
     lines.append("backends that `auto` takes:")
-    for op, (on_cpu, on_cuda) in KERNELS.items():
+    for op, (on_cpu, on_cuda) in every_kernel().items():
         lines.append(f"  {op}")
         lines.append(f"    cpu   {_on_cpu(on_cpu, no_compiler)}")
         if not no_cuda:
@@ -75,20 +54,20 @@ def _library(name: str) -> str:
     return "installed" if libraries.installed(name) else f"pip install {libraries.PACKAGES[name]}"
 
 
-def _on_cpu(kernel: native.CpuKernel, no_compiler: str | None) -> str:
+def _on_cpu(kernel: CpuKernel, no_compiler: str | None) -> str:
     if no_compiler:
         return f"torch ({no_compiler})"
-    built = native.read_intact(native.library(kernel.source)) is not None
+    built = build.read_intact(build.library(kernel.source)) is not None
     return f"native ({'built' if built else 'built on first use, in a second or two'})"
 
 
 def _cache() -> str:
-    """Where kernels are kept, or what to do about that they are not."""
-    wanted, folder = native.wanted_cache_folder(), native.cache_folder()
+    """Return the folder of the cache, or what to do where there is none."""
+    wanted, folder = build.user_cache_folder(), build.cache_folder()
     if folder == wanted:
         return str(folder)
     try:
-        reason = native.others_can_write(wanted) or f"{wanted} cannot be written"
+        reason = build.others_can_write(wanted) or f"{wanted} cannot be written"
     except OSError:
         reason = f"{wanted} cannot be written"
     return f"{reason}, so every process builds its own; set XDG_CACHE_HOME"

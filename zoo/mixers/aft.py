@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, State, compute_dtype, linear, residual_gain
 from zoo.mixers.parts import append, head_width
-from zoo.ops.aft import Window, absorb, aft, aft_full, aft_window
+from zoo.ops.aft import Window, absorb, aft, aft_window
+from zoo.ops.aft_full import aft_full
 from zoo.ops.wkv4 import empty_average
 
 FACTOR_STD = 0.01  # of u and v at first: w near 0

@@ -81,7 +81,7 @@ def _partial(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Ten
             "it needs heads a multiple of 8 wide",
         ),
     )
-    small = small_kv_attention.takes(q, k, v) if mask is None and not causal else False
+    small = small_kv_attention.accepts(q, k, v) if mask is None and not causal else False
     available = {
         "native": small,
         "flash": q.device.type == "cpu",

@@ -1,4 +1,4 @@
-"""Depthwise causal convolution, as stands before Mamba's recurrence (Gu & Dao 2023, figure 3).
+"""Computes the causal depthwise convolution before Mamba's recurrence (Gu & Dao 2023, figure 3).
 
     y_t = silu(bias + sum_k weight_k x_{t - width + 1 + k})        per channel
 
@@ -7,24 +7,23 @@ Backends: `reference` is that sum; `torch` is `F.conv1d`; `native` is kernels/ca
 CUDA); `causal_conv1d`, by name only, is that library (CUDA).
 """
 
-from functools import partial
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from zoo.errors import choose
-from zoo.ops.runtime import cpu as native
-from zoo.ops.runtime import cuda, libraries
+from zoo.ops.runtime import libraries
 from zoo.ops.runtime.checks import check
+from zoo.ops.runtime.cpu import CpuKernel
+from zoo.ops.runtime.cuda import CudaKernel
 from zoo.ops.runtime.dispatch import select_backend
+from zoo.ops.runtime.native_op import NativeOp, Types
+from zoo.ops.runtime.sizes import ceil_div
 
-KERNEL = native.CpuKernel(
+KERNEL = CpuKernel(
     "causal_conv/causal_conv.c",
-    sizes="batch tokens width 1<=window<=most silu",
+    sizes="batch tokens width 1<=window<=max_window silu",
     rows={
         "x": "batch tokens width",
         "state": "batch window-1 width",
@@ -41,15 +40,16 @@ KERNEL = native.CpuKernel(
     },
     outputs="y last dx dstate dweight dbias",
 )
-CUDA = cuda.CudaKernel(
+CUDA = CudaKernel(
     "causal_conv/causal_conv.cu",
     sizes="tokens width segments silu",
     rows="x state",
     sequences="y last dy dx dstate",
     pointers="weight bias dweight dbias",
+    macros=(("WINDOW", 4),),
 )
-SHAPES = {"x": "b t d", "weight": "d width", "bias": "d?", "state": "b before d?"}
-SEGMENT, THREADS = 64, 128  # of the CUDA kernel
+SHAPES = {"x": "b t>0 d", "weight": "d width", "bias": "d?", "state": "b before d?"}
+CUDA_SEGMENT, CUDA_THREADS = 64, 128  # tokens and channels of a block
 
 
 def causal_conv(
@@ -63,19 +63,16 @@ def causal_conv(
     """Convolve each channel of x with its own window of 2 to 8 tokens. Returns y and the state.
 
     Both have x's dtype; sums are in float32 or better. Raises `ValueError` on shapes that do not
-    fit, `UserError` where the backend is not there.
+    fit, `UserError` where the backend is not available.
     """
     choose("activation", str(activation), ["silu", "None"])
     check("causal_conv", SHAPES, x, weight, bias, state)
-    (b, t, d), width = x.shape, weight.shape[-1]
+    (b, _, d), width = x.shape, weight.shape[-1]
     if state is not None and state.shape[1] != width - 1:
         raise ValueError(f"causal_conv: state is {tuple(state.shape)}, must be {(b, width - 1, d)}")
-    if not t:
-        raise ValueError("causal_conv: no tokens")
     if not 2 <= width <= 8:
         raise ValueError(f"causal_conv: the window is 2 to 8 tokens wide, not {width}")
-    macros = partial(_macros, window=width)
-    here = cuda.native_here(KERNEL, CUDA, x.device, x.dtype, macros)
+    here = CONV.available(x.device, x.dtype, (("WINDOW", width),))
     theirs = libraries.usable(
         "causal_conv1d",
         x,
@@ -85,20 +82,16 @@ def causal_conv(
     )
     available = {"native": here, "torch": True, "causal_conv1d": theirs, "reference": True}
     name = select_backend("causal_conv", backend, available)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    row, wide = Types.of(name, x)
     before = x.new_zeros((b, width - 1, d)) if state is None else state
-    narrow = name == "native" and x.device.type == "cuda"  # it reads and writes x's type itself
-    x_, before = (a.to(x.dtype if narrow else wide) for a in (x, before))
+    x_, before = x.to(row), before.to(row)
     w, bias = weight.to(wide), None if bias is None else bias.to(wide)
     if name == "causal_conv1d":
         before = before.to(x.dtype)
         y = libraries.causal_conv(x, w, bias, None if state is None else before, activation)
         last = torch.cat([before, x[:, -(width - 1) :]], 1)[:, -(width - 1) :]
     elif name == "native":
-        form = conv
-        if native.can_bypass_dispatcher(x_, w, bias, before):
-            form = _conv_cuda if narrow else _conv
-        y, last = form(x_, w, bias, before, activation == "silu")
+        y, last = CONV(x_, w, bias, before, activation == "silu")
     else:
         inputs = torch.cat([before, x_], 1)
         y = (_reference if name == "reference" else _torch)(inputs, w)
@@ -118,136 +111,61 @@ def _torch(inputs: Tensor, weight: Tensor) -> Tensor:
     return y.transpose(1, 2)
 
 
-def _conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool
-) -> tuple[Tensor, Tensor]:
-    """y and the last inputs, (b, window - 1, d)."""
-    y, last = (torch.empty_like(a, memory_format=torch.contiguous_format) for a in (x, state))
-    inputs = {"x": x, "weight": weight, "bias": bias, "state": state}
-    KERNEL.call("forward", (*x.shape, weight.shape[1], silu), **inputs, y=y, last=last)
-    return y, last
+def _forward(x, weight, bias, state, silu: bool) -> list[Tensor]:
+    arrays = {"x": x, "weight": weight, "bias": bias, "state": state}
+    return KERNEL.run("forward", (*x.shape, weight.shape[1], silu), ["y", "last"], **arrays)
 
 
-conv = torch.library.custom_op("zoo::causal_conv", _conv, mutates_args=(), device_types="cpu")
+def _backward(dy, dlast, x, weight, bias, state, silu: bool) -> tuple[Tensor, ...]:
+    arrays = {"x": x, "weight": weight, "bias": bias, "state": state, "dy": dy}
+    outputs = ["dx", "dstate", "dweight", "dbias"]
+    found = KERNEL.run("backward", (*x.shape, weight.shape[1], silu), outputs, **arrays)
+    return _gradients(dlast, *found)
 
 
-@conv.register_fake
-def _(x, weight, bias, state, silu):
-    del weight, bias, silu
-    return x.new_empty(x.shape), state.new_empty(state.shape)
-
-
-def _conv_backward(
-    dy: Tensor,
-    dlast: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and the incoming state."""
-    (b, t, d), window = x.shape, weight.shape[1]
-    segments = -(-t // KERNEL.constant("segment", x.dtype))
-    dx, dstate = torch.empty(x.shape, dtype=x.dtype), torch.empty(state.shape, dtype=x.dtype)
-    dweight = torch.empty((b, segments, window, d), dtype=x.dtype)
-    dbias = torch.empty((b, segments, d), dtype=x.dtype)
-    inputs = {"x": x, "weight": weight, "bias": bias, "state": state, "dy": dy}
-    outputs = {"dx": dx, "dstate": dstate, "dweight": dweight, "dbias": dbias}
-    KERNEL.call("backward", (*x.shape, window, silu), **inputs, **outputs)
-    _add_last(dx, dstate, dlast)
-    return dx, dweight.sum((0, 1)).t().contiguous(), dbias.sum((0, 1)), dstate
-
-
-def _add_last(dx: Tensor, dstate: Tensor, dlast: Tensor | None) -> None:
-    """The last inputs are those of x, and before them of the old state."""
+def _gradients(dlast: Tensor | None, dx: Tensor, dstate: Tensor, dweight: Tensor, dbias: Tensor):
+    """Sum over segments; `dlast` is that of the last inputs: of x, and before them of the state."""
     if dlast is not None:
         t, before = dx.shape[1], dstate.shape[1]
-        kept = max(before - t, 0)
-        dstate[:, before - kept :] += dlast[:, :kept]
-        dx[:, t - (before - kept) :] += dlast[:, kept:]
-
-
-conv_backward = torch.library.custom_op(
-    "zoo::causal_conv_backward", _conv_backward, mutates_args=(), device_types="cpu"
-)
-
-
-@conv_backward.register_fake
-def _(dy, dlast, x, weight, bias, state, silu):
-    del dy, dlast, bias, silu
-    dbias = weight.new_empty(x.shape[2])
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, state.new_empty(state.shape)
-
-
-def _macros(dtype: torch.dtype, window: int) -> cuda.Macros:
-    return ("DTYPE", cuda.DTYPES[dtype]), ("WINDOW", window)
-
-
-def _launch(
-    function: str, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, **tensors: Tensor
-) -> None:
-    b, t, d = x.shape
-    segments = -(-t // SEGMENT)
-    sizes = {"tokens": t, "width": d, "segments": segments, "silu": int(silu)}
-    inputs = {"x": cuda.dense(x), "state": cuda.dense(tensors.pop("state"))}
-    inputs |= {"weight": weight.contiguous(), "bias": None if bias is None else bias.contiguous()}
-    grid, macros = (-(-d // THREADS) * segments, 1, b), _macros(x.dtype, weight.shape[1])
-    CUDA.call(function, grid, THREADS, macros, sizes, **inputs, **tensors)
-
-
-@conv.register_kernel("cuda")
-def _conv_cuda(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool
-) -> tuple[Tensor, Tensor]:
-    y, last = x.new_empty(x.shape), x.new_empty(state.shape)
-    _launch("forward", x, weight, bias, silu, state=state, y=y, last=last)
-    return y, last
-
-
-@conv_backward.register_kernel("cuda")
-def _conv_backward_cuda(
-    dy: Tensor,
-    dlast: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (b, t, d), window = x.shape, weight.shape[1]
-    segments = -(-t // SEGMENT)
-    dx, dstate = x.new_empty(x.shape), x.new_empty(state.shape)
-    dweight = weight.new_empty((b, segments, window, d))
-    dbias = weight.new_empty((b, segments, d))
-    outputs = {"dx": dx, "dstate": dstate, "dweight": dweight, "dbias": dbias}
-    _launch("backward", x, weight, bias, silu, state=state, dy=dy.contiguous(), **outputs)
-    _add_last(dx, dstate, dlast)
+        older = max(before - t, 0)
+        dstate[:, before - older :] += dlast[:, :older]
+        dx[:, t - (before - older) :] += dlast[:, older:]
     return dx, dweight.sum((0, 1)).t().contiguous(), dbias.sum((0, 1)), dstate
 
 
-def _save(ctx, inputs, output) -> None:
-    del output
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
+def _launch(function: str, x: Tensor, weight: Tensor, silu: bool, **tensors: Tensor | None) -> None:
+    b, t, d = x.shape
+    segments = ceil_div(t, CUDA_SEGMENT)
+    sizes = {"tokens": t, "width": d, "segments": segments, "silu": int(silu)}
+    grid, macros = (ceil_div(d, CUDA_THREADS) * segments, 1, b), (("WINDOW", weight.shape[1]),)
+    tensors |= CUDA.laid_out(x=x, weight=weight)
+    CUDA.call(function, grid, CUDA_THREADS, sizes, macros, **tensors)
 
 
-def _backward(ctx, dy, dlast):
-    x, weight, bias, state = ctx.saved_tensors
-    dy = torch.zeros_like(x) if dy is None else dy
-    arguments = (dy, dlast, x, weight, bias, state)
-    form = conv_backward
-    if native.can_bypass_dispatcher(*arguments):
-        form = _conv_backward if dy.device.type == "cpu" else _conv_backward_cuda
-    dx, dweight, dbias, dstate = form(*arguments, ctx.silu)
-    return dx, dweight, None if bias is None else dbias, dstate, None
+def _forward_cuda(x, weight, bias, state, silu: bool) -> tuple[Tensor, Tensor]:
+    y, last = x.new_empty(x.shape), x.new_empty(state.shape)
+    tensors = CUDA.laid_out(bias=bias, state=state)
+    _launch("forward", x, weight, silu, **tensors, y=y, last=last)
+    return y, last
 
 
-conv.register_autograd(_backward, setup_context=_save)
+def _backward_cuda(dy, dlast, x, weight, bias, state, silu: bool) -> tuple[Tensor, ...]:
+    (b, t, d), window = x.shape, weight.shape[1]
+    segments = ceil_div(t, CUDA_SEGMENT)
+    dweight, dbias = weight.new_empty((b, segments, window, d)), weight.new_empty((b, segments, d))
+    outputs = {"dx": x.new_empty(x.shape), "dstate": x.new_empty(state.shape)}
+    outputs |= {"dweight": dweight, "dbias": dbias}
+    tensors = CUDA.laid_out(bias=bias, state=state, dy=dy)
+    _launch("backward", x, weight, silu, **tensors, **outputs)
+    return _gradients(dlast, **outputs)
 
 
-@register_flop_formula(torch.ops.zoo.causal_conv)
-def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
-    """A product and a sum per tap."""
-    return 2 * x.numel() * weight[-1]
+CONV = NativeOp(
+    "causal_conv",
+    forward="x weight bias? state silu:bool -> y last",
+    backward="dy dlast? x weight bias? state silu:bool -> dx dweight dbias dstate",
+    cpu=(_forward, _backward),
+    cuda=(_forward_cuda, _backward_cuda),
+    kernels=(KERNEL, CUDA),
+    flops=lambda x, weight, **_: 2 * x.numel() * weight[-1],  # a product and a sum per tap
+)

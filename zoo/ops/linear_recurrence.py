@@ -1,4 +1,4 @@
-"""The gated linear recurrence, element by element: RG-LRU's (De 2024, equation 4), and any other's.
+"""Computes the gated linear recurrence, element by element (De 2024, RG-LRU, equation 4).
 
     h_t = a_t h_{t-1} + u_t          a_t in [0, 1]
 
@@ -8,35 +8,35 @@ kernels/linear_recurrence (CPU and CUDA).
 """
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops.runtime import cpu as native
 from zoo.ops.runtime import cuda
 from zoo.ops.runtime.checks import check
+from zoo.ops.runtime.cpu import CpuKernel
+from zoo.ops.runtime.cuda import CudaKernel
 from zoo.ops.runtime.dispatch import select_backend
+from zoo.ops.runtime.native_op import NativeOp, Types, common_dtype
+from zoo.ops.runtime.sizes import ceil_div
 
-KERNEL = native.CpuKernel(
+KERNEL = CpuKernel(
     "linear_recurrence/linear_recurrence.c",
     sizes="batch tokens width",
     rows={"a u h dh da du": "batch tokens width"},
     pointers={"state last dstate": "batch width"},
     outputs="h last da du dstate",
 )
-CUDA = cuda.CudaKernel(
+CUDA = CudaKernel(
     "linear_recurrence/linear_recurrence.cu",
     sizes="tokens width chunks back",
     rows="a u",
     sequences="h dh da du",
     pointers="state last edges dlast dstate",
 )
-SHAPES = {"u": "b t d", "a": "b t d", "state": "b d?"}
-CHUNK, THREADS = 64, 64  # of the CUDA kernel: tokens of a chunk, channels of a block
-MAX_WARPS = 32  # that share its composition
+SHAPES = {"u": "b t>0 d", "a": "b t d", "state": "b d?"}
+CUDA_CHUNK, CUDA_THREADS = 64, 64  # tokens of a chunk, channels of a block
 
 
 def linear_recurrence(
@@ -45,25 +45,19 @@ def linear_recurrence(
     state: Float[Tensor, "b d"] | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d"]]:
-    """Every h after `state`, by default zeros, in u's dtype, and the last.
+    """Return every h after `state` (zeros by default), in u's dtype, and the last.
 
     All arithmetic and the last are float32, or float64 where a or u is. Raises `ValueError` on
-    shapes that do not fit, `UserError` where the backend is not there.
+    shapes that do not fit, `UserError` where the backend is not available.
     """
     check("linear_recurrence", SHAPES, u, a, state)
-    b, t, d = u.shape
-    if not t:
-        raise ValueError("linear_recurrence: no tokens")
-    row = torch.promote_types(a.dtype, u.dtype)
-    here = cuda.native_here(KERNEL, CUDA, u.device, row, _macros)
+    here = RECURRENCE.available(u.device, common_dtype(a, u))
     name = select_backend(
         "linear_recurrence", backend, {"native": here, "torch": True, "reference": True}
     )
-    wide = torch.promote_types(row, torch.float32)
-    if not (name == "native" and u.device.type == "cuda"):  # that reads narrow types itself
-        row = wide
-    state = u.new_zeros((b, d), dtype=wide) if state is None else state.to(wide)
-    form = {"native": _native, "torch": _torch, "reference": _reference}[name]
+    row, wide = Types.of(name, a, u)
+    state = u.new_zeros(u[:, 0].shape, dtype=wide) if state is None else state.to(wide)
+    form = {"native": RECURRENCE, "torch": _torch, "reference": _reference}[name]
     h, last = form(a.to(row), u.to(row), state)
     return h.to(u.dtype), last
 
@@ -85,7 +79,7 @@ def _torch(a, u, state) -> tuple[Tensor, Tensor]:
 def linear_scan(
     a: Float[Tensor, "b t ..."], u: Float[Tensor, "b t ..."], h: Float[Tensor, "b ..."]
 ) -> Float[Tensor, "b t ..."]:
-    """Every state h_1 .. h_t after the one before the first step; `a` broadcasts against `u`.
+    """Return every state h_1 .. h_t after the initial one; `a` broadcasts against `u`.
 
     Affine maps h -> a h + u compose: every block of steps from zero, then the states between
     blocks, then their decay into each block. Steps are tokens, or chunks of tokens for
@@ -113,7 +107,7 @@ class _LinearScan(torch.autograd.Function):
 
 
 def _scan(a: Tensor, u: Tensor, h: Tensor) -> Tensor:
-    """By blocks of about sqrt(t) steps."""
+    """Scan in blocks of about sqrt(t) steps."""
     t = a.shape[1]
     size = math.isqrt(t - 1) + 1
     short = -t % size
@@ -134,126 +128,69 @@ def _scan(a: Tensor, u: Tensor, h: Tensor) -> Tensor:
     return hs.flatten(1, 2)[:, :t]
 
 
-def _native(a, u, state) -> tuple[Tensor, Tensor]:
-    if native.can_bypass_dispatcher(a, u, state):
-        form = _recurrence if u.device.type == "cpu" else _recurrence_cuda
-        return form(a, u, state)
-    return recurrence(a, u, state)
-
-
-def _recurrence(a: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    h = torch.empty(u.shape, dtype=u.dtype)
+def _forward(a, u, state) -> tuple[Tensor, Tensor]:
     last = state.clone(memory_format=torch.contiguous_format)
-    KERNEL.call("forward", tuple(u.shape), a=a, u=u, h=h, last=last)
+    (h,) = KERNEL.run("forward", (*u.shape,), ["h"], a=a, u=u, last=last)
     return h, last
 
 
-recurrence = torch.library.custom_op(
-    "zoo::linear_recurrence", _recurrence, mutates_args=(), device_types="cpu"
-)
-
-
-@recurrence.register_fake
-def _(a, u, state):
-    del a
-    return u.new_empty(u.shape), state.new_empty(state.shape)
-
-
-def _recurrence_backward(
-    dh: Tensor, dlast: Tensor | None, a: Tensor, h: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a, u and the incoming state: with g_t = dh_t + a_{t+1} g_{t+1}, those are
-    g_t h_{t-1}, g_t and a_1 g_1.
-    """
-    da, du = torch.empty(h.shape, dtype=h.dtype), torch.empty(h.shape, dtype=h.dtype)
+def _backward(dh, dlast, a, h, state) -> tuple[Tensor, Tensor, Tensor]:
+    """With g_t = dh_t + a_{t+1} g_{t+1}: g_t h_{t-1}, g_t and a_1 g_1."""
     dstate = torch.zeros(state.shape, dtype=h.dtype)
     if dlast is not None:
         dstate.copy_(dlast)
-    arrays = {"a": a, "h": h, "state": state, "dh": dh, "da": da, "du": du, "dstate": dstate}
-    KERNEL.call("backward", tuple(h.shape), **arrays)
+    arrays = {"dh": dh, "a": a, "h": h, "state": state, "dstate": dstate}
+    da, du = KERNEL.run("backward", (*h.shape,), ["da", "du"], **arrays)
     return da, du, dstate
-
-
-recurrence_backward = torch.library.custom_op(
-    "zoo::linear_recurrence_backward", _recurrence_backward, mutates_args=(), device_types="cpu"
-)
-
-
-@recurrence_backward.register_fake
-def _(dh, dlast, a, h, state):
-    del dh, dlast, a
-    return h.new_empty(h.shape), h.new_empty(h.shape), state.new_empty(state.shape)
-
-
-def _macros(dtype: torch.dtype) -> cuda.Macros:
-    return (("DTYPE", cuda.DTYPES[dtype]),)
 
 
 def _launch(
     function: str, a: Tensor, edges: Tensor | None, *, back: bool, **tensors: Tensor | None
 ) -> None:
-    """Chunk by chunk from what reaches each, which `edges` hold where there are several."""
+    """Run chunk by chunk from what reaches each, which `edges` hold where there are several."""
     b, t, d = a.shape
-    chunks = -(-t // CHUNK)
+    chunks = ceil_div(t, CUDA_CHUNK)
     sizes = {"tokens": t, "width": d, "chunks": chunks, "back": int(back)}
-    threads, grid = THREADS, (chunks * -(-d // THREADS), 1, b)
+    threads, grid = CUDA_THREADS, (chunks * ceil_div(d, CUDA_THREADS), 1, b)
     if function == "compose":
-        threads, grid = cuda.WARP * min(MAX_WARPS, chunks), (-(-d // cuda.WARP), 1, b)
-    CUDA.call(function, grid, threads, _macros(a.dtype), sizes, a=cuda.dense(a), edges=edges,
-              **tensors)  # fmt: skip
+        threads, grid = cuda.composition(chunks, b, d)
+    CUDA.call(function, grid, threads, sizes, (), a=a, edges=edges, **tensors)
 
 
 def _edges(a: Tensor, state: Tensor) -> Tensor | None:
-    """Of each chunk what it does to a state, and then the state that reaches it."""
+    """Allocate each chunk's effect on a state, which the state that reaches it replaces."""
     b, t, d = a.shape
-    return state.new_empty((b, -(-t // CHUNK), 2, d)) if t > CHUNK else None
+    return state.new_empty((b, ceil_div(t, CUDA_CHUNK), 2, d)) if t > CUDA_CHUNK else None
 
 
-@recurrence.register_kernel("cuda")
-def _recurrence_cuda(a: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _forward_cuda(a, u, state) -> tuple[Tensor, Tensor]:
     h, last, edges = u.new_empty(u.shape), state.new_empty(state.shape), _edges(a, state)
-    tensors = {"u": cuda.dense(u), "state": state.contiguous()}
+    tensors = CUDA.laid_out(a=a, u=u, state=state)
     if edges is not None:
-        _launch("chunk_ends", a, edges, back=False, **tensors)
-        _launch("compose", a, edges, back=False, **tensors)
-    _launch("outputs", a, edges, back=False, **tensors, h=h, last=last)
+        _launch("chunk_ends", edges=edges, back=False, **tensors)
+        _launch("compose", edges=edges, back=False, **tensors)
+    _launch("outputs", edges=edges, back=False, **tensors, h=h, last=last)
     return h, last
 
 
-@recurrence_backward.register_kernel("cuda")
-def _recurrence_backward_cuda(
-    dh: Tensor, dlast: Tensor | None, a: Tensor, h: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_cuda(dh, dlast, a, h, state) -> tuple[Tensor, Tensor, Tensor]:
     da, du, dstate = h.new_empty(h.shape), h.new_empty(h.shape), state.new_empty(state.shape)
     edges = _edges(a, state)
-    tensors = {"dh": dh.contiguous(), "dlast": None if dlast is None else dlast.contiguous()}
+    tensors = CUDA.laid_out(a=a, dh=dh, dlast=dlast)
     if edges is not None:
-        _launch("chunk_beginnings", a, edges, back=True, **tensors)
-        _launch("compose", a, edges, back=True, **tensors)
-    tensors |= {"h": h.contiguous(), "state": state.contiguous()}
-    _launch("gradients", a, edges, back=True, **tensors, da=da, du=du, dstate=dstate)
+        _launch("chunk_beginnings", edges=edges, back=True, **tensors)
+        _launch("compose", edges=edges, back=True, **tensors)
+    tensors |= CUDA.laid_out(h=h, state=state)
+    _launch("gradients", edges=edges, back=True, **tensors, da=da, du=du, dstate=dstate)
     return da, du, dstate
 
 
-def _save(ctx, inputs, output) -> None:
-    a, _, state = inputs
-    ctx.save_for_backward(a, output[0], state)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dh, dlast):
-    a, h, state = ctx.saved_tensors
-    dh = torch.zeros_like(h) if dh is None else dh
-    form = recurrence_backward
-    if native.can_bypass_dispatcher(dh, dlast, a, h, state):
-        form = _recurrence_backward if dh.device.type == "cpu" else _recurrence_backward_cuda
-    return form(dh, dlast, a, h, state)
-
-
-recurrence.register_autograd(_backward, setup_context=_save)
-
-
-@register_flop_formula(torch.ops.zoo.linear_recurrence)
-def _flops(a: torch.Size, *_: Any, **__: Any) -> int:
-    """A product and a sum per channel and token."""
-    return 2 * a.numel()
+RECURRENCE = NativeOp(
+    "linear_recurrence",
+    forward="a u state -> h last",
+    backward="dh dlast? a h state -> da du dstate",
+    cpu=(_forward, _backward),
+    cuda=(_forward_cuda, _backward_cuda),
+    kernels=(KERNEL, CUDA),
+    flops=lambda a, **_: 2 * a.numel(),  # a product and a sum per channel and token
+)

@@ -1,4 +1,4 @@
-"""Partial attention results over disjoint keys, merged exactly, in any order.
+"""Merges partial attention results over disjoint keys exactly, in any order.
 
     lse = log sum_p exp(lse_p)          o = sum_p exp(lse_p - lse) o_p
 
@@ -7,26 +7,27 @@ with `o_p` the output over the keys of part p and `lse_p` the logarithm of its d
 both. Backends: `torch` is the formula, `native` is kernels/merge (CPU), two parts at a time.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from zoo.ops.runtime import cpu as native
 from zoo.ops.runtime.checks import check
+from zoo.ops.runtime.cpu import CpuKernel
 from zoo.ops.runtime.dispatch import select_backend
+from zoo.ops.runtime.native_op import NativeOp
 
-KERNEL = native.CpuKernel(
+KERNEL = CpuKernel(
     "merge/merge.c",
     sizes="batch tokens heads width",
     rows={
-        "o1 o2 out d_out d_o1 d_o2": "batch tokens heads*width",
-        "lse1 lse2 lse d_lse d_l1 d_l2": "batch tokens heads",
+        "o1 o2 out dout do1 do2": "batch tokens heads*width",
+        "lse1 lse2 lse dlse dlse1 dlse2": "batch tokens heads",
     },
     pointers={},
-    outputs="out lse d_o1 d_o2 d_l1 d_l2",
+    outputs="out lse do1 do2 dlse1 dlse2",
 )
 
 SHAPES = {"out": "* h e", "lse": "* h", "another out": "* h e", "another lse": "* h"}
@@ -34,9 +35,9 @@ Partial = tuple[Float[Tensor, "b *t h e"], Float[Tensor, "b *t h"]]  # (out, lse
 
 
 def merge(results: Sequence[Partial], backend: str = "auto") -> Partial:
-    """Attention over the keys of all parts; a part that sees none has lse -inf.
+    """Return attention over the keys of all parts; a part that sees none has lse -inf.
 
-    Raises `ValueError` on shapes that do not fit, `UserError` where the backend is not there.
+    Raises `ValueError` on shapes that do not fit, `UserError` where the backend is not available.
     """
     if not results:
         raise ValueError("merge: no parts")
@@ -50,12 +51,11 @@ def merge(results: Sequence[Partial], backend: str = "auto") -> Partial:
         return tuple(x.unflatten(1, out.shape[1:-2]) for x in merge(flat, backend))  # type: ignore
     tensors = sum(results, ())
     if (
-        select_backend("merge", backend, {"native": KERNEL.takes(*tensors), "torch": True})
+        select_backend("merge", backend, {"native": KERNEL.accepts(*tensors), "torch": True})
         == "torch"
     ):
         return _formula(results)
-    two: Callable[..., Partial] = _both if native.can_bypass_dispatcher(*tensors) else both
-    return reduce(lambda a, b: two(*a, *b), results[1:], (out, lse))
+    return reduce(lambda a, b: tuple(MERGE(*a, *b)), results[1:], (out, lse))
 
 
 def _formula(results: Sequence[Partial]) -> Partial:
@@ -74,61 +74,25 @@ def _formula(results: Sequence[Partial]) -> Partial:
     return out.to(results[0][0].dtype), lse
 
 
-def _both(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = o1.new_empty(o1.shape), lse1.new_empty(lse1.shape)
-    tensors = {"o1": o1, "o2": o2, "lse1": lse1, "lse2": lse2}
-    _call("forward", o1, tensors | {"out": out, "lse": lse})
-    return out, lse
+def _forward(o1, lse1, o2, lse2) -> list[Tensor]:
+    arrays = {"o1": o1.flatten(2), "lse1": lse1, "o2": o2.flatten(2), "lse2": lse2}
+    out, lse = KERNEL.run("forward", (*o1.shape,), ["out", "lse"], **arrays)
+    return [out.view(o1.shape), lse]
 
 
-both = torch.library.custom_op("zoo::merge", _both, mutates_args=(), device_types="cpu")
+def _backward(dout, dlse, o1, lse1, o2, lse2) -> list[Tensor]:
+    arrays = {"dout": dout.flatten(2), "dlse": dlse, "lse1": lse1, "lse2": lse2}
+    arrays |= {"o1": o1.flatten(2), "o2": o2.flatten(2)}
+    do1, dlse1, do2, dlse2 = KERNEL.run(
+        "backward", (*o1.shape,), ["do1", "dlse1", "do2", "dlse2"], **arrays
+    )
+    return [do1.view(o1.shape), dlse1, do2.view(o2.shape), dlse2]
 
 
-@both.register_fake
-def _(o1, lse1, o2, lse2):
-    del o2, lse2
-    return o1.new_empty(o1.shape), lse1.new_empty(lse1.shape)
-
-
-def _both_backward(
-    d_out: Tensor, d_lse: Tensor | None, o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the four inputs."""
-    d_o1, d_l1, d_o2, d_l2 = (x.new_empty(x.shape) for x in (o1, lse1, o2, lse2))
-    tensors = {"d_out": d_out, "d_lse": d_lse, "o1": o1, "lse1": lse1, "o2": o2, "lse2": lse2}
-    grads = {"d_o1": d_o1, "d_l1": d_l1, "d_o2": d_o2, "d_l2": d_l2}
-    _call("backward", o1, tensors | grads)
-    return d_o1, d_l1, d_o2, d_l2
-
-
-both_backward = torch.library.custom_op(
-    "zoo::merge_backward", _both_backward, mutates_args=(), device_types="cpu"
+MERGE = NativeOp(
+    "merge",
+    forward="o1 lse1 o2 lse2 -> out lse",
+    backward="dout dlse? o1 lse1 o2 lse2 -> do1 dlse1 do2 dlse2",
+    cpu=(_forward, _backward),
+    kernels=(KERNEL, None),
 )
-
-
-@both_backward.register_fake
-def _(d_out, d_lse, o1, lse1, o2, lse2):
-    del d_out, d_lse
-    return tuple(x.new_empty(x.shape) for x in (o1, lse1, o2, lse2))
-
-
-def _call(function: str, o1: Tensor, tensors: Mapping[str, Tensor | None]) -> None:
-    flat = {name: x.flatten(2) if x is not None else None for name, x in tensors.items()}
-    KERNEL.call(function, tuple(o1.shape), **flat)
-
-
-def _save(ctx, inputs, output) -> None:
-    del output
-    ctx.save_for_backward(*inputs)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, d_out, d_lse):
-    saved = ctx.saved_tensors
-    if d_out is None:
-        d_out = torch.zeros_like(saved[0])
-    tensors = (d_out, d_lse, *saved)
-    return (_both_backward if native.can_bypass_dispatcher(*tensors) else both_backward)(*tensors)
-
-
-both.register_autograd(_backward, setup_context=_save)

@@ -1,24 +1,23 @@
-"""Rotary turns of pairs of channels by given angles (Su 2021, RoFormer, section 3.4).
+"""Rotates pairs of channels by given angles (Su 2021, RoFormer, section 3.4).
 
     y_i        = x_i cos_i - x_(i+half) sin_i
     y_(i+half) = x_i sin_i + x_(i+half) cos_i        i = 0 .. half - 1, the rest as they are
 
 Backends: `reference` is the formula, `torch` writes it in place, `native` is kernels/rotary (CPU).
-The angles are fixed for the last two, whose gradient is the turn back; where cos or sin want a
-gradient the formula is taken.
+The gradient of the last two is the rotation back and reaches x alone, so `auto` takes the formula
+where cos or sin require a gradient.
 """
-
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from zoo.ops.runtime import cpu as native
 from zoo.ops.runtime.checks import check
+from zoo.ops.runtime.cpu import CpuKernel
 from zoo.ops.runtime.dispatch import select_backend
+from zoo.ops.runtime.native_op import NativeOp
 
-KERNEL = native.CpuKernel(
+KERNEL = CpuKernel(
     "rotary/rotary.c",
     sizes="batch tokens heads width half",
     rows={"x y": "batch tokens heads*width", "cos sin": "batch tokens half"},
@@ -33,24 +32,23 @@ def apply_rotary(
     sin: Float[Tensor, "*bt 1 half"],
     backend: str = "auto",
 ) -> Float[Tensor, "b t h d"]:
-    """x turned, in its dtype; cos and sin are broadcast over the batch, the tokens and the heads.
+    """Rotate x, in its dtype; cos and sin are broadcast over the batch, the tokens and the heads.
 
-    Raises `ValueError` on more pairs than channels, `UserError` where the backend is not there.
+    Raises `ValueError` on more pairs than channels, `UserError` where the backend is not available.
     """
     width = _width(x, cos, sin)
     fixed = not (cos.requires_grad or sin.requires_grad)
-    here = KERNEL.takes(x, cos, sin) if fixed else False
+    here = KERNEL.accepts(x, cos, sin) if fixed else False
     name = select_backend("rotary", backend, {"native": here, "torch": fixed, "reference": True})
     if name == "native":
-        form: Callable[..., Tensor] = _turn if native.can_bypass_dispatcher(x) else turn
-        return form(x, cos, sin)
-    turned, rest = x[..., :width], x[..., width:]
-    turned = _InPlace.apply(turned, cos, sin) if name == "torch" else _formula(turned, cos, sin)
-    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+        return ROTATION(x, cos, sin)
+    x, rest = x[..., :width], x[..., width:]
+    rotated = _InPlace.apply(x, cos, sin) if name == "torch" else _formula(x, cos, sin)
+    return torch.cat([rotated, rest], -1) if rest.shape[-1] else rotated
 
 
 def _width(x: Tensor, cos: Tensor, sin: Tensor) -> int:
-    """The channels that are turned, after a check of everything."""
+    """Check everything; returns how many channels are rotated."""
     check("rotary", {"x": "b t h d", "cos": "* 1 half", "sin": "* 1 half"}, x, cos, sin)
     b, t, _, d = x.shape
     *lead, _, half = cos.shape
@@ -72,11 +70,12 @@ def _formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_pairs(x1: Tensor, x2: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate the first and the second channel of all pairs, of any shapes that broadcast."""
     return x1 * cos - x2 * sin, x1 * sin + x2 * cos
 
 
 class _InPlace(torch.autograd.Function):
-    """The formula without its copies, which are half of its time."""
+    """Computes the formula without its copies, which take half of its time."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -93,32 +92,23 @@ class _InPlace(torch.autograd.Function):
         return _InPlace.apply(grad, cos, -sin), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _forward(x, cos, sin) -> Tensor:
     (b, t, h, d), half = x.shape, cos.shape[-1]
     _fit(2 * half, d)
-    y = torch.empty(x.shape, dtype=x.dtype)
     cos, sin = (f.squeeze(-2).expand(b, t, half) for f in (cos, sin))
-    KERNEL.call("turn", (b, t, h, d, half), x=x.flatten(2), y=y.flatten(2), cos=cos, sin=sin)
-    return y
+    arrays = {"x": x.flatten(2), "cos": cos, "sin": sin}
+    (y,) = KERNEL.run("forward", (b, t, h, d, half), ["y"], **arrays)
+    return y.view(x.shape)
 
 
-turn = torch.library.custom_op("zoo::rotary", _turn, mutates_args=(), device_types="cpu")
+def _backward(dy, cos, sin) -> Tensor:
+    return _forward(dy, cos, -sin)
 
 
-@turn.register_fake
-def _(x, cos, sin):
-    del cos, sin
-    return x.new_empty(x.shape)
-
-
-def _save(ctx, inputs, output) -> None:
-    del output
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _backward(ctx, dy):
-    cos, sin = ctx.saved_tensors
-    return (_turn if native.can_bypass_dispatcher(dy) else turn)(dy, cos, -sin), None, None
-
-
-turn.register_autograd(_backward, setup_context=_save)
+ROTATION = NativeOp(
+    "rotary",
+    forward="x cos sin -> y",
+    backward="dy cos sin -> dx",
+    cpu=(_forward, _backward),
+    kernels=(KERNEL, None),
+)

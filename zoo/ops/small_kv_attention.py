@@ -1,18 +1,19 @@
-"""Softmax attention over no more keys than a register has lanes (kernels/small_kv_attention, CPU).
+"""Computes softmax attention over no more keys than a register has lanes (CPU, forward only).
 
-A backend of `zoo.ops.attention` for the sinks of a stream and the like. Forward only.
+A backend of `zoo.ops.attention` for the sinks of a stream and the like: kernels/small_kv_attention.
 """
 
 from jaxtyping import Float
 from torch import Tensor
 
-from zoo.ops.runtime import cpu as native
 from zoo.ops.runtime.checks import check
+from zoo.ops.runtime.cpu import CpuKernel
 from zoo.ops.runtime.dispatch import Available
+from zoo.ops.runtime.native_op import can_bypass_dispatcher
 
-KERNEL = native.CpuKernel(
+KERNEL = CpuKernel(
     "small_kv_attention/small_kv_attention.c",
-    sizes="batch tokens keys<=most heads width<=widest value_width",
+    sizes="batch tokens keys<=max_keys heads width<=max_width value_width",
     rows={
         "q": "batch tokens heads*width",
         "k": "batch keys heads*width",
@@ -23,18 +24,14 @@ KERNEL = native.CpuKernel(
     pointers={"scale": "1"},
     outputs="out lse",
 )
-MAX_KEYS = 16  # keys: lanes of the widest register there is
+MAX_KEYS = 16  # lanes of the widest register there is
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor) -> Available:
-    """Whether the kernel takes these (`attend`'s argument shapes), for `select_backend`."""
-    if (
-        k.shape[1] > MAX_KEYS
-        or not KERNEL.takes(q, k, v)
-        or not native.can_bypass_dispatcher(q, k, v)
-    ):
+def accepts(q: Tensor, k: Tensor, v: Tensor) -> Available:
+    """Tell `select_backend` whether the kernel reads these, in `attend`'s shapes."""
+    if k.shape[1] > MAX_KEYS or not KERNEL.accepts(q, k, v) or not can_bypass_dispatcher(q, k, v):
         return False
-    return lambda: _room(q, k) is True if KERNEL.missing() is True else KERNEL.missing()
+    return lambda: _room(q, k) is True if KERNEL.usable() is True else KERNEL.usable()
 
 
 def _room(q: Tensor, k: Tensor) -> bool | str:
@@ -47,7 +44,7 @@ def small_kv_attention(
     v: Float[Tensor, "b n h e"],
     scale: float,
 ) -> tuple[Float[Tensor, "b t h e"], Float[Tensor, "b t h"]]:
-    """Outputs and the logarithms of their denominators.
+    """Return outputs and the logarithms of their denominators; `scale` multiplies the scores.
 
     Raises `ValueError` on more keys than lanes, or heads wider than the kernel has room for.
     """
@@ -57,8 +54,7 @@ def small_kv_attention(
             f"small_kv_attention: {k.shape[1]} keys of width {q.shape[-1]} are too many"
         )
     (b, t, h, d), n, e = q.shape, k.shape[1], v.shape[-1]
-    out, lse = q.new_empty((b, t, h, e)), q.new_empty((b, t, h))
-    rows = {"q": q, "k": k, "v": v, "out": out}
-    flat = {name: x.flatten(2) for name, x in rows.items()}
-    KERNEL.call("forward", (b, t, n, h, d, e), **flat, lse=lse, scale=q.new_tensor([scale]))
-    return out, lse
+    arrays = {"q": q.flatten(2), "k": k.flatten(2), "v": v.flatten(2)}
+    arrays["scale"] = q.new_tensor([scale])
+    out, lse = KERNEL.run("forward", (b, t, n, h, d, e), ["out", "lse"], **arrays)
+    return out.view(b, t, h, e), lse

@@ -29,7 +29,7 @@ from zoo.model.device import device_name
 from zoo.model.extend import extend
 from zoo.model.flops import forward_flops
 from zoo.ops.runtime import dispatch
-from zoo.ops.runtime.cpu import tune_allocator
+from zoo.ops.runtime.allocator import tune_allocator
 from zoo.report import wandb
 from zoo.runs.files import one_line, write_text
 from zoo.runs.folder import RunFolder

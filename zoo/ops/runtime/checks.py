@@ -1,6 +1,6 @@
-"""What every form of an op may be given: tensors of fitting shapes, of real numbers, on one device.
+"""Checks the tensors that an op is called with: shapes that fit, real numbers, one device.
 
-Each op asks here before it picks a backend, so that a wrong call is told in one line and never
+Each op checks before it selects a backend, so that a wrong call is refused in one line and never
 reaches a kernel, to which a tensor is no more than an address.
 """
 
@@ -16,14 +16,14 @@ _passed: set[tuple] = set()
 
 
 def check(op: str, shapes: Mapping[str, str], *tensors: Tensor | None) -> None:
-    """Refuse a call of `op` by name, with the arguments {"x": "b t d", "bias": "d?"}, say.
+    """Refuse a call whose `tensors` do not fit `shapes`, such as {"x": "b t>0 d", "bias": "d?"}.
 
     A dimension is a name, which means the same size everywhere, a number, or first of all a star:
-    any dimensions, the same everywhere. A tensor whose dimensions end in a question mark may be
-    None. Raises `TypeError` on what is not a dense tensor of real numbers, and `ValueError` on
-    shapes that do not fit or tensors on several devices.
+    any dimensions, the same everywhere. The tokens "t>0" may not be none. A tensor whose dimensions
+    end in a question mark may be None. Raises `TypeError` on what is not a dense tensor of real
+    numbers, and `ValueError` on shapes that do not fit or tensors on several devices.
     """
-    try:  # an op is called thousands of times with the like
+    try:  # an op is called thousands of times alike
         like = (
             op,
             *[None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors],
@@ -46,19 +46,19 @@ def _check(op: str, shapes: Mapping[str, str], tensors: tuple[Tensor | None, ...
             continue
         tensor = _real(op, name, tensor)
         places[tensor.device] = name
-        found, dims = tuple(tensor.shape), shape.rstrip("?").split()
+        found, dims = tuple(tensor.shape), shape.rstrip("?").replace("t>0", "t").split()
         wanted: tuple[int, ...] = ()
         if dims[0] == "*":
             dims = dims[1:]
             leading = wanted = found[: -len(dims)] if leading is None else leading
         if len(found) != len(wanted) + len(dims):
-            raise ValueError(
-                f"{op}: {name} is {found}, must be ({', '.join(shape.rstrip('?').split())})"
-            )
+            raise ValueError(f"{op}: {name} is {found}, must be ({', '.join(dims)})")
         for dim, size in zip(dims, found[len(wanted) :], strict=True):
             wanted += (int(dim) if dim.isdigit() else sizes.setdefault(dim, size),)
         if found != wanted:
             raise ValueError(f"{op}: {name} is {found}, must be {wanted}")
+        if "t>0" in shape and sizes["t"] == 0:
+            raise ValueError(f"{op}: no tokens: {name} is {found}")
     if len(places) > 1:
         where = ", ".join(f"{name} on {device}" for device, name in places.items())
         raise ValueError(f"{op}: tensors lie on several devices ({where})")

@@ -1,6 +1,7 @@
-"""Which implementation of an op runs: chosen by name or as the best there is, and said aloud."""
+"""Selects the implementation of an op that runs, by name or as the best available, and logs it."""
 
 import logging
+import threading
 from collections.abc import Callable, Mapping
 
 from zoo.errors import UserError, choose
@@ -13,12 +14,27 @@ Available = bool | str | Callable[[], bool | str]
 _used: dict[str, list[str]] = {}
 
 
-def select_backend(op: str, requested: str, available: Mapping[str, Available]) -> str:
-    """The backend of `op` to run: `requested`, or for "auto" the first of `available` that can.
+class _ShapesOnly(threading.local):
+    """While `on`, in this thread, kernels do not run: outputs are allocated and stay unwritten."""
 
-    Callables in `available` are asked only when it comes to them, so that a kernel is not built
-    for someone who wants another. Logs one line the first time an op uses a backend.
-    Raises `UserError` where the requested one cannot run.
+    on = False
+
+    def __enter__(self) -> None:
+        self.on = True
+
+    def __exit__(self, *_: object) -> None:
+        self.on = False
+
+
+shapes_only = _ShapesOnly()
+
+
+def select_backend(op: str, requested: str, available: Mapping[str, Available]) -> str:
+    """Return the backend of `op` to run: `requested`, or for "auto" the first that is available.
+
+    Callables in `available` are called in their order until one is available, so that no kernel is
+    built for a caller who requested another backend. Logs one line the first time an op uses a
+    backend. Raises `UserError` where the requested one cannot run.
     """
     choose("backend", requested, ["auto", *available], kind=f"backend of {op}")
     reasons = []
@@ -36,12 +52,12 @@ def select_backend(op: str, requested: str, available: Mapping[str, Available]) 
 
 
 def used_backends() -> dict[str, str]:
-    """Op -> backend used since the last `reset` ("native+torch" where both were)."""
+    """Return op -> backend used since the last `reset` ("native+torch" where both were)."""
     return {op: "+".join(names) for op, names in _used.items()}
 
 
 def reset() -> None:
-    """Begin a new record; each run of a sweep has its own."""
+    """Forget which backends were used: each run of a sweep has a record of its own."""
     _used.clear()
 
 
@@ -50,7 +66,7 @@ def _record(op: str, name: str, reasons: list[str]) -> None:
     if name in names:
         return
     names.append(name)
-    if reasons:  # something better was passed over: the user may want to mend that
+    if reasons:  # a faster backend is missing, which the user may be able to install
         log.warning("%s runs on its %s backend (%s)", op, name, "; ".join(reasons))
     else:
         log.info("%s runs on its %s backend", op, name)
