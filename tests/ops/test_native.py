@@ -225,7 +225,7 @@ def test_an_op_is_watched_by_whatever_acts_on_operators():
 
 def test_a_kernel_refuses_what_it_has_no_place_for():
     with pytest.raises(TypeError, match="takes no z"):
-        KERNEL.call("forward", (1, 1, 1, 2, 0), x=torch.ones(1, 1, 1), z=torch.ones(1))
+        KERNEL.run("forward", (1, 1, 1, 2, 0), ["y"], x=torch.ones(1, 1, 1), z=torch.ones(1))
 
 
 WRONG = {

@@ -24,7 +24,7 @@ from zoo.ops.aft_kernel import MAX_WINDOW, WINDOW, window_macros
 from zoo.ops.exponential_sums import Sums, average, causal_sums, dense_sums
 from zoo.ops.runtime.checks import check
 from zoo.ops.runtime.dispatch import select_backend
-from zoo.ops.runtime.native_op import Types, common_dtype
+from zoo.ops.runtime.native_op import common_dtype, compute_dtypes
 from zoo.ops.runtime.sizes import ceil_div, next_power_of_two
 from zoo.ops.wkv4 import LOG_ZERO, empty_average, running_averages, wkv4
 
@@ -81,7 +81,7 @@ def aft_window(
     fits = rows == 1 and s <= MAX_WINDOW
     here = fits and WINDOW.available(k.device, common_dtype(k, v), window_macros(s))
     name = select_backend("aft_window", backend, {"native": here, "torch": True, "reference": True})
-    row, wide = Types.of(name, k, v)
+    row, wide = compute_dtypes(name, k, v)
     if state is None:
         keys, values, older = k, v, empty_average(k, b, d)
     else:

@@ -18,7 +18,7 @@ from zoo.ops.runtime.checks import check
 from zoo.ops.runtime.cpu import CpuKernel
 from zoo.ops.runtime.cuda import CudaKernel
 from zoo.ops.runtime.dispatch import select_backend
-from zoo.ops.runtime.native_op import NativeOp, Types
+from zoo.ops.runtime.native_op import NativeOp, compute_dtypes
 from zoo.ops.runtime.sizes import ceil_div
 
 KERNEL = CpuKernel(
@@ -82,7 +82,7 @@ def causal_conv(
     )
     available = {"native": here, "torch": True, "causal_conv1d": theirs, "reference": True}
     name = select_backend("causal_conv", backend, available)
-    row, wide = Types.of(name, x)
+    row, wide = compute_dtypes(name, x)
     before = x.new_zeros((b, width - 1, d)) if state is None else state
     x_, before = x.to(row), before.to(row)
     w, bias = weight.to(wide), None if bias is None else bias.to(wide)

@@ -18,7 +18,7 @@ from zoo.ops.runtime.checks import check
 from zoo.ops.runtime.cpu import CpuKernel
 from zoo.ops.runtime.cuda import CudaKernel
 from zoo.ops.runtime.dispatch import select_backend
-from zoo.ops.runtime.native_op import NativeOp, Types, common_dtype
+from zoo.ops.runtime.native_op import NativeOp, common_dtype, compute_dtypes
 from zoo.ops.runtime.sizes import ceil_div
 
 KERNEL = CpuKernel(
@@ -55,7 +55,7 @@ def linear_recurrence(
     name = select_backend(
         "linear_recurrence", backend, {"native": here, "torch": True, "reference": True}
     )
-    row, wide = Types.of(name, a, u)
+    row, wide = compute_dtypes(name, a, u)
     state = u.new_zeros(u[:, 0].shape, dtype=wide) if state is None else state.to(wide)
     form = {"native": RECURRENCE, "torch": _torch, "reference": _reference}[name]
     h, last = form(a.to(row), u.to(row), state)

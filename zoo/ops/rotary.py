@@ -95,10 +95,10 @@ class _InPlace(torch.autograd.Function):
 def _forward(x, cos, sin) -> Tensor:
     (b, t, h, d), half = x.shape, cos.shape[-1]
     _fit(2 * half, d)
-    cos, sin = (f.squeeze(-2).expand(b, t, half) for f in (cos, sin))
-    arrays = {"x": x.flatten(2), "cos": cos, "sin": sin}
-    (y,) = KERNEL.run("forward", (b, t, h, d, half), ["y"], **arrays)
-    return y.view(x.shape)
+    cos_bt, sin_bt = cos.squeeze(-2).expand(b, t, half), sin.squeeze(-2).expand(b, t, half)
+    sizes, flat = (b, t, h, d, half), x.flatten(2)
+    (y,) = KERNEL.run("forward", sizes, ["y"], x=flat, cos=cos_bt, sin=sin_bt)
+    return y.view(b, t, h, d)
 
 
 def _backward(dy, cos, sin) -> Tensor:

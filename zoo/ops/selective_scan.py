@@ -23,7 +23,7 @@ from zoo.ops.runtime.checks import check
 from zoo.ops.runtime.cpu import CpuKernel
 from zoo.ops.runtime.cuda import CudaKernel
 from zoo.ops.runtime.dispatch import Available, select_backend
-from zoo.ops.runtime.native_op import NativeOp, Types, common_dtype
+from zoo.ops.runtime.native_op import NativeOp, common_dtype, compute_dtypes
 from zoo.ops.runtime.sizes import ceil_div, next_power_of_two
 
 KERNEL = CpuKernel(
@@ -96,7 +96,7 @@ def selective_scan(
         z_ = None if z is None else z.to(dtype)
         y, last = libraries.selective_scan(x_, dt_, A, B_, C_, D, z_, dt_bias)
         return y.to(x.dtype), last
-    row, wide = Types.of(name, x, dt, B, C, z)
+    row, wide = compute_dtypes(name, x, dt, B, C, z)
     if state is None and name != "native":
         state = x.new_zeros((x.shape[0], *A.shape), dtype=wide)
     arguments = zip(SHAPES, (x, dt, A, B, C, D, z, dt_bias, state), strict=True)

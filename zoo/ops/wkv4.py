@@ -20,7 +20,7 @@ from zoo.ops.runtime.checks import check
 from zoo.ops.runtime.cpu import CpuKernel
 from zoo.ops.runtime.cuda import CudaKernel
 from zoo.ops.runtime.dispatch import select_backend
-from zoo.ops.runtime.native_op import NativeOp, Types, common_dtype
+from zoo.ops.runtime.native_op import NativeOp, common_dtype, compute_dtypes
 from zoo.ops.runtime.sizes import ceil_div
 
 KERNEL = CpuKernel(
@@ -73,7 +73,7 @@ def wkv4(
     check("wkv4", SHAPES, k, v, w, u, state)
     here = WKV.available(k.device, common_dtype(k, v))
     name = select_backend("wkv4", backend, {"native": here, "torch": True, "reference": True})
-    row, wide = Types.of(name, k, v)
+    row, wide = compute_dtypes(name, k, v)
     state = empty_average(k, k.shape[0], k.shape[2]) if state is None else state
     form = {"native": WKV, "torch": _torch, "reference": _reference}[name]
     y, last = form(k.to(row), v.to(row), *(a.to(wide) for a in (w, u, state)))

@@ -87,42 +87,42 @@ class CpuKernel:
         outputs: Sequence[str],
         **tensors: Tensor | None,
     ) -> list[Tensor]:
-        """Allocate `outputs`, do what `call` does, and return them in their order."""
-        like = next(tensor for tensor in tensors.values() if tensor is not None)
-        shapes = (self._shapes if shapes_only.on else self._cached_shapes)(sizes, like.dtype)
-        made = {name: like.new_empty(shapes[name]) for name in outputs}
-        self.call(function, sizes, **tensors, **made)
-        return [*made.values()]
+        """Run on float32 or float64 CPU tensors, all of one dtype; all but the first may be None.
 
-    def call(self, function: str, sizes: tuple[int, ...], **tensors: Tensor | None) -> None:
-        """Run on float32 or float64 CPU tensors, all of one dtype; those not given are null.
-
-        Inputs that do not lie as `rows` and `pointers` say are copied. Does nothing where all
-        outputs are empty, or under `shapes_only`. Raises `TypeError` and `ValueError` on anything
-        the kernel would read or write out of bounds, `MemoryError` where it gets no memory.
+        Allocates `outputs` and returns them; other arrays that the kernel writes are given.
+        that do not lie as `rows` and `pointers` say are copied. The kernel does not run where all
+        that it writes is empty, or under `shapes_only`. Raises `TypeError` and `ValueError` on
+        anything that it would read or write out of bounds, `MemoryError` where it gets no memory.
         """
         if forward_ad._current_level >= 0:  # they would be lost silently
             raise NotImplementedError(f"{self.source}: no forward gradients. Use backend=torch")
-        if shapes_only.on:
-            return
         if not tensors.keys() <= self._names:
             unknown = sorted(tensors.keys() - self._names)
             raise TypeError(f"{self.source} takes no {', '.join(unknown)}")
-        dtype = next(tensor.dtype for tensor in tensors.values() if tensor is not None)
-        words, alive, work = [], [], False
+        like = next(iter(tensors.values()))
+        assert like is not None
+        dtype = like.dtype
+        if shapes_only.on:
+            shapes = self._shapes(sizes, dtype)
+            return [like.new_empty(shapes[name]) for name in outputs]
+        words, alive, made, work = [], [], {}, False
         for name, shape in self._cached_shapes(sizes, dtype).items():
             tensor = tensors.get(name)
             if tensor is None:
-                words += (0, 0, 0) if name in self.rows else (0,)
-                continue
-            if not tensor.is_cpu or tensor.dtype != dtype or tensor.shape != shape:
-                self._refuse(name, tensor, shape, dtype)
-            if name in self.outputs:
+                if name not in outputs:
+                    words += (0, 0, 0) if name in self.rows else (0,)
+                    continue
+                tensor = made[name] = like.new_empty(shape)
                 work = work or tensor.numel() > 0
-                if not tensor.is_contiguous():
-                    raise ValueError(f"{self.source}: {name} is not contiguous")
-            elif tensor.is_neg() or tensor._is_zerotensor():
-                tensor = _in_memory(tensor)
+            else:
+                if not tensor.is_cpu or tensor.dtype != dtype or tensor.shape != shape:
+                    self._refuse(name, tensor, shape, dtype)
+                if name in self.outputs:
+                    work = work or tensor.numel() > 0
+                    if not tensor.is_contiguous():
+                        raise ValueError(f"{self.source}: {name} is not contiguous")
+                elif tensor.is_neg() or tensor._is_zerotensor():
+                    tensor = _in_memory(tensor)
             if name in self.rows:  # `Rows` of common.h: a pointer, the strides of batch and token
                 batch, row, dense = tensor.stride()
                 if dense != 1:
@@ -133,8 +133,13 @@ class CpuKernel:
                 tensor = tensor.contiguous()
                 words.append(tensor.data_ptr())
             alive.append(tensor)
-        if not work:
-            return
+        if work:
+            self._call(function, dtype, sizes, words)
+        return [made[name] for name in outputs]
+
+    def _call(
+        self, function: str, dtype: torch.dtype, sizes: tuple[int, ...], words: list[int]
+    ) -> None:
         entry = getattr(build.load(self.source, dtype), function)
         if entry.argtypes is None:
             entry.argtypes = [self._sizes, self._arrays]

@@ -85,12 +85,16 @@ class NativeOp:
         self._backward = {"cpu": cpu[1], "cuda": (cuda or cpu)[1]}
         self.op = _operator(name, self.signature, self._forward, cuda is not None)
         self.backward_op = _operator(f"{name}_backward", gradient, self._backward, cuda is not None)
-        self._results = len(self.signature.outputs) - self._saves
+        inputs, outputs = [*self.signature.inputs], self.signature.outputs
+        self._results = len(outputs) - self._saves
         kept = [*gradient.inputs][self._results :]
-        self._kept = [x for x in kept if x in gradient.tensors]
-        self._numbers = [x for x in kept if x not in gradient.tensors]
-        self._gradients = {name: "d" + name for name in self.signature.inputs}
-        self._gradient_names = gradient.outputs
+        # of the inputs followed by the outputs
+        self._kept = [(inputs + outputs).index(x) for x in kept if x in gradient.tensors]
+        self._numbers = [inputs.index(x) for x in kept if x not in gradient.tensors]
+        given = [f"d{name}" for name in inputs]
+        self._gradients = [
+            gradient.outputs.index(x) if x in gradient.outputs else None for x in given
+        ]
         self.op.register_autograd(self._differentiate, setup_context=self._keep)
         if flops:
             self._count = flops
@@ -99,7 +103,7 @@ class NativeOp:
     def __call__(self, *inputs: Any) -> Any:
         """Run on the device of the first input; returns the outputs, without `saved`."""
         if can_bypass_dispatcher(*inputs):
-            form = self._forward[inputs[0].device.type]
+            form = self._forward["cpu" if inputs[0].is_cpu else "cuda"]
             return form(*inputs, False)[: self._results] if self._saves else form(*inputs)
         if not self._saves:
             return self.op(*inputs)
@@ -118,20 +122,19 @@ class NativeOp:
 
     def _keep(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         """Save what the backward needs."""
-        outputs = [output] if isinstance(output, Tensor) else output
-        named = dict(zip(self.signature.inputs, inputs, strict=True))
-        ctx.absent = {name for name, value in named.items() if value is None}
-        named |= zip(self.signature.outputs, outputs, strict=True)
-        ctx.save_for_backward(*(named[name] for name in self._kept))
-        ctx.numbers = [named[name] for name in self._numbers]
+        outputs = (output,) if isinstance(output, Tensor) else output
+        values = (*inputs, *outputs)
+        ctx.save_for_backward(*[values[i] for i in self._kept])
+        ctx.numbers = [inputs[i] for i in self._numbers]
+        ctx.absent = [x is None for x in inputs]
         ctx.first = outputs[0].shape, outputs[0].dtype, outputs[0].device
-        ctx.saved = named.get("save", True)
         if self._saves:
-            ctx.mark_non_differentiable(named["saved"])
+            ctx.saved = inputs[-1]
+            ctx.mark_non_differentiable(outputs[-1])
         ctx.set_materialize_grads(False)
 
     def _differentiate(self, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not ctx.saved:
+        if self._saves and not ctx.saved:
             raise RuntimeError(f"{self.name}: the forward saved nothing for a backward")
         first, *others = gradients[: self._results]
         if first is None:
@@ -140,14 +143,11 @@ class NativeOp:
         arguments = (first, *others, *ctx.saved_tensors, *ctx.numbers)
         form = self.backward_op
         if can_bypass_dispatcher(*arguments):
-            form = self._backward[first.device.type]
+            form = self._backward["cpu" if first.is_cpu else "cuda"]
         found = form(*arguments)
-        found = [found] if isinstance(found, Tensor) else found
-        named = dict(zip(self._gradient_names, found, strict=True))
-        return tuple(
-            None if name in ctx.absent else named.get(gradient)
-            for name, gradient in self._gradients.items()
-        )
+        found = (found,) if isinstance(found, Tensor) else found
+        pairs = zip(self._gradients, ctx.absent, strict=True)
+        return tuple(None if i is None or absent else found[i] for i, absent in pairs)
 
     def _flops(self, *shapes: Any, **_: Any) -> int:
         return self._count(**dict(zip(self.signature.inputs, shapes, strict=True)))
@@ -196,24 +196,21 @@ def can_bypass_dispatcher(*inputs: Any) -> bool:
     return (torch._C._dispatch_tls_local_include_set() - _ALWAYS).raw_repr() == 0
 
 
-class Types(NamedTuple):
-    """Names the types in which a backend computes: of sequences, and of everything else."""
-
-    sequences: torch.dtype
-    wide: torch.dtype
-
-    @classmethod
-    def of(cls, backend: str, *sequences: Tensor | None) -> "Types":
-        """Return float32, or float64 where a sequence is; CUDA kernels read narrow sequences."""
-        common = common_dtype(*sequences)
-        wide = torch.promote_types(common, torch.float32)
-        narrow = backend == "native" and sequences[0] is not None and sequences[0].is_cuda
-        return cls(common if narrow else wide, wide)
-
-
 def common_dtype(*sequences: Tensor | None) -> torch.dtype:
     """Return the type that all of them are promoted to."""
-    return reduce(torch.promote_types, (x.dtype for x in sequences if x is not None))
+    dtypes = {x.dtype for x in sequences if x is not None}
+    return dtypes.pop() if len(dtypes) == 1 else reduce(torch.promote_types, dtypes)
+
+
+def compute_dtypes(backend: str, *sequences: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
+    """Return the types in which a backend computes: of sequences, and of everything else.
+
+    Both are float32, or float64 where a sequence is; but CUDA kernels read narrow sequences.
+    """
+    common = common_dtype(*sequences)
+    wide = torch.promote_types(common, torch.float32)
+    narrow = backend == "native" and any(x is not None and x.is_cuda for x in sequences)
+    return (common if narrow else wide), wide
 
 
 def every_kernel() -> dict[str, tuple[CpuKernel, CudaKernel | None]]:
