@@ -542,22 +542,41 @@ def words(model: str, folder: Path, options: dict[str, Any]) -> list[str]:
 
 
 def train_model(record: dict, model: str, precision: str) -> bool:
-    """`train.py` at 65536 tokens: speed by step, peak memory, the loss."""
-    from zoo.cli import train
+    """Run `train.py` at 65536 tokens: speed by step, peak memory, the loss.
 
+    Its figures are kept before the trained model is audited, which reads twice the length and may
+    outlast the step.
+    """
+    fit = importlib.import_module("zoo.training.fit")
+    train = importlib.import_module("zoo.cli.train")
     assert OUT is not None
     folder = OUT.with_suffix(".runs")
     given = words(model, folder, {**LONG, "trainer.precision": precision})
-    code = train.main(given)
-    (run,) = (path.parent for path in folder.glob("*/run.json"))
-    with open(run / "metrics.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    info = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    kept = ("parameters", "backends", "status", "audit")
-    record |= {key: info.get(key) for key in kept}
-    record |= {"command": given, "exit_code": code, "peak_bytes": peak(), "steps": rows}
+    audit = fit._audited
+
+    def audit_later(*arguments: Any) -> dict[str, Any]:
+        record.update(trained(folder), command=given, peak_bytes=peak())
+        say(f"train.py {' '.join(given)}: trained; the audit follows")
+        return audit(*arguments)
+
+    fit._audited = audit_later
+    try:
+        code = train.main(given)
+    finally:
+        fit._audited = audit
+    record.update(trained(folder), command=given, exit_code=code)
     say(f"train.py {' '.join(given)}: exit code {code}")
     return code == 0
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """Read what the only run in a folder has recorded so far."""
+    (run,) = (path.parent for path in folder.glob("*/run.json"))
+    with open(run / "metrics.csv", encoding="utf-8") as file:
+        steps = list(csv.DictReader(file))
+    info = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    kept = ("parameters", "backends", "status", "audit")
+    return {key: info.get(key) for key in kept} | {"steps": steps}
 
 
 def decode(record: dict) -> bool:

@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +137,32 @@ def test_times_become_readmes_table(script, on_cpu):
     assert "| 100 ms | | with mamba-ssm's kernels 1.30x |" in text
     record["accuracy wkv4"]["wkv4 torch.float32 (1, 2)"]["right"] = False
     assert "WKV-4" not in "\n".join(script.table(record))  # no time is worth anything of the wrong
+
+
+def test_a_training_step_keeps_its_figures_before_the_audit(on_cpu, monkeypatch, tmp_path):
+    """The audit may be ended with the step."""
+    kept = []
+
+    def audit(*_):
+        kept.append(json.loads((tmp_path / "found.json").read_text()))
+        raise TimeoutError
+
+    def train(_):
+        run = tmp_path / "found.runs" / "mamba"
+        run.mkdir(parents=True)
+        (run / "metrics.csv").write_text("step,loss\n1,5.5\n")
+        (run / "run.json").write_text('{"parameters": 7, "status": "training"}')
+        fit._audited("model")
+
+    fit = SimpleNamespace(_audited=audit)
+    monkeypatch.setitem(sys.modules, "zoo.training.fit", fit)
+    monkeypatch.setitem(sys.modules, "zoo.cli.train", SimpleNamespace(main=train))
+    monkeypatch.setattr(on_cpu, "OUT", tmp_path / "found.json")
+    with pytest.raises(TimeoutError):
+        on_cpu.run("train mamba 32-true", on_cpu.RECORD)
+    assert kept[0]["steps"] == [{"step": "1", "loss": "5.5"}]
+    assert kept[0]["parameters"] == 7
+    assert fit._audited is audit
 
 
 FOUND = "import json, sys; json.dump({'case': {'error': 'as far as it got'}}, open(%r, 'w')); "
