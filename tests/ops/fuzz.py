@@ -1,28 +1,23 @@
-"""Random calls of every op that has a C kernel, and what its definition in float64 makes of them.
+"""Compares random calls of every op that has a C kernel with its definition in float64.
 
-`CASES` holds a function per folder of kernels/ that draws one call: shapes with zeros, ones, odd
-sizes and several chunks, tensors that lie anyhow in memory, NaN and infinities, strong decays.
+The tests of an op define `random_<folder>_call(draw)`, by its folder of kernels/, which draws one
+call: shapes with zeros, ones, odd sizes and several chunks, tensors that lie anyhow in memory,
+strong decays.
 """
 
 import functools
+import importlib
 import math
 import random
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from zoo.ops.aft import Window, aft_window
-from zoo.ops.attention import Part, _formula, attend
-from zoo.ops.causal_conv import causal_conv
-from zoo.ops.linear_recurrence import linear_recurrence
-from zoo.ops.merge import merge
-from zoo.ops.rms_norm import rms_norm
-from zoo.ops.rotary import apply_rotary
-from zoo.ops.selective_scan import selective_scan
-from zoo.ops.small_kv_attention import small_kv_attention
-from zoo.ops.wkv4 import LOG_ZERO, wkv4
+from zoo.ops.wkv4 import LOG_ZERO
 
 # Of the norm of a result, besides what the definition itself loses in that type.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2.0**-8}
@@ -134,50 +129,7 @@ def _reversed_twice(a: Tensor) -> Tensor:
     return a.permute(order).contiguous().permute(order)
 
 
-def _selective_scan(draw: Draw) -> Call:
-    b, t, d, n = draw.batch(), draw.size(64, zero=False), draw.size(), draw.size(4)
-    wide, rate = draw.wide, draw.random.choice([1e-4, 1.0, 100.0])
-    tensors = {
-        "x": draw.values(b, t, d),
-        "dt": draw.values(b, t, d),
-        "A": -rate * draw.values(d, n, dtype=wide).exp(),
-        "B": draw.values(b, t, n),
-        "C": draw.values(b, t, n),
-        "D": draw.maybe(draw.values(d, dtype=wide)),
-        "z": draw.maybe(draw.values(b, t, d)),
-        "dt_bias": draw.maybe(draw.values(d, dtype=wide)),
-        "state": draw.maybe(draw.values(b, d, n, dtype=wide)),
-    }
-    return by_name(draw, selective_scan, tensors)
-
-
-def _causal_conv(draw: Draw) -> Call:
-    b, t, d = draw.batch(), draw.size(512, zero=False), draw.size()
-    width = draw.random.randint(2, 8)
-    tensors = {
-        "x": draw.values(b, t, d),
-        "weight": draw.values(d, width, dtype=draw.wide),
-        "bias": draw.maybe(draw.values(d, dtype=draw.wide)),
-        "state": draw.maybe(draw.values(b, width - 1, d)),
-    }
-    activation = draw.random.choice(["silu", None])
-    return by_name(draw, functools.partial(causal_conv, activation=activation), tensors)
-
-
-def _wkv4(draw: Draw) -> Call:
-    b, t, d = draw.batch(), draw.size(64, zero=False), draw.size()
-    size, rate = draw.random.choice([1.0, 30.0]), draw.random.choice([0.0, 1e-3, 1.0, 50.0])
-    tensors = {
-        "k": size * draw.values(b, t, d),
-        "v": draw.values(b, t, d),
-        "w": rate * draw.values(d, dtype=draw.wide).exp(),
-        "u": draw.values(d, dtype=draw.wide),
-        "state": draw.maybe(average_so_far(draw, b, d)),
-    }
-    return by_name(draw, wkv4 if rate else _averages(wkv4), tensors)
-
-
-def _averages(op: Callable) -> Callable:
+def averages(op: Callable) -> Callable:
     """`op` with its state told by what it stands for: the average, and how much it weighs.
 
     Where two weights are the largest, the gradient of the state's own numbers is anyone's choice.
@@ -202,92 +154,6 @@ def average_so_far(draw: Draw, b: int, d: int) -> Tensor:
     return state
 
 
-def _aft(draw: Draw) -> Call:
-    b, t, heads, s = draw.batch(), draw.size(32, zero=False), draw.random.randint(1, 3), 0
-    s = draw.random.choice([1, 2, 3, 8, 31, 33, 128])
-    d, before = heads * draw.size(), draw.random.randint(0, s - 1)
-    tensors = [
-        draw.values(b, t, d),
-        draw.values(b, t, d),
-        draw.values(1, heads, s, dtype=draw.wide),
-        average_so_far(draw, b, d),
-        draw.values(b, before, d),
-        draw.values(b, before, d),
-    ]
-
-    def run(backend, k, v, w, *state):
-        y, after = aft_window(k, v, w, Window(*state), backend)
-        return y, after.older
-
-    # The largest of the weights w scales all of a head: a NaN among them is that of them all.
-    return Call(_averages(run), [draw.layout(x) for x in tensors], unspoilt=(2,))
-
-
-def _linear_recurrence(draw: Draw) -> Call:
-    b, t, d = draw.batch(), draw.size(64, zero=False), draw.size()
-    a = torch.sigmoid(3 * draw.values(b, t, d))
-    a = torch.where(draw.values(b, t, d) > 1, a.round(), a)  # keeps all, or nothing
-    tensors = {"a": a, "u": draw.values(b, t, d)}
-    tensors["state"] = draw.maybe(draw.values(b, d, dtype=draw.wide))
-    return by_name(draw, linear_recurrence, tensors)
-
-
-def _rms_norm(draw: Draw) -> Call:
-    shape = [draw.size(256), draw.size()]
-    shape = [draw.batch() for _ in range(draw.random.randint(0, 2))] + shape
-    size, eps = draw.random.choice([1e-4, 1.0, 1e3]), draw.random.choice([1e-5, 1e-2])
-
-    def run(backend, x, weight):
-        return (rms_norm(x, weight, eps, backend),)
-
-    x, weight = size * draw.values(*shape), draw.values(shape[-1])
-    return Call(run, [draw.layout(x), draw.layout(weight)])
-
-
-def _rotary(draw: Draw) -> Call:
-    b, t, h, d = draw.batch(), draw.size(128), draw.random.randint(0, 3), draw.size()
-    half = draw.random.randint(0, d // 2)
-    lead = draw.random.choice([(t,), (1, t), (b, t), (b, 1), (1,)])
-    angles = math.pi * draw.values(*lead, 1, half)
-
-    def run(backend, x):
-        turn = angles.to(x.dtype) if isinstance(x, Tensor) else angles
-        return (apply_rotary(x, turn.cos(), turn.sin(), backend),)
-
-    return Call(run, [draw.layout(draw.values(b, t, h, d))])
-
-
-def _merge(draw: Draw) -> Call:
-    b, t, h, e = draw.batch(), draw.size(128), draw.size(), draw.size()
-    tensors = []
-    for _ in range(draw.random.randint(2, 4)):
-        lse = draw.random.choice([1.0, 30.0]) * draw.values(b, t, h)
-        nothing = draw.values(b, t, h) > draw.random.choice([0.0, 9.0])
-        tensors += [draw.values(b, t, h, e), lse.masked_fill(nothing, -torch.inf)]
-
-    def run(backend, *parts):
-        return merge([*zip(parts[::2], parts[1::2], strict=True)], backend)
-
-    return Call(run, [draw.layout(x) for x in tensors], definition="torch")
-
-
-def _small_kv_attention(draw: Draw) -> Call:
-    b, t, h = draw.batch(), draw.size(128), draw.size()
-    keys, d, e = draw.random.randint(0, 8), draw.size(), draw.size()
-    tensors = [draw.values(b, t, h, d), draw.values(b, keys, h, d), draw.values(b, keys, h, e)]
-    scale = draw.random.choice([0.3, 5.0])
-
-    def run(backend, *qkv):
-        if backend == "native":
-            return small_kv_attention(*qkv, scale)
-        if backend == "auto":
-            return attend([Part(*qkv)], scale=scale)
-        out, lse = _formula(*(x.transpose(1, 2) for x in qkv), None, False, scale)
-        return out.transpose(1, 2), lse.transpose(1, 2)
-
-    return Call(run, [draw.layout(x) for x in tensors], gradients=False)
-
-
 def by_name(draw: Draw, op: Callable, tensors: dict[str, Tensor | None]) -> Call:
     given = {name: x for name, x in tensors.items() if x is not None}
 
@@ -297,18 +163,19 @@ def by_name(draw: Draw, op: Callable, tensors: dict[str, Tensor | None]) -> Call
     return Call(run, [draw.layout(x) for x in given.values()])
 
 
-CASES: dict[str, Callable[[Draw], Call]] = {  # by folder of kernels/
-    "selective_scan": _selective_scan,
-    "causal_conv": _causal_conv,
-    "wkv4": _wkv4,
-    "aft": _aft,
-    "linear_recurrence": _linear_recurrence,
-    "rms_norm": _rms_norm,
-    "rotary": _rotary,
-    "merge": _merge,
-    "small_kv_attention": _small_kv_attention,
-}
-NARROW = {"selective_scan", "causal_conv", "wkv4", "aft", "linear_recurrence"}  # read bfloat16
+@functools.cache
+def cases() -> dict[str, tuple[Callable[[Draw], Call], tuple[torch.dtype, ...]]]:
+    """Find `random_<folder>_call` in the tests beside this file, and the NARROW types it may draw.
+
+    Returns folder of kernels/ -> (that function, types).
+    """
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        pattern = r"^def (random_(\w+)_call)\("
+        for name, folder in re.findall(pattern, path.read_text(), re.MULTILINE):
+            module = importlib.import_module(path.stem)
+            found[folder] = getattr(module, name), getattr(module, "NARROW", ())
+    return found
 
 
 def examine(name: str, seed: int, share: float = 0.3) -> None:
@@ -318,10 +185,9 @@ def examine(name: str, seed: int, share: float = 0.3) -> None:
     `share` of the calls has NaN or infinities in it, which must show where they do by the
     definition, and nowhere else; gradients are then compared in the rows without any.
     """
-    chosen = random.Random(seed)
-    dtypes = [torch.float32, torch.float64, *[torch.bfloat16] * (name in NARROW)]
-    draw = Draw(seed, chosen.choice(dtypes))
-    call = CASES[name](draw)
+    chosen, (case, narrow) = random.Random(seed), cases()[name]
+    draw = Draw(seed, chosen.choice([torch.float32, torch.float64, *narrow]))
+    call = case(draw)
     spoilt = chosen.random() < share
     if spoilt:
         leaves = [leaf for leaf, _ in call.tensors]

@@ -4,6 +4,7 @@ import mmap
 import sys
 
 import emulator
+import fuzz
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from zoo.ops.aft_full import aft_full
 from zoo.ops.runtime import cuda
 from zoo.ops.wkv4 import empty_average
 
+NARROW = (torch.bfloat16,)  # read by the kernel besides float32 and float64
 BACKENDS = ["reference", "torch", "native"]
 FAST = ["torch", "native"]
 NAMES = ["k", "v", "w", "older", "past_k", "past_v"]
@@ -364,3 +366,24 @@ def test_cuda_batches_are_not_bound_by_the_grids_smaller_sides(monkeypatch):
     module._backward_cuda(torch.ones(70_000, 1, 1), None, k, v, m, saved)
     names = ["compose", "outputs", "reads", "compose_back", "gradients"]
     assert grids == [(name, (70_000, 1, 1)) for name in names]
+
+
+def random_aft_call(draw: fuzz.Draw) -> fuzz.Call:
+    b, t, heads, s = draw.batch(), draw.size(32, zero=False), draw.random.randint(1, 3), 0
+    s = draw.random.choice([1, 2, 3, 8, 31, 33, 128])
+    d, before = heads * draw.size(), draw.random.randint(0, s - 1)
+    tensors = [
+        draw.values(b, t, d),
+        draw.values(b, t, d),
+        draw.values(1, heads, s, dtype=draw.wide),
+        fuzz.average_so_far(draw, b, d),
+        draw.values(b, before, d),
+        draw.values(b, before, d),
+    ]
+
+    def run(backend, k, v, w, *state):
+        y, after = aft_window(k, v, w, Window(*state), backend)
+        return y, after.older
+
+    # The largest of the weights w scales all of a head: a NaN among them is that of them all.
+    return fuzz.Call(fuzz.averages(run), [draw.layout(x) for x in tensors], unspoilt=(2,))

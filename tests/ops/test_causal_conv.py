@@ -1,6 +1,9 @@
 """The convolution is its sum: every backend, every gradient, any chunking."""
 
+import functools
+
 import emulator
+import fuzz
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +13,7 @@ from zoo.ops import causal_conv as module
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.runtime import cuda
 
+NARROW = (torch.bfloat16,)  # read by the kernel besides float32 and float64
 BACKENDS = ["reference", "torch", "native"]
 # (b, t, d, width): shorter than the window, widths no vector divides, several segments
 SHAPES = [(1, 1, 1, 2), (2, 2, 19, 4), (2, 5, 40, 8), (1, 515, 17, 3), (3, 1100, 300, 4)]
@@ -174,3 +178,16 @@ def test_cuda_runs_more_tokens_than_a_grid_has_rows(monkeypatch):
     assert grids == 2 * [(-(-tokens // module.CUDA_SEGMENT), 1, 1)]
     most = cuda.MAX_GRID
     assert all(blocks <= limit for blocks, limit in zip(grids[0], most, strict=True))
+
+
+def random_causal_conv_call(draw: fuzz.Draw) -> fuzz.Call:
+    b, t, d = draw.batch(), draw.size(512, zero=False), draw.size()
+    width = draw.random.randint(2, 8)
+    tensors = {
+        "x": draw.values(b, t, d),
+        "weight": draw.values(d, width, dtype=draw.wide),
+        "bias": draw.maybe(draw.values(d, dtype=draw.wide)),
+        "state": draw.maybe(draw.values(b, width - 1, d)),
+    }
+    activation = draw.random.choice(["silu", None])
+    return fuzz.by_name(draw, functools.partial(causal_conv, activation=activation), tensors)

@@ -4,6 +4,7 @@ import mmap
 import sys
 
 import emulator
+import fuzz
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from zoo.errors import UserError
 from zoo.ops import linear_recurrence as module
 from zoo.ops.linear_recurrence import linear_recurrence
 
+NARROW = (torch.bfloat16,)  # read by the kernel besides float32 and float64
 BACKENDS = ["reference", "torch", "native"]
 FAST = ["torch", "native"]
 # (b, t, d): one token, widths that no vector divides, strips of one block and of several
@@ -283,3 +285,12 @@ def test_cuda_reads_rows_further_apart_than_32_bits_count(change, monkeypatch):
     far.copy_(u)
     emulator.install(monkeypatch, change=change)
     assert torch.equal(module._forward_cuda(a, far, state)[0], wanted) == (change is None)
+
+
+def random_linear_recurrence_call(draw: fuzz.Draw) -> fuzz.Call:
+    b, t, d = draw.batch(), draw.size(64, zero=False), draw.size()
+    a = torch.sigmoid(3 * draw.values(b, t, d))
+    a = torch.where(draw.values(b, t, d) > 1, a.round(), a)  # keeps all, or nothing
+    tensors = {"a": a, "u": draw.values(b, t, d)}
+    tensors["state"] = draw.maybe(draw.values(b, d, dtype=draw.wide))
+    return fuzz.by_name(draw, linear_recurrence, tensors)

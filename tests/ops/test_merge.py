@@ -3,6 +3,7 @@
 The definition is one softmax over the keys of all parts; `zoo.ops.attention` has its own tests.
 """
 
+import fuzz
 import pytest
 import torch
 from torch import Tensor
@@ -103,3 +104,17 @@ def test_half_precision_takes_the_formula():
     out, lse = merge([pair, pair])
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(out, pair[0])
+
+
+def random_merge_call(draw: fuzz.Draw) -> fuzz.Call:
+    b, t, h, e = draw.batch(), draw.size(128), draw.size(), draw.size()
+    tensors = []
+    for _ in range(draw.random.randint(2, 4)):
+        lse = draw.random.choice([1.0, 30.0]) * draw.values(b, t, h)
+        nothing = draw.values(b, t, h) > draw.random.choice([0.0, 9.0])
+        tensors += [draw.values(b, t, h, e), lse.masked_fill(nothing, -torch.inf)]
+
+    def run(backend, *parts):
+        return merge([*zip(parts[::2], parts[1::2], strict=True)], backend)
+
+    return fuzz.Call(run, [draw.layout(x) for x in tensors], definition="torch")

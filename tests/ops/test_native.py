@@ -229,7 +229,7 @@ def test_a_kernel_refuses_what_it_has_no_place_for():
 
 
 WRONG = {
-    "other device": (lambda x: x.to("meta"), ValueError, "several devices"),
+    "other device": (lambda x: x.to("meta"), ValueError, "several devices|does not take"),
     "integers": (lambda x: x.long(), TypeError, "floating-point"),
     "sparse": (lambda x: x.to_sparse(), TypeError, "dense"),
     "a list": (lambda x: x.tolist(), TypeError, "must be a tensor"),
@@ -238,14 +238,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("name", fuzz.CASES)
+@pytest.mark.parametrize("name", fuzz.cases())
 def test_a_wrong_call_is_told_before_any_kernel_runs(name, wrong):
     """Whichever of its tensors it is."""
     change, error, message = WRONG[wrong]
     draw = fuzz.Draw(2, torch.float32)
     draw.size = lambda *_, **__: 4  # type: ignore[method-assign]
     draw.batch = lambda: 2  # type: ignore[method-assign]
-    call = fuzz.CASES[name](draw)
+    call = fuzz.cases()[name][0](draw)
     for i in range(len(call.tensors)):
         tensors = [layout(leaf) for leaf, layout in call.tensors]
         tensors[i] = change(tensors[i])

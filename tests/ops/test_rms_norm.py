@@ -1,5 +1,6 @@
 """The norm is its formula: every backend, every gradient, any shape and slice."""
 
+import fuzz
 import pytest
 import torch
 from torch import Tensor
@@ -72,3 +73,15 @@ def test_no_tokens_and_half_precision_take_the_form_of_pytorch():
     assert rms_norm(half, torch.ones(8, dtype=torch.bfloat16), 1e-6).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="weight"):
         rms_norm(half, torch.ones(7), 1e-6)
+
+
+def random_rms_norm_call(draw: fuzz.Draw) -> fuzz.Call:
+    shape = [draw.size(256), draw.size()]
+    shape = [draw.batch() for _ in range(draw.random.randint(0, 2))] + shape
+    size, eps = draw.random.choice([1e-4, 1.0, 1e3]), draw.random.choice([1e-5, 1e-2])
+
+    def run(backend, x, weight):
+        return (rms_norm(x, weight, eps, backend),)
+
+    x, weight = size * draw.values(*shape), draw.values(shape[-1])
+    return fuzz.Call(run, [draw.layout(x), draw.layout(weight)])

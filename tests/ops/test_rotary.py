@@ -1,5 +1,8 @@
 """The turn is its formula: every backend, its gradient, any shape and slice."""
 
+import math
+
+import fuzz
 import pytest
 import torch
 from torch import Tensor
@@ -73,3 +76,16 @@ def test_angles_that_are_learned_get_their_gradient_and_no_tokens_are_none():
     assert apply_rotary(x[:, :0], cos[:0].detach(), sin[:0].detach()).shape == (1, 0, 2, 6)
     with pytest.raises(ValueError, match="rotary width 6 is more than the head width 4"):
         apply_rotary(x[..., :4], cos, sin)
+
+
+def random_rotary_call(draw: fuzz.Draw) -> fuzz.Call:
+    b, t, h, d = draw.batch(), draw.size(128), draw.random.randint(0, 3), draw.size()
+    half = draw.random.randint(0, d // 2)
+    lead = draw.random.choice([(t,), (1, t), (b, t), (b, 1), (1,)])
+    angles = math.pi * draw.values(*lead, 1, half)
+
+    def run(backend, x):
+        turn = angles.to(x.dtype) if isinstance(x, Tensor) else angles
+        return (apply_rotary(x, turn.cos(), turn.sin(), backend),)
+
+    return fuzz.Call(run, [draw.layout(draw.values(b, t, h, d))])

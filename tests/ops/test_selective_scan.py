@@ -5,6 +5,7 @@ import mmap
 import sys
 
 import emulator
+import fuzz
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from zoo.errors import UserError
 from zoo.ops import selective_scan as module
 from zoo.ops.selective_scan import selective_scan
 
+NARROW = (torch.bfloat16,)  # read by the kernel besides float32 and float64
 BACKENDS = ["reference", "torch", "native"]
 FAST = ["torch", "native"]
 # (b, t, d, n): one token, odd lengths, widths and states that no vector divides, many chunks
@@ -387,3 +389,20 @@ def test_shapes_that_do_not_fit_are_refused():
         )
     with pytest.raises(UserError, match="Did you mean 'native'"):
         selective_scan(**args, backend="nativ")
+
+
+def random_selective_scan_call(draw: fuzz.Draw) -> fuzz.Call:
+    b, t, d, n = draw.batch(), draw.size(64, zero=False), draw.size(), draw.size(4)
+    wide, rate = draw.wide, draw.random.choice([1e-4, 1.0, 100.0])
+    tensors = {
+        "x": draw.values(b, t, d),
+        "dt": draw.values(b, t, d),
+        "A": -rate * draw.values(d, n, dtype=wide).exp(),
+        "B": draw.values(b, t, n),
+        "C": draw.values(b, t, n),
+        "D": draw.maybe(draw.values(d, dtype=wide)),
+        "z": draw.maybe(draw.values(b, t, d)),
+        "dt_bias": draw.maybe(draw.values(d, dtype=wide)),
+        "state": draw.maybe(draw.values(b, d, n, dtype=wide)),
+    }
+    return fuzz.by_name(draw, selective_scan, tensors)

@@ -1,9 +1,10 @@
 """Attention over a handful of keys is attention: any width, any number of keys, large scores."""
 
+import fuzz
 import pytest
 import torch
 
-from zoo.ops.attention import Part, attend
+from zoo.ops.attention import Part, _formula, attend
 from zoo.ops.runtime.dispatch import reset, used_backends
 from zoo.ops.small_kv_attention import KERNEL, MAX_KEYS, accepts, small_kv_attention
 
@@ -85,3 +86,20 @@ def test_keys_that_count_three_times_are_three_of_each(needs_gradient):
     thrice = attend([Part(q, k, v, times=3.0)])
     copies = attend([Part(q, k.repeat(1, 3, 1, 1), v.repeat(1, 3, 1, 1))], backend="reference")
     torch.testing.assert_close(thrice, copies, rtol=1e-12, atol=1e-12)
+
+
+def random_small_kv_attention_call(draw: fuzz.Draw) -> fuzz.Call:
+    b, t, h = draw.batch(), draw.size(128), draw.size()
+    keys, d, e = draw.random.randint(0, 8), draw.size(), draw.size()
+    tensors = [draw.values(b, t, h, d), draw.values(b, keys, h, d), draw.values(b, keys, h, e)]
+    scale = draw.random.choice([0.3, 5.0])
+
+    def run(backend, *qkv):
+        if backend == "native":
+            return small_kv_attention(*qkv, scale)
+        if backend == "auto":
+            return attend([Part(*qkv)], scale=scale)
+        out, lse = _formula(*(x.transpose(1, 2) for x in qkv), None, False, scale)
+        return out.transpose(1, 2), lse.transpose(1, 2)
+
+    return fuzz.Call(run, [draw.layout(x) for x in tensors], gradients=False)

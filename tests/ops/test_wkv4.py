@@ -5,6 +5,7 @@ import mmap
 import sys
 
 import emulator
+import fuzz
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from zoo.errors import UserError
 from zoo.ops import wkv4 as module
 from zoo.ops.wkv4 import empty_average, wkv4
 
+NARROW = (torch.bfloat16,)  # read by the kernel besides float32 and float64
 BACKENDS = ["reference", "torch", "native"]
 FAST = ["torch", "native"]
 # (b, t, d): one token, lengths about the kernel's chunk and batch, widths that no vector divides
@@ -303,3 +305,16 @@ def test_cuda_reads_rows_further_apart_than_32_bits_count(change, monkeypatch):
     k.copy_(inputs[0])
     emulator.install(monkeypatch, change=change)
     assert torch.equal(module._forward_cuda(k, *inputs[1:], False)[0], wanted) == (change is None)
+
+
+def random_wkv4_call(draw: fuzz.Draw) -> fuzz.Call:
+    b, t, d = draw.batch(), draw.size(64, zero=False), draw.size()
+    size, rate = draw.random.choice([1.0, 30.0]), draw.random.choice([0.0, 1e-3, 1.0, 50.0])
+    tensors = {
+        "k": size * draw.values(b, t, d),
+        "v": draw.values(b, t, d),
+        "w": rate * draw.values(d, dtype=draw.wide).exp(),
+        "u": draw.values(d, dtype=draw.wide),
+        "state": draw.maybe(fuzz.average_so_far(draw, b, d)),
+    }
+    return fuzz.by_name(draw, wkv4 if rate else fuzz.averages(wkv4), tensors)

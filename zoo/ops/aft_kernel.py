@@ -104,7 +104,7 @@ def _all_weights(m: Tensor) -> Tensor:
     """Extend m to every distance within the tiles that a query sees, and beyond."""
     s = len(m) - 1
     rows = CUDA_TILE * _tiles(s) + 2
-    return torch.cat([m, m[-1:].expand(rows - len(m), -1)])
+    return torch.cat([m, m.narrow(0, s, 1).expand(rows - len(m), -1)])
 
 
 def _forward_cuda(k, v, m, state, before: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,8 +132,8 @@ def _backward_cuda(dy, dlast, k, v, m, saved) -> tuple[Tensor, ...]:
     _launch("reads", t=t, s=s, parts=walks, **tensors, dm=dm)
     _launch("compose_back", t=t, s=s, parts=0, **tensors, dstate=dstate)
     _launch("gradients", t=t, s=s, parts=chunks, **tensors, dk=dk, dv=dv)
-    dm = dm.sum((0, 1))
-    return dk, dv, torch.cat([dm[:s], dm[s:].sum(0, keepdim=True)]), dstate
+    near, beyond = dm.sum((0, 1)).split([s, len(weights) - s])
+    return dk, dv, torch.cat([near, beyond.sum(0, keepdim=True)]), dstate
 
 
 WINDOW = NativeOp(

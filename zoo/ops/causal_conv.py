@@ -130,7 +130,8 @@ def _gradients(dlast: Tensor | None, dx: Tensor, dstate: Tensor, dweight: Tensor
         older = max(before - t, 0)
         dstate[:, before - older :] += dlast[:, :older]
         dx[:, t - (before - older) :] += dlast[:, older:]
-    return dx, dweight.sum((0, 1)).t().contiguous(), dbias.sum((0, 1)), dstate
+    dweight = dweight.sum((0, 1)).t().clone(memory_format=torch.contiguous_format)
+    return dx, dweight, dbias.sum((0, 1)), dstate
 
 
 def _launch(function: str, x: Tensor, weight: Tensor, silu: bool, **tensors: Tensor | None) -> None:

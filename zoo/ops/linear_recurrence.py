@@ -56,7 +56,8 @@ def linear_recurrence(
         "linear_recurrence", backend, {"native": here, "torch": True, "reference": True}
     )
     row, wide = compute_dtypes(name, a, u)
-    state = u.new_zeros(u[:, 0].shape, dtype=wide) if state is None else state.to(wide)
+    b, _, d = u.shape
+    state = u.new_zeros((b, d), dtype=wide) if state is None else state.to(wide)
     form = {"native": RECURRENCE, "torch": _torch, "reference": _reference}[name]
     h, last = form(a.to(row), u.to(row), state)
     return h.to(u.dtype), last

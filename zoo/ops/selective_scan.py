@@ -215,9 +215,10 @@ def _backward_cuda(dy, dlast, x, dt, A, B, C, D, z, dt_bias, saved) -> tuple[Ten
         CUDA.call("chunk_starts", grid, 128, sizes, macros, **tensors)
         CUDA.call("compose_back", (ceil_div(n * d, 128), 1, b), 128, sizes, macros, **tensors)
     CUDA.call("gradients", (groups, chunks, b), threads, sizes, macros, **tensors)
-    dB, dC = (a.contiguous() for a in dBC.sum(1).to(x.dtype).unbind(2))
-    dA, dD, dbias = dA.sum((0, 1)).t().contiguous(), dD.sum((0, 1)), dbias.sum((0, 1))
-    return dx, ddt, dA, dB, dC, dD, dz, dbias, dstate
+    dense = torch.contiguous_format
+    dB, dC = (a.clone(memory_format=dense) for a in dBC.sum(1).to(x.dtype).unbind(2))
+    dA = dA.sum((0, 1)).t().clone(memory_format=dense)
+    return dx, ddt, dA, dB, dC, dD.sum((0, 1)), dz, dbias.sum((0, 1)), dstate
 
 
 SCAN = NativeOp(
