@@ -348,7 +348,7 @@ def test_a_library_that_is_not_there_is_told_and_how_to_get_it(monkeypatch):
 
 def test_auto_takes_ours_even_without_a_compiler(stand_ins, monkeypatch):
     for kernel in (selective_scan_module.KERNEL, causal_conv_module.KERNEL):
-        monkeypatch.setattr(kernel, "missing", lambda: "no compiler")
+        monkeypatch.setattr(kernel, "usable", lambda: "no compiler")
     for module in (selective_scan_module, delta_rule_module):  # the first use of it imports a lot
         monkeypatch.setattr(module, "checkpoint", lambda form, *given, **_: form(*given))
     dispatch.reset()
