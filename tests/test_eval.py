@@ -29,3 +29,19 @@ def test_eval_hands_the_runs_over(tmp_path, monkeypatch):
     assert seen == [(["speed"], ["a", "b"])]
     assert program.main(["-m", "run=a,b", "task=speed"]) == 1
     assert [names for _, names in seen[1:]] == [["a"], ["b"]]
+
+
+def test_finished_runs_without_checkpoints_are_refused_before_anything_heavy(
+    tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    from zoo.cli import eval as program
+
+    done = {"status": "done", "step": 1}
+    for name in ("a", "b"):
+        RunFolder.create(Path("runs") / name, train_config("size=tiny", "logger=none"), done)
+    for pattern in ("run=a", "run=runs/*"):
+        assert program.main([pattern]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith("eval.py: run=runs/a")
+        assert "has no checkpoint. Train it again" in line

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def program(trained, monkeypatch, capfd):
 
     def call(name: str, *words: str) -> tuple[int, str]:
         capfd.readouterr()
-        code = __import__(name).main([*words, "logger=none"])
+        code = import_module(f"zoo.cli.{name}").main([*words, "logger=none"])
         return code, capfd.readouterr().err.splitlines()[-1]
 
     return call

@@ -15,8 +15,8 @@ from zoo.config.groups import CONFIGS
 from zoo.config.resolve import resolve
 from zoo.config.schema import EvalConfig
 from zoo.config.validate import plain, validate
-from zoo.console import say
 from zoo.data.sources import check_source
+from zoo.errors import UserError
 from zoo.runs.files import check_writable
 from zoo.runs.find import find_runs
 from zoo.runs.folder import RunFolder
@@ -32,6 +32,9 @@ Examples
   python eval.py run=runs/my-run task=perplexity task.perplexity.lengths=[512,4k,16k]
   python eval.py run='runs/*mamba*' task=stream task.stream.tokens=1M
   python eval.py checkpoint=<folder of a pretrained model> data.path=<folder of .txt files>
+
+Exit code: 0 when every measurement succeeded; 1 when one failed, or a model leaks; 2 when an option
+is wrong or no run can be measured. Damaged runs of a pattern keep their place in the table.
 """
 
 
@@ -45,9 +48,11 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
     folders = find_runs(config.run, config.runs) if config.run else []
     if config.checkpoint:
         _check_checkpoint(config.checkpoint, config)
-    if (
-        len(folders) == 1 and not config.checkpoint
-    ):  # of several, one without weights keeps its row and says why
+    if folders and not config.checkpoint and all(map(_without_weights, folders)):
+        names = ", ".join(map(str, folders[:3])) + ", ..." * (len(folders) > 3)
+        raise UserError(f"run={names}: has no checkpoint. Train it again with train.py fresh=true.")
+    # Of several, one without weights keeps its row and says why.
+    if len(folders) == 1 and not config.checkpoint:
         RunFolder.open(folders[0].path).checkpoint()
         trained = folders[0].config
         kinds, before = positions_of(trained.model), trained.extension.name
@@ -66,10 +71,18 @@ def job(config: EvalConfig, arm: Arm | None) -> int:
 
         text = _text(config)
         folders.append(pretrained_run(Path(config.checkpoint), text, Path(config.runs)))
-    say(f"measuring {', '.join(map(str, folders))}")
     from zoo.tasks.evaluate import evaluate  # heavy: seconds
 
     return evaluate(config, folders, say=_print, fresh=config.fresh)
+
+
+def _without_weights(folder: RunFolder) -> bool:
+    """Whether a finished run's checkpoints are gone."""
+    try:
+        done = RunFolder.open(folder.path).info["status"] == "done"
+    except UserError:  # damaged otherwise
+        return False
+    return done and not any((folder.path / "checkpoints").glob("*.ckpt"))
 
 
 def _check_checkpoint(checkpoint: str, config: EvalConfig) -> None:

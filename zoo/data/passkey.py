@@ -74,6 +74,11 @@ def passkey_prompt(
     return prompt
 
 
+def prompt_tokens(key: str, encode: Encode) -> int:
+    """The least tokens that `passkey_prompt` has room in: the statement and the question."""
+    return sum(len(tokens(part, encode)) for part in (STATEMENT, key, END, QUESTION))
+
+
 def random_key(generator: np.random.Generator) -> str:
     return "".join(map(str, generator.integers(10, size=DIGITS)))
 

@@ -22,13 +22,15 @@ def check_memory(option: str, needed: int, what: str) -> None:
 
     Raises UserError: `option` as `<option>=<value>`, `what` of that length takes `needed` bytes.
     """
-    with suppress(AttributeError, ValueError, OSError):
+    try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > memory:
-            raise UserError(
-                f"{option}: {what} of this length take {needed / 2**30:,.0f} GiB, more than the "
-                f"machine's {memory / 2**30:,.0f}. Use shorter lengths or fewer of them."
-            )
+    except (AttributeError, ValueError, OSError):  # not known here
+        return
+    if needed > memory:
+        raise UserError(
+            f"{option}: {what} of this length take {needed / 2**30:,.0f} GiB, more than the "
+            f"machine's {memory / 2**30:,.0f}. Use shorter lengths or fewer of them."
+        )
 
 
 def peak_bytes(device: torch.device, call: Callable[[], object]) -> int | None:

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Int
 
 from zoo.config.domains import Count, Lengths, Range, Seed
 from zoo.data.loader import evaluation_text
-from zoo.data.passkey import DIGITS, passkey_prompt, random_key, tokens
+from zoo.data.passkey import DIGITS, passkey_prompt, prompt_tokens, random_key, tokens
 from zoo.errors import refuse
 from zoo.measurement import Declaration, Quantity
 from zoo.report.statistics import wilson
@@ -128,6 +128,10 @@ class Passkey(Task):
     ) -> list[Int[np.ndarray, " t"]]:
         """The prompts of one length, without the key's digits at the end."""
         depths, encode = np.linspace(0, 1, self.depths), context.corpus.encode
+        least = max(prompt_tokens(key, encode) for key, *_ in keys) + DIGITS
+        if length < least:
+            rule = f"must be at least {least}, the tokens of a passkey and its question"
+            refuse("task.passkey.lengths", length, rule)
         prompts = []
         for i, (key, *_) in enumerate(keys):
             filler = text[i // len(depths) % len(text)][-(length - DIGITS) :]

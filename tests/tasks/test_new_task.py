@@ -1,0 +1,163 @@
+"""A new task costs two files: a module and a YAML, and every part of the report shows it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from building import ROOT
+
+MODULE = '''
+"""Share of tokens that a model predicts exactly, by length of text."""
+
+from dataclasses import dataclass
+
+import torch
+
+from zoo.config.domains import Count, Lengths
+from zoo.data.loader import evaluation_text
+from zoo.measurement import Declaration, Quantity
+from zoo.report.statistics import wilson
+from zoo.tasks.context import EvalContext, Row, check_length
+from zoo.tasks.task import Task, lengths_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact(Task):
+    """One row per length: how many tokens of `windows` windows of text are the likeliest."""
+
+    declares = Declaration(
+        title="Exact predictions",
+        about="The share of tokens of the test text that the model finds likeliest.",
+        quantities=(
+            Quantity(
+                field="exact",
+                name="tokens predicted",
+                better="higher",
+                form="share",
+                interval="interval",
+                chance="chance",
+            ),
+            Quantity(
+                field="tokens_per_second",
+                name="exact reading",
+                better="higher",
+                unit="tokens per second",
+                cost=True,
+            ),
+        ),
+    )
+    lengths: Lengths | None = None
+    windows: Count = 8
+
+    def questions(self, context: EvalContext) -> list[Row]:
+        lengths = lengths_of(self.lengths, context, (1, 2, 4))
+        return [{"split": context.split, "length": length} for length in lengths]
+
+    def measure(self, context: EvalContext, question: Row) -> Row:
+        length = question["length"]
+        check_length(context.model, length)
+        text = evaluation_text(context.store, length, self.windows, context.corpus.eval_documents)
+        tokens = torch.from_numpy(text).to(context.device)
+        context.progress.begin(f"exact at {length}", tokens.numel())
+        with context.arithmetic():
+            logits = context.model(tokens[:, :-1])
+        right = int((logits.argmax(-1) == tokens[:, 1:]).sum())
+        count = tokens[:, 1:].numel()
+        return {
+            "exact": right / count,
+            "interval": wilson(right, count),
+            "chance": 1 / context.model.vocab_size,
+            "tokens_per_second": 1000.0,
+        }
+'''
+OPTIONS = """
+# Share of tokens that a model predicts exactly, by length of text.
+exact:
+  _target_: zoo.tasks.exact.Exact
+  lengths: null # tokens; null: 1, 2 and 4 times the training length
+  windows: 8 # of text, for each length
+"""
+EVALUATION = """
+import json, sys
+from pathlib import Path
+import test_evaluate as driver
+import zoo.tasks.evaluate
+from fakes import Remembers
+from zoo.report.wandb import by_length, report_blocks
+
+model = Remembers(memory=5)
+zoo.tasks.evaluate.load = lambda folder, device: model
+zoo.tasks.evaluate.open_data = lambda data, seq_len: driver.CORPUS
+here = Path(sys.argv[1])
+folders = [driver.run_folder(here / "a"), driver.run_folder(here / "b", "model=mamba")]
+words = ["task=exact", f"report={here}/report.html", "logger=none"]
+driver.SMALL, driver.PERPLEXITY = ["run=any"], []
+code, said, rows = driver.run_eval(folders, *words)
+read = model.read
+again, *_ = driver.run_eval(folders, *words)
+found = {"code": code, "said": said, "rows": rows, "read_again": model.read - read}
+found |= {"metrics": by_length(rows, []), "blocks": report_blocks(rows, [])}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    """What an evaluation with the new task gave, in a copy of the package with the two files."""
+    here = tmp_path_factory.mktemp("package")
+    for folder in ("zoo", "configs", "kernels"):
+        shutil.copytree(ROOT / folder, here / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (here / "zoo/tasks/exact.py").write_text(MODULE)
+    (here / "configs/task/exact.yaml").write_text(OPTIONS)
+    paths = [here, Path(__file__).parent, ROOT / "tests"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    words = [sys.executable, "-c", EVALUATION, str(here / "runs")]
+    done = subprocess.run(words, cwd=here, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]) | {"folder": here / "runs"}
+
+
+def test_its_rows_are_in_the_runs_results_with_its_settings_and_declaration(found):
+    assert found["code"] == 0
+    assert [row["length"] for row in found["rows"]] == [32, 64, 128] * 2
+    for row in found["rows"]:
+        assert (row["status"], row["task"]) == ("ok", "exact")
+        assert row["task.exact.windows"] == 8
+        assert row["question"] == ["length", "split", "task.exact.windows"]
+        quantity, cost = row["declares"]["quantities"]
+        assert (quantity["better"], quantity["form"]) == ("higher", "share")
+        assert cost["unit"] == "tokens per second"
+
+
+def test_what_is_known_is_not_measured_again(found):
+    assert found["read_again"] == 0
+
+
+def test_the_terminal_has_its_table_with_direction_unit_and_chance(found):
+    lines = found["said"].splitlines()
+    head = lines.index("Tokens predicted (higher is better). Chance: 6%.")
+    assert lines[head + 1].split() == ["arm", "32", "64", "128"]
+    assert lines[head + 2].split()[0] == "transformer"
+    assert all(cell.endswith("%") for cell in lines[head + 2].split()[1:])
+    assert "Exact reading, tokens per second (higher is better)." in lines
+
+
+def test_the_page_and_the_pictures_draw_it(found):
+    page = (found["folder"] / "report.html").read_text()
+    assert "<h2>Exact predictions against test length</h2>" in page
+    assert "The share of tokens of the test text that the model finds likeliest." in page
+    assert 'id="spec-exact-exact"' in page
+    assert 'id="spec-exact-tokens_per_second"' in page
+    pictures = {path.name for path in (found["folder"] / "report").iterdir()}
+    assert pictures == {"exact.png", "speed.png"}
+
+
+def test_wandb_has_it_as_metrics_and_in_the_report(found):
+    row = found["rows"][0]
+    assert found["metrics"]["32"]["exact/exact/transformer"] == row["exact"]
+    code = next(block["code"] for block in found["blocks"] if block["block"] == "CodeBlock")
+    assert "Tokens predicted (higher is better). Chance: 6%." in code
