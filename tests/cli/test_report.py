@@ -15,10 +15,7 @@ def test_a_table_is_drawn_again_from_its_file(tmp_path, monkeypatch, capsys):
     table(tmp_path)
     monkeypatch.setattr(published, "FOLDER", tmp_path)
     assert main([]) == 0
-    assert capsys.readouterr().out.split(maxsplit=1) == [
-        "state_tracking",
-        "zoo tune experiment=state_tracking\n",
-    ]
+    assert "zoo tune experiment=state_tracking (" in capsys.readouterr().out
     assert main(["state_tracking", f"report={tmp_path}/page.html"]) == 0
     assert "lstm" in (tmp_path / "page.html").read_text()
     assert "0.75" in capsys.readouterr().out

@@ -32,7 +32,8 @@ def draw(words: Sequence[str]) -> int:
         refuse_path(" ".join(words), "must be one table and at most one page")
     if not names:
         for path in sorted(published.FOLDER.glob("*.json")):
-            sys.stdout.write(f"{path.stem:<20} zoo tune experiment={path.stem}\n")
+            machine = published.read(path.stem)["machine"]
+            sys.stdout.write(f"{path.stem:<20} zoo tune experiment={path.stem} ({machine})\n")
         return 0
     table = published.read(names[0])
     from zoo.report import write_report  # heavy: seconds

@@ -1,12 +1,14 @@
 """Published results: the rows and run records of a table in one small file of the package.
 
-    {"name": the experiment, "common": fields of all rows,
+    {"name": the experiment, "machine": that measured, "common": fields of all rows,
      "runs": [{fields of a run's record, "fields": of all its rows, "rows": [the rest of each]}]}
 
 A report is drawn from such a file as from run folders: nothing is trained or measured again.
 """
 
 import json
+import os
+import platform
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ FORMAT = 1
 RECORD = (  # what is kept of a run's record: no path, no host, no list of files
     *("run", "arm", "model", "size", "seed", "lr", "settings", "status", "reason", "pruned"),
     *("step", "tokens_seen", "valid_loss", "parameters", "fingerprint", "commit", "dirty"),
-    *("sources", "device", "threads", "train_length"),
+    *("sources", "versions", "device", "threads", "train_length"),
 )
 LOCAL = ("check", "positions_file", "requested")  # fields of a row that mean something at home only
 # Published rows stand beside others where they agree in these.
@@ -45,7 +47,9 @@ def pack(name: str, rows: Iterable[Row], runs: Iterable[Row]) -> dict[str, Any]:
         fields = _shared(own)
         record = {key: run[key] for key in RECORD if run.get(key) is not None}
         packed.append(record | {"fields": fields, "rows": [_without(row, fields) for row in own]})
-    return {"format": FORMAT, "name": name, "common": common, "runs": packed}
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
+    about = {"format": FORMAT, "name": name, "machine": machine}
+    return about | {"common": common, "runs": packed}
 
 
 def unpack(tree: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
