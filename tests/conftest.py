@@ -14,7 +14,7 @@ if "--shape-checks" in sys.argv:  # before anything of zoo is imported
     from jaxtyping import install_import_hook
 
     shaped = ("ops", "positions", "attention", "mixers", "model")  # what computes with tensors
-    install_import_hook([f"zoo.{folder}" for folder in shaped], "beartype.beartype")
+    install_import_hook([f"zoo.{folder}" for folder in shaped], "shape_checks.checked")
 
 from building import ARCHITECTURES, train_config
 from hypothesis import settings

@@ -127,7 +127,9 @@ def parts() -> list[tuple[str, str, dict[str, Any]]]:
     found = []
     for name in ARCHITECTURES:
         block = plain(train_config(f"model={name}", "size=tiny"))["model"]["blocks"][0]
-        found += [(name, slot, part) for slot, part in block.items() if part]
+        found += [
+            (name, slot, part) for slot, part in block.items() if slot != "short_conv" and part
+        ]
     return found
 
 

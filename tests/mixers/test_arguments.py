@@ -30,7 +30,8 @@ def parts() -> dict[str, tuple[str, dict]]:
         for block in plain(train_config(f"model={name}", "size=tiny", "match=none").model)[
             "blocks"
         ]:
-            found |= {part["_target_"]: (slot, part) for slot, part in block.items() if part}
+            slots = [(slot, block[slot]) for slot in ("mixer", "feed_forward")]
+            found |= {part["_target_"]: (slot, part) for slot, part in slots if part}
     return found
 
 
@@ -133,7 +134,7 @@ def with_parts(config, subclassed, which):
     """The configuration with every mixer and feed-forward replaced by its sub-class."""
     blocks = plain(config.model)["blocks"]
     for block in blocks:
-        for part in block.values():
+        for part in (block["mixer"], block["feed_forward"]):
             if part:
                 part["_target_"] = subclassed[part["_target_"]][which]
     model = config.model.model_copy(
