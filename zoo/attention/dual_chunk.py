@@ -11,6 +11,7 @@ import torch
 
 from zoo.attention.key_blocks import KeyBlock, Scaling, constant
 from zoo.attention.pattern import BLOCK_QUERIES, AttentionPattern
+from zoo.errors import refuse
 
 
 class DualChunk(AttentionPattern):
@@ -34,14 +35,17 @@ class DualChunk(AttentionPattern):
         c = original_length
         s = 3 * c // 4 if chunk is None else chunk
         w = c - s if local is None else local
-        if not (0 < s < c and 0 <= w <= c - s):
-            raise ValueError(
-                f"dual chunk attention: 0 < chunk={s} < {c} and 0 <= local={w} <= {c - s}"
-            )
+        if c < 2:
+            refuse("original_length", c, "must be >= 2, as chunks are shorter")
+        if not 0 < s < c:
+            refuse("chunk", s, f"must be from 1 to {c - 1}, less than the trained length")
+        if not 0 <= w <= c - s:
+            refuse("local", w, f"must be from 0 to {c - s}, the trained length less chunk={s}")
         self.chunk, self.local = s, w
         self.last = c - 1 if far_position is None else far_position
         if not s <= self.last < c:
-            raise ValueError(f"dual chunk attention: chunk={s} <= far_position={self.last} < {c}")
+            rule = f"must be from chunk={s} to {c - 1}, less than the trained length"
+            refuse("far_position", self.last, rule)
         self.steps[0] = -(-BLOCK_QUERIES // s) * s
 
     def views(self, rows: range) -> list[KeyBlock]:

@@ -5,7 +5,8 @@ min(distance, window). Unlike StreamingLLM's, positions are those of the text an
 """
 
 from zoo.attention.key_blocks import KeyBlock, Scaling, constant, distant_keys
-from zoo.attention.pattern import MAX_BLOCK_QUERIES, AttentionPattern
+from zoo.attention.pattern import MAX_BLOCK_QUERIES, AttentionPattern, check_window
+from zoo.errors import refuse
 
 
 class LMInfinite(AttentionPattern):
@@ -16,11 +17,9 @@ class LMInfinite(AttentionPattern):
     ) -> None:
         super().__init__(scaling)
         window = original_length if window is None else window
-        if not (0 <= sinks < window <= original_length):
-            raise ValueError(
-                f"lm_infinite: 0 <= sinks={sinks} < window={window} <= the trained length "
-                f"{original_length}"
-            )
+        check_window(window, original_length)
+        if not 0 <= sinks < window:
+            refuse("sinks", sinks, f"must be from 0 to {window - 1}, less than window={window}")
         self.nearest = self.recent = self.window = window
         self.sinks, self.steps = sinks, [MAX_BLOCK_QUERIES]
 

@@ -21,7 +21,8 @@ windows of unequal length, which the papers align at one end.
 import torch
 
 from zoo.attention.key_blocks import KeyBlock, Scaling
-from zoo.attention.pattern import AttentionPattern
+from zoo.attention.pattern import AttentionPattern, check_window
+from zoo.errors import refuse
 
 
 class ParallelWindows(AttentionPattern):
@@ -42,11 +43,11 @@ class ParallelWindows(AttentionPattern):
     ) -> None:
         super().__init__(scaling, bucket=bucket)
         window = 3 * original_length // 4 if window is None else window
-        if windows < 1 or not 0 < window < original_length:
-            raise ValueError(
-                f"parallel windows: windows={windows} is at least 1, and 0 < window={window} < the "
-                f"trained length {original_length}"
-            )
+        if original_length < 2:
+            refuse("original_length", original_length, "must be >= 2, as windows are shorter")
+        check_window(window, original_length - 1)
+        if windows < 1:
+            refuse("windows", windows, "must be >= 1")
         self.window, self.context = window, windows * window
         self.steps.append(window)  # no block of queries lies in two windows
         self.own_times = float(windows) if rescaled else 1.0

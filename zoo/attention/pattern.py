@@ -25,6 +25,7 @@ from zoo.attention.key_blocks import (
     identity,
 )
 from zoo.attention.window import last_tokens, window
+from zoo.errors import refuse
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
 from zoo.positions.rope import apply_rope
@@ -201,6 +202,12 @@ def _merged(block: range, results: Sequence[tuple[range, Partial]]) -> list[Tens
         ]
         outs.append(merge(over)[0])
     return outs
+
+
+def check_window(window: int, most: int) -> None:
+    """Raise UserError unless the window has 1 to `most` tokens, as many as were trained."""
+    if not 1 <= window <= most:
+        refuse("window", window, f"must be from 1 to {most}, within the trained length")
 
 
 def distances(pattern: AttentionPattern, tokens: int) -> Float[Tensor, "n n"]:

@@ -8,7 +8,8 @@ of one per G tokens. With G without bound every far key stands at distance w: Re
 import torch
 
 from zoo.attention.key_blocks import KeyBlock, Scaling, constant, distant_keys
-from zoo.attention.pattern import AttentionPattern
+from zoo.attention.pattern import AttentionPattern, check_window
+from zoo.errors import refuse
 
 
 class SelfExtend(AttentionPattern):
@@ -21,12 +22,10 @@ class SelfExtend(AttentionPattern):
         self, scaling: Scaling, *, original_length: int, group: int, window: int | None = None
     ) -> None:
         super().__init__(scaling)
-        window = original_length // 2 if window is None else window
-        if group < 1 or not 0 < window <= original_length:
-            raise ValueError(
-                f"self_extend: group={group} is at least 1, and window={window} between 1 and the "
-                f"trained length {original_length}"
-            )
+        window = max(original_length // 2, 1) if window is None else window
+        check_window(window, original_length)
+        if group < 1:
+            refuse("group", group, "must be >= 1")
         self.nearest = self.window = window
         self.group = group
 
@@ -47,12 +46,9 @@ class ReRoPE(AttentionPattern):
         self, scaling: Scaling, *, original_length: int, window: int | None = None
     ) -> None:
         super().__init__(scaling)
-        self.nearest = self.window = original_length // 2 if window is None else window
-        if not 0 < self.window <= original_length:
-            raise ValueError(
-                f"rerope: window={self.window} lies between 1 and the trained length "
-                f"{original_length}"
-            )
+        window = max(original_length // 2, 1) if window is None else window
+        check_window(window, original_length)
+        self.nearest = self.window = window
 
     def views(self, rows: range) -> list[KeyBlock]:
         return distant_keys(rows, self.window, constant(self.window), constant(0))

@@ -9,7 +9,8 @@ the paper shows to collapse.
 import torch
 
 from zoo.attention.key_blocks import KeyBlock, Scaling, distant_keys, identity
-from zoo.attention.pattern import MAX_BLOCK_QUERIES, AttentionPattern
+from zoo.attention.pattern import MAX_BLOCK_QUERIES, AttentionPattern, check_window
+from zoo.errors import refuse
 
 
 class StreamingLLM(AttentionPattern):
@@ -20,11 +21,9 @@ class StreamingLLM(AttentionPattern):
     ) -> None:
         super().__init__(scaling)
         window = original_length if window is None else window
-        if not 0 <= sinks < window <= original_length:
-            raise ValueError(
-                f"streaming: 0 <= sinks={sinks} < window={window} <= the trained length "
-                f"{original_length}"
-            )
+        check_window(window, original_length)
+        if not 0 <= sinks < window:
+            refuse("sinks", sinks, f"must be from 0 to {window - 1}, less than window={window}")
         self.window, self.sinks = window, sinks
         self.nearest = self.recent = window - sinks
         self.steps = [MAX_BLOCK_QUERIES]

@@ -11,7 +11,7 @@ from zoo.config.applicability import LINEAR, ROTARY, check_applies
 from zoo.config.introspect import constructor_parameters
 from zoo.config.schema import Extension
 from zoo.data.loader import Places
-from zoo.errors import UserError
+from zoo.errors import UserError, below
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.backbone import Backbone
 from zoo.positions.absolute import Learned, Sinusoidal
@@ -151,8 +151,9 @@ def _reach(mixer: SoftmaxAttention, extension: Extension, original_length: int) 
         more["bucket"] = original_length
     try:
         return extension.attention.load()(scaling, **more)
-    except (TypeError, ValueError) as error:  # a word where a number should be
-        raise UserError(f"extension={extension.name}: {error}") from error
+    except ValueError as error:
+        of_length = str(error).startswith("original_length=")
+        raise below("extension" if of_length else "extension.attention", error) from error
 
 
 def _scaling(
