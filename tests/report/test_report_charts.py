@@ -219,3 +219,22 @@ def test_many_arms_are_a_table_best_first_and_shaded_by_what_they_lost():
     assert cells["a13", 4096]["shade"] == pytest.approx(0.7)
     assert cells["a0", 4096]["shade"] == 1  # two bits lost are as dark as one
     assert pictures(results, styles(results))["bits_per_byte.png"].startswith(b"\x89PNG")
+
+
+def test_a_bigram_model_of_the_training_text_is_a_line_in_every_picture_of_scores():
+    curve = {"edges": [1, 257, 513], "bits_per_byte": [2.0, 1.9], "count": [256, 256]}
+    blocks = {"protocol": "blocks", "curve": curve}
+    rows = [score_row("mamba", n, 2.0, bigram_bits=3.96, **blocks) for n in (512, 1024)]
+    results = gather([*rows, score_row("mamba", 512, 2.0, bigram_bits=3.97)], [])
+    figures = scores(results, "half_tail"), scores(results, "blocks")
+    for figure in (*figures, positions(results, "perplexity")):
+        spec = figure.draw(styles(results)).to_dict()
+        data = {json.dumps(layer["data"]["values"]): layer for layer in spec["layer"]}
+        (level,) = [layer for values, layer in data.items() if values.startswith('[{"y": ')]
+        assert level["mark"]["type"] == "rule"
+        assert 3.95 < level["data"]["values"][0]["y"] < 3.98
+        assert "by a bigram model" in json.dumps(spec["title"])
+        low, high = level["encoding"]["y"]["scale"]["domain"]
+        assert low < 3.96 < high
+    other = gather([*rows, score_row("rwkv", 512, 2.0, bigram_bits=1.0, **blocks)], [])
+    assert scores(other, "blocks").level is None

@@ -9,7 +9,7 @@ from zoo.measurement import Form, Quantity
 from zoo.report.axes import Axis
 from zoo.report.charts import DISTINCT, Drawing, Spec, Style, grid, lines
 from zoo.report.rows import Cell, Cells, Results
-from zoo.report.scores import PROTOCOLS, headline
+from zoo.report.scores import PROTOCOLS, bigram, headline
 from zoo.report.tables import costs, lengths_of, shown_quantities
 from zoo.report.words import DASH, FORMS, caption, score, share, short, signed, size, times
 
@@ -101,14 +101,24 @@ def by_length(
 def scores(results: Results, protocol: str) -> Lines:
     """Bits per byte against test length."""
     cells = results.cells("perplexity", "bits_per_byte", protocol=protocol)
+    level = bigram(results, protocol)
     return Lines(
         f"scores-{protocol}",
         by_length(results, cells, "bits per byte", score),
         tested(results),
-        Axis("bits per byte (lower is better)", number, log_from=2.5),
+        bits_axis(level),
         f"Bits per byte by test length, {PROTOCOLS[protocol].lower()}, one line per arm.",
         trained(results),
+        level,
     )
+
+
+def bits_axis(level: float | None) -> Axis:
+    """The axis of bits per byte; it has the level of a bigram model, drawn as a dotted line."""
+    title = "bits per byte (lower is better)"
+    if level is None:
+        return Axis(title, number, log_from=2.5)
+    return Axis(f"{title}, {score(level)} by a bigram model", number, log_from=2.5, also=(level,))
 
 
 def changes(results: Results, protocol: str) -> Lines:

@@ -7,8 +7,9 @@ from itertools import pairwise
 
 from zoo.report.axes import Axis
 from zoo.report.charts import Spec
-from zoo.report.figures import Lines, number, trained
+from zoo.report.figures import Lines, bits_axis, trained
 from zoo.report.rows import Results, Row
+from zoo.report.scores import bigram
 from zoo.report.statistics import finite
 from zoo.report.words import score, short
 
@@ -26,8 +27,9 @@ def positions(results: Results, task: str) -> Lines:
         points += _curve(label, [row["curve"] for row in rows if row["length"] == longest])
     about = "Bits per byte by position within the text, one line per arm."
     x = Axis("tokens read before", short, base=2)
-    y = Axis("bits per byte (lower is better)", number, log_from=2.5)
-    return Lines(f"positions-{task}", points, x, y, about, trained(results))
+    level = bigram(results) if points else None
+    marks = about, trained(results), level
+    return Lines(f"positions-{task}", points, x, bits_axis(level), *marks)
 
 
 def _curve(label: str, curves: list[Row]) -> list[Spec]:

@@ -30,6 +30,7 @@ EXPLAINED = {
 }
 # A length's score and another's are of the same tokens.
 SAME_TOKENS = ("half_tail", "stride_tail", "masked")
+ALIKE = 1.1  # the most by which levels differ that are drawn as one
 SHARE = 0.05  # effective context: how much worse than at the training length still counts
 
 
@@ -55,6 +56,19 @@ class EffectiveContext:
 def headline(results: Results) -> str | None:
     """The protocol whose scores stand first."""
     return next((p for p in PROTOCOLS if results.where(task="perplexity", protocol=p)), None)
+
+
+def bigram(results: Results, protocol: str | None = None) -> float | None:
+    """Bits per byte of a bigram model of the training text; None where texts differ in it.
+
+    It scores much the same at every length, so that one level stands for all; their median here.
+    """
+    rows = results.where(task="perplexity", status="ok")
+    rows = [row for row in rows if protocol in (None, row.get("protocol"))]
+    found = sorted(row["bigram_bits"] for row in rows if finite(row.get("bigram_bits")))
+    if not found or found[-1] > ALIKE * found[0]:
+        return None
+    return found[len(found) // 2]
 
 
 def ties(results: Results, protocol: str) -> Tied:

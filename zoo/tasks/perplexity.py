@@ -15,7 +15,7 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from zoo.config.domains import Count, Lengths, Range
+from zoo.config.domains import Count, Lengths, Range, Several
 from zoo.data.loader import evaluation_bytes, evaluation_text
 from zoo.data.masking import mask_windows
 from zoo.measurement import Declaration, Quantity
@@ -80,7 +80,11 @@ class Perplexity(Task):
     unidentifying = ("lengths", "protocols", "units", "stride", "chunk")  # a question has these
     lengths: Lengths | None = None
     protocols: (
-        Sequence[Literal["half_tail", "blocks", "stride_tail", "window_mean", "masked"]] | None
+        Annotated[
+            Sequence[Literal["half_tail", "blocks", "stride_tail", "window_mean", "masked"]],
+            Several,
+        ]
+        | None
     ) = None
     units: Count = 8
     stride: Count = 256
