@@ -105,24 +105,37 @@ class ETC(MultiHead):
         q, k, v = self.qkv(x)
         if state:
             k, v = append(state.k, k), append(state.v, v)
-        g = self._globals(x, (start % self.block + x.shape[1]) // self.block, cross_layer)
-        g_q, *g_in = self.qkv(self.global_norm(g))
-        before = state.globals_in if state else (g_in[0][:, :0], g_in[1][:, :0])
-        g_in = [append(a, b) for a, b in zip(before, g_in, strict=True)]
-        span = max(g_in[0].shape[1], len(self.g2g))
-        among = relative_window(g_q, g_in[0], g_in[1], self.g2g, span, backend=self.backend)
-        g = g + self._out(merge([among, self._own_blocks(g_q, k, v, start, x.shape[1])]))
-        self._leave(g, cross_layer)
+        inner, g = self._next_globals(x, k, v, state, start, cross_layer)
         _, g_k, g_v = self.qkv(self.global_norm(g))
-        g_out = [g_k + self.l2g[0].to(g_k.dtype), g_v]
-        before = state.globals_out if state else (g_out[0][:, :0], g_out[1][:, :0])
+        new = [g_k + self.l2g[0].to(g_k.dtype), g_v]
+        before = state.globals_out if state else (new[0][:, :0], new[1][:, :0])
         near = relative_window(q, k, v, self.l2l, self.window + 1, backend=self.backend)
-        y = self._out(merge([near, *self._completed(q, before, g_out, start)]))
+        y = self._out(merge([near, *self._completed(q, before, new, start)]))
         if state is None:
             return y
-        g_out = [append(a, b) for a, b in zip(before, g_out, strict=True)]
+        outer = tuple(append(a, b) for a, b in zip(before, new, strict=True))
         k, v = last_tokens(k, self.held), last_tokens(v, self.held)
-        return y, ETCState(k, v, (*g_in,), (*g_out,), start + x.shape[1])
+        return y, ETCState(k, v, inner, outer, start + x.shape[1])
+
+    def _next_globals(
+        self,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: ETCState | None,
+        start: int,
+        cross_layer: CrossLayer | None,
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """k and v of all globals so far, and those of this chunk after reading them and x."""
+        g = self._globals(x, (start % self.block + x.shape[1]) // self.block, cross_layer)
+        g_q, *new = self.qkv(self.global_norm(g))
+        before = state.globals_in if state else (new[0][:, :0], new[1][:, :0])
+        g_k, g_v = (append(a, b) for a, b in zip(before, new, strict=True))
+        span = max(g_k.shape[1], len(self.g2g))
+        among = relative_window(g_q, g_k, g_v, self.g2g, span, backend=self.backend)
+        g = g + self._out(merge([among, self._own_blocks(g_q, k, v, start, x.shape[1])]))
+        self._leave(g, cross_layer)
+        return (g_k, g_v), g
 
     def _out(self, result: Partial) -> Tensor:
         return self.o_proj(result[0].flatten(-2))

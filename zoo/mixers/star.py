@@ -26,11 +26,11 @@ feed-forward stand there; a learned vector for each place in the list (before, o
 added to the keys, instead of positions added to e, which would end with the trained length.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from zoo.attention.local import attend_per_key
@@ -98,37 +98,59 @@ class Star(MultiHead):
         if not self.causal:
             refuse_state(state)
         q, k, v = self.qkv(x)
-        e = next(iter(self._from_below("input", cross_layer)), x)
-        if e is x and cross_layer is not None:
-            cross_layer[f"star_input_{self.layer}"] = x
-        e_k, e_v = (k, v) if e is x else (self.by_head(p(e)) for p in (self.k_proj, self.v_proj))
         last = state if state and state.tokens_seen else None
-        if self.causal:
-            start = state.tokens_seen if state else 0
-            relays, relay = self._relays(x, start, last and last.relay)
-            s_k, s_v = (
-                self.by_head(proj(relays)).repeat_interleave(self.block, 1)[
-                    :, start % self.block : start % self.block + x.shape[1]
-                ]
-                for proj in (self.k_proj, self.v_proj)
-            )
-        else:
-            s = self._relay_of_all(x, cross_layer)
-            s_k, s_v = self.by_head(self.k_proj(s)), self.by_head(self.v_proj(s))
+        start = state.tokens_seen if state else 0
+        e_k, e_v = self._first_inputs(x, k, v, cross_layer)
+        s_k, s_v, relay = self._relay_keys(x, start, last, cross_layer)
         keys = [k, e_k, s_k, shifted(k, last and last.k[:, 0])]
         values = [v, e_v, s_v, shifted(v, last and last.v[:, 0])]
-        there = torch.ones((x.shape[1], len(self.places)), dtype=torch.bool, device=x.device)
-        there[0, 3] = last is not None
-        if not self.causal:
+        if not self.causal:  # the neighbour behind
             keys.append(F.pad(k[:, 1:], (0, 0, 0, 0, 0, 1)))
             values.append(F.pad(v[:, 1:], (0, 0, 0, 0, 0, 1)))
-            there[-1, 4] = False
         bias = torch.einsum("bthk,phk->bthp", q, self.places.to(q.dtype)) * self.head_width**-0.5
-        out, _ = attend_per_key(q, keys, values, bias=bias, visible=there)
+        visible = self._visible(x, first=last is None)
+        out, _ = attend_per_key(q, keys, values, bias=bias, visible=visible)
         y = self.o_proj(out.flatten(-2))
         if state is None:
             return y
         return y, StarState(relay, k[:, -1:], v[:, -1:], start + x.shape[1])
+
+    def _first_inputs(
+        self, x: Tensor, k: Tensor, v: Tensor, cross_layer: CrossLayer | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of e, what the first such layer was given; k and v where that is this."""
+        below = self._from_below("input", cross_layer)
+        if below:
+            return self.by_head(self.k_proj(below[0])), self.by_head(self.v_proj(below[0]))
+        if cross_layer is not None:
+            cross_layer[f"star_input_{self.layer}"] = x
+        return k, v
+
+    def _relay_keys(
+        self, x: Tensor, start: int, last: StarState | None, cross_layer: CrossLayer | None
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Key and value of the relay that each token reads, and the relay after x."""
+        if not self.causal:
+            s = self._relay_of_all(x, cross_layer)
+            return self.by_head(self.k_proj(s)), self.by_head(self.v_proj(s)), None
+        relays, relay = self._relays(x, start, last and last.relay)
+        begun = start % self.block
+        s_k, s_v = (
+            self.by_head(proj(relays)).repeat_interleave(self.block, 1)[:, begun:][:, : x.shape[1]]
+            for proj in (self.k_proj, self.v_proj)
+        )
+        return s_k, s_v, relay
+
+    def _visible(self, x: Tensor, first: bool) -> Bool[Tensor, "t places"]:
+        """Which keys a token has: the first one of a text has none before it, the last none after.
+
+        `first`: whether x begins the text.
+        """
+        visible = torch.ones((x.shape[1], len(self.places)), dtype=torch.bool, device=x.device)
+        visible[0, 3] = not first
+        if not self.causal:
+            visible[-1, 4] = False
+        return visible
 
     def _from_below(self, what: str, cross_layer: CrossLayer | None) -> list[Tensor]:
         """What such layers below left, by a name of its own each: a layer run again finds it."""
