@@ -22,9 +22,9 @@ from zoo.positions.rope import apply_rope, inverse_frequencies
 from zoo.positions.scaling import temperature
 
 TRAINED = 16
-FACTORS = {"pi": 2, "ntk": 2, "ntk_by_parts": 4, "yarn": 4, "llama3": 4, "longrope": 4}
-FACTORS |= {"alibi_interpolation": 4}
 EXTENSIONS = [name for name, tree in extensions().items() if not tree.get("positions")]
+FACTORS = {name: 4 for name, tree in extensions().items() if tree["factor"] == "???"}
+FACTORS |= {"pi": 2, "ntk": 2}
 MORE = {
     "lm_infinite": ["extension.attention.sinks=2"],
     "longrope": [

@@ -1,0 +1,149 @@
+"""A new extension costs two files: a class and a YAML, and everything else finds it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from building import ROOT
+
+CLASS = '''
+"""Leaky ReRoPE (Su 2023, the author's note on ReRoPE): distances beyond a window grow slowly."""
+
+import torch
+
+from zoo.attention.key_blocks import KeyBlock, Scaling, distant_keys
+from zoo.attention.pattern import AttentionPattern, check_window
+from zoo.errors import refuse
+
+
+class LeakyReRoPE(AttentionPattern):
+    """See keys less than `window` before the query at their distance d, others at w + (d - w) / k.
+
+    Args:
+        scaling: the rotary frequencies beneath.
+        original_length: tokens of the windows that the model was trained on.
+        window: w in tokens; None: half the trained length.
+        shrink: k, at least 1; without bound this is ReRoPE.
+    """
+
+    def __init__(
+        self,
+        scaling: Scaling,
+        *,
+        original_length: int,
+        window: int | None = None,
+        shrink: float = 8.0,
+    ) -> None:
+        super().__init__(scaling)
+        window = max(original_length // 2, 1) if window is None else window
+        check_window(window, original_length)
+        if shrink < 1:
+            refuse("shrink", shrink, "must be >= 1")
+        self.nearest = self.window = window
+        self.shrink = shrink
+
+    def views(self, rows: range) -> list[KeyBlock]:
+        return distant_keys(rows, self.window, self.queries_at, self.keys_at)
+
+    def queries_at(self, positions: torch.Tensor) -> torch.Tensor:
+        return self.window + (positions - self.window) / self.shrink
+
+    def keys_at(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions / self.shrink
+'''
+OPTIONS = """
+# Keep true distances within a window and let farther ones grow slowly (Leaky ReRoPE).
+# Source  Su 2023, "Rectified Rotary Position Embeddings", the author's note
+# Cost    That of the model, most keys scored twice; keys are cached before rotation.
+# Expect  Perplexity near level up to window + (original_length - window) * shrink tokens.
+# Limits  Rotary models.
+name: leaky_rerope
+factor: 1.0 # of `scaling` beneath, where there is one
+original_length: null # null: the run's seq_len
+scaling: null # or the name of a rotary scaling: pi, ntk, yarn ...
+attention:
+  _target_: zoo.attention.leaky_rerope.LeakyReRoPE
+  window: null # tokens; null: half the trained length
+  shrink: 8.0 # k
+"""
+EVALUATION = """
+import json, sys
+from pathlib import Path
+
+import torch
+import test_evaluate as driver
+import zoo.cli.training_free
+import zoo.tasks.evaluate
+from zoo.cli.listing import listing
+from zoo.cli.patterns import _distances
+from zoo.cli.training_free import training_free
+from zoo.errors import UserError
+from zoo.model.build import build_model
+
+here = Path(sys.argv[1])
+folder = driver.run_folder(here / "a")
+torch.manual_seed(0)
+zoo.tasks.evaluate.load = lambda *_: build_model(folder.config, vocab_size=16)[0].eval()
+zoo.tasks.evaluate.open_data = lambda data, seq_len: driver.CORPUS
+zoo.cli.training_free.choices = lambda _: ["leaky_rerope"]  # one of all, to be quick
+words = [f"report={here}/report.html", "logger=none"]
+driver.run_eval([folder], *words)
+code, said, rows = driver.run_eval([folder], *words, "extension=leaky_rerope")
+refused = ""
+try:
+    driver.run_eval([folder], "extension=leaky_rerope", "extension.attention.shrink=0.5")
+except UserError as error:
+    refused = str(error)
+print(json.dumps({
+    "code": code, "said": said, "rows": rows, "refused": refused,
+    "listed": listing(["extensions"]), "training_free": list(training_free("8")),
+    "row": _distances(["extension=leaky_rerope"])[20, :21].tolist(),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    """What the programs say of the extension, in a copy of the package with the two files."""
+    here = tmp_path_factory.mktemp("package")
+    for folder in ("zoo", "configs", "kernels"):
+        shutil.copytree(ROOT / folder, here / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (here / "zoo/attention/leaky_rerope.py").write_text(CLASS)
+    (here / "configs/extension/leaky_rerope.yaml").write_text(OPTIONS)
+    paths = [here, ROOT / "tests/tasks", ROOT / "tests"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    words = [sys.executable, "-c", EVALUATION, str(here / "runs")]
+    done = subprocess.run(words, cwd=here, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]) | {"folder": here / "runs"}
+
+
+def test_it_is_measured_and_its_rows_say_under_which_settings(found):
+    assert found["code"] == 0
+    rows = [row for row in found["rows"] if row["extension"] == "leaky_rerope"]
+    assert {row["length"] for row in rows} == {32, 64}
+    for row in rows:
+        assert row["status"] == "ok"
+        assert row["extension_options"]["attention.shrink"] == 8.0
+
+
+def test_the_terminal_and_the_report_show_it_beside_the_model_alone(found):
+    page = (found["folder"] / "report.html").read_text()
+    for text in (found["said"], page):
+        assert "transformer + leaky_rerope" in text
+
+
+def test_it_is_listed_compared_and_drawn(found):
+    assert "let farther ones grow slowly (Leaky ReRoPE)." in found["listed"]
+    assert ["extension=leaky_rerope"] in found["training_free"]  # make length-extension reads it
+    window, shrink = 12, 8  # half of the 24 tokens that the drawn model was trained on
+    near, far = range(window), range(window, 21)
+    expected = [*near, *(window + (apart - window) / shrink for apart in far)]
+    assert found["row"] == expected[::-1]
+
+
+def test_a_setting_it_refuses_is_told_as_it_is_typed(found):
+    assert found["refused"] == "extension.attention.shrink=0.5: must be >= 1."
