@@ -11,6 +11,7 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from zoo.cli.arms import Arm, Check, Job, bare
@@ -18,7 +19,7 @@ from zoo.cli.guard import log_plainly
 from zoo.config.groups import groups
 from zoo.config.schema import TrainConfig
 from zoo.console import label, say
-from zoo.errors import RunError, UserError, refuse
+from zoo.errors import RunError, UserError, refuse, refuse_path
 from zoo.runs.files import one_line
 from zoo.runs.stopping import handled
 
@@ -48,8 +49,13 @@ def sweep(
     task = functools.partial(_arm, program, len(configs), common, check, job)
     front = GlobalHydra.instance().hydra
     assert front is not None
-    with _announced(Path(configs[0].runs)):
-        returned = front.multirun(config_name=program, task_function=task, overrides=words)
+    try:
+        with _announced(Path(configs[0].runs)):
+            returned = front.multirun(config_name=program, task_function=task, overrides=words)
+    except HydraException as error:
+        refuse_path(" ".join(words), str(error).splitlines()[0], "See --hydra-help")
+    except Exception as error:  # an arm raises nothing: this is the launcher's own
+        raise RunError(f"the sweep's launcher failed: {str(error).splitlines()[0]}") from error
     batches = returned if isinstance(returned, list) else []  # an optimiser's sweeper keeps them
     results = [result for batch in batches for result in batch]
     if program == "train" and len(results) > 1:
@@ -85,6 +91,8 @@ def _announced(runs: Path) -> Iterator[None]:
     def tell() -> None:
         for job in sorted({*runs.glob(pattern)} - known):
             known.add(job)
+            if "%" in job.name:  # the pattern of names, as a folder
+                continue
             say(f"job {job.name}: logs in {job}")
 
     def watch() -> None:
