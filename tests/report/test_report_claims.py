@@ -2,7 +2,7 @@
 
 import pytest
 
-from zoo.report.claims import CLAIMS, Comparison, Score, claims_table, judge
+from zoo.report.claims import Comparison, Score, claims_table, comparison, judge, published
 from zoo.report.rows import Results, gather
 from zoo.report.text import as_text
 
@@ -124,5 +124,19 @@ def test_the_report_says_the_verdict_and_what_it_rests_on():
 
 
 def test_every_claim_names_its_source_and_arms_that_can_be_trained():
-    assert [claim.number for claim in CLAIMS] == sorted({claim.number for claim in CLAIMS})
-    assert all(claim.source and claim.comparisons for claim in CLAIMS)
+    assert [claim.number for claim in published()] == sorted(
+        {claim.number for claim in published()}
+    )
+    assert all(claim.source and claim.comparisons for claim in published())
+
+
+def test_a_rule_is_read_as_it_is_written():
+    rules = [each for claim in published() for each in claim.comparisons]
+    assert len(rules) > 10
+    for each in rules:
+        assert comparison(str(each)) == each
+    one = comparison("a + b x8 at 16 L above 1.05 times c at L")
+    assert one == Comparison(Score("a + b x8", 16), "above", Score("c", 1), 1.05)
+    for wrong in ("a at 4 L", "a at 4 L over b at L", "a below b"):
+        with pytest.raises(ValueError, match="no comparison"):
+            comparison(wrong)

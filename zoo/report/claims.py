@@ -9,10 +9,15 @@ reason that is told: fewer than two seeds, seeds that disagree, an interval that
 judged where all it compares was measured.
 """
 
+import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import yaml
+
+from zoo.paths import shipped
 from zoo.report.rows import Cell, Results, Row, contrast
 from zoo.report.scores import dead
 from zoo.report.tables import Table, Td
@@ -24,8 +29,12 @@ FAILS: Verdict = "does not hold"
 OPEN: Verdict = "not shown at this scale"
 ORDER: list[Verdict] = ["does not hold", "not shown at this scale", "holds"]  # one is enough
 
-A_LITTLE = 1.05  # "a few per cent", "a small rise", "a clear margin": the same 5 % throughout
 SEEDS = 2  # at least
+SCORE = re.compile(r"(?P<arm>.+?) at (?:(?P<times>\d+) )?L(?P<blocks> \(blocks\))?")
+RULE = re.compile(
+    r"(?P<one>.+ at .*?L(?: \(blocks\))?) (?P<side>above|below) (?:(?P<share>[\d.]+) times )?"
+    r"(?P<other>.+)"
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ class Judged:
 def judge(results: Results) -> list[Judged]:
     """The claims that the rows can decide, in their order."""
     judged = []
-    for claim in CLAIMS:
+    for claim in published():
         cells = tuple(each.cells(results) for each in claim.comparisons)
         if not all(cells):
             continue
@@ -141,71 +150,34 @@ def _seeds(count: int) -> str:
     return f"{count} seed{'s' if count != 1 else ''}"
 
 
-def _rises(arm: str, times: int) -> Comparison:
-    return Comparison(Score(arm, times), "above", Score(arm, 1), A_LITTLE)
+@functools.cache
+def published() -> tuple[Claim, ...]:
+    """The claims of `configs/claims/`, by their numbers. Raises ValueError for one without rule."""
+    found = []
+    for file in sorted((shipped("configs") / "claims").glob("*.yaml")):
+        for one in yaml.safe_load(file.read_text(encoding="utf-8")):
+            rules = tuple(map(comparison, one["holds_if"]))
+            found.append(Claim(one["number"], one["claim"], one["source"], rules))
+    return tuple(sorted(found, key=lambda claim: claim.number))
 
 
-def _keeps(arm: str, times: int, before: str | None = None) -> Comparison:
-    return Comparison(Score(arm, times), "below", Score(before or arm, 1), A_LITTLE)
+def comparison(rule: str) -> Comparison:
+    """A comparison as it is written: "mamba at 8 L below 1.05 times mamba at L"."""
+    match = RULE.fullmatch(rule)
+    if match is None:
+        raise ValueError(f"{rule!r} is no comparison such as 'a at 4 L above 1.05 times b at L'")
+    one, side, share, other = match["one"], match["side"], match["share"], match["other"]
+    return Comparison(
+        _score(one), "above" if side == "above" else "below", _score(other), float(share or 1)
+    )
 
 
-ROPE, TUNED = "transformer", "transformer tuned with pi x8"
-CLAIMS = (
-    Claim(
-        1,
-        "A rotary model's perplexity rises steeply beyond its training length.",
-        "Chen 2023, PI, figure 2",
-        (_rises(ROPE, 4),),
-    ),
-    Claim(
-        2,
-        "Interpolated positions reach 8 L after a short fine-tuning, at little loss at L.",
-        "Chen 2023, PI, section 3.3",
-        (
-            _keeps(TUNED, 8),
-            _keeps(TUNED, 1, before=ROPE),
-            Comparison(Score(f"{ROPE} + pi x8", 8), "above", Score(TUNED, 8)),
-        ),
-    ),
-    Claim(
-        6,
-        "Dual chunk attention goes to 16 L untrained with a small rise, where others fail.",
-        "An 2024, section 4.2",
-        (
-            _keeps(f"{ROPE} + dca", 8, before=ROPE),
-            _keeps(f"{ROPE} + dca", 16, before=ROPE),
-            Comparison(Score(f"{ROPE} + pi x8", 8), "above", Score(f"{ROPE} + dca", 8)),
-            Comparison(Score(f"{ROPE} + ntk x8", 8), "above", Score(f"{ROPE} + dca", 8)),
-        ),
-    ),
-    Claim(
-        8,
-        "With its first tokens a window stays stable on long text; without them it collapses.",
-        "Xiao 2023, section 3.1; Han 2023",
-        (
-            _keeps(f"{ROPE} + streaming_llm", 32, before=ROPE),
-            Comparison(
-                Score(f"{ROPE} + window", 32),
-                "above",
-                Score(f"{ROPE} + streaming_llm", 32),
-                A_LITTLE,
-            ),
-        ),
-    ),
-    Claim(
-        9,
-        "ALiBi and xPos extrapolate, sinusoids do not; what ALiBi gains from long texts is in the "
-        "mean over blocks, where early tokens weigh less: no token with its past before it gains.",
-        "Press 2022, figures 1 and 11; Sun 2022",
-        (
-            _keeps("alibi", 8),
-            _keeps("xpos", 8),
-            _rises("sinusoidal", 8),
-            Comparison(Score("alibi", 8, "blocks"), "below", Score("alibi", 1, "blocks")),
-            Comparison(Score("alibi", 8), "above", Score("alibi", 1), 0.99),
-        ),
-    ),
-)
+def _score(words: str) -> Score:
+    match = SCORE.fullmatch(words)
+    if match is None:
+        raise ValueError(f"{words!r} is no comparison's score, such as 'mamba at 4 L'")
+    protocol = "blocks" if match["blocks"] else "half_tail"
+    return Score(match["arm"], int(match["times"] or 1), protocol)
 
 
 def claims_table(results: Results) -> Table | None:
