@@ -130,7 +130,9 @@ def save_report(rows: Rows, runs: Rows, *, project: str = "zoo", entity: str = "
     try:
         import wandb_workspaces.reports.v2 as reports  # type: ignore[import-not-found]
     except ImportError as error:
-        raise UserError("a W&B report needs `pip install wandb-workspaces`") from error
+        raise UserError(
+            "W&B report: needs the package wandb-workspaces. Run pip install wandb-workspaces."
+        ) from error
     blocks = report_blocks(rows, runs)
     built = [getattr(reports, block.pop("block"))(**block) for block in blocks]
     report = reports.Report(

@@ -116,7 +116,8 @@ def evaluate(
 
 
 def _none_opened(errors: Sequence[UserError]) -> UserError:
-    return UserError(f"none of the {len(errors)} runs can be measured. The first: {errors[0]}")
+    first = str(errors[0]).removesuffix(".")
+    return UserError(f"run: none of the {len(errors)} runs can be measured. The first: {first}.")
 
 
 def _report(

@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 
-from zoo.errors import UserError, choose
+from zoo.errors import choose, refuse
 
 log = logging.getLogger("zoo")
 
@@ -46,9 +46,8 @@ def select_backend(op: str, requested: str, available: Mapping[str, Available]) 
             return name
         if usable:
             reasons.append(f"{name} is not available: {usable}")
-    raise UserError(
-        f"{op}: " + ("; ".join(reasons) or f"backend {requested!r} does not take these inputs")
-    )
+    told = "; ".join(reasons) or f"{requested} does not take these inputs"
+    refuse("backend", requested, f"{op} cannot run ({told})", "Use backend=auto")
 
 
 def used_backends() -> dict[str, str]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from zoo.errors import UserError
+from zoo.errors import refuse
 
 PACKAGES = {
     "mamba_ssm": "mamba-ssm",
@@ -112,7 +112,8 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dstate: Tensor) -> NoReturn:
         del ctx, dstate
-        raise UserError("selective_scan: mamba_ssm passes no gradient through the outgoing state")
+        rule = "mamba_ssm passes no gradient through the outgoing state"
+        refuse("backend", "mamba_ssm", rule, "Use another backend of selective_scan")
 
 
 def causal_conv(
