@@ -190,7 +190,7 @@ def _cut(x: Tensor, whole: range, rows: range) -> Tensor:
     return x[:, rows.start - whole.start : rows.stop - whole.start]
 
 
-def _merged(block: range, results: Sequence[tuple[range, Partial]]) -> list[Tensor]:
+def _merged(block: range, results: Sequence[tuple[range, tuple[Tensor, Tensor]]]) -> list[Tensor]:
     """Merge partial results into the block's outputs, cut where some of their rows begin or end."""
     edges = {edge for rows, _ in results for edge in (rows.start, rows.stop) if edge in block}
     outs = []

@@ -64,7 +64,7 @@ def window(
     return out, lse
 
 
-def _band(q: Tensor, k: Tensor, v: Tensor, size: int, backend: str) -> list[Partial]:
+def _band(q: Tensor, k: Tensor, v: Tensor, size: int, backend: str) -> list[tuple[Tensor, Tensor]]:
     """The window where none of it lies before the first key: t queries, t + size - 1 keys.
 
     Piece by piece: unfolded, the keys of all blocks take more than the keys.
