@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zoo.mixers.soft import NewtonInverse, Soft
+from zoo.mixers.soft import Soft
+from zoo.ops.newton_inverse import NewtonInverse
 from zoo.positions.rope import apply_rope, inverse_frequencies
 
 WIDTH, HEADS, D = 16, 2, 8

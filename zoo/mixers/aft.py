@@ -45,6 +45,19 @@ class AFTState(NamedTuple):
 
 
 class AFT(Mixer):
+    """AFT in four variants.
+
+    Args:
+        width: channels of the input and the output (d).
+        variant: simple, conv, local or full.
+        heads: groups of channels with biases of their own (conv); None for width / 4.
+        window: s, tokens with a bias of their own (conv, local).
+        rank: d', of the biases of local and full; None for 128, or a quarter of a small width.
+        max_length: T, the positions that local and full know.
+        backend: of zoo.ops.aft.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     def __init__(
         self,
         *,

@@ -34,6 +34,17 @@ class CosFormerState(NamedTuple):
 
 
 class CosFormer(MultiHead):
+    """cosFormer's attention, causal or over the whole text.
+
+    Args:
+        width: channels of the input and the output.
+        heads: heads, which must divide the width.
+        reference_length: M, the most tokens that can be read.
+        backend: of zoo.ops.linear_attention.
+        causal: False for the bidirectional form.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     def __init__(
         self,
         *,

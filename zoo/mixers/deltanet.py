@@ -34,6 +34,17 @@ class DeltaState(NamedTuple):
 
 
 class DeltaNet(Mixer):
+    """The delta rule over a matrix state per head.
+
+    Args:
+        width: channels of the input and the output (d).
+        heads: heads, which must divide the width.
+        conv_width: tokens that the convolutions of q, k and v see.
+        negative_eigenvalues: beta in (0, 2) instead of (0, 1).
+        backend: of zoo.ops.delta_rule.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     def __init__(
         self,
         *,

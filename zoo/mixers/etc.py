@@ -59,6 +59,19 @@ class ETCState(NamedTuple):
 
 
 class ETC(MultiHead):
+    """Long and global inputs that read each other, causal or over the whole text.
+
+    Args:
+        width: channels of the input and the output (d).
+        heads: heads, which must divide the width.
+        window: r, tokens that a token sees before it (and after it in the bidirectional form).
+        block: c, tokens to a global one.
+        labels: distances with a vector of their own (k), at most `window`.
+        backend: of zoo.ops.attention.
+        causal: False for the published form.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     recurrent: ClassVar[bool] = False
     uses_cross_layer: ClassVar[bool] = True
 

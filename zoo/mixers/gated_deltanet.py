@@ -36,6 +36,19 @@ A_MAX = 16.0  # initial rates: uniform up to this, as published
 
 
 class GatedDeltaNet(Mixer):
+    """The delta rule with a decay per head.
+
+    Args:
+        width: channels of the input and the output (d).
+        heads: heads, at most 3/4 of the width.
+        head_width: channels of a head's keys (d_k); None for 3/4 of the width over the heads.
+        value_factor: channels of a head's values over those of its keys (d_v / d_k).
+        conv_width: tokens that the convolutions of q, k and v see.
+        negative_eigenvalues: beta in (0, 2) instead of (0, 1).
+        backend: of zoo.ops.delta_rule.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     min_window = 2  # a decay acts on what an earlier token wrote
 
     def __init__(

@@ -22,6 +22,18 @@ from zoo.ops.rms_norm import RMSNorm
 
 
 class GLA(Mixer):
+    """Linear attention with a decay per key channel.
+
+    Args:
+        width: channels of the input, the output and the values (d).
+        heads: heads, which must divide the width and `key_width`.
+        key_width: channels of the keys of all heads (d_k); None for half of the width.
+        gate_rank: rank of the decay's projection (16 as published).
+        temperature: tau, the root that is taken of the decay.
+        backend: of zoo.ops.linear_attention.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     def __init__(
         self,
         *,

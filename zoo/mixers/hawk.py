@@ -74,6 +74,17 @@ def decay_and_scale(
 
 
 class Hawk(Mixer):
+    """The recurrent block of figure 2, with the RG-LRU.
+
+    Args:
+        width: channels of the input and the output (D).
+        inner_width: channels of the recurrence (D_RNN); None for 4/3 of the width.
+        gate_blocks: blocks of the gates' weights, which must divide `inner_width`.
+        conv_width: tokens that the convolution sees, the present one included.
+        backend: of the recurrence and of the convolution.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     def __init__(
         self,
         *,

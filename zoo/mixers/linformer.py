@@ -51,6 +51,23 @@ class LinformerState(NamedTuple):
 
 
 class Linformer(MultiHead):
+    """Attention over compressed keys, causal by blocks or over the whole text.
+
+    Args:
+        width: channels of the input and the output.
+        heads: heads, which must divide the width.
+        sharing: of E and F: none, a pair per head; headwise, one pair; kv, one with E = F.
+        block: tokens that are compressed together (causal).
+        slots: what they are compressed to (causal).
+        max_length: n, the most tokens that can be read (bidirectional).
+        rank: k, what they are compressed to (bidirectional).
+        positions: rope or none.
+        rope_base: base of the rotary frequencies.
+        backend: of zoo.ops.attention.
+        causal: False for the published form.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     recurrent: ClassVar[bool] = False
 
     def __init__(

@@ -48,6 +48,21 @@ class LongformerState(NamedTuple):
 
 
 class Longformer(MultiHead):
+    """Sliding windows with global tokens, causal or over the whole text.
+
+    Args:
+        width: channels of the input and the output.
+        heads: heads, which must divide the width.
+        window: w; a list is spread over the layers.
+        dilation: r, one for all heads or one for each; acts in the upper half of the layers.
+        global_tokens: g, how many of the first tokens see all and are seen by all.
+        positions: rope or none.
+        rope_base: base of the rotary frequencies.
+        backend: of zoo.ops.attention.
+        causal: False for the bidirectional form.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     def __init__(
         self,
         *,

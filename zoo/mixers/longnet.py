@@ -48,6 +48,20 @@ class LongNetState(NamedTuple):
 
 
 class LongNet(MultiHead):
+    """Dilated attention in branches of growing segments.
+
+    Args:
+        width: channels of the input and the output.
+        heads: heads, which must divide the width.
+        segments: w_i, tokens of each branch's segments; each divides the next.
+        dilations: r_i, steps between a branch's keys; the first is 1, each divides the next.
+        dedup: a key that several branches see counts once.
+        positions: rope or none.
+        rope_base: base of the rotary frequencies.
+        backend: of zoo.ops.attention.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     def __init__(
         self,
         *,

@@ -32,6 +32,18 @@ class MambaState(NamedTuple):
 
 
 class Mamba(Mixer):
+    """Algorithm 2, between the projections.
+
+    Args:
+        width: channels of the input and the output (D).
+        inner_width: channels of u and z (E D); None for twice the width, as published.
+        state_size: numbers of state per channel (N).
+        conv_width: tokens that the convolution sees, the present one included.
+        dt_rank: rank of the projection to dt (R); None for width / 16, as published.
+        backend: of the scan and of the convolution.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     def __init__(
         self,
         *,

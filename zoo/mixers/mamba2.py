@@ -34,6 +34,18 @@ class Mamba2State(NamedTuple):
 
 
 class Mamba2(Mixer):
+    """Section 7's block.
+
+    Args:
+        width: channels of the input and the output (D).
+        heads: heads (H); None for twice the width in heads of 64.
+        head_width: channels of a head (P); None for twice the width over the heads.
+        state_size: numbers of state per channel (N); published 64 to 256.
+        conv_width: tokens that the convolution sees, the present one included.
+        backend: of zoo.ops.linear_attention.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     def __init__(
         self,
         *,

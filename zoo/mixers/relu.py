@@ -33,6 +33,21 @@ EPS = 1e-6
 
 
 class ReLUAttention(MultiHead):
+    """Attention whose weights are ReLU of the scores.
+
+    Args:
+        width: channels of the input and the output.
+        heads: heads, which must divide the width.
+        kernel: relu or squared_relu, f.
+        normalise: N_t: length, sum or rms.
+        gated: with normalise=rms, times sigmoid(w o).
+        positions: rope, alibi or none.
+        rope_base: base of the rotary frequencies.
+        backend: of zoo.ops.kernel_attention.
+        causal: False for the bidirectional form.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     recurrent: ClassVar[bool] = False
 
     def __init__(

@@ -36,6 +36,17 @@ class RetentionState(NamedTuple):
 
 
 class RetNet(Mixer):
+    """Multi-scale retention.
+
+    Args:
+        width: channels of the input and the output (d_model).
+        heads: heads (h), whose widths must be even.
+        value_factor: channels of values and gate over the width; published: 2.
+        rope_base: base of the rotary frequencies.
+        backend: of zoo.ops.linear_attention.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     def __init__(
         self,
         *,

@@ -80,6 +80,14 @@ def no_token(weight: Tensor, batch: int, width: int) -> Float[Tensor, "b d"]:
 
 
 class RWKV4(Mixer):
+    """Time mixing.
+
+    Args:
+        width: channels of the input and the output (D).
+        backend: of zoo.ops.wkv4.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     min_window = 3  # w first tells when a token stands two before another
 
     def __init__(

@@ -46,6 +46,17 @@ def low_rank(*shape: int) -> nn.Parameter:
 
 
 class RWKV6(Mixer):
+    """Time mixing; the channel mixing is RWKV-4's.
+
+    Args:
+        width: channels of the input and the output (D).
+        heads: heads, which must divide the width.
+        mix_rank: rank of A and B of the token shift; None for 32, or an eighth of a small width.
+        decay_rank: rank of A_d and B_d of the decay; None for twice `mix_rank`.
+        backend: of zoo.ops.linear_attention.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     min_window = 3  # w first tells when a token stands two before another
 
     def __init__(

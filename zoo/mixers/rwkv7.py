@@ -66,6 +66,15 @@ class LowRankMap(nn.Module):
 
 
 class RWKV7(Mixer):
+    """Time mixing.
+
+    Args:
+        width: channels of the input and the output (D).
+        heads: heads, which must divide the width; published: 64 channels each.
+        backend: of zoo.ops.delta_rule.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     uses_cross_layer: ClassVar[bool] = True
     min_window = 2  # a decay acts on what an earlier token wrote
 

@@ -50,6 +50,18 @@ class SimAState(NamedTuple):
 
 
 class SimA(MultiHead):
+    """Attention without a softmax, causal or over the whole text.
+
+    Args:
+        width: channels of the input and the output.
+        heads: heads, which must divide the width.
+        scale: t multiplies by the number of tokens normalised over; none is as published.
+        positions: none; the mixer has no positions of its own.
+        backend: of zoo.ops.linear_attention.
+        causal: False for the bidirectional form.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     def __init__(
         self,
         *,

@@ -40,7 +40,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from zoo.config.domains import Positive, Range, RopeBase
@@ -54,6 +53,7 @@ from zoo.mixers.base import (
 )
 from zoo.mixers.parts import KeyValues, append, head_width, no_keys, wide_dtype, wide_zeros
 from zoo.ops.kernel_attention import gaussian, kernel_attention
+from zoo.ops.newton_inverse import NewtonInverse, inverse_residual
 from zoo.positions.rope import apply_rope, inverse_frequencies
 
 PIECE = 64  # blocks whose landmarks' matrices are held at once; recomputed in the backward pass
@@ -68,9 +68,26 @@ class Landmarks(NamedTuple):
 
 
 class Soft(Mixer):
-    residual: Tensor | None = (
-        None  # largest ||I - (A + epsilon I) X|| of the last bidirectional call
-    )
+    """A Gaussian kernel of the queries, causal in two forms or over the whole text.
+
+    Args:
+        width: channels of the input and the output.
+        heads: heads, which must divide the width.
+        form: of the causal model, exact or landmarks.
+        normalise: of the sums: none, length or sum.
+        block: tokens per landmark.
+        landmarks: m, how many of the latest are kept (causal).
+        epsilon: added to the diagonal of A before it is inverted.
+        iterations: of Newton's method (bidirectional; T).
+        positions: rope or none.
+        rope_base: base of the rotary frequencies.
+        backend: of zoo.ops.kernel_attention.
+        causal: False for the published form.
+        layer, layers: this layer's index and the number of layers.
+    """
+
+    # The largest ||I - (A + epsilon I) X|| of the last bidirectional call.
+    residual: Tensor | None = None
 
     def __init__(
         self,
@@ -135,7 +152,7 @@ class Soft(Mixer):
         q, rows = self._turned(q, 0), landmarks.transpose(1, 2)
         A = self._ridge(gaussian(rows, rows, self.scale))
         inverse = NewtonInverse.apply(A, self.iterations)
-        self.residual = _residual(A.detach(), inverse.detach())
+        self.residual = inverse_residual(A.detach(), inverse.detach())
         read = kernel_attention(landmarks, q, self._values(v), "gaussian", **options)
         c = (inverse @ read.transpose(1, 2)).transpose(1, 2)
         o = kernel_attention(q, landmarks, c, "gaussian", **options)
@@ -264,36 +281,3 @@ class Soft(Mixer):
         if self.form == "landmarks":
             return state
         return KeyValues(state.k[:, -window:], state.v[:, -window:], state.tokens_seen)
-
-
-class NewtonInverse(torch.autograd.Function):
-    """A^-1 of positive definite A: X <- 2 X - X A X from X = alpha A   (algorithm 1).
-
-    It converges for alpha < 2 / ||A||^2; alpha is 0.9 times 2 / ||A||_1^2, as at 2 a matrix whose
-    largest eigenvalue is its norm (a single landmark) would stay where it begins. The gradient is
-    the inverse's own, -X^T G X^T, whatever the number of iterations.
-    """
-
-    @staticmethod
-    def forward(ctx, A, iterations):
-        with torch.autocast(A.device.type, enabled=False):
-            norm = A.abs().sum(-2, keepdim=True).amax(-1, keepdim=True)
-            X = 1.8 / norm.square() * A
-            for _ in range(iterations):
-                X = 2 * X - X @ A @ X
-        ctx.save_for_backward(X)
-        return X
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, G):
-        (X,) = ctx.saved_tensors
-        with torch.autocast(G.device.type, enabled=False):
-            return -X.mT @ G @ X.mT, None
-
-
-def _residual(A: Tensor, X: Tensor) -> Tensor:
-    """The largest ||I - A X|| (Frobenius) of a batch: 0 for an inverse, sqrt(m) for X = 0."""
-    with torch.autocast(A.device.type, enabled=False):
-        eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-        return torch.linalg.matrix_norm(eye - A @ X).max()

@@ -63,6 +63,17 @@ class StarState(NamedTuple):
 
 
 class Star(MultiHead):
+    """Satellites and their relay, causal or over the whole text.
+
+    Args:
+        width: channels of the input and the output (d).
+        heads: heads, which must divide the width.
+        block: tokens until the relay moves on (c); for the causal form.
+        backend: of zoo.ops.attention.
+        causal: False for the published form.
+        layer, layers: this layer's index and the number of layers.
+    """
+
     uses_cross_layer: ClassVar[bool] = True
 
     def __init__(
