@@ -102,7 +102,7 @@ def panel(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def question(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a row that say what was asked, its task and the task's settings among them."""
+    """The fields of a row that identify its question: the task, its settings and the key fields."""
     names = row.get("question") or EARLIER_QUESTIONS.get(str(row.get("task")), ("length",))
     return {name: row.get(name) for name in ("task", *names)}
 

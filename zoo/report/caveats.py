@@ -45,7 +45,7 @@ def banners(results: Results) -> list[str]:
     return said
 
 
-RATES = "Architectures want different rates, so a gap may be the rate's."
+RATES = "Architectures differ in their best rate, so a gap may be due to the rate."
 
 
 def _invalid(results: Results) -> list[str]:
@@ -65,7 +65,7 @@ def _invalid(results: Results) -> list[str]:
 
 
 def _unequal_sizes(results: Results) -> list[str]:
-    """Arms with more or fewer parameters than the reference arm, each told or all together."""
+    """Name the arms whose parameter count differs from the reference arm's by over 1 %."""
     base = results.known(results.reference, "parameters") if results.reference else None
     off = {}
     for label in results.arms:
@@ -74,8 +74,8 @@ def _unequal_sizes(results: Results) -> list[str]:
             off[label] = (own, own / base - 1)
     against = f"against {results.reference}"
     if len(off) <= NAMED:
-        told = (f"{label} has {plain(n)} parameters, {by:+.1%}" for label, (n, by) in off.items())
-        return [f"Unequal size: {words} {against}." for words in told]
+        each = (f"{label} has {plain(n)} parameters, {by:+.1%}" for label, (n, by) in off.items())
+        return [f"Unequal size: {words} {against}." for words in each]
     least, most = min(by for _, by in off.values()), max(by for _, by in off.values())
     span = f"from {least:+.1%} to {most:+.1%}"
     return [f"Unequal size: {len(off)} arms differ by {span} in parameters {against}."]
@@ -153,9 +153,9 @@ def failures(results: Results) -> Table | None:
         what = ", ".join(dict.fromkeys(row.get("task") or "training" for row in rows))
         texts = [label, f"{what} at {span}" if span else what, why, run]
         table.rows.append([Td(text, kind="words") for text in texts])
-    told = {row.get("run") for row in results.rows if row.get("task") is None}
+    listed = {row.get("run") for row in results.rows if row.get("task") is None}
     for run in results.runs:
-        if (state := unfinished(run)) and run.get("run") not in told:
+        if (state := unfinished(run)) and run.get("run") not in listed:
             label = next((row["label"] for row in results.where(run=run.get("run"))), DASH)
             texts = [label, "training", state, plain(run.get("run"))]
             table.rows.append([Td(text, kind="words") for text in texts])

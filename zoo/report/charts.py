@@ -82,7 +82,7 @@ def lines(
     More arms than colours have no bands, which would cover one another.
 
     Args:
-        points: arm, x, y, low and high (or None); all else is told by the tip.
+        points: arm, x, y, low and high (or None); all else is shown in the tip.
         about: what a reader who cannot see the figure should know.
         rules: x positions (training lengths) marked by a vertical rule.
         level: a y position (chance) marked by a horizontal rule.

@@ -192,12 +192,12 @@ def claims_table(results: Results) -> Table | None:
         kind = {"holds": "best", "does not hold": "lead"}.get(own.verdict, "")
         said = f"{own.verdict}: {own.why}" if own.why else own.verdict
         verdict = Td(said, own.claim.source, kind)
-        evidence = Td("; ".join(told(own)), kind="words")
-        table.rows.append([Td(f"{own.claim.number}. {own.claim.words}"), verdict, evidence])
+        words = Td("; ".join(evidence(own)), kind="words")
+        table.rows.append([Td(f"{own.claim.number}. {own.claim.words}"), verdict, words])
     return table if table.rows else None
 
 
-def told(judged: Judged) -> list[str]:
+def evidence(judged: Judged) -> list[str]:
     """Each comparison in words, with by how much each seed keeps it (or, below zero, misses it)."""
     pairs = zip(judged.claim.comparisons, judged.cells, strict=True)
     return [f"{each}: {', '.join(_spare(each, cell) for cell in cells)}" for each, cells in pairs]

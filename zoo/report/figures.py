@@ -69,7 +69,7 @@ def lengths(results: Results, title: str) -> Axis:
 
 
 def tested(results: Results) -> Axis:
-    """The axis of all lengths at which a task was asked that has several: one for all tasks."""
+    """The axis of all lengths of the tasks that have several: the same for all tasks."""
     every = [lengths_of(results, task) for task in results.tasks if shown_quantities(results, task)]
     axis = lengths(results, "test length in tokens, and in training lengths")
     return replace(axis, also=tuple({n for some in every if len(some) > 1 for n in some}))
@@ -153,7 +153,7 @@ def table(results: Results, protocol: str) -> Drawing:
 
 
 def task_figures(results: Results, task: str) -> list[Lines]:
-    """A figure for each quantity of a task that was asked at several lengths."""
+    """A figure for each quantity of a task with several lengths."""
     if len(lengths_of(results, task)) < 2:
         return []
     return [quantity_figure(results, task, each) for each in shown_quantities(results, task)]

@@ -1,8 +1,8 @@
 """The labels of arms: rows that are not of one arm get labels that say what differs.
 
 Rows are averaged over seeds of one and the same question only. Those that share an arm's name but
-not its training (rate, size, budget, data, any other option), its extension's settings or what was
-asked get longer labels, by every setting that differs.
+not its training (rate, size, budget, data, any other option), its extension's settings or their
+task's settings get longer labels, by every setting that differs.
 """
 
 import functools
@@ -49,19 +49,19 @@ def _named(row: Row, field: str, word: str) -> Row:
 def _split(rows: Iterable[Row], settings: Callable[[Row], Mapping[str, Any]]) -> None:
     """Lengthen the labels under which settings have several values by their names and values."""
     for same in _grouped(rows, lambda row: row["label"]):
-        told = [settings(row) for row in same]
-        names = _differing([own for own in told if own])
-        for row, own in zip(same, told, strict=True):
+        every = [settings(row) for row in same]
+        names = _differing([own for own in every if own])
+        for row, own in zip(same, every, strict=True):
             if own:  # a row that says nothing of them, as of a run that broke, stays as it is
                 row["label"] += _words(names, own)
 
 
 def _split_questions(rows: Iterable[Row]) -> None:
-    """Lengthen the labels whose rows at one length were asked different questions."""
+    """Lengthen the labels whose rows at one length answer different questions."""
     for same in _grouped(rows, lambda row: (row["label"], *_place(row))):
         names: dict[str, None] = {}
-        for asked in _grouped(same, lambda row: row.get("length")):
-            answers = [question(row) for row in asked if row["status"] == "ok"]
+        for alike in _grouped(same, lambda row: row.get("length")):
+            answers = [question(row) for row in alike if row["status"] == "ok"]
             names |= dict.fromkeys(_differing(answers))
         for row in same:
             row["label"] += _words([*names], row)
@@ -83,8 +83,8 @@ def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 def _words(names: Sequence[str], settings: Mapping[str, Any]) -> str:
     """ " · name value" for each, or for many a hash of all; names without what precedes the dot."""
     if len(names) > MAX_SETTINGS:
-        told = json.dumps([settings.get(name) for name in names], sort_keys=True, default=str)
-        return f" · {len(names)} options {hashlib.sha256(told.encode()).hexdigest()[:6]}"
+        values = json.dumps([settings.get(name) for name in names], sort_keys=True, default=str)
+        return f" · {len(names)} options {hashlib.sha256(values.encode()).hexdigest()[:6]}"
     short = [name.rpartition(".")[2] for name in names]
     words = ""
     for name, last in zip(names, short, strict=True):

@@ -116,7 +116,7 @@ class Results:
         return int(length) if finite(length) else None
 
     def places(self, task: str, **equal: Any) -> Places:
-        """label -> length -> rows: every arm at every length any arm was asked for."""
+        """label -> length -> rows: every arm at every length that any arm has."""
         groups: dict[tuple[str, int], list[Row]] = defaultdict(list)
         for row in self.where(task=task, **equal):
             if finite(row.get("length")):

@@ -54,14 +54,14 @@ class EffectiveContext:
 
 
 def headline(results: Results) -> str | None:
-    """The protocol whose scores stand first."""
+    """The protocol whose scores are shown first."""
     return next((p for p in PROTOCOLS if results.where(task="perplexity", protocol=p)), None)
 
 
 def bigram(results: Results, protocol: str | None = None) -> float | None:
     """Bits per byte of a bigram model of the training text; None where texts differ in it.
 
-    It scores much the same at every length, so that one level stands for all; their median here.
+    It scores much the same at every length, so that their median is drawn for all.
     """
     rows = results.where(task="perplexity", status="ok")
     rows = [row for row in rows if protocol in (None, row.get("protocol"))]
@@ -95,7 +95,8 @@ def effective_context(excess: dict[int, Cell], train: int | None) -> EffectiveCo
     """The largest length up to which no score is worse than it may be.
 
     `excess` is by how much each is worse than the share allows: `Results.changes` against the
-    score at `train` times 1 + share. The interval asks the same of both ends of its intervals.
+    score at `train` times 1 + share. The interval applies the same rule to both ends of the cells'
+    intervals.
     """
     if train is None or train not in excess or excess[train].value is None:
         return None

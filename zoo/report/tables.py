@@ -36,7 +36,7 @@ Shown = tuple[str, Quantity]  # a task and one of its quantities
 
 
 def lengths_of(results: Results, task: str) -> list[int]:
-    """The lengths at which a task was asked."""
+    """The lengths at which a task was measured, failures included."""
     return sorted({row["length"] for row in results.where(task=task) if finite(row.get("length"))})
 
 
@@ -103,7 +103,7 @@ def _without_lengths(
 
 
 def _across(cells: list[Cell], shown: list[Quantity]) -> list[Td]:
-    """The cells of one arm; a reason for which it has none at all is told once."""
+    """The cells of one arm; of one without any number, the reason once."""
     if not any(cell.seeds for cell in cells):
         return [_reason(cells[0].reason, len(cells))]
     found = []

@@ -1,7 +1,7 @@
 """The tables for a terminal: scores by length, what they differ by, and long texts."""
 
 from zoo.report.caveats import failures
-from zoo.report.claims import judge, told
+from zoo.report.claims import evidence, judge
 from zoo.report.rows import Cell, Results
 from zoo.report.scores import PROTOCOLS, SAME_TOKENS, dead, effective_contexts, headline
 from zoo.report.sensitivity import rates_table
@@ -22,7 +22,7 @@ def as_text(results: Results) -> str:
     ]
     tables += [table for shown in costs(results) if (table := quantity_table(results, *shown))]
     tables += [table] if (table := rates_table(results)) else []
-    reasons: list[str] = []  # each is told once, below the first table that has it
+    reasons: list[str] = []  # each is printed once, below the first table with it
     said = _scores_as_text(results, reasons)
     said += [_table_as_text(results, table, reasons) for table in tables]
     said.append(_claims_as_text(results))
@@ -49,7 +49,7 @@ def _claims_as_text(results: Results) -> str:
     for judged in judge(results):
         why = f" ({judged.why})" if judged.why else ""
         lines.append(f"claim {judged.claim.number} {judged.verdict}{why}: {judged.claim.words}")
-        lines += [f"    {line}" for line in told(judged)]
+        lines += [f"    {line}" for line in evidence(judged)]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Weights & Biases as a mirror: the run folders stay the record, and no question is ever asked."""
+"""Mirror an evaluation to Weights & Biases, without a prompt; the run folders stay the record."""
 
 import base64
 import logging
@@ -61,8 +61,8 @@ def mirror(
 
 def evaluation_name(rows: Rows, runs: Rows) -> str:
     """What was measured of what: "perplexity, speed of mamba-tiny-256-stdlib-s0-1a2b3c4d"."""
-    asked = [row for row in rows if row.get("requested", True)]
-    tasks = dict.fromkeys(str(row["task"]) for row in asked if row.get("task"))
+    requested = [row for row in rows if row.get("requested", True)]
+    tasks = dict.fromkeys(str(row["task"]) for row in requested if row.get("task"))
     names = dict.fromkeys(str(run["run"]) for run in (*runs, *rows) if run.get("run"))
     of = next(iter(names), "nothing") if len(names) < 2 else f"{len(names)} runs"
     return f"{', '.join(tasks) or 'evaluation'} of {of}"

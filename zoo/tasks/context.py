@@ -117,16 +117,16 @@ def fill(
     context: EvalContext,
     shown: Int[np.ndarray, "b t"],
     tokens: Int[np.ndarray, "b t"],
-    asked: Bool[np.ndarray, "b t"],
+    masked: Bool[np.ndarray, "b t"],
 ) -> Float[np.ndarray, "b t"]:
-    """Nats (float64) of the tokens asked for, 0 elsewhere, as an encoder reads them in `shown`.
+    """Nats (float64) of the masked tokens, 0 elsewhere, as an encoder predicts them from `shown`.
 
     Raises ArithmeticError where the model gives no finite numbers.
     """
-    shown_, tokens_, asked_ = (
-        torch.as_tensor(part).to(context.device) for part in (shown, tokens, asked)
+    shown_, tokens_, masked_ = (
+        torch.as_tensor(part).to(context.device) for part in (shown, tokens, masked)
     )
-    nll = torch.where(asked_, nats(context.model(shown_), tokens_), 0)
+    nll = torch.where(masked_, nats(context.model(shown_), tokens_), 0)
     context.progress.advance(nll.numel())
     return _finite(nll)
 
@@ -153,8 +153,10 @@ def check_state(model: Backbone, state: BackboneState, batch: int = 1) -> int:
 
 
 def bits_per_byte(nll_sum: Any, text_bytes: Any) -> Any:
-    """From nats and the bytes of the very text that they are the cost of; a number, or for arrays a
-    list, in which None stands for no text."""
+    """Convert nats to bits per byte of the text that they are the cost of.
+
+    Returns a number, or for arrays a list, with None where there is no text.
+    """
     if not isinstance(nll_sum, np.ndarray):
         return float(nll_sum) / (math.log(2) * float(text_bytes)) if text_bytes else None
     return [bits_per_byte(*pair) for pair in zip(nll_sum.tolist(), text_bytes, strict=True)]

@@ -63,8 +63,8 @@ def evaluate(
     """Measure every run with every task, write the report, `say` its table; returns the exit code.
 
     A measurement that a run's `results.jsonl` already holds, of the same checkpoint under the same
-    settings, is not repeated unless `fresh`. What it holds of the same questions under other
-    extensions, and of tasks that are not requested now, stands beside it in the report.
+    settings, is not repeated unless `fresh`. The report also has earlier answers to the same
+    questions under other extensions, and those of tasks that are not requested now.
 
     Before anything of a run is measured its model is audited for leaks, under the extension. One
     that leaks is not measured: its row has the status `leaks` and the reason.
@@ -123,7 +123,7 @@ def _none_opened(errors: Sequence[UserError]) -> UserError:
 def _report(
     config: EvalConfig, rows: list[Row], runs: list[Row], say: Callable[[str], None]
 ) -> None:
-    """Write what config asks for, and say the table; the last line names the file."""
+    """Write the report and mirror it as configured; `say` the table and the report's file."""
     if config.publish:
         path = Path(config.publish)
         published.write(path, published.pack(path.stem, rows, runs))
@@ -141,7 +141,7 @@ def _report(
 
 @dataclass
 class _Run:
-    """One run while it is measured; `requested` are the questions that were asked now."""
+    """One run while it is measured; `requested` are the questions of this evaluation."""
 
     config: EvalConfig  # under the extension as it is for this run
     folder: RunFolder
@@ -205,7 +205,7 @@ class _Run:
         # The label may have been another then: it does not say what was measured.
         same = {name: value for name, value in named.items() if name not in LABELS}
         questions = [question | task.settings for question in task.questions(context)]
-        usable = [] if fresh or not task.stands(context) else self.folder.rows()
+        usable = [] if fresh or not task.still_valid(context) else self.folder.rows()
         usable = [row for row in usable if row["status"] == "ok" and agrees(row, same)]
         known, wanted, unaudited = [], [], []
         for question in questions:

@@ -113,5 +113,5 @@ def extension_settings(extension: Extension) -> str:
     """A name for the extension with all its settings, the same for the same ones."""
     if extension.name == "none":
         return "none"
-    told = json.dumps(as_before({"extension": plain(extension)})["extension"], sort_keys=True)
-    return f"{extension.name}-{hashlib.sha256(told.encode()).hexdigest()[:6]}"
+    options = json.dumps(as_before({"extension": plain(extension)})["extension"], sort_keys=True)
+    return f"{extension.name}-{hashlib.sha256(options.encode()).hexdigest()[:6]}"

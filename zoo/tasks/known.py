@@ -1,4 +1,4 @@
-"""What a run's results already hold beside what is asked now."""
+"""Find what a run's results already hold beside what is requested now."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,10 +10,10 @@ from zoo.tasks.identity import EXTENDED
 
 
 def known_besides(folder: RunFolder, about: Row, requested: Sequence[Row]) -> Iterator[Row]:
-    """The last answers of the same weights, by the code that is here, to what was not asked now.
+    """Yield the latest answers of the same weights and code to what was not requested now.
 
-    To the same questions under other extensions, and to the questions of the other tasks, whose
-    settings are those of their latest answer.
+    These are the answers to the same questions under other extensions, and those to the questions
+    of other tasks under the settings of their latest answer.
     """
     alike = {name: value for name, value in about.items() if name not in EXTENDED}
     alike |= {"status": "ok"}
@@ -37,7 +37,7 @@ def known_besides(folder: RunFolder, about: Row, requested: Sequence[Row]) -> It
 
 
 def _alike(row: Row, latest: Row) -> bool:
-    """Whether two rows of a task were asked under the same settings, at whatever length."""
+    """Whether two rows of a task have the same settings, at whatever length."""
     one, other = question(row), question(latest)
     places = {"length", *panel(row), *panel(latest)}
     return all(one[name] == other[name] for name in one.keys() & other.keys() - places)

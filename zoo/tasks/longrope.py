@@ -73,7 +73,7 @@ class LongRope(Task):
         prepared = self._prepare(context)
         return [{"split": "valid", "length": prepared.problem.length, "units": len(prepared.text)}]
 
-    def stands(self, context: EvalContext) -> bool:
+    def still_valid(self, context: EvalContext) -> bool:
         return "search" in json.loads(self._file(context).read_text(encoding="utf-8"))
 
     def measure(self, context: EvalContext, question: Row) -> Row:
@@ -186,10 +186,10 @@ def _search(context: EvalContext, prepared: Prepared, generations: int, chunk: i
         return bits_per_byte(sum(float(nll.sum()) for nll in sums), text_bytes)
 
     def begin() -> None:
-        told = f"longrope generation {search.generation} of {generations}"
+        what = f"longrope generation {search.generation} of {generations}"
         best = f", best {search.scored[0][0]:.4f}" if search.scored else ""
         many = search.mutations + search.crossovers if search.generation else search.population
-        context.progress.begin(f"{told}{best}", many * tokens)
+        context.progress.begin(f"{what}{best}", many * tokens)
 
     state = json.loads(file.read_text(encoding="utf-8"))
     before = [mixer.reach for mixer in problem.mixers]

@@ -8,8 +8,8 @@ its end (zoo.data.passkey; Mohtashami & Jaggi 2023). Two answers are counted:
     exact       greedy decoding writes the key; chance is 10^-DIGITS
 
 Prompt i has the same key, the same other candidates and the same relative depth at every length,
-and a longer one begins earlier in the same text: all models and lengths are asked the same. A model
-answers from the state that the prompt left. Intervals are Wilson's, over prompts.
+and a longer one begins earlier in the same text: all models and lengths get the same questions. A
+model answers from the state that the prompt left. Intervals are Wilson's, over prompts.
 
 What is low at every length was not learned: train with `data.passkey=`.
 """
@@ -170,7 +170,7 @@ def _answer(
             refuse("task", "passkey", rule, "Measure another task")
         for column, answer in enumerate(several):
             padded[row, column, : len(answer)] = answer
-    wanted = torch.from_numpy(padded).to(context.device)  # a key's end is not asked for
+    wanted = torch.from_numpy(padded).to(context.device)  # PAD is not scored
     costs = []
     for answer in wanted.unbind(1):
         logits = last

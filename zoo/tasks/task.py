@@ -62,8 +62,8 @@ class Task:
         """The fields that tell one measurement from another, such as {"length": 512}, of each."""
         raise NotImplementedError
 
-    def stands(self, context: EvalContext) -> bool:
-        """Whether answers from before still stand; not so where files they left are gone."""
+    def still_valid(self, context: EvalContext) -> bool:
+        """Whether earlier answers may be reused: False where files that they left are gone."""
         return True
 
     def measure(self, context: EvalContext, question: Row) -> Row:
