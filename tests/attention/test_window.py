@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.attention.window import around, by_head, in_window, last_tokens, window
+from zoo.attention.window import by_dilation, in_window, last_tokens, two_sided_window, window
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import merge
 
@@ -97,14 +97,14 @@ def test_around_sees_as_far_ahead_as_back(tokens, side, dilation):
     q, k, v = inputs(tokens)
     apart = torch.arange(tokens)[:, None] - torch.arange(tokens)
     mask = (apart.abs() <= side * dilation) & (apart % dilation == 0)
-    found = around(q, k, v, side, dilation=dilation)
+    found = two_sided_window(q, k, v, side, dilation=dilation)
     torch.testing.assert_close(found, masked(q, k, v, mask), **EXACT)
 
 
 def test_heads_of_different_dilation_come_back_in_their_order():
     q, k, v = inputs(40)
     dilations = [3, 1, 2]  # an order that is not its own inverse
-    out, lse = by_head(partial(window, size=5), q, k, v, dilations)
+    out, lse = by_dilation(partial(window, size=5), q, k, v, dilations)
     for head, dilation in enumerate(dilations):
         one = [x[:, :, head : head + 1] for x in (q, k, v)]
         expected = window(*one, 5, dilation=dilation)

@@ -1,1 +1,1 @@
-"""Which keys a query sees, and at what distance; partial results merge in zoo.ops.attention."""
+"""Attention patterns and windows: which keys each query attends to, and at what distance."""

@@ -1,10 +1,15 @@
-"""Dual chunk attention (An 2024, "Training-Free Long-Context Scaling of LLMs", section 3).
+"""Dual chunk attention: no distance exceeds the trained ones, and every key is attended to.
 
-Text is cut into chunks of s tokens, shorter than the trained length c. Keys stand at j mod s.
-A query of the same chunk sees them at i mod s (intra-chunk, eq. 2); one of the next chunk at
-min(s + i mod s, c - 1) if it is among the chunk's first w tokens, which keeps the distances of
-neighbours true, and at c - 1 otherwise (successive-chunk, eq. 4); any later one at c - 1
-(inter-chunk, eq. 3). No distance exceeds c - 1, whatever the length.
+Text is cut into chunks of s tokens, shorter than the trained length c. Key j has position j mod s.
+The position of query i depends on the key's chunk:
+
+    the same chunk          i mod s                                             (intra, eq. 2)
+    the one before          min(s + i mod s, c - 1) for the chunk's first w tokens, which keeps the
+                            distances of neighbours true; c - 1 for the others  (successive, eq. 4)
+    any earlier one         c - 1                                               (inter, eq. 3)
+
+Source: An 2024, "Training-Free Long-Context Scaling of Large Language Models", section 3 (arXiv
+2402.17463).
 """
 
 import torch
@@ -12,13 +17,19 @@ import torch
 from zoo.attention.key_blocks import KeyBlock, Scaling, constant
 from zoo.attention.pattern import BLOCK_QUERIES, AttentionPattern
 from zoo.errors import refuse
+from zoo.ops.runtime.sizes import ceil_div
 
 
 class DualChunk(AttentionPattern):
-    """`original_length` c; `chunk` s, 3/4 of c unless given; `local` w, c - s unless given.
+    """Dual chunk attention over rotary frequencies `scaling`.
 
-    The authors' program differs from the paper: s = 5c/8, and the far position 3c/4 instead of
-    c - 1. `far_position` and `chunk` give that form.
+    Args:
+        original_length: c, the trained length in tokens.
+        chunk: s; None: 3/4 of c. The authors' program has 5/8 of c.
+        local: w; None: c - s.
+        far_position: of queries for keys of earlier chunks; None: c - 1, as in the paper. The
+            authors' program has 3/4 of c.
+        bucket: see `AttentionPattern`.
     """
 
     def __init__(
@@ -46,7 +57,7 @@ class DualChunk(AttentionPattern):
         if not s <= self.last < c:
             rule = f"must be from chunk={s} to {c - 1}, less than the trained length"
             refuse("far_position", self.last, rule)
-        self.steps[0] = -(-BLOCK_QUERIES // s) * s
+        self.steps[0] = ceil_div(BLOCK_QUERIES, s) * s
 
     def views(self, rows: range) -> list[KeyBlock]:
         s, far, first = self.chunk, constant(self.last), rows.start // self.chunk * self.chunk
@@ -58,7 +69,7 @@ class DualChunk(AttentionPattern):
                 views.append(KeyBlock(range(own, mine.start), self.intra, self.intra, mine))
             if own:
                 views.append(KeyBlock(range(own - s, own), self.next, self.intra, mine))
-            if own - s > max(first - s, 0):  # what is far from here and not from all of the block
+            if own - s > max(first - s, 0):  # earlier for this chunk, not for the whole block
                 between = range(max(first - s, 0), own - s)
                 views.append(KeyBlock(between, far, self.intra, mine))
         return views

@@ -1,7 +1,9 @@
-"""LM-Infinite: a Lambda-shaped mask and bounded distances (Han 2023, section 4).
+"""LM-Infinite: a Lambda-shaped mask and bounded distances.
 
-Every query sees the last `window` keys at their true distance and the first `sinks` keys at
-min(distance, window). Unlike StreamingLLM's, positions are those of the text and not of the cache.
+Each query attends to the last `window` keys at their true distance, and to the first `sinks` keys
+at min(distance, window). Unlike StreamingLLM's, positions are those in the text, not in the cache.
+
+Source: Han 2023, "LM-Infinite", section 4 (arXiv 2308.16137).
 """
 
 from zoo.attention.key_blocks import KeyBlock, Scaling, constant, distant_keys
@@ -10,7 +12,13 @@ from zoo.errors import refuse
 
 
 class LMInfinite(AttentionPattern):
-    """`window` is the trained length unless given; `sinks` are the paper's 10 .. 100 globals."""
+    """LM-Infinite over rotary frequencies `scaling`.
+
+    Args:
+        original_length: the trained length in tokens.
+        window: in tokens; None: the trained length.
+        sinks: first keys that are always attended to, 10 to 100 in the paper.
+    """
 
     def __init__(
         self, scaling: Scaling, *, original_length: int, window: int | None = None, sinks: int = 10

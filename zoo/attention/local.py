@@ -1,4 +1,4 @@
-"""The nearest keys one by one, for biases that differ from key to key.
+"""Local attention with a bias for each of the nearest keys, without a (t, window) bias matrix.
 
     attend_per_key      attention over a few keys that every query has of its own
     shifted_views       the tokens at given distances before each query
@@ -6,9 +6,10 @@
                         clipped distance (Shaw 2018, section 3.1): q . (k + a_l)
     relative_window_around      the same to both sides of the query
 
-Beyond the largest label the added score q . a_l is the same for all keys, so there it is no bias
-but a constant of the query, which moves the lse of the plain window over those keys. Only the few
-keys within are scored one by one; no (t, window) bias is formed.
+Beyond the largest label the added score q . a_l is the same for all keys, so it only shifts the lse
+of the plain window over those keys. Keys within the largest label are scored one by one.
+
+Source: Shaw 2018, "Self-Attention with Relative Position Representations" (arXiv 1803.02155).
 """
 
 from collections.abc import Sequence
@@ -31,9 +32,9 @@ def attend_per_key(
     bias: Float[Tensor, "b t h n"] | None = None,
     visible: Bool[Tensor, "t n"] | None = None,
 ) -> Partial:
-    """Each query over its n keys, one tensor for the first of every query, one for the second, ..
+    """Attend from each query to n keys of its own: keys[i] holds the i-th key of every query.
 
-    `bias` is added to the scaled scores. A query that sees no key gets output 0 and lse -inf.
+    `bias` is added to the scaled scores. A query without a visible key gets output 0, lse -inf.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     scaled = q.to(wide) * q.shape[-1] ** -0.5
@@ -56,9 +57,9 @@ def attend_per_key(
 def shifted_views(
     x: Float[Tensor, "b n h d"], tokens: int, distances: range
 ) -> tuple[list[Float[Tensor, "b t h d"]], Bool[Tensor, "t l"] | None]:
-    """For the last `tokens` tokens the one at each distance before, and which of these there are.
+    """Shift a sequence by each distance: entry i holds the token `distances[i]` before each one.
 
-    None where all are there.
+    For the last `tokens` tokens. Also returns which of these exist, None where all do.
     """
     most, past = distances[-1], x.shape[1] - tokens
     x = F.pad(x, (0, 0, 0, 0, max(0, most - past), 0))
@@ -79,9 +80,10 @@ def relative_window(
     first: int = 0,
     backend: str = "auto",
 ) -> Partial:
-    """Each query over the keys at distances first .. size - 1 before it, the last t of n.
+    """Attend from each query to the keys at distances first .. size - 1 before it.
 
-    `labels` has the vectors of the distances first, first + 1, ..; the last holds beyond as well.
+    The queries are the last t tokens of the n keys. `labels` has the vectors of the distances
+    first, first + 1, ..; the last one serves all farther keys too.
     """
     wide, last = torch.promote_types(q.dtype, torch.float32), first + len(labels) - 1
     bias = torch.einsum("bthd,lhd->bthl", q, labels.to(q.dtype)).to(wide) * q.shape[-1] ** -0.5
@@ -102,9 +104,9 @@ def relative_window_around(
     *,
     backend: str = "auto",
 ) -> Partial:
-    """Each query over the keys less than `size` before or after it.
+    """Attend from each query to the keys less than `size` before or after it.
 
-    `labels`: those of 0, 1, .. tokens before, then those of 1, 2, .. after; one more of the former.
+    `labels` has the vectors of 0, 1, .. tokens before, then those of 1, 2, .. after, one fewer.
     """
     behind, ahead = labels.split([len(labels) // 2 + 1, len(labels) // 2])
     before = relative_window(q, k, v, behind, size, backend=backend)

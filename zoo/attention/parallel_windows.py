@@ -1,21 +1,23 @@
-"""Parallel Context Windows (Ratner 2023, section 3) and Structured Prompting (Hao 2022, section 3).
+"""Parallel Context Windows and Structured Prompting: context as several windows side by side.
 
-Both give a model more context than its trained length as several windows encoded side by side. For
-a stream of text that means: the first `windows` * `window` tokens are the context, cut every
-`window` tokens; all that comes after is the task, which goes on as long as the text does.
+Both give a model more context than its trained length. In a stream of text the first `windows` *
+`window` tokens are the context, cut every `window` tokens; all that comes after is the task, which
+goes on as long as the text does.
 
-    who sees whom   a token of the context the earlier tokens of its own window and no other; one of
-                    the task every window and the earlier tokens of the task
-    positions       token j of the context stands at j mod window, the same in every window; token i
-                    of the task goes on behind the longest, at window + i - windows * window
+    attention       a token of the context attends to the earlier ones of its own window; one of the
+                    task to every window and to the earlier tokens of the task
+    positions       j mod window for token j of the context; window + i - windows * window for token
+                    i of the task, right behind the windows
 
-No distance is longer than trained while the task has original_length - window tokens or fewer;
-longer ones run on as rotary positions do. In Structured Prompting each of the task's own keys
-counts as many times as there are windows, so that the context does not drown them (section 3.2,
-rescaled attention: log(windows) added to their scores). One window, of either, is the model itself.
+Distances stay within the trained ones while the task has at most original_length - window tokens.
+In Structured Prompting each of the task's own keys counts as many times as there are windows, so
+that the context does not drown them (section 3.2, rescaled attention: log(windows) added to their
+scores). One window, of either, is the model itself.
 
-Not here: the start token that PCW keeps of one window alone (no tokeniser of the zoo has one), and
-windows of unequal length, which the papers align at one end.
+Departures: no start token, of which PCW keeps that of one window (no tokeniser here has one), and
+no windows of unequal length, which the papers align at one end.
+
+Source: Ratner 2023, section 3 (arXiv 2212.10947); Hao 2022, section 3 (arXiv 2212.06713).
 """
 
 import torch
@@ -26,9 +28,14 @@ from zoo.errors import refuse
 
 
 class ParallelWindows(AttentionPattern):
-    """`windows` of `window` tokens, 3/4 of the trained length unless given.
+    """Parallel windows over rotary frequencies `scaling`.
 
-    `rescaled`: the task's own keys count `windows` times, as in Structured Prompting.
+    Args:
+        original_length: the trained length in tokens.
+        windows: how many.
+        window: tokens of each; None: 3/4 of the trained length.
+        rescaled: count the task's own keys `windows` times, as in Structured Prompting.
+        bucket: see `AttentionPattern`.
     """
 
     def __init__(

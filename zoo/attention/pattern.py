@@ -28,6 +28,7 @@ from zoo.attention.window import last_tokens, window
 from zoo.errors import refuse
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
+from zoo.ops.runtime.sizes import ceil_div
 from zoo.positions.rope import apply_rope
 
 BLOCK_QUERIES = 1024  # queries that share key blocks: fused kernels take tiles of that many
@@ -124,7 +125,7 @@ class AttentionPattern:
 
     def _length(self, block: range) -> int:
         """The length of text whose frequencies a block of queries uses; 0: any."""
-        return 0 if self.bucket is None else -(-block.stop // self.bucket) * self.bucket
+        return 0 if self.bucket is None else ceil_div(block.stop, self.bucket) * self.bucket
 
     def _part(
         self,

@@ -1,8 +1,11 @@
-"""Self-Extend (Jin 2024, "LLM Maybe LongLM", section 3) and ReRoPE (Su 2023), its limit.
+"""Self-Extend, and ReRoPE, its limit for groups without bound.
 
-Keys less than `window` before the query stand at their true distance. Farther ones stand in groups
-of G: the query at i // G + w - w // G, the key at j // G, so that distances go on from w in steps
-of one per G tokens. With G without bound every far key stands at distance w: ReRoPE.
+Keys less than w = `window` before the query have their true distance. Farther ones are grouped by
+G: the query has position i // G + w - w // G, the key j // G, so that distances go on from w and
+grow by one per G tokens. In ReRoPE all farther keys have distance w.
+
+Source: Jin 2024, "LLM Maybe LongLM", section 3 (arXiv 2401.01325); Su 2023, "Rectified Rotary
+Position Embeddings", the author's note.
 """
 
 import torch
@@ -13,9 +16,14 @@ from zoo.errors import refuse
 
 
 class SelfExtend(AttentionPattern):
-    """`window` w, half the trained length unless given; `group` G.
+    """Self-Extend over rotary frequencies `scaling`.
 
     It reads (original_length - window) * group + window tokens within the trained distances.
+
+    Args:
+        original_length: the trained length in tokens.
+        group: G, tokens that share a distance beyond the window.
+        window: w in tokens; None: half the trained length.
     """
 
     def __init__(
@@ -40,7 +48,12 @@ class SelfExtend(AttentionPattern):
 
 
 class ReRoPE(AttentionPattern):
-    """`window` w, half the trained length unless given: no distance exceeds it."""
+    """ReRoPE over rotary frequencies `scaling`: no distance exceeds `window`.
+
+    Args:
+        original_length: the trained length in tokens.
+        window: w in tokens; None: half the trained length.
+    """
 
     def __init__(
         self, scaling: Scaling, *, original_length: int, window: int | None = None

@@ -1,9 +1,12 @@
-"""StreamingLLM: attention sinks and a window (Xiao 2023, "Efficient Streaming Language Models").
+"""StreamingLLM: a cache of attention sinks and a window, with positions inside the cache.
 
-Only the first `sinks` tokens and the last `window - sinks` are kept. Distances are those inside
-this cache: recent keys at their true distance, sinks as if they stood right before the window. The
-context does not grow: what left the window is gone. With `sinks=0` this is the plain window that
-the paper shows to collapse.
+Only the first `sinks` tokens and the last `window - sinks` are cached. Recent keys have their true
+distance, sinks the one they have inside the cache, right before the window. The context does not
+grow: what left the window is gone. With `sinks=0` this is the plain window, which the paper shows
+to collapse.
+
+Source: Xiao 2023, "Efficient Streaming Language Models with Attention Sinks", section 3 (arXiv
+2309.17453).
 """
 
 import torch
@@ -14,7 +17,13 @@ from zoo.errors import refuse
 
 
 class StreamingLLM(AttentionPattern):
-    """`window` is the size of the cache, at most the trained length, sinks included."""
+    """StreamingLLM over rotary frequencies `scaling`.
+
+    Args:
+        original_length: the trained length in tokens.
+        window: tokens in the cache, sinks included; None: the trained length.
+        sinks: first tokens of the text that stay in the cache.
+    """
 
     def __init__(
         self, scaling: Scaling, *, original_length: int, window: int | None = None, sinks: int = 4

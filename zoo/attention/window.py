@@ -1,16 +1,19 @@
-"""Sliding windows: each query sees the `size` keys up to its own (Beltagy 2020, section 3.1).
+"""Sliding windows: each query attends to the `size` keys up to its own.
 
-    window      the keys at distances 0, r, 2r, .., (size - 1) r before the query, r the dilation
-    around      the query's own key and `side` more before and after it, r apart
-    in_window   the same as a mask, by which keys seen otherwise stay out of a query's window
+    window              the keys at distances 0, r, 2r, .., (size - 1) r, where r is the dilation
+    two_sided_window    the query's own key and `side` more before and after it, r apart
+    in_window           the mask of a window, to leave its keys out of other attention
+    by_dilation         heads that differ in their dilation, one call for each dilation
 
-Queries go in blocks of an eighth of the window, folded into the batch; the keys of a block are a
-view on the sequence, of its own tokens and the size - 1 before them, of which a ninth is masked.
-Time and memory are O(t size) and O(t). A dilated window is a plain one on each of the r
+Queries are cut into blocks of an eighth of the window, which are folded into the batch. The keys of
+a block are its own tokens and the size - 1 before them, unfolded from the sequence; a ninth of the
+scores is masked. Time is O(t size), memory O(t). A dilated window is a plain one on each of the r
 interleaved subsequences.
 
-Results are partial, (out, lse), to be merged with those over other keys by `zoo.ops.attention`.
-The queries are the last of the keys; `last_tokens` tells which keys a later chunk will want.
+Results are partial, (out, lse), to be merged with those over other keys (`zoo.ops.merge`). The
+queries are the last tokens of the keys.
+
+Source: Beltagy 2020, "Longformer", section 3.1 (arXiv 2004.05150).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
+from zoo.ops.runtime.sizes import ceil_div
 
 CHUNK_QUERIES = 4096  # queries whose keys are unfolded at a time
 BLOCK_MULTIPLE = 16  # of block sizes: others cost matrix kernels half as much again
@@ -37,9 +41,10 @@ def window(
     gap: int = 0,
     backend: str = "auto",
 ) -> Partial:
-    """Each query over `size` keys, the nearest of them `gap` tokens before its own.
+    """Attend from each query to `size` keys, the nearest of them `gap` tokens before its own.
 
-    Queries are the last t of the n keys; keys farther than any query sees may be missing.
+    The queries are the last t tokens of the n keys. Keys out of all windows may be missing. A query
+    without any key gets output 0 and lse -inf.
     """
     tokens = q.shape[1]
     if gap:
@@ -65,12 +70,12 @@ def window(
 
 
 def _band(q: Tensor, k: Tensor, v: Tensor, size: int, backend: str) -> list[tuple[Tensor, Tensor]]:
-    """The window where none of it lies before the first key: t queries, t + size - 1 keys.
+    """Attend where every window is whole: t queries, t + size - 1 keys.
 
-    Piece by piece: unfolded, the keys of all blocks take more than the keys.
+    It goes by chunks of queries, because unfolded keys take more memory than the keys.
     """
-    tokens, before = q.shape[1], -(-(size - 1) // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
-    block = min(tokens, max(2, -(-before // (8 * BLOCK_MULTIPLE))) * BLOCK_MULTIPLE)
+    tokens, before = q.shape[1], ceil_div(size - 1, BLOCK_MULTIPLE) * BLOCK_MULTIPLE
+    block = min(tokens, max(2, ceil_div(before, 8 * BLOCK_MULTIPLE)) * BLOCK_MULTIPLE)
     keys, more, step = before + block, before - (size - 1), max(CHUNK_QUERIES // block, 1) * block
     at = torch.arange(keys, device=q.device)
     mask, results = in_window(at[before:], at, size)[None, None], []
@@ -89,7 +94,7 @@ def _band(q: Tensor, k: Tensor, v: Tensor, size: int, backend: str) -> list[tupl
 
 
 def _blocks(x: Tensor, block: int) -> Float[Tensor, "b blocks block h d"]:
-    """Blocks of tokens, the last filled up with zeros, which stand in the future of all."""
+    """Cut tokens into blocks, the last padded with zeros, which are later than every query."""
     return _padded(x, 0, -x.shape[1] % block).unflatten(1, (-1, block))
 
 
@@ -98,7 +103,7 @@ def _padded(x: Tensor, before: int, behind: int) -> Tensor:
 
 
 def _dilated(q: Tensor, k: Tensor, v: Tensor, size: int, r: int, backend: str) -> Partial:
-    """Every r-th token is a sequence of its own; all begin with the first r keys."""
+    """Attend within each of the r interleaved subsequences, which begin with the first r keys."""
     tokens, past = q.shape[1], k.shape[1] - q.shape[1]
     q = F.pad(q, (0, 0, 0, 0, past % r, 0))
     q, k, v = (_blocks(x, r).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
@@ -111,7 +116,7 @@ def _dilated(q: Tensor, k: Tensor, v: Tensor, size: int, r: int, backend: str) -
 def _with_gap(
     q: Tensor, k: Tensor, v: Tensor, size: int, dilation: int, gap: int, backend: str
 ) -> Partial:
-    """A window on keys moved `gap` later; the first queries may see nothing."""
+    """Attend to the keys that are `gap` or more before the query; the first ones may have none."""
     blind = min(max(0, gap - (k.shape[1] - q.shape[1])), q.shape[1])
     out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=v.dtype)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -123,7 +128,7 @@ def _with_gap(
     return out, lse
 
 
-def around(
+def two_sided_window(
     q: Float[Tensor, "b t h d"],
     k: Float[Tensor, "b t h d"],
     v: Float[Tensor, "b t h e"],
@@ -132,23 +137,26 @@ def around(
     dilation: int = 1,
     backend: str = "auto",
 ) -> Partial:
-    """Each query over its own key and `side` keys before and after it, `dilation` apart."""
+    """Attend from each query to its own key and `side` before and after it, `dilation` apart."""
     before = window(q, k, v, side + 1, dilation=dilation, backend=backend)
     q, k, v = (x.flip(1) for x in (q, k, v))
     out, lse = window(q, k, v, side, dilation=dilation, gap=dilation, backend=backend)
     return merge([before, (out.flip(1), lse.flip(1))])
 
 
-def by_head(
-    see: Callable[..., Partial], q: Tensor, k: Tensor, v: Tensor, dilations: Sequence[int]
+def by_dilation(
+    windowed: Callable[..., Partial], q: Tensor, k: Tensor, v: Tensor, dilations: Sequence[int]
 ) -> Partial:
-    """`see(q, k, v, dilation=...)` for heads that differ in their dilation, in order."""
+    """Call `windowed(q, k, v, dilation=...)` for the heads of each dilation, in their order.
+
+    `dilations` has one for each head.
+    """
     kinds = sorted(set(dilations))
     if len(kinds) == 1:
-        return see(q, k, v, dilation=kinds[0])
+        return windowed(q, k, v, dilation=kinds[0])
     groups = [[head for head, r in enumerate(dilations) if r == kind] for kind in kinds]
     results = [
-        see(q[:, :, heads], k[:, :, heads], v[:, :, heads], dilation=kind)
+        windowed(q[:, :, heads], k[:, :, heads], v[:, :, heads], dilation=kind)
         for kind, heads in zip(kinds, groups, strict=True)
     ]
     order = torch.tensor([h for group in groups for h in group], device=q.device).argsort()
@@ -159,12 +167,12 @@ def by_head(
 def in_window(
     queries: Int[Tensor, " t"], keys: Int[Tensor, " n"], size: int, dilation: int = 1
 ) -> Bool[Tensor, "t n"]:
-    """Whether each query's window holds each key, by their positions."""
+    """Tell whether each key is in each query's window, by their positions in the text."""
     distance = queries[:, None] - keys
     near = (distance >= 0) & (distance < size * dilation)
     return near if dilation == 1 else near & (distance % dilation == 0)
 
 
 def last_tokens(x: Float[Tensor, "b n h d"], most: int) -> Float[Tensor, "b m h d"]:
-    """The last `most` tokens."""
+    """Cut a sequence to its last `most` tokens, or fewer where it has fewer."""
     return x[:, max(0, x.shape[1] - most) :]

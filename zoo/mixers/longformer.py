@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from zoo.attention.window import around, by_head, in_window, last_tokens, window
+from zoo.attention.window import by_dilation, in_window, last_tokens, two_sided_window, window
 from zoo.config.domains import Natural, Positive, RopeBase
 from zoo.mixers.base import State, linear, refuse_state, residual_gain
 from zoo.mixers.parts import MultiHead, append, no_keys
@@ -145,8 +145,8 @@ class Longformer(MultiHead):
         if self.causal:
             see = partial(window, size=self.window + 1, backend=self.backend)
         else:
-            see = partial(around, side=self.window // 2, backend=self.backend)
-        return by_head(see, q, k, v, self.dilations)
+            see = partial(two_sided_window, side=self.window // 2, backend=self.backend)
+        return by_dilation(see, q, k, v, self.dilations)
 
     def _marked(self, x: Tensor, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, ...]:
         """k and v of the global tokens in x; k_g and v_g of what these see."""
