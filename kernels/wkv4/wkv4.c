@@ -36,9 +36,13 @@ INLINE State load_state(const Real *from, Int stride, Int count) {
     s.o = no_infinity(load(from + 2 * stride, count));
     return s;
 }
+INLINE Vec lowered(Vec v, Vec low) { /* v e^low = v (1 + low), also where v is infinite */
+    Vec product = v + low * v;
+    return choose(product == product, product, v);
+}
 INLINE void store_state(Real *to, State s, Int stride, Int count) {
-    store(to, s.p + s.low * s.p, count); /* e^low = 1 + low */
-    store(to + stride, s.q + s.low * s.q, count);
+    store(to, lowered(s.p, s.low), count);
+    store(to + stride, lowered(s.q, s.low), count);
     store(to + 2 * stride, s.o, count);
 }
 INLINE Real *saved_chunk(const Job *j, Int b, Int block, Int index) {
