@@ -117,13 +117,13 @@ def test_heads_of_different_dilation_come_back_in_their_order():
 @pytest.mark.parametrize("chunks", [[1] * 60, [59, 1], [1, 19, 21, 19], [33, 27]])
 def test_chunks_that_keep_the_last_keys_see_what_one_call_sees(size, dilation, chunks):
     q, k, v = inputs(60)
-    reach = (size - 1) * dilation
+    span = (size - 1) * dilation
     held = [k[:, :0], v[:, :0]]
     pieces = []
     for parts in zip(*(x.split(chunks, 1) for x in (q, k, v)), strict=True):
         held = [torch.cat([a, b], 1) for a, b in zip(held, parts[1:], strict=True)]
         pieces.append(window(parts[0], *held, size, dilation=dilation))
-        held = [last_tokens(x, reach) for x in held]
+        held = [last_tokens(x, span) for x in held]
     whole = tuple(torch.cat(x, 1) for x in zip(*pieces, strict=True))
     torch.testing.assert_close(whole, window(q, k, v, size, dilation=dilation), **EXACT)
 

@@ -20,17 +20,17 @@ INDUCTION = open_synthetic("induction", functools.partial(synthetic.induction, s
 
 
 class Tracks(Remembers):
-    """Knows the parity of the bits so far, up to `reach` tokens, and answers 0 beyond."""
+    """Knows the parity of the bits so far, up to `span` tokens, and answers 0 beyond."""
 
-    def __init__(self, reach: float = float("inf")):
+    def __init__(self, span: float = float("inf")):
         super().__init__(memory=1)
-        self.vocab_size, self.reach = 2, reach
+        self.vocab_size, self.span = 2, span
 
     def forward(self, tokens: Tensor, state: BackboneState | None = None):
         before = self.empty_state(len(tokens)) if state is None else state
         sums = before.blocks[0] + tokens.cumsum(1)
         at = before.tokens_seen + torch.arange(tokens.shape[1])
-        answers = torch.where(at < self.reach, sums % 2, 0)
+        answers = torch.where(at < self.span, sums % 2, 0)
         logits = torch.nn.functional.one_hot(answers, 2).float()
         after = BackboneState((sums[:, -1:],), before.tokens_seen + tokens.shape[1])  # type: ignore
         return logits if state is None else (logits, after)
@@ -55,7 +55,7 @@ def test_a_model_that_knows_the_answer_is_right_at_every_length(chunk):
 
 
 def test_where_a_model_forgets_shows_by_quarter():
-    (row,) = rows_of(Tracks(reach=32), lengths=[64], examples=512)
+    (row,) = rows_of(Tracks(span=32), lengths=[64], examples=512)
     first, second, third, fourth = row["accuracy_by_quarter"]
     assert first == second == 1.0
     assert abs(third - 0.5) < 0.03
@@ -95,7 +95,7 @@ def test_the_same_examples_are_asked_of_every_model():
             return super().forward(tokens, state)
 
     rows_of(Notes(), lengths=[16], examples=4)
-    rows_of(Notes(reach=2), lengths=[16], examples=4)
+    rows_of(Notes(span=2), lengths=[16], examples=4)
     rows_of(Notes(), lengths=[16], examples=4, seed=1)
     assert torch.equal(asked[0], asked[1])
     assert not torch.equal(asked[0], asked[2])

@@ -7,7 +7,7 @@
 The cosine of a difference splits, so s_ij is a product of [q' cos a_i, q' sin a_i] and
 [k' cos a_j, k' sin a_j] with a_i = pi i / 2M (eq. 10): linear attention with twice the channels.
 
-M, `reference_length`, bounds the reach: at distance M the weight is 0, and beyond it would be
+M, `reference_length`, bounds the distance: at distance M the weight is 0, and beyond it would be
 negative, so M is also `max_length`. The authors' program takes M from the text at hand, which lets
 outputs depend on the length to come; here it is fixed. The paper's locality comes with M equal to
 the training length; a larger M flattens the cosine over the trained distances in exchange for the

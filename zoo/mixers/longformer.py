@@ -101,7 +101,7 @@ class Longformer(MultiHead):
             )
         self.window = windows[layer * len(windows) // layers]
         self.dilations = dilations if layer >= layers // 2 else [1] * heads
-        self.reach = self.window * max(self.dilations)  # how far back the state goes
+        self.span = self.window * max(self.dilations)  # how far back the state goes
         self.global_tokens = global_tokens
         self.min_window = global_tokens + 2
         self.inv_freq = (
@@ -134,7 +134,7 @@ class Longformer(MultiHead):
         y = self.o_proj(out.flatten(-2))
         if state is None:
             return y
-        k, v = last_tokens(keys, self.reach), last_tokens(values, self.reach)
+        k, v = last_tokens(keys, self.span), last_tokens(values, self.span)
         return y, LongformerState(k, v, marked, start + x.shape[1])
 
     def _turned(self, x: Tensor, start: int) -> Float[Tensor, "b t h d"]:
@@ -187,7 +187,7 @@ class Longformer(MultiHead):
         return LongformerState(none, none, (none,) * 4 if self.global_tokens else (), 0)
 
     def state_bytes(self, tokens: int, batch: int = 1) -> int:
-        held = 2 * min(tokens, self.reach) + 4 * min(tokens, self.global_tokens)
+        held = 2 * min(tokens, self.span) + 4 * min(tokens, self.global_tokens)
         size = self.empty_state(batch).k.element_size()
         return batch * held * self.heads * self.head_width * size
 
