@@ -243,11 +243,11 @@ def test_the_whole_order_runs_on_the_cpu(script, tmp_path):
     assert record["resume"]["killed_with"] == -9
 
 
-def test_readme_has_the_table_of_the_latest_record(script):
+def test_the_readme_of_the_kernels_has_the_table_of_the_latest_record(script):
     if not RECORDS:
         pytest.skip("no GPU has been measured yet")
     wanted = "\n".join(script.table(json.loads(RECORDS[-1].read_text()))[2:])
-    assert wanted in (ROOT / "README.md").read_text()
+    assert wanted in (ROOT / "kernels/README.md").read_text()
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(script, monkeypatch, capfd, tmp_path):
