@@ -113,6 +113,8 @@ def test_a_failed_seed_is_counted_but_not_averaged():
     rows[1] |= {"status": "failed", "reason": "loss is nan", "bits_per_byte": None}
     mine = cell(rows)
     assert (mine.value, mine.seeds, mine.tried) == (2.0, 1, 2)
+    rows[1] |= {"reason": "it could not be audited for leaks", "bits_per_byte": 1.0}
+    assert cell(rows).value == 2.0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])

@@ -105,6 +105,8 @@ def test_the_best_is_marked_and_what_it_cannot_be_told_from():
     rows.append(score_row("farther", 512, 9.0, seed=1, interval=[8.0, 9.5]))
     tied = zoo.report.scores.ties(gather(rows, []), "half_tail")
     assert not tied("mamba", "farther", 512)
+    assert not tied("rwkv", "mamba", 512)
+    assert not tied("mamba", "rwkv", 512)
     marks = {row[0].text: row[1].kind for row in table_of(rows).rows}
     assert marks == {"transformer": "tie", "mamba": "best", "rwkv": "", "far": "tie", "farther": ""}
 
