@@ -1,5 +1,6 @@
 """What tests build: configurations as the programs check them, little texts, run folders."""
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -19,6 +20,14 @@ def train_config(*words: str) -> TrainConfig:
     config = compose("train", words)
     assert isinstance(config, TrainConfig)
     return config
+
+
+def recipe(title: str) -> dict[str, str]:
+    """The files of a recipe in CONTRIBUTING.md: {path: text}, as the reader would write them."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    labelled = r"\n\n`([^`\n]+)`[^\n]*\n(?:[^\n]+\n)*\n```\w+\n(.*?)\n```(?=\n)"
+    return {path: f"{code}\n" for path, code in re.findall(labelled, section, re.DOTALL)}
 
 
 def counting(start: int, sentences: int) -> str:

@@ -1,4 +1,4 @@
-"""A new architecture is one mixer file and a YAML of two lines; everything else finds it."""
+"""CONTRIBUTING.md's architecture: a mixer and a YAML of two lines; everything else finds it."""
 
 import json
 import os
@@ -9,27 +9,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from building import ROOT, train_config
+from building import ROOT, recipe, train_config
 
 import zoo.mixers
 from zoo.config import compose, groups, introspect
 from zoo.config.groups import completed
 from zoo.model.build import TOLERANCE, build_model, count_parameters
 
-MIXER = Path(__file__).with_name("leaky_average.py")
-YAML = "mixer:\n  _target_: zoo.mixers.mine.LeakyAverage\n"
+RECIPE = recipe("Add an architecture")
+NAME = "leaky_average"
 
 
 def added_to(folder: Path) -> Path:
     """The example in a copy of what a program reads."""
     shutil.copytree(ROOT / "zoo", folder / "zoo")
     shutil.copytree(ROOT / "configs", folder / "configs")
-    shutil.copy(MIXER, folder / "zoo/mixers/mine.py")
-    (folder / "configs/model/mine.yaml").write_text(YAML)
+    for path, text in RECIPE.items():
+        (folder / path).write_text(text)
     return folder
 
 
 def test_the_smallest_yaml_is_two_lines_and_its_model_is_matched(tmp_path, monkeypatch):
+    assert [len(text.splitlines()) for path, text in RECIPE.items() if "yaml" in path] == [2]
     added_to(tmp_path)
     mixers = [*zoo.mixers.__path__, str(tmp_path / "zoo/mixers")]
     monkeypatch.setattr(zoo.mixers, "__path__", mixers)
@@ -37,21 +38,21 @@ def test_the_smallest_yaml_is_two_lines_and_its_model_is_matched(tmp_path, monke
     for module in (compose, groups):
         monkeypatch.setattr(module, "CONFIGS", tmp_path / "configs")
     try:
-        config = train_config("model=mine", "size=tiny", "seq_len=256")
-        assert (config.model.name, config.model.match) == ("mine", ["feed_forward.hidden_width"])
+        config = train_config(f"model={NAME}", "size=tiny", "seq_len=256")
+        assert (config.model.name, config.model.match) == (NAME, ["feed_forward.hidden_width"])
         with torch.device("meta"):
             mine = count_parameters(build_model(config, vocab_size=32)[0])
             reference = train_config("size=tiny", "seq_len=256")
             goal = count_parameters(build_model(reference, vocab_size=32)[0])
         assert abs(mine - goal) <= TOLERANCE * goal
     finally:
-        sys.modules.pop("zoo.mixers.mine", None)
+        sys.modules.pop("zoo.mixers.leaky_average", None)
 
 
 def test_without_a_feed_forward_its_layers_are_matched():
     part = {"mixer": {"_target_": "zoo.mixers.mamba.Mamba"}, "feed_forward": None}
-    assert completed("mine", part)["match"] == ["layers"]
-    assert completed("mine", {**part, "match": ["mixer.inner_width"]})["match"] == [
+    assert completed(NAME, part)["match"] == ["layers"]
+    assert completed(NAME, {**part, "match": ["mixer.inner_width"]})["match"] == [
         "mixer.inner_width"
     ]
 
@@ -76,15 +77,15 @@ def test_it_is_trained_measured_reported_and_kept_to_the_contract(tmp_path):
 
     run = ("size=tiny", "seq_len=64", "batch_tokens=256", "trainer.max_steps=2", "logger=none")
     data = ("data=text", "data.path=texts", "valid_every=2", "valid_windows=2")
-    python("train.py", "model=mine", "name=first", *run, *data)
+    python("train.py", f"model={NAME}", "name=first", *run, *data)
     length = "task.perplexity.lengths=[64]"
     python("eval.py", "run=runs/first", "task=perplexity", length, "report=report.html")
     lines = (folder / "runs/first/results.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert rows
     assert all(row["status"] == "ok" for row in rows)
-    assert {row["model"] for row in rows} == {"mine"}
-    assert "mine" in (folder / "report.html").read_text()
-    told = python("-m", "pytest", "tests/test_contract.py", "--model=mine", "-p", "no:xdist")
+    assert {row["model"] for row in rows} == {NAME}
+    assert NAME in (folder / "report.html").read_text()
+    told = python("-m", "pytest", "tests/test_contract.py", f"--model={NAME}", "-p", "no:xdist")
     assert "failed" not in told
     assert int(told.split(" passed")[0].split()[-1]) > 30

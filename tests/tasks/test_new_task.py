@@ -1,4 +1,4 @@
-"""A new task costs two files: a module and a YAML, and every part of the report shows it."""
+"""CONTRIBUTING.md's task costs two files, and every part of the report shows it."""
 
 import json
 import os
@@ -8,79 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from building import ROOT
+from building import ROOT, recipe
 
-MODULE = '''
-"""Share of tokens that a model predicts exactly, by length of text."""
-
-from dataclasses import dataclass
-
-import torch
-
-from zoo.config.domains import Count, Lengths
-from zoo.data.loader import evaluation_text
-from zoo.measurement import Declaration, Quantity
-from zoo.report.statistics import wilson
-from zoo.tasks.context import EvalContext, Row, check_length
-from zoo.tasks.task import Task, lengths_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exact(Task):
-    """One row per length: how many tokens of `windows` windows of text are the likeliest."""
-
-    declares = Declaration(
-        title="Exact predictions",
-        about="The share of tokens of the test text that the model finds likeliest.",
-        quantities=(
-            Quantity(
-                field="exact",
-                name="tokens predicted",
-                better="higher",
-                form="share",
-                interval="interval",
-                chance="chance",
-            ),
-            Quantity(
-                field="tokens_per_second",
-                name="exact reading",
-                better="higher",
-                unit="tokens per second",
-                cost=True,
-            ),
-        ),
-    )
-    lengths: Lengths | None = None
-    windows: Count = 8
-
-    def questions(self, context: EvalContext) -> list[Row]:
-        lengths = lengths_of(self.lengths, context, (1, 2, 4))
-        return [{"split": context.split, "length": length} for length in lengths]
-
-    def measure(self, context: EvalContext, question: Row) -> Row:
-        length = question["length"]
-        check_length(context.model, length)
-        text = evaluation_text(context.store, length, self.windows, context.corpus.eval_documents)
-        tokens = torch.from_numpy(text).to(context.device)
-        context.progress.begin(f"exact at {length}", tokens.numel())
-        with context.arithmetic():
-            logits = context.model(tokens[:, :-1])
-        right = int((logits.argmax(-1) == tokens[:, 1:]).sum())
-        count = tokens[:, 1:].numel()
-        return {
-            "exact": right / count,
-            "interval": wilson(right, count),
-            "chance": 1 / context.model.vocab_size,
-            "tokens_per_second": 1000.0,
-        }
-'''
-OPTIONS = """
-# Share of tokens that a model predicts exactly, by length of text.
-exact:
-  _target_: zoo.tasks.exact.Exact
-  lengths: null # tokens; null: 1, 2 and 4 times the training length
-  windows: 8 # of text, for each length
-"""
 EVALUATION = """
 import json, sys
 from pathlib import Path
@@ -111,8 +40,8 @@ def found(tmp_path_factory) -> dict:
     here = tmp_path_factory.mktemp("package")
     for folder in ("zoo", "configs", "kernels"):
         shutil.copytree(ROOT / folder, here / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (here / "zoo/tasks/exact.py").write_text(MODULE)
-    (here / "configs/task/exact.yaml").write_text(OPTIONS)
+    for path, text in recipe("Add a task").items():
+        (here / path).write_text(text)
     paths = [here, Path(__file__).parent, ROOT / "tests"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     words = [sys.executable, "-c", EVALUATION, str(here / "runs")]
