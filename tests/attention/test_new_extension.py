@@ -1,4 +1,4 @@
-"""A new extension costs two files: a class and a YAML, and everything else finds it."""
+"""CONTRIBUTING.md's extension costs two files: a class and a YAML, and everything else finds it."""
 
 import json
 import os
@@ -7,68 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from building import ROOT
+from building import ROOT, recipe
 
-CLASS = '''
-"""Leaky ReRoPE (Su 2023, the author's note on ReRoPE): distances beyond a window grow slowly."""
-
-import torch
-
-from zoo.attention.key_blocks import KeyBlock, Scaling, distant_keys
-from zoo.attention.pattern import AttentionPattern, check_window
-from zoo.errors import refuse
-
-
-class LeakyReRoPE(AttentionPattern):
-    """See keys less than `window` before the query at their distance d, others at w + (d - w) / k.
-
-    Args:
-        scaling: the rotary frequencies beneath.
-        original_length: tokens of the windows that the model was trained on.
-        window: w in tokens; None: half the trained length.
-        shrink: k, at least 1; without bound this is ReRoPE.
-    """
-
-    def __init__(
-        self,
-        scaling: Scaling,
-        *,
-        original_length: int,
-        window: int | None = None,
-        shrink: float = 8.0,
-    ) -> None:
-        super().__init__(scaling)
-        window = max(original_length // 2, 1) if window is None else window
-        check_window(window, original_length)
-        if shrink < 1:
-            refuse("shrink", shrink, "must be >= 1")
-        self.nearest = self.window = window
-        self.shrink = shrink
-
-    def views(self, rows: range) -> list[KeyBlock]:
-        return distant_keys(rows, self.window, self.queries_at, self.keys_at)
-
-    def queries_at(self, positions: torch.Tensor) -> torch.Tensor:
-        return self.window + (positions - self.window) / self.shrink
-
-    def keys_at(self, positions: torch.Tensor) -> torch.Tensor:
-        return positions / self.shrink
-'''
-OPTIONS = """
-# Keep true distances within a window and let farther ones grow slowly (Leaky ReRoPE).
-# Source  Su 2023, "Rectified Rotary Position Embeddings", the author's note
-# Cost    That of the model, most keys scored twice; keys are cached before rotation.
-# Expect  Perplexity near level up to window + (original_length - window) * shrink tokens.
-# Limits  Rotary models.
-name: leaky_rerope
-factor: 1.0 # of `scaling` beneath, where there is one
-original_length: null # null: the run's seq_len
-scaling: null # or the name of a rotary scaling: pi, ntk, yarn ...
-attention:
-  _target_: zoo.attention.leaky_rerope.LeakyReRoPE
-  window: null # tokens; null: half the trained length
-  shrink: 8.0 # k
-"""
 EVALUATION = """
 import json, sys
 from pathlib import Path
@@ -111,8 +51,8 @@ def found(tmp_path_factory) -> dict:
     here = tmp_path_factory.mktemp("package")
     for folder in ("zoo", "configs", "kernels"):
         shutil.copytree(ROOT / folder, here / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (here / "zoo/attention/leaky_rerope.py").write_text(CLASS)
-    (here / "configs/extension/leaky_rerope.yaml").write_text(OPTIONS)
+    for path, text in recipe("Add an extension").items():
+        (here / path).write_text(text)
     paths = [here, ROOT / "tests/tasks", ROOT / "tests"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     words = [sys.executable, "-c", EVALUATION, str(here / "runs")]
