@@ -26,7 +26,7 @@ struct Index {
     unsigned x, y, z;
 };
 enum Status { READY, IN_SHUFFLE, AT_BARRIER, DONE };
-enum { MOST_THREADS = 1024, STACK = 1 << 16, WARP = 32 };
+enum { MAX_THREADS = 1024, STACK = 1 << 16, WARP = 32 };
 struct Fibre {
     ucontext_t beginning;
     jmp_buf place;
@@ -35,9 +35,9 @@ struct Fibre {
     unsigned shuffles;
     Index index;
 };
-static Fibre fibres[MOST_THREADS], *current;
-static char stacks[MOST_THREADS][STACK] __attribute__((aligned(64)));
-static uint64_t exchanged[2][MOST_THREADS];
+static Fibre fibres[MAX_THREADS], *current;
+static char stacks[MAX_THREADS][STACK] __attribute__((aligned(64)));
+static uint64_t exchanged[2][MAX_THREADS];
 static jmp_buf scheduler;
 static Index block, grid, threads;
 static void (*body)();
@@ -98,7 +98,7 @@ static const char *run_block(bool reversed) {
     }
 }
 static const char *run_grid(bool reversed) {
-    if (threads.x % WARP || threads.x > MOST_THREADS) return "a block is whole warps, 1024 threads";
+    if (threads.x % WARP || threads.x > MAX_THREADS) return "a block is whole warps, 1024 threads";
     uint64_t count = (uint64_t)grid.x * grid.y * grid.z;
     for (uint64_t i = 0; i < count; i++) {
         uint64_t j = reversed ? count - 1 - i : i;

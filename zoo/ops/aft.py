@@ -108,7 +108,7 @@ def absorb(
 
 
 def _reference(k, v, w, older, t: int) -> tuple[Tensor, Tensor]:
-    """The definition, for each of the last t tokens."""
+    """Compute the definition, for each of the last t tokens."""
     s, channels, ys, gone = w.shape[-1], k.shape[-1] // w.shape[1], [], 0
     for end, w_t in zip(
         range(k.shape[1] - t + 1, k.shape[1] + 1), w.expand(t, -1, -1).unbind(), strict=True

@@ -1,4 +1,4 @@
-"""Softmax attention over parts of the keys.
+"""Computes softmax attention over parts of the keys.
 
 Attention over any set of keys gives a partial result: the output `o` and the logarithm of its
 denominator `lse`. Partial results over disjoint sets of keys merge exactly (`zoo.ops.merge`), and
@@ -32,7 +32,7 @@ TILE = 512  # queries per tile of the `torch` backend
 
 
 class Part(NamedTuple):
-    """One set of keys for a set of queries, and which of them each query sees."""
+    """Holds a set of keys for a set of queries, and which of them each query sees."""
 
     q: Float[Tensor, "b tq h d"]
     k: Float[Tensor, "b tk h d"]
@@ -45,7 +45,7 @@ class Part(NamedTuple):
 def attend(
     parts: Sequence[Part], *, scale: float | None = None, backend: str = "auto"
 ) -> tuple[Float[Tensor, "b tq h e"], Float[Tensor, "b tq h"]]:
-    """Softmax attention of the same queries over the union of the parts' (disjoint) keys.
+    """Compute softmax attention of the same queries over the union of the parts' (disjoint) keys.
 
     `scale` multiplies the scores; 1/sqrt(d) unless given. A query that sees no key gets output 0
     and lse -inf. Returns the output in v's dtype and the lse in float32 or better.
@@ -56,7 +56,7 @@ def attend(
 def attention(
     parts: Sequence[Part], *, scale: float | None = None, backend: str = "auto"
 ) -> Float[Tensor, "b tq h e"]:
-    """`attend` without the lse, which frees one part on an accelerator to use PyTorch's SDPA."""
+    """Return `attend`'s output alone, so that one part on an accelerator can use PyTorch's SDPA."""
     part = parts[0]
     if len(parts) == 1 and part.q.device.type != "cpu" and backend == "auto":
         q, k, v = (x.transpose(1, 2) for x in part[:3])
@@ -108,7 +108,7 @@ def _causal_mask(q: Tensor, k: Tensor, row: int = 0) -> Tensor:
 def _formula(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """o = softmax(scale q k^T) v over the visible keys; the scores in float32 or better."""
+    """Compute softmax(scale q k^T) v over the visible keys; the scores in float32 or better."""
     del causal  # already in the mask
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.mT).to(wide) * scale
@@ -127,7 +127,7 @@ def _formula(
 def _tiled(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The formula tile by tile of queries; each tile's scores are recomputed in the backward."""
+    """Compute the formula by tiles of queries, whose scores are recomputed in the backward."""
     results, row = [], 0
     masks = mask.split(TILE, -2) if mask is not None else None
     for index, tile in enumerate(q.split(TILE, -2)):
@@ -142,7 +142,7 @@ def _tiled(
 
 
 class Fused(NamedTuple):
-    """A fused kernel over (b h t d) that tells its lse, and its gradient for d out alone."""
+    """Holds a fused kernel over (b h t d) that returns its lse, and its backward of d out."""
 
     forward: Callable[..., tuple[Tensor, Tensor]]  # q, k, v, bias, causal, scale -> out, lse
     backward: Callable[..., Sequence[Tensor]]  # d out, q, k, v, out, lse, bias, causal, scale
@@ -158,7 +158,7 @@ def _fused(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """By a kernel that needs one width for queries, keys and values."""
+    """Run a kernel that needs one width for queries, keys and values."""
     width = max(q.shape[-1], v.shape[-1])
     q, k, padded = (_widen(x, width) for x in (q, k, v))
     bias = None
@@ -175,7 +175,7 @@ def _widen(x: Tensor, width: int) -> Tensor:
 
 
 class _FusedGradient(torch.autograd.Function):
-    """The kernel's own backward knows only d out; d lse enters as one more value channel.
+    """Adds d lse to a kernel whose backward knows only d out, as one more value channel.
 
     The kernel forms dS = P * (dO v^T - D) with D = rowsum(dO * O), and the lse adds P * d lse.
     Appending the channel v = 1, O = 0, dO = d lse adds exactly that and leaves D as it is.
@@ -235,7 +235,7 @@ def _flash_flops(
     causal: bool = False,
     **_: Any,
 ) -> int:
-    """Two products per score, over half of the scores where the kernel skips the upper half."""
+    """Count two products per score, over half of the scores where causal."""
     del dropout
     b, h, tq, d = q
     return 2 * b * h * tq * k[-2] * (d + v[-1]) // (2 if causal else 1)

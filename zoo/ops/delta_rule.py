@@ -1,4 +1,4 @@
-"""The delta rule and what generalises it: a matrix state whose transition is a decay plus rank one.
+"""Computes the delta rule and its generalisations: a matrix state that decays, plus rank one.
 
     S_t = diag(exp w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T        S (k, v) per head
     y_t = q_t^T S_t
@@ -79,7 +79,7 @@ def diagonal_plus_rank_one(
     state: Float[Tensor, "b h k v"] | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
-    """S_t = diag(exp log_decay_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T;  y_t = q_t^T S_t.
+    """Compute y_t = q_t^T S_t, S_t = diag(e^log_decay) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T.
 
     `b` None means k, which halves the work; `log_decay` <= 0, None for no decay. Returns y in v's
     dtype and the state; arithmetic and state are float32, or float64 where v is, under autocast
@@ -112,7 +112,7 @@ def delta_rule(
     state: Float[Tensor, "b h k v"] | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
-    """S_t = S~ + beta_t k_t (v_t - S~^T k_t)^T with S~ = diag(exp log_decay_t) S_{t-1}.
+    """Compute S_t = S~ + beta_t k_t (v_t - S~^T k_t)^T with S~ = diag(exp log_decay_t) S_{t-1}.
 
     y_t = q_t^T S_t. Stable where beta |k|^2 is in [0, 2], as with keys of length 1. Dtypes and
     errors as above.
@@ -144,7 +144,7 @@ def delta_rule(
 
 
 def unit_length(x: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
-    """x scaled to length 1, in float32 or better; zero stays zero, with a finite gradient."""
+    """Scale x to length 1, in float32 or better; zero stays zero, with a finite gradient."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-6)
 
 
@@ -171,7 +171,7 @@ def _check(q, k, v, a=None, b=None, beta=None, log_decay=None, state=None) -> No
 
 
 def _reference(q, k, v, a, b, log_decay, S) -> tuple[Tensor, Tensor]:
-    """The definition, token by token."""
+    """Compute the definition, token by token."""
     b = k if b is None else b
     ys = []
     for q_t, k_t, v_t, a_t, b_t, w_t in zip(
@@ -184,7 +184,7 @@ def _reference(q, k, v, a, b, log_decay, S) -> tuple[Tensor, Tensor]:
 
 
 def _torch(q, k, v, a, b, log_decay, S) -> tuple[Tensor, Tensor]:
-    """Piece by piece; the backward recomputes a piece from the state before it."""
+    """Go by segments; the backward recomputes a segment from the state before it."""
     t = v.shape[1]
     if t == 1:  # a chunk of one token is the recurrence itself
         return _reference(q, k, v, a, b, log_decay, S)
@@ -202,7 +202,7 @@ def _torch(q, k, v, a, b, log_decay, S) -> tuple[Tensor, Tensor]:
 
 
 def _block(log_decay: Tensor, chunk: int) -> int:
-    """The longest block, up to a chunk, in which no decay is below exp(-MAX_EXPONENT)."""
+    """Return the longest block, up to a chunk, in which no decay is below exp(-MAX_EXPONENT)."""
     if log_decay.shape[-1] == 1:
         return chunk
     steepest = -float(log_decay.detach().amin())
@@ -250,27 +250,27 @@ def _segment(q, k, v, a, log_decay, b, S, chunk: int, block: int) -> tuple[Tenso
 
 
 def _values(u: Tensor, v: Tensor, b: Tensor | None) -> Tensor:
-    """What the writers write, (..., c j, v): u + v already (b is k), or u and v in turn."""
+    """Return what is written, (..., c j, v): u + v already (b is k), or u and v in turn."""
     return u if b is None else torch.stack([u, v], -2).flatten(-3, -2)
 
 
 def _on_diagonal(own: Tensor) -> Tensor:
-    """(..., c, j) -> (..., c, c j) with row t's values in columns t j .. t j + j - 1."""
+    """Spread (..., c, j) to (..., c, c j) with row t's values in columns t j .. t j + j - 1."""
     return torch.diag_embed(own.mT).movedim(-3, -1).flatten(-2)
 
 
 def _until(w: Tensor) -> Tensor:
-    """Sum of log decays over the tokens before each, from the first of (..., c, k)."""
+    """Sum the log decays over the tokens before each, from the first of (..., c, k)."""
     return F.pad(w[..., :-1, :], (0, 0, 1, 0)).cumsum(-2)
 
 
 def _after(w: Tensor) -> Tensor:
-    """Sum of log decays over the tokens after each, to the last."""
+    """Sum the log decays over the tokens after each, to the last."""
     return F.pad(w[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
 
 
 def _scores(x: Tensor, z: Tensor, w: Tensor, block: int) -> Tensor:
-    """x_t^T G(t-1, s) z_s for s < t, else 0.
+    """Return x_t^T G(t-1, s) z_s for s < t, else 0.
 
     Of x (..., c, r, k), r readers per token, and z (..., c, j, k), j writers: (..., c r, c j).
     """
@@ -291,7 +291,7 @@ def _scores(x: Tensor, z: Tensor, w: Tensor, block: int) -> Tensor:
 
 
 def _within_by_channel(x: Tensor, z: Tensor, w: Tensor) -> Tensor:
-    """Scores within blocks, both factors taken from the block's start."""
+    """Compute scores within blocks, both factors taken from the block's start."""
     c, r, j = *x.shape[-3:-1], z.shape[-2]
     if c == 1:
         return x.new_zeros((*x.shape[:-3], r, j))
@@ -304,7 +304,7 @@ def _within_by_channel(x: Tensor, z: Tensor, w: Tensor) -> Tensor:
 
 
 def _within_by_head(x: Tensor, z: Tensor, w: Tensor) -> Tensor:
-    """Scores within blocks, one decay for all channels: the sums of all spans."""
+    """Compute scores within blocks, one decay for all channels: the sums of all spans."""
     c, r, j = *x.shape[-3:-1], z.shape[-2]
     ones = torch.ones((c, c), dtype=torch.bool, device=x.device)
     spans = F.pad(w[..., :-1, :], (0, 0, 1, 0)).expand(*w.shape[:-1], c)  # row t: token t - 1
@@ -315,7 +315,7 @@ def _within_by_head(x: Tensor, z: Tensor, w: Tensor) -> Tensor:
 
 
 class _States(torch.autograd.Function):
-    """S <- M_i S + N_i: the states before each of n steps, and the last."""
+    """Iterates S <- M_i S + N_i: the states before each of n steps, and the last."""
 
     @staticmethod
     def forward(ctx, M, N, S):
@@ -340,6 +340,6 @@ class _States(torch.autograd.Function):
 
 @register_flop_formula(torch.ops.aten.linalg_solve_triangular)
 def _flops(a: torch.Size, b: torch.Size, **_: Any) -> int:
-    """A product and a sum per entry of the triangle and column solved for."""
+    """Count a product and a sum per entry of the triangle and column solved for."""
     del a
     return math.prod(b) * b[-2]

@@ -1,4 +1,4 @@
-"""Sums of e^{w + k} and e^{w + k} v over sets of keys, channel by channel, that never overflow.
+"""Sums e^{w + k} and e^{w + k} v over sets of keys, channel by channel, without overflow.
 
 Queries at once with a set of keys that all of them see are a product of matrices,
 e^{w - max w} e^{k - max k}, and lose nothing that matters: the largest key is in every sum. A
@@ -20,14 +20,14 @@ PAIRS = 4  # tokens at most of a causal triangle done pair by pair
 
 
 class Sums(NamedTuple):
-    """Numerators and denominators of some queries, over e^top; `top` is a constant to autograd."""
+    """Holds numerators and denominators over e^top; `top` is a constant to autograd."""
 
     sums: Float[Tensor, "... q 2 c"]
     top: Float[Tensor, "... q c"]
 
 
 def dense_sums(w: Tensor, k: Tensor, v: Tensor) -> Sums:
-    """Every query over every key: w (..., q, n); k, v (..., n, c)."""
+    """Sum for every query over every key: w (..., q, n); k, v (..., n, c)."""
     top_w, top_k = w.detach().amax(-1, keepdim=True), k.detach().amax(-2, keepdim=True)
     e = torch.exp(k - top_k)
     sums = torch.exp(w - top_w) @ torch.cat([e * v, e], -1)
@@ -35,7 +35,7 @@ def dense_sums(w: Tensor, k: Tensor, v: Tensor) -> Sums:
 
 
 def causal_sums(w: Tensor, k: Tensor, v: Tensor) -> Sums:
-    """Every query over the keys up to its own: w (..., n, n); k, v (..., n, c); n = 2^i."""
+    """Sum for every query over the keys up to its own: w (..., n, n); k, v (..., n, c); n = 2^i."""
     n = k.shape[-2]
     if n <= PAIRS:
         future = torch.ones(n, n, dtype=torch.bool, device=k.device).triu(1)
@@ -56,7 +56,7 @@ def causal_sums(w: Tensor, k: Tensor, v: Tensor) -> Sums:
 
 
 def merge(parts: Sequence[Sums]) -> Sums:
-    """The same queries over disjoint sets of keys."""
+    """Merge sums of the same queries over disjoint sets of keys."""
     top = reduce(torch.maximum, [part.top for part in parts])
     sums = [part.sums * torch.exp(part.top - top)[..., None, :] for part in parts]
     return Sums(reduce(torch.add, sums), top)

@@ -1,4 +1,4 @@
-"""Additive attention: a sum over the visible keys, weighted by a kernel of each score alone.
+"""Computes additive attention: sums over visible keys, weighted by a kernel of each score alone.
 
     o_i = sum_j f(s_ij) v_j         s_ij = scale q_i.k_j + slope (j - i)
 
@@ -45,7 +45,7 @@ def kernel_attention(
     causal: bool = True,
     backend: str = "auto",
 ) -> Float[Tensor, "b tq h e"]:
-    """sum_j f(s_ij) v_j, in float32 or better; `scale` is 1/sqrt(d) unless given.
+    """Return sum_j f(s_ij) v_j, in float32 or better; `scale` is 1/sqrt(d) unless given.
 
     `causal`: the queries are the last tq of the tk tokens, and each sees the keys up to its own.
     `slopes` of a linear bias are constants, without a gradient. Products are in the dtype of the
@@ -70,14 +70,14 @@ def kernel_attention(
 def gaussian(
     x: Float[Tensor, "*b m d"], y: Float[Tensor, "*b n d"], scale: float
 ) -> Float[Tensor, "*b m n"]:
-    """exp(-scale ||x_i - y_j||^2 / 2), whole: for the few rows that landmarks are."""
+    """Return exp(-scale ||x_i - y_j||^2 / 2), whole: for the few rows of landmarks."""
     x, y = _with_norms(x, y)
     with torch.autocast(x.device.type, enabled=False):
         return (scale * (x @ y.mT)).clamp(max=0).exp()
 
 
 def _with_norms(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k with two more channels, so that their product is -||q - k||^2 / 2."""
+    """Extend q and k by two channels, so that their product is -||q - k||^2 / 2."""
     q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     q_norm, k_norm = (-x.square().sum(-1, keepdim=True) / 2 for x in (q, k))
     return (
@@ -97,7 +97,7 @@ def _formula(q, k, v, kernel: str, scale: float, slopes: Tensor | None, causal: 
 def _scores(
     q, k, scale: float, slopes: Tensor | None, causal: bool, rows: slice, cols: slice
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores of a tile, and which of them lie in the future; None where none does."""
+    """Return a tile's scores, and which of them lie in the future; None where none does."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q[..., rows, :] @ k[..., cols, :].mT).to(wide) * scale
     first = k.shape[-2] - q.shape[-2] + rows.start  # the tile's first query, as a key
@@ -111,7 +111,7 @@ def _scores(
 
 
 def _tiles(queries: int, keys: int, causal: bool) -> Iterator[tuple[slice, slice]]:
-    """Tiles of queries by keys in which some query sees some key."""
+    """Yield the tiles of queries by keys in which some query sees some key."""
     for row in range(0, queries, TILE):
         rows = slice(row, min(row + TILE, queries))
         seen = keys - queries + rows.stop if causal else keys

@@ -1,4 +1,4 @@
-"""Linear attention with decay (Katharopoulos 2020; Sun 2023, RetNet; Yang 2023, GLA, section 4).
+"""Computes linear attention with decay (Katharopoulos 2020; RetNet, Sun 2023; GLA, Yang 2023).
 
     S_t = diag(exp w_t) S_{t-1} + k_t v_t^T      S in R^{k x v}, w_t <= 0 the log decay
     y_t = q_t^T S_t
@@ -59,7 +59,7 @@ def linear_attention(
     state: Tensor | LinearState | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "b t h v"], Any]:
-    """y in v's dtype, and the state: S (b, h, k, v), or LinearState(S, z) with `normalise`.
+    """Return y in v's dtype, and the state: S (b, h, k, v), or LinearState(S, z) with `normalise`.
 
     `log_decay` is None, or (h,), (b, t, h) or (b, t, h, k), finite and at most 0. One head of q or
     k serves all heads of v. Arithmetic and state are float32, or float64 where v is. Raises
@@ -103,7 +103,7 @@ def linear_attention(
 
 
 def _decay(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor | None:
-    """The log decay as (b, t, h, 1) or (b, t, h, k); ValueError where shapes do not fit."""
+    """Return the log decay as (b, t, h, 1) or (b, t, h, k). ValueError where shapes do not fit."""
     b, t, h, _ = v.shape
     if t == 0:
         raise ValueError("linear_attention: no tokens")
@@ -122,7 +122,7 @@ def _decay(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor 
 
 
 def _reference(q, k, v, w, bonus, S) -> tuple[Tensor, Tensor]:
-    """The definition, token by token."""
+    """Compute the definition, token by token."""
     h, ys = v.shape[2], []
     decays = torch.ones_like(v[..., :1]) if w is None else torch.exp(w)
     tokens = (a.unbind(1) for a in (q, k, v, decays))
@@ -135,7 +135,7 @@ def _reference(q, k, v, w, bonus, S) -> tuple[Tensor, Tensor]:
 
 
 def _torch(q, k, v, w, bonus, S) -> tuple[Tensor, Tensor]:
-    """Piece by piece; the backward recomputes a piece from the state before it."""
+    """Go by segments; the backward recomputes a segment from the state before it."""
     if v.shape[1] <= SEGMENT_TOKENS:
         return _segment(q, k, v, w, bonus, S)
     pieces = [a.split(SEGMENT_TOKENS, 1) for a in (q, k, v)]
@@ -168,7 +168,7 @@ def _segment(q, k, v, w, bonus, S) -> tuple[Tensor, Tensor]:
 
 
 def _chunked(x: Tensor, size: int) -> Tensor:
-    """(b, t, h, .) -> (b, h, n, size, .), the last chunk filled up with zeros."""
+    """Cut (b, t, h, .) into (b, h, n, size, .), the last chunk filled up with zeros."""
     short = -x.shape[1] % size
     x = F.pad(x, (0, 0, 0, 0, 0, short)) if short else x
     return x.unflatten(1, (-1, size)).permute(0, 3, 1, 2, 4)
@@ -184,7 +184,7 @@ def _without_decay(q, k, v, bonus):
 
 
 def _decay_by_head(q, k, w, bonus):
-    """One rate per head: G(t, s) is one matrix, of sums over s+1 .. t for each s."""
+    """Decay by one rate per head: G(t, s) is one matrix, of sums over s+1 .. t for each s."""
     size, inclusive = w.shape[-2], bonus is None
     later = torch.ones(size, size, dtype=torch.bool, device=w.device).tril(-1)  # t after s
     sums = (w * later).cumsum(-2)
@@ -199,7 +199,7 @@ def _decay_by_head(q, k, w, bonus):
 
 
 def _decay_by_channel(q, k, w, bonus):
-    """A rate per channel: the scores of ever longer blocks, (b, h, n, blocks, size, size)."""
+    """Decay by a rate per channel: scores of ever longer blocks, (b, h, n, blocks, size, size)."""
     decay = w.exp()
     reads = q * decay if bonus is None else q.expand_as(w)
     own = _own(q, k, bonus).expand(w.shape[:-1])[..., None]
@@ -217,20 +217,20 @@ def _decay_by_channel(q, k, w, bonus):
 
 
 def _own(q: Tensor, k: Tensor, bonus: Tensor | None) -> Tensor:
-    """What each token's query makes of its own key: (b, h, n, c)."""
+    """Return each token's score for its own key, (b, h, n, c)."""
     return (q * k if bonus is None else q * bonus[:, None, None] * k).sum(-1)
 
 
 def _since(w: Tensor, inclusive: bool) -> Tensor:
-    """Sum of the log decays from the block's start up to each token, its own included or not."""
+    """Sum the log decays from the block's start up to each token, its own included or not."""
     return w.cumsum(-2) if inclusive else w.cumsum(-2).roll(1, -2) * _after_first(w)
 
 
 def _until(w: Tensor) -> Tensor:
-    """Sum of the log decays after each token up to the block's end."""
+    """Sum the log decays after each token up to the block's end."""
     return (w.flip(-2).cumsum(-2).roll(1, -2) * _after_first(w)).flip(-2)
 
 
 def _after_first(w: Tensor) -> Tensor:
-    """0 for a block's first token, 1 for the others."""
+    """Return 0 for a block's first token, 1 for the others."""
     return (torch.arange(w.shape[-2], device=w.device) > 0).to(w.dtype)[:, None]

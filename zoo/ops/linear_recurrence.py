@@ -64,7 +64,7 @@ def linear_recurrence(
 
 
 def _reference(a, u, state) -> tuple[Tensor, Tensor]:
-    """The definition, token by token."""
+    """Compute the definition, token by token."""
     hs = []
     for a_t, u_t in zip(a.unbind(1), u.unbind(1), strict=True):
         state = a_t * state + u_t

@@ -114,7 +114,7 @@ def _native_available(device: torch.device, dtype: torch.dtype, states: int) -> 
 
 
 def _reference(x, dt, A, B, C, D, z, dt_bias, h) -> tuple[Tensor, Tensor]:
-    """The definition, token by token."""
+    """Compute the definition, token by token."""
     step = F.softplus(dt if dt_bias is None else dt + dt_bias)
     ys = []
     for x_t, step_t, B_t, C_t in zip(*(a.unbind(1) for a in (x, step, B, C)), strict=True):
@@ -127,7 +127,7 @@ def _reference(x, dt, A, B, C, D, z, dt_bias, h) -> tuple[Tensor, Tensor]:
 
 
 def _torch(x, dt, A, B, C, D, z, dt_bias, h, chunk: int = CHUNK_TOKENS) -> tuple[Tensor, Tensor]:
-    """Chunk by chunk; the backward recomputes a chunk from the state before it."""
+    """Go chunk by chunk; the backward recomputes a chunk from the state before it."""
     sequences = [a.split(chunk, 1) for a in (x, dt, B, C)]
     gates = [None] * len(sequences[0]) if z is None else z.split(chunk, 1)
     ys = []

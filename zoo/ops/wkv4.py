@@ -81,7 +81,7 @@ def wkv4(
 
 
 def _reference(k, v, w, u, state) -> tuple[Tensor, Tensor]:
-    """The definition, token by token."""
+    """Compute the definition, token by token."""
     p, q, o = state.unbind(1)
     ys = []
     for k_t, v_t in zip(k.unbind(1), v.unbind(1), strict=True):
@@ -95,7 +95,7 @@ def _reference(k, v, w, u, state) -> tuple[Tensor, Tensor]:
 
 
 def _torch(k, v, w, u, state, chunk: int = CHUNK_TOKENS) -> tuple[Tensor, Tensor]:
-    """Chunk by chunk; the backward recomputes a chunk from the state before it."""
+    """Go chunk by chunk; the backward recomputes a chunk from the state before it."""
     ys = []
     for parts in zip(k.split(chunk, 1), v.split(chunk, 1), strict=True):
         y, state = checkpoint(
@@ -144,7 +144,7 @@ def running_averages(
 
 @torch.no_grad()
 def _running_maximum(k: Tensor, w: Tensor, before: Tensor) -> Tensor:
-    """o_t = max(o_{t-1} - w, k_t), by doubling the number of tokens each has seen."""
+    """Compute o_t = max(o_{t-1} - w, k_t), by doubling the number of tokens each has seen."""
     o = k.clone()
     o[:, 0] = torch.maximum(before - w, k[:, 0])
     shift = 1

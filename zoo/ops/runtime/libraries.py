@@ -1,8 +1,8 @@
-"""Other people's CUDA kernels for whoever has them installed: our interface over their layouts.
+"""Calls CUDA kernels of other libraries, where they are installed, through the ops' interfaces.
 
 `mamba_ssm` (Dao & Gu), `causal_conv1d` (Dao), `fla` (flash-linear-attention, Yang & Zhang) and
 `xformers` (Lefaudeux) are imported when asked for by name and never chosen by `auto`, which has a
-form of ours everywhere. What a library cannot carry is refused in one line. The adapters are
+form of ours everywhere. What a library does not support is refused in one line. The adapters are
 written to the libraries' published sources and tested with stand-ins that check shapes, types and
 strides; none has been run against the real library on a GPU.
 """
@@ -41,14 +41,14 @@ MAX_KEY_WIDTH = 256  # fla, chunk_gated_delta_rule_fwd_h
 
 
 def installed(name: str) -> bool:
-    """Whether a library is there; imports nothing."""
+    """Return whether a library is installed; imports nothing."""
     return importlib.util.find_spec(name) is not None
 
 
 def usable(name: str, tensor: Tensor, *refusals: tuple[bool, str]) -> Callable[[], bool | str]:
-    """For `select_backend`: whether a library takes inputs that lie where `tensor` does.
+    """Tell `select_backend` whether a library takes inputs on the device of `tensor`.
 
-    `refusals` are what it cannot carry and whether that is asked of it.
+    `refusals` are pairs: whether a call needs something, and why the library cannot do it.
     """
     return partial(_usable, name, tensor.device, refusals)
 
@@ -77,7 +77,7 @@ def selective_scan(
     z: Float[Tensor, "b t d"] | None,
     dt_bias: Float[Tensor, " d"] | None,
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d n"]]:
-    """mamba_ssm's `selective_scan_fn`: time last, sequences of one type, parameters float32.
+    """Call mamba_ssm's `selective_scan_fn`: time last, sequences of one type, parameters float32.
 
     It forgets the gradient of the state it returns, so asking for that raises `UserError`.
     """
@@ -102,7 +102,7 @@ def selective_scan(
 
 
 class _NoGradient(torch.autograd.Function):
-    """The state, refusing the gradient that would be lost behind it."""
+    """Returns the state, and refuses its gradient, which would be lost."""
 
     @staticmethod
     def forward(ctx, state: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def causal_conv(
     state: Float[Tensor, "b width-1 d"] | None,
     activation: str | None,
 ) -> Float[Tensor, "b t d"]:
-    """causal_conv1d's `causal_conv1d_fn`, channels last: the layout that takes a state."""
+    """Call causal_conv1d's `causal_conv1d_fn`, channels last: the layout that takes a state."""
     causal_conv1d_fn = _load("causal_conv1d", "causal_conv1d_fn")
 
     before = None if state is None else state.contiguous().mT
@@ -141,7 +141,7 @@ def attention(
     causal: bool,
     scale: float,
 ) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b h m"]]:
-    """xformers' fused attention, and its lse as it is: some of its kernels fill up the length."""
+    """Call xformers' fused attention; some of its kernels fill up the length of the lse."""
     forward = _load("xformers.ops", "memory_efficient_attention_forward_requires_grad")
 
     blind = _blind(bias)
@@ -162,7 +162,7 @@ def attention_backward(
     causal: bool,
     scale: float,
 ) -> list[Tensor]:
-    """The gradients of q, k and v, from what `attention` returned."""
+    """Return the gradients of q, k and v, from what `attention` returned."""
     backward = _load("xformers.ops", "memory_efficient_attention_backward")
 
     blind = _blind(bias)
@@ -174,12 +174,12 @@ def attention_backward(
 
 
 def _blind(bias: Tensor | None) -> Tensor | None:
-    """Queries that see no key, (b h t 1): kernels differ in what they make of a row of -inf."""
+    """Find queries that see no key, (b h t 1): kernels differ on a row of -inf."""
     return None if bias is None else bias.amax(-1, keepdim=True) == -torch.inf
 
 
 def _xformers_bias(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Any:
-    """A mask by name, or a finite tensor of full shape whose rows begin aligned."""
+    """Return a mask by name, or a finite tensor of full shape whose rows begin aligned."""
     if causal:
         return _load("xformers.ops", "LowerTriangularMask")()
     if bias is None:
@@ -197,7 +197,7 @@ def linear_attention(
     bonus: Float[Tensor, "h k"] | None,
     state: Float[Tensor, "b h k v"] | None,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
-    """fla's kernel for the decay at hand: none or one per head, per channel, or with a bonus."""
+    """Call fla's kernel for the decay: none or one per head, per channel, or with a bonus."""
     shape = (*v.shape[:3], k.shape[-1])
     q, k = (a.to(v.dtype).expand(shape) for a in (q, k))
     options = {"scale": 1.0, "initial_state": state, "output_final_state": True}
@@ -223,7 +223,7 @@ def delta_rule(
     log_decay: Float[Tensor, "b t h"] | None,
     state: Float[Tensor, "b h k v"] | None,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
-    """fla's `chunk_delta_rule`, or with a decay per head `chunk_gated_delta_rule`."""
+    """Call fla's `chunk_delta_rule`, or with a decay per head `chunk_gated_delta_rule`."""
     q, k, beta = (a.to(v.dtype) for a in (q, k, beta))
     options = {"scale": 1.0, "initial_state": state, "output_final_state": True}
     if log_decay is None:
