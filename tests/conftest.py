@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With --model: of the tests of every architecture, those of the given ones."""
-    if chosen := {*config.getoption("--model")}:
+    if chosen := set(config.getoption("--model") or []):
         items[:] = [item for item in items if chosen & _architectures(item)]
 
 

@@ -108,7 +108,7 @@ def test_t5_is_the_dense_formula_with_a_bias_per_bucket(tokens, past, monkeypatc
     [
         ({"positions": "xpos"}, "positions=xpos, and no others, take window"),
         ({"positions": "rope", "window": 8}, "positions=xpos, and no others, take window"),
-        ({"positions": "xpos", "window": -3}, "window=-3 must be at least 1"),
+        ({"positions": "xpos", "window": -3}, "window=-3: must be >= 1"),
         ({"positions": "xpos", "window": 8, "causal": False}, "positions=xpos are one-sided"),
         ({"positions": "t5", "causal": False}, "positions=t5 are one-sided"),
     ],

@@ -16,12 +16,12 @@ from zoo.training.rehearse import machine_memory, rehearse
 GB = 10**9
 
 REFUSED = {
-    "model=mamba model.mixer.state_size=0": "model=mamba: state_size=0 must be at least 1",
-    "model=mamba model.mixer.dt_rank=0": "dt_rank=0 must be at least 1",
-    "model=mamba model.mixer.conv_width=-1": "conv_width=-1 must be 2 to 8",
-    "model.mixer.heads=0": "heads=0 must be at least 1",
-    "model.mixer.kv_heads=-1": "kv_heads=-1 must be at least 1",
-    "model.feed_forward.hidden_width=0 match=none": "hidden_width=0 must be at least 1",
+    "model=mamba model.mixer.state_size=0": "model.mixer.state_size=0: must be an integer >= 1",
+    "model=mamba model.mixer.dt_rank=0": "model.mixer.dt_rank=0: must be an integer >= 1 or null",
+    "model=mamba model.mixer.conv_width=-1": "conv_width=-1: must be an integer from 2 to 8",
+    "model.mixer.heads=0": "model.mixer.heads=0: must be >= 1",
+    "model.mixer.kv_heads=-1": "model.mixer.kv_heads=-1: must be >= 1",
+    "model.feed_forward.hidden_width=0 match=none": "hidden_width=0: must be an integer >= 1",
     "model.mixer.backend=foo": "backend=foo: unknown backend of attend",
     "model=learned extension=randomised extension.factor=8": "model.max_length=4096 gives it as",
     "batch_tokens=100000000000000": "a step needs at least",
@@ -99,13 +99,13 @@ def test_this_machine_has_memory():
 
 @pytest.mark.parametrize("sweep", [(), ("-m",)])
 def test_nothing_is_written_for_a_run_that_cannot_be_and_an_arm_keeps_its_place(sweep, tmp_path):
-    words = ["model=mamba", "model.mixer.state_size=0", "size=tiny", "logger=none"]
+    words = ["model=deltanet", "model.mixer.heads=3", "size=tiny", "logger=none"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *sweep, *words],
         **{"cwd": tmp_path, "capture_output": True, "text": True},
     )
     said = done.stderr.splitlines()
-    assert "model=mamba: state_size=0 must be at least 1" in said[-1]
+    assert "model.mixer.heads=3: must divide width=64." in said[-1]
     if sweep:
         assert done.returncode == 1
         assert len([name for name in os.listdir(tmp_path / "runs") if name[0] != "."]) == 1
