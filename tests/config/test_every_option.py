@@ -30,7 +30,7 @@ from zoo.model.build import build_model
 from zoo.model.extend import extend
 from zoo.runs.folder import RunFolder
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HUGE = 10**30
 FEW = (0, -1, 1, HUGE, 10**12, math.nan, "text", None, True)  # a model is built for each
 VALUES = (0, -1, 1, HUGE, -HUGE, 10**12, 0.5, 1e308, math.nan, math.inf, "text", "", None, True, [])

@@ -23,7 +23,7 @@ from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED
 from zoo.config.tree import flat, leaves, within
 from zoo.config.validate import plain
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ODD = ("0", "-1", "1", "2", "3", "7", "0.5", "1e9", "1e18", "1e309", "1e308", "-inf", "nan", "inf")
 ODD += (
     "null",
