@@ -53,6 +53,7 @@ def test_a_wheel_carries_every_module_source_and_choice(installed):
     ) - {"emulator/emulator.h"}
     assert contents(package / "_configs", "*.yaml") == contents(ROOT / "configs", "*.yaml")
     assert contents(package, "*.py", "*.j2") == contents(ROOT / "zoo", "*.py", "*.j2")
+    assert contents(package / "report", "*.json") == contents(ROOT / "zoo/report", "*.json")
 
 
 def test_the_programs_run_away_from_the_checkout(installed, tmp_path):
