@@ -141,7 +141,7 @@ def test_runs_that_cannot_be_measured_keep_their_place_and_the_others_go_on(
 ):
     def load(folder, device):
         if folder.name == "gone":
-            raise UserError(f"{folder.name} has no checkpoint yet")
+            raise UserError(f"{folder.name}: has no checkpoint yet. Train it first.")
         return model
 
     monkeypatch.setattr(zoo.tasks.evaluate, "load", load)

@@ -113,9 +113,7 @@ def lines(
         _bands(points if banded else [], across, y_scale, y_axis, coding["color"]),
         *_lines(points, across, up, coding),
     ]
-    if level is not None:
-        chance = alt.Chart(alt.Data(values=[{"y": level}])).encode(y=up)
-        layers.append(chance.mark_rule(color=ink, opacity=0.8, strokeDash=[2, 3]))
+    layers += [] if level is None else [_level(level, up, ink)]
     if named:
         layers += _names(_ends(points, arms, y_scale, height), up, coding, ink)
     title = alt.Title(
@@ -140,6 +138,12 @@ def _coding(arms: Sequence[str], look: Mapping[str, Style], legend: int) -> dict
         "shape": alt.Shape("arm:N", legend=key, sort=None, scale=scale("symbol")),
         "strokeDash": alt.StrokeDash("arm:N", legend=None, sort=None, scale=scale("dash")),
     }
+
+
+def _level(level: float, up: alt.Y, ink: str) -> alt.Chart:
+    """A horizontal rule, such as at what guessing would give."""
+    base = alt.Chart(alt.Data(values=[{"y": level}])).encode(y=up)
+    return base.mark_rule(color=ink, opacity=0.8, strokeDash=[2, 3])
 
 
 def _marks(marks: Sequence[Spec], across: alt.X, ink: str) -> list[alt.Chart]:
