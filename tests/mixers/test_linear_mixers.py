@@ -110,7 +110,7 @@ def test_mamba2_is_its_recurrence():
         (RetNet, {"heads": 2, "value_factor": 0}, "value_factor=0"),
         (GLA, {"heads": 3}, "heads=3: must divide width=16"),
         (GLA, {"heads": 2, "key_width": 7}, "key_width=7"),
-        (GLA, {"heads": 2, "temperature": 0.0}, "temperature=0.0"),
+        (GLA, {"heads": 2, "temperature": 0.0}, "temperature=0: must be a number > 0"),
         (CosFormer, {"heads": 3, "reference_length": 8}, "heads=3: must divide"),
         (CosFormer, {"heads": 2, "reference_length": 0}, "reference_length=0"),
         (Mamba2, {"heads": 0}, "heads=0"),
