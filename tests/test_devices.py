@@ -7,7 +7,7 @@ from zoo import devices as hardware
 from zoo.cli import train
 from zoo.config.compose import compose, compose_tree, composing, parse
 from zoo.errors import UserError
-from zoo.runs.folder import RunFolder
+from zoo.runs.claim import claim
 from zoo.runs.identity import identity, run_name
 
 
@@ -56,7 +56,7 @@ def test_on_the_cpu_nothing_changes(on_cpu, full_precision):
 def test_a_run_keeps_its_precision_on_another_machine(on_cuda, monkeypatch, tmp_path):
     words = ["size=tiny", f"runs={tmp_path}"]
     config = compose("train", words)
-    folder = RunFolder.claim(config)
+    folder = claim(config)
     assert "precision: bf16-mixed" in (folder.path / "config.yaml").read_text(encoding="utf-8")
     monkeypatch.setattr(hardware, "_driver", lambda: False)
     assert folder.config.trainer.precision == "bf16-mixed"
@@ -78,7 +78,7 @@ def test_training_says_how_it_uses_the_device(tmp_path, monkeypatch, capsys):
     config = compose("train", words)
     assert config.trainer.devices == "auto"  # which is one
     monkeypatch.setattr(fit, "prepare", lambda device: f"as on a {device} device")
-    fit.train(config, RunFolder.claim(config))
+    fit.train(config, claim(config))
     assert (
         "trainer.precision=32-true on 1 of 0 CUDA devices; as on a cpu device"
         in capsys.readouterr().err

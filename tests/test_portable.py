@@ -45,12 +45,13 @@ import zoo.locks
 from zoo.cli.train import check
 from zoo.config.compose import compose_tree, composing, parse
 from zoo.errors import UserError
+from zoo.runs.claim import claim
 from zoo.runs.folder import RunFolder
 
 assert zoo.locks.fcntl is None
 with composing("train"):
     config = check(compose_tree("train", parse(["size=tiny", f"runs={sys.argv[2]}"])), [])
-folder = RunFolder.claim(config)
+folder = claim(config)
 with folder.lock():
     try:
         with RunFolder.open(folder.path).lock():

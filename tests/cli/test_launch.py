@@ -153,15 +153,15 @@ REFUSED = {
     "-m seed=0,1 name=same": "several runs",
     "-m seed=0,1 optim.lr=1e-3,x": "optim.lr=x",
     "name=../outside": "name=../outside",
-    "resume=/nowhere": "there is no run folder /nowhere",
-    "resume=empty": "empty is not a run folder: it has no config.yaml",
+    "resume=/nowhere": "/nowhere: there is no such run folder",
+    "resume=empty": "empty: is not a run folder, it has no config.yaml",
     "data=text": "data.path",
     "data=text data.path=/nowhere": "/nowhere",
     "data=text data.path=empty": "empty",
     "data=text data.path=binary": "NUL",
     "--nonsense": "--nonsense",
     "hydra/launcher=nope": "nope",
-    "runs=/proc/zoo": "cannot write /proc/zoo/",
+    "runs=/proc/zoo": "cannot be written",
 }
 
 
@@ -192,8 +192,8 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_written(words, comma
     ("words", "told"),
     {
         "": "run=: must be given (run folder, or a pattern",
-        "run=/nowhere/*": "no run folder matches '/nowhere/*'",
-        "run=/nowhere": "there is no run folder /nowhere",
+        "run=/nowhere/*": "run=/nowhere/*: no run folder matches",
+        "run=/nowhere": "/nowhere: there is no such run folder",
         "run=x task=sped": "Did you mean 'speed'?",
         "run=x model=mamba": "model: unknown option",
         "run=x task.perplexity.lenghts=[1]": "Did you mean 'task.perplexity.lengths'?",

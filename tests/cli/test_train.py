@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from building import ROOT, files_below, write_checkpoint
 
+import zoo.runs.claim
 import zoo.runs.files
-import zoo.runs.folder
 from zoo.errors import UserError
 from zoo.runs.find import find_runs
 from zoo.runs.folder import RunFolder
@@ -212,9 +212,9 @@ def test_an_experiment_runs_its_arms_under_its_options(train):
 
 def edit_code(monkeypatch, **files: str) -> None:
     """As if these files of the package had changed since."""
-    real = zoo.runs.folder.sources
+    real = zoo.runs.claim.sources
     monkeypatch.setattr(
-        zoo.runs.folder, "sources", lambda *given, **more: real(*given, **more) | files
+        zoo.runs.claim, "sources", lambda *given, **more: real(*given, **more) | files
     )
 
 
@@ -245,7 +245,7 @@ def test_a_run_goes_on_under_other_code_only_when_told_and_says_so(train, monkey
     assert "zoo/model/backbone.py changed since), which changed_code=accept allows" in error
     info = only_run().info
     assert info["earlier_sources"] == [{"sources": before, "until_step": 7}]
-    assert zoo.runs.folder.trained_by(info) == f"{before}+{info['sources']}"
+    assert zoo.runs.claim.trained_by(info) == f"{before}+{info['sources']}"
     assert train("resume=runs/mine")[1].startswith("already trained")  # the word was for one time
 
 
@@ -260,7 +260,7 @@ def test_a_run_of_before_the_record_goes_on_and_says_that_its_code_is_unknown(tr
     code, error = train("resume=runs/mine")
     assert code == 0
     assert "what code trained it is not known" in error
-    assert zoo.runs.folder.trained_by(only_run().info) is None
+    assert zoo.runs.claim.trained_by(only_run().info) is None
 
 
 def test_a_refusal_on_the_way_puts_back_what_was_recorded(train, monkeypatch):

@@ -14,6 +14,7 @@ from zoo.config.introspect import constructor_parameters
 from zoo.config.stored import as_before, as_now, refuse_renamed, row_as_now
 from zoo.config.validate import plain
 from zoo.errors import UserError
+from zoo.runs.claim import claim
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import run_name
 
@@ -104,7 +105,7 @@ def test_a_run_folder_of_before_opens_and_is_the_same_run(tmp_path):
     assert "\n  attention:" in body
     file.write_text(body.replace("\n  attention:", "\n  reach:"))
     assert RunFolder.open(folder.path).config == config
-    found = RunFolder.claim(config)
+    found = claim(config)
     assert (found.path, found.created) == (folder.path, False)
 
 

@@ -21,7 +21,7 @@ from zoo.data.tokenizers import encode_bytes
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.extend import extend, places
 from zoo.positions.rope import inverse_frequencies
-from zoo.runs.folder import RunFolder
+from zoo.runs.claim import claim
 from zoo.tasks.passkey import _keys
 from zoo.training import fit as fitting
 from zoo.training.windows import Windows
@@ -176,7 +176,7 @@ def test_weights_differ_between_seeds_and_are_those_of_the_seed(tmp_path, monkey
             "seq_len=32", "batch_size=2", "objective=masked", f"name=run{number}",
         )  # fmt: skip
         torch.manual_seed(1000 + number)  # whatever came before does not count
-        fitting.train(config, RunFolder.claim(config))
+        fitting.train(config, claim(config))
     (one, valid), (other, elsewhere), (again, _) = seen.values()
     assert torch.equal(one, again)
     assert not torch.equal(one, other)

@@ -108,7 +108,7 @@ def test_a_real_kill_at_any_moment_leaves_a_readable_folder(folder):
 def test_a_full_disk_is_told_and_leaves_what_was_there(folder, monkeypatch, failing):
     before = files_below(folder.path), folder.info
     monkeypatch.setattr(zoo.runs.files.os, failing, full_disk)
-    with pytest.raises(UserError, match=r"cannot write .*run\.json: No space left on device"):
+    with pytest.raises(UserError, match=r"run\.json: cannot be written \(No space"):
         folder.update(step=9)
     assert (files_below(folder.path), folder.info) == before
     with pytest.raises(UserError, match="No space left"):  # however a library wraps it
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, damage, caplog
     assert folder.checkpoint() == older
     assert "last.ckpt, step=00001000.ckpt damaged" in caplog.text
     damage(older)
-    with pytest.raises(UserError, match=r"no whole checkpoint: last\.ckpt, "):
+    with pytest.raises(UserError, match=r"no whole checkpoint \(last\.ckpt, "):
         folder.checkpoint()
 
 
@@ -221,9 +221,9 @@ def test_runs_are_found_by_path_by_name_and_by_pattern(tmp_path, config, monkeyp
     assert names("runs/*") == ["a", "b"]
     assert names("b") == names("runs/b") == names(str(tmp_path / "runs/b")) == ["b"]
     assert names("b", "*") == ["b", "a"]
-    with pytest.raises(UserError, match="notes is not a run folder"):
+    with pytest.raises(UserError, match="notes: is not a run folder"):
         names("notes")
-    with pytest.raises(UserError, match="no run folder matches 'c"):
+    with pytest.raises(UserError, match=r"run=c\*: no run folder matches"):
         names("c*")
 
 
@@ -273,7 +273,7 @@ def test_a_record_with_a_field_of_another_kind_is_damaged(folder, case):
     file = folder.path / "run.json"
     changed = {**json.loads(file.read_text()), **BAD_INFO[case]}
     file.write_text(json.dumps({k: v for k, v in changed.items() if v is not ...}))
-    with pytest.raises(UserError, match=r"run\.json is damaged: \w+='?.* must be") as caught:
+    with pytest.raises(UserError, match=r"run\.json: is damaged \(\w+='?.* must be") as caught:
         RunFolder.open(folder.path)
     assert "\n" not in str(caught.value)
 
@@ -284,7 +284,7 @@ def test_a_record_with_a_field_of_another_kind_is_damaged(folder, case):
 )
 def test_a_record_that_is_none_is_one_line(folder, name, content):
     (folder.path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} is damaged") as caught:
+    with pytest.raises(UserError, match=rf"{name}: is damaged") as caught:
         RunFolder.open(folder.path)
     assert len(str(caught.value)) < 600
 
@@ -292,9 +292,9 @@ def test_a_record_that_is_none_is_one_line(folder, name, content):
 def test_another_value_in_the_configuration_is_told(folder, config):
     file = folder.path / "config.yaml"
     file.write_text(file.read_text().replace("seed: 0", "seed: 1"))
-    with pytest.raises(UserError, match=r"config\.yaml was altered since the run began") as caught:
+    with pytest.raises(UserError, match=r"config\.yaml: was altered since the run began") as caught:
         RunFolder.open(folder.path)
-    assert "remove its first line" in str(caught.value)
+    assert "delete its first line" in str(caught.value)
     file.write_text(file.read_text().partition("\n")[2])
     assert RunFolder.open(folder.path).config.seed == 1
 
@@ -322,7 +322,7 @@ def test_another_runs_files_are_told(tmp_path, config):
     shutil.copy(other.path / "checkpoints" / "step=00000009.ckpt", stray)
     assert [whole.step for whole in one.whole_checkpoints()] == [5]
     shutil.copy(other.path / "run.json", one.path / "run.json")
-    with pytest.raises(UserError, match=r"config\.yaml was altered .* or is another run's"):
+    with pytest.raises(UserError, match=r"config\.yaml: was altered .* or is another run's"):
         RunFolder.open(one.path)
 
 
@@ -384,5 +384,5 @@ def test_one_damaged_run_of_a_pattern_leaves_the_others(tmp_path, config, monkey
         RunFolder.create(Path("runs") / name, config, {})
     Path("runs/a/run.json").write_text("{")
     assert [folder.name for folder in find_runs("runs/*", "runs")] == ["a", "b"]
-    with pytest.raises(UserError, match=r"run\.json is damaged"):
+    with pytest.raises(UserError, match=r"run\.json: is damaged"):
         find_runs("runs/a", "runs")

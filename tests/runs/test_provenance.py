@@ -10,7 +10,7 @@ from building import ARCHITECTURES, train_config
 
 from zoo.paths import PACKAGE, ROOT
 from zoo.runs import provenance
-from zoo.runs.folder import trained_by
+from zoo.runs.claim import trained_by
 from zoo.runs.provenance import changed, digest, measured_by, sources
 
 

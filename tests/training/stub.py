@@ -50,9 +50,9 @@ def steps(config, folder) -> None:
     stop = stopping.current()
     with stop.deferred():
         print("training", flush=True)  # noqa: T201
-        while not stop.asked:
+        while not stop.requested:
             time.sleep(0.05)
-    raise KeyboardInterrupt(f"stopped by {stop.asked} at step 7")
+    raise KeyboardInterrupt(f"stopped by {stop.requested} at step 7")
 
 
 def one_long_step(config, folder) -> None:

@@ -20,6 +20,7 @@ from zoo.mixers.feed_forward import SwiGLU
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model import checkpoint
 from zoo.model.extend import extend, places, rotary_mixers
+from zoo.runs.claim import claim
 from zoo.runs.folder import RunFolder
 from zoo.runs.longrope import with_found
 from zoo.tasks import longrope
@@ -39,7 +40,7 @@ def trained(tmp_path_factory) -> Path:
     words += [f"data.cache={place}/cache", f"runs={place}/runs", "name=base", "seed=3"]
     words += ["match=none"]
     config = train_config(*words, *FEW)
-    fit.train(config, RunFolder.claim(config))
+    fit.train(config, claim(config))
     return place
 
 
@@ -107,7 +108,7 @@ def test_a_run_is_tuned_under_an_extension_and_measured_as_it_was_tuned(name, wi
     assert "trained under an extension of its own, which extension=none measures" in error
     code, error = program("train", f"finetune=runs/{name}", *extension, *FEW)
     assert code == 2
-    assert "was fine-tuned itself: start from the run it came from" in error
+    assert "was fine-tuned itself. Use finetune=runs/base." in error
 
 
 FEW_GENOMES = ["population=6", "mutations=3", "crossovers=3", "parents=4", "texts=2"]

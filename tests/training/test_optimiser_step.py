@@ -23,6 +23,7 @@ from zoo.data.order import stream_restarts, window_starts
 from zoo.model import checkpoint
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
+from zoo.runs.claim import claim
 from zoo.runs.folder import RunFolder
 from zoo.training import fit
 
@@ -72,7 +73,7 @@ def run(text: Path, place: Path, *words: str, pauses: Sequence[int] = (), **opti
         **options,
     }
     config = train_config(*(f"{name}={value}" for name, value in given.items()), *words)
-    folder = RunFolder.claim(config)
+    folder = claim(config)
     for until in (*pauses, None):
         fit.train(config, folder, until)
     return folder

@@ -33,6 +33,7 @@ def every_kind() -> Iterator[tuple[str, list[str]]]:
     for name in ARCHITECTURES:
         for state in ("none", "carry"):
             words = [f"model={name}", f"state_passing={state}", "seq_len=128"]
+            words += ["size.layers=3"] * (name == "hybrid")  # its pattern
             yield f"{name}-{state}", words
     for name in ENCODERS:
         yield f"{name}-masked", [f"model={name}", "objective=masked", "seq_len=128"]

@@ -1,6 +1,7 @@
 """Signals, crashes and threads: the record is true, the lock free, and the rest goes on."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from zoo.runs.find import find_runs
 from zoo.runs.folder import RunFolder
+from zoo.runs.stopping import handled
 
 STUB = Path(__file__).with_name("stub.py")
 
@@ -99,6 +101,7 @@ def test_a_thread_trains_and_the_command_line_stays_the_callers(tmp_path):
         ("broken_by_it", signal.SIGTERM),
         ("steps -m", signal.SIGINT),
         ("steps trainer.devices=2", signal.SIGTERM),
+        ("steps", signal.SIGHUP),
     ],
 )
 def test_a_first_signal_stops_it_in_order(how, number, tmp_path):
@@ -108,7 +111,7 @@ def test_a_first_signal_stops_it_in_order(how, number, tmp_path):
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130, output
     assert "Traceback" not in output
-    info, name = the_run(tmp_path).info, {15: "SIGTERM", 2: "Ctrl-C"}[number]
+    info, name = the_run(tmp_path).info, {15: "SIGTERM", 2: "Ctrl-C", 1: "SIGHUP"}[number]
     assert info["status"] == "stopped"
     assert info["reason"].startswith(f"stopped by {name}")
     assert output.splitlines()[-1].startswith(f"train.py: stopped by {name}")
@@ -151,6 +154,53 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path):
     process.communicate(timeout=30)  # whoever lives holds its output open
     with the_run(tmp_path).lock():
         pass
+
+
+@pytest.mark.parametrize("layout", ["trainer.devices=1", "trainer.devices=2"])
+def test_a_closed_terminal_stops_it_in_order(layout, tmp_path):
+    """Its signal reaches every process of the terminal, and none of them can print any more."""
+    child, terminal = pty.fork()
+    if not child:
+        os.chdir(tmp_path)
+        os.execv(sys.executable, [sys.executable, str(STUB), "steps", layout])
+    said = b""
+    while b"training\r\n" not in said:
+        said += os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    info = the_run(tmp_path).info
+    assert (info["status"], info["reason"]) == ("stopped", "stopped by SIGHUP at step 7")
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with handled():
+            signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+class Finaliser:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_a_finaliser_swallows_comes_before_the_first_step():
+    begun = []
+
+    def program() -> None:
+        with handled() as stop:
+            Finaliser()
+            begun.append("loading")
+            with stop.deferred():
+                begun.append("steps")
+
+    with pytest.raises(KeyboardInterrupt, match="stopped by Ctrl-C"):
+        program()
+    assert begun == ["loading"]
 
 
 def test_an_early_stop_is_said_in_words(tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import RunError, UserError
-from zoo.runs.stopping import GRACE, current, handled
+from zoo.runs.stopping import GRACE, current, handled, leave_to_parent
 
 LEFT = 5.0  # seconds that the other ranks have once one has failed: they may wait for it for ever
 PATIENCE = "a checkpoint is being written"
@@ -74,7 +74,7 @@ def run(target: Callable[..., object], *args: Any, count: int = 1) -> None:
     ends: list[Connection] = []
     children: list[Any] = []
     stop = current()
-    with stop.deferred(), stop.recording(lambda _: _kill(children)):
+    with stop.deferred(), stop.on_forced_end(lambda _: _kill(children)):
         try:
             for rank in range(count):
                 here, there = context.Pipe()
@@ -93,10 +93,10 @@ def run(target: Callable[..., object], *args: Any, count: int = 1) -> None:
             _kill(children)
             for end in ends:
                 end.close()
-    if stop.asked:
+    if stop.requested:
         told = [str(error) for error in failures if isinstance(error, KeyboardInterrupt)]
         by = (told or ["stopped by SIGTERM in the midst of a step"])[0]
-        raise KeyboardInterrupt(by.replace("SIGTERM", stop.asked))
+        raise KeyboardInterrupt(by.replace("SIGTERM", stop.requested))
     if failures:
         raise min(failures, key=_rank_of_blame)
 
@@ -131,8 +131,8 @@ def _child(
     os.environ.update(about)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with handled() as stop:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's reaches the parent as well
-        stop.on_patience = lambda: end.send(PATIENCE)
+        leave_to_parent()
+        stop.on_untimed = lambda: end.send(PATIENCE)
         try:
             target(*args)
             end.send(None)
@@ -180,9 +180,9 @@ def _follow(children: list[Any], ends: list[Connection]) -> list[BaseException]:
                 alive.remove(rank)
                 if rank in silent and children[rank].exitcode:
                     failures.append(_crash(rank, children[rank].exitcode, len(children)))
-        if stop.asked and not handed_on:
+        if stop.requested and not handed_on:
             handed_on, deadline = True, time.monotonic() + GRACE + 1
-            stop.patient = True  # from here on the children are waited for, and have their own end
+            stop.untimed = True  # from here on the children are waited for, and have their own end
             for rank in alive:
                 with suppress(ProcessLookupError):
                     os.kill(children[rank].pid, signal.SIGTERM)

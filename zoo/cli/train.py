@@ -19,6 +19,7 @@ from zoo.data.sources import check_source
 from zoo.devices import check_accelerator, check_deterministic
 from zoo.errors import RunError, refuse, refuse_path
 from zoo.runs.checkpoints import step_of
+from zoo.runs.claim import changed_code, claim, recording_changes
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import run_name
 from zoo.runs.resume import finetuned, resumed
@@ -79,11 +80,11 @@ def job(config: TrainConfig, arm: Arm | None) -> int:
         return _train(config, arm)
     finally:
         if arm and arm.folder:
-            arm.loss = RunFolder(Path(arm.folder)).last_figure("valid_loss")
+            arm.loss = RunFolder(Path(arm.folder)).last_metric("valid_loss")
 
 
 def _train(config: TrainConfig, arm: Arm | None) -> int:
-    folder = RunFolder.claim(config)
+    folder = claim(config)
     info, last = folder.info, folder.checkpoint()
     if arm:
         arm.folder = str(folder)
@@ -99,7 +100,8 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
     else:
         told = tell_continuation(folder.config, config, step_of(last))
         training, stop = folder.training(keep=arm is not None), current()
-        with training, stop.recording(folder.stopped), folder.going_on(config), stop.telling():
+        ended, recorded = stop.on_forced_end(folder.record_stop), recording_changes(folder, config)
+        with training, ended, recorded, stop.as_interrupt():
             if arm:
                 folder.update(sweep=arm.sweep, arm=arm.options)
                 rehearse(config, apart=True)
@@ -121,7 +123,7 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
 
 def check_code(config: TrainConfig, folder: RunFolder) -> None:
     """Refuse a run whose code changed since it was trained, unless told to accept that."""
-    files = folder.changed_code(config)
+    files = changed_code(folder, config)
     if files is None and folder.info["step"]:
         say(f"{folder}: what code trained it is not known (it is older than that record)")
     if not files:

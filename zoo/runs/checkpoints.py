@@ -1,28 +1,32 @@
-"""Checkpoint files: told whole from damaged, and this run's from another's, without torch.
+"""Recognises whole checkpoint files, and those of another run, without importing torch.
 
 A checkpoint is torch's zip archive. Its end, where zip keeps a comment, holds a seal: the run's id,
-the step, and a hash over every byte before. Files of before the seal are checked by the CRC of
+the step, and a hash over every byte before. Older files without a seal are checked by the CRC of
 each part, which does not cover the archive's own directory.
 """
 
 import functools
 import hashlib
+import logging
 import os
 import re
 import zipfile
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from zoo.errors import UserError
+from zoo.errors import refuse_path
+
+log = logging.getLogger("zoo")
 
 SEAL = re.compile(rb"zoo run=([0-9a-f]{12}|-{12}) step=(\d{12}) sha256=([0-9a-f]{64})")
 SEAL_BYTES = len("zoo run=") + 12 + len(" step=") + 12 + len(" sha256=") + 64
-BLOCK = 1 << 20
+BLOCK_BYTES = 1 << 20
 
 
 class Checkpoint(NamedTuple):
-    """What a whole checkpoint file says of itself; None where one of before the seal cannot."""
+    """A whole checkpoint file; `run` and `step` are None where a file without a seal lacks them."""
 
     path: Path
     run: str | None
@@ -31,7 +35,7 @@ class Checkpoint(NamedTuple):
 
 
 def seal(file: BinaryIO, run: str | None, step: int) -> None:
-    """Write the seal behind an archive that `file`, open for reading too, holds whole."""
+    """Append the seal to a whole archive in `file`, which is open for reading and writing."""
     head = f"zoo run={run or '-' * 12} step={step:012d} sha256=".encode()
     file.seek(-2, os.SEEK_END)
     if file.read(2) != b"\0\0":
@@ -46,19 +50,19 @@ def seal(file: BinaryIO, run: str | None, step: int) -> None:
 
 
 def read(path: Path) -> Checkpoint | None:
-    """The checkpoint in a file, or None where the file is damaged. UserError where unreadable."""
+    """Return the checkpoint in a file, None where it is damaged. UserError where unreadable."""
     try:
         status = path.stat()
         file = (path, status.st_mtime_ns, status.st_size, status.st_ino)
         return None if file in _rejected else _read(*file)
     except PermissionError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        refuse_path(path, f"cannot be read ({error.strerror})", "Change its permissions")
     except OSError:
         return None
 
 
 def reject(path: Path) -> None:
-    """Count a file as damaged from now on: PyTorch could not read what seemed whole."""
+    """Treat a file as damaged from now on, because PyTorch could not read it."""
     with suppress(OSError):
         status = path.stat()
         _rejected.add((path, status.st_mtime_ns, status.st_size, status.st_ino))
@@ -84,17 +88,17 @@ def _read(path: Path, *_: int) -> Checkpoint | None:
 
 
 def _hash(file: BinaryIO, size: int) -> "hashlib._Hash":
-    """Over the first `size` bytes."""
+    """sha256 over the first `size` bytes."""
     digest = hashlib.sha256()
     file.seek(0)
-    while size > 0 and (block := file.read(min(BLOCK, size))):
+    while size > 0 and (block := file.read(min(BLOCK_BYTES, size))):
         digest.update(block)
         size -= len(block)
     return digest
 
 
 def _unsealed(path: Path) -> Checkpoint | None:
-    """A file of before the seal, or of another program."""
+    """Return the checkpoint in a file without a seal, None where it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
@@ -111,9 +115,51 @@ def _unsealed(path: Path) -> Checkpoint | None:
 
 def step_of(file: Path | None) -> int:
     """The step after which a checkpoint was written, from its name; 0 for none."""
-    return max(recency(file)[1], default=0) if file else 0
+    return max(_recency(file)[1], default=0) if file else 0
 
 
-def recency(file: Path) -> tuple[bool, list[int]]:
-    """last.ckpt first, then by the numbers in the name (step=000200.ckpt)."""
+def find_whole(folder: Path, *, run_id: str | None, steps: int) -> Iterator[Checkpoint]:
+    """The whole checkpoints of a run folder, the last first.
+
+    A warning names those passed over: damaged ones, and those of another run than `run_id`. Another
+    says where the last of `steps` steps are lost. UserError where files exist but none is whole.
+    """
+    damaged, foreign, found = [], [], 0
+    files = (folder / "checkpoints").glob("*.ckpt")
+    for file in sorted(files, key=_recency, reverse=True):
+        whole = read(file)
+        if whole is None:
+            damaged.append(file.name)
+        elif whole.run and run_id and whole.run != run_id:
+            foreign.append(file.name)
+        else:
+            if bad := _passed_over(damaged, foreign):
+                _warn_once(folder, f"{bad}, {file.name} is whole")
+            elif not found and whole.run and (whole.step or 0) < steps:
+                _warn_once(folder, f"the last of its {steps} steps are gone, {file.name} is left")
+            damaged, foreign = [], []
+            found += 1
+            yield whole
+    if not found and (bad := _passed_over(damaged, foreign)):
+        advice = "Restore one, or train a new run with fresh=true"
+        refuse_path(folder, f"has no whole checkpoint ({bad})", advice)
+
+
+def _recency(file: Path) -> tuple[bool, list[int]]:
+    """Sorts last.ckpt last, the others by the numbers in the name (step=000200.ckpt)."""
     return file.stem == "last", [int(number) for number in re.findall(r"\d+", file.stem)]
+
+
+def _passed_over(damaged: Sequence[str], foreign: Sequence[str]) -> str:
+    words = [f"{', '.join(damaged)} damaged"] if damaged else []
+    return ", ".join([*words, *(f"{name} is another run's" for name in foreign)])
+
+
+def _warn_once(folder: Path, message: str) -> None:
+    """Log a warning once in this process: checkpoints are looked for several times."""
+    if (said := (folder.resolve(), message)) not in _warned:
+        _warned.add(said)
+        log.warning("%s: %s", folder, message)
+
+
+_warned: set[tuple[Path, str]] = set()

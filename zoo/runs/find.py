@@ -1,20 +1,19 @@
-"""Run folders by pattern."""
+"""Finds run folders by path, name or pattern."""
 
 import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from zoo.errors import UserError
-from zoo.runs.files import replacing as replacing  # part of what a run folder offers
+from zoo.errors import refuse
 from zoo.runs.folder import RunFolder
 
 
 def find_runs(patterns: str | Sequence[str], runs: str) -> list[RunFolder]:
-    """The run folders that `patterns` name, as paths or within `runs`.
+    """The run folders that `patterns` name, as paths or within the folder `runs`.
 
-    UserError where one names none. Those that a pattern found are not opened: one that is damaged
-    does not keep the others from being measured.
+    Folders found by a wildcard are not opened, so that a damaged one does not keep the others from
+    being measured. Raises UserError where a pattern names none.
     """
     found: dict[Path, RunFolder] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -25,7 +24,7 @@ def find_runs(patterns: str | Sequence[str], runs: str) -> list[RunFolder]:
         else:
             paths = [place for place in places if os.path.exists(place)][:1] or [pattern]
         if not paths:
-            raise UserError(f"no run folder matches {pattern!r}")
+            refuse("run", pattern, "no run folder matches", "Give a folder or pattern like runs/*")
         opened = RunFolder if glob.has_magic(pattern) else RunFolder.open
         found |= {Path(path).resolve(): opened(Path(path)) for path in paths}
     return list(found.values())

@@ -1,4 +1,4 @@
-"""What makes a run this run and no other."""
+"""Which options identify a run, and the folder's name that follows from them."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from zoo.config.tree import leaves, within
 from zoo.config.validate import plain as plain
 from zoo.config.validate import validate as validate
 
-# What changes neither the weights nor the figures: where and how a run is carried out.
+# Options that change neither weights nor figures: where and how a run is carried out.
 INCIDENTAL = (
     *("runs", "name", "resume", "fresh", "logger", "workers", "threads", "allocator"),
     "changed_code",
@@ -25,18 +25,18 @@ INCIDENTAL = (
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """What makes a run this run and no other: {path: value}."""
+    """The options that identify a run: {dotted path: value}."""
     return {path: value for path, value in leaves(plain(config)) if not within(path, INCIDENTAL)}
 
 
 def run_name(config: TrainConfig) -> str:
-    """The run folder's name: as given, otherwise the same for the same options."""
+    """The run folder's name: as given, otherwise made from the options that identify the run."""
     if config.name:
         return config.name
     tree = plain(config)
     paths = zip(leaves(tree), leaves(as_before(tree)), strict=True)
     named = {old: value for (path, _), (old, value) in paths if not within(path, INCIDENTAL)}
-    told = json.dumps(named, sort_keys=True)
-    digest = hashlib.sha256(told.encode()).hexdigest()[:8]
+    options = json.dumps(named, sort_keys=True)
+    digest = hashlib.sha256(options.encode()).hexdigest()[:8]
     size, data = config.size.name, config.data.name
     return f"{config.model.name}-{size}-{config.seq_len}-{data}-s{config.seed}-{digest}"

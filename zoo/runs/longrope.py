@@ -1,19 +1,18 @@
-"""What a LongRoPE search has left in a run's folder, for the extension that reads under it."""
+"""Reads the LongRoPE factors that a search has written into a run's folder."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from zoo.errors import UserError
+from zoo.errors import refuse, refuse_path
 from zoo.runs.files import one_line
-from zoo.runs.files import replacing as replacing  # part of what a run folder offers
 from zoo.runs.folder import RunFolder
 
 
 def with_found(extension: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
-    """The extension with the LongRoPE factors that a search has left in the run's folder.
+    """The extension with the LongRoPE factors that a search has written into the run's folder.
 
-    UserError where that search was of other settings.
+    Raises UserError where the search was of another magnitude, or its file is damaged.
     """
     scaling, file = extension["scaling"], folder.path / found_file(extension["factor"])
     if not isinstance(scaling, dict) or not file.is_file():
@@ -23,13 +22,16 @@ def with_found(extension: Mapping[str, Any], folder: RunFolder) -> dict[str, Any
     try:
         found = json.loads(file.read_text(encoding="utf-8"))["found"]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file} is damaged: {one_line(error)}") from error
+        refuse_path(file, f"is damaged ({one_line(error)})", "Delete it and search again")
     if scaling.get("magnitude") != found["magnitude"]:
-        told = f"{file} was searched under extension.scaling.magnitude={found['magnitude']}"
-        raise UserError(f"{told}, not {scaling.get('magnitude')}")
+        refuse(
+            "extension.scaling.magnitude",
+            scaling.get("magnitude"),
+            f"must be {found['magnitude']}, with which {file} was searched",
+        )
     return {**extension, "scaling": {**scaling, **found}}
 
 
 def found_file(factor: float) -> str:
-    """Where in a run's folder a LongRoPE search keeps itself and what it found."""
+    """The name of the file in a run's folder that holds a LongRoPE search and its result."""
     return f"longrope-x{factor:g}.json"

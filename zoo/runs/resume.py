@@ -1,4 +1,4 @@
-"""Runs that go on from others: the configuration of one to resume, and of one to fine-tune."""
+"""Builds the configuration of a run that resumes or fine-tunes another."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,31 +7,31 @@ from zoo.config.schedule import continued
 from zoo.config.schema import TrainConfig
 from zoo.config.tree import within
 from zoo.config.validate import plain, validate
-from zoo.errors import UserError
+from zoo.errors import refuse
 from zoo.runs.checkpoints import step_of
 from zoo.runs.folder import RunFolder
 from zoo.runs.longrope import with_found
 
-# What a run that goes on may change; all else makes it another run.
+# Options that a resumed run may change; any other makes it another run.
 RESUMABLE = (
     *("trainer.max_steps", "trainer.max_time", "logger", "workers", "threads"),
     *("trainer.devices", "trainer.accelerator", "trainer.strategy"),
     *("trainer.accumulate_grad_batches", "optim.continuation"),
     *("data.path", "data.cache", "changed_code"),
 )
-MOVABLE = ("data.path", "data.cache")  # where a text is says nothing of what it is
+MOVABLE = ("data.path", "data.cache")  # the same text may be elsewhere
 
 
 def resumed(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
-    """The configuration of the run `tree["resume"]`, with those of the options `given` that may
-    change. UserError for any other, and where there is no whole run to resume."""
+    """The configuration of the run `tree["resume"]`, changed by the options `given`.
+
+    Raises UserError for an option that may not change, and where there is no whole run to resume.
+    """
     folder = RunFolder.open(str(tree["resume"]))
     changes = [key for key in given if key != "resume"]
     if fixed := [key for key in changes if not within(key, RESUMABLE)]:
-        told = (
-            f"resume={folder} goes on with the run's own options: {', '.join(fixed)} cannot change"
-        )
-        raise UserError(f"{told} ({', '.join(RESUMABLE)} can)")
+        rule = f"continues a run with its own options: {', '.join(fixed)} cannot change"
+        refuse("resume", folder, rule, f"Change only {', '.join(RESUMABLE)}")
     reached = step_of(folder.checkpoint())
     before, config = folder.config, plain(folder.config)
     for key in changes:
@@ -46,33 +46,33 @@ def resumed(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
 
 
 def with_place(data: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's data section with the folder, and the cache, where its text is now.
+    """A run's data section with the path and the cache where its text is now.
 
-    UserError where its text is not kept in a folder that could be named.
+    Raises UserError where its text has no such place.
     """
     moved = {key: value for key, value in place.items() if value is not None}
     for key, value in moved.items():
         if key not in data:
-            raise UserError(
-                f"data.{key}={value}: data={data['name']}, which the run has, takes none"
-            )
+            rule = f"data={data['name']}, on which the run was trained, has no such option"
+            refuse(f"data.{key}", value, rule, "Leave it out")
     return {**data, **moved}
 
 
 def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
-    """The configuration that trains the run `tree["finetune"]` further, under an extension.
+    """The configuration that fine-tunes the run `tree["finetune"]` under an extension.
 
-    What was trained, on what and with which seed comes from that run, unless `given`. So does the
-    window, times the extension's factor unless it places tokens. UserError where there is no whole
-    run to start from.
+    Model, size and objective are that run's; data and seed too, unless `given`. So is seq_len,
+    times the extension's factor unless the extension draws positions. Raises UserError where there
+    is no whole run to start from.
     """
     folder = RunFolder.open(str(tree["finetune"]))
     folder.checkpoint()
     base = plain(folder.config)
     if fixed := [key for key in given if within(key, ("model", "size", "match", "objective"))]:
-        raise UserError(f"finetune={folder} keeps its model: {', '.join(fixed)} cannot change")
+        rule = f"keeps the run's model: {', '.join(fixed)} cannot change"
+        refuse("finetune", folder, rule, "Leave them out, or train a new run")
     if base["extension"]["name"] != "none":
-        raise UserError(f"finetune={folder} was fine-tuned itself: start from the run it came from")
+        refuse("finetune", folder, "was fine-tuned itself", f"Use finetune={base['finetune']}")
     kept = {key: base[key] for key in ("model", "size", "match", "objective")}
     if "seed" not in given:
         kept["seed"] = base["seed"]

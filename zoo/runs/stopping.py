@@ -1,13 +1,14 @@
-"""Stops by SIGINT (Ctrl-C) and SIGTERM: the first is honoured within seconds, a second at once.
+"""Ends a program by signal in order: SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal was closed).
 
-Outside the training steps the first signal raises KeyboardInterrupt where the program is. While
-steps are `deferred` it is only noted, for the loop to stop after the step at hand. Python runs its
-handlers between two of its own instructions, so that a long operation in C would hold either up:
-a thread, which the signal wakes whatever the main thread does, then ends the process after `GRACE`
-seconds. Whatever must be on record before is written by the `last_words`.
+The first signal is honoured within seconds, a second one at once. Outside the training steps the
+first raises KeyboardInterrupt wherever the program is. While steps are `deferred` it is only noted,
+and the loop stops after the current step. Python runs signal handlers between two of its own
+instructions, so a long operation in C delays them: a thread, which the signal wakes in any case,
+ends the process after `GRACE` seconds. Functions given to `on_forced_end` complete the record
+before that.
 
-Only the main thread of a process can take signals: elsewhere nothing is installed, and signals
-stay with whoever owns the process.
+Only the main thread of a process can receive signals: elsewhere nothing is installed, and signals
+remain with the owner of the process.
 """
 
 import os
@@ -19,55 +20,74 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-GRACE = 8.0  # seconds from the first signal to the end of what does not end by itself
-SAME = 0.3  # seconds within which signals are one request, as `timeout` sends two
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+if HANGUP is not None:
+    NAMES[HANGUP] = "SIGHUP"
+GRACE = 8.0  # seconds from the first signal until a process that does not end is ended
+REPEAT = 0.3  # seconds within which signals count as one, as `timeout` sends two
 STOPPED = 130  # exit code
 
-LastWords = Callable[[str], object]
+Record = Callable[[str], object]
 
 
 class Stop:
-    """What signals have asked for since `handled` began."""
+    """The state of a requested stop since `handled` began."""
 
     def __init__(self) -> None:
-        self.asked: str | None = None  # the first signal's name
+        self.requested: str | None = None  # the first signal's name
         self.deferring = False
-        self.patient = False
-        self.on_patience: Callable[[], object] | None = None
-        self.last_words: list[LastWords] = []
+        self.untimed = False  # the stop may take as long as it needs
+        self.on_untimed: Callable[[], object] | None = None
+        self.records: list[Record] = []
         self._first = 0.0
         self._ending = threading.Lock()
 
     def handle(self, number: int, _frame: object = None) -> None:
-        """The signal handler, in the main thread."""
-        if self.asked is not None:
-            if time.monotonic() - self._first > SAME:
+        """Handle a signal; runs in the main thread."""
+        if self.requested is not None:
+            if time.monotonic() - self._first > REPEAT:
                 self.end("at once")
             return
-        self._first, self.asked = time.monotonic(), NAMES[signal.Signals(number)]
+        self._first, self.requested = time.monotonic(), NAMES[signal.Signals(number)]
+        if number == HANGUP:
+            _leave_terminal()
         if not self.deferring:
-            raise KeyboardInterrupt(f"stopped by {self.asked}")
+            self.check()
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if a stop was requested.
+
+        Python drops an exception that a signal raises in a finaliser or in a callback of C code:
+        who begins something long asks again here.
+        """
+        if self.requested is not None:
+            raise KeyboardInterrupt(f"stopped by {self.requested}")
 
     def end(self, how: str) -> NoReturn:
-        """End the process here and now, whatever it is doing, once the record is true."""
+        """End the process immediately, after completing the record."""
         self._ending.acquire()  # the first of two threads ends the process
-        reason = f"stopped by {self.asked} {how}"
-        for words in reversed(self.last_words):
+        reason = f"stopped by {self.requested} {how}"
+        for record in reversed(self.records):
             with suppress(Exception):
-                words(reason)
+                record(reason)
         with suppress(OSError):
             os.write(2, f"{reason}\n".encode())
         os._exit(STOPPED)
 
-    def be_patient(self) -> None:
-        """The stop is under way and may take its time, as a checkpoint is being written."""
-        self.patient = True
-        if self.on_patience:
-            self.on_patience()
+    def allow_time(self) -> None:
+        """Lift the time limit, because the stop is under way: a checkpoint is being written."""
+        self.untimed = True
+        if self.on_untimed:
+            self.on_untimed()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Signals are noted in `asked` and raise nothing; the caller stops at a good moment."""
+        """Note signals in `requested` without raising; the caller stops at a good moment.
+
+        Raises KeyboardInterrupt where a stop was requested before.
+        """
+        if not self.deferring:
+            self.check()
         before, self.deferring = self.deferring, True
         try:
             yield
@@ -75,26 +95,26 @@ class Stop:
             self.deferring = before
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
-        """What breaks because a stop interrupted it is told as that stop."""
+    def as_interrupt(self) -> Iterator[None]:
+        """Turn an error that a requested stop has caused into KeyboardInterrupt."""
         try:
             yield
         except Exception as error:
-            if self.asked is None:
+            if self.requested is None:
                 raise
-            raise KeyboardInterrupt(f"stopped by {self.asked}") from error
+            raise KeyboardInterrupt(f"stopped by {self.requested}") from error
 
     @contextmanager
-    def recording(self, words: LastWords) -> Iterator[None]:
-        """Let `words(reason)` be called should the process have to end in the midst of this."""
-        self.last_words.append(words)
+    def on_forced_end(self, record: Record) -> Iterator[None]:
+        """Call `record(reason)` if the process has to be ended during this block."""
+        self.records.append(record)
         try:
             yield
         finally:
-            self.last_words.remove(words)
+            self.records.remove(record)
 
     def watch(self, wakeup: int) -> None:
-        """The thread: read the numbers of signals as they arrive; a 0 ends it."""
+        """Read the numbers of signals as they arrive, in a thread of its own; a 0 ends it."""
         first = None
         while number := os.read(wakeup, 1):
             if number == b"\0":
@@ -102,32 +122,44 @@ class Stop:
             if number[0] not in NAMES:
                 continue  # another handler's signal
             if first is not None:
-                if time.monotonic() - first > SAME:
-                    time.sleep(SAME)  # the main thread's handler does this better, where it runs
+                if time.monotonic() - first > REPEAT:
+                    time.sleep(REPEAT)  # the main thread's handler is better, where it runs
                     self.end("at once")
                 continue
             first = time.monotonic()
             name = NAMES[signal.Signals(number[0])]
-            threading.Thread(target=self._wait, args=[name], daemon=True).start()
+            threading.Thread(target=self._end_after_grace, args=[name], daemon=True).start()
 
-    def _wait(self, name: str) -> None:
+    def _end_after_grace(self, name: str) -> None:
         time.sleep(GRACE)
-        if self is current() and not self.patient:
-            self.asked = self.asked or name
+        if self is current() and not self.untimed:
+            self.requested = self.requested or name
             self.end("in the midst of what did not end by itself")
 
 
+def _leave_terminal(*_: object) -> None:
+    """Discard what is printed from now on: writing to a closed terminal fails."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in _terminals:
+        os.dup2(null, stream)
+    os.close(null)
+
+
+_terminals = [stream for stream in (0, 1, 2) if os.isatty(stream)]  # False once it is closed
 _current: list[Stop] = []
 
 
 def current() -> Stop:
-    """The Stop of this process; one that nothing ever asks anything of outside `handled`."""
+    """The Stop of this process; outside `handled` one that is never requested."""
     return _current[-1] if _current else Stop()
 
 
 @contextmanager
 def handled() -> Iterator[Stop]:
-    """Take SIGINT and SIGTERM from here on; within another `handled` the outer one goes on."""
+    """Handle signals during this block; within another `handled` the outer one goes on.
+
+    A SIGHUP that the process ignores, as under nohup, stays ignored.
+    """
     if _current or threading.current_thread() is not threading.main_thread():
         yield current()
         return
@@ -135,12 +167,14 @@ def handled() -> Iterator[Stop]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     thread = threading.Thread(target=stop.watch, args=[reader], daemon=True)
-    before = {number: signal.signal(number, stop.handle) for number in NAMES}
+    under_nohup = HANGUP is not None and signal.getsignal(HANGUP) is signal.SIG_IGN
+    numbers = [number for number in NAMES if not (number == HANGUP and under_nohup)]
+    before = {number: signal.signal(number, stop.handle) for number in numbers}
     woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread.start()
     _current.append(stop)
     try:
-        with stop.telling():
+        with stop.as_interrupt():
             yield stop
     finally:
         _current.remove(stop)
@@ -153,12 +187,19 @@ def handled() -> Iterator[Stop]:
         os.close(writer)
 
 
+def leave_to_parent() -> None:
+    """Ignore, in a child process, the signals of a terminal: its parent gets them and acts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if HANGUP is not None:
+        signal.signal(HANGUP, _leave_terminal)
+
+
 def _in_child() -> None:
-    """What is forked from here (a loader's worker, a rank) leaves signals to its parent."""
+    """Leave signals to the parent, in whatever is forked from here: a loader's worker, a rank."""
     if _current:
         _current.clear()
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        leave_to_parent()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

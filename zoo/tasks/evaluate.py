@@ -24,6 +24,7 @@ from zoo.report import published, write_report
 from zoo.report.page import pictures_folder, terminal
 from zoo.report.rows import gather
 from zoo.report.wandb import mirror
+from zoo.runs.claim import changed_code
 from zoo.runs.folder import RunFolder
 from zoo.runs.longrope import with_found
 from zoo.runs.provenance import measured_by
@@ -284,7 +285,7 @@ def _leaked(info: Row) -> Row:
 
 def _tell_code(folder: RunFolder) -> None:
     """Say where a run was trained by other code than is here to measure it."""
-    if files := folder.changed_code(folder.config):
+    if files := changed_code(folder, folder.config):
         more = f" and {len(files) - 3} more" * (len(files) > 3)
         log.warning(
             "%s: %s%s changed since it was trained. Train it by this code: train.py fresh=true.",

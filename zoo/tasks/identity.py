@@ -15,7 +15,8 @@ from zoo.config.validate import plain
 from zoo.errors import UserError
 from zoo.model.audit import AUTOCAST
 from zoo.model.device import device_name
-from zoo.runs.folder import RunFolder, trained_by
+from zoo.runs.claim import trained_by
+from zoo.runs.folder import RunFolder
 from zoo.runs.identity import identity
 from zoo.tasks.context import Row
 

@@ -56,10 +56,10 @@ class Checkpoints(AtStepEnds):
         self._saved = 0
 
     def on_step_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        self.interrupted = any_of(self.stop.asked is not None, module.device)
+        self.interrupted = any_of(self.stop.requested is not None, module.device)
         if self.interrupted:
             trainer.should_stop = True
-            self.stop.be_patient()
+            self.stop.allow_time()
         if trainer.global_step % self.every == 0 or self.interrupted:
             self._save(trainer)
 
@@ -105,7 +105,7 @@ class Metrics(AtStepEnds):
         missing = False
         if trainer.is_global_zero:
             self._writer = self.folder.metrics(COLUMNS, step=self._first)
-            here = [row for row in self._writer.kept if int(row["step"]) == self._first]
+            here = [row for row in self._writer.rows if int(row["step"]) == self._first]
             due = bool(here) and self._first % self.valid_every == 0
             missing = due and not any(row.get("valid_loss") for row in here)
         if any_of(missing, module.device):  # a stop had cut the validation short
@@ -151,7 +151,7 @@ class Metrics(AtStepEnds):
         module.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             for index, piece in enumerate(pieces):
-                if self.stop.asked:
+                if self.stop.requested:
                     sums[-1] = 1
                     break
                 if index % world() == rank():

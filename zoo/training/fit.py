@@ -123,7 +123,7 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
         if first:
             folder.update(backends=dispatch.used_backends())
     if checkpoints.interrupted:
-        by = stop.asked or "SIGTERM"  # which another process may have got
+        by = stop.requested or "SIGTERM"  # which another process may have got
         raise KeyboardInterrupt(f"stopped by {by} at step {trainer.global_step}")
     if first:
         if trainer.global_step >= config.trainer.max_steps:

@@ -1,0 +1,116 @@
+"""Which folder a configuration trains in, and which code a run was trained by."""
+
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from zoo.config.schema import TrainConfig
+from zoo.errors import UserError, refuse_path
+from zoo.runs.folder import RunFolder
+from zoo.runs.identity import identity, run_name
+from zoo.runs.provenance import changed, digest, provenance, sources
+
+
+def claim(config: TrainConfig) -> RunFolder:
+    """The folder to train in: the one to resume, the one of the same command, or a new one.
+
+    Raises UserError where the folder of that name holds another run.
+    """
+    if config.resume:
+        return RunFolder.open(config.resume)
+    path = first = Path(config.runs) / run_name(config)
+    number = 1
+    while config.fresh and path.exists():
+        number += 1
+        path = first.with_name(f"{first.name}-{number}")
+    base = _base(config)
+    if not path.exists():
+        files = sources(config)
+        made = {"id": uuid.uuid4().hex[:12], **provenance(), **base}
+        return RunFolder.create(path, config, {**made, "sources": digest(files), "files": files})
+    folder = RunFolder.open(path)
+    theirs, ours = identity(folder.config), identity(config)
+    if differ := [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]:
+        refuse_path(
+            path,
+            f"holds another run, which differs in {', '.join(differ)}",
+            "Choose another name=, or use fresh=true",
+        )
+    before = folder.info.get("base")
+    if base and isinstance(before, dict) and before.get("weights") != base["base"]["weights"]:
+        refuse_path(
+            path,
+            f"was fine-tuned from other weights than {config.finetune} now holds",
+            "Use fresh=true to fine-tune these in a new run",
+        )
+    return folder
+
+
+def _base(config: TrainConfig) -> dict[str, Any]:
+    """The entry of run.json about the run that this one fine-tunes: its weights and its code."""
+    if not config.finetune:
+        return {}
+    folder = RunFolder.open(config.finetune)
+    weights = next(folder.whole_checkpoints(), None)
+    info = {"run": config.finetune, "weights": weights and weights.content}
+    return {"base": {**info, "sources": trained_by(folder.info)}}
+
+
+@contextmanager
+def recording_changes(folder: RunFolder, config: TrainConfig) -> Iterator[None]:
+    """Record the configuration and the code that the caller trains under.
+
+    A UserError before the first step under them restores the earlier record.
+    """
+    before, info = folder.config, folder.info
+    folder.save_config(config)
+    _record_code(folder, config)
+    try:
+        yield
+    except UserError:
+        if folder.path.exists() and folder.info["step"] == info["step"]:
+            folder.save_config(before)
+            earlier = {name: info.get(name) for name in ("sources", "files", "earlier_sources")}
+            folder.update(**{name: value for name, value in earlier.items() if value is not None})
+        raise
+
+
+def _record_code(folder: RunFolder, config: TrainConfig) -> None:
+    """Write to run.json which code trains the run from now on, and which did until now."""
+    info, files = folder.info, sources(config)
+    now, before = digest(files), info.get("sources")
+    if info["step"] and not before:
+        return  # the code of its first steps is not known
+    earlier = list(info.get("earlier_sources") or [])
+    if info["step"] and before != now:
+        earlier.append({"sources": before, "until_step": info["step"]})
+    folder.update(sources=now, files=files, earlier_sources=earlier)
+
+
+def changed_code(folder: RunFolder, config: TrainConfig) -> list[str] | None:
+    """The files that changed since the run was trained, of those that shape its numbers.
+
+    None where that is not known: the run is older than the record, or has no step yet.
+    """
+    info = folder.info
+    if not info["step"] or not info.get("sources"):
+        return None
+    files, before = sources(config), info.get("files")
+    if digest(files) == info["sources"]:
+        return []
+    return changed(before, files) if isinstance(before, dict) else ["files not recorded"]
+
+
+def trained_by(info: Mapping[str, Any]) -> str | None:
+    """One name for all code that made a run's weights: its base's, before a resume, and since.
+
+    None for a run that is older than the record; a part of the name may be `unknown`.
+    """
+    base, earlier = info.get("base"), info.get("earlier_sources")
+    parts = [base.get("sources") or "unknown"] if isinstance(base, dict) else []
+    parts += [str(part["sources"]) for part in earlier] if isinstance(earlier, list) else []
+    parts += [info.get("sources") or "unknown"]
+    name = "+".join(dict.fromkeys(parts))
+    return None if name == "unknown" else name
