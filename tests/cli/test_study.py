@@ -6,7 +6,7 @@ from zoo.cli.arms import composed_arms
 from zoo.cli.study import left, main, unfinished
 from zoo.cli.train import check
 from zoo.cli.tune import Tuned, group
-from zoo.runs.folder import RunFolder
+from zoo.runs.claim import claim
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def arms(tmp_path) -> list[Tuned]:
 
 
 def train(arm: Tuned, rate: float, seed: int, step: int, **other) -> None:
-    folder = RunFolder.claim(arm.configs[rate, seed])
+    folder = claim(arm.configs[rate, seed])
     folder.update(step=step, **other)
     (folder.path / "metrics.csv").write_text(f"step,tokens_per_second\n{step},32\n")
 

@@ -9,7 +9,7 @@ from zoo.cli import tune as program
 from zoo.cli.arms import Arm
 from zoo.config.schema import TrainConfig
 from zoo.errors import RunError
-from zoo.runs.folder import RunFolder
+from zoo.runs.claim import claim
 
 pytest.importorskip("optuna", reason="zoo tune needs Optuna")
 
@@ -30,7 +30,7 @@ class Trains:
         self.breaks = lambda config: False
 
     def __call__(self, config: TrainConfig, arm: Arm) -> int:
-        folder = RunFolder.claim(config)
+        folder = claim(config)
         arm.folder = str(folder)
         if self.breaks(config):
             folder.update(status="failed")

@@ -30,7 +30,7 @@ def test_a_step_reads_the_same_rows_however_they_are_shared(data, world, micro_b
                 found = part[step * micro_batches + micro]
                 mine = slice(micro * world + rank, None, world * micro_batches)
                 rows["tokens"][mine], rows["labels"][mine] = found["tokens"], found["labels"]
-                shares.append((found["share"], (found["labels"] != NO_LABEL).sum()))
+                shares.append((found["weight"], (found["labels"] != NO_LABEL).sum()))
         assert all(torch.equal(rows[name], whole[step][name]) for name in rows)
         counts = torch.stack([count for _, count in shares]).double()
         expected = counts / counts.mean()  # so that the mean of the parts' losses is the step's

@@ -66,12 +66,12 @@ def test_places_differ_between_rows_steps_and_seeds(name, store):
     drawn = [
         batch["positions"]
         for seed in (0, 1)
-        for batch in batches(store, seed, places=places(config.extension, TOKENS))
+        for batch in batches(store, seed, draw_positions=places(config.extension, TOKENS))
     ]
     distinct = {tuple(row.tolist()) for rows in drawn for row in rows}
     assert len(distinct) >= 8 * ROWS - 3  # two may fall alike where there are few to choose from
     assert all(len(rows.unique(dim=0)) >= ROWS - 1 for rows in drawn)
-    again = batches(store, 0, places=places(config.extension, TOKENS))
+    again = batches(store, 0, draw_positions=places(config.extension, TOKENS))
     assert torch.equal(again[2]["positions"], drawn[2])
     for rows in drawn:
         assert (rows.diff() > 0).all()

@@ -81,7 +81,7 @@ def test_a_run_is_tuned_under_an_extension_and_measured_as_it_was_tuned(name, wi
     corpus = open_corpus(folder.config.data.model_dump(), Path("cache"))
     loader = train_loader(
         corpus.train, seq_len=window, batch_size=128 // window, seed=3, start_step=0, steps=1,
-        contiguous=False, places=places(folder.config.extension, window),
+        contiguous=False, draw_positions=places(folder.config.extension, window),
     )  # fmt: skip
     (batch,) = loader
     assert ("positions" in batch) == (name != "yarn")

@@ -15,7 +15,7 @@ from building import train_config, write_text
 from zoo.config.schedule import learning_rate_factor
 from zoo.runs.folder import RunFolder
 from zoo.runs.stopping import Stop
-from zoo.training.callbacks import MAX_LOGITS, MAX_TOKENS, Metrics
+from zoo.training.callbacks import MAX_LOGITS, MAX_TOKENS, MetricsLogger
 
 
 @pytest.fixture(scope="module")
@@ -95,17 +95,17 @@ def test_a_run_says_what_it_is_and_what_comes_next(runs):
 @pytest.mark.parametrize(("tokens", "vocabulary"), [(512, 256), (2048, 2**15), (2**16, 256)])
 def test_validation_takes_what_there_is_memory_for(tokens, vocabulary):
     valid = {"tokens": torch.zeros(9, tokens + 1, dtype=torch.long)}
-    metrics = Metrics(None, valid=valid, valid_every=1, tokens_per_step=1, stop=Stop())  # type: ignore[arg-type]
-    pieces = metrics._pieces(vocabulary)
-    assert sum(len(piece["tokens"]) for piece in pieces) == 9
-    rows = len(pieces[0]["tokens"])
+    metrics = MetricsLogger(None, valid=valid, valid_every=1, tokens_per_step=1, stop=Stop())  # type: ignore[arg-type]
+    batches = metrics._batches(vocabulary)
+    assert sum(len(batch["tokens"]) for batch in batches) == 9
+    rows = len(batches[0]["tokens"])
     assert rows == 1 or rows * tokens * vocabulary <= MAX_LOGITS
     assert rows == 1 or rows * tokens <= MAX_TOKENS
     assert (rows == 8) == (tokens == 512)  # small models are validated as they always were
 
 
 def test_the_time_left_does_not_wrap_at_a_day(capsys, monkeypatch):
-    metrics = Metrics(None, valid={}, valid_every=1, tokens_per_step=1, stop=Stop())  # type: ignore[arg-type]
+    metrics = MetricsLogger(None, valid={}, valid_every=1, tokens_per_step=1, stop=Stop())  # type: ignore[arg-type]
     metrics._said = -100.0
     monkeypatch.setattr(metrics, "_speed", lambda _: 1.0)
     metrics._say(1, 1 + 3 * 24 * 3600, torch.tensor(2.0))
@@ -122,7 +122,7 @@ def test_the_time_left_does_not_wrap_at_a_day(capsys, monkeypatch):
 )
 def test_a_step_that_cannot_be_shared_equally_is_refused(words, told):
     from zoo.errors import UserError
-    from zoo.training.shares import check_shares
+    from zoo.training.partition import check_partition
 
     with pytest.raises(UserError, match=told):
-        check_shares(train_config("size=tiny", *words))
+        check_partition(train_config("size=tiny", *words))

@@ -17,9 +17,9 @@ from zoo.config.groups import choices
 from zoo.config.schema import TrainConfig
 from zoo.console import say
 from zoo.errors import choose
-from zoo.runs.files import read_metrics
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import run_name
+from zoo.runs.metrics import read_metrics
 
 STUDY = ("state_tracking", "recall", "selective_copying", "mqar", "induction")
 USAGE = f"""zoo study [--left] [experiment ...]    tune and train the experiments one after another

@@ -24,7 +24,7 @@ from zoo.runs.folder import RunFolder
 from zoo.runs.identity import run_name
 from zoo.runs.resume import finetuned, resumed
 from zoo.runs.stopping import current
-from zoo.training.shares import check_shares, process_count
+from zoo.training.partition import check_partition, process_count
 
 USAGE = """
 Train a model. The same command again continues a stopped run.
@@ -57,7 +57,7 @@ def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
         )
     if not tree["resume"]:
         check_effects(config, tree, given)
-    check_shares(config)
+    check_partition(config)
     check_accelerator(config.trainer.accelerator)
     check_deterministic(config.trainer.accelerator, config.trainer.deterministic)
     if config.data.task is None:

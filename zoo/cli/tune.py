@@ -20,9 +20,10 @@ from zoo.cli.train import check, job
 from zoo.config.schema import TrainConfig
 from zoo.console import label, say
 from zoo.errors import RunError, UserError
-from zoo.runs.files import one_line, read_metrics
+from zoo.runs.files import one_line
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import identity, run_name
+from zoo.runs.metrics import read_metrics
 
 USAGE = """
 zoo tune experiment=<name> [option=value,value ...]    find the best learning rate of each arm

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.data.loader import Places, dealt, place_windows
+from zoo.data.loader import DrawPositions, dealt, step_positions
 from zoo.data.synthetic import NO_LABEL, Examples, check_task
 
 SPLITS = ("train", "valid", "test")
@@ -89,9 +89,9 @@ class ExampleSteps(Dataset):
         rank: int = 0,
         world: int = 1,
         micro_batches: int = 1,
-        places: Places | None = None,
+        draw_positions: DrawPositions | None = None,
     ) -> None:
-        self.data, self.places, self.shape = data, places, (batch_size, seq_len)
+        self.data, self.draw_positions, self.shape = data, draw_positions, (batch_size, seq_len)
         self.seed, self.start_step, self.steps = seed, start_step, steps
         self.rank, self.world, self.micro_batches = rank, world, micro_batches
 
@@ -105,17 +105,17 @@ class ExampleSteps(Dataset):
         step, shares = self.start_step + done, self.world * self.micro_batches
         batch = self.data.batch("train", self.seed, step, *self.shape)
         counts = (batch["labels"] != NO_LABEL).sum(1)
-        if self.places:
-            batch["positions"] = place_windows(self.places, *self.shape, self.seed, step)
+        if self.draw_positions:
+            batch["positions"] = step_positions(self.draw_positions, *self.shape, self.seed, step)
         found: dict[str, Any] = {name: rows[mine] for name, rows in batch.items()}
         if shares > 1:
-            found["share"] = float(counts[mine].sum() * shares / counts.sum())
+            found["weight"] = float(counts[mine].sum() * shares / counts.sum())
         return found | {"step": step, "micro": micro}
 
 
 def example_loader(data: SyntheticData, *, workers: int = 0, **shape: Any) -> DataLoader:
     """The batches of `ExampleSteps`: "tokens" and "labels", int64 (b, seq_len); "step" and "micro";
-    "positions" with `places`; "share", the labels over their mean in all of the step's batches."""
+    "positions" with `draw_positions`; "weight", labels over their mean per batch of the step."""
     dataset = ExampleSteps(data, **shape)
     pin = torch.cuda.is_available()
     return DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin)

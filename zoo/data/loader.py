@@ -15,7 +15,7 @@ from zoo.data.store import TokenStore
 from zoo.errors import UserError, choose
 
 # (rows, tokens, generator) -> (rows, tokens): where the tokens of a step's windows stand.
-Places = Callable[[int, int, torch.Generator], Tensor]
+DrawPositions = Callable[[int, int, torch.Generator], Tensor]
 
 
 class Steps(Dataset):
@@ -38,10 +38,10 @@ class Steps(Dataset):
         world: int,
         micro_batches: int,
         masked: int | None,
-        places: Places | None,
+        draw_positions: DrawPositions | None,
         passkeys: Passkeys | None,
     ) -> None:
-        self.places = places
+        self.draw_positions = draw_positions
         self.store, self.contiguous, self.masked = store, contiguous, masked
         self.passkeys = passkeys
         self.shape = len(store), seq_len, batch_size, seed
@@ -68,11 +68,13 @@ class Steps(Dataset):
         windows, more = _windows(self.store, starts, seq_len), {}
         if self.passkeys:
             windows = self.passkeys.plant(windows, mine)
-        if self.places:
-            more["positions"] = place_windows(self.places, batch_size, seq_len, seed, step)[rows]
+        if self.draw_positions:
+            more["positions"] = step_positions(
+                self.draw_positions, batch_size, seq_len, seed, step
+            )[rows]
         if self.masked is not None and shares > 1:
             counts = np.array([chosen_count(seq_len, key) for key in keys])
-            more["share"] = float(counts[rows].sum() * shares / counts.sum())
+            more["weight"] = float(counts[rows].sum() * shares / counts.sum())
         return {
             **more,
             **_batch(windows, self.masked, mine),
@@ -88,10 +90,14 @@ def dealt(index: int, rank: int, world: int, micro_batches: int) -> tuple[int, i
     return done, micro, slice(micro * world + rank, None, world * micro_batches)
 
 
-def place_windows(places: Places, rows: int, tokens: int, seed: int, step: int) -> Tensor:
+def step_positions(
+    draw_positions: DrawPositions, rows: int, tokens: int, seed: int, step: int
+) -> Tensor:
     """(rows, tokens): where the tokens of a step's windows stand, drawn from (seed, step)."""
     entropy = np.random.SeedSequence([seed, step], spawn_key=(0,)).generate_state(2)
-    return places(rows, tokens, torch.Generator().manual_seed(int(entropy.view(np.uint64)[0])))
+    return draw_positions(
+        rows, tokens, torch.Generator().manual_seed(int(entropy.view(np.uint64)[0]))
+    )
 
 
 def train_loader(
@@ -108,7 +114,7 @@ def train_loader(
     micro_batches: int = 1,
     workers: int = 0,
     masked: int | None = None,
-    places: Places | None = None,
+    draw_positions: DrawPositions | None = None,
     passkeys: Passkeys | None = None,
 ) -> DataLoader:
     """The batches of `steps` optimiser steps from `start_step` on, in the order of `order`.
@@ -118,8 +124,8 @@ def train_loader(
     bool (b,), rows whose state begins anew (all, unless `contiguous`); "step" and "micro" int. Rank
     r takes the rows m * world + r :: world * micro_batches in micro-batch m, so that a step reads
     the same however it is shared. `masked`, a vocabulary's size, adds what a masked objective
-    reads: "shown" int64 and "chosen" bool, (b, seq_len) each, see `masking`, and "share", the
-    tokens chosen over their mean in all of the step's batches. `places` adds "positions",
+    reads: "shown" int64 and "chosen" bool, (b, seq_len) each, see `masking`, and "weight", the
+    tokens chosen over their mean in all of the step's batches. `draw_positions` adds "positions",
     (b, seq_len), drawn by a generator of (seed, step) for all rows; `passkeys` puts keys into some
     windows, see `passkey`. Raises UserError where the text is too short, a window has no room for a
     key or the batch cannot be shared equally.
@@ -141,7 +147,7 @@ def train_loader(
         world=world,
         micro_batches=micro_batches,
         masked=masked,
-        places=places,
+        draw_positions=draw_positions,
         passkeys=passkeys,
     )
     pin = torch.cuda.is_available()

@@ -10,7 +10,7 @@ from zoo.attention.pattern import Reach, Scaling
 from zoo.config.applicability import LINEAR, ROTARY, check_applies
 from zoo.config.introspect import constructor_parameters
 from zoo.config.schema import Extension
-from zoo.data.loader import Places
+from zoo.data.loader import DrawPositions
 from zoo.errors import UserError, below
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.backbone import Backbone
@@ -45,7 +45,7 @@ def extend(model: Backbone, extension: Extension, trained_length: int) -> Backbo
     return model
 
 
-def places(extension: Extension, seq_len: int) -> Places | None:
+def places(extension: Extension, seq_len: int) -> DrawPositions | None:
     """Where the tokens of training windows stand, drawn step by step; None: at 0, 1, 2 .."""
     if extension.positions is None:
         return None

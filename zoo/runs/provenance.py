@@ -30,9 +30,10 @@ MEASURING = ("model.backbone", "model.build", "model.extend")  # makes a trained
 # What the numbers do not come from: words, records, options (config.yaml has what was chosen), and
 # how text became tokens (the fingerprint has that).
 APART = (
-    *("errors", "paths", "console", "cli", "report", "model.audit", "training.callbacks"),
+    *("errors", "paths", "console", "cli", "report", "model.audit"),
     *("config.applicability", "config.compose", "config.domains", "config.effects"),
     "config.groups",
+    *("training.callbacks", "training.records"),
     *("config.introspect", "config.resolve", "config.schema", "config.sizes", "config.stored"),
     *("config.trainer_arguments", "config.tree", "config.validate"),
     *("runs", "data.sources", "data.store", "data.corpora"),

@@ -1,4 +1,4 @@
-"""What happens beside the training steps: validation, metrics, progress, checkpoints, a stop."""
+"""Lightning callbacks: validation, metrics, progress lines, checkpoints and stops by signal."""
 
 import os
 import time
@@ -16,13 +16,13 @@ from zoo.runs.checkpoints import seal
 from zoo.runs.files import replacing
 from zoo.runs.folder import RunFolder
 from zoo.runs.stopping import Stop
-from zoo.training.ranks import any_of, gathered, rank, world
+from zoo.training.distributed import all_gather, any_process, rank, world_size
 
 SECONDS_BETWEEN_LINES = 5.0
-KEEP = 2  # checkpoints; the one before the last is there should the last be damaged
+MAX_CHECKPOINTS = 2  # the one before the last serves if the last is damaged
 COLUMNS = ("tokens", "train_loss", "valid_loss", "learning_rate", "grad_norm", "tokens_per_second")
-# A validation's windows at once: at most so many, with so many tokens, and so many logits (a copy
-# or two of them in float32 is what a model with a large vocabulary needs most memory for).
+# Limits of one validation batch. Models with a large vocabulary need most memory for one or two
+# float32 copies of the logits.
 MAX_ROWS, MAX_TOKENS, MAX_LOGITS = 8, 2**16, 2**24
 
 
@@ -44,10 +44,10 @@ class AtStepEnds(Callback):
 
 
 class Checkpoints(AtStepEnds):
-    """Saves every so many steps, at the end, and before a stop that a signal asked for.
+    """Saves a checkpoint every `every` steps, at the end, and before a stop by signal.
 
-    Signals reach processes one by one and at any time: at the end of each step all of them agree
-    whether to go on, so that none waits for another that has left.
+    Signals reach processes one by one: at the end of each step all processes agree whether to go
+    on, so that none waits for another that has left.
     """
 
     def __init__(self, folder: RunFolder, *, every: int, tokens_per_step: int, stop: Stop) -> None:
@@ -56,7 +56,7 @@ class Checkpoints(AtStepEnds):
         self._saved = 0
 
     def on_step_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        self.interrupted = any_of(self.stop.requested is not None, module.device)
+        self.interrupted = any_process(self.stop.requested is not None, module.device)
         if self.interrupted:
             trainer.should_stop = True
             self.stop.allow_time()
@@ -76,14 +76,14 @@ class Checkpoints(AtStepEnds):
             with replacing(folder / f"step={step:08d}.ckpt") as file:
                 torch.save(checkpoint, file)
                 seal(file, self.folder.info.get("id"), step)
-            for old in sorted(folder.glob("step=*.ckpt"))[:-KEEP]:
+            for old in sorted(folder.glob("step=*.ckpt"))[:-MAX_CHECKPOINTS]:
                 os.remove(old)
             self.folder.update(step=step, tokens_seen=step * self.tokens_per_step)
         self._saved = step
 
 
-class Metrics(AtStepEnds):
-    """Validates every so many steps; writes metrics.csv and a progress line on stderr."""
+class MetricsLogger(AtStepEnds):
+    """Validates every `valid_every` steps; writes metrics.csv, and progress lines to stderr."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class Metrics(AtStepEnds):
             here = [row for row in self._writer.rows if int(row["step"]) == self._first]
             due = bool(here) and self._first % self.valid_every == 0
             missing = due and not any(row.get("valid_loss") for row in here)
-        if any_of(missing, module.device):  # a stop had cut the validation short
+        if any_process(missing, module.device):  # a stop had cut the validation short
             self.valid_loss = self._validate(trainer, module)
             if trainer.is_global_zero:
                 self._write(self._first, {"valid_loss": self.valid_loss})
@@ -136,39 +136,39 @@ class Metrics(AtStepEnds):
         self._writer.write({"step": step, "tokens": step * self.tokens_per_step, **row})
 
     def _speed(self, step: int) -> float:
-        """Tokens per second of training since this process began, validation left out."""
+        """Tokens per second since this process began to train, without the time for validation."""
         spent = time.monotonic() - self._began - self._validating
         return (step - self._first) * self.tokens_per_step / spent
 
     def _validate(self, trainer: lightning.Trainer, module: Any) -> float | None:
         """Mean loss over the fixed windows, in nats per token; None where a stop cut it short.
 
-        Processes take pieces in turn; all of them add up the same numbers in the same order.
+        Processes take batches in turn; all add up the same numbers in the same order.
         """
         start = time.monotonic()
-        pieces = self._pieces(module.model.vocab_size)
-        sums = torch.zeros(len(pieces) + 1, dtype=torch.float64)
+        batches = self._batches(module.model.vocab_size)
+        sums = torch.zeros(len(batches) + 1, dtype=torch.float64)
         module.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            for index, piece in enumerate(pieces):
+            for index, batch in enumerate(batches):
                 if self.stop.requested:
                     sums[-1] = 1
                     break
-                if index % world() == rank():
-                    batch = {name: x.to(module.device) for name, x in piece.items()}
-                    sums[index] = float(module.loss(batch)) * _asked(piece)
+                if index % world_size() == rank():
+                    here = {name: x.to(module.device) for name, x in batch.items()}
+                    sums[index] = float(module.loss(here)) * _weight(batch)
         module.train()
         self._validating += time.monotonic() - start
-        if world() > 1:
-            sums = torch.stack(gathered(sums.to(module.device))).sum(0).cpu()
+        if world_size() > 1:
+            sums = torch.stack(all_gather(sums.to(module.device))).sum(0).cpu()
         if sums[-1]:
             return None
-        loss = sum(sums[:-1].tolist()) / sum(_asked(piece) for piece in pieces)
+        loss = sum(sums[:-1].tolist()) / sum(_weight(batch) for batch in batches)
         module.log("valid/loss", loss)
         return loss
 
-    def _pieces(self, vocab_size: int) -> list[dict[str, Tensor]]:
-        """The windows in parts that a forward pass has memory for."""
+    def _batches(self, vocab_size: int) -> list[dict[str, Tensor]]:
+        """The validation windows in batches within the limits above."""
         tokens = self.valid["tokens"].shape[1] - 1
         rows = min(MAX_ROWS, MAX_TOKENS // tokens, MAX_LOGITS // (tokens * vocab_size))
         parts = zip(*(x.split(max(1, rows)) for x in self.valid.values()), strict=True)
@@ -184,8 +184,8 @@ class Metrics(AtStepEnds):
         say(f"step {step}/{last}  loss {loss:.4f}{valid}  {speed:,.0f} tokens/s  {left} left")
 
 
-def _asked(piece: dict[str, Tensor]) -> int:
-    """What the mean loss of a piece counts for: the windows, or what is asked in them."""
-    if "labels" in piece:
-        return int((piece["labels"] != NO_LABEL).sum())
-    return int(piece["chosen"].sum()) if "chosen" in piece else len(piece["tokens"])
+def _weight(batch: dict[str, Tensor]) -> int:
+    """The weight of a batch's mean loss: its labels, its masked tokens, or its windows."""
+    if "labels" in batch:
+        return int((batch["labels"] != NO_LABEL).sum())
+    return int(batch["chosen"].sum()) if "chosen" in batch else len(batch["tokens"])

@@ -12,23 +12,23 @@ from zoo.config.schedule import learning_rate_factor
 from zoo.config.schema import Optim
 from zoo.errors import RunError, UserError
 from zoo.model.backbone import Backbone
+from zoo.training.distributed import all_gather, broadcast_text, rank, world_size
 from zoo.training.optimisers import make_optimiser
-from zoo.training.ranks import gathered, rank, told_by, world
 
 
 class NonFiniteError(RunError):
-    """The loss or the gradient is no longer a number; says where, and what to go back to."""
+    """The loss or the gradient is not finite; names the step, the batch and the last checkpoint."""
 
 
 class Learner(lightning.LightningModule):
-    """Next-token prediction, or that of masked tokens, with warm-up and a cosine decay.
+    """Trains next-token or masked-token prediction, with warm-up and a cosine decay.
 
-    A step's loss is the mean over all its windows, which several processes and `micro_batches`
-    share: "share" in a batch is what its own mean counts for beside the others'.
+    A step's loss is the mean over all its windows, which processes and `micro_batches` divide
+    among themselves: "weight" in a batch is the weight of its own mean in that of the step.
 
-    `state_passing="carry"` starts every window from the state that the row's previous window left
-    (truncated backpropagation through time, Williams 1990; Transformer-XL's memory for softmax),
-    detached, and from the empty state where the row's text starts anew.
+    `state_passing="carry"` starts each window from the detached state after the row's previous
+    window (truncated backpropagation through time, Williams & Peng 1990; for softmax attention
+    Transformer-XL, arXiv 1901.02860), and from the empty state where the row's text begins anew.
     """
 
     def __init__(
@@ -45,23 +45,23 @@ class Learner(lightning.LightningModule):
         super().__init__()
         self.model, self.optim = model, optim
         self.max_steps, self.seq_len = max_steps, seq_len
-        self.carries = state_passing == "carry"
+        self.passes_state = state_passing == "carry"
         self.micro_batches, self.rows = micro_batches, rows  # rows of a whole step
-        self.carried: dict[int, Any] = {}  # micro-batch -> the state of its rows
+        self.states: dict[int, Any] = {}  # micro-batch -> the state after its rows' last window
         self._losses: list[Tensor] = []  # of the step's micro-batches
 
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
         tokens = self._tokens = batch["tokens"]
-        if self.carries:
+        if self.passes_state:
             micro = batch.get("micro", 0)
-            state = self.carried.get(micro)
+            state = self.states.get(micro)
             if state is None or bool(batch["restart"].any()):
                 state = self.model.empty_state(len(tokens))
             loss, state = self.model.loss(tokens, state)
-            self.carried[micro] = self.model.truncate_state(state, self.seq_len)
+            self.states[micro] = self.model.truncate_state(state, self.seq_len)
         else:
             loss = self.loss(batch)
-        loss = loss * batch.get("share", 1.0)
+        loss = loss * batch.get("weight", 1.0)
         self._losses.append(self._checked("loss", loss.detach()))
         if len(self._losses) == self.micro_batches:
             self.log("train/loss", torch.stack(self._losses).mean())
@@ -69,7 +69,7 @@ class Learner(lightning.LightningModule):
         return loss
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        """The mean loss over a batch, each window from the empty state."""
+        """The mean loss over a batch, each window read from the empty state."""
         if "labels" in batch:
             return self.model.labels_loss(batch["tokens"], batch["labels"], batch.get("positions"))
         if "chosen" in batch:
@@ -78,21 +78,21 @@ class Learner(lightning.LightningModule):
         return self.model.loss(batch["tokens"], positions=batch.get("positions"))
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Clip to the configured norm, and stop before a broken gradient reaches the weights."""
+        """Clip to the configured norm. NonFiniteError before a bad gradient reaches the weights."""
         norm = nn.utils.clip_grad_norm_(self.parameters(), self.optim.clip)
         self.log("train/grad_norm", self._checked("gradient norm", norm))
         self.learning_rate = optimizer.param_groups[0]["lr"]  # of this step
         self.log("train/learning_rate", self.learning_rate)
 
     def _checked(self, what: str, value: Tensor) -> Tensor:
-        """The mean over all processes. All of them stop where it is no number in one of them."""
-        found = torch.stack(gathered(value))
-        broken = (~torch.isfinite(found)).nonzero()
-        if len(broken):
-            where = int(broken[0])
+        """The mean over all processes. All raise NonFiniteError where one value is not finite."""
+        found = torch.stack(all_gather(value))
+        bad = (~torch.isfinite(found)).nonzero()
+        if len(bad):
+            where = int(bad[0])
             tokens = self._tokens.cpu().numpy().tobytes()
-            fingerprint = told_by(where, hashlib.sha256(tokens).hexdigest()[:12])
-            of = f" of process {where + 1} of {world()}" if world() > 1 else ""
+            fingerprint = broadcast_text(hashlib.sha256(tokens).hexdigest()[:12], where)
+            of = f" of process {where + 1} of {world_size()}" if world_size() > 1 else ""
             raise NonFiniteError(
                 f"the {what} is {found[where].item()} at step {self.global_step + 1}, "
                 f"batch {fingerprint}{of}"
@@ -105,7 +105,7 @@ class Learner(lightning.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def on_train_start(self) -> None:
-        """Give the next step this run's rate: a checkpoint holds that of the run as it was."""
+        """Set the next step's learning rate: the checkpoint's is that of the earlier options."""
         (scheduler,) = self.trainer.lr_scheduler_configs
         rates = scheduler.scheduler.base_lrs
         factor = self.learning_rate_factor(self.global_step)
@@ -113,24 +113,24 @@ class Learner(lightning.LightningModule):
             group["lr"] = rate * factor
 
     def learning_rate_factor(self, step: int) -> float:
-        """What the peak learning rate is multiplied by in the step after `step` others."""
+        """The factor of the peak learning rate in the step after `step` others."""
         return learning_rate_factor(self.optim, self.max_steps, step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["callbacks"] = {}  # of Lightning's own: the clock of trainer.max_time
-        if self.carried:  # its leaves: a checkpoint holds plain containers alone
+        checkpoint["callbacks"] = {}  # Lightning's own: the clock of trainer.max_time
+        if self.states:  # only the leaves, as a checkpoint holds plain containers
             checkpoint["carried"] = self._all_rows()
 
     def _all_rows(self) -> list[Any]:
-        """The leaves of the carried state, each with the rows of the whole step in their order.
+        """The leaves of the passed state, each with the rows of the whole step in their order.
 
         Row i of micro-batch m in process r is row (i, m, r) of the step, see `train_loader`.
         """
-        parts = [tree_flatten(self.carried[micro])[0] for micro in range(self.micro_batches)]
+        parts = [tree_flatten(self.states[micro])[0] for micro in range(self.micro_batches)]
         whole: list[Any] = []
         for leaves in zip(*parts, strict=True):
             if isinstance(leaves[0], Tensor):
-                rows = [torch.stack(gathered(leaf), 1) for leaf in leaves]
+                rows = [torch.stack(all_gather(leaf), 1) for leaf in leaves]
                 whole.append(torch.stack(rows, 1).flatten(0, 2))
             else:
                 whole.append(leaves[0])
@@ -141,7 +141,7 @@ class Learner(lightning.LightningModule):
         if "carried" not in checkpoint:
             return
         whole = checkpoint["carried"]
-        shares = self.micro_batches * world()
+        shares = self.micro_batches * world_size()
         rows = next(leaf for leaf in whole if isinstance(leaf, Tensor)).shape[0]
         if rows != (self.rows or rows):
             raise UserError(
@@ -150,8 +150,8 @@ class Learner(lightning.LightningModule):
             )
         structure = tree_flatten(self.model.empty_state(rows // shares))[1]
         for micro in range(self.micro_batches):
-            mine = slice(micro * world() + rank(), None, shares)
+            mine = slice(micro * world_size() + rank(), None, shares)
             leaves = [
                 x[mine].to(self.device).contiguous() if isinstance(x, Tensor) else x for x in whole
             ]
-            self.carried[micro] = tree_unflatten(leaves, structure)
+            self.states[micro] = tree_unflatten(leaves, structure)

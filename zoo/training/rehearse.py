@@ -1,7 +1,7 @@
-"""What a run would need, found before anything is written: its model without weights, its memory.
+"""Checks before anything is written whether a run is possible: its model, devices and memory.
 
-An architecture that refuses an argument, an extension that does not fit the model, devices that are
-not there and memory that would not do are each told in one line before the run folder exists.
+An architecture that refuses an argument, an extension that does not fit the model, missing devices
+and too little memory are each refused in one line before the run folder exists.
 """
 
 import logging
@@ -14,20 +14,20 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from zoo.config.schema import TrainConfig, Trainer
-from zoo.errors import UserError
+from zoo.errors import UserError, refuse
 from zoo.model.backbone import Backbone
 from zoo.model.build import assemble, build_model, count_parameters, told_pattern
 from zoo.model.extend import extend
 from zoo.ops.runtime import dispatch
-from zoo.training.shares import micro_batches, process_count
+from zoo.training.partition import micro_batches, process_count
 from zoo.training.windows import vocabulary
 
 TRAINED_BYTES = 16  # per parameter in float32: itself, its gradient, AdamW's two moments
-PROBE_TOKENS = 128  # of one row: what a step keeps for the backward pass grows at least linearly
+PROBE_TOKENS = 128  # of one row: activations grow at least linearly with its length
 
 
 def rehearse(config: TrainConfig) -> None:
-    """Raise UserError where the run cannot be: its model, its devices or its memory."""
+    """Raise UserError where the model, the devices or the memory do not allow the run."""
     device = check_devices(config.trainer)
     vocab_size = vocabulary(config.data, config.seq_len)
     vocab_size += config.objective == "masked"
@@ -46,33 +46,34 @@ def rehearse(config: TrainConfig) -> None:
 
 
 def check_devices(trainer: Trainer) -> str:
-    """The kind of device that `accelerator` comes to here: cpu, cuda or mps."""
-    there = {"cpu": None, "cuda": torch.cuda.device_count(), "mps": int(torch.mps.is_available())}
-    found = next((kind for kind in ("cuda", "mps") if there[kind]), "cpu")
-    asked = trainer.accelerator
-    kind = asked if asked in there else found
-    if (asked == "gpu" and found == "cpu") or there[kind] == 0:
-        raise UserError(
-            f"trainer.accelerator={asked}: there is none here. Use trainer.accelerator=auto."
-        )
-    devices, most = trainer.devices, there[kind]
-    if isinstance(devices, list) and most is None:
-        raise UserError(
-            f"trainer.devices={devices}: a list names GPUs, and this run is on the CPU. "
-            f"Use trainer.devices={len(devices)}."
-        )
-    wanted = max(devices) + 1 if isinstance(devices, list) else devices
-    if most is not None and isinstance(wanted, int) and wanted > most:
-        raise UserError(f"trainer.devices={devices}: this machine has {most}. Use at most {most}.")
+    """The kind of device that `accelerator` selects here: cpu, cuda or mps.
+
+    Raises UserError where this machine lacks the accelerator or as many devices.
+    """
+    counts = {"cpu": None, "cuda": torch.cuda.device_count(), "mps": int(torch.mps.is_available())}
+    best = next((kind for kind in ("cuda", "mps") if counts[kind]), "cpu")
+    accelerator, devices = trainer.accelerator, trainer.devices
+    kind = accelerator if accelerator in counts else best
+    if (accelerator == "gpu" and best == "cpu") or counts[kind] == 0:
+        rule = "this machine has none"
+        refuse("trainer.accelerator", accelerator, rule, "Use trainer.accelerator=auto")
+    available = counts[kind]
+    if isinstance(devices, list) and available is None:
+        rule = "a list names GPUs, and this run is on the CPU"
+        refuse("trainer.devices", devices, rule, f"Use trainer.devices={len(devices)}")
+    needed = max(devices) + 1 if isinstance(devices, list) else devices
+    if available is not None and isinstance(needed, int) and needed > available:
+        rule = f"this machine has {available}"
+        refuse("trainer.devices", devices, rule, f"Use at most {available}")
     return kind
 
 
 def _check_memory(
     config: TrainConfig, vocab_size: int, knobs: dict[str, int], parameters: int
 ) -> None:
-    """Refuse what could not fit into this machine's memory, with the numbers.
+    """Refuse a run whose lower bound of memory exceeds this machine's.
 
-    A lower bound: weights, gradients, moments, and what a step keeps for its backward pass.
+    The bound: weights, gradients, AdamW's moments, and the activations that a backward pass needs.
     """
     memory = machine_memory()
     if memory is None:
@@ -89,11 +90,11 @@ def _check_memory(
         )
     rows, window = config.batch_size // micro_batches(config), config.seq_len
     read = 8 * rows * (window + 1) * (1 + 2 * config.workers)  # the batch, and those fetched ahead
-    kept = read if read > memory else read + rows * _kept_per_row(config, vocab_size, knobs)
-    if trained + kept > memory:
+    step = read if read > memory else read + rows * _activations_per_row(config, vocab_size, knobs)
+    if trained + step > memory:
         raise UserError(
             f"batch_size={config.batch_size}, seq_len={window}: a step needs at least "
-            f"{_bytes(trained + kept)} ({numbers}; {_bytes(kept)} for {rows * window:,} tokens at "
+            f"{_bytes(trained + step)} ({numbers}; {_bytes(step)} for {rows * window:,} tokens at "
             f"once), and this machine has {_bytes(memory)}. Use fewer batch_tokens, "
             "trainer.accumulate_grad_batches=<parts of a step>, checkpoint_activations=true, "
             "a shorter seq_len or a smaller size."
@@ -101,7 +102,7 @@ def _check_memory(
 
 
 def machine_memory() -> int | None:
-    """Bytes of this machine's memory that a process may have; None where nothing tells."""
+    """Bytes of this machine's memory that a process may use; None where that is unknown."""
     try:
         found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (AttributeError, ValueError, OSError):  # Windows
@@ -114,19 +115,19 @@ def machine_memory() -> int | None:
     return min(found)
 
 
-def _kept_per_row(config: TrainConfig, vocab_size: int, knobs: dict[str, int]) -> float:
-    """Bytes that one more window in a step keeps for the backward pass.
+def _activations_per_row(config: TrainConfig, vocab_size: int, knobs: dict[str, int]) -> float:
+    """Bytes of activations that one more window in a step saves for the backward pass.
 
-    Measured on a row of `PROBE_TOKENS`, with the pattern's layers once and twice, and extended
-    linearly to the window and to all layers. Attention that keeps its weights keeps more.
+    Measured on a row of `PROBE_TOKENS`, with the pattern's layers once and twice, and extrapolated
+    linearly to the window and to all layers. Attention that saves its weights needs more.
     """
     tokens, cycle = min(config.seq_len, PROBE_TOKENS), len(config.model.blocks)
     layers = knobs.get("layers", config.size.layers)
     log, level = logging.getLogger("zoo"), logging.getLogger("zoo").level
-    log.setLevel(logging.ERROR)  # the run itself says which kernels it takes
+    log.setLevel(logging.ERROR)  # the run itself logs which kernels it uses
     try:
         once, twice = (
-            _kept(assemble(config, vocab_size, {**knobs, "layers": times * cycle}), tokens)
+            _activations(assemble(config, vocab_size, {**knobs, "layers": times * cycle}), tokens)
             for times in (1, 2)
         )
     except RuntimeError as error:
@@ -141,23 +142,23 @@ def _kept_per_row(config: TrainConfig, vocab_size: int, knobs: dict[str, int]) -
     return (once + more) * config.seq_len / tokens
 
 
-def _kept(model: Backbone, tokens: int) -> int:
-    """Bytes that a second row of `tokens` tokens adds to what a backward pass would read."""
-    return _kept_by(model, 2, tokens) - _kept_by(model, 1, tokens)
+def _activations(model: Backbone, tokens: int) -> int:
+    """Bytes that a second row of `tokens` tokens adds to the saved activations."""
+    return _saved_bytes(model, 2, tokens) - _saved_bytes(model, 1, tokens)
 
 
-def _kept_by(model: Backbone, rows: int, tokens: int) -> int:
+def _saved_bytes(model: Backbone, rows: int, tokens: int) -> int:
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, Tensor] = {}  # by storage; held, so that no address is used again
+    saved: dict[int, Tensor] = {}  # by storage; held, so that no address is used again
 
-    def keep(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x
+    def save(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x
         return x
 
-    with saved_tensors_hooks(keep, lambda x: x):
+    with saved_tensors_hooks(save, lambda x: x):
         logits = model(torch.zeros(rows, tokens, dtype=torch.long))
         logits.float().log_softmax(-1)
-    return sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in weights)
+    return sum(x.untyped_storage().nbytes() for at, x in saved.items() if at not in weights)
 
 
 def _bytes(count: float) -> str:

@@ -1,4 +1,4 @@
-"""The text as a run reads it: one share of each step's windows for every process."""
+"""The training and validation data of a run, as its processes read it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +16,14 @@ from zoo.model.extend import places
 
 
 def open_data(data: Data, seq_len: int) -> Corpus | SyntheticData:
-    """What a run reads. Raises UserError where the text or the task cannot be had."""
+    """Open a run's text or task. Raises UserError where it is not available."""
     if data.task is not None:
         return open_synthetic(data.name, data.task.load(), seq_len)
     return open_corpus(data.model_dump(), Path(data.options["cache"]))
 
 
 def vocabulary(data: Data, seq_len: int) -> int:
-    """The symbols or tokens that a run's model knows, without opening its text."""
+    """The size of a run's vocabulary, without opening its text."""
     if data.task is not None:
         return open_synthetic(data.name, data.task.load(), seq_len).vocab_size
     return open_tokenizer(data.options["tokenizer"], data.options.get("end_token")).vocab_size
@@ -38,7 +38,7 @@ def validation(data: Corpus | SyntheticData, config: TrainConfig) -> dict[str, T
 
 
 class Windows(lightning.LightningDataModule):
-    """Training windows of a text or a task in the order of (seed, step), from where we are."""
+    """Training windows of a text or a task in the order of (seed, step), from the current step."""
 
     def __init__(self, data: Corpus | SyntheticData, config: TrainConfig) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Windows(lightning.LightningDataModule):
             "world": trainer.world_size,
             "micro_batches": trainer.accumulate_grad_batches,
             "workers": config.workers,
-            "places": places(config.extension, config.seq_len),
+            "draw_positions": places(config.extension, config.seq_len),
         }
         if isinstance(self.data, SyntheticData):
             return iter(example_loader(self.data, **shape))

@@ -1,0 +1,38 @@
+"""Collective operations between the processes of one run. With one process each is local."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """The number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def all_gather(value: Tensor) -> list[Tensor]:
+    """Return the value of each process, in the order of ranks; all have one shape and dtype."""
+    if world_size() == 1:
+        return [value]
+    found = [torch.empty_like(value) for _ in range(world_size())]
+    dist.all_gather(found, value.contiguous())
+    return found
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` holds in any process."""
+    return any(bool(other) for other in all_gather(torch.tensor(int(flag), device=device)))
+
+
+def broadcast_text(text: str, source: int) -> str:
+    """Return the text of process `source`."""
+    if world_size() == 1:
+        return text
+    texts: list[str | None] = [text]
+    dist.broadcast_object_list(texts, src=source)
+    return str(texts[0])

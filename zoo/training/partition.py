@@ -1,0 +1,44 @@
+"""Divides a step's windows among processes and micro-batches. Nothing heavy is imported.
+
+A step reads `batch_size` windows (`batch_tokens` tokens) in any number of processes and
+micro-batches: these change a run's speed and memory, not what it learns.
+"""
+
+from zoo.config.schema import TrainConfig
+from zoo.errors import UserError, refuse
+
+
+def process_count(config: TrainConfig) -> int:
+    """The number of processes, one for each device; `auto` is one device."""
+    devices = config.trainer.devices
+    if isinstance(devices, list):
+        return len(devices)
+    return int(devices) if str(devices).isdecimal() else 1
+
+
+def micro_batches(config: TrainConfig) -> int:
+    """The number of micro-batches in which a process reads its part of a step."""
+    given = config.trainer.model_dump().get("accumulate_grad_batches")
+    if given is None:
+        return 1
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        refuse("trainer.accumulate_grad_batches", given, "must be a whole number of at least 1")
+    return given
+
+
+def check_partition(config: TrainConfig) -> None:
+    """Refuse numbers of processes and micro-batches that do not divide a step's windows."""
+    processes, micro, windows = process_count(config), micro_batches(config), config.batch_size
+    if windows % (processes * micro) == 0:
+        return
+    options = []
+    if processes > 1:
+        options.append(f"trainer.devices={config.trainer.devices}")
+    if micro > 1:
+        options.append(f"trainer.accumulate_grad_batches={micro}")
+    divisors = [n for n in range(1, min(windows, 4096) + 1) if windows % n == 0]
+    raise UserError(
+        f"{' '.join(options)}: must divide the {windows} windows of a step (batch_size) into equal "
+        f"parts. Use a product of {', '.join(map(str, divisors[:12]))}"
+        f"{' ..' if len(divisors) > 12 else ''}, or another batch_tokens."
+    )
