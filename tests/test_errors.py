@@ -19,24 +19,17 @@ BY_HAND: dict[str, int] = {
     "zoo/config/applicability.py": 2,
     "zoo/config/validate.py": 1,  # of pydantic's errors
     "zoo/data/loader.py": 3,
-    "zoo/data/sources.py": 15,
-    "zoo/data/store.py": 3,
+    "zoo/data/store.py": 2,
     "zoo/data/synthetic.py": 1,
     "zoo/model/backbone.py": 1,
     "zoo/model/build.py": 3,
     "zoo/model/extend.py": 9,
-    "zoo/runs/checkpoints.py": 1,
-    "zoo/runs/files.py": 5,
-    "zoo/runs/find.py": 1,
-    "zoo/runs/folder.py": 14,
-    "zoo/runs/longrope.py": 2,
-    "zoo/runs/resume.py": 4,
+    "zoo/runs/files.py": 1,
+    "zoo/runs/folder.py": 1,
     "zoo/tasks/evaluate.py": 1,
     "zoo/tasks/longrope.py": 5,
-    "zoo/training/fit.py": 1,
     "zoo/training/learner.py": 1,
     "zoo/training/rehearse.py": 2,
-    "zoo/training/shares.py": 1,
 }
 
 

@@ -167,7 +167,7 @@ def test_what_a_dead_process_left_does_not_matter(folder):
 
 
 def test_a_split_without_documents_is_refused(tmp_path):
-    with pytest.raises(UserError, match="the valid split has no document"):
+    with pytest.raises(UserError, match="data: the valid split has no document"):
         write_store(tmp_path / "valid", [], encode)
 
 

@@ -156,9 +156,10 @@ class Data(OpenSection):
 
     @model_validator(mode="after")
     def _texts(self) -> "Data":
-        for key in ("path", "tokenizer", "cache", "eval_documents"):
+        for key in ("path", "tokenizer", "cache", "eval_documents", "field", "dataset"):
             value = self.options.get(key, "")
-            if not isinstance(value, str) and (key, value) != ("path", None):
+            missing = value is None and key in ("path", "dataset")
+            if not isinstance(value, str) and not missing:
                 refuse(key, value, "must be text", "Quote a name of digits")
         return self
 

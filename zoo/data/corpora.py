@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Int
 
 from zoo.data.bigrams import Bigrams, bigrams_of
+from zoo.data.files import SPLITS
 from zoo.data.passkey import Passkeys
-from zoo.data.sources import SPLITS, Source, find_source, store_folder
+from zoo.data.sources import Source, find_source, store_folder
 from zoo.data.store import TokenStore, open_or_build, write_store
 from zoo.data.tokenizers import Encode, Tokenizer, encode_bytes, open_tokenizer
 from zoo.errors import choose

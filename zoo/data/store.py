@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,10 +28,12 @@ from typing import Any
 
 import numpy as np
 
+from zoo.console import say
 from zoo.errors import UserError
 from zoo.locks import lock_file
 
 FORMAT = 2  # stores of another format are built again
+SECONDS_BETWEEN_LINES = 5.0  # of progress, while a store is built
 Encoded = array | tuple[array, array]  # tokens, or tokens and the bytes each stands for
 
 
@@ -136,9 +139,15 @@ def write_store(
     document, and where `encode` raises ValueError: the line names the document.
     """
     folder.mkdir(parents=True)
-    offsets, names, source_bytes, dtype = [0], [], 0, np.dtype(np.uint8)
+    offsets, source_bytes, dtype = array("q", [0]), 0, np.dtype(np.uint8)
     tokens_bin, bytes_bin = folder / "tokens.bin", folder / "bytes.bin"
-    with tokens_bin.open("wb") as file, bytes_bin.open("wb") as sizes_file:
+    names_json = folder / "documents.json"
+    progress = _Progress(folder.name)
+    with (
+        tokens_bin.open("wb") as file,
+        bytes_bin.open("wb") as sizes_file,
+        names_json.open("w", encoding="utf-8") as names_file,
+    ):
         for name, document in documents:
             try:
                 encoded = encode(document)
@@ -149,22 +158,23 @@ def write_store(
             tokens.tofile(file)
             if sizes is not None:
                 sizes.tofile(sizes_file)
-            names.append(name)
+            names_file.write(f"{', ' if len(offsets) > 1 else '['}{json.dumps(name)}")
             offsets.append(offsets[-1] + len(tokens))
             source_bytes += len(document) + 1
-    if not names:
-        raise UserError(f"the {folder.name} split has no document")
-    files = [tokens_bin, folder / "offsets.npy", bytes_bin, folder / "documents.json"]
+            progress.tell(len(offsets) - 1, source_bytes)
+        names_file.write("]\n")
+    if len(offsets) == 1:
+        raise UserError(f"data: the {folder.name} split has no document. Give more text.")
+    files = [tokens_bin, folder / "offsets.npy", bytes_bin, names_json]
     if not bytes_bin.stat().st_size:
         bytes_bin.unlink()
         files.remove(bytes_bin)
     np.save(files[1], np.array(offsets, dtype=np.int64), allow_pickle=False)
-    files[-1].write_text(json.dumps(names) + "\n", encoding="utf-8")
     sha256, whole = _digests_of(files)
     record = {
         "format": FORMAT,
         "dtype": dtype.str,
-        "documents": len(names),
+        "documents": len(offsets) - 1,
         "tokens": offsets[-1],
         "source_bytes": source_bytes,
         "bytes_per_token": source_bytes / offsets[-1],
@@ -175,6 +185,19 @@ def write_store(
     }
     record["record"] = _record_hash(record)
     (folder / "meta.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+class _Progress:
+    """Prints how far a split is, every few seconds."""
+
+    def __init__(self, split: str) -> None:
+        self.split, self.told = split, time.monotonic()
+
+    def tell(self, documents: int, source_bytes: int) -> None:
+        """Print the numbers, unless that was a moment ago."""
+        if time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
+            self.told, megabytes = time.monotonic(), source_bytes / 1e6
+            say(f"data: {self.split} split, {documents:,} documents, {megabytes:,.0f} MB read")
 
 
 def _record_hash(record: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ APART = (
     *("config.introspect", "config.resolve", "config.schema", "config.sizes", "config.stored"),
     *("config.trainer_arguments", "config.tree", "config.validate"),
     *("runs", "data.sources", "data.store", "data.corpora"),
+    *("data.files", "data.splits", "data.records", "data.hub"),
 )
 # They know every architecture, to build or to extend the one that the configuration names.
 HUBS = ("training.fit", "model.build", "model.extend", "model.checkpoint")

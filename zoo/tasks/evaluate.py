@@ -168,7 +168,7 @@ class _Run:
     def record(self) -> Row:
         """What the report needs to know of the run itself."""
         trained = {"arm": self.about["arm"], "settings": trained_settings(self.folder)}
-        trained["valid_loss"] = self.folder.last_figure("valid_loss")
+        trained["valid_loss"] = self.folder.last_metric("valid_loss")
         return self.about | self.folder.info | trained
 
     def measure(self, tasks: dict[str, Task], fresh: bool) -> Iterator[Row]:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ from zoo.report import wandb
 from zoo.runs.files import one_line, write_text
 from zoo.runs.folder import RunFolder
 from zoo.training.callbacks import MetricsLogger
+
+MAX_NAMES = 100_000  # documents of a split that are recorded by name
 
 log = logging.getLogger("zoo")
 
@@ -101,8 +104,15 @@ def wandb_logger(config: TrainConfig, folder: RunFolder, facts: Mapping[str, Any
 
 
 def record_documents(corpus: Corpus, folder: RunFolder) -> None:
-    """Write which document went into which split to the run's documents.json."""
-    names = {store.name: store.documents for store in (corpus.train, corpus.valid, corpus.test)}
+    """Write which document went into which split to the run's documents.json.
+
+    Of very many documents, the number from each file.
+    """
+    names: dict[str, Any] = {}
+    for store in (corpus.train, corpus.valid, corpus.test):
+        names[store.name] = store.documents
+        if len(names[store.name]) > MAX_NAMES:
+            names[store.name] = Counter(name.rpartition(":")[0] for name in names[store.name])
     write_text(folder.path / "documents.json", json.dumps(names, indent=0) + "\n")
 
 

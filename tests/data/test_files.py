@@ -1,0 +1,106 @@
+"""Which files data.path names, and what is read from them, compressed or not."""
+
+import gzip
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+
+from zoo.data.files import SPLITS, find_files, opened, read_text
+from zoo.errors import UserError
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """Files of several kinds; the working directory is their folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("docs/a.md", "docs/deep/b.md", "docs/c.txt", "d.py", "[x]/e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("docs", ["c.txt"]),
+        ("docs/**/*.md", ["a.md", "deep/b.md"]),
+        ("docs/*.md", ["a.md"]),
+        ("**/*.py", ["d.py"]),
+        ("d.py", ["d.py"]),
+        ("docs/c.txt", ["c.txt"]),
+        ("docs/[ac].*", ["a.md", "c.txt"]),
+        ("[x]", ["e.txt"]),  # a folder of this name
+    ],
+)
+def test_a_path_names_a_folder_a_file_or_a_pattern(place, path, names):
+    for given in (path, str(place / path)):
+        files = find_files(given, ".txt")
+        assert [files.name(file) for file in files.every()] == names
+        assert list(files.groups) == [""]
+
+
+def test_folders_named_by_splits_are_the_splits_of_a_pattern_too(place):
+    for split in SPLITS:
+        (place / "book" / split).mkdir(parents=True)
+        (place / "book" / split / "a.md").write_text(split)
+    files = find_files("book/**/*.md", ".txt")
+    assert {s: [files.name(f) for f in group] for s, group in files.groups.items()} == {
+        split: [f"{split}/a.md"] for split in SPLITS
+    }
+    (place / "book/valid/a.md").unlink()
+    with pytest.raises(UserError, match=r"book: has a folder train but lacks valid\. Add it"):
+        find_files("book/**/*.md", ".txt")
+
+
+@pytest.mark.parametrize("path", ["docs/*.rst", "nowhere/*/x"])
+def test_a_pattern_that_matches_no_file_is_refused(place, path):
+    with pytest.raises(UserError, match=r"^data\.path=.*: no file matches\. Give "):
+        find_files(path, ".txt")
+
+
+def compress(path: Path, text: bytes) -> Path:
+    if path.suffix == ".zst":
+        for name in ("compression.zstd", "zstandard"):
+            try:
+                module = importlib.import_module(name)
+            except ImportError:
+                continue
+            with module.open(path, "wb") as file:
+                file.write(text)
+            return path
+        pytest.skip("no package for .zst")
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
+def test_a_compressed_file_reads_as_the_plain_one(tmp_path, name):
+    text = "é and more\n".encode() * 1000
+    path = compress(tmp_path / name, text)
+    assert find_files(str(tmp_path), ".txt").every() == [path]
+    assert read_text(path) == text
+    assert read_text(path, 11) == text[:11]
+    with opened(path) as file:
+        file.seek(5000)
+        assert file.read(20) == text[5000:5020]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b[:20], lambda b: b"no archive"])
+def test_a_damaged_archive_is_one_line(tmp_path, damage):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(damage(gzip.compress(os.urandom(1000).hex().encode())))
+    with pytest.raises(UserError, match=r"a\.txt\.gz: cannot be read \(.*\)\. Check") as caught:
+        read_text(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_zst_without_its_package_is_refused(tmp_path, monkeypatch):
+    def missing(name: str):
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    (tmp_path / "a.txt.zst").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a\.txt\.zst: needs the package zstandard\. Run pip"):
+        read_text(tmp_path / "a.txt.zst")

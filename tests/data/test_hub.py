@@ -1,0 +1,129 @@
+"""Data sets by the package datasets: their splits or ours, and no network that is not asked for."""
+
+import contextlib
+import importlib.machinery
+import importlib.util
+import sys
+import types
+
+import pytest
+
+from zoo.data.corpora import open_corpus
+from zoo.data.sources import check_source
+from zoo.errors import UserError
+
+TEXTS = [f"document {i} " * (i % 5 + 1) for i in range(60)]
+
+
+def spec(dataset, **changes) -> dict:
+    fixed = {"name": "hf", "dataset": dataset and str(dataset), "field": "text", "documents": None}
+    return fixed | {"tokenizer": "bytes", "eval_documents": "whole"} | changes
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A stand-in for datasets: `splits` are those of every data set; what was loaded in `asked`."""
+    module = types.ModuleType("datasets")
+    module.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
+    module.asked, module.splits = [], {"train": [{"text": text} for text in TEXTS]}
+
+    def load_dataset(name, streaming):
+        assert streaming
+        module.asked.append(name)
+        return module.splits
+
+    def load_from_disk(folder):
+        module.asked.append(f"disk {folder}")
+        return module.splits if len(module.splits) > 1 else module.splits["train"]
+
+    module.load_dataset, module.load_from_disk = load_dataset, load_from_disk
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    return module
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def fail(url, timeout):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+
+
+def documents(corpus, split: str) -> list[str]:
+    return bytes(corpus.text(split)).decode().split("\0")[:-1]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_folder_is_read_without_a_network_and_split_by_content(
+    library, no_network, tmp_path, saved
+):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / ("state.json" if saved else "a.csv")).write_text("")
+    check_source(spec(folder))
+    corpus = open_corpus(spec(folder), tmp_path / "cache")
+    found = [d for split in ("train", "valid", "test") for d in documents(corpus, split)]
+    assert sorted(found) == sorted(TEXTS)
+    assert set(library.asked) == {f"disk {folder}" if saved else str(folder)}
+    count = len(library.asked)
+    again = open_corpus(spec(folder), tmp_path / "cache")
+    assert (again.fingerprint, len(library.asked)) == (corpus.fingerprint, count)
+
+
+def test_its_own_three_splits_are_ours(library, no_network, tmp_path):
+    names = ("train", "validation", "test")
+    library.splits = {n: [{"text": f"{n} {i}"} for i in range(5)] for n in names}
+    corpus = open_corpus(spec(tmp_path, documents=2), tmp_path / "cache")
+    assert documents(corpus, "valid") == ["validation 0", "validation 1"]
+    assert documents(corpus, "train") == ["train 0", "train 1"]
+
+
+def test_a_name_on_the_hub_asks_for_the_network_first(library, tmp_path, monkeypatch):
+    asked = []
+
+    def answer(url, timeout):
+        asked.append(url)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    check_source(spec("someone/books", cache=str(tmp_path)))
+    assert asked == ["https://huggingface.co/api/datasets/someone/books"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"data=hf: streams from the network, but HF_HUB_OFFLINE"):
+        check_source(spec("someone/books", cache=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dataset": None}, r"data\.dataset=null: must be a folder or the name"),
+        ({"field": "body"}, r"data\.field=body: .* train:0 has no such field\. Use one of: text"),
+        ({"documents": 0}, r"data\.documents=0: must be a positive number or null"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(library, no_network, tmp_path, changes, told):
+    with pytest.raises(UserError, match=told):
+        open_corpus(spec(tmp_path) | changes, tmp_path / "cache")
+
+
+def test_a_data_set_that_breaks_off_is_one_line(library, no_network, tmp_path):
+    def rows():
+        yield {"text": "one"}
+        raise RuntimeError("connection reset\nby peer")
+
+    class Broken:
+        def __iter__(self):
+            return rows()
+
+    library.splits = {"train": Broken()}
+    told = r"reading train failed: RuntimeError: connection reset\. Try again"
+    with pytest.raises(UserError, match=told):
+        open_corpus(spec(tmp_path), tmp_path / "cache")
+
+
+def test_without_its_package_it_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package datasets\. Run pip install datasets"):
+        check_source(spec(tmp_path))

@@ -1,0 +1,100 @@
+"""Files with many documents, one a record: JSON Lines and Parquet."""
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from zoo.data.files import HEAD_FILES, SPLITS, Documents, Files, opened, text_fault
+from zoo.data.splits import split_documents, without_held_out
+from zoo.errors import UserError, refuse, refuse_path
+
+SUFFIXES = {"jsonl": ".jsonl", "parquet": ".parquet"}
+BATCH_ROWS = 64  # of Parquet that are in memory at once
+
+Records = Iterator[tuple[int, Mapping[str, Any]]]  # number in the file, fields
+
+
+def check_records(kind: str, files: Files, field: str) -> None:
+    """Refuse, from the first record of each file, what the build would refuse."""
+    if kind == "parquet":
+        require_package("pyarrow", "data=parquet")
+    for path in files.every()[:HEAD_FILES]:
+        for number, record in _read(kind, path, [field]):
+            document_of(record, field, f"{path}:{number}")
+            break
+
+
+def split_records(kind: str, files: Files, field: str) -> dict[str, Documents]:
+    """The documents of each split: by folder where there are folders, else by content."""
+    if "" in files.groups:
+        return split_documents(lambda: _documents(kind, files, "", field), str(files.root))
+    held_out = [_documents(kind, files, split, field) for split in SPLITS[1:]]
+    splits = {split: _documents(kind, files, split, field) for split in SPLITS}
+    return splits | {"train": without_held_out(splits["train"], held_out)}
+
+
+def _documents(kind: str, files: Files, split: str, field: str) -> Documents:
+    for path in files.groups[split]:
+        for number, record in _read(kind, path, [field]):
+            if document := document_of(record, field, f"{path}:{number}"):
+                yield f"{files.name(path)}:{number}", document
+
+
+def _read(kind: str, path: Path, fields: list[str]) -> Records:
+    return _read_jsonl(path) if kind == "jsonl" else _read_parquet(path, fields)
+
+
+def _read_jsonl(path: Path) -> Records:
+    with opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict):
+                refuse_path(f"{path}:{number}", "is no JSON object", "Write one object per line")
+            yield number, record
+
+
+def _read_parquet(path: Path, fields: list[str]) -> Records:
+    require_package("pyarrow", "data=parquet")
+    with opened(path) as file:
+        table = importlib.import_module("pyarrow.parquet").ParquetFile(file)
+        names = table.schema_arrow.names
+        known = [name for name in fields if name in names]
+        number = 0
+        for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=known or names):
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+
+
+def document_of(record: Mapping[str, Any], field: str, place: str) -> bytes:
+    """The text of a record. UserError where the field is missing or is no text."""
+    if field not in record:
+        names = ", ".join(name for name, value in record.items() if isinstance(value, str))
+        advice = f"Use one of: {names}" if names else "Give records that have a text field"
+        refuse("data.field", field, f"{place} has no such field", advice)
+    text = record[field]
+    if not isinstance(text, str):
+        advice = "Give a field that is text in every record"
+        refuse("data.field", field, f"it is no text in {place}", advice)
+    try:
+        document = text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair
+        refuse_path(place, f"is not text (character {error.start})", "Correct or remove the record")
+    if fault := text_fault(document):
+        advice = "Correct or remove the record"
+        refuse_path(place, f"is not text ({fault[1]} at byte {fault[0]})", advice)
+    return document
+
+
+def require_package(package: str, option: str) -> None:
+    """Raise UserError unless an optional package is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{option}: needs the package {package}. Run pip install {package}.")
