@@ -20,32 +20,32 @@ from zoo.errors import RunError
 from zoo.runs import stopping
 
 
-def done(config, folder) -> None:
+def done(config, folder, until=None) -> None:
     (folder.path / "checkpoints/step=00001000.ckpt").write_bytes(b"")
     if os.environ.get("LOCAL_RANK", "0") == "0":
         folder.update(status="done", step=config.trainer.max_steps)
 
 
-def crash(config, folder) -> None:
+def crash(config, folder, until=None) -> None:
     if config.seed == 1:
         os.kill(os.getpid(), signal.SIGSEGV)
     done(config, folder)
 
 
-def crash_of_one_rank(config, folder) -> None:
+def crash_of_one_rank(config, folder, until=None) -> None:
     if os.environ["LOCAL_RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
 
 
-def refuse(config, folder) -> None:
+def refuse(config, folder, until=None) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "1":
         raise RunError("the loss is nan at step 3")
     time.sleep(0.3)
     raise ConnectionError("connection closed by peer")
 
 
-def steps(config, folder) -> None:
+def steps(config, folder, until=None) -> None:
     """Ends at the end of a step, once asked to."""
     stop = stopping.current()
     with stop.deferred():
@@ -55,7 +55,7 @@ def steps(config, folder) -> None:
     raise KeyboardInterrupt(f"stopped by {stop.requested} at step 7")
 
 
-def one_long_step(config, folder) -> None:
+def one_long_step(config, folder, until=None) -> None:
     """In C, where Python cannot run its handlers."""
     with stopping.current().deferred():
         print("training", flush=True)  # noqa: T201
@@ -64,7 +64,7 @@ def one_long_step(config, folder) -> None:
             library.usleep(100_000)
 
 
-def broken_by_it(config, folder) -> None:
+def broken_by_it(config, folder, until=None) -> None:
     """What a stop interrupts may fail in any way."""
     print("training", flush=True)  # noqa: T201
     try:
@@ -73,7 +73,7 @@ def broken_by_it(config, folder) -> None:
         raise RecursionError("maximum recursion depth exceeded") from None
 
 
-def building(config, folder) -> None:
+def building(config, folder, until=None) -> None:
     """Before the steps: a first signal ends it where it is."""
     print("training", flush=True)  # noqa: T201
     for _ in range(6000):
