@@ -60,8 +60,8 @@ class BlockDiagonal(nn.Module):
 
 
 def decay_and_scale(
-    decay: Float[Tensor, " d"], gate: Float[Tensor, "b t d"]
-) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b t d"]]:
+    decay: Float[Tensor, " d"], gate: Float[Tensor, "*t d"]
+) -> tuple[Float[Tensor, "*t d"], Float[Tensor, "*t d"]]:
     """a = exp(-c softplus(decay) sigmoid(gate)) and sqrt(1 - a^2), both right where a is near 1.
 
     The root's slope is infinite at a = 1, which a closed gate reaches; the published code clips it.
