@@ -269,7 +269,7 @@ static void end_backward(const Chunk *k, const Job *j, Int b, Int c, Int start, 
 static void add_to_totals(Block *block, const Job *j, Int b, Int c) {
     Int n = j->s.states, count = j->s.width - c, at = b * j->s.width + c;
     Real *dD = j->a.dD + at, *dbias = j->a.dbias + at;
-    Vec total[n];
+    Vec total[n + !n]; /* an array has at least one element */
     load_columns(total, j->a.dA + at * n, n, count);
     for (Int i = 0; i < n; i++) total[i] += block->dA[i], block->dA[i] = splat(0);
     store_columns(j->a.dA + at * n, total, n, count);
