@@ -42,6 +42,11 @@ __device__ __forceinline__ void put(float *to, State s, Int b, Int chunk, Int ch
     float *at = to + (b * a.chunks + chunk) * 4 * a.width + channel;
     at[0] = s.p, at[a.width] = s.q, at[2 * a.width] = s.o, at[3 * a.width] = s.low;
 }
+/* v e^low = v (1 + low), also where v is infinite. */
+__device__ __forceinline__ float lowered(float v, float low) {
+    const float product = v + low * v;
+    return product == product ? product : v;
+}
 /* The same of a (b, 3, d) one. */
 __device__ __forceinline__ State get_outer(const float *from, Int b, Int channel,
                                            const Arguments &a) {
@@ -51,8 +56,8 @@ __device__ __forceinline__ State get_outer(const float *from, Int b, Int channel
 __device__ __forceinline__ void put_outer(float *to, State s, Int b, Int channel,
                                           const Arguments &a) {
     float *at = to + b * 3 * a.width + channel;
-    at[0] = s.p + s.low * s.p; /* e^low = 1 + low */
-    at[a.width] = s.q + s.low * s.q;
+    at[0] = lowered(s.p, s.low);
+    at[a.width] = lowered(s.q, s.low);
     at[2 * a.width] = s.o;
 }
 __device__ __forceinline__ State before(const Place &p, const Arguments &a) {

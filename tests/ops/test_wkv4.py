@@ -264,6 +264,17 @@ def test_cuda_from_nothing_and_with_nothing_asked_of_the_state(monkeypatch, pois
     assert_close(dict(enumerate([y, *gradients])), dict(enumerate([wanted, *exact])), 1e-6)
 
 
+@emulator.needed
+def test_cuda_keeps_infinite_sums_where_the_definition_does(monkeypatch, poisoned):
+    emulator.install(monkeypatch)
+    inputs = [a.detach() for a in arguments(1, 70, 3, dtype=torch.float32).values()]
+    inputs[4][0, 0, 1] = inputs[4][0, 1, 2] = math.inf
+    last = module._forward_cuda(*inputs, False)[1]
+    wanted = wkv4(*(a.double() for a in inputs), backend="reference")[1]
+    assert wanted.isinf().any()
+    torch.testing.assert_close(last.double(), wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 # What the emulator must notice: text of the kernel, and the mistake in its place.
 MISTAKES = {
     "no barrier in the composition": ("    __syncthreads();\n", ""),
