@@ -54,7 +54,7 @@ def test_a_moved_text_is_followed_by_resume_eval_and_finetune(place):
         ("train", [f"resume={RUN}", "trainer.max_steps=6"]),
     ):
         if program == "train":
-            with pytest.raises(UserError, match=r"data\.path: .*text does not exist"):
+            with pytest.raises(UserError, match=r"/text: does not exist\. Give data\.path="):
                 run(program, *words)
         assert run(program, *words, "data.path=elsewhere") == 0
     assert RunFolder.open(RUN).config.data.options["path"] == "elsewhere"
@@ -65,8 +65,8 @@ def test_why_nothing_was_measured_is_said(place, caplog):
     move_text(place)
     assert run("eval", *EVAL, "fresh=true") == 1
     assert "elsewhere" not in caplog.text
-    assert "mine: failed: data.path:" in caplog.text
-    assert "text does not exist" in caplog.text
+    assert "mine: failed: /" in caplog.text
+    assert "/text: does not exist. Give data.path=" in caplog.text
 
 
 def test_another_text_is_refused_by_resume_and_eval_and_nothing_changes(place, caplog):
@@ -83,7 +83,7 @@ def test_another_text_is_refused_by_resume_and_eval_and_nothing_changes(place, c
         kept = ("status", "reason", "step", "fingerprint", "sources", "data")
         assert {name: now[name] for name in kept} == {name: then[name] for name in kept}
         assert run("eval", *EVAL, "fresh=true", *words) == 1
-        assert "is not the text the run was trained on" in caplog.text
+        assert "is not the text that the run was trained on" in caplog.text
         caplog.clear()
 
 

@@ -22,7 +22,7 @@ from zoo.model.device import pick_device
 from zoo.model.extend import extend
 from zoo.report import published, write_report
 from zoo.report.page import pictures_folder, terminal
-from zoo.report.rows import gather
+from zoo.report.rows import gather, in_words
 from zoo.report.wandb import mirror
 from zoo.runs.claim import changed_code
 from zoo.runs.folder import RunFolder
@@ -99,6 +99,8 @@ def evaluate(
             errors.append(error)
             bad = {"run": folder.name, "arm": folder.name, "status": "failed"}
             runs.append(bad | {"reason": str(error)})
+            if len(folders) > 1:  # the only one's is raised below
+                log.warning("%s", error)
             continue
         runs.append(run.record())
         found = list(run.measure(tasks, fresh))
@@ -108,6 +110,7 @@ def evaluate(
         if not any(row["status"] == "leaks" for row in found):
             rows += known_besides(run.folder, run.about, run.requested)
         progress.clear()
+        _tell_reasons(folder, found)
     if len(errors) == len(folders):
         raise errors[0] if len(errors) == 1 else _none_opened(errors)
     _report(config, rows, runs, say)
@@ -119,6 +122,13 @@ def evaluate(
 def _none_opened(errors: Sequence[UserError]) -> UserError:
     first = str(errors[0]).removesuffix(".")
     return UserError(f"run: none of the {len(errors)} runs can be measured. The first: {first}.")
+
+
+def _tell_reasons(folder: RunFolder, rows: Sequence[Row]) -> None:
+    """Say at once why a run's measurements failed, each reason once."""
+    without = [row for row in rows if row["status"] in ("failed", "unfinished", "leaks")]
+    for reason in dict.fromkeys(in_words(row) for row in without):
+        log.warning("%s: %s", folder, reason)
 
 
 def _report(
