@@ -15,6 +15,7 @@ from zoo.config.stored import as_before, as_now, refuse_renamed, row_as_now
 from zoo.config.validate import plain
 from zoo.errors import UserError
 from zoo.runs.claim import claim
+from zoo.runs.folder import RunFolder
 from zoo.runs.identity import run_name
 
 EXTENDED = ["extension=dca", "finetune=runs/x"]

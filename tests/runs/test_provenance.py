@@ -54,7 +54,7 @@ EDITS = [  # file, what is edited, the models that it makes others
     ("zoo/mixers/mamba.py", ("def forward", "MORE = 1\n\n    def forward"), {"mamba"}),
     ("zoo/mixers/hawk.py", ("def forward", "MORE = 1\n\n    def forward"), set()),
     ("zoo/mixers/softmax.py", ("def forward", "MORE = 1\n\n    def forward"), {"transformer"}),
-    ("zoo/ops/wkv4.py", ("NOTHING = ", "MORE = 1\nNOTHING = "), {"rwkv4"}),
+    ("zoo/ops/wkv4.py", ("LOG_ZERO = ", "MORE = 1\nLOG_ZERO = "), {"rwkv4"}),
     ("zoo/mixers/base.py", ("class Mixer", "MORE = 1\nclass Mixer"), {"*"}),
     ("zoo/model/backbone.py", ("class Backbone", "MORE = 1\nclass Backbone"), {"*"}),
     ("zoo/training/learner.py", ("class Learner", "MORE = 1\nclass Learner"), {"*"}),
