@@ -135,20 +135,20 @@ def drawn(rows: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randperm(100 * rows, generator=generator)[: rows * tokens].view(rows, tokens)
 
 
-def test_places_are_the_same_for_any_workers_ranks_and_restart(store):
-    places = {"places": drawn}
-    alone = [batch["positions"] for batch in batches(store, **places)]
+def test_positions_are_the_same_for_any_workers_ranks_and_restart(store):
+    drawing = {"draw_positions": drawn}
+    alone = [batch["positions"] for batch in batches(store, **drawing)]
     assert alone[0].shape == (4, 16)
     assert not torch.equal(alone[0], alone[1])
-    again = batches(store, **places, workers=2)[2:]
-    rest = batches(store, **places, start_step=2, steps=4)
-    ranks = [batches(store, **places, rank=rank, world=2)[2:] for rank in range(2)]
+    again = batches(store, **drawing, workers=2)[2:]
+    rest = batches(store, **drawing, start_step=2, steps=4)
+    ranks = [batches(store, **drawing, rank=rank, world=2)[2:] for rank in range(2)]
     for step, positions in enumerate(alone[2:]):
         assert torch.equal(again[step]["positions"], positions)
         assert torch.equal(rest[step]["positions"], positions)
         for rank, batch in enumerate(ranks):
             assert torch.equal(batch[step]["positions"], positions[rank::2])
-    other = batches(store, **places, seed=4)
+    other = batches(store, **drawing, seed=4)
     assert not torch.equal(other[0]["positions"], alone[0])
 
 
