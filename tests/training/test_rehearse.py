@@ -51,7 +51,7 @@ def test_a_run_that_cannot_be_is_told_in_one_line(words, monkeypatch):
 def test_a_machine_without_an_accelerator_says_so(asked, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.mps, "is_available", lambda: False)
-    with pytest.raises(UserError, match=f"^trainer.accelerator={asked}: there is none here. Use"):
+    with pytest.raises(UserError, match=f"^trainer.accelerator={asked}: this machine has none. Use"):
         rehearse(train_config("size=tiny", f"trainer.accelerator={asked}"))
 
 
@@ -71,20 +71,20 @@ def test_a_hybrid_of_seven_to_one_trains_attention_at_a_size_that_holds_it():
 
 
 @pytest.mark.parametrize("name", ["transformer", "mamba", "rwkv7", "hybrid"])
-def test_the_memory_told_is_what_a_step_keeps(name, monkeypatch):
+def test_the_memory_told_is_what_a_step_saves(name, monkeypatch):
     """Against tensors counted in the whole model at the whole window."""
     config = train_config(f"model={name}", "size=tiny", "seq_len=512", "batch_size=4")
     model, knobs = build_model(config, 256)
-    kept = zoo.training.rehearse._kept_by(model, 4, 512)
-    told = 4 * zoo.training.rehearse._kept_per_row(config, 256, knobs)
-    assert told == pytest.approx(kept, rel=0.05)
+    saved = zoo.training.rehearse._saved_bytes(model, 4, 512)
+    told = 4 * zoo.training.rehearse._activations_per_row(config, 256, knobs)
+    assert told == pytest.approx(saved, rel=0.05)
 
 
 def test_memory_a_little_short_is_refused_and_enough_is_not(monkeypatch):
     config = train_config("size=tiny", "seq_len=512", "batch_size=64")
     model, _ = build_model(config, 256)
     needed = 16 * sum(p.numel() for p in model.parameters())
-    needed += zoo.training.rehearse._kept_by(model, 64, 512) + 8 * 64 * 513
+    needed += zoo.training.rehearse._saved_bytes(model, 64, 512) + 8 * 64 * 513
     monkeypatch.setattr(zoo.training.rehearse, "machine_memory", lambda: int(needed * 1.05))
     rehearse(config)
     monkeypatch.setattr(zoo.training.rehearse, "machine_memory", lambda: int(needed * 0.95))
