@@ -51,7 +51,9 @@ def test_a_run_that_cannot_be_is_told_in_one_line(words, monkeypatch):
 def test_a_machine_without_an_accelerator_says_so(asked, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.mps, "is_available", lambda: False)
-    with pytest.raises(UserError, match=f"^trainer.accelerator={asked}: this machine has none. Use"):
+    with pytest.raises(
+        UserError, match=f"^trainer.accelerator={asked}: this machine has none. Use"
+    ):
         rehearse(train_config("size=tiny", f"trainer.accelerator={asked}"))
 
 
