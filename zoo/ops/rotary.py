@@ -112,3 +112,16 @@ ROTATION = NativeOp(
     cpu=(_forward, _backward),
     kernels=(KERNEL, None),
 )
+
+
+def _keep_angles(ctx, inputs, output) -> None:
+    del output  # PyTorch names it
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _differentiate_twice(ctx, ddx):
+    """The gradient is linear in dy: its own gradient rotates forward again."""
+    return ROTATION(ddx, *ctx.saved_tensors), None, None
+
+
+ROTATION.backward_op.register_autograd(_differentiate_twice, setup_context=_keep_angles)
