@@ -159,7 +159,7 @@ def test_a_training_windows_tokens_stand_where_they_are_placed(model, tiny):
     mixer = tiny(model).sublayers()[0]
     x = torch.randn(2, 9, mixer.q_proj.in_features, dtype=torch.float64)
     at = torch.stack([torch.randperm(999)[:9].sort().values for _ in range(2)])
-    torch.testing.assert_close(mixer(x, shared={"positions": at}), dense(mixer, x, at))
+    torch.testing.assert_close(mixer(x, cross_layer={"positions": at}), dense(mixer, x, at))
 
 
 def test_interpolated_slopes_are_positions_divided_also_past_a_state(tiny):
@@ -235,7 +235,7 @@ def test_placed_tokens_are_turned_by_the_scaled_frequencies(tiny):
     model = extend(tiny("transformer"), compose("train", words).extension, TRAINED)
     mixer, at = model.sublayers()[0], torch.tensor([[0, 1, 2, 40, 41, 63]])
     x = torch.randn(1, 6, mixer.q_proj.in_features, dtype=torch.float64)
-    torch.testing.assert_close(mixer(x, shared={"positions": at}), dense(mixer, x, at / 4))
+    torch.testing.assert_close(mixer(x, cross_layer={"positions": at}), dense(mixer, x, at / 4))
 
 
 def test_a_window_that_carries_few_keys_sees_these_under_a_scaling_too(tiny):
@@ -367,7 +367,7 @@ def test_a_trained_length_too_short_for_a_pattern_is_told_by_its_option(tiny):
     ("words", "told"),
     {
         "extension=dcaa": "Did you mean 'dca'?",
-        "extension=pi": "extension.factor= is needed: times the trained length",
+        "extension=pi": "extension.factor=: must be given (times the trained length, for scaling).",
         "extension=pi extension.factor=0.5": "extension.factor=0.5: must be greater than",
         "extension=dca extension.scaling=yarnn": "Did you mean 'yarn'?",
         "extension=dca extension.attention.chnk=3": "Did you mean 'extension.attention.chunk'?",

@@ -50,7 +50,7 @@ def test_every_architecture_keeps_the_contract_behind_a_short_convolution(with_c
 
 
 def test_match_counts_the_convolutions_parameters(architecture, tiny):
-    plain, model = tiny(architecture), tiny(architecture, "model.short_conv=4")
+    plain, model = (tiny(architecture, f"model.short_conv={n}") for n in ("null", 4))
     goal = count_parameters(tiny("transformer"))
     for one in (plain, model):
         assert abs(count_parameters(one) - goal) <= TOLERANCE * goal
