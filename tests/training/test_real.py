@@ -46,7 +46,7 @@ def test_a_run_stopped_by_its_time_is_stopped_and_goes_on(runs):
 
 def test_fewer_steps_than_were_taken_are_refused_and_change_nothing(runs):
     assert runs.codes["fewer"] == 2
-    assert "the run is at step" in runs.said
+    assert "the step that the run has reached" in runs.said
 
 
 def test_a_nan_in_one_process_is_the_runs_reason(runs):
