@@ -6,13 +6,6 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-# "x as x": who composes a configuration also finds its types here.
-from zoo.config.schema import EvalConfig as EvalConfig
-from zoo.config.schema import Optim as Optim
-from zoo.config.schema import Part as Part
-from zoo.config.schema import TrainConfig as TrainConfig
-from zoo.config.validate import plain as plain
-from zoo.config.validate import validate as validate
 from zoo.paths import shipped
 
 CONFIGS = shipped("configs")

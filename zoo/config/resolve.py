@@ -8,15 +8,7 @@ from omegaconf import OmegaConf
 
 from zoo.config.groups import choices, extensions, model_section
 from zoo.config.introspect import constructor_parameters
-
-# "x as x": who composes a configuration also finds its types here.
 from zoo.config.schema import MAX_LAYERS
-from zoo.config.schema import EvalConfig as EvalConfig
-from zoo.config.schema import Optim as Optim
-from zoo.config.schema import Part as Part
-from zoo.config.schema import TrainConfig as TrainConfig
-from zoo.config.validate import plain as plain
-from zoo.config.validate import validate as validate
 from zoo.errors import choose, refuse
 
 ONE_SIDED = ("xpos", "alibi", "t5")  # positions that bidirectional attention lacks

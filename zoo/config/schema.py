@@ -3,6 +3,7 @@
 import functools
 import importlib
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -47,6 +48,14 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    # Options that are left out of what is written at these values, which change nothing: runs of
+    # before such an option existed keep the names that are made from what is written.
+    unwritten: ClassVar[Mapping[str, Any]] = {}
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unwritten = self.unwritten
+        return {k: v for k, v in write(self).items() if k not in unwritten or unwritten[k] != v}
 
 
 class OpenSection(Section):
@@ -102,20 +111,17 @@ class TaskPart(Part):
 
 
 class BlockConfig(Section):
+    unwritten: ClassVar[Mapping[str, Any]] = {"short_conv": None}
     mixer: MixerPart
     feed_forward: MixerPart | None
     short_conv: ShortConv | None = None  # taps of a convolution before the mixer
-
-    @model_serializer(mode="wrap")
-    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `short_conv` where there is none, as before: runs keep their names."""
-        return {key: v for key, v in write(self).items() if (key, v) != ("short_conv", None)}
 
 
 Matched = Annotated[str, Field(pattern=r"^(layers|(mixer|feed_forward)\.[a-z]\w*)$")]
 
 
 class Model(Section):
+    unwritten: ClassVar[Mapping[str, Any]] = {"norm_eps": 1e-6, "tied": True}
     name: Name
     blocks: list[BlockConfig] = Field(min_length=1)  # repeated over the layers
     embedding_positions: Literal["sinusoidal", "learned"] | None
@@ -125,12 +131,6 @@ class Model(Section):
         default=1e-6, description="added under the root of every normalisation"
     )
     tied: Switch = Field(default=True, description="true: the head is the embedding")
-
-    @model_serializer(mode="wrap")
-    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what pretrained checkpoints alone set, where it is as ever: names stay."""
-        plain = {"norm_eps": 1e-6, "tied": True}
-        return {key: v for key, v in write(self).items() if key not in plain or plain[key] != v}
 
 
 MAX_LAYERS = 256
@@ -148,6 +148,7 @@ class DataPart(Part):
 
 
 class Data(OpenSection):
+    unwritten: ClassVar[Mapping[str, Any]] = {"passkey": 0.0, "task": None, "end_token": None}
     name: Name
     task: DataPart | None = Field(default=None, description="a synthetic task instead of text")
     passkey: Fraction = Field(
@@ -163,17 +164,15 @@ class Data(OpenSection):
                 refuse(key, value, "must be text", "Quote a name of digits")
         return self
 
-    @model_serializer(mode="wrap")
-    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `passkey` and `task` where there are none, as before: runs keep their names."""
-        none = (("passkey", 0.0), ("task", None), ("end_token", None))
-        return {key: v for key, v in write(self).items() if (key, v) not in none}
-
 
 Momentum = Annotated[Number, Field(ge=0, lt=1)]
 
 
 class Optim(Section):
+    unwritten: ClassVar[Mapping[str, Any]] = {
+        **{"name": "adamw", "momentum": None},
+        **{"continuation": "cosine", "continued_at": None, "continued_from": None},
+    }
     name: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[Number, Field(gt=0, le=1e3)] = Field(description="peak learning rate")
     weight_decay: Annotated[Number, Field(ge=0, le=1e3)] = Field(
@@ -192,13 +191,6 @@ class Optim(Section):
     )
     continued_at: Natural | None = None
     continued_from: Fraction | None = None
-
-    @model_serializer(mode="wrap")
-    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what only some runs have, by muon or given more steps: runs keep their names."""
-        plain = {"continuation": "cosine", "continued_at": None, "continued_from": None}
-        plain |= {"name": "adamw", "momentum": None}
-        return {key: v for key, v in write(self).items() if key not in plain or plain[key] != v}
 
 
 def _devices(value: Any) -> Any:
@@ -290,7 +282,7 @@ class Trainer(OpenSection):
         return self
 
     @model_serializer(mode="wrap")
-    def _given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what is not given: Lightning's own defaults, and the names of earlier runs."""
         return {key: value for key, value in write(self).items() if value is not None}
 
@@ -312,6 +304,7 @@ class AttentionPart(Part):
 class Extension(Section):
     """How a model reads beyond the length of the windows it is trained on."""
 
+    unwritten: ClassVar[Mapping[str, Any]] = {"positions": None}
     name: Name
     factor: Annotated[Number, Field(ge=1, le=2**20)] = Field(
         description="times the trained length, for scaling"
@@ -325,15 +318,11 @@ class Extension(Section):
         default=None, description="where the tokens of a training window stand; null: 0, 1, 2 ..."
     )
 
-    @model_serializer(mode="wrap")
-    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `positions` as it was before there were any: runs keep their names."""
-        return {key: v for key, v in write(self).items() if (key, v) != ("positions", None)}
-
 
 class TrainConfig(Section):
     """A training run. Paths are relative to the working directory."""
 
+    unwritten: ClassVar[Mapping[str, Any]] = {"checkpoint": None}
     model: Model
     size: Size
     data: Data
@@ -392,11 +381,6 @@ class TrainConfig(Section):
         if value is None and "seq_len" in known and "batch_tokens" in known:
             return max(1, known["batch_tokens"] // known["seq_len"])
         return value
-
-    @model_serializer(mode="wrap")
-    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `checkpoint` where there is none: runs keep their names."""
-        return {key: v for key, v in write(self).items() if (key, v) != ("checkpoint", None)}
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
