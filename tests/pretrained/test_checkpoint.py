@@ -1,6 +1,7 @@
 """Checkpoints saved by `transformers`, opened here: logits are theirs, what differs is refused."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -226,6 +227,15 @@ def damage_another_size(folder: Path) -> None:
     altered(folder, intermediate_size=48)
 
 
+def damage_no_embedding(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save(folder, "llama")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.embed_tokens.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 def damage_a_tensor_less(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -273,3 +283,14 @@ def test_weights_that_changed_are_told(tmp_path):
     save(tmp_path, "llama, tied")
     with pytest.raises(UserError, match="changed"):
         check_unchanged(tmp_path, recorded)
+
+
+def test_what_is_refused_is_refused_without_torch(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from zoo.pretrained.checkpoint import "
+        "check_checkpoint\n"
+        f"try: check_checkpoint(Path({str(tmp_path / 'nowhere')!r}))\n"
+        "except ValueError: sys.exit('torch' in sys.modules)\n"
+        "sys.exit(2)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,6 +1,7 @@
 """`eval.py checkpoint=`: a pretrained model is a run like any other, and measured like one."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,33 @@ def test_it_is_measured_once_and_again_under_an_extension(words, tmp_path, capsy
     extended = measured(tmp_path)[1][len(rows) :]
     assert {row["extension"] for row in extended} == {"dca"}
     assert "dca" in capsys.readouterr().out
+
+
+def test_its_run_is_measured_by_its_folder_too(words, tmp_path):
+    assert main(words) == 0
+    folder, rows = measured(tmp_path)
+    options = [word for word in words if not word.startswith(("checkpoint=", "data."))]
+    assert main([f"run={folder.path}", *options]) == 0
+    assert main([f"run={folder.path}", *options, "extension=dca"]) == 0
+    assert {row["extension"] for row in measured(tmp_path)[1][len(rows) :]} == {"dca"}
+
+
+def test_a_tokenizer_may_be_named_where_the_checkpoint_has_none(words, checkpoint, tmp_path):
+    own, named = checkpoint / "tokenizer.json", tmp_path / "named.json"
+    own.rename(named)
+    try:
+        assert main(words) == 2
+        assert main([*words, f"data.tokenizer={named}"]) == 2  # one token more, to end documents
+        assert main([*words, "data.tokenizer=bytes"]) == 0
+    finally:
+        named.rename(own)
+
+
+def test_a_folder_gives_its_run_its_whole_name(words, checkpoint, tmp_path):
+    place = tmp_path / "tiny-3.1-8B"
+    shutil.copytree(checkpoint, place)
+    assert main([f"checkpoint={place}", *words[1:]]) == 0
+    assert measured(tmp_path)[0].name.startswith("tiny-3.1-8B-text-")
 
 
 def test_it_scores_the_bytes_of_the_text_and_random_weights_know_nothing(words, tmp_path):

@@ -79,17 +79,19 @@ def job(config: EvalConfig, arm: Arm | None) -> int:
 def _without_weights(folder: RunFolder) -> bool:
     """Whether a finished run's checkpoints are gone."""
     try:
-        done = RunFolder.open(folder.path).info["status"] == "done"
+        opened = RunFolder.open(folder.path)
+        done = opened.info["status"] == "done"
     except UserError:  # damaged otherwise
         return False
-    return done and not any((folder.path / "checkpoints").glob("*.ckpt"))
+    own = opened.config.checkpoint is None  # not those of a pretrained checkpoint
+    return done and own and not any((folder.path / "checkpoints").glob("*.ckpt"))
 
 
 def _check_checkpoint(checkpoint: str, config: EvalConfig) -> None:
     """Refuse a checkpoint or a text that could not be read, before anything heavy is imported."""
     from zoo.pretrained.checkpoint import check_checkpoint
 
-    check_checkpoint(Path(checkpoint))
+    check_checkpoint(Path(checkpoint), config.data.tokenizer)
     check_source({**_text(config), "tokenizer": config.data.tokenizer or "bytes"})
 
 

@@ -12,7 +12,7 @@ from zoo.errors import refuse_path
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.extend import extend
-from zoo.model.pretrained import check_unchanged, load_pretrained, pretrained_weights
+from zoo.model.pretrained import check_unchanged, load_pretrained, misfit, pretrained_weights
 from zoo.runs.checkpoints import reject
 from zoo.runs.files import one_line
 from zoo.runs.folder import RunFolder
@@ -45,17 +45,9 @@ def load_weights(model: Backbone, state: dict[str, Any], folder: RunFolder) -> N
     try:
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
-        mine = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        theirs = {name: tuple(value.shape) for name, value in weights.items()}
-        differ = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
-        told = "config.yaml's model does not fit the checkpoint"
-        if not differ:
-            refuse_path(str(folder), f"{told} ({str(error).splitlines()[0]})", REPLACE)
-        name = differ[0]
-        one, other = (shapes.get(name, "none") for shapes in (mine, theirs))
-        which = f"{len(differ)} of its {len(mine)} weights differ, such as {name}"
-        told += f" ({which}, which is {one} there and {other} here)"
-        refuse_path(str(folder), told, REPLACE)
+        why = misfit(model, weights) or str(error).splitlines()[0]
+        rule = f"config.yaml's model does not fit the checkpoint ({why})"
+        refuse_path(str(folder), rule, REPLACE)
 
 
 def trained_weights(folder: RunFolder) -> dict[str, Tensor]:

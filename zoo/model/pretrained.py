@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zoo.config.schema import TrainConfig
-from zoo.errors import UserError, refuse
+from zoo.errors import refuse
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.convert import from_transformers
@@ -52,7 +52,7 @@ def check_unchanged(checkpoint: Path, recorded: Mapping[str, Any]) -> None:
             "checkpoint",
             str(checkpoint),
             "its weights changed since this run was made of them",
-            "Put them back, or measure the new ones with checkpoint= and fresh=true",
+            "Put them back, or make another run of the new ones: runs=<another folder>",
         )
 
 
@@ -76,9 +76,13 @@ def load_pretrained(config: TrainConfig) -> Backbone:
     assert config.checkpoint is not None
     checkpoint = Path(config.checkpoint)
     weights = {name: tensor.float() for name, tensor in pretrained_weights(checkpoint).items()}
+    if "embedding.weight" not in weights:
+        refuse("checkpoint", str(checkpoint), "has no embedding", "Give a whole checkpoint")
     with torch.device("meta"):
         model, _ = build_model(config, len(weights["embedding.weight"]))
-    _check_fit(checkpoint, model, weights)
+    if why := misfit(model, weights):
+        rule = f"config.json's model does not fit its weights ({why})"
+        refuse("checkpoint", str(checkpoint), rule, "Give a whole checkpoint")
     if config.model.tied:
         del weights["head.weight"]  # one tensor, not two
     model.load_state_dict(weights, strict=False, assign=True)
@@ -88,15 +92,14 @@ def load_pretrained(config: TrainConfig) -> Backbone:
     return model
 
 
-def _check_fit(checkpoint: Path, model: Backbone, weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are not exactly those of the model that config.json describes."""
+def misfit(model: Backbone, weights: Mapping[str, Tensor]) -> str | None:
+    """How given weights differ from a model's in names or shapes, in words; None where they fit."""
     needed = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     given = {name: tuple(weight.shape) for name, weight in weights.items()}
     differ = [name for name in {**needed, **given} if needed.get(name) != given.get(name)]
-    if differ:
-        name = differ[0]
-        raise UserError(
-            f"checkpoint={checkpoint}: {len(differ)} of its tensors do not fit config.json, such "
-            f"as {name}, which is {given.get(name, 'missing')} and must be "
-            f"{needed.get(name, 'left out')}. Give a whole checkpoint."
-        )
+    if not differ:
+        return None
+    name = differ[0]
+    one, other = (shapes.get(name, "none") for shapes in (needed, given))
+    which = f"{len(differ)} of its {len(needed)} weights differ, such as {name}"
+    return f"{which}, which is {one} there and {other} here"

@@ -1,47 +1,60 @@
 """What a checkpoint's folder or GGUF file says of its model, and where its tokenizer is."""
 
+import hashlib
 from pathlib import Path
 
 from zoo.errors import UserError, refuse
 from zoo.pretrained.families import Description, describe
 from zoo.pretrained.gguf import GGUFFile
 from zoo.pretrained.weights import read_json, weight_files
+from zoo.runs.files import write_text
 
 TOKENIZER = "tokenizer.json"
 
 
-def check_checkpoint(checkpoint: Path) -> None:
+def check_checkpoint(checkpoint: Path, tokenizer: str | None = None) -> None:
     """Refuse a checkpoint that could not be read. Opens no weights, imports nothing heavy.
 
-    Raises UserError as `read_checkpoint` does, and where a file of weights is missing.
+    `tokenizer` is the file of a tokenizer where it is not the checkpoint's own. Raises UserError as
+    `read_checkpoint` does, and where a file of weights is missing.
     """
     if not checkpoint.is_file():
-        _read_folder(checkpoint)
+        _describe_folder(checkpoint)
         weight_files(checkpoint)
+        if tokenizer is None:
+            _tokenizer_of_folder(checkpoint)
     elif checkpoint.suffix != ".gguf":
         refuse("checkpoint", str(checkpoint), "must be a folder or a .gguf file")
 
 
-def read_checkpoint(checkpoint: Path, tokenizers: Path) -> tuple[Description, Path]:
-    """The model's description and the file of its tokenizer.
+def read_checkpoint(checkpoint: Path, tokenizers: Path | None) -> tuple[Description, Path | None]:
+    """The model's description, and the file of its tokenizer; None where that is not asked for.
 
-    The tokenizer of a GGUF file is written into the folder `tokenizers`.
+    Args:
+        checkpoint: a folder, or a GGUF file.
+        tokenizers: the folder into which the tokenizer of a GGUF file is written, named after its
+            contents; None where another tokenizer is used.
 
     Raises:
         UserError: where there is no checkpoint, it has no tokenizer, or it asks for what the zoo
             does not compute.
     """
     if not checkpoint.is_file():
-        return _read_folder(checkpoint)
-    file, target = GGUFFile(checkpoint), tokenizers / f"{checkpoint.stem}.json"
+        described = _describe_folder(checkpoint)
+        return described, None if tokenizers is None else _tokenizer_of_folder(checkpoint)
+    file = GGUFFile(checkpoint)
+    if tokenizers is None:
+        return describe(file.config()), None
     text = file.tokenizer()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.is_file() or target.read_text(encoding="utf-8") != text:
-        target.write_text(text, encoding="utf-8")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    target = tokenizers / f"{checkpoint.stem}-{digest}.json"
+    if not target.is_file():
+        tokenizers.mkdir(parents=True, exist_ok=True)
+        write_text(target, text)
     return describe(file.config()), target
 
 
-def _read_folder(checkpoint: Path) -> tuple[Description, Path]:
+def _describe_folder(checkpoint: Path) -> Description:
     if not checkpoint.is_dir():
         refuse(
             "checkpoint",
@@ -49,10 +62,14 @@ def _read_folder(checkpoint: Path) -> tuple[Description, Path]:
             "no folder and no .gguf file is there",
             "Nothing is downloaded: give the path of a checkpoint on this machine",
         )
-    described = describe(read_json(checkpoint / "config.json"))
-    if not (checkpoint / TOKENIZER).is_file():
+    return describe(read_json(checkpoint / "config.json"))
+
+
+def _tokenizer_of_folder(checkpoint: Path) -> Path:
+    file = checkpoint / TOKENIZER
+    if not file.is_file():
         raise UserError(
             f"checkpoint={checkpoint}: it has no {TOKENIZER}. Save the model's fast tokenizer "
             "there, or name one: data.tokenizer=<file>."
         )
-    return described, checkpoint / TOKENIZER
+    return file

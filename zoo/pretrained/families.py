@@ -75,8 +75,8 @@ class _Reader:
 
 def _unsupported(key: str, value: Any) -> UserError:
     return UserError(
-        f"config.json: {key}={value!r}: is not supported. Use a checkpoint of which every setting "
-        "is."
+        f"config.json: {key}={value!r}: is not supported. Use a checkpoint whose settings are all "
+        "supported."
     )
 
 

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from zoo.errors import UserError, refuse
 
 if TYPE_CHECKING:  # torch takes seconds, and what is refused is refused at once
@@ -122,6 +120,7 @@ class GGUFFile:
         return dict(self._tensors({"attn_q": heads, "attn_k": groups}))
 
     def _tensors(self, heads: dict[str, int]) -> "Iterator[tuple[str, Tensor]]":
+        import torch
 
         for stored in self._reader.tensors:
             found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", stored.name)

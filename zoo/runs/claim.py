@@ -31,13 +31,7 @@ def claim(config: TrainConfig) -> RunFolder:
         made = {"id": uuid.uuid4().hex[:12], **provenance(), **base}
         return RunFolder.create(path, config, {**made, "sources": digest(files), "files": files})
     folder = RunFolder.open(path)
-    theirs, ours = identity(folder.config), identity(config)
-    if differ := [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]:
-        refuse_path(
-            path,
-            f"holds another run, which differs in {', '.join(differ)}",
-            "Choose another name=, or use fresh=true",
-        )
+    check_same_run(folder, config, "Choose another name=, or use fresh=true")
     before = folder.info.get("base")
     if base and isinstance(before, dict) and before.get("weights") != base["base"]["weights"]:
         refuse_path(
@@ -46,6 +40,14 @@ def claim(config: TrainConfig) -> RunFolder:
             "Use fresh=true to fine-tune these in a new run",
         )
     return folder
+
+
+def check_same_run(folder: RunFolder, config: TrainConfig, advice: str) -> None:
+    """Raise UserError where a folder holds another run than the configuration's."""
+    theirs, ours = identity(folder.config), identity(config)
+    if differ := [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]:
+        rule = f"holds another run, which differs in {', '.join(differ)}"
+        refuse_path(folder.path, rule, advice)
 
 
 def _base(config: TrainConfig) -> dict[str, Any]:

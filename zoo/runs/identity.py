@@ -4,15 +4,10 @@ import hashlib
 import json
 from typing import Any
 
-# "x as x": who composes a configuration also finds its types here.
-from zoo.config.schema import EvalConfig as EvalConfig
-from zoo.config.schema import Optim as Optim
-from zoo.config.schema import Part as Part
-from zoo.config.schema import TrainConfig as TrainConfig
+from zoo.config.schema import TrainConfig
 from zoo.config.stored import as_before
 from zoo.config.tree import leaves, within
-from zoo.config.validate import plain as plain
-from zoo.config.validate import validate as validate
+from zoo.config.validate import plain
 
 # Options that change neither weights nor figures: where and how a run is carried out.
 INCIDENTAL = (

@@ -16,8 +16,8 @@ from zoo.model.flops import forward_flops
 from zoo.model.pretrained import check_unchanged, identify, load_pretrained
 from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.pretrained.families import Description
+from zoo.runs.claim import check_same_run
 from zoo.runs.folder import RunFolder
-from zoo.runs.identity import identity
 from zoo.runs.provenance import provenance
 from zoo.training.windows import open_data
 
@@ -35,10 +35,10 @@ def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> Run
             zoo does not compute, where its tokenizer is missing, and where its weights changed
             since the run was made.
     """
-    described, tokenizer = read_checkpoint(checkpoint, runs / ".tokenizers")
-    section = {**data, "tokenizer": data.get("tokenizer") or str(tokenizer)}
-    if section["tokenizer"] == str(tokenizer) and described.end_token is not None:
-        section["end_token"] = described.end_token
+    section, own = dict(data), data.get("tokenizer") is None
+    described, tokenizer = read_checkpoint(checkpoint, runs / ".tokenizers" if own else None)
+    if own:
+        section |= {"tokenizer": str(tokenizer), "end_token": described.end_token}
     config = pretrained_config(described, checkpoint, section, runs)
     text = open_data(config.data, config.seq_len)
     assert isinstance(text, Corpus)
@@ -49,14 +49,12 @@ def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> Run
             f"has {text.vocab_size:,} tokens, the checkpoint's embedding {described.vocab_size:,}",
             "Give the tokenizer that the checkpoint was trained with",
         )
-    name = f"{checkpoint.stem or checkpoint.name}-{config.data.name}-{text.fingerprint[:8]}"
+    model_name = checkpoint.stem if checkpoint.is_file() else checkpoint.resolve().name
+    name = f"{model_name}-{config.data.name}-{text.fingerprint[:8]}"
     path = runs / "".join(c if c.isalnum() or c in "._+-" else "-" for c in name).lstrip(".-")
     if path.exists():
         folder = RunFolder.open(path)
-        if identity(folder.config) != identity(config):
-            refuse(
-                "checkpoint", str(checkpoint), f"{path} holds another run", "Choose another runs="
-            )
+        check_same_run(folder, config, "Choose another runs=")
         check_unchanged(checkpoint, folder.info["checkpoint"])
         return folder
     say(f"{checkpoint}: {described.family}, reading its weights")
