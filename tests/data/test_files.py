@@ -2,7 +2,9 @@
 
 import gzip
 import importlib
+import io
 import os
+import types
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,14 @@ def test_a_pattern_that_matches_no_file_is_refused(place, path):
         find_files(path, ".txt")
 
 
+def test_a_relative_pattern_is_found_below_a_folder_named_like_one(tmp_path, monkeypatch):
+    folder = tmp_path / "[proj]" / "docs"
+    folder.mkdir(parents=True)
+    (folder / "a.md").write_text("text")
+    monkeypatch.chdir(folder.parent)
+    assert find_files("docs/*.md", ".txt").every() == [folder / "a.md"]
+
+
 def compress(path: Path, text: bytes) -> Path:
     if path.suffix == ".zst":
         for name in ("compression.zstd", "zstandard"):
@@ -85,6 +95,29 @@ def test_a_compressed_file_reads_as_the_plain_one(tmp_path, name):
     with opened(path) as file:
         file.seek(5000)
         assert file.read(20) == text[5000:5020]
+
+
+def test_a_stream_that_reads_short_and_has_no_lines_is_read_whole(tmp_path, monkeypatch):
+    class Frames(io.RawIOBase):  # as zstandard's, one frame a read
+        def __init__(self, path, mode):
+            self.left = Path(path).read_bytes().splitlines(keepends=True)
+
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            frame = self.left.pop(0) if self.left else b""
+            buffer[: len(frame)] = frame
+            return len(frame)
+
+    frames = types.SimpleNamespace(open=Frames)
+    monkeypatch.setattr(importlib, "import_module", lambda name: frames)
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(b"one\ntwo\nthree\n")
+    assert read_text(path) == b"one\ntwo\nthree\n"
+    assert read_text(path, 6) == b"one\ntw"
+    with opened(path) as file:
+        assert list(file) == [b"one\n", b"two\n", b"three\n"]
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b[:20], lambda b: b"no archive"])

@@ -80,6 +80,16 @@ def test_its_own_three_splits_are_ours(library, no_network, tmp_path):
     assert documents(corpus, "train") == ["train 0", "train 1"]
 
 
+def test_its_own_splits_share_no_document(library, no_network, tmp_path):
+    names = ("train", "validation", "test")
+    library.splits = {
+        n: [{"text": f"{n} {i}"} for i in range(5)] + [{"text": "same"}] for n in names
+    }
+    corpus = open_corpus(spec(tmp_path), tmp_path / "cache")
+    holding = [split for split in ("train", "valid", "test") if "same" in documents(corpus, split)]
+    assert holding == ["valid"]
+
+
 def test_a_name_on_the_hub_asks_for_the_network_first(library, tmp_path, monkeypatch):
     asked = []
 

@@ -78,6 +78,7 @@ def test_folders_say_the_split_and_training_keeps_nothing_of_the_others(tmp_path
     corpus = open_corpus(spec(tmp_path), tmp_path / "cache")
     assert documents(corpus, "train") == TEXTS[:20]
     assert documents(corpus, "valid") == [*TEXTS[20:40], TEXTS[25]]
+    assert documents(corpus, "test") == TEXTS[40:]
 
 
 BAD = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from zoo.data import splits
 from zoo.data.files import SPLITS, find_files
-from zoo.data.splits import split_documents, split_one_file, without_held_out
+from zoo.data.splits import split_documents, split_one_file, without_copies
 from zoo.errors import UserError
 
 SIZES = st.lists(st.integers(1, 2000), min_size=3, max_size=60)
@@ -58,8 +58,16 @@ def test_too_few_documents_are_refused(texts):
 
 
 def test_training_documents_that_are_held_out_are_left_out():
-    train, valid, test = ([("", text) for text in texts] for texts in ((b"a", b"b"), (b"b",), ()))
-    assert list(without_held_out(train, [valid, test])) == [("", b"a")]
+    texts = {"train": (b"a", b"b"), "valid": (b"b",), "test": ()}
+    reads = {split: lambda own=own: [("", text) for text in own] for split, own in texts.items()}
+    assert list(without_copies(reads)["train"]) == [("", b"a")]
+
+
+def test_given_splits_share_no_document():
+    texts = {"train": (b"a", b"b", b"c"), "valid": (b"b", b"d"), "test": (b"b", b"c", b"e")}
+    reads = {split: lambda own=own: [("", text) for text in own] for split, own in texts.items()}
+    found = {split: [text for _, text in part] for split, part in without_copies(reads).items()}
+    assert found == {"train": [b"a"], "valid": [b"b", b"d"], "test": [b"c", b"e"]}
 
 
 def text_of(paragraphs: int) -> bytes:

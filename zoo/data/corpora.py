@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class Corpus:
         told = {"bigram_nats": nats.mean(), "bigram_bits": nats.sum() / size / np.log(2)}
         return {name: round(float(value), 4) for name, value in told.items()}
 
-    @property
+    @cached_property
     def bigrams(self) -> Bigrams:
         """Of the training text: what any use of further context must beat."""
         return bigrams_of(self.train, self.vocab_size)

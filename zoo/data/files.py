@@ -8,6 +8,7 @@ import contextlib
 import glob
 import gzip
 import importlib
+import io
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -71,8 +72,9 @@ def _by_pattern(place: Path) -> Files:
     """The files that match a pattern; folders train, valid and test below its start are splits."""
     plain = list(place.parts[: _first_magic(place)])
     root = Path(*plain).resolve() if plain else Path.cwd()
-    matches = glob.glob(str(root.joinpath(*place.parts[len(plain) :])), recursive=True)
-    files = sorted(path for path in map(Path, matches) if stat.S_ISREG(_stat(path).st_mode))
+    pattern = str(Path(*place.parts[len(plain) :]))
+    matches = [root / match for match in glob.glob(pattern, root_dir=root, recursive=True)]
+    files = sorted(path for path in matches if stat.S_ISREG(_stat(path).st_mode))
     if not files:
         refuse("data.path", place, "no file matches", "Give a folder, a file or another pattern")
     first = {path.relative_to(root).parts[0] for path in files}
@@ -154,7 +156,8 @@ def _open(path: Path) -> Any:
         return open(path, "rb")
     for name in ("compression.zstd", "zstandard"):
         with contextlib.suppress(ImportError):
-            return importlib.import_module(name).open(path, "rb")
+            # Buffered: zstandard's own stream reads short at a frame's end, and has no lines.
+            return io.BufferedReader(importlib.import_module(name).open(path, "rb"))
     refuse_path(path, "needs the package zstandard", "Run pip install zstandard, or use .gz")
 
 
@@ -190,6 +193,6 @@ def text_fault(data: bytes, final: bool = True) -> tuple[int, str] | None:
 
 def refuse_unreadable(path: object, error: Exception) -> NoReturn:
     """Raise the UserError for a file or folder that cannot be read."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     advice = "Check its permissions and that it is whole"
     refuse_path(str(path), f"cannot be read ({reason or type(error).__name__})", advice)

@@ -5,12 +5,13 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from zoo.data.files import SPLITS, Documents, text_fault
 from zoo.data.records import document_of, require_package
-from zoo.data.splits import split_documents
+from zoo.data.splits import split_documents, without_copies
 from zoo.errors import UserError
 
 PG19 = "emozilla/pg19"  # parquet; the original deepmind/pg19 is a script that no longer loads
@@ -46,7 +47,8 @@ def dataset_documents(dataset: str, field: str, count: int | None) -> dict[str, 
     names = _split_names(dataset)
     found = {ours: _own(ours, names) for ours in SPLITS}
     if all(found.values()):
-        return {ours: _rows(dataset, str(name), field, count) for ours, name in found.items()}
+        reads = {s: partial(_rows, dataset, str(name), field, count) for s, name in found.items()}
+        return without_copies(reads)
     every = lambda: itertools.chain.from_iterable(  # noqa: E731
         _rows(dataset, name, field, count) for name in names
     )

@@ -4,11 +4,12 @@ import importlib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from zoo.data.files import HEAD_FILES, SPLITS, Documents, Files, opened, text_fault
-from zoo.data.splits import split_documents, without_held_out
+from zoo.data.splits import split_documents, without_copies
 from zoo.errors import UserError, refuse, refuse_path
 
 SUFFIXES = {"jsonl": ".jsonl", "parquet": ".parquet"}
@@ -31,9 +32,7 @@ def split_records(kind: str, files: Files, field: str) -> dict[str, Documents]:
     """The documents of each split: by folder where there are folders, else by content."""
     if "" in files.groups:
         return split_documents(lambda: _documents(kind, files, "", field), str(files.root))
-    held_out = [_documents(kind, files, split, field) for split in SPLITS[1:]]
-    splits = {split: _documents(kind, files, split, field) for split in SPLITS}
-    return splits | {"train": without_held_out(splits["train"], held_out)}
+    return without_copies({s: partial(_documents, kind, files, s, field) for s in SPLITS})
 
 
 def _documents(kind: str, files: Files, split: str, field: str) -> Documents:

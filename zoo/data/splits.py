@@ -8,7 +8,7 @@ import itertools
 import logging
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from zoo.data.files import SPLITS, Documents, Files, check_text, opened
@@ -128,17 +128,26 @@ def split_documents(read: Callable[[], Documents], name: str) -> dict[str, Docum
     return {split: part(start, stop) for split, start, stop in pairs}
 
 
-def without_held_out(train: Documents, held_out: list[Documents]) -> Documents:
-    """The training documents without those that stand in the other splits too."""
-    known = {_key(document) for documents in held_out for _, document in documents}
-    dropped = 0
-    for name, document in train:
-        if _key(document) in known:
-            dropped += 1
-        else:
-            yield name, document
-    if dropped:
-        log.info("%d training documents are in valid or test and are left out", dropped)
+def without_copies(splits: Mapping[str, Callable[[], Documents]]) -> dict[str, Documents]:
+    """Leave out what stands in another split too, so that given splits share no document.
+
+    Each is to be read anew. What is in valid leaves test, and what is in either leaves train.
+    """
+    first = {"valid": [], "test": ["valid"], "train": ["valid", "test"]}
+
+    def part(split: str) -> Iterator[tuple[str, bytes]]:
+        known = {_key(document) for other in first[split] for _, document in splits[other]()}
+        dropped = 0
+        for name, document in splits[split]():
+            if _key(document) in known:
+                dropped += 1
+            else:
+                yield name, document
+        if dropped:
+            others = " or ".join(first[split])
+            log.info("%d documents of %s are in %s and are left out", dropped, split, others)
+
+    return {split: part(split) for split in SPLITS}
 
 
 def _key(document: bytes) -> int:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from zoo.runs.folder import RunFolder
 from zoo.training.callbacks import MetricsLogger
 
 MAX_NAMES = 100_000  # documents of a split that are recorded by name
+RECORD = re.compile(r":\d+$")  # the number of a record in its file, at the end of a name
 
 log = logging.getLogger("zoo")
 
@@ -106,13 +108,15 @@ def wandb_logger(config: TrainConfig, folder: RunFolder, facts: Mapping[str, Any
 def record_documents(corpus: Corpus, folder: RunFolder) -> None:
     """Write which document went into which split to the run's documents.json.
 
-    Of very many documents, the number from each file.
+    Of very many documents, the number from each file that holds several.
     """
     names: dict[str, Any] = {}
     for store in (corpus.train, corpus.valid, corpus.test):
         names[store.name] = store.documents
         if len(names[store.name]) > MAX_NAMES:
-            names[store.name] = Counter(name.rpartition(":")[0] for name in names[store.name])
+            by_file = Counter(RECORD.sub("", name) for name in names[store.name])
+            if len(by_file) < len(names[store.name]):
+                names[store.name] = by_file
     write_text(folder.path / "documents.json", json.dumps(names, indent=0) + "\n")
 
 
@@ -121,10 +125,12 @@ def check_data(data: Corpus | SyntheticData, folder: RunFolder) -> None:
     info = folder.info
     began = info.get("fingerprint")
     if info["step"] and began and began != data.fingerprint:
+        has_path = "path" in folder.config.data.options
+        place = ", say where it is now with data.path=<folder>" if has_path else ""
         refuse(
             "data",
             data.name,
             f"is not the text that {folder} was trained on so far (its fingerprint is "
             f"{data.fingerprint[:8]}, the run's {began[:8]})",
-            "Restore the text, give its place with data.path=, or train anew with fresh=true",
+            f"Restore it{place}, or train anew with fresh=true",
         )
