@@ -135,12 +135,13 @@ def audit(
             reader.drop_head()
             sharp = kind == torch.float64
             read[_name(kind)] = min(lengths[-1:] + [SHARP] * sharp, default=0)
-            for n in dict.fromkeys(min(n, SHARP) if sharp else n for n in lengths):
+            reads = dict.fromkeys(min(n, SHARP) if sharp else n for n in lengths)
+            for index, n in enumerate(reads):
                 try:
-                    found += _deviations(reader, text[:n], kind, n == lengths[0], state)
+                    found += _deviations(reader, text[:n], kind, index == 0, state)
                 except NoStateError:
                     state = False
-                    found += _deviations(reader, text[:n], kind, n == lengths[0], state)
+                    found += _deviations(reader, text[:n], kind, index == 0, state)
     finally:
         model.train(training)
         if head is not None:

@@ -1,5 +1,6 @@
 """Embedding -> N x (norm, mixer, norm, feed-forward) -> norm -> head. Knows no mixer by name."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -85,7 +86,7 @@ def _apply(
     if state is None:
         return sublayer(x, **more), None
     found: Any = None
-    if "state" in inspect.signature(sublayer.forward).parameters:
+    if _takes_state(type(sublayer).forward):
         found = sublayer(x, state, **more)
     if not isinstance(found, tuple) or len(found) != 2:
         raise NoStateError(
@@ -93,6 +94,11 @@ def _apply(
             "write token by token: given a state, forward must return (y, state)"
         )
     return found
+
+
+@functools.cache
+def _takes_state(forward: Callable[..., Any]) -> bool:
+    return "state" in inspect.signature(forward).parameters
 
 
 def _check_tied(model: "Backbone", weights: Mapping[str, Tensor], prefix: str, *_: Any) -> None:

@@ -89,10 +89,11 @@ class CpuKernel:
     ) -> list[Tensor]:
         """Run on float32 or float64 CPU tensors, all of one dtype; all but the first may be None.
 
-        Allocates `outputs` and returns them; other arrays that the kernel writes are given.
-        that do not lie as `rows` and `pointers` say are copied. The kernel does not run where all
-        that it writes is empty, or under `shapes_only`. Raises `TypeError` and `ValueError` on
-        anything that it would read or write out of bounds, `MemoryError` where it gets no memory.
+        Allocates `outputs` and returns them; the caller gives the other arrays that the kernel
+        writes, which must be contiguous. Inputs whose layout differs from `rows` and `pointers` are
+        copied. The kernel does not run where all that it writes is empty, or under `shapes_only`.
+        Raises `TypeError` and `ValueError` on anything that it would read or write out of bounds,
+        `MemoryError` where it gets no memory.
         """
         if forward_ad._current_level >= 0:  # they would be lost silently
             raise NotImplementedError(f"{self.source}: no forward gradients. Use backend=torch")
