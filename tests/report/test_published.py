@@ -85,3 +85,14 @@ def test_the_shipped_tables_can_be_read():
         found, runs = published.unpack(published.read(path.stem))
         assert found
         assert all(each.get("commit") for each in runs)
+
+
+def test_a_table_differs_in_nothing_from_itself():
+    for path in published.FOLDER.glob("*.json"):
+        theirs, _ = published.unpack(published.read(path.stem))
+        assert published.differences(theirs, theirs) == []
+
+
+def test_rows_of_other_tasks_and_data_make_no_difference(table):
+    mine = rows("mine") + [row | {"fingerprint": "other", "train_length": 9} for row in rows("x")]
+    assert published.beside(mine)[2] == published.beside(rows("mine"))[2]

@@ -1,5 +1,7 @@
 """Of several learning rates an arm is reported at its best by validation, and all are shown."""
 
+import math
+
 from zoo.report.rates import choose_rates
 
 
@@ -48,3 +50,9 @@ def test_runs_without_a_validation_loss_stay_as_they_are():
     runs = [run(lr, 0, None) for lr in (1, 2)]
     assert choose_rates(rows_of(runs), runs) == (rows_of(runs), runs, [])
     assert choose_rates([{"run": "x"}], [{"run": "x"}]) == ([{"run": "x"}], [{"run": "x"}], [])
+
+
+def test_a_loss_that_is_no_number_is_none():
+    runs = [run(0.001, 0, math.nan), run(0.004, 0, 1.0)]
+    _, _, rates = choose_rates(rows_of(runs), runs)
+    assert [rate.lr for rate in rates if rate.chosen] == [0.004]

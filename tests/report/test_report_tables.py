@@ -204,6 +204,34 @@ def test_a_new_task_without_lengths_is_shown_by_its_numbers_and_its_failures():
     assert "(1) failed: too long" in text
 
 
+def test_a_quantity_of_some_rows_is_the_mean_of_these_alone():
+    quantities = [
+        {"field": "value", "name": name, "better": "higher", "where": {"part": name}}
+        for name in ("first", "second")
+    ]
+    about = {"task": "parts", "declares": {"title": "T", "about": "", "quantities": quantities}}
+    rows = [
+        identity("mamba") | about | {"part": part, "value": value, "question": ["part"]}
+        for part, value in (("first", 1.0), ("second", 9.0))
+    ]
+    (table,) = tables.task_tables(gather(rows, []), "parts")
+    assert [cell.text for cell in table.rows[0][1:]] == ["1", "9"]
+
+
+def test_arms_of_several_seeds_are_told_apart_by_the_interval_over_them():
+    quantity = {"field": "value", "name": "score", "better": "lower"}
+    about = {"task": "scores", "declares": {"title": "T", "about": "", "quantities": [quantity]}}
+    rows = [
+        identity(arm, seed) | about | {"length": 64, "value": level + seed, "question": ["length"]}
+        for arm, level in (("mamba", 10.0), ("rwkv", 10.1), ("far", 90.0))
+        for seed in range(3)
+    ]
+    (table,) = tables.task_tables(gather(rows, []), "scores")
+    assert {row[0].text: row[1].kind for row in table.rows} == {
+        **{"mamba": "best", "rwkv": "tie", "far": ""}
+    }
+
+
 def test_speed_alone_is_shown_in_the_terminal():
     rows = [row for row in experiment() if row["task"] == "speed"]
     text = as_text(gather(rows, []))

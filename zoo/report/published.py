@@ -106,7 +106,9 @@ def beside(rows: Sequence[Row]) -> tuple[list[Row], list[Row], list[str]]:
         theirs = [row for row in theirs if (row.get("task"), row.get("fingerprint")) in asked]
         if not theirs:
             continue
-        said += [f"published {path.stem}: {words}" for words in differences(rows, theirs)]
+        data = {(row.get("task"), row.get("fingerprint")) for row in theirs}
+        mine = [row for row in rows if (row.get("task"), row.get("fingerprint")) in data]
+        said += [f"published {path.stem}: {words}" for words in differences(mine, theirs)]
         kept = {row["run"] for row in theirs}
         found_rows += [row | _published(row, path.stem) for row in theirs]
         found_runs += [run | _published(run, path.stem) for run in runs if run.get("run") in kept]
@@ -114,12 +116,12 @@ def beside(rows: Sequence[Row]) -> tuple[list[Row], list[Row], list[str]]:
 
 
 def differences(mine: Sequence[Row], theirs: Sequence[Row]) -> list[str]:
-    """What the two groups of rows differ in, of what must be equal, in words."""
+    """What our rows have that none of theirs has, of what must be equal, in words."""
     found = []
     for field, words in COMPARABLE.items():
         ours, others = ({row.get(field) for row in part} - {None} for part in (mine, theirs))
         within = TOLERANCE.get(field, 0.0)
-        if ours and others and not all(_near(a, b, within) for a in ours for b in others):
+        if others and not all(any(_near(a, b, within) for b in others) for a in ours):
             shown = (", ".join(sorted(map(str, values))) for values in (ours, others))
             found.append(f"other {words} ({' here, '.join(shown)} there)")
     return found

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zoo.report.statistics import finite
+
 Row = dict[str, Any]
 
 
@@ -64,6 +66,6 @@ def _arm(run: Row) -> str:
 
 def _rate(lr: float, runs: Sequence[Row]) -> Rate:
     done = [run for run in runs if run.get("status") == "done"]
-    losses = [run["valid_loss"] for run in done if run.get("valid_loss") is not None]
+    losses = [run["valid_loss"] for run in done if finite(run.get("valid_loss"))]
     why = next((str(run.get("reason")) for run in runs if run.get("status") != "done"), "")
     return Rate(str(runs[0].get("arm")), lr, tuple(losses), "" if losses else why)

@@ -148,7 +148,7 @@ class Results:
         """label -> length -> `Cell` of a quantity; a run with several rows of it counts once."""
         found: Cells = {}
         for label, mine in self.places(task, **quantity.where).items():
-            once = {length: _by_run(rows, quantity.field) for length, rows in mine.items()}
+            once = {length: by_run(rows, quantity.field) for length, rows in mine.items()}
             found[label] = {
                 length: summary(rows, quantity.field, quantity.interval)
                 for length, rows in once.items()
@@ -238,7 +238,7 @@ def _undeclared(task: str, rows: Sequence[Row]) -> Declaration:
     return Declaration(title=task, about="", quantities=(result,))
 
 
-def _by_run(rows: Sequence[Row], field: str) -> list[Row]:
+def by_run(rows: Sequence[Row], field: str) -> list[Row]:
     """One row of each seed of each run, with a value if it has one in any."""
     found: dict[Any, Row] = {}
     for row in rows:

@@ -5,7 +5,7 @@ from itertools import takewhile
 
 from zoo.report.rows import Cell, Results, contrast, in_words
 from zoo.report.statistics import finite
-from zoo.report.tables import Table, Td, Tied
+from zoo.report.tables import Table, Td, Tied, overlapping
 from zoo.report.validity import LEAKS, unlearned
 from zoo.report.words import AT_LEAST, DASH, times
 
@@ -78,15 +78,13 @@ def ties(results: Results, protocol: str) -> Tied:
     the same text, where the intervals of their scores overlap.
     """
     places = results.places("perplexity", protocol=protocol)
-    cells = results.cells("perplexity", "bits_per_byte", protocol=protocol)
+    overlap = overlapping(results.cells("perplexity", "bits_per_byte", protocol=protocol))
 
     def tied(label: str, other: str, length: int) -> bool:
         apart = contrast(places[label][length], places[other][length])
         if apart.low is not None and apart.high is not None:
             return apart.low <= 0 <= apart.high
-        one, two = cells[label][length], cells[other][length]
-        ends = (one.low, two.high), (two.low, one.high)
-        return all(low is not None and high is not None and low <= high for low, high in ends)
+        return overlap(label, other, length)
 
     return tied
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from zoo.measurement import Declaration, Quantity
-from zoo.report.rows import Cell, Cells, Results, summary
+from zoo.report.rows import Cell, Cells, Results, by_run, summary
 from zoo.report.statistics import finite, missing
 from zoo.report.validity import LEAKS
 from zoo.report.words import DASH, FORMS, caption, count, plain, plus_minus, times
@@ -72,8 +72,7 @@ def quantity_table(results: Results, task: str, quantity: Quantity) -> Table | N
     chances = ", ".join(map(words.text, results.chances(task, quantity)))
     said = f"{caption(quantity)}." + (f" Chance: {chances}." if chances else "")
     best = {"lower": min, "higher": max, None: None}[quantity.better]
-    tied = overlapping(cells) if quantity.interval else None
-    return grid(results, cells, said, words.text, best, tied, words.sure)
+    return grid(results, cells, said, words.text, best, overlapping(cells), words.sure)
 
 
 def overlapping(cells: Cells) -> Tied:
@@ -95,11 +94,17 @@ def _without_lengths(
     heads = [(caption(quantity).partition(" (")[0], "") for quantity in shown]
     table, found = Table(f"{said.title}{''.join(at)}.", [("arm", ""), *heads]), False
     for label in results.arms:
-        if rows := results.where(task=task, label=label):
-            cells = [summary(rows, each.field, each.interval) for each in shown]
+        if results.where(task=task, label=label):
+            cells = [_over_runs(results, task, label, each) for each in shown]
             found = found or any(cell.seeds for cell in cells)
             table.rows.append([Td(label), *_across(cells, shown)])
     return table if found else None
+
+
+def _over_runs(results: Results, task: str, label: str, quantity: Quantity) -> Cell:
+    """A quantity of an arm whatever its lengths, each run counted once."""
+    rows = results.where(task=task, label=label, **quantity.where)
+    return summary(by_run(rows, quantity.field), quantity.field, quantity.interval)
 
 
 def _across(cells: list[Cell], shown: list[Quantity]) -> list[Td]:

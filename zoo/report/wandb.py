@@ -116,7 +116,7 @@ def by_length(rows: Rows, runs: Rows) -> dict[int, dict[str, float]]:
     for task, said in results.tasks.items():
         for quantity in said.quantities:
             for label, mine in results.measured(task, quantity).items():
-                name = "/".join([task, quantity.field, *quantity.where.values(), label])
+                name = "/".join([task, quantity.field, *map(str, quantity.where.values()), label])
                 for length, cell in mine.items():
                     if cell.value is not None:
                         metrics.setdefault(length, {})[name] = cell.value
