@@ -21,6 +21,10 @@ PROGRAMS = {  # the module and what it does
     "report": ("zoo.cli.report", "draw a published table again from its rows"),
     "doctor": ("zoo.cli.doctor", "show which kernels and libraries this machine uses"),
 }
+LINES = {  # the usage of those that print lines
+    "list": "zoo list [models | extensions | corpora | tasks | experiments | sizes ...]",
+    "training-free": "zoo training-free FACTOR",
+}
 USAGE = "\n".join(
     [
         *("zoo <program> [option=value ...]", ""),
@@ -45,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with handled():
             if program not in PROGRAMS:
                 refuse_unknown(f"zoo {program}".rstrip(), "program", program, PROGRAMS)
+            if program in LINES and {"-h", "--help"} & {*rest}:
+                sys.stdout.write(f"zoo {program}: {PROGRAMS[program][1]}\n{LINES[program]}\n")
+                return 0
             if "--list" in rest:
                 program, rest = "list", [word for word in rest if word != "--list"]
             return importlib.import_module(PROGRAMS[program][0]).main(rest)

@@ -78,9 +78,12 @@ def nearest(name: str, allowed: Iterable[str]) -> str | None:
 def refuse_unknown(
     subject: str, kind: str, name: object, allowed: Iterable[str], guess: str | None = None
 ) -> NoReturn:
-    """Raise the `UserError` for a name that is none of `allowed`, with the nearest of them."""
+    """Raise the `UserError` for a name that is none of `allowed`, with the nearest of them.
+
+    `guess` is the nearest where the caller knows better, "" where there is none.
+    """
     allowed = list(allowed)
-    guess = guess or nearest(str(name), allowed)
+    guess = nearest(str(name), allowed) if guess is None else guess
     hint = f"Did you mean {guess!r}? " if guess else ""
     raise UserError(sentence(subject, f"unknown {kind}", f"{hint}Use one of: {', '.join(allowed)}"))
 

@@ -1,6 +1,10 @@
 """Every program begins in `zoo.__main__`."""
 
+import subprocess
+import sys
+
 import pytest
+from building import ROOT
 
 from zoo.__main__ import PROGRAMS, main
 
@@ -34,3 +38,33 @@ def test_a_mistake_is_one_line_with_exit_code_2(words, told, capsys):
 def test_doctor_explains_itself(capsys):
     assert main(["doctor", "--help"]) == 0
     assert "backend" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_explains_itself(program, capsys):
+    assert main([program, "--help"]) == 0
+    out, error = capsys.readouterr()
+    assert program in out or f"{program}.py" in out
+    assert not error
+
+
+@pytest.mark.parametrize("flag", ["--cfg hydra", "-sc install=bash"])
+def test_hydras_own_flags_work_behind_the_programs_name(flag):
+    words = [sys.executable, "-m", "zoo", "train", *flag.split()]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("trainer.foo=1", False),
+        ("data.passkey=0.5 data=recall", False),
+        ("trainer.max_step=1", True),
+        ("sed=1", True),
+    ],
+)
+def test_only_a_near_name_is_offered(words, hint, capsys):
+    assert main(["train", *words.split()]) == 2
+    assert ("Did you mean" in capsys.readouterr().err) is hint

@@ -21,3 +21,10 @@ def test_each_line_is_options_of_eval_and_none_trains(capsys):
 def test_anything_but_one_factor_is_refused_in_one_line(words, capsys):
     assert main(["training-free", *words.split()]) == 2
     assert capsys.readouterr().err.endswith("must be one factor >= 1, such as 8.\n")
+
+
+def test_a_factor_that_no_extension_takes_is_refused_and_drops_none_in_silence(capsys):
+    assert main(["training-free", "2000000"]) == 2
+    out, error = capsys.readouterr()
+    assert not out
+    assert error.startswith("extension.factor=2000000: must be")

@@ -52,9 +52,9 @@ def citations(source: str) -> str:
     """
     bare = re.sub(r'"[^"]*"', lambda title: " " * len(title[0]), source)
     works = [*WORK.finditer(bare)]
-    ends = [*(work.start() for work in works[1:]), len(source)][: len(works)]
+    starts = [*(work.start() for work in works), len(source)]
     cited = {}
-    for work, end in zip(works, ends, strict=True):
+    for work, end in zip(works, starts[1:], strict=True):
         name, link = work[1].replace(",", ""), ARXIV.search(source[work.end() : end])
         cited.setdefault(name, f"[{name}](https://arxiv.org/abs/{link[1]})" if link else name)
     return ", ".join(cited.values())

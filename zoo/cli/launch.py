@@ -39,7 +39,11 @@ def _launch(program: str, argv: list[str], usage: str, check: Check, job: Job) -
         sys.stdout.write(help_text(program, usage))
         return 0
     if flags.shell_completion or flags.info or flags.hydra_help or flags.cfg in ("hydra", "all"):
-        hydra.main(str(CONFIGS), program, version_base="1.3")(lambda _: None)()
+        before, sys.argv = sys.argv, [f"{program}.py", *argv]  # where Hydra reads its words
+        try:
+            hydra.main(str(CONFIGS), program, version_base="1.3")(lambda _: None)()
+        finally:
+            sys.argv = before
         return 0
     with composing(program):
         overrides = parse(flags.words)

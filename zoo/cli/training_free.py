@@ -17,7 +17,11 @@ TRAINED = 64  # tokens
 
 
 def training_free(factor: str) -> Iterator[list[str]]:
-    """The options of each such extension, in order of their names, `none` last."""
+    """The options of each such extension, in order of their names, `none` last.
+
+    Raises UserError for a factor that no extension takes.
+    """
+    compose("eval", ["run=none", "extension=pi", f"extension.factor={factor}"])  # a bad one is told
     train = compose("train", ["model=transformer", "size=tiny", f"seq_len={TRAINED}", "match=none"])
     for name in sorted(choices("extension"), key=lambda name: (name == "none", name)):
         for options in ([f"extension={name}"], [f"extension={name}", f"extension.factor={factor}"]):

@@ -19,7 +19,7 @@ from zoo.cli.guard import guarded
 from zoo.cli.train import check, job
 from zoo.config.schema import TrainConfig
 from zoo.console import label, say
-from zoo.errors import RunError, UserError
+from zoo.errors import RunError, UserError, refuse_path
 from zoo.runs.files import one_line
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import identity, run_name
@@ -72,10 +72,11 @@ def tune(words: list[str]) -> int:
     try:
         optuna = importlib.import_module("optuna")
     except ImportError:
-        raise UserError(
-            "zoo tune: needs Optuna. Install it (pip install 'zoo[tune]'), or train the whole grid:"
-            " zoo train -m with the same options."
-        ) from None
+        refuse_path(
+            "optuna",
+            "is not installed, and zoo tune needs it",
+            "Run pip install 'zoo[tune]', or train the whole grid: zoo train -m with these options",
+        )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     arms = group(composed_arms("train", words, check))
     for number, arm in enumerate(arms, 1):

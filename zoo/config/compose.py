@@ -173,7 +173,7 @@ def check_key(key: str, tree: DictConfig, also: Sequence[str]) -> None:
     elsewhere = [path for path in known if path.rpartition(".")[2] == last]
     close = nearest(last, beside.values())
     guesses = [*elsewhere, *(path for path, name in beside.items() if name == close)]
-    refuse_unknown(key, "option", key, beside, guess=next(iter(guesses), None))
+    refuse_unknown(key, "option", key, beside, guess=next(iter(guesses), ""))
 
 
 def _paths(node: Any, path: str = "") -> Iterator[str]:
