@@ -1,7 +1,13 @@
 """What tests build: configurations as the programs check them, little texts, run folders."""
 
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 from zoo.config.compose import compose
@@ -28,6 +34,31 @@ def recipe(title: str) -> dict[str, str]:
     section = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     labelled = r"\n\n`([^`\n]+)`[^\n]*\n(?:[^\n]+\n)*\n```\w+\n(.*?)\n```(?=\n)"
     return {path: f"{code}\n" for path, code in re.findall(labelled, section, re.DOTALL)}
+
+
+def carry_out(title: str, here: Path, *parts: str) -> Path:
+    """Write a recipe's files into a copy of the package at `here`, with `parts` of the project."""
+    for part in ("zoo", "configs", "kernels", *parts):
+        skip = shutil.ignore_patterns("__pycache__", "results")
+        copy = shutil.copy if (ROOT / part).is_file() else partial(shutil.copytree, ignore=skip)
+        copy(ROOT / part, here / part)
+    for path, text in recipe(title).items():
+        (here / path).parent.mkdir(parents=True, exist_ok=True)
+        (here / path).write_text(text)
+    return here
+
+
+def found_in(here: Path, code: str) -> dict:
+    """What `code` prints last, a JSON object, when it runs on the package at `here`.
+
+    It has the tests' own modules, and the folder that it writes to as its argument.
+    """
+    paths = [here, ROOT / "tests/tasks", ROOT / "tests"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    words = [sys.executable, "-c", code, str(here / "runs")]
+    done = subprocess.run(words, cwd=here, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]) | {"folder": here / "runs"}
 
 
 def counting(start: int, sentences: int) -> str:

@@ -1,13 +1,7 @@
 """CONTRIBUTING.md's extension costs two files: a class and a YAML, and everything else finds it."""
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-
 import pytest
-from building import ROOT, recipe
+from building import carry_out, found_in
 
 EVALUATION = """
 import json, sys
@@ -48,17 +42,7 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     """What the programs say of the extension, in a copy of the package with the two files."""
-    here = tmp_path_factory.mktemp("package")
-    for folder in ("zoo", "configs", "kernels"):
-        shutil.copytree(ROOT / folder, here / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for path, text in recipe("Add an extension").items():
-        (here / path).write_text(text)
-    paths = [here, ROOT / "tests/tasks", ROOT / "tests"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
-    words = [sys.executable, "-c", EVALUATION, str(here / "runs")]
-    done = subprocess.run(words, cwd=here, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]) | {"folder": here / "runs"}
+    return found_in(carry_out("Add an extension", tmp_path_factory.mktemp("package")), EVALUATION)
 
 
 def test_it_is_measured_and_its_rows_say_under_which_settings(found):

@@ -2,36 +2,26 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from building import ROOT, recipe, train_config
+from building import carry_out, recipe, train_config
 
 import zoo.mixers
 from zoo.config import compose, groups, introspect
 from zoo.config.groups import completed
 from zoo.model.build import TOLERANCE, build_model, count_parameters
 
-RECIPE = recipe("Add an architecture")
+TITLE = "Add an architecture"
+RECIPE = recipe(TITLE)
 NAME = "leaky_average"
-
-
-def added_to(folder: Path) -> Path:
-    """The example in a copy of what a program reads."""
-    shutil.copytree(ROOT / "zoo", folder / "zoo")
-    shutil.copytree(ROOT / "configs", folder / "configs")
-    for path, text in RECIPE.items():
-        (folder / path).write_text(text)
-    return folder
 
 
 def test_the_smallest_yaml_is_two_lines_and_its_model_is_matched(tmp_path, monkeypatch):
     assert [len(text.splitlines()) for path, text in RECIPE.items() if "yaml" in path] == [2]
-    added_to(tmp_path)
+    carry_out(TITLE, tmp_path)
     mixers = [*zoo.mixers.__path__, str(tmp_path / "zoo/mixers")]
     monkeypatch.setattr(zoo.mixers, "__path__", mixers)
     monkeypatch.setattr(introspect, "ROOT", tmp_path)
@@ -59,11 +49,7 @@ def test_without_a_feed_forward_its_layers_are_matched():
 
 @pytest.mark.slow
 def test_it_is_trained_measured_reported_and_kept_to_the_contract(tmp_path):
-    folder = added_to(tmp_path)
-    shutil.copytree(ROOT / "kernels", folder / "kernels")
-    shutil.copytree(ROOT / "tests", folder / "tests")
-    for name in ("train.py", "eval.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, folder)
+    folder = carry_out(TITLE, tmp_path, "tests", "train.py", "eval.py", "pyproject.toml")
     (folder / "texts").mkdir()
     for name in ("one", "two", "three"):
         (folder / f"texts/{name}.txt").write_text(f"a leaky average of all, {name}. " * 2000)

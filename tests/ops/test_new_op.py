@@ -1,14 +1,14 @@
 """CONTRIBUTING.md's op with a kernel costs three places, and the tests of all ops find it."""
 
 import os
-import shutil
 import subprocess
 import sys
 
 import pytest
-from building import ROOT, recipe
+from building import carry_out, recipe
 
-RECIPE = recipe("Add an op with kernels")
+TITLE = "Add an op with kernels"
+RECIPE = recipe(TITLE)
 
 
 def test_the_recipe_has_a_kernel_its_op_and_its_tests():
@@ -17,13 +17,7 @@ def test_the_recipe_has_a_kernel_its_op_and_its_tests():
 
 @pytest.mark.slow
 def test_it_passes_its_own_tests_and_those_of_every_op(tmp_path):
-    for folder in ("zoo", "configs", "kernels", "tests"):
-        skip = shutil.ignore_patterns("__pycache__", "results")
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=skip)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    for path, text in RECIPE.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
+    carry_out(TITLE, tmp_path, "tests", "pyproject.toml")
     files = [*(path for path in RECIPE if path.startswith("tests/"))]
     files += ["tests/ops/test_fuzz.py", "tests/ops/test_native.py"]
     words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "squared_relu", *files]

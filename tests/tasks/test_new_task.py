@@ -1,14 +1,7 @@
 """CONTRIBUTING.md's task costs two files, and every part of the report shows it."""
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from building import ROOT, recipe
+from building import carry_out, found_in
 
 EVALUATION = """
 import json, sys
@@ -37,17 +30,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     """What an evaluation with the new task gave, in a copy of the package with the two files."""
-    here = tmp_path_factory.mktemp("package")
-    for folder in ("zoo", "configs", "kernels"):
-        shutil.copytree(ROOT / folder, here / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for path, text in recipe("Add a task").items():
-        (here / path).write_text(text)
-    paths = [here, Path(__file__).parent, ROOT / "tests"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
-    words = [sys.executable, "-c", EVALUATION, str(here / "runs")]
-    done = subprocess.run(words, cwd=here, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]) | {"folder": here / "runs"}
+    return found_in(carry_out("Add a task", tmp_path_factory.mktemp("package")), EVALUATION)
 
 
 def test_its_rows_are_in_the_runs_results_with_its_settings_and_declaration(found):
