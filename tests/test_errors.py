@@ -14,22 +14,18 @@ ROOT = Path(__file__).parents[1]
 # must be says what to do as well.
 FORM = re.compile(r"(?!unknown )\S.*?: (must \S.*|\S.*?[^.]\. [A-Z].*)\.")
 
-# Calls that write their line by hand and not in this form, by file: it only shrinks.
+# Calls whose line is not written in place, by file: each passes on one that has the form.
+PASSED_ON: dict[str, int] = {
+    "zoo/config/validate.py": 1,  # made of pydantic's error
+    "zoo/data/store.py": 1,  # a tokenizer's, with the document it fails on
+    "zoo/data/synthetic.py": 1,  # a task's, whose length is seq_len to the user
+    "zoo/runs/folder.py": 1,  # a ValueError of the configuration, found at the first step
+    "zoo/tasks/evaluate.py": 1,  # the reason of the only row
+}
+# Written by hand and not in this form: it only shrinks.
 BY_HAND: dict[str, int] = {
     "zoo/config/applicability.py": 2,
-    "zoo/config/validate.py": 1,  # of pydantic's errors
-    "zoo/data/loader.py": 3,
-    "zoo/data/store.py": 2,
-    "zoo/data/synthetic.py": 1,
-    "zoo/model/backbone.py": 1,
-    "zoo/model/build.py": 3,
     "zoo/model/extend.py": 9,
-    "zoo/runs/files.py": 1,
-    "zoo/runs/folder.py": 1,
-    "zoo/tasks/evaluate.py": 1,
-    "zoo/tasks/longrope.py": 5,
-    "zoo/training/learner.py": 1,
-    "zoo/training/rehearse.py": 2,
 }
 
 
@@ -49,6 +45,8 @@ def by_hand(file: Path) -> Iterator[str]:
     """The messages of `UserError(...)` in a file that are not seen to have the form."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "UserError":
+            if node.args and getattr(getattr(node.args[0], "func", None), "id", "") == "sentence":
+                continue
             text = skeleton(node.args[0]) if node.args else None
             if text is None or not FORM.fullmatch(text):
                 yield f"{file.relative_to(ROOT)}:{node.lineno}: {text}"
@@ -59,7 +57,8 @@ def test_user_errors_are_written_in_their_form():
     wrong = {}
     for file in sources:
         found = [*by_hand(file)] if file.name != "errors.py" else []
-        if len(found) > BY_HAND.get(str(file.relative_to(ROOT)), 0):
+        allowed = BY_HAND | PASSED_ON
+        if len(found) > allowed.get(str(file.relative_to(ROOT)), 0):
             wrong[str(file.relative_to(ROOT))] = found
     assert wrong == {}, "use zoo.errors.refuse or refuse_path"
 

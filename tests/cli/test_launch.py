@@ -90,6 +90,8 @@ REFUSED = {
     "seed=4294967296": "seed=4294967296: must be less than 4294967296",
     "optim.lr=5000": "optim.lr=5000: must be less than or equal to 1000",
     "optim.lr=true": "optim.lr=true: must be a number",
+    "optim.betas=[0.9]": "optim.betas=[0.9]: must have 2 values.",
+    "optim.betas=[]": "optim.betas=[]: must have 2 values.",
     "optim.betas=[0.9,1]": "optim.betas.1=1: must be less than 1",
     "optim.warmup_steps=2000": "must be at most trainer.max_steps=1000. Use a shorter warm-up",
     "batch_tokens=1": "batch_tokens=1: must be at least seq_len=512, one window. Use batch_tokens",

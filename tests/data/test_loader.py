@@ -90,7 +90,7 @@ def test_workers_change_nothing_and_hash_nothing(store, monkeypatch):
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused(store):
-    with pytest.raises(UserError, match="batch_size=4 cannot be shared equally by 3 processes"):
+    with pytest.raises(UserError, match="batch_size=4: must be a multiple of 3 processes"):
         batches(store, world=3)
 
 
@@ -115,7 +115,7 @@ def spread_without_overlap(stretches: np.ndarray) -> None:
 
 
 def test_validation_longer_than_the_split_is_refused(store):
-    with pytest.raises(UserError, match="the test split has 1,005 tokens, fewer than the 1,006"):
+    with pytest.raises(UserError, match="test split: it has 1,005 tokens and 1,006 are needed"):
         valid_batch(store, 1005, 1)
 
 
@@ -207,5 +207,5 @@ def test_whole_evaluation_is_spread_over_the_documents(tmp_path):
 
 def test_joined_evaluation_crosses_documents(store):
     assert len(evaluation_text(store, 500, 8, "joined")) == 2
-    with pytest.raises(UserError, match="1,006 asked for"):
+    with pytest.raises(UserError, match="1,006 are needed"):
         evaluation_text(store, 1005, 1, "joined")

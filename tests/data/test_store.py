@@ -173,7 +173,7 @@ def test_a_split_without_documents_is_refused(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write the token store"):
+    with pytest.raises(UserError, match="the token store cannot be written"):
         opened(tmp_path / "file" / "corpus")
 
 

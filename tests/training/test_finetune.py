@@ -155,7 +155,7 @@ def test_longrope_is_searched_for_a_run_used_by_it_tuned_and_searched_again(prog
         "eval", "run=runs/base", "report=null", "task=longrope", "task.longrope.times=4"
     )
     assert code == 2
-    assert "longrope-x4.json holds another search, which differs in texts, population," in error
+    assert "longrope-x4.json: holds another search, which differs in texts, population," in error
 
     # What it found reads the validation text exactly as well as the search says.
     base = checkpoint.load(RunFolder.open("runs/base"))

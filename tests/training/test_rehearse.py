@@ -29,8 +29,8 @@ REFUSED = {
     "model=mamba seq_len=1M": "checkpoint_activations=true, a shorter seq_len or a smaller size",
     "size.width=131072": "training needs at least",
     "model=mamba match=none model.mixer.state_size=1000000000000": "PB for 3,072,",
-    "hybrid=[7*mamba,transformer]": "match=params makes 6 layers of it, and the pattern",
-    "hybrid=[7*mamba,transformer] size=tiny": "match=params makes 3 layers of it, and the pattern",
+    "hybrid=[7*mamba,transformer]": "match=params: the 6 layers must hold the whole pattern",
+    "hybrid=[7*mamba,transformer] size=tiny": "the 3 layers must hold the whole pattern of model=",
     "hybrid=[mamba,gla,transformer] match=none size=tiny": "or match=none size.layers=3.",
     "trainer.devices=[0,1]": "a list names GPUs",
 }

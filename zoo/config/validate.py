@@ -20,10 +20,11 @@ def validate(schema: type[Config], tree: dict[str, Any]) -> Config:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error.errors(include_url=False)[0], schema)) from None
+        raise UserError(_explain(error.errors(include_url=False), schema)) from None
 
 
-def _explain(error: ErrorDetails, schema: type[BaseModel]) -> str:
+def _explain(errors: list[ErrorDetails], schema: type[BaseModel]) -> str:
+    error = errors[0]
     path = ".".join(str(key) for key in error["loc"])
     path = re.sub(r"^model\.blocks\.\d+", "model", path)  # as the option is written
     given, context = error["input"], error.get("ctx", {})
@@ -34,6 +35,10 @@ def _explain(error: ErrorDetails, schema: type[BaseModel]) -> str:
             parent = field.annotation if field else None
         names = list(getattr(parent, "model_fields", {}))
         refuse_unknown(path, "option", error["loc"][-1], names)
+    if error["type"] == "missing" and isinstance(error["loc"][-1], int):  # of a list
+        lacking = [e for e in errors if e["loc"][:-1] == error["loc"][:-1]]
+        count = len(given) + len(lacking)
+        return sentence(f"{path.rpartition('.')[0]}={shown(given)}", f"must have {count} values")
     if error["type"] == "missing":
         return sentence(path, "is missing", "Add it to the YAML file, or give its value")
     if isinstance(cause := context.get("error"), UserError):
@@ -42,7 +47,11 @@ def _explain(error: ErrorDetails, schema: type[BaseModel]) -> str:
     if error["type"] == "string_pattern_mismatch":
         rule = f"must match {context['pattern']}"
     else:
-        rule = str(cause) if cause else re.sub("^(Input|String|List) should", "must", error["msg"])
+        rule = (
+            str(cause)
+            if cause
+            else re.sub("^(Input|String|List|Tuple) should", "must", error["msg"])
+        )
     return sentence(f"{path}={shown(given)}", rule)
 
 

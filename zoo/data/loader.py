@@ -12,7 +12,7 @@ from zoo.data.masking import chosen_count, mask_windows
 from zoo.data.order import stream_restarts, window_starts
 from zoo.data.passkey import Passkeys
 from zoo.data.store import TokenStore
-from zoo.errors import UserError, choose
+from zoo.errors import choose, refuse, refuse_path
 
 # (rows, tokens, generator) -> (rows, tokens): where the tokens of a step's windows stand.
 DrawPositions = Callable[[int, int, torch.Generator], Tensor]
@@ -131,10 +131,8 @@ def train_loader(
     key or the batch cannot be shared equally.
     """
     if batch_size % (world * micro_batches):
-        raise UserError(
-            f"batch_size={batch_size} cannot be shared equally by {world} processes, each in "
-            f"{micro_batches} micro-batches"
-        )
+        rule = f"must be a multiple of {world} processes times {micro_batches} micro-batches"
+        refuse("batch_size", batch_size, rule)
     dataset = Steps(
         store,
         seq_len=seq_len,
@@ -190,10 +188,10 @@ def _evaluation_starts(store: TokenStore, unit: int, count: int, documents: str)
         return _spread(store, unit + 1, count)
     lengths = np.diff(store.offsets)
     if lengths.max() < unit + 1:
-        raise UserError(
-            f"the longest document of the {store.name} split has {lengths.max():,} tokens, fewer "
-            f"than the {unit + 1:,} asked for: evaluate shorter lengths, or read documents one "
-            "after another with data.eval_documents=joined"
+        refuse_path(
+            f"data: {store.name} split",
+            f"its longest document has {lengths.max():,} tokens and {unit + 1:,} are needed",
+            "Use shorter lengths, or data.eval_documents=joined to read them one after another",
         )
     fit = lengths // (unit + 1)
     within = np.arange(fit.sum()) - np.repeat(np.cumsum(fit) - fit, fit)
@@ -206,9 +204,10 @@ def _spread(store: TokenStore, size: int, count: int) -> np.ndarray:
     """Starts of at most `count` disjoint stretches of `size` tokens, from one end to the other."""
     n = min(count, len(store) // size)
     if n < 1:
-        raise UserError(
-            f"the {store.name} split has {len(store):,} tokens, fewer than the {size:,} asked "
-            "for: use shorter lengths or more text"
+        refuse_path(
+            f"data: {store.name} split",
+            f"it has {len(store):,} tokens and {size:,} are needed",
+            "Use shorter lengths or more text",
         )
     return np.arange(n) * (len(store) - size) // max(1, n - 1)
 

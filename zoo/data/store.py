@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from zoo.console import say
-from zoo.errors import UserError
+from zoo.errors import UserError, refuse_path
 from zoo.locks import lock_file
 
 FORMAT = 2  # stores of another format are built again
@@ -152,7 +152,7 @@ def write_store(
             try:
                 encoded = encode(document)
             except ValueError as error:
-                raise UserError(f"{error} (in {name}, {folder.name} split)") from error
+                raise UserError(f"{name} ({folder.name} split): {error}.") from error
             tokens, sizes = encoded if isinstance(encoded, tuple) else (encoded, None)
             dtype = np.dtype(tokens.typecode)
             tokens.tofile(file)
@@ -235,7 +235,11 @@ def open_or_build(
             _replace(folder, build)
             return stores()
     except OSError as error:
-        raise UserError(f"cannot write the token store {folder}: {error.strerror}") from error
+        refuse_path(
+            folder,
+            f"the token store cannot be written ({error.strerror})",
+            "Free some space, or choose another folder with data.cache=<folder>",
+        )
 
 
 def _replace(folder: Path, build: Callable[[Path], None]) -> None:

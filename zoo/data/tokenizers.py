@@ -92,7 +92,10 @@ def bytes_by_token(text: str, spans: Sequence[tuple[int, int]]) -> list[int]:
         covered, start = reached, stop
     sizes.append(to_byte[-1] - covered + 1)
     if max(sizes) >= 2**16:
-        raise ValueError(f"a token stands for {max(sizes):,} bytes: at most 65,535 are supported")
+        raise ValueError(
+            f"a token stands for {max(sizes):,} bytes and may for at most 65,535. Use another "
+            "data.tokenizer"
+        )
     return sizes
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.data.synthetic import NO_LABEL
-from zoo.errors import NoStateError, UserError
+from zoo.errors import NoStateError, refuse
 from zoo.mixers.base import CrossLayer, Mixer, State
 from zoo.mixers.short_conv import ShortConvolution
 from zoo.ops.rms_norm import RMSNorm
@@ -108,10 +108,8 @@ def _check_tied(model: "Backbone", weights: Mapping[str, Tensor], prefix: str, *
     if head is None or embedding is None or model.head.weight is not model.embedding.weight:
         return
     if head.shape != embedding.shape or not torch.equal(head, embedding.to(head)):
-        raise UserError(
-            "these weights have a head of their own and the model's is its embedding: build it "
-            "with Backbone(..., tied=False)"
-        )
+        rule = "these weights have a head of their own and the model's is its embedding"
+        refuse("tied", True, rule, "Build the model with Backbone(..., tied=False)")
 
 
 class BackboneState(NamedTuple):

@@ -8,14 +8,14 @@ width to within 1 %.
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from zoo.config.introspect import constructor_parameters
 from zoo.config.schema import Part, Size, TrainConfig
-from zoo.errors import UserError, below, refuse
+from zoo.errors import UserError, below, refuse, refuse_path
 from zoo.mixers.base import Mixer
 from zoo.mixers.feed_forward import SwiGLU
 from zoo.mixers.softmax import SoftmaxAttention
@@ -173,23 +173,25 @@ def _match(config: TrainConfig, vocab_size: int) -> dict[str, int]:
     found = cost(knobs)
     if abs(found - goal) > TOLERANCE * goal:
         if (layers := knobs.get("layers", cycle)) < cycle:
-            raise UserError(told_pattern(config, layers))
-        raise UserError(
-            f"model={config.model.name}, match=params: cannot be sized to the reference's {goal:,} "
-            f"parameters within 1 % (nearest {found:,}). match=none trains it at its own size."
+            refuse_pattern(config, layers)
+        refuse_path(
+            f"model={config.model.name} match=params",
+            f"cannot be sized to the reference's {goal:,} parameters within 1 % (nearest "
+            f"{found:,})",
+            "Use match=none, which trains it at its own size",
         )
     return knobs
 
 
-def told_pattern(config: TrainConfig, layers: int) -> str:
-    """Why a hybrid of so few `layers` is none, and what to do."""
-    pattern, size = len(config.model.blocks), config.size.name
+def refuse_pattern(config: TrainConfig, layers: int) -> NoReturn:
+    """Raise the UserError for a hybrid whose pattern is longer than its `layers`."""
+    pattern, name = len(config.model.blocks), config.model.name
     matched = config.match == "params" and "layers" in config.model.match
-    how = f"size={size}: match=params makes {layers} layers of it" if matched else ""
-    return (
-        f"{how or f'size.layers={layers}'}, and the pattern of model={config.model.name} has "
-        f"{pattern}: its last models would be in none. Use a larger size, a pattern of at most "
-        f"{layers} layers, or match=none size.layers={pattern}."
+    refuse_path(
+        f"size={config.size.name} match=params" if matched else f"size.layers={layers}",
+        f"the {layers} layers must hold the whole pattern of model={name}, which has {pattern}",
+        f"Use a larger size, a pattern of at most {layers} layers, or match=none "
+        f"size.layers={pattern}",
     )
 
 
@@ -204,7 +206,11 @@ def _fit_width(cost: Callable[[int], int], goal: int) -> int:
     """The width whose cost meets the goal, as round a number as the tolerance allows."""
     low, slope = cost(16), (cost(32) - cost(16)) / 16  # parameters are linear in a width
     if not slope:
-        raise UserError("match=params: no layer has the width that the model's `match` names")
+        refuse_path(
+            "match=params",
+            "no layer has the width that the model's `match` names",
+            "Name another in the model's YAML file, or use match=none",
+        )
     width = 1
     for step in STEPS:
         width = max(step, step * round((16 + (goal - low) / slope) / step))

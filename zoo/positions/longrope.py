@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from zoo.errors import refuse
+
 CHANCE = 0.3  # of a gene to mutate, or to cross over
 TRIES = 20  # crossovers that break the order before there is no child
 STEPS = 100  # the lambda lie on a grid of 1 / STEPS
@@ -46,10 +48,11 @@ class Search:
     scored: list[tuple[float, Rescale]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if min(self.population, self.mutations, self.crossovers, self.parents) < 1:
-            raise ValueError("a search has a population, mutations, crossovers and parents")
+        for name in ("population", "mutations", "crossovers", "parents"):
+            if getattr(self, name) < 1:
+                refuse(name, getattr(self, name), "must be >= 1")
         if not self.most > 1:
-            raise ValueError(f"most={self.most}: the lambda lie between 1 and a number above it")
+            refuse("most", self.most, "must be > 1, the largest lambda of the search")
 
     def run(self, loss: Callable[[Rescale], float], generations: int) -> Iterator[None]:
         """Search up to so many generations beside the first; yields after each."""

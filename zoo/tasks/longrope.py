@@ -21,7 +21,7 @@ from jaxtyping import Int
 from zoo.attention.pattern import Reach
 from zoo.config.domains import Count, Range, Seed
 from zoo.data.loader import evaluation_bytes, evaluation_text
-from zoo.errors import UserError
+from zoo.errors import below, refuse, refuse_path
 from zoo.measurement import Declaration, Quantity
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.extend import rotary_mixers
@@ -91,7 +91,7 @@ class LongRope(Task):
         try:
             search = Search(problem.starts, most, problem.n_hats, **sizes)
         except ValueError as error:
-            raise UserError(f"longrope: {error}") from error
+            raise below("task.longrope", error) from error
         corpus = context.corpus
         which = corpus.valid, problem.length, self.texts, corpus.eval_documents
         text, text_bytes = evaluation_text(*which), int(evaluation_bytes(*which)[:, 1:].sum())
@@ -140,12 +140,17 @@ class Problem:
 def _problem(context: EvalContext, factor: float, magnitude: str) -> Problem:
     config, mixers = RunFolder.open(context.folder).config, rotary_mixers(context.model)
     if not mixers or len({(mixer.head_width, mixer.rope_base) for mixer in mixers}) > 1:
-        raise UserError("longrope searches for models whose rotary layers have one width and base")
+        rule = "the search needs rotary layers, all of one head width and base"
+        refuse("task", "longrope", rule, "Measure another model")
     if context.extension != "none":
-        raise UserError("longrope searches under extension=none, for the model as it was trained")
+        rule = "must be none with task=longrope, which searches for the model as it was trained"
+        refuse("extension", context.extension, rule)
     own = config.extension
     if own.name not in ("none", "longrope") or (own.scaling and own.factor != factor):
-        raise UserError(f"longrope: the run was tuned under {own.name} x{own.factor:g}, not this")
+        rule = f"the run was tuned under extension={own.name} extension.factor={own.factor:g}"
+        refuse(
+            "task", "longrope", rule, "Search with that factor, or for the run it was tuned from"
+        )
     original_length = own.original_length or config.seq_len
     n_hats = [n for n in N_HATS if n < original_length]
     given = {"width": mixers[0].head_width, "base": mixers[0].rope_base, "factor": factor}
@@ -225,9 +230,8 @@ def _resume(search: Search, file: Path, settings: Row) -> None:
     state = json.loads(file.read_text(encoding="utf-8"))
     theirs = state["settings"]
     if differ := [key for key in {**theirs, **settings} if theirs.get(key) != settings.get(key)]:
-        raise UserError(
-            f"{file} holds another search, which differs in {', '.join(differ)}: move it away"
-        )
+        rule = f"holds another search, which differs in {', '.join(differ)}"
+        refuse_path(file, rule, "Move it away, or use its settings")
     if "search" in state:
         search.restore(state["search"])
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zoo.config.schedule import learning_rate_factor
 from zoo.config.schema import Optim
-from zoo.errors import RunError, UserError
+from zoo.errors import RunError, refuse_path
 from zoo.model.backbone import Backbone
 from zoo.training.distributed import all_gather, broadcast_text, rank, world_size
 from zoo.training.optimisers import make_optimiser
@@ -144,9 +144,10 @@ class Learner(lightning.LightningModule):
         shares = self.micro_batches * world_size()
         rows = next(leaf for leaf in whole if isinstance(leaf, Tensor)).shape[0]
         if rows != (self.rows or rows):
-            raise UserError(
-                f"the checkpoint holds the state of {rows} of the step's {self.rows} rows, those "
-                "of one process of several. Train again with fresh=true."
+            refuse_path(
+                "checkpoint",
+                f"holds the state of {rows} of the step's {self.rows} rows, those of one process",
+                "Train again with fresh=true",
             )
         structure = tree_flatten(self.model.empty_state(rows // shares))[1]
         for micro in range(self.micro_batches):

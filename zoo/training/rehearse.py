@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from zoo.config.schema import TrainConfig, Trainer
 from zoo.errors import UserError, refuse
 from zoo.model.backbone import Backbone
-from zoo.model.build import assemble, build_model, count_parameters, told_pattern
+from zoo.model.build import assemble, build_model, count_parameters, refuse_pattern
 from zoo.model.extend import extend
 from zoo.ops.runtime import dispatch
 from zoo.training.partition import micro_batches, process_count
@@ -37,10 +37,10 @@ def rehearse(config: TrainConfig) -> None:
             extend(model, config.extension, config.seq_len)
     except RuntimeError as error:  # a tensor larger than any can be
         reason = str(error).splitlines()[0]
-        raise UserError(f"model={config.model.name}: {reason}. Use smaller sizes.") from None
+        refuse("model", config.model.name, reason, "Use smaller sizes")
     if len(model.blocks) < len(config.model.blocks):
         # Here and not where models are built: runs that were trained so can still be opened.
-        raise UserError(told_pattern(config, len(model.blocks)))
+        refuse_pattern(config, len(model.blocks))
     if device == "cpu":
         _check_memory(config, vocab_size, knobs, count_parameters(model))
 
@@ -134,7 +134,7 @@ def _activations_per_row(config: TrainConfig, vocab_size: int, knobs: dict[str, 
         if "allocate memory" not in str(error):
             raise
         reason = str(error).partition("DefaultCPUAllocator: ")[2].splitlines()[0]
-        raise UserError(f"model={config.model.name}: {reason} Use smaller sizes.") from None
+        refuse("model", config.model.name, reason, "Use smaller sizes")
     finally:
         log.setLevel(level)
         dispatch.reset()
