@@ -7,8 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from zoo.errors import UserError, refuse_unknown
-from zoo.runs.stopping import STOPPED, handled
+from zoo.cli.guard import guarded
+from zoo.errors import refuse_unknown
 
 PROGRAMS = {  # the module and what it does
     "train": ("zoo.cli.train", "train a model"),
@@ -45,22 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if program in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0
-    try:
-        with handled():
-            if program not in PROGRAMS:
-                refuse_unknown(f"zoo {program}".rstrip(), "program", program, PROGRAMS)
-            if program in LINES and {"-h", "--help"} & {*rest}:
-                sys.stdout.write(f"zoo {program}: {PROGRAMS[program][1]}\n{LINES[program]}\n")
-                return 0
-            if "--list" in rest:
-                program, rest = "list", [word for word in rest if word != "--list"]
-            return importlib.import_module(PROGRAMS[program][0]).main(rest)
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    except KeyboardInterrupt as stop:  # before a program takes it up
-        sys.stderr.write(f"{stop or 'stopped'}\n")
-        return STOPPED
+    return guarded("", lambda: _run(program, rest))
+
+
+def _run(program: str, words: list[str]) -> int:
+    if program not in PROGRAMS:
+        refuse_unknown(f"zoo {program}".rstrip(), "program", program, PROGRAMS)
+    if program in LINES and {"-h", "--help"} & {*words}:
+        sys.stdout.write(f"zoo {program}: {PROGRAMS[program][1]}\n{LINES[program]}\n")
+        return 0
+    if "--list" in words:
+        program, words = "list", [word for word in words if word != "--list"]
+    return importlib.import_module(PROGRAMS[program][0]).main(words)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from zoo.cli.arms import composed_arms
 from zoo.cli.study import left, main, unfinished
 from zoo.cli.train import check
 from zoo.cli.tune import Tuned, group
+from zoo.config import compose
 from zoo.runs.claim import claim
 
 
@@ -14,6 +15,23 @@ def arms(tmp_path) -> list[Tuned]:
     words = ["model=lstm,nope", "optim.lr=1e-3,2e-3", "seed=0,1", "data=parity", "seq_len=16"]
     more = ["size=tiny", "batch_size=4", "trainer.max_steps=80", "optim.warmup_steps=5"]
     return group(composed_arms("train", [*words, *more, f"runs={tmp_path}", "logger=none"], check))
+
+
+def test_arms_that_differ_in_single_values_alone_are_composed_once(monkeypatch):
+    composed = []
+    whole = compose.hydra_compose
+    monkeypatch.setattr(
+        compose, "hydra_compose", lambda *a, **k: composed.append(a) or whole(*a, **k)
+    )
+    words = ["model=lstm,nope", "optim.lr=1e-3,2e-3", "seed=0,1", "data=parity", "seq_len=16"]
+    arms = composed_arms("train", words, check)
+    assert [(c.model.name, c.optim.lr, c.seed) for _, c in arms] == [
+        (model, rate, seed)
+        for model in ("lstm", "nope")
+        for rate in (1e-3, 2e-3)
+        for seed in (0, 1)
+    ]
+    assert len(composed) == 2
 
 
 def train(arm: Tuned, rate: float, seed: int, step: int, **other) -> None:

@@ -104,3 +104,10 @@ def test_without_optuna_the_grid_is_named(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     assert program.main(words(tmp_path)) == 2
     assert "pip install 'zoo[tune]'" in capfd.readouterr().err
+
+
+def test_an_unexpected_error_of_one_arm_does_not_stop_the_others(trains, tmp_path, capfd):
+    trains.breaks = lambda config: config.model.name == "lstm" and 1 / 0
+    assert program.main(words(tmp_path)) == 1
+    assert {name for name, *_ in trains.steps} == {"nope"}
+    assert "ZeroDivisionError: division by zero" in capfd.readouterr().err

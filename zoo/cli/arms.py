@@ -1,6 +1,7 @@
 """The arms of a sweep: composed from a command line and checked before any starts."""
 
 import itertools
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,8 +15,10 @@ from zoo.config.sizes import read_sizes
 from zoo.config.tree import leaves
 from zoo.config.validate import plain
 from zoo.console import say
-from zoo.errors import refuse, refuse_path
+from zoo.errors import RunError, UserError, refuse, refuse_path
+from zoo.runs.files import one_line
 from zoo.runs.identity import run_name
+from zoo.runs.stopping import handled
 
 Config = TypeVar("Config", bound=BaseModel)
 Check = Callable[[dict[str, Any], list[str]], Config]  # composed tree, options given -> config
@@ -34,6 +37,21 @@ class Arm:
     loss: float | None = None
     failed: str | None = None
     until: int | None = None  # the step to pause at; None: the last
+
+
+def run_arm(arm: Arm, work: Callable[[], int]) -> None:
+    """Do the work of an arm; `arm.failed` says why it failed. Ctrl-C alone is not caught.
+
+    What no user can mend leaves its traceback on stderr.
+    """
+    try:
+        with handled():
+            code = work()
+        arm.failed = f"exit code {code}" if code else None
+    except Exception as error:
+        if not isinstance(error, UserError | RunError):
+            traceback.print_exc()
+        arm.failed = one_line(error)
 
 
 def composed_arms(

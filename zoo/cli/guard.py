@@ -1,4 +1,8 @@
-"""What every program does around its work: say plain lines, take stops, turn errors into lines."""
+"""What every program does around its work: say plain lines, take stops, turn errors into lines.
+
+The one place where an error becomes a line and an exit code: `zoo/__main__.py`, and with it
+train.py and eval.py, calls `guarded`, and so does each program that begins its lines with its name.
+"""
 
 import logging
 from collections.abc import Callable
@@ -17,19 +21,23 @@ class _Lines(logging.Handler):
 
 
 def guarded(program: str, work: Callable[[], int]) -> int:
-    """The exit code of `work`; what the user can mend and a stop are told in one line."""
+    """The exit code of `work`; what the user can mend and a stop are told in one line.
+
+    `program` begins that line; "" where the error names what was called.
+    """
     log_plainly()
+    name = f"{program}: " if program else ""
     try:
         with handled():
             return work()
     except (UserError, OSError) as error:
-        say(f"{program}: {one_line(error)}")
+        say(f"{name}{one_line(error)}")
         return 2
     except RunError as error:
-        say(f"{program}: {one_line(error)}")
+        say(f"{name}{one_line(error)}")
         return 1
     except KeyboardInterrupt as stop:
-        say(f"{program}: {str(stop) or 'stopped'}")
+        say(f"{name}{str(stop) or 'stopped'}")
         return STOPPED
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from zoo.cli.arms import composed_arms
 from zoo.cli.guard import guarded
 from zoo.cli.train import check
-from zoo.cli.tune import Tuned, group, tune
+from zoo.cli.tune import Tuned, group, tune_arms
 from zoo.config.groups import choices
 from zoo.config.schema import TrainConfig
 from zoo.console import say
@@ -49,7 +49,7 @@ def study(words: Sequence[str]) -> int:
         say(f"{name}: {left(arms)}")
     if "--left" in words:
         return 0
-    codes = [tune([f"experiment={name}"]) for name, arms in composed.items() if unfinished(arms)]
+    codes = [tune_arms(arms) for arms in composed.values() if unfinished(arms)]
     return max(codes, default=0)
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import threading
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +13,12 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from zoo.cli.arms import Arm, Check, Job, bare
+from zoo.cli.arms import Arm, Check, Job, bare, run_arm
 from zoo.cli.guard import log_plainly
 from zoo.config.groups import groups
 from zoo.config.schema import TrainConfig
 from zoo.console import label, say
-from zoo.errors import RunError, UserError, refuse, refuse_path
-from zoo.runs.files import one_line
-from zoo.runs.stopping import handled
+from zoo.errors import RunError, refuse, refuse_path
 
 
 def sweep(
@@ -126,19 +123,18 @@ def _arm(
     arm = Arm(number, options, Path(HydraConfig.get().sweep.dir).name)
     log_plainly()
     label(f"[{number}/{count}] ")
-    try:
-        say(_label(words))
+
+    def work() -> int:
         HydraConfig.instance().cfg = None  # a further rank must not compose the sweep's own
         tree: Any = OmegaConf.to_container(composed, resolve=True)
         arm.seed = tree.get("seed")
-        with handled():
-            code = job(check(tree, given), arm)
-        arm.failed = f"exit code {code}" if code else None
-    except Exception as error:
-        if not isinstance(error, UserError | RunError):
-            traceback.print_exc()
-        say("failed")  # why is told once, when all are done
-        arm.failed = one_line(error)
+        return job(check(tree, given), arm)
+
+    try:
+        say(_label(words))
+        run_arm(arm, work)
+        if arm.failed:
+            say("failed")  # why is told once, when all are done
     finally:
         label("")
     return arm

@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zoo.cli.arms import Arm, composed_arms
+from zoo.cli.arms import Arm, composed_arms, run_arm
 from zoo.cli.guard import guarded
 from zoo.cli.train import check, job
 from zoo.config.schema import TrainConfig
 from zoo.console import label, say
-from zoo.errors import RunError, UserError, refuse_path
-from zoo.runs.files import one_line
+from zoo.errors import refuse_path
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import identity, run_name
 from zoo.runs.metrics import read_metrics
@@ -69,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def tune(words: list[str]) -> int:
     """Carry the command out; see the module."""
+    return tune_arms(group(composed_arms("train", words, check)))
+
+
+def tune_arms(arms: Sequence[Tuned]) -> int:
+    """Tune and train the arms, then list them; the exit code."""
     try:
         optuna = importlib.import_module("optuna")
     except ImportError:
@@ -78,7 +82,6 @@ def tune(words: list[str]) -> int:
             "Run pip install 'zoo[tune]', or train the whole grid: zoo train -m with these options",
         )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    arms = group(composed_arms("train", words, check))
     for number, arm in enumerate(arms, 1):
         label(f"[{number}/{len(arms)} {arm.name}] ")
         try:
@@ -157,14 +160,13 @@ def advance(config: TrainConfig, outcome: Arm, until: int) -> float | None:
     if (known := _loss_at(folder, until)) is not None:
         outcome.folder, outcome.loss = str(folder), known
         return known
-    try:
-        outcome.until = until if until < config.trainer.max_steps else None
-        job(config, outcome)
+    outcome.until = until if until < config.trainer.max_steps else None
+    run_arm(outcome, lambda: job(config, outcome))
+    outcome.loss = None
+    if not outcome.failed:
         outcome.loss = _loss_at(RunFolder(Path(outcome.folder or "")), until)
-        if outcome.loss is None:
-            outcome.failed = f"no validation loss at step {until}"
-    except (UserError, RunError) as error:
-        outcome.loss, outcome.failed = None, one_line(error)
+    if outcome.loss is None:
+        outcome.failed = outcome.failed or f"no validation loss at step {until}"
         say(f"lr={config.optim.lr:g} seed={config.seed}: {outcome.failed}")
     return outcome.loss
 

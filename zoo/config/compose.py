@@ -6,6 +6,8 @@ to names (a hybrid's pattern, where positions act) and the schema checks every v
 """
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from functools import lru_cache
 from typing import Any, Literal, overload
 
 from hydra import compose as hydra_compose
@@ -153,7 +155,13 @@ def compose_groups(program: str, overrides: Sequence[Override], hydra: bool = Fa
             choose(group, "null" if value is None else str(value), choices(group))
         if _chooses_a_file(program, override):
             words.append((override.input_line or "").lstrip("+"))
-    return hydra_compose(program, words, return_hydra_config=hydra)
+    return deepcopy(_composed(GlobalHydra.instance().hydra, program, tuple(words), hydra))
+
+
+@lru_cache(maxsize=16)
+def _composed(_within: object, program: str, words: tuple[str, ...], hydra: bool) -> DictConfig:
+    """What Hydra composes in one `composing`; the arms of a sweep choose the same few files."""
+    return hydra_compose(program, [*words], return_hydra_config=hydra)
 
 
 def _chooses_a_file(program: str, override: Override) -> bool:
