@@ -170,15 +170,70 @@ def test_the_gradient_of_a_turn_is_the_turn_back():
     assert torch.autograd.gradgradcheck(turn, x)
 
 
+TABLE = functools.partial(
+    rotary_tables, inverse_frequencies(8), device=torch.device("cpu"), dtype=torch.float32
+)
+
+
 def test_as_many_tables_are_kept_as_the_memory_for_them_holds(monkeypatch):
     _tables.clear()
-    table = functools.partial(
-        rotary_tables, inverse_frequencies(8), device=torch.device("cpu"), dtype=torch.float32
-    )
-    kept = [table(positions=torch.arange(start, start + 16)) for start in range(40)]
-    again = [table(positions=torch.arange(start, start + 16)) for start in range(40)]
+    apart = [2 * torch.arange(start, start + 16) for start in range(40)]  # not consecutive
+    kept = [TABLE(positions=at) for at in apart]
+    again = [TABLE(positions=at) for at in apart]
     assert all(a[0] is b[0] for a, b in zip(kept, again, strict=True))
     monkeypatch.setattr(rope, "MAX_BYTES", 3 * 2 * kept[0][0].nbytes)
-    table(positions=torch.arange(99, 115))
+    TABLE(positions=2 * torch.arange(99, 115))
     assert len(_tables) == 3
+    _tables.clear()
+
+
+def test_consecutive_positions_are_rows_of_one_table_that_grows():
+    _tables.clear()
+    for token in range(1000):  # as decoding asks, one after another
+        TABLE(positions=range(token, token + 1))
+        TABLE(positions=torch.arange(token + 1))
+    assert len(_tables) == 1
+    (grown,) = _tables.values()
+    assert len(grown[0]) == 1024
+    _tables.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "positions",
+    [
+        range(0, 1),
+        range(255, 300),
+        torch.arange(37, 1000),
+        torch.tensor([700]),
+        torch.arange(-5, 9),
+        torch.tensor([3, 4, 6]),
+        torch.tensor([5, 4, 3]),
+        torch.tensor([2, 9, 4]),
+        torch.tensor([[0, 1], [5, 6]]),
+        torch.tensor([0.5, 1.5]),
+        torch.arange(2**30, 2**30 + 3),
+    ],
+)
+def test_a_cached_table_has_the_values_of_each_position_alone(positions, dtype):
+    _tables.clear()
+    for _ in range(2):  # computed, then found
+        found = TABLE(positions=positions, dtype=dtype, attention_factor=1.25)
+        every = torch.tensor([*positions]) if isinstance(positions, range) else positions
+        theta = torch.tensor(inverse_frequencies(8), dtype=torch.float64)
+        angles = every.double()[..., None] * theta
+        for ours, exact in zip(found, (angles.cos(), angles.sin()), strict=True):
+            assert ours.shape == (*every.shape, 1, 4)
+            expected = (1.25 * exact).to(dtype)
+            torch.testing.assert_close(ours.squeeze(-2), expected, rtol=0, atol=3e-16)
+    _tables.clear()
+
+
+def test_a_table_too_large_to_grow_is_cached_as_asked_for(monkeypatch):
+    _tables.clear()
+    monkeypatch.setattr(rope, "MAX_GROWN", 2 * 512 * 4 * 4)  # 512 positions of four float32 pairs
+    TABLE(positions=range(510, 512))
+    assert [len(cos) for cos, _ in _tables.values()] == [512]
+    TABLE(positions=range(511, 513))
+    assert [len(cos) for cos, _ in _tables.values()] == [512, 2]
     _tables.clear()

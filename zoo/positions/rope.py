@@ -34,31 +34,67 @@ def inverse_frequencies(width: int, base: float = 10000.0) -> tuple[float, ...]:
 
 
 MAX_BYTES = 512 << 20  # of cached tables; the least recently used go first
-_tables: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
+MAX_GROWN = MAX_BYTES // 4  # of the table of one set of frequencies, from position 0 on
+MIN_GROWN = 256  # positions
+Table = tuple[Float[Tensor, "*t 1 half"], Float[Tensor, "*t 1 half"]]
+_tables: OrderedDict[tuple, Table] = OrderedDict()
 _guard = threading.Lock()  # recomputation in the backward pass runs in threads of its own
 
 
 def rotary_tables(
     inv_freq: Sequence[float],
-    positions: Tensor,
+    positions: range | Tensor,
     device: torch.device,
     dtype: torch.dtype,
     attention_factor: float = 1.0,
-) -> tuple[Float[Tensor, "*t 1 half"], Float[Tensor, "*t 1 half"]]:
-    """Return cosine and sine of every position, times `attention_factor`, cached for all layers."""
+) -> Table:
+    """Return cosine and sine of every position, times `attention_factor`, cached for all layers.
+
+    Consecutive positions are rows of one table for these frequencies, which doubles where a text
+    grows beyond it; others, and those of tables above `MAX_GROWN` bytes, are cached as they are.
+    """
+    kind = tuple(inv_freq), attention_factor, device, dtype
+    rows = positions if isinstance(positions, range) else _consecutive(positions)
+    if rows is not None and rows.start >= 0:
+        size = MIN_GROWN
+        while size < rows.stop:
+            size *= 2
+        if 2 * size * len(inv_freq) * dtype.itemsize <= MAX_GROWN:
+            cos, sin = _cached(kind, size, lambda: torch.arange(size))
+            return cos[rows.start : rows.stop], sin[rows.start : rows.stop]
+    if isinstance(positions, range):
+        positions = torch.arange(positions.start, positions.stop)
     at = positions.double().cpu()
-    place = at.numpy().tobytes(), tuple(at.shape), device, dtype
-    key = (tuple(inv_freq), attention_factor, *place)
+    return _cached((*kind, at.numpy().tobytes(), tuple(at.shape)), at.numel(), lambda: at)
+
+
+def _consecutive(positions: Tensor) -> range | None:
+    """Return the range that positions (t,) count through; None where they do not."""
+    if positions.dim() != 1 or not len(positions) or positions.is_floating_point():
+        return None
+    first, count = int(positions[0]), len(positions)
+    if int(positions[-1]) - first != count - 1:
+        return None
+    every = torch.arange(first, first + count, dtype=positions.dtype, device=positions.device)
+    return range(first, first + count) if torch.equal(positions, every) else None
+
+
+def _cached(key: tuple, size: int, positions: Callable[[], Tensor]) -> Table:
+    """Return the table under the key (frequencies, factor, device, dtype, ...) if it has at least
+    `size` rows, else compute and keep it."""
     with _guard:
-        if key in _tables:
+        if key in _tables and len(_tables[key][0].flatten(0, -3)) >= size:
             _tables.move_to_end(key)
             return _tables[key]
+    inv_freq, attention_factor, device, dtype = key[:4]
     with torch.inference_mode(False), torch.no_grad():
+        at = positions()
         on = device if device.type == "cuda" else at.device  # not every device has float64
         turns = rotary_angles(torch.tensor(inv_freq, dtype=torch.float64, device=on), at)
         cos, sin = ((attention_factor * f).to(device, dtype) for f in turns)
     with _guard:
         _tables[key] = cos, sin
+        _tables.move_to_end(key)
         while len(_tables) > 1 and sum(2 * c.nbytes for c, _ in _tables.values()) > MAX_BYTES:
             _tables.popitem(last=False)
     return cos, sin
@@ -73,7 +109,7 @@ def rotary_angles(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 def apply_rope(
     x: Float[Tensor, "b t h d"],
     inv_freq: Frequencies,
-    positions: int | Tensor = 0,
+    positions: int | range | Tensor = 0,
     attention_factor: Any = 1.0,
     *,
     interleaved: bool = False,
@@ -91,10 +127,14 @@ def apply_rope(
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if isinstance(positions, int):
-        positions = torch.arange(positions, positions + x.shape[1])
-    if isinstance(inv_freq, Callable):
-        inv_freq = inv_freq(positions)
+        positions = range(positions, positions + x.shape[1])
+    if isinstance(inv_freq, Callable | Tensor):
+        if isinstance(positions, range):
+            positions = torch.arange(positions.start, positions.stop)
+        if isinstance(inv_freq, Callable):
+            inv_freq = inv_freq(positions)
     if isinstance(inv_freq, Tensor):
+        assert isinstance(positions, Tensor)
         angles = rotary_angles(inv_freq.double(), positions)
         cos, sin = ((attention_factor * f).to(x.device, wide.dtype) for f in angles)
     else:
