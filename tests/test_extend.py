@@ -1,24 +1,29 @@
 """Every extension on a trained rotary model: chunks compose, and what does not apply is refused."""
 
+import copy
+import functools
 import itertools
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from zoo.config.applicability import positions_of
+from zoo.config import applicability
 from zoo.config.compose import compose
+from zoo.config.effects import check_extension
 from zoo.config.groups import choices, extensions
 from zoo.config.introspect import target_parameters
 from zoo.config.schema import Extension
+from zoo.config.validate import plain, validate
 from zoo.errors import UserError, shown
 from zoo.mixers.base import count_bytes
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.build import build_model
-from zoo.model.extend import _positions, extend
-from zoo.positions.alibi import slopes
-from zoo.positions.rope import apply_rope, inverse_frequencies
+from zoo.model.extend import declared_by, extend, places, position_schemes
+from zoo.positions.alibi import ALiBi, slopes
+from zoo.positions.rope import Rope, apply_rope, inverse_frequencies
 from zoo.positions.scaling import temperature
 
 TRAINED = 16
@@ -113,24 +118,24 @@ def test_dual_chunk_attention_composes_with_a_scaling(scaling, tiny):
 
 @pytest.mark.parametrize("model", ["mamba", "alibi", "nope", "learned"])
 def test_a_model_without_rotary_positions_is_refused_in_one_line(model, tiny):
-    with pytest.raises(UserError, match="extension=dca acts on rotary positions") as caught:
+    with pytest.raises(UserError, match="extension=dca: acts on positions=rope") as caught:
         extend(tiny(model), extension("dca"), TRAINED)
     assert "\n" not in str(caught.value)
     takes = "none, alibi_interpolation" if model == "alibi" else "none"
-    takes += "; to train with, randomised" if model in ("alibi", "learned") else ""
-    assert str(caught.value).endswith(f"none: it takes extension={takes}")
+    takes += ", or to train with randomised" if model in ("alibi", "learned") else ""
+    assert str(caught.value).endswith(f". Use extension={takes}.")
     assert extend(tiny(model), extension("none"), TRAINED)
 
 
 def test_settings_that_do_not_go_together_are_refused(tiny):
     windowed = extension("streaming_llm", "extension.scaling=dynamic_ntk")
-    with pytest.raises(UserError, match="do not depend on the length"):
+    with pytest.raises(UserError, match="scaling cannot depend on the length"):
         extend(tiny("transformer"), windowed, TRAINED)
     all_sinks = extension("streaming_llm", "extension.attention.sinks=16")
     with pytest.raises(UserError, match="sinks=16: must be from 0 to 15"):
         extend(tiny("transformer"), all_sinks, TRAINED)
     tuned = extend(tiny("transformer"), extension("yarn"), TRAINED)
-    with pytest.raises(UserError, match="trained under an extension of its own"):
+    with pytest.raises(UserError, match="was trained under extension=yarn"):
         extend(tuned, extension("dca"), TRAINED)
 
 
@@ -140,7 +145,7 @@ def dense(mixer, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         p(x).unflatten(-1, (mixer.heads, -1)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
     )
     apart = (at[:, :, None] - at[:, None]).double()[:, None]  # (b, 1, t, t)
-    if mixer.positions == "rope":
+    if isinstance(mixer.positions, Rope):
         theta = torch.tensor(inverse_frequencies(mixer.head_width), dtype=torch.float64)
         q, k = (torch.complex(*y.chunk(2, -1)) for y in (q, k))
         phases = torch.polar(torch.ones(()).double(), apart[..., None] * theta)
@@ -171,13 +176,13 @@ def test_interpolated_slopes_are_positions_divided_also_past_a_state(tiny):
     two, _ = mixer(x[:, 17:], state)
     torch.testing.assert_close(torch.cat([one, two], 1), expected)
     torch.testing.assert_close(mixer(x), expected)
-    with pytest.raises(UserError, match="acts on linear-bias positions") as caught:
+    with pytest.raises(UserError, match="acts on positions=alibi, and this") as caught:
         extend(tiny("transformer"), extension("alibi_interpolation"), TRAINED)
-    assert re.search(r"it takes extension=none, (?!.*alibi).*dca", str(caught.value))
+    assert re.search(r"Use extension=none, (?!.*alibi).*dca", str(caught.value))
     more = ("extension.scaling=alibi_interpolation", "extension.factor=2")
-    with pytest.raises(UserError, match="slopes are interpolated by"):
+    with pytest.raises(UserError, match="act on no position scheme together"):
         extend(tiny("alibi"), extension("dca", *more), TRAINED)
-    with pytest.raises(UserError, match="acts on linear-bias positions"):
+    with pytest.raises(UserError, match="act on no position scheme together"):
         extend(tiny("transformer"), extension("dca", *more), TRAINED)
 
 
@@ -226,8 +231,8 @@ def test_a_learned_sink_is_one_more_key_at_no_distance(window, tiny):
         out, state = mixer(piece, state)
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 1), expected)
-    with pytest.raises(ValueError, match="a sink stands at none"):
-        SoftmaxAttention(width=8, heads=2, positions="alibi", sink=True)
+    with pytest.raises(UserError, match="sink=true: cannot be combined with positions=alibi"):
+        SoftmaxAttention(width=8, heads=2, positions=ALiBi, sink=True)
 
 
 def test_placed_tokens_are_turned_by_the_scaled_frequencies(tiny):
@@ -275,19 +280,23 @@ def test_trained_frequencies_learn_and_read_alike_in_any_chunks(tiny):
         torch.testing.assert_close(whole[:, :TRAINED], plain, rtol=1e-9, atol=1e-10)
         model.frequencies.field.down.weight.mul_(2)  # nothing solved before is read again
         assert not torch.allclose(model(text), whole)
-    with pytest.raises(UserError, match="its scaling is trained"):
+    with pytest.raises(UserError, match="is trained on windows"):
         extend(tiny("transformer"), extension("dca", "extension.scaling=clex"), TRAINED)
 
 
 def test_what_tells_where_tokens_stand_is_refused_where_it_cannot(tiny):
     words = ["finetune=x", "seq_len=16", "extension.factor=4"]
     pose = compose("train", [*words, "extension=pose", "extension.original_length=16"]).extension
-    with pytest.raises(UserError, match=r"seq_len=128 tokens in a text of 64, 4 times 16"):
+    with pytest.raises(
+        UserError, match=r"extension.factor=4: gives positions up to 64, fewer than the 128 tokens"
+    ):
         extend(tiny("transformer"), pose, 128)
     randomised = compose("train", ["extension=randomised", "extension.factor=4"]).extension
-    with pytest.raises(UserError, match="linear-bias, sinusoidal or learned positions"):
+    with pytest.raises(UserError, match="acts on positions=alibi, learned, rope, sinusoidal"):
         extend(tiny("mamba"), randomised, TRAINED)
-    with pytest.raises(UserError, match=r"to 1024, and this model has 256 .*max_length=1024"):
+    with pytest.raises(
+        UserError, match=r"to 1024, and the model has 256. Use model.positions.max_length=1024"
+    ):
         extend(tiny("learned"), randomised, 256)
     for more, told in {
         "extension=pi": "acts on a trained model",
@@ -384,7 +393,9 @@ def test_what_applies_is_told_alike_by_a_configuration_and_by_its_model():
     for name in choices("model"):
         words = [f"model={name}", "size=tiny", "match=none", "size.layers=3"]
         config = compose("train", words)  # as many layers as the hybrid's pattern has
-        assert positions_of(config.model) == _positions(build_model(config, 256)[0]), name
+        model = build_model(config, 256)[0]
+        found = {declared_by(scheme) for scheme in position_schemes(model)}
+        assert applicability.position_schemes(config.model) == found, name
 
 
 @pytest.mark.parametrize(("mscale", "all_dim"), [(1.0, 1.0), (0.707, 0.707), (1.0, 0.5), (1.0, 0)])
@@ -395,6 +406,73 @@ def test_scores_have_both_halves_of_deepseeks_temperature(tiny, mscale, all_dim)
     extension = compose("eval", ["run=x", "extension=yarn", f"extension.factor={factor}", *words])
     extend(model, extension.extension, 256)
     mixer = model.sublayers()[0]
-    _, magnitude = mixer.reach.scaling(256)
+    _, magnitude = mixer.positions.pattern.scaling(256)
     turned = temperature(factor, mscale) / temperature(factor, all_dim)
     assert magnitude**2 == pytest.approx(turned**2 * temperature(factor, all_dim) ** 2)
+
+
+CANDIDATES = [1, 2, 3, 5, 7, 12, 0.5, True, False, [1.5] * 16]
+CANDIDATES += ["paper", "code", "arith", "harmonic", "su", "yarn", "none"]
+
+
+def extension_options() -> Iterator[tuple[str, str]]:
+    """Every option of every extension: factor, original_length, and what its parts take."""
+    for name, tree in extensions().items():
+        yield from ((name, key) for key in ("factor", "original_length") if name != "none")
+        for slot in ("scaling", "attention", "positions"):
+            part = tree.get(slot)
+            for option in (
+                target_parameters(part["_target_"]) or [] if isinstance(part, dict) else []
+            ):
+                yield name, f"{slot}.{option}"
+
+
+@functools.cache
+def composed_extension(name: str) -> dict:
+    """The tree of an extension by a factor of 3, or 1 where it has no scaling of its own."""
+    tree = extensions()[name]
+    words = [f"extension={name}", *MORE.get(name, [])]
+    words += ["extension.factor=3"] if tree["scaling"] or tree.get("positions") else []
+    program = ["train", "finetune=x"] if tree.get("positions") else ["eval", "run=x"]
+    return plain(compose(program[0], [*program[1:], *words]).extension)
+
+
+def outcome(name: str, tree: dict, given: list[str], tiny) -> tuple[float, float] | None:
+    """Sums over a model's logits under an extension and its training positions; None: refused."""
+    try:
+        asked = validate(Extension, tree)
+        check_extension(asked, given)
+        model = extend(tiny(MODELS.get(name, "transformer")), asked, TRAINED)
+        torch.manual_seed(0)
+        for parameter in model.frequencies.parameters() if model.frequencies else ():
+            torch.nn.init.normal_(parameter, std=0.3)
+        draw = places(asked, TRAINED)
+        drawn = draw(2, TRAINED, torch.Generator().manual_seed(0)) if draw else torch.zeros(0)
+        with torch.no_grad():
+            logits = model(tokens(6 * TRAINED))
+    except ValueError:
+        return None
+    weights = torch.linspace(1, 2, logits.numel(), dtype=torch.float64).view_as(logits)
+    return float((logits * weights).sum()), float((drawn * drawn).sum())
+
+
+@pytest.mark.parametrize(("name", "option"), [*extension_options()], ids=str)
+def test_an_option_of_an_extension_acts_or_is_refused(name, option, tiny):
+    tree = copy.deepcopy(composed_extension(name))
+    if "truncate" in (tree["scaling"] or {}) and tree["scaling"]["ramp"] == "code":
+        tree["scaling"]["truncate"] = option == "scaling.truncate"  # ends between two pairs
+    without, accepted = outcome(name, tree, [], tiny), 0
+    assert without is not None
+    for value in CANDIDATES:
+        changed = copy.deepcopy(tree)
+        *above, last = option.split(".")
+        section = changed[above[0]] if above else changed
+        before = section.get(last)
+        if before == value and isinstance(before, bool) == isinstance(value, bool):
+            continue
+        section[last] = value
+        found = outcome(name, changed, [f"extension.{option}"], tiny)
+        if found not in (None, without):
+            return
+        accepted += found is not None
+    assert not accepted, f"extension.{option} changes nothing under extension={name}"

@@ -59,13 +59,18 @@ def test_every_model_composes_and_survives_its_own_record(name, tmp_path):
     assert RunFolder.create(tmp_path / "run", config, {}).config == config
 
 
+HOME = "zoo.positions."
+
+
 def test_positions_act_in_the_mixer_or_at_the_embedding():
     inside, outside = compose("train", ["model=alibi"]), compose("train", ["model=learned"])
-    assert inside.model.blocks[0].mixer.options["positions"] == "alibi"
+    assert inside.model.blocks[0].mixer.options["positions"] == {"_target_": f"{HOME}alibi.ALiBi"}
     assert inside.model.embedding_positions is None
-    assert outside.model.blocks[0].mixer.options["positions"] == "none"
-    assert outside.model.embedding_positions == "learned"
-    assert outside.model.max_length == outside.seq_len
+    assert outside.model.blocks[0].mixer.options["positions"] == {
+        "_target_": f"{HOME}none.NoPositions"
+    }
+    assert outside.model.embedding_positions.target == f"{HOME}learned.Learned"
+    assert outside.model.embedding_positions.options == {"max_length": outside.seq_len}
 
 
 def test_a_hybrid_is_its_parts_in_turn():

@@ -112,7 +112,7 @@ def test_every_option_of_training_is_refused_or_what_it_says(monkeypatch, tmp_pa
 def test_every_option_of_measuring_is_refused_or_what_it_says(monkeypatch, tmp_path):
     runs = [RunFolder.create(tmp_path / "run", train_config("size=tiny"), {})] * 2
     for task in choices("task"):
-        words = ["task.longrope.times=2"] if task == "longrope" else []
+        words = ["task.longrope.factor=2"] if task == "longrope" else []
         tree = composed("eval", "run=run", f"task={task}", *words)
         paths = [path for path, _ in leaves(tree) if not path.endswith("_target_")]
         evaluate = program("eval")

@@ -14,6 +14,7 @@ from zoo.config.introspect import constructor_parameters
 from zoo.config.stored import as_before, as_now, refuse_renamed, row_as_now
 from zoo.config.validate import plain
 from zoo.errors import UserError
+from zoo.model.build import build_model
 from zoo.runs.claim import claim
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import run_name
@@ -51,7 +52,8 @@ def _has(program: str, option: str) -> bool:
     with composing(program):
         for word in files:
             try:
-                tree = compose_tree(program, parse([word] if word else []))
+                needed = [f"{option}=2"] if word == "task=longrope" else []  # has no default
+                tree = compose_tree(program, parse([word, *needed] if word else []))
             except UserError:  # this program has no such group, or the choice needs more options
                 continue
             if OmegaConf.select(OmegaConf.create(tree), option, default=...) is not ...:
@@ -160,3 +162,41 @@ def test_no_file_of_the_project_uses_an_old_name():
         if file.is_file() and file.name not in ("stored.py", "test_stored.py"):
             text = file.read_text(encoding="utf-8")
             assert not [name for name in old if name in text], file
+
+
+SCHEMED = ["transformer", "xpos", "alibi", "t5", "nope", "learned", "sinusoidal", "sima", "soft"]
+
+
+@pytest.mark.parametrize("model", SCHEMED)
+def test_position_schemes_that_were_words_are_read_as_the_parts_they_are(model):
+    tree = plain(compose("train", [f"model={model}", "seq_len=64"]))
+    words = stored.positions_as_before(tree)
+    assert isinstance(words["model"]["blocks"][0]["mixer"]["positions"], str)
+    assert stored.positions_as_now(words) == stored.positions_as_now(tree) == tree
+
+
+def test_a_rope_base_and_a_window_that_were_the_mixers_move_into_its_scheme():
+    mixer = {"_target_": "zoo.mixers.softmax.SoftmaxAttention", "heads": 4, "positions": "xpos"}
+    blocks = [{"mixer": {**mixer, "rope_base": 5e5, "window": 64}, "feed_forward": None}]
+    read = stored.positions_as_now({"model": {"blocks": blocks, "max_length": None}})
+    part = {"_target_": "zoo.positions.xpos.XPos", "window": 64, "rope_base": 5e5}
+    assert read["model"] == {
+        "blocks": [{"mixer": {**mixer, "positions": part}, "feed_forward": None}]
+    }
+
+
+def test_weights_under_an_old_name_are_loaded_in_their_order():
+    weights = {"model.blocks.0.mixer.bias.weight": 1, "model.blocks.0.mixer.q_proj.weight": 2}
+    stored.weights_as_now(weights)
+    assert list(weights.items()) == [
+        ("model.blocks.0.mixer.positions.bias.weight", 1),
+        ("model.blocks.0.mixer.q_proj.weight", 2),
+    ]
+    model, _ = build_model(compose("train", ["model=t5", "size=tiny", "match=none"]), 32)
+    old = {
+        name.replace(".positions.bias.", ".bias."): value + 1
+        for name, value in model.state_dict().items()
+    }
+    assert any(name.endswith(".mixer.bias.weight") for name in old)
+    model.load_state_dict(old)
+    assert (model.sublayers()[0].positions.bias.weight == 1).all()

@@ -226,8 +226,8 @@ def test_longrope_in_a_model_keeps_its_first_positions_as_they_were(n_hat, tiny)
     model = extend(tiny("transformer"), extension, 8)
     mixer = model.blocks[0].mixer
     assert isinstance(mixer, SoftmaxAttention)
-    assert mixer.reach is not None
-    found, _ = mixer.reach.scaling(32)
+    assert mixer.positions.pattern is not None
+    found, _ = mixer.positions.pattern.scaling(32)
     theta = torch.tensor(inverse_frequencies(32), dtype=torch.float64)
     scaled = theta / torch.tensor(factors, dtype=torch.float64)
     rows = found(torch.arange(12)) if callable(found) else torch.tensor([found] * 12).double()

@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.positions.base import Positions
+from zoo.positions.t5 import T5
+
 
 @dataclass(frozen=True)
 class Normal:
@@ -111,7 +114,7 @@ def backbone(*_) -> Laws:
     return {"embedding.weight": Normal(0.02)}
 
 
-@states("zoo.positions.absolute.Learned")
+@states("zoo.positions.learned.Learned")
 def learned(*_) -> Laws:
     """GPT-2's program has 0.01 for positions; nanoGPT and transformers 0.02, as here."""
     return {"weight": Normal(0.02)}
@@ -131,8 +134,8 @@ def swiglu(m, _, layers: int) -> Laws:
 @states("zoo.mixers.softmax.SoftmaxAttention")
 def softmax(m, _, layers: int) -> Laws:
     found = fan_in(m, "q_proj", "k_proj", "v_proj") | fan_in(m, "o_proj", gain=branch(layers))
-    if m.positions == "t5":
-        found["bias.weight"] = Exactly(0.0)
+    if isinstance(m.positions, T5):
+        found["positions.bias.weight"] = Exactly(0.0)
     if m.sink:  # Xiao 2023, section 3.3: softmax_1
         found |= {"sink_k": Exactly(0.0), "sink_v": Exactly(0.0)}
     return found
@@ -143,6 +146,8 @@ def low_rank(m, _, layers: int) -> Laws:
     """sd_E sd_D sqrt(rank) = sd_W: Var(E D x) = Var(W x)."""
     found: Laws = {}
     for name, unit in m.named_children():
+        if isinstance(unit, Positions):
+            continue
         last = name in ("o_proj", "down_proj")
         found |= fan_in(m, f"{name}.D")
         found |= fan_in(m, f"{name}.E", gain=branch(layers) if last else 1.0)
@@ -382,7 +387,7 @@ def rwkv7_channel(m, layer: int, layers: int) -> Laws:
 # Matrices that weight decay leaves alone: it pulls to zero, which for these is no neutral place.
 # Vectors (biases, norms, gates) are never decayed, all other matrices are.
 NOT_DECAYED = {
-    "zoo.mixers.softmax.SoftmaxAttention": {"bias.weight", "sink_k", "sink_v"},
+    "zoo.mixers.softmax.SoftmaxAttention": {"positions.bias.weight", "sink_k", "sink_v"},
     "zoo.mixers.etc.ETC": {"l2l", "g2g", "l2g", "g2l"},
     "zoo.mixers.star.Star": {"places"},
     "zoo.mixers.mamba.Mamba": {"A_log"},  # the authors': A_log and D, here a vector

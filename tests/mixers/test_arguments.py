@@ -100,7 +100,8 @@ def test_arguments_that_do_not_go_together_are_named_as_their_option(words, told
 def subclassed(tmp_path, monkeypatch):
     """Targets of two sub-classes of every mixer and feed-forward: bare, and with **kwargs."""
     mixers = tmp_path / "zoo" / "mixers"
-    shutil.copytree(ROOT / "zoo" / "mixers", mixers)
+    for package in ("mixers", "positions"):  # whose sources are read
+        shutil.copytree(ROOT / "zoo" / package, tmp_path / "zoo" / package)
     lines, names = ["from zoo.config.domains import Positive", ""], {}
     for index, target in enumerate(parts()):
         module, _, name = target.rpartition(".")

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from zoo.mixers.linformer import Linformer
-from zoo.positions.alibi import slopes
-from zoo.positions.rope import apply_rope, inverse_frequencies
+from zoo.positions.alibi import ALiBi, slopes
+from zoo.positions.none import NoPositions
+from zoo.positions.rope import Rope, apply_rope, inverse_frequencies
 
 WIDTH, HEADS, D = 16, 4, 4
 BLOCK, SLOTS = 6, 2
@@ -53,11 +54,11 @@ def causal_formula(mixer: Linformer, x: torch.Tensor) -> torch.Tensor:
                 block = slice(b * BLOCK, (b + 1) * BLOCK)
                 slot = torch.einsum("rn,bnd->brd", E, k[:, block, h])
                 score = (slot @ q[:, t, h, :, None]).squeeze(-1) / math.sqrt(D)
-                bias = slopes(HEADS)[h] * (j - b) if mixer.positions == "rope" else 0
+                bias = slopes(HEADS)[h] * (j - b) if isinstance(mixer.positions, Rope) else 0
                 scores.append(score - bias)
                 values.append(torch.einsum("rn,bnd->brd", F, v[:, block, h]))
             query, keys = q[:, t : t + 1, h : h + 1], k[:, own, h : h + 1]
-            if mixer.positions == "rope":  # at their places in the text
+            if isinstance(mixer.positions, Rope):  # at their places in the text
                 query, keys = apply_rope(query, theta, t), apply_rope(keys, theta, own.start)
             scores.append((query[:, :, 0] @ keys[:, :, 0].mT).squeeze(1) / math.sqrt(D))
             values.append(v[:, own, h])
@@ -74,7 +75,7 @@ def segment(request, monkeypatch):
 
 @pytest.mark.usefixtures("segment")
 @pytest.mark.parametrize("sharing", ["none", "headwise", "kv"])
-@pytest.mark.parametrize("positions", ["rope", "none"])
+@pytest.mark.parametrize("positions", [Rope, NoPositions])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_the_causal_form_is_one_softmax_over_slots_and_own_block(sharing, positions, length):
     mixer = build(sharing=sharing, positions=positions)
@@ -130,7 +131,7 @@ def test_slots_have_the_variance_of_keys_however_long_a_block():
 
 
 def test_after_a_window_is_carried_the_last_slots_and_the_block_being_read_are_left():
-    mixer, x = build(positions="rope"), tokens(5 * BLOCK + 3)
+    mixer, x = build(positions=Rope), tokens(5 * BLOCK + 3)
     _, state = mixer(x[:, : 4 * BLOCK + 2], mixer.empty_state(2))
     carried = mixer.truncate_state(
         state, 3 * BLOCK
@@ -153,7 +154,7 @@ def test_after_a_window_is_carried_the_last_slots_and_the_block_being_read_are_l
         ({"causal": False, "rank": 9, "max_length": 8}, "rank=9: must be at most max_length=8"),
         ({"sharing": "layerwise"}, "sharing=layerwise: must be none, headwise or kv"),
         ({"sharing": "all"}, "sharing=all: must be none, headwise or kv"),
-        ({"positions": "alibi"}, "positions=alibi: must be rope or none"),
+        ({"positions": ALiBi}, "positions=alibi: must be rope or none"),
     ],
 )
 def test_wrong_arguments_are_refused_in_a_line(options, said):

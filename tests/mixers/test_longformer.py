@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from zoo.mixers.longformer import Longformer
-from zoo.positions.rope import apply_rope
+from zoo.positions.alibi import ALiBi
+from zoo.positions.none import NoPositions
+from zoo.positions.rope import Rope
 
 WIDTH, HEADS, D = 16, 4, 4
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
@@ -23,7 +25,7 @@ def tokens(length: int) -> torch.Tensor:
 
 def heads(mixer: Longformer, proj, x: torch.Tensor, turn: bool = True) -> torch.Tensor:
     y = (x @ proj.weight.T).unflatten(-1, (HEADS, D))
-    return apply_rope(y, mixer.inv_freq) if turn and mixer.inv_freq else y
+    return mixer.positions.rotate(y, 0) if turn else y
 
 
 def softmax_over(q, k, v, mask):
@@ -52,7 +54,7 @@ def dense(mixer: Longformer, x: torch.Tensor, window: int, dilations: list[int])
     return out.flatten(-2) @ mixer.o_proj.weight.T
 
 
-@pytest.mark.parametrize("positions", ["rope", "none"])
+@pytest.mark.parametrize("positions", [Rope, NoPositions])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("global_tokens", [0, 3])
 @pytest.mark.parametrize("dilation", [1, 2, [1, 3, 1, 2]])
@@ -118,7 +120,7 @@ def test_it_is_the_encoder_of_transformers():
     )  # fmt: skip
     torch.manual_seed(1)
     theirs = LongformerSelfAttention(config, layer_id=0).double().eval()
-    mixer = build(window=8, global_tokens=3, positions="none", causal=False)
+    mixer = build(window=8, global_tokens=3, positions=NoPositions, causal=False)
     with torch.no_grad():
         pairs = {
             "query": "q_proj", "key": "k_proj", "value": "v_proj",
@@ -173,7 +175,7 @@ def test_windows_are_spread_over_the_layers_and_dilation_keeps_to_the_upper_half
         ({"dilation": 0}, "dilation=0: must be an integer >= 1"),
         ({"global_tokens": -1}, "global_tokens=-1: must be an integer >= 0"),
         ({"global_tokens": 1}, "global_tokens=1: .* itself alone"),
-        ({"positions": "alibi"}, "positions=alibi: must be rope or none"),
+        ({"positions": ALiBi}, "positions=alibi: must be rope or none"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(options, message):

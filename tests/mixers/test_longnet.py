@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from zoo.mixers.longnet import LongNet
-from zoo.positions.rope import apply_rope
+from zoo.positions.alibi import ALiBi
+from zoo.positions.rope import apply_rope, inverse_frequencies
 
 WIDTH, HEADS, D = 18, 3, 6
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
@@ -47,8 +48,7 @@ def dense(mixer: LongNet, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         (x @ p.weight.T).unflatten(-1, (HEADS, D))
         for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
     )
-    if mixer.inv_freq:
-        q, k = apply_rope(q, mixer.inv_freq), apply_rope(k, mixer.inv_freq)
+    q, k = (apply_rope(x, inverse_frequencies(q.shape[-1])) for x in (q, k))
     weights = seen * torch.exp(torch.einsum("bihd,bjhd->bhij", q, k) / D**0.5)
     out = torch.einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdim=True), v)
     return out.flatten(-2) @ mixer.o_proj.weight.T
@@ -122,7 +122,7 @@ def test_a_branch_takes_only_its_own_positions():
         ({"segments": [8, 12], "dilations": [1, 2]}, "must divide the next one"),
         ({"segments": [8, 16, 48], "dilations": [1, 2, 3]}, "must divide the next one"),
         ({"segments": [2, 8], "dilations": [1, 4]}, "its own and the preceding segment"),
-        ({"positions": "xpos"}, "positions=xpos: must be rope or none"),
+        ({"positions": ALiBi}, "positions=alibi: must be rope or none"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(options, message):

@@ -9,6 +9,8 @@ from zoo.mixers.base import linear
 from zoo.mixers.feed_forward import SwiGLU
 from zoo.mixers.low_rank import LowRank, LowRankAttention, LowRankFeedForward
 from zoo.mixers.softmax import SoftmaxAttention
+from zoo.positions.none import NoPositions
+from zoo.positions.rope import Rope
 
 WIDTH, HEADS = 24, 3
 
@@ -56,7 +58,7 @@ def test_a_unit_keeps_the_variance_a_matrix_would(rank, gain):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("positions", ["rope", "none"])
+@pytest.mark.parametrize("positions", [Rope, NoPositions])
 @pytest.mark.parametrize("kv_heads", [3, 1])
 def test_the_attention_is_softmax_attention_with_the_products_for_matrices(
     causal, positions, kv_heads

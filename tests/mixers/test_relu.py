@@ -6,20 +6,22 @@ import pytest
 import torch
 
 from zoo.mixers.relu import EPS, ReLUAttention
-from zoo.positions.alibi import slopes
-from zoo.positions.rope import apply_rope, inverse_frequencies
+from zoo.positions.alibi import ALiBi, slopes
+from zoo.positions.none import NoPositions
+from zoo.positions.rope import Rope, apply_rope, inverse_frequencies
+from zoo.positions.t5 import T5
 
 WIDTH, HEADS, D = 16, 4, 4
 VARIANTS = [
     {"kernel": kernel, "normalise": normalise, "positions": positions, "gated": gated}
     for kernel in ("relu", "squared_relu")
     for normalise, gated in (("length", False), ("sum", False), ("rms", False), ("rms", True))
-    for positions in ("rope", "alibi", "none")
+    for positions in (Rope, ALiBi, NoPositions)
 ]
 
 
 def name(variant: dict) -> str:
-    return "-".join(str(value) for value in variant.values())
+    return "-".join(getattr(value, "__name__", str(value)) for value in variant.values())
 
 
 def build(**options) -> ReLUAttention:
@@ -43,7 +45,7 @@ def dense(mixer: ReLUAttention, x: torch.Tensor, causal: bool) -> torch.Tensor:
         (x @ p.weight.T).unflatten(-1, (HEADS, D))
         for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
     )
-    if mixer.positions == "rope":
+    if isinstance(mixer.positions, Rope):
         q, k = (apply_rope(y, inverse_frequencies(D)) for y in (q, k))
     rows = []
     for t in range(x.shape[1]):
@@ -51,7 +53,7 @@ def dense(mixer: ReLUAttention, x: torch.Tensor, causal: bool) -> torch.Tensor:
         heads = []
         for h in range(HEADS):
             scores = (k[:, :seen, h] @ q[:, t, h, :, None]).squeeze(-1) / math.sqrt(D)
-            if mixer.positions == "alibi":
+            if isinstance(mixer.positions, ALiBi):
                 scores = scores - slopes(HEADS)[h] * (t - torch.arange(seen))
             weights = torch.where(scores > 0, scores, 0)
             weights = weights**2 if mixer.kernel == "squared_relu" else weights
@@ -76,7 +78,7 @@ def test_it_is_the_formula_of_the_papers(variant):
     torch.testing.assert_close(mixer(x), dense(mixer, x, causal=True), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v["positions"] != "alibi"], ids=name)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v["positions"] is not ALiBi], ids=name)
 def test_the_bidirectional_form_is_the_formula_of_the_papers(variant):
     mixer, x = build(**variant, causal=False), tokens(19)
     torch.testing.assert_close(mixer(x), dense(mixer, x, causal=False), rtol=1e-9, atol=1e-10)
@@ -96,16 +98,16 @@ def test_any_chunking_gives_the_whole(variant):
 
 
 def test_a_query_that_likes_no_key_reads_nothing():
-    mixer = build(positions="none")
+    mixer = build(positions=NoPositions)
     with torch.no_grad():
         mixer.q_proj.weight.copy_(-mixer.k_proj.weight)  # every score of equal tokens is negative
     x = tokens(1).expand(-1, 9, -1)
     assert (mixer(x) == 0).all()
-    assert not (build(positions="none")(x) == 0).all()
+    assert not (build(positions=NoPositions)(x) == 0).all()
 
 
 def test_a_linear_bias_hides_keys_whose_score_is_below_the_slope_times_the_distance():
-    mixer, x = build(positions="alibi"), tokens(9)
+    mixer, x = build(positions=ALiBi), tokens(9)
     other = torch.cat([tokens(8), x[:, 8:]], 1)
     assert not torch.allclose(mixer(other)[:, -1], mixer(x)[:, -1])
     with torch.no_grad():
@@ -115,7 +117,7 @@ def test_a_linear_bias_hides_keys_whose_score_is_below_the_slope_times_the_dista
 
 
 def test_after_a_window_is_carried_queries_divide_by_the_keys_that_are_left():
-    mixer, x = build(positions="none"), tokens(12)
+    mixer, x = build(positions=NoPositions), tokens(12)
     _, state = mixer(x[:, :8], mixer.empty_state(2))
     y, _ = mixer(x[:, 8:], mixer.truncate_state(state, 4))
     torch.testing.assert_close(y, mixer(x[:, 4:])[:, 4:], rtol=1e-9, atol=1e-10)
@@ -128,11 +130,8 @@ def test_after_a_window_is_carried_queries_divide_by_the_keys_that_are_left():
         ({"kernel": "gelu"}, "kernel=gelu: must be relu or squared_relu. Did you mean 'relu'"),
         ({"normalise": "softmax"}, "normalise=softmax: must be length, sum or rms"),
         ({"gated": True}, "gated=true: acts with normalise=rms, here it is length"),
-        (
-            {"positions": "alibi", "causal": False},
-            "positions=alibi: acts with objective=causal alone",
-        ),
-        ({"positions": "xpos"}, "positions=xpos: must be rope, alibi or none"),
+        ({"positions": ALiBi, "causal": False}, "causal attention alone"),
+        ({"positions": T5}, "positions=t5: must be rope, alibi or none"),
     ],
 )
 def test_wrong_arguments_are_refused_in_a_line(options, said):

@@ -86,7 +86,6 @@ def test_a_channel_that_is_always_zero_stays_finite():
     [
         ({"heads": 3}, "heads=3: must divide width=16"),
         ({"scale": "n"}, "scale=n: must be t or none"),
-        ({"positions": "rope"}, "positions=rope: must be none"),
     ],
 )
 def test_wrong_arguments_are_refused_in_a_line(options, said):

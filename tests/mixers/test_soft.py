@@ -9,18 +9,20 @@ import torch.nn.functional as F
 
 from zoo.mixers.soft import Soft
 from zoo.ops.newton_inverse import NewtonInverse
-from zoo.positions.rope import apply_rope, inverse_frequencies
+from zoo.positions.alibi import ALiBi
+from zoo.positions.none import NoPositions
+from zoo.positions.rope import Rope, apply_rope, inverse_frequencies
 
 WIDTH, HEADS, D = 16, 2, 8
 BLOCK, LANDMARKS = 4, 3
 VARIANTS = [
     {"normalise": normalise, "positions": positions}
-    for normalise, positions in product(["none", "length", "sum"], ["rope", "none"])
+    for normalise, positions in product(["none", "length", "sum"], [Rope, NoPositions])
 ]
 
 
 def name(variant: dict) -> str:
-    return "-".join(variant.values())
+    return "-".join(getattr(value, "__name__", str(value)) for value in variant.values())
 
 
 def build(**options) -> Soft:
@@ -49,7 +51,8 @@ def by_heads(mixer: Soft, x: torch.Tensor):
 
 
 def placed(mixer: Soft, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    return apply_rope(x, inverse_frequencies(D), positions) if mixer.positions == "rope" else x
+    rotary = isinstance(mixer.positions, Rope)
+    return apply_rope(x, inverse_frequencies(D), positions) if rotary else x
 
 
 def landmark(mixer: Soft, q: torch.Tensor, block: int) -> torch.Tensor:
@@ -128,7 +131,7 @@ def test_with_every_query_for_a_landmark_the_landmark_form_is_the_exact_one(monk
     options = {"normalise": "none", "block": 1, "landmarks": 24}
     mixer = build(form="landmarks", epsilon=1e-11, **options)
     exact = build(form="exact", **options)
-    monkeypatch.setattr(mixer, "_landmarks", lambda q, first: mixer._turned(q, first))
+    monkeypatch.setattr(mixer, "_landmarks", lambda q, first: mixer.positions.rotate(q, first))
     x = tokens(24)
     torch.testing.assert_close(mixer(x), exact(x), rtol=1e-4, atol=1e-6)
     monkeypatch.setattr(mixer, "landmarks", 12)
@@ -179,7 +182,7 @@ def test_the_landmark_state_never_grows_and_the_exact_one_does():
 
 
 def test_a_window_of_the_exact_form_is_carried():
-    mixer, x = build(form="exact", positions="none", normalise="length"), tokens(12)
+    mixer, x = build(form="exact", positions=NoPositions, normalise="length"), tokens(12)
     _, state = mixer(x[:, :8], mixer.empty_state(2))
     y, _ = mixer(x[:, 8:], mixer.truncate_state(state, 4))
     torch.testing.assert_close(y, mixer(x[:, 4:])[:, 4:], rtol=1e-9, atol=1e-10)
@@ -229,7 +232,7 @@ def test_the_residual_tells_an_inverse_from_none():
         ({"epsilon": 0.0}, "epsilon=0: must be a number > 0 and <= 1000"),
         ({"form": "linear"}, "form=linear: must be exact or landmarks"),
         ({"normalise": "softmax"}, "normalise=softmax: must be none, length or sum"),
-        ({"positions": "alibi"}, "positions=alibi: must be rope or none"),
+        ({"positions": ALiBi}, "positions=alibi: must be rope or none"),
     ],
 )
 def test_wrong_arguments_are_refused_in_a_line(options, said):

@@ -1,5 +1,6 @@
 """Rotary scalings: golden values, ends, identities, hand-made tables, and transformers' own."""
 
+import inspect
 import math
 from itertools import pairwise
 
@@ -9,10 +10,10 @@ import torch
 from zoo.positions import scaling
 from zoo.positions.rope import apply_rope, inverse_frequencies
 from zoo.positions.scaling import (
+    KeepFirst,
     current_factor,
     dynamic_ntk,
     dynamic_yarn,
-    keep_first,
     linear,
     llama3,
     longrope,
@@ -160,7 +161,7 @@ def test_longrope_leaves_the_first_positions_as_they_were():
     inv_freq, _ = longrope(width=128, factor=8, original_length=64, long_factors=LAMBDAS)
     x = torch.randn(1, 20, 1, 128, dtype=torch.float64)
     for start in (0, 9):
-        rows = keep_first(inv_freq, THETA, 12, torch.arange(start, start + 20))
+        rows = KeepFirst(inv_freq, THETA, 12)(torch.arange(start, start + 20))
         y, cut = apply_rope(x, rows, start), 12 - start
         assert torch.equal(y[:, :cut], apply_rope(x, THETA, start)[:, :cut])
         assert torch.equal(y[:, cut:], apply_rope(x, inv_freq, start)[:, cut:])
@@ -195,20 +196,27 @@ BY_PARTS = [
     for ramp in ("paper", "code")
     for mix in ("arith", "harmonic")
     for truncate in (True, False)
+    if truncate or ramp == "code"
 ]
+
+
+def scaled(scale, **given):
+    """The scaling of those of the arguments that it takes."""
+    takes = inspect.signature(scale).parameters
+    return scale(**{name: value for name, value in given.items() if name in takes})
 
 
 @pytest.mark.parametrize("scale", EVERY)
 def test_factor_one_is_the_identity(scale):
     given = {"width": 128, "base": 10000.0, "factor": 1, "original_length": 4096}
-    inv_freq, factor = scale(**given, **EVERY[scale])
+    inv_freq, factor = scaled(scale, **given, **EVERY[scale])
     assert inv_freq == pytest.approx(THETA, rel=1e-15)
     assert factor == 1
 
 
 @pytest.mark.parametrize("scale", EVERY)
 def test_scaled_scores_depend_on_the_distance_alone_even_a_million_tokens_in(scale):
-    inv_freq, factor = scale(width=128, factor=4, original_length=512, **EVERY[scale])
+    inv_freq, factor = scaled(scale, width=128, factor=4, original_length=512, **EVERY[scale])
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 20, 1, 128, dtype=torch.float64, generator=generator)
 
@@ -232,7 +240,8 @@ def test_frequencies_fall_and_lie_between_interpolated_and_plain(options, width,
 
 def test_a_larger_factor_turns_no_pair_faster():
     for scale in (linear, ntk_aware, ntk_by_parts, yarn, llama3):
-        table = [scale(width=64, factor=s, original_length=512)[0] for s in (1, 1.5, 2, 8, 64)]
+        given = {"width": 64, "original_length": 512}
+        table = [scaled(scale, factor=s, **given)[0] for s in (1, 1.5, 2, 8, 64)]
         for small, large in pairwise(table):
             assert all(a >= b for a, b in zip(small, large, strict=True)), scale
     texts = [
@@ -244,9 +253,9 @@ def test_a_larger_factor_turns_no_pair_faster():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"factor": 0.5}, "factor=0.5: a scaling factor is at least 1"),
+        ({"factor": 0.5}, "factor=0.5: must be at least 1"),
         ({"factor": math.nan}, "factor=nan"),
-        ({"original_length": None}, "original_length=None: give the length trained at"),
+        ({"original_length": None}, "original_length=null: must be the trained length"),
         ({"original_length": 0}, "original_length=0"),
         ({"base": 1.0}, "base=1.0"),
         ({"width": 127}, "head_width=127: must be even"),
@@ -257,25 +266,32 @@ def test_wrong_arguments_are_refused_in_one_line(wrong, message):
     for scale in [scale for scale in EVERY if scale not in needs_no_window]:
         given = {"width": 128, "base": 10000.0, "factor": 2, "original_length": 4096}
         with pytest.raises(ValueError, match=message) as error:
-            scale(**(given | EVERY[scale] | wrong))
+            scaled(scale, **(given | EVERY[scale] | wrong))
         assert "\n" not in str(error.value), scale
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: dynamic_ntk(width=64, original_length=512), "needs the length"),
+        (
+            lambda: dynamic_ntk(width=64, original_length=512),
+            "length=None: must be the number of tokens read",
+        ),
         (lambda: ntk_aware(width=2, factor=2), "width=2"),
         (lambda: yarn(width=64, factor=2, original_length=64, beta_fast=1), "beta_slow=1"),
+        (
+            lambda: ntk_by_parts(width=64, factor=2, original_length=64, truncate=False),
+            "truncate=false: rounds the ends of ramp=code alone",
+        ),
         (lambda: yarn(width=64, factor=2, original_length=64, mix="arit"), "Did you mean 'arith'"),
         (lambda: yarn(width=64, factor=2, original_length=64, ramp="pap"), "Did you mean 'paper'"),
         (
             lambda: longrope(width=64, factor=2, original_length=64, long_factors=[1.0] * 31),
-            "each of the 32 pairs: got 31",
+            "must be 32 positive numbers, one for each pair",
         ),
         (
             lambda: longrope(width=64, factor=2, original_length=64, long_factors=[0.0] * 32),
-            "the least 0.0",
+            "must be 32 positive numbers",
         ),
     ],
 )
@@ -342,15 +358,20 @@ def test_transformers_agrees_to_its_float32(kind, theirs, scale, ours, length):
         rope_parameters=parameters,
     )
     expected, expected_factor = rope.ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=length)
-    inv_freq, factor = scale(width=128, base=10000.0, original_length=4096, **ours)
+    inv_freq, factor = scaled(scale, width=128, base=10000.0, original_length=4096, **ours)
     torch.testing.assert_close(torch.tensor(inv_freq), expected, rtol=2e-6, atol=0)
     assert factor == pytest.approx(expected_factor, rel=1e-12)
 
 
-def test_every_scaling_takes_the_same_five_arguments():
-    import inspect
-
+def test_a_scaling_takes_the_lengths_that_it_depends_on_and_no_others():
+    lengths = {"original_length", "length"}
     for scale in EVERY:
-        names = list(inspect.signature(scale).parameters)
-        assert names[:5] == ["width", "base", "factor", "original_length", "length"]
+        names = set(inspect.signature(scale).parameters)
+        assert {"width", "base", "factor"} <= names
         assert getattr(scaling, scale.__name__) is scale
+        given = {"width": 128, "factor": 4, "original_length": 512, "length": 1000, **EVERY[scale]}
+        if scale is longrope:
+            given["long_factors"] = [2.0] * 64
+        for name in lengths & names:
+            changed = scaled(scale, **{**given, name: 300})
+            assert changed != scaled(scale, **given), (scale.__name__, name)

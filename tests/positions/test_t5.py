@@ -3,7 +3,25 @@
 import pytest
 import torch
 
-from zoo.positions.t5 import RelativeBias, bucket
+from zoo.positions.t5 import RelativeBias, bucket, t5_attention
+
+WIDTH = 8
+
+
+def inputs(tokens: int, past: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, n, 3, WIDTH) for n in (tokens, past + tokens, past + tokens)]
+    draw = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    return [x.requires_grad_() for x in draw]
+
+
+def assert_same(found, expected, leaves) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+    weights = torch.randn_like(found)
+    grads, wanted = (
+        torch.autograd.grad((out * weights).sum(), leaves) for out in (found, expected)
+    )
+    torch.testing.assert_close(grads, wanted, rtol=1e-9, atol=1e-11)
 
 
 def test_buckets_of_the_published_table():
@@ -52,11 +70,27 @@ def test_the_bias_is_the_tables_row_of_the_distance():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"buckets": 1}, "buckets=1: at least 2"),
-        ({"buckets": 2, "bidirectional": True}, "buckets=2: at least 4"),
+        ({"buckets": 1}, "buckets=1: must be at least 2"),
+        ({"buckets": 2, "bidirectional": True}, "buckets=2: must be at least 4"),
         ({"max_distance": 16}, "max_distance=16"),
     ],
 )
 def test_tables_without_room_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         bucket(torch.arange(3), **given)
+
+
+@pytest.mark.parametrize(("tokens", "past"), [(1, 0), (40, 0), (1, 30), (40, 30)])
+def test_t5_is_the_dense_formula_with_a_bias_per_bucket(tokens, past, monkeypatch):
+    monkeypatch.setattr("zoo.positions.t5.TILE", 7)
+    bias = RelativeBias(heads=3, buckets=8, max_distance=20).double()
+    torch.nn.init.normal_(bias.weight)
+    leaves = [*inputs(tokens, past), bias.weight]
+    q, k, v, _ = leaves
+    apart = torch.arange(past, past + tokens)[:, None] - torch.arange(past + tokens)
+    # 8 buckets: 0 1 2 3, then from 4 (20/4)^(i/4): 4 .. 5, 6 .. 8, 9 .. 13, 14 and more
+    row = torch.bucketize(apart, torch.tensor([1, 2, 3, 4, 6, 9, 14]), right=True)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / WIDTH**0.5 + bias.weight[row].movedim(-1, 0)
+    weights = scores.masked_fill(apart < 0, -torch.inf).softmax(-1)
+    expected = torch.einsum("bhij,bjhe->bihe", weights, v)
+    assert_same(t5_attention(q, k, v, bias), expected, leaves)

@@ -1,11 +1,38 @@
-"""xPos: golden decays, the score's factor, and finite numbers at any length."""
+"""xPos: golden decays, the dense formula over two blocks, and finite numbers at any length."""
 
 import pytest
 import torch
 
+from zoo.attention.pattern import AttentionPattern, distances
+from zoo.errors import UserError
 from zoo.ops.attention import Part, attend
 from zoo.positions.rope import apply_rope, inverse_frequencies
-from zoo.positions.xpos import apply_xpos_decay, zetas
+from zoo.positions.xpos import BlockwiseXPos, XPos, apply_xpos_decay, zetas
+
+WIDTH, BLOCK = 8, 5
+
+
+def blockwise(steps: int) -> BlockwiseXPos:
+    theta = inverse_frequencies(WIDTH, 100.0)
+    found = BlockwiseXPos(lambda _: (theta, 1.0), block=BLOCK)
+    found.steps = [steps, BLOCK]
+    return found
+
+
+def inputs(tokens: int, past: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, n, 3, WIDTH) for n in (tokens, past + tokens, past + tokens)]
+    draw = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    return [x.requires_grad_() for x in draw]
+
+
+def assert_same(found, expected, leaves) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+    weights = torch.randn_like(found)
+    grads, wanted = (
+        torch.autograd.grad((out * weights).sum(), leaves) for out in (found, expected)
+    )
+    torch.testing.assert_close(grads, wanted, rtol=1e-9, atol=1e-11)
 
 
 def test_zetas_of_width_8_are_the_published_ones():
@@ -92,3 +119,58 @@ def test_what_would_overflow_is_refused():
         zetas(7)
     with pytest.raises(ValueError, match="got 8 and 0"):
         zetas(8, gamma=0)
+
+
+def seen(i: int, j: int) -> bool:
+    """By the paper's rule: of two neighbouring blocks, and not later."""
+    return j <= i and i // BLOCK - j // BLOCK <= 1
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 11, 33])
+@pytest.mark.parametrize("steps", [3, 512])
+def test_xpos_is_the_dense_formula_over_a_block_and_the_one_before(tokens, steps):
+    q, k, v = leaves = inputs(tokens)
+    mask = torch.tensor([[seen(i, j) for j in range(tokens)] for i in range(tokens)])
+    assert torch.equal(~distances(blockwise(steps), tokens).isnan(), mask)
+    apart = (torch.arange(tokens)[:, None] - torch.arange(tokens)).double()
+    scores = torch.zeros(2, 3, tokens, tokens, dtype=torch.float64)
+    for i, theta in enumerate(inverse_frequencies(WIDTH, 100.0)):
+        fading = zetas(WIDTH)[i] ** (apart / 512)
+        a, b = (torch.complex(x[..., i], x[..., i + WIDTH // 2]) for x in (q, k))
+        pairs = torch.einsum("bih,bjh->bhij", a, b.conj())
+        scores = scores + (pairs * torch.polar(fading, apart * theta)).real
+    weights = (scores / WIDTH**0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+    expected = torch.einsum("bhij,bjhe->bihe", weights, v)
+    assert_same(blockwise(steps)(q, k, v, 0), expected, leaves)
+
+
+@pytest.mark.parametrize("cuts", [[33], [1, 2, 7, 20, 33], [11, 12, 33], [3, 9, 33]])
+def test_any_chunks_are_read_as_one_block_after_the_other(cuts):
+    q, k, v = leaves = inputs(33)
+    kept, outs, start = (k[:, :0], v[:, :0]), [], 0
+    for end in cuts:
+        kept = [torch.cat([old, x[:, start:end]], 1) for old, x in zip(kept, (k, v), strict=True)]
+        outs.append(blockwise(512)(q[:, start:end], *kept, start))
+        kept, start = blockwise(512).keep(*kept), end
+    assert_same(torch.cat(outs, 1), AttentionPattern.__call__(blockwise(512), q, k, v, 0), leaves)
+
+
+def test_further_keys_that_all_see_are_merged_with_every_block():
+    q, k, v = leaves = inputs(33)
+    found, wanted = (
+        form(blockwise(512), q, k, v, 0, always=[Part(q, k[:, 3:5] * 0.5, v[:, 7:9])])
+        for form in (BlockwiseXPos.__call__, AttentionPattern.__call__)
+    )
+    assert_same(found, wanted, leaves)
+
+
+def test_within_the_training_length_blocks_hide_nothing():
+    assert not distances(blockwise(512), 2 * BLOCK).tril().isnan().any()
+    assert distances(blockwise(512), 2 * BLOCK + 1)[-1, :BLOCK].isnan().all()
+    assert XPos(2, 8, window=7).pattern.block == 4
+
+
+@pytest.mark.parametrize(("window", "given"), [(None, "null"), (-3, "-3")])
+def test_xpos_without_a_training_length_is_refused(window, given):
+    with pytest.raises(UserError, match=f"window={given}: must be the training length"):
+        XPos(2, 8, window=window)

@@ -128,7 +128,7 @@ def test_the_options_are_those_of_the_file(tmp_path):
     for word in ("size.width=32", "model.mixer.kv_heads=2", "model.tied=true", "seq_len=128"):
         assert word in described.words
     assert "model.norm_eps=1e-05" in described.words
-    assert "model.mixer.rope_base=20000.0" in described.words
+    assert "model.positions.rope_base=20000.0" in described.words
 
 
 def test_its_tokenizer_merges_gives_text_back_and_keeps_digits_apart(tmp_path):

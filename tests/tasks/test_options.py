@@ -73,7 +73,7 @@ def test_a_value_is_refused_in_one_line_or_measured_as_it_says(task, option, tmp
         ("passkey candidates=1", "must be an integer from 2 to 10000"),
         ("passkey seed=4294967296", "must be an integer from 0 to 4294967295"),
         ("perplexity protocols=[block]", "Did you mean"),
-        ("longrope times=1", "must be a number > 1"),
+        ("longrope factor=1", "must be a number > 1"),
         ("stream tokens=0", "must be an integer from 1"),
     ],
 )

@@ -121,7 +121,9 @@ def test_answers_from_the_state_are_those_of_reading_everything_again(name, tmp_
 
 
 def test_what_cannot_be_asked_keeps_its_row_with_the_reason(tmp_path):
-    config = train_config("model=learned", "size=tiny", "seq_len=200", "model.max_length=200")
+    config = train_config(
+        "model=learned", "size=tiny", "seq_len=200", "model.positions.max_length=200"
+    )
     model = build_model(config, vocab_size=256)[0]
     rows = list(measure(Passkey, context(model, tmp_path), lengths=[200, 400], **SMALL))
     assert [row["status"] for row in rows] == ["ok", "not_applicable"]

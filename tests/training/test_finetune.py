@@ -12,6 +12,7 @@ import torch
 from building import ROOT, train_config, write_text
 
 from zoo.config.compose import compose
+from zoo.config.longrope_factors import with_found_factors
 from zoo.config.schema import Extension
 from zoo.config.validate import plain
 from zoo.data.corpora import open_corpus
@@ -19,10 +20,9 @@ from zoo.data.loader import evaluation_text, train_loader
 from zoo.mixers.feed_forward import SwiGLU
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model import checkpoint
-from zoo.model.extend import extend, places, rotary_mixers
+from zoo.model.extend import extend, places, rotary_positions
 from zoo.runs.claim import claim
 from zoo.runs.folder import RunFolder
-from zoo.runs.longrope import with_found
 from zoo.tasks import longrope
 from zoo.tasks.context import EvalContext
 from zoo.training import fit
@@ -105,7 +105,7 @@ def test_a_run_is_tuned_under_an_extension_and_measured_as_it_was_tuned(name, wi
     }
     code, error = program("eval", f"run=runs/{name}", *measure, "extension=dca")
     assert code == 2
-    assert "trained under an extension of its own, which extension=none measures" in error
+    assert "which is part of it. Measure it with extension=none." in error
     code, error = program("train", f"finetune=runs/{name}", *extension, *FEW)
     assert code == 2
     assert "was fine-tuned itself. Use finetune=runs/base." in error
@@ -118,17 +118,17 @@ def test_a_search_leaves_the_model_as_it_was(program):
     base = RunFolder.open("runs/base")
     corpus = open_corpus(base.config.data.model_dump(), Path("cache"))
     model = checkpoint.load(base)
-    before = [mixer.reach for mixer in rotary_mixers(model)]
+    before = [rope.pattern for rope in rotary_positions(model)]
     context = EvalContext(model=model, data=corpus, folder=Path("runs/base"), train_length=L)
     few = {"population": 6, "mutations": 3, "crossovers": 3, "parents": 4, "texts": 2}
-    (row,) = longrope.LongRope(times=2.0, generations=1, **few).rows(context)
+    (row,) = longrope.LongRope(factor=2.0, generations=1, **few).rows(context)
     assert row["status"] == "ok"
-    assert [mixer.reach for mixer in rotary_mixers(model)] == before
+    assert [rope.pattern for rope in rotary_positions(model)] == before
 
 
 def test_longrope_is_searched_for_a_run_used_by_it_tuned_and_searched_again(program):
     def search(run: str, generations: int) -> dict:
-        words = ["times=4", f"generations={generations}", *FEW_GENOMES]
+        words = ["factor=4", f"generations={generations}", *FEW_GENOMES]
         code, error = program(
             "eval", f"run=runs/{run}", "report=null", "task=longrope",
             *(f"task.longrope.{word}" for word in words),
@@ -143,7 +143,7 @@ def test_longrope_is_searched_for_a_run_used_by_it_tuned_and_searched_again(prog
     extension = ["extension=longrope", "extension.factor=4"]
     code, error = program("eval", "run=runs/base", *measure, *extension)
     assert code == 2
-    assert "python eval.py run=<run> task=longrope task.longrope.times=4" in error
+    assert "python eval.py run=<run> task=longrope task.longrope.factor=4" in error
 
     search("base", 1)
     found = search("base", 3)  # goes on with the first two
@@ -152,7 +152,7 @@ def test_longrope_is_searched_for_a_run_used_by_it_tuned_and_searched_again(prog
     again = [row for row in RunFolder.open("runs/base").rows() if row["task"] == "longrope"]
     assert again[-1]["bits_per_byte"] == found["best"][-1]
     code, error = program(
-        "eval", "run=runs/base", "report=null", "task=longrope", "task.longrope.times=4"
+        "eval", "run=runs/base", "report=null", "task=longrope", "task.longrope.factor=4"
     )
     assert code == 2
     assert "longrope-x4.json: holds another search, which differs in texts, population," in error
@@ -160,15 +160,17 @@ def test_longrope_is_searched_for_a_run_used_by_it_tuned_and_searched_again(prog
     # What it found reads the validation text exactly as well as the search says.
     base = checkpoint.load(RunFolder.open("runs/base"))
     config = compose("train", ["finetune=runs/base", *extension])
-    tree = with_found(plain(config)["extension"], RunFolder.open("runs/base"))
+    tree = with_found_factors(plain(config)["extension"], Path("runs/base"))
     assert tree["scaling"]["long_factors"] == found["found"]["long_factors"]
     extend(base, Extension.model_validate(tree), L)
     corpus = open_corpus(RunFolder.open("runs/base").config.data.model_dump(), Path("cache"))
     text = torch.from_numpy(evaluation_text(corpus.valid, 4 * L, 2, corpus.eval_documents))
     for mixer in base.sublayers():
         if isinstance(mixer, SoftmaxAttention):
-            mixer.reach.bucket = None
-            mixer.reach.scaling = lambda _, scaling=mixer.reach.scaling: scaling(4 * L)
+            mixer.positions.pattern.bucket = None
+            mixer.positions.pattern.scaling = lambda _, scaling=mixer.positions.pattern.scaling: (
+                scaling(4 * L)
+            )
     bits = float(base.loss(text).detach()) / math.log(2)
     assert bits == pytest.approx(found["best"][-1], rel=1e-5)
 

@@ -23,7 +23,7 @@ REFUSED = {
     "model.mixer.kv_heads=-1": "model.mixer.kv_heads=-1: must be >= 1",
     "model.feed_forward.hidden_width=0 match=none": "hidden_width=0: must be an integer >= 1",
     "model.mixer.backend=foo": "backend=foo: unknown backend of attend",
-    "model=learned extension=randomised extension.factor=8": "model.max_length=4096 gives it as",
+    "model=learned extension=randomised extension.factor=8": "model.positions.max_length=4096",
     "batch_tokens=100000000000000": "a step needs at least",
     "batch_size=1000000000": "Use fewer batch_tokens, trainer.accumulate_grad_batches=<parts",
     "model=mamba seq_len=1M": "checkpoint_activations=true, a shorter seq_len or a smaller size",

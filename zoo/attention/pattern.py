@@ -234,9 +234,3 @@ def distances(pattern: AttentionPattern, tokens: int) -> Float[Tensor, "n n"]:
                 raise ValueError(f"{type(pattern).__name__}: a query attends to a key twice")
             cells[sees] = apart.expand_as(cells)[sees]
     return seen
-
-
-# The names of before, for the modules that still import them.
-Reach = AttentionPattern
-View = KeyBlock
-plain = identity

@@ -9,7 +9,7 @@ import yaml
 
 from zoo.cli.arms import Arm
 from zoo.cli.launch import launch
-from zoo.config.applicability import check_applies, positions_of
+from zoo.config.applicability import check_applies, position_schemes
 from zoo.config.effects import check_extension, check_names
 from zoo.config.groups import CONFIGS
 from zoo.config.resolve import resolve
@@ -55,8 +55,8 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
     if len(folders) == 1 and not config.checkpoint:
         RunFolder.open(folders[0].path).checkpoint()
         trained = folders[0].config
-        kinds, before = positions_of(trained.model), trained.extension.name
-        check_applies(config.extension, kinds, before)
+        found, before = position_schemes(trained.model), trained.extension.name
+        check_applies(config.extension, found, before)
         if config.data.path or config.data.cache:
             check_source(with_place(plain(trained)["data"], plain(config.data)))
     return config

@@ -26,7 +26,7 @@ from zoo.config.groups import choices, extensions
 from zoo.errors import UserError
 from zoo.mixers.base import Mixer
 from zoo.model.build import build_model
-from zoo.model.extend import extend, rotary_mixers
+from zoo.model.extend import extend, rotary_positions
 from zoo.report.charts import themed
 from zoo.runs.files import one_line, replacing
 
@@ -63,7 +63,7 @@ def _distances(options: Sequence[str]) -> Grid:
     if extension.attention is None:
         raise UserError(f"extension={extension.name}: remaps no distances. Choose another.")
     extend(model, extension, TRAINED)
-    pattern = rotary_mixers(model)[0].reach
+    pattern = rotary_positions(model)[0].pattern
     assert pattern is not None
     return distances(pattern, READ)
 

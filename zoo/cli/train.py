@@ -8,7 +8,7 @@ from typing import Any
 from zoo.cli import processes
 from zoo.cli.arms import Arm
 from zoo.cli.launch import launch
-from zoo.config.applicability import check_applies, positions_of
+from zoo.config.applicability import check_applies, position_schemes
 from zoo.config.effects import check_effects, check_names, notes
 from zoo.config.resolve import resolve
 from zoo.config.schedule import tell_continuation
@@ -45,7 +45,7 @@ def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
         config = resumed(tree, given)
     elif tree["finetune"]:
         config = finetuned(resolve(tree), given)
-        check_applies(config.extension, positions_of(config.model), None)
+        check_applies(config.extension, position_schemes(config.model), None)
     else:
         config = validate(TrainConfig, resolve(tree))
     if config.optim.continuation != "cosine" and not tree["resume"]:

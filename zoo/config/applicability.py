@@ -1,71 +1,87 @@
-"""Which extensions act on which models, told from configurations: nothing heavy is imported.
+"""Which extensions act on which models, read from configurations: nothing heavy is imported.
 
-An extension is for kinds of positions: a rotary scaling or a remap of distances for rotary ones,
-slopes for linear biases, places in a training window for all that can stand where we choose.
+An extension acts on position schemes: its `scaling` on those whose class lists the module of its
+function, its attention pattern on those that take one, its training positions on those whose tokens
+may be placed.
 """
 
-from collections.abc import Mapping, Set
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from zoo.config.groups import extensions
 from zoo.config.schema import Extension, Model
-from zoo.errors import UserError
-
-ROTARY, LINEAR, PLACED = ("rope",), ("alibi",), ("rope", "alibi", "sinusoidal", "learned")
-SOFTMAX = ("zoo.mixers.softmax.SoftmaxAttention", "zoo.mixers.low_rank.LowRankAttention")
-SLOPES = "zoo.positions.alibi.slopes"
-NAMES = {
-    (): "no",
-    ROTARY: "rotary",
-    LINEAR: "linear-bias",
-    PLACED: "rotary, linear-bias, sinusoidal or learned",
-}
+from zoo.config.schemes import DEFAULT, declared, schemes, short_name
+from zoo.errors import refuse
 
 
-def acts_on(tree: Mapping[str, Any]) -> tuple[str, ...]:
-    """The kinds of positions that an extension, as its YAML has it, is for; () for none."""
-    if isinstance(tree["scaling"], dict) and tree["scaling"]["_target_"] == SLOPES:
-        return LINEAR
-    if tree["scaling"] or tree["attention"]:
-        return ROTARY
-    return PLACED if tree.get("positions") else ()
+class Declared(NamedTuple):
+    """What the class of a position scheme declares, of what extensions act on."""
+
+    name: str
+    scaled_by: tuple[str, ...]
+    takes_pattern: bool
+    placeable: bool
 
 
-def positions_of(model: Model) -> set[str]:
-    """The kinds of positions in a model's softmax attention and at its embedding."""
+def declared_by(target: str) -> Declared:
+    """Return what the scheme of that class declares."""
+    read = {name: declared(target, name) for name in Declared._fields[1:]}
+    return Declared(short_name(target), **read)
+
+
+def position_schemes(model: Model) -> set[Declared]:
+    """Return the schemes that extensions can act on: in attention that lets them, and embedded."""
     mixers = [block.mixer for block in model.blocks]
-    softmax = [part for part in mixers if part.target in SOFTMAX]
-    kinds = {part.options.get("positions", "rope") for part in softmax}
-    return kinds | ({model.embedding_positions} if model.embedding_positions else set())
+    extendable = [part for part in mixers if declared(part.target, "extendable", False)]
+    default = {"_target_": schemes()[DEFAULT]}
+    targets = {part.options.get("positions", default)["_target_"] for part in extendable}
+    if model.embedding_positions is not None:
+        targets.add(model.embedding_positions.target)
+    return {declared_by(target) for target in targets}
 
 
-def check_applies(extension: Extension, kinds: Set[str], before: str | None) -> tuple[str, ...]:
-    """The kinds of positions that an extension acts on, of which a model with `kinds` has some.
+def acts_on(tree: Mapping[str, Any], scheme: Declared) -> bool:
+    """Whether an extension, as its YAML has it, acts on the scheme."""
+    scaling, pattern, placed = tree["scaling"], tree["attention"], tree.get("positions")
+    module = scaling["_target_"].rpartition(".")[0] if isinstance(scaling, dict) else None
+    if scaling and not (module in scheme.scaled_by if module else scheme.takes_pattern):
+        return False
+    if (pattern and not scheme.takes_pattern) or (placed and not scheme.placeable):
+        return False
+    return bool(scaling or pattern or placed)
 
-    `before` names the extension it was trained under; LongRoPE may follow LongRoPE, with factors
-    that were searched for anew. Raises UserError where it has nothing to act on.
+
+def check_applies(extension: Extension, found: Iterable[Declared], before: str | None) -> None:
+    """Refuse an extension of a model that has none of the position schemes it acts on.
+
+    Args:
+        found: the schemes of the model.
+        before: the extension that the model was trained under; LongRoPE may follow LongRoPE, with
+            factors that were searched for anew.
     """
-    wanted = acts_on(extension.model_dump(by_alias=True))
-    if not wanted:
-        return wanted
+    tree, option = extension.model_dump(by_alias=True), "extension"
+    if not (tree["scaling"] or tree["attention"] or tree.get("positions")):
+        return
     if before not in (None, "none") and {before, extension.name} != {"longrope"}:
-        raise UserError(
-            f"extension={extension.name}: this model was trained under an extension of its own, "
-            "which extension=none measures"
-        )
-    if not kinds & {*wanted}:
-        raise UserError(
-            f"extension={extension.name} acts on {NAMES[wanted]} positions, and this model has "
-            f"none: {_applicable(kinds)}"
-        )
-    return wanted
+        rule = f"the model was trained under extension={before}, which is part of it"
+        refuse(option, extension.name, rule, "Measure it with extension=none.")
+    found = list(found)
+    if any(acts_on(tree, scheme) for scheme in found):
+        return
+    able = [name for name, target in schemes().items() if acts_on(tree, declared_by(target))]
+    names = ", ".join(sorted(scheme.name for scheme in found))
+    here = f"positions={names}" if names else "none that it can act on"
+    rule = f"acts on positions={', '.join(able)}, and this model has {here}"
+    if not able:
+        rule = "its scaling, attention pattern and positions act on no position scheme together"
+    refuse(option, extension.name, rule, _applicable(found))
 
 
-def _applicable(kinds: Set[str]) -> str:
-    """Which extensions act on such positions, in words."""
-    found: dict[bool, list[str]] = {False: ["none"], True: []}
+def _applicable(found: list[Declared]) -> str:
+    """Return, in words, which extensions act on such schemes."""
+    names: dict[bool, list[str]] = {False: ["none"], True: []}
     for name, tree in extensions().items():
-        if kinds & {*acts_on(tree)}:
-            found[bool(tree.get("positions"))].append(name)
-    told = f"it takes extension={', '.join(found[False])}"
-    return told + (f"; to train with, {', '.join(found[True])}" if found[True] else "")
+        if any(acts_on(tree, scheme) for scheme in found):
+            names[bool(tree.get("positions"))].append(name)
+    advice = f"Use extension={', '.join(names[False])}"
+    return advice + (f", or to train with {', '.join(names[True])}" if names[True] else "")

@@ -29,6 +29,7 @@ from zoo.config.schema import Model
 from zoo.config.schema import Optim as Optim
 from zoo.config.schema import Part as Part
 from zoo.config.schema import TrainConfig as TrainConfig
+from zoo.config.schemes import scheme
 from zoo.config.stored import refuse_renamed
 from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED, trainer_parameters
 from zoo.config.tree import leaves
@@ -36,6 +37,7 @@ from zoo.config.validate import plain as plain
 from zoo.config.validate import validate as validate
 from zoo.errors import choose, nearest, refuse, refuse_path, refuse_unknown
 
+POSITIONS = ("model.positions", "model.mixer.positions")
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
 
 
@@ -122,7 +124,11 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
             if not _chooses_a_file(program, override):
                 refuse_renamed(override.key_or_group, override.value(), tree)
                 check_key(override.key_or_group, tree, also)
-                OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
+                key, value = override.key_or_group, override.value()
+                if key in POSITIONS:  # another scheme, without the options of the one before
+                    OmegaConf.update(tree, key, scheme(value, key), merge=False, force_add=True)
+                else:
+                    OmegaConf.update(tree, key, value, force_add=True)
         container: Any = OmegaConf.to_container(tree, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         told = str(error).splitlines()[0].removesuffix(".")

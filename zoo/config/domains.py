@@ -7,11 +7,12 @@ imported, from the source (zoo.config.introspect), and again when a mixer is bui
     conv_width: Annotated[int, Range(2, 8)] = 4      an integer from 2 to 8
     epsilon: Annotated[float, Range(above=0)]        a number > 0
     sharing: Literal["none", "kv"] = "kv"            none or kv
+    positions: Callable[..., Any] = Rope             a class of the zoo by its _target_
 """
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -72,6 +73,8 @@ def fits(value: Any, kind: Any) -> bool:
         return value in inner
     if origin in LISTS:
         return isinstance(value, list | tuple) and all(fits(one, inner[0]) for one in value)
+    if origin is Callable:  # of a configuration: what `_target_` names, with its options
+        return callable(value) or (isinstance(value, Mapping) and "_target_" in value)
     if kind in (None, NoneType):
         return value is None
     if kind is int:
@@ -92,6 +95,8 @@ def in_words(kind: Any) -> str:
         return words.replace("a list,", "one or more,") if Several in inner[1:] else words
     if origin is Literal:
         return listed([str(one) for one in inner])
+    if origin is Callable:
+        return "a class of the zoo by its _target_"
     if origin in LISTS:
         return f"a list, each {in_words(inner[0])}"
     return NAMES.get(NoneType if kind is None else kind, "of its type")
@@ -102,7 +107,8 @@ def refusal(value: Any, kind: Any, default: Any = ...) -> tuple[str, str]:
     huge = isinstance(value, int) and abs(value) >= LARGEST
     rule = f"must be {in_words(kind)}{' of at most 15 digits' if huge else ''}"
     guess = nearest(str(value), _choices(kind))
-    advice = "" if default is ... else f"The default is {shown(default)}"
+    known = default is not ... and not callable(default)  # as the source tells it
+    advice = f"The default is {shown(default)}" if known else ""
     hint = f"Did you mean {guess!r}? " if guess and advice else ""
     return rule, hint + advice
 

@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from zoo.config.groups import CONFIGS, groups, inherited
-from zoo.config.introspect import lineage
+from zoo.config.introspect import constructor_parameters, lineage
 from zoo.config.schema import Extension, TrainConfig
-from zoo.config.tree import leaves
+from zoo.config.schemes import short_name
+from zoo.config.tree import leaves, within
 from zoo.errors import refuse, shown
 
 
@@ -27,8 +28,11 @@ def check_names(program: str, tree: Mapping[str, Any], given: Sequence[str]) -> 
             name = section["name"]
             refuse(f"{group}.name", name, "a YAML file sets it", f"Use {group}={name}")
         for path, value in _own(group, section["name"]):
-            key, found = f"{group}.{path}", dict(leaves(section)).get(path)
-            if key in given and found != value:
+            found = dict(leaves(section)).get(path)
+            key = next((one for one in given if within(f"{group}.{path}", (one,))), None)
+            if key and found != value:
+                if path.endswith("positions._target_"):
+                    found, value = short_name(str(found)), short_name(str(value))
                 rule = f"{group}={section['name']} is the variant with {shown(value)}"
                 refuse(key, found, rule, f"Choose another {group}")
 
@@ -47,17 +51,12 @@ def _own(group: str, name: str) -> list[tuple[str, Any]]:
 # What an argument of a mixer needs to act, by class: values of its other arguments, or objectives.
 Needs = dict[str, tuple[str, ...]]
 _CAUSAL, _MASKED = {"objective": ("causal",)}, {"objective": ("masked",)}
-_ROTARY = {"rope_base": {"positions": ("rope", "xpos")}}
 NEEDS: dict[str, dict[str, Needs]] = {
-    **dict.fromkeys(("SoftmaxAttention", "LowRankAttention", "ReLUAttention"), _ROTARY),
-    **dict.fromkeys(("Longformer", "LongNet"), _ROTARY),
     "Linformer": {
-        **_ROTARY,
         **dict.fromkeys(("rank", "max_length"), _MASKED),
         **dict.fromkeys(("block", "slots"), _CAUSAL),
     },
     "Soft": {
-        **_ROTARY,
         "form": _CAUSAL,
         "iterations": _MASKED,
         "landmarks": {**_CAUSAL, "form": ("landmarks",)},
@@ -148,6 +147,13 @@ def check_extension(extension: Extension, given: Sequence[str], longer: bool = F
         value = getattr(extension, settings[0].partition(".")[2], None)
         advice = "Choose an extension, such as extension=yarn"
         refuse(settings[0], value, "extension=none has no settings", advice)
+    if "extension.original_length" in given and not _heeds_original_length(extension):
+        rule = f"extension={name} does not depend on the trained length"
+        refuse("extension.original_length", extension.original_length, rule, "Leave it out.")
+    scaling = extension.scaling.options if extension.scaling else {}
+    if "extension.scaling.mscale_all_dim" in given and scaling.get("mscale_all_dim"):
+        option, rule = "extension.scaling.mscale_all_dim", "acts on channels that are not rotated"
+        refuse(option, scaling["mscale_all_dim"], f"{rule}, and here all are", "Use mscale.")
     acts = extension.scaling is not None or extension.positions is not None
     if "extension.factor" in given and not acts and extension.factor != 1 and not longer:
         refuse(
@@ -156,6 +162,13 @@ def check_extension(extension: Extension, given: Sequence[str], longer: bool = F
             f"extension={name} has no scaling that uses it",
             "Add extension.scaling=<pi, ntk, yarn ...>, or leave it out",
         )
+
+
+def _heeds_original_length(extension: Extension) -> bool:
+    """Whether one of its parts is made for the trained length; training positions always are."""
+    parts = [part for part in (extension.scaling, extension.attention) if part is not None]
+    takes = [constructor_parameters(part.target) or [] for part in parts]
+    return extension.positions is not None or any("original_length" in names for names in takes)
 
 
 def notes(config: TrainConfig) -> list[str]:

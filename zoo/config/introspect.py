@@ -109,9 +109,9 @@ PLACED = (
 
 @functools.cache
 def target_parameters(target: str) -> list[str] | None:
-    """What the zoo's `target` lets a YAML file set: all but `PLACED`."""
-    names = constructor_parameters(target)
-    return names and [name for name in names if name not in PLACED]
+    """What the zoo's `target` lets a YAML file set: all but `PLACED`; of a task, all."""
+    names, of_task = constructor_parameters(target), target.startswith("zoo.tasks.")
+    return names and [name for name in names if of_task or name not in PLACED]
 
 
 def constructor_parameters(target: str) -> list[str] | None:

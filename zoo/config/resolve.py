@@ -9,9 +9,8 @@ from omegaconf import OmegaConf
 from zoo.config.groups import choices, extensions, model_section
 from zoo.config.introspect import constructor_parameters
 from zoo.config.schema import MAX_LAYERS
+from zoo.config.schemes import DEFAULT, declared, scheme, scheme_target, short_name
 from zoo.errors import choose, refuse
-
-ONE_SIDED = ("xpos", "alibi", "t5")  # positions that bidirectional attention lacks
 
 
 def resolve(tree: dict[str, Any]) -> dict[str, Any]:
@@ -35,15 +34,8 @@ def resolve(tree: dict[str, Any]) -> dict[str, Any]:
         if taps is not None:
             advice = "Leave it out, or use objective=causal."
             refuse("model.short_conv", taps, "the convolution sees earlier tokens alone", advice)
-    for part in parts:
-        if part.get("max_length") is not None and part.get("positions") != "learned":
-            refuse(
-                "model.max_length",
-                part["max_length"],
-                f"positions={part.get('positions')} have no table of a fixed length",
-                "Leave it out, or use model.positions=learned",
-            )
-    embedded = {part["positions"]: part for part in parts if _is_embedded(part)}
+    chosen = [scheme(part["positions"], "model.positions") for part in parts if "positions" in part]
+    embedded = {short_name(one["_target_"]): one for one in chosen if _is_embedded(one)}
     if len(embedded) > 1:
         refuse(
             "hybrid",
@@ -54,8 +46,7 @@ def resolve(tree: dict[str, Any]) -> dict[str, Any]:
     spelled = {
         "name": model.get("name"),
         "blocks": [_block(part, taps) for part in parts],
-        "embedding_positions": next(iter(embedded), None),
-        "max_length": next((part.get("max_length") for part in embedded.values()), None),
+        "embedding_positions": next(iter(embedded.values()), None),
         "match": model.get("match"),
         **{key: model[key] for key in ("norm_eps", "tied") if key in model},
     }
@@ -85,29 +76,53 @@ def _check_bidirectional(parts: Sequence[dict[str, Any]]) -> None:
 def reads_both_ways(name: str) -> bool:
     """Whether the model of that name has a bidirectional form for objective=masked."""
     part = model_section(name)
-    if part.get("positions") in ONE_SIDED or part.get("short_conv") or "mixer" not in part:
+    if part.get("short_conv") or "mixer" not in part:
+        return False
+    given = part.get("positions", DEFAULT)
+    if declared(scheme_target(given, "model.positions"), "one_sided", False):
         return False
     return "causal" in (constructor_parameters(part["mixer"]["_target_"]) or [])
 
 
-def _is_embedded(part: dict[str, Any]) -> bool:
+def _is_embedded(chosen: dict[str, Any]) -> bool:
     """Whether positions are added at the embedding rather than seen by the mixer."""
-    if "positions" not in part:
-        return False
-    everywhere = ["rope", *ONE_SIDED, "none", "sinusoidal", "learned"]
-    return choose("model.positions", part["positions"], everywhere) in ("sinusoidal", "learned")
+    return declared(chosen["_target_"], "embedded", False)
 
 
 def _block(part: dict[str, Any], short_conv: Any) -> dict[str, Any]:
     mixer = part.get("mixer")
-    if "positions" in part and isinstance(mixer, dict):
-        if "positions" in mixer:
-            given, name = mixer["positions"], part["positions"]
-            rule = f"model.positions={name} sets it"
-            refuse("model.mixer.positions", given, rule, "Use model.positions")
-        mixer = {**mixer, "positions": "none" if _is_embedded(part) else part["positions"]}
+    if isinstance(mixer, dict) and str(mixer.get("_target_")).startswith("zoo.mixers."):
+        mixer = _with_positions(mixer, part.get("positions"))
     block = {"mixer": mixer, "feed_forward": part.get("feed_forward")}
     return block if short_conv is None else {**block, "short_conv": short_conv}
+
+
+def _with_positions(mixer: dict[str, Any], of_model: Any) -> dict[str, Any]:
+    """The mixer with its position scheme spelled out: the model's, unless that is embedded."""
+    own = mixer.get("positions")
+    if of_model is None:
+        if own is None:
+            return mixer
+        chosen = scheme(own, "model.mixer.positions")
+        if _is_embedded(chosen):
+            rule = "is added at the embedding, not in the mixer"
+            advice = f"Use model.positions={short_name(chosen['_target_'])} with model=transformer."
+            refuse("model.mixer.positions", short_name(chosen["_target_"]), rule, advice)
+        return {**mixer, "positions": chosen}
+    chosen = scheme(of_model, "model.positions")
+    name = short_name(chosen["_target_"])
+    if own is not None:
+        given = own if isinstance(own, str) else short_name(own["_target_"])
+        rule = f"model.positions={name} sets it"
+        refuse("model.mixer.positions", given, rule, "Use model.positions")
+    takes = "positions" in (constructor_parameters(mixer["_target_"]) or [])
+    if _is_embedded(chosen):
+        chosen = scheme("none", "model.positions")
+    elif not takes and name != "none":
+        class_name = mixer["_target_"].rpartition(".")[2]
+        rule = f"{class_name} has no positions of its own"
+        refuse("model.positions", name, rule, "Use none, sinusoidal or learned.")
+    return {**mixer, "positions": chosen} if takes else mixer
 
 
 def _hybrid(pattern: Any, tree: dict[str, Any]) -> list[dict[str, Any]]:

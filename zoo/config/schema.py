@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from zoo.config.introspect import check_types, is_target, target_parameters
+from zoo.config.schemes import scheme
 from zoo.config.sizes import read_count, read_sizes
 from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED, trainer_parameters
 from zoo.devices import resolve_precision
@@ -94,12 +95,22 @@ class Part(OpenSection):
                 given = f"{name}={shown(self.options[name])}"
                 refuse_unknown(given, "option", name, allowed or [])
         check_types(self.target, self.options)
+        if isinstance(self.options.get("positions"), dict):
+            scheme(self.options["positions"], "positions")
         return self
 
     def load(self) -> functools.partial[Any]:
         """What it names, its arguments bound; imports the module."""
         module, _, name = self.target.rpartition(".")
-        return functools.partial(getattr(importlib.import_module(module), name), **self.options)
+        options = {
+            key: Part.model_validate(value).load() if _is_part(value) else value
+            for key, value in self.options.items()
+        }
+        return functools.partial(getattr(importlib.import_module(module), name), **options)
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, dict) and "_target_" in value
 
 
 class MixerPart(Part):
@@ -108,6 +119,10 @@ class MixerPart(Part):
 
 class TaskPart(Part):
     home: ClassVar[str] = "zoo.tasks."
+
+
+class PositionsPart(Part):
+    home: ClassVar[str] = "zoo.positions."
 
 
 class BlockConfig(Section):
@@ -124,8 +139,7 @@ class Model(Section):
     unwritten: ClassVar[Mapping[str, Any]] = {"norm_eps": 1e-6, "tied": True}
     name: Name
     blocks: list[BlockConfig] = Field(min_length=1)  # repeated over the layers
-    embedding_positions: Literal["sinusoidal", "learned"] | None
-    max_length: Positive | None  # of learned positions
+    embedding_positions: PositionsPart | None
     match: list[Matched]  # what match=params may change, in this order
     norm_eps: Annotated[Number, Field(gt=0, lt=1)] = Field(
         default=1e-6, description="added under the root of every normalisation"
@@ -291,10 +305,6 @@ class Logger(Section):
     name: Literal["wandb", "none"]
     project: Name = "zoo"
     mode: Literal["auto", "online", "offline"] = "auto"
-
-
-class PositionsPart(Part):
-    home: ClassVar[str] = "zoo.positions."
 
 
 class AttentionPart(Part):

@@ -5,6 +5,8 @@ renamed thing gets one line here, and then
 
     as_now, row_as_now     run folders of before are read under today's names
     as_before              hashes that name runs and measurements stay what they were
+    positions_as_now, ..   the same for position schemes, which were words and are parts
+    weights_as_now         weights of before are loaded under today's names
     refuse_renamed         a command line that uses an old name is told the new one
 
 Where something was renamed twice, both lines name today's name, the oldest name first.
@@ -20,6 +22,7 @@ from zoo.errors import UserError
 # task.<task>.<option>, are fields of its rows too.
 OPTIONS = {
     "extension.reach": "extension.attention",
+    "task.longrope.times": "task.longrope.factor",
 }
 # Classes and functions that `_target_` names.
 TARGETS: dict[str, str] = {
@@ -32,6 +35,23 @@ CHOICES: dict[str, dict[str, str]] = {
     "experiment": {"reach": "length_extension"},
     "task": {"reach": "length_extension"},
 }
+# Position schemes that were words in a mixer's `positions`, with `rope_base` and xPos's `window`
+# beside them; those at the embedding were words in `model.embedding_positions`.
+SCHEMES = {
+    "rope": "zoo.positions.rope.Rope",
+    "xpos": "zoo.positions.xpos.XPos",
+    "alibi": "zoo.positions.alibi.ALiBi",
+    "t5": "zoo.positions.t5.T5",
+    "none": "zoo.positions.none.NoPositions",
+}
+EMBEDDED = {
+    "sinusoidal": "zoo.positions.sinusoidal.Sinusoidal",
+    "learned": "zoo.positions.learned.Learned",
+}
+ROPE_BASE = 10000.0
+SIMA = "zoo.mixers.sima.SimA"  # its `positions` could be none alone
+# Ends of the names of weights.
+WEIGHTS = {".mixer.bias.weight": ".mixer.positions.bias.weight"}
 
 
 def _reversed(names: Mapping[str, str]) -> dict[str, str]:
@@ -57,7 +77,7 @@ def as_now(tree: Any) -> Any:
             tree["trainer"]["devices"] = "auto"
     if isinstance(model := tree.get("model"), dict) and isinstance(model.get("blocks"), list):
         tree["model"] = {**model, "blocks": [_without_zeros(block) for block in model["blocks"]]}
-    return tree
+    return positions_as_now(tree)
 
 
 def as_before(tree: dict[str, Any]) -> dict[str, Any]:
@@ -161,3 +181,68 @@ def _without_zeros(block: Any) -> Any:
             }
             parts[slot] = {**part, **zeros}
     return parts
+
+
+def positions_as_now(tree: dict[str, Any]) -> dict[str, Any]:
+    """Read a configuration whose position schemes are words as one whose are parts."""
+    model = tree.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("blocks"), list):
+        return tree
+    rest = {key: value for key, value in model.items() if key != "max_length"}
+    if target := EMBEDDED.get(str(model.get("embedding_positions"))):
+        length = {"max_length": model.get("max_length")} if target == EMBEDDED["learned"] else {}
+        rest["embedding_positions"] = {"_target_": target, **length}
+    return {**tree, "model": {**rest, "blocks": [_with_part(block) for block in model["blocks"]]}}
+
+
+def _with_part(block: Any) -> Any:
+    mixer = block.get("mixer") if isinstance(block, Mapping) else None
+    name = mixer.get("positions") if isinstance(mixer, Mapping) else None
+    if not isinstance(mixer, Mapping) or not isinstance(name, str) or name not in SCHEMES:
+        return block
+    rest = {key: value for key, value in mixer.items() if key not in ("positions", "rope_base")}
+    if mixer.get("_target_") == SIMA:
+        return {**block, "mixer": rest}
+    part: dict[str, Any] = {"_target_": SCHEMES[name]}
+    if name == "xpos":
+        part["window"] = rest.pop("window", None)
+    base = mixer.get("rope_base")
+    if name in ("rope", "xpos") and base not in (None, ROPE_BASE):
+        part["rope_base"] = base
+    return {**block, "mixer": {**rest, "positions": part}}
+
+
+def positions_as_before(tree: dict[str, Any]) -> dict[str, Any]:
+    """Write a configuration whose position schemes are parts as one whose are words.
+
+    A scheme that was never a word, or has options that it never had, stays a part.
+    """
+    model, names = tree["model"], _reversed({**SCHEMES, **EMBEDDED})
+    embedded = model["embedding_positions"] or {}
+    words = {
+        "embedding_positions": names.get(str(embedded.get("_target_")), embedded or None),
+        "max_length": embedded.get("max_length"),
+    }
+    blocks = [_with_word(block, names) for block in model["blocks"]]
+    return {**tree, "model": {**model, **words, "blocks": blocks}}
+
+
+def _with_word(block: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    mixer = block["mixer"]
+    if mixer["_target_"] == SIMA:
+        return {**block, "mixer": {**mixer, "positions": "none"}}
+    part = mixer.get("positions")
+    had = {"_target_", "rope_base", "window"}
+    if not isinstance(part, dict) or part["_target_"] not in names or {*part} - had:
+        return block
+    beside = {"rope_base": ROPE_BASE} | {key: part[key] for key in part if key != "_target_"}
+    return {**block, "mixer": {**mixer, **beside, "positions": names[part["_target_"]]}}
+
+
+def weights_as_now(weights: dict[str, Any]) -> None:
+    """Rename, in place and in their order, weights that a checkpoint has under an old name."""
+    for name in [*weights]:
+        value = weights.pop(name)
+        for old, new in WEIGHTS.items():
+            name = name.removesuffix(old) + new if name.endswith(old) else name
+        weights[name] = value

@@ -23,21 +23,23 @@ proof has 1/rank, whose scores would grow with the length). The state is all slo
 keys (unturned) and values of the block that is being read.
 """
 
-from collections.abc import Iterator
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from zoo.config.domains import Positive, RopeBase
+from zoo.config.domains import Positive
 from zoo.mixers.base import State, compute_dtype, linear, refuse_state, residual_gain
 from zoo.mixers.parts import MultiHead, append, no_keys
 from zoo.ops.attention import Part, attend, attention
 from zoo.ops.merge import merge
 from zoo.positions.alibi import add_bias_channels, slopes
-from zoo.positions.rope import apply_rope, inverse_frequencies
+from zoo.positions.base import build_positions
+from zoo.positions.none import NoPositions
+from zoo.positions.rope import Rope
 
 SEGMENT = 512  # queries, or one block if that is longer, that read the slots together
 
@@ -80,8 +82,7 @@ class Linformer(MultiHead):
         slots: Positive = 8,
         max_length: Positive = 512,
         rank: Positive = 48,
-        positions: Literal["rope", "none"] = "rope",
-        rope_base: RopeBase = 10000.0,
+        positions: Callable[..., Any] = Rope,
         backend: str = "auto",
         causal: bool = True,
         layer: int = 0,
@@ -95,8 +96,10 @@ class Linformer(MultiHead):
         self.block, self.slots = block, slots
         self.max_length = None if causal else max_length
         self.min_window = block + 1 if causal else 1
-        self.positions = positions
-        self.inv_freq = inverse_frequencies(self.head_width, rope_base)
+        self.positions = build_positions(
+            positions, heads, self.head_width, supported=(Rope, NoPositions)
+        )
+        self.biased = not isinstance(self.positions, NoPositions)  # between blocks
         shape = (heads if sharing == "none" else 1, few, many)
         self.E = nn.Parameter(torch.randn(shape) * many**-0.5)
         self.F = self.E if sharing == "kv" else nn.Parameter(torch.randn(shape) * many**-0.5)
@@ -160,8 +163,7 @@ class Linformer(MultiHead):
             pad(x, (0, 0, 0, 0, ahead, short)).unflatten(1, (-1, self.block)).flatten(0, 1)
             for x, ahead in ((q, before), (k, 0), (v, 0))
         )
-        if self.positions == "rope":
-            q, k = apply_rope(q, self.inv_freq), apply_rope(k, self.inv_freq)
+        q, k = self.positions.prepare(q, k, 0)
         results = attend([Part(q, k, v, causal=True)], backend=self.backend)
         out, lse = (x.unflatten(0, (batch, -1)).flatten(1, 2) for x in results)
         return out[:, before : before + tokens], lse[:, before : before + tokens]
@@ -180,7 +182,7 @@ class Linformer(MultiHead):
             return None
         whole, part = first * self.slots, last * self.slots
         scale = None
-        if self.positions == "rope":
+        if self.biased:
             blocks = slot_k.new_empty((len(q), last, self.heads, 0))
             q, bias = add_bias_channels(q, blocks, origin=first)
             slot_k = torch.cat([slot_k[:, :part], bias.repeat_interleave(self.slots, 1)], -1)
@@ -192,7 +194,7 @@ class Linformer(MultiHead):
             mask = (owner < block[:, None])[None, None]
             parts.append(Part(q, slot_k[:, whole:part], slot_v[:, whole:part], mask=mask))
         out, lse = attend(parts, scale=scale, backend=self.backend)
-        if self.positions == "rope":
+        if self.biased:
             slope = torch.tensor(slopes(self.heads), dtype=lse.dtype, device=q.device)
             lse = lse - slope * (block - first)[:, None]
         return out, lse

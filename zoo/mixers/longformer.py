@@ -21,21 +21,23 @@ The state is the last w r keys and values, r the largest dilation, turned to the
 those of the global tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from zoo.attention.window import by_dilation, in_window, last_tokens, two_sided_window, window
-from zoo.config.domains import Natural, Positive, RopeBase
+from zoo.config.domains import Natural, Positive
 from zoo.mixers.base import State, linear, refuse_state, residual_gain
 from zoo.mixers.parts import MultiHead, append, no_keys
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
-from zoo.positions.rope import apply_rope, inverse_frequencies
+from zoo.positions.base import build_positions
+from zoo.positions.none import NoPositions
+from zoo.positions.rope import Rope
 
 MAX_REACH = 2**24  # tokens back that a state holds keys for
 
@@ -71,8 +73,7 @@ class Longformer(MultiHead):
         window: Positive | Sequence[Positive] = 128,
         dilation: Positive | Sequence[Positive] = 1,
         global_tokens: Natural = 0,
-        positions: Literal["rope", "none"] = "rope",
-        rope_base: RopeBase = 10000.0,
+        positions: Callable[..., Any] = Rope,
         backend: str = "auto",
         causal: bool = True,
         layer: int = 0,
@@ -104,8 +105,8 @@ class Longformer(MultiHead):
         self.span = self.window * max(self.dilations)  # how far back the state goes
         self.global_tokens = global_tokens
         self.min_window = global_tokens + 2
-        self.inv_freq = (
-            inverse_frequencies(self.head_width, rope_base) if positions == "rope" else ()
+        self.positions = build_positions(
+            positions, heads, self.head_width, supported=(Rope, NoPositions)
         )
         if global_tokens:
             self.q_global, self.k_global, self.v_global = (linear(width, width) for _ in range(3))
@@ -121,7 +122,7 @@ class Longformer(MultiHead):
         if not self.causal:
             refuse_state(state)
         start = state.tokens_seen if state else 0
-        q, k = (self._turned(proj(x), start) for proj in (self.q_proj, self.k_proj))
+        q, k = (self._rotated(proj(x), start) for proj in (self.q_proj, self.k_proj))
         v = self.by_head(self.v_proj(x))
         keys, values = (append(state.k, k), append(state.v, v)) if state else (k, v)
         local = self._local(q, keys, values)
@@ -137,9 +138,8 @@ class Longformer(MultiHead):
         k, v = last_tokens(keys, self.span), last_tokens(values, self.span)
         return y, LongformerState(k, v, marked, start + x.shape[1])
 
-    def _turned(self, x: Tensor, start: int) -> Float[Tensor, "b t h d"]:
-        x = self.by_head(x)
-        return apply_rope(x, self.inv_freq, start) if self.inv_freq else x
+    def _rotated(self, x: Tensor, start: int) -> Float[Tensor, "b t h d"]:
+        return self.positions.rotate(self.by_head(x), start)
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
         if self.causal:
@@ -152,7 +152,7 @@ class Longformer(MultiHead):
         """k and v of the global tokens in x; k_g and v_g of what these see."""
         left = max(0, self.global_tokens - start)
         seen = x[:, :left] if self.causal else x
-        k_g, v_g = self._turned(self.k_global(seen), start), self.by_head(self.v_global(seen))
+        k_g, v_g = self._rotated(self.k_global(seen), start), self.by_head(self.v_global(seen))
         return k[:, :left], v[:, :left], k_g, v_g
 
     def _with_globals(
@@ -171,7 +171,7 @@ class Longformer(MultiHead):
         out, _ = merge([local, far])
         if not left:
             return out
-        q_g = self._turned(self.q_global(x[:, :left]), start)
+        q_g = self._rotated(self.q_global(x[:, :left]), start)
         mask = past[None, None, :left] if self.causal else None
         whole, _ = attend([Part(q_g, k_g, v_g, mask=mask)], backend=self.backend)
         return torch.cat([whole, out[:, left:]], 1)

@@ -24,9 +24,9 @@ The state is, for every branch and head, the keys it took of the last w_i tokens
 tokens: at most w_i / r_i of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +34,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from zoo.attention.window import last_tokens
-from zoo.config.domains import Positive, RopeBase
+from zoo.config.domains import Positive
 from zoo.mixers.base import State, linear, residual_gain
 from zoo.mixers.parts import MultiHead, no_keys
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
-from zoo.positions.rope import apply_rope, inverse_frequencies
+from zoo.positions.base import build_positions
+from zoo.positions.none import NoPositions
+from zoo.positions.rope import Rope
 
 
 class LongNetState(NamedTuple):
@@ -70,8 +72,7 @@ class LongNet(MultiHead):
         segments: Sequence[Positive],
         dilations: Sequence[Positive],
         dedup: bool = False,
-        positions: Literal["rope", "none"] = "rope",
-        rope_base: RopeBase = 10000.0,
+        positions: Callable[..., Any] = Rope,
         backend: str = "auto",
         layer: int = 0,
         layers: int = 1,
@@ -96,16 +97,15 @@ class LongNet(MultiHead):
             )
         self.branches = list(zip(segments, dilations, strict=True))
         self.dedup = dedup
-        self.inv_freq = (
-            inverse_frequencies(self.head_width, rope_base) if positions == "rope" else ()
+        self.positions = build_positions(
+            positions, heads, self.head_width, supported=(Rope, NoPositions)
         )
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: LongNetState | None = None):
         start = state.tokens_seen if state else 0
         q, k, v = self.qkv(x)
-        if self.inv_freq:
-            q, k = apply_rope(q, self.inv_freq, start), apply_rope(k, self.inv_freq, start)
+        q, k = self.positions.prepare(q, k, start)
         qkv, results, after = torch.cat([q, k, v], -1), [], []
         for branch, (w, r) in enumerate(self.branches):
             q, kv = _rows(qkv, start, r).tensor_split([self.head_width], -1)

@@ -9,6 +9,9 @@ Each factor is drawn so that E D x has the variance W x would have. Otherwise as
 with its rotary positions and pre-norm (the paper: sinusoids and post-norm); no biases.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 
 from zoo.mixers.base import Mixer, State, at_least, linear, residual_gain
 from zoo.mixers.softmax import SoftmaxAttention
+from zoo.positions.rope import Rope
 
 
 class LowRank(nn.Module):
@@ -67,8 +71,7 @@ class LowRankAttention(SoftmaxAttention):
         heads: int,
         kv_heads: int | None = None,
         rank: int | None = None,
-        positions: str = "rope",
-        rope_base: float = 10000.0,
+        positions: Callable[..., Any] = Rope,
         backend: str = "auto",
         causal: bool = True,
         layer: int = 0,
@@ -79,7 +82,6 @@ class LowRankAttention(SoftmaxAttention):
             heads=heads,
             kv_heads=kv_heads,
             positions=positions,
-            rope_base=rope_base,
             backend=backend,
             causal=causal,
             layer=layer,

@@ -15,19 +15,22 @@ only while q_t.k_j / sqrt(head_width) > slope (t - j), and not at all beyond. Th
 softmax attention's: every key, turned on arrival, and every value.
 """
 
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.config.domains import Positive, RopeBase
+from zoo.config.domains import Positive
 from zoo.mixers.base import State, compute_dtype, linear, refuse_state, residual_gain
 from zoo.mixers.parts import KeyValues, MultiHead, append, no_keys
 from zoo.ops.kernel_attention import kernel_attention
 from zoo.ops.rms_norm import RMSNorm
-from zoo.positions.alibi import slopes
-from zoo.positions.rope import apply_rope, inverse_frequencies
+from zoo.positions.alibi import ALiBi
+from zoo.positions.base import build_positions
+from zoo.positions.none import NoPositions
+from zoo.positions.rope import Rope
 
 EPS = 1e-6
 
@@ -58,23 +61,23 @@ class ReLUAttention(MultiHead):
         kernel: Literal["relu", "squared_relu"] = "relu",
         normalise: Literal["length", "sum", "rms"] = "length",
         gated: bool = False,
-        positions: Literal["rope", "alibi", "none"] = "rope",
-        rope_base: RopeBase = 10000.0,
+        positions: Callable[..., Any] = Rope,
         backend: str = "auto",
         causal: bool = True,
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__(width, heads, causal=causal, backend=backend)
-        if positions == "alibi" and not causal:
-            raise ValueError("positions=alibi: acts with objective=causal alone. Use rope or none.")
         if gated and normalise != "rms":
             raise ValueError(
                 f"gated=true: acts with normalise=rms, here it is {normalise}. Leave it out."
             )
-        self.kernel, self.normalise, self.positions = kernel, normalise, positions
-        if positions == "rope":
-            self.inv_freq = inverse_frequencies(self.head_width, rope_base)
+        self.kernel, self.normalise = kernel, normalise
+        self.positions = build_positions(
+            *(positions, heads, self.head_width),
+            causal=causal,
+            supported=(Rope, ALiBi, NoPositions),
+        )
         self.norm = RMSNorm(width, EPS) if normalise == "rms" else None
         self.gate = nn.Parameter(torch.zeros(width)) if gated else None
         self.o_proj = linear(width, width, gain=residual_gain(layers))
@@ -84,8 +87,7 @@ class ReLUAttention(MultiHead):
             refuse_state(state)
         start = state.tokens_seen if state else 0
         q, k, v = self.qkv(x)
-        if self.positions == "rope":
-            q, k = apply_rope(q, self.inv_freq, start), apply_rope(k, self.inv_freq, start)
+        q, k = self.positions.prepare(q, k, start)
         if state:
             k, v = append(state.k, k), append(state.v, v)
         y = self.o_proj(self._attend(q, k, v).to(v.dtype))
@@ -93,9 +95,8 @@ class ReLUAttention(MultiHead):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "b t d"]:
         """The normalised sums, in float32 or better; the queries are the last of the keys."""
-        bias = None
-        if self.positions == "alibi":
-            bias = torch.tensor(slopes(self.heads), device=q.device)
+        slopes = self.positions.slopes()
+        bias = None if slopes is None else torch.tensor(slopes, device=q.device)
         if self.normalise == "sum":
             v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
         o = kernel_attention(

@@ -68,7 +68,6 @@ class SimA(MultiHead):
         width: int,
         heads: Positive,
         scale: Literal["t", "none"] = "t",
-        positions: Literal["none"] = "none",
         backend: str = "auto",
         causal: bool = True,
         layer: int = 0,

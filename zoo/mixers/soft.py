@@ -34,7 +34,8 @@ Under positions=rope queries are turned, which leaves S_ii = 1 and makes S_ij de
 landmark, made of unturned queries, stands in the middle of its block.
 """
 
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.config.domains import Positive, Range, RopeBase
+from zoo.config.domains import Positive, Range
 from zoo.mixers.base import (
     Mixer,
     State,
@@ -54,7 +55,9 @@ from zoo.mixers.base import (
 from zoo.mixers.parts import KeyValues, append, head_width, no_keys, wide_dtype, wide_zeros
 from zoo.ops.kernel_attention import gaussian, kernel_attention
 from zoo.ops.newton_inverse import NewtonInverse, inverse_residual
-from zoo.positions.rope import apply_rope, inverse_frequencies
+from zoo.positions.base import build_positions
+from zoo.positions.none import NoPositions
+from zoo.positions.rope import Rope
 
 PIECE = 64  # blocks whose landmarks' matrices are held at once; recomputed in the backward pass
 
@@ -100,8 +103,7 @@ class Soft(Mixer):
         landmarks: Annotated[int, Range(1, 2**20)] = 32,
         epsilon: Annotated[float, Range(above=0, most=1000)] = 0.01,
         iterations: Annotated[int, Range(1, 1000)] = 20,
-        positions: Literal["rope", "none"] = "rope",
-        rope_base: RopeBase = 10000.0,
+        positions: Callable[..., Any] = Rope,
         backend: str = "auto",
         causal: bool = True,
         layer: int = 0,
@@ -112,8 +114,10 @@ class Soft(Mixer):
         self.form = form if causal else "bidirectional"
         self.recurrent = self.form == "landmarks"  # type: ignore[misc]
         self.min_window = block + 1 if self.form == "landmarks" else 1
-        self.normalise, self.positions = normalise, positions
-        self.inv_freq = inverse_frequencies(self.head_width, rope_base)
+        self.normalise = normalise
+        self.positions = build_positions(
+            positions, heads, self.head_width, supported=(Rope, NoPositions)
+        )
         self.block, self.landmarks = block, landmarks
         self.epsilon, self.iterations, self.backend = epsilon, iterations, backend
         self.scale = self.head_width**-0.5
@@ -139,7 +143,7 @@ class Soft(Mixer):
     def _exact(self, q: Tensor, v: Tensor, state: KeyValues | None):
         """Sums, their numbers of keys and the state after."""
         start = state.tokens_seen if state else 0
-        q = k = self._turned(q, start)
+        q = k = self.positions.rotate(q, start)
         if state:
             k, v = append(state.k, k), append(state.v, v)
         o = kernel_attention(q, k, self._values(v), "gaussian", backend=self.backend)
@@ -149,7 +153,7 @@ class Soft(Mixer):
     def _bidirectional(self, q: Tensor, v: Tensor, _: None):
         tokens, options = q.shape[1], {"causal": False, "backend": self.backend}
         landmarks = self._landmarks(F.pad(q, (0, 0, 0, 0, 0, -tokens % self.block)), 0)
-        q, rows = self._turned(q, 0), landmarks.transpose(1, 2)
+        q, rows = self.positions.rotate(q, 0), landmarks.transpose(1, 2)
         A = self._ridge(gaussian(rows, rows, self.scale))
         inverse = NewtonInverse.apply(A, self.iterations)
         self.residual = inverse_residual(A.detach(), inverse.detach())
@@ -166,7 +170,7 @@ class Soft(Mixer):
         v = torch.cat([state.v[:, :filled].to(v.dtype), v], 1)
         blocks, rest = divmod(q.shape[1], block)
         done, first = blocks * block, seen // block
-        at, values = self._turned(q, seen - filled), self._values(v)
+        at, values = self.positions.rotate(q, seen - filled), self._values(v)
 
         o = self._within_blocks(at, values)[:, filled:]
         every = torch.cat([state.landmarks, self._landmarks(q[:, :done], first)], 1)
@@ -235,13 +239,8 @@ class Soft(Mixer):
         blocks = q.unflatten(1, (-1, self.block)).transpose(2, 3).flatten(-2)
         wide = wide_dtype(q)
         landmarks = F.gelu(self.norm(self.convolution(blocks))).to(wide)
-        if self.positions == "none":
-            return landmarks
         places = torch.arange(first, first + blocks.shape[1], device=q.device) + 0.5
-        return apply_rope(landmarks, self.inv_freq, places * self.block - 0.5)
-
-    def _turned(self, q: Tensor, start: int) -> Tensor:
-        return apply_rope(q, self.inv_freq, start) if self.positions == "rope" else q
+        return self.positions.rotate(landmarks, places * self.block - 0.5)
 
     def _ridge(self, A: Tensor) -> Tensor:
         return A + self.epsilon * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)

@@ -11,12 +11,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from zoo.config.stored import weights_as_now
 from zoo.data.synthetic import NO_LABEL
 from zoo.errors import NoStateError, refuse
 from zoo.mixers.base import CrossLayer, Mixer, State
 from zoo.mixers.short_conv import ShortConvolution
 from zoo.ops.rms_norm import RMSNorm
-from zoo.positions.absolute import Learned, Sinusoidal
+from zoo.positions.base import EmbeddedPositions
 from zoo.positions.rope import by_row
 
 
@@ -112,6 +113,10 @@ def _check_tied(model: "Backbone", weights: Mapping[str, Tensor], prefix: str, *
         refuse("tied", True, rule, "Build the model with Backbone(..., tied=False)")
 
 
+def _rename_weights(_model: "Backbone", weights: dict[str, Tensor], *_: Any) -> None:
+    weights_as_now(weights)
+
+
 class BackboneState(NamedTuple):
     blocks: tuple[BlockState, ...]
     tokens_seen: int
@@ -139,7 +144,7 @@ class Backbone(nn.Module):
         mixers: Sequence[Callable[..., Mixer]],
         feed_forwards: Sequence[Callable[..., Mixer] | None],
         short_convs: Sequence[int | None] = (None,),
-        positions: Sinusoidal | Learned | None = None,
+        positions: EmbeddedPositions | None = None,
         norm_eps: float = 1e-6,
         tied: bool = True,
         checkpoint_activations: bool = False,
@@ -169,6 +174,7 @@ class Backbone(nn.Module):
         if tied:
             self.head.weight = self.embedding.weight
         self.register_load_state_dict_pre_hook(_check_tied)
+        self.register_load_state_dict_pre_hook(_rename_weights)
 
     def forward(
         self,

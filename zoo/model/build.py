@@ -20,11 +20,9 @@ from zoo.mixers.base import Mixer
 from zoo.mixers.feed_forward import SwiGLU
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.backbone import Backbone
-from zoo.positions.absolute import Learned, Sinusoidal
 
 TOLERANCE = 0.01  # arms of a comparison differ by at most this share of the parameters
 STEPS = (16, 8, 4, 2, 1)  # widths are multiples of the first of these that meets the tolerance
-EMBEDDED = {"sinusoidal": Sinusoidal, "learned": Learned}
 
 
 def build_model(config: TrainConfig, vocab_size: int) -> tuple[Backbone, dict[str, int]]:
@@ -83,10 +81,7 @@ def count_parameters(model: nn.Module) -> int:
 def assemble(config: TrainConfig, vocab_size: int, knobs: Mapping[str, int]) -> Backbone:
     """The configured model with the layers and widths that `knobs` name in place of its own."""
     model, width = config.model, config.size.width
-    positions = None
-    if model.embedding_positions:
-        kind = EMBEDDED[model.embedding_positions]
-        positions = kind(width=width, max_length=model.max_length)
+    embedded = model.embedding_positions
     return Backbone(
         vocab_size=vocab_size,
         width=width,
@@ -97,7 +92,7 @@ def assemble(config: TrainConfig, vocab_size: int, knobs: Mapping[str, int]) -> 
             for part in (block.feed_forward for block in model.blocks)
         ],
         short_convs=[block.short_conv for block in model.blocks],
-        positions=positions,
+        positions=embedded.load()(width) if embedded else None,
         norm_eps=model.norm_eps,
         tied=model.tied,
         checkpoint_activations=config.checkpoint_activations,
@@ -124,7 +119,7 @@ def _constructor(
             return cls(**widths, **place)
         except (TypeError, ValueError) as error:
             told = _reason(error)
-            if not (name := re.match(r"(\w+)=", told)):
+            if not (name := re.match(r"([\w.]+)=", told)):
                 raise
             given = part.options.get(name[1])
             owner = "size" if name[1] == "heads" and given == config.size.heads else f"model.{slot}"

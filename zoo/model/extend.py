@@ -1,52 +1,77 @@
-"""Gives a model another reach: rotary scalings, attention remaps, training positions of a longer
-text. New weights only where frequencies are trained (CLEX)."""
+"""Extends a model beyond its training length: rotary scalings, attention patterns, interpolated
+slopes, training positions of a longer text. Only trained frequencies (CLEX) are new weights."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Generator, Tensor
 
-from zoo.attention.pattern import Reach, Scaling
-from zoo.config.applicability import LINEAR, ROTARY, check_applies
+from zoo.attention.pattern import AttentionPattern, Scaling
+from zoo.config.applicability import Declared, acts_on, check_applies
 from zoo.config.introspect import constructor_parameters
 from zoo.config.schema import Extension
 from zoo.data.loader import DrawPositions
-from zoo.errors import UserError, below
+from zoo.errors import UserError, below, refuse
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.backbone import Backbone
-from zoo.positions.absolute import Learned, Sinusoidal
-from zoo.positions.rope import inverse_frequencies
+from zoo.positions.base import Positions, PositionScheme
+from zoo.positions.rope import Rope
 from zoo.positions.scaling import temperature
-
-EMBEDDED = {Sinusoidal: "sinusoidal", Learned: "learned"}
 
 
 def extend(model: Backbone, extension: Extension, trained_length: int) -> Backbone:
-    """The model with every attention that it acts on under `extension`, in place.
+    """Put every position scheme that the extension acts on under it, in place; return the model.
 
-    One tuned under LongRoPE may be read under LongRoPE with factors searched for it anew. Lengths
-    are tokens. Raises UserError in one line where the extension does not apply to the model or its
-    settings do not go together.
+    A model tuned under LongRoPE may be read under LongRoPE with factors searched for it anew.
+
+    Args:
+        trained_length: tokens of the windows that the model was trained on.
+
+    Raises:
+        UserError: the extension does not act on the model, or its settings do not go together.
     """
-    kinds = check_applies(extension, _positions(model), model.extended)
-    if not kinds:
+    schemes, tree = position_schemes(model), extension.model_dump(by_alias=True)
+    check_applies(extension, {declared_by(scheme) for scheme in schemes}, model.extended)
+    acted = [scheme for scheme in schemes if acts_on(tree, declared_by(scheme))]
+    if not acted:
         return model
     original_length = extension.original_length or trained_length
     if extension.positions is not None:
         _check_places(model, extension, original_length, trained_length)
-    if kinds == ROTARY and _is_trained(extension):
-        _train_frequencies(model, extension, original_length)
-    elif kinds == ROTARY:
-        for mixer in rotary_mixers(model):
-            mixer.reach = _reach(mixer, extension, original_length)
-    elif kinds == LINEAR:
-        _interpolate(model, extension)
+    if extension.scaling is not None or extension.attention is not None:
+        ropes = [scheme for scheme in acted if isinstance(scheme, Rope)]
+        others = [scheme for scheme in acted if not isinstance(scheme, Rope)]
+        if ropes and _is_trained(extension):
+            _train_frequencies(model, ropes, extension, original_length)
+        else:
+            for rope in ropes:
+                rope.pattern = _pattern(rope, extension, original_length)
+        for scheme in others:
+            _scale(scheme, extension, original_length)
     model.extended = extension.name
     return model
 
 
+def position_schemes(model: Backbone) -> list[PositionScheme]:
+    """Return the schemes that extensions can act on: in attention that lets them, and embedded."""
+    inside = [one.positions for one in model.sublayers() if isinstance(one, SoftmaxAttention)]
+    return [*inside, model.positions] if model.positions is not None else [*inside]
+
+
+def declared_by(scheme: PositionScheme) -> Declared:
+    """Return what a scheme's class declares, of what extensions act on."""
+    return Declared(scheme.name, scheme.scaled_by, scheme.takes_pattern, scheme.placeable)
+
+
+def rotary_positions(model: Backbone) -> list[Rope]:
+    """Return the rotary schemes of the model's attention layers."""
+    return [scheme for scheme in position_schemes(model) if isinstance(scheme, Rope)]
+
+
 def places(extension: Extension, seq_len: int) -> DrawPositions | None:
-    """Where the tokens of training windows stand, drawn step by step; None: at 0, 1, 2 .."""
+    """Return what draws the positions of a step's training windows; None: they are 0, 1, 2 ..."""
     if extension.positions is None:
         return None
     original_length = extension.original_length or seq_len
@@ -68,30 +93,14 @@ def _check_places(
 ) -> None:
     longest, limit = _longest(extension, original_length), model.max_length
     if seq_len > longest:
-        raise UserError(
-            f"extension={extension.name} places windows of seq_len={seq_len} tokens in a text of "
-            f"{longest}, {extension.factor:g} times {original_length}: ask for a larger factor"
-        )
+        rule = f"gives positions up to {longest}, fewer than the {seq_len} tokens of a window"
+        refuse("extension.factor", extension.factor, rule, "Use a larger factor.")
     if limit is not None and limit < longest:
-        raise UserError(
-            f"extension={extension.name} places tokens up to {longest}, and this model has {limit} "
-            f"positions: model.max_length={longest} gives it as many"
+        rule = (
+            f"extension={extension.name} gives positions up to {longest}, and the model has {limit}"
         )
-
-
-def _positions(model: Backbone) -> set[str]:
-    """The kinds of positions that the model's layers and its embedding have."""
-    kinds = {one.positions for one in model.sublayers() if isinstance(one, SoftmaxAttention)}
-    return kinds | {EMBEDDED[type(model.positions)]} if model.positions is not None else kinds
-
-
-def rotary_mixers(model: Backbone) -> list[SoftmaxAttention]:
-    return _attending(model, "rope")
-
-
-def _attending(model: Backbone, positions: str) -> list[SoftmaxAttention]:
-    mixers = [one for one in model.sublayers() if isinstance(one, SoftmaxAttention)]
-    return [mixer for mixer in mixers if mixer.positions == positions]
+        advice = f"Use model.positions.max_length={longest}, or a smaller factor."
+        refuse("extension.factor", extension.factor, rule, advice)
 
 
 def _is_trained(extension: Extension) -> bool:
@@ -99,85 +108,84 @@ def _is_trained(extension: Extension) -> bool:
     return extension.scaling is not None and isinstance(extension.scaling.load().func, type)
 
 
-def _train_frequencies(model: Backbone, extension: Extension, original_length: int) -> None:
-    """One module of frequencies for all rotary layers, trained with the model's weights."""
+def _train_frequencies(
+    model: Backbone, ropes: Sequence[Rope], extension: Extension, original_length: int
+) -> None:
+    """Give all rotary layers one module of frequencies, trained with the model's weights."""
     assert extension.scaling is not None
     if extension.positions is None:
-        raise UserError(
-            f"extension={extension.name}: its scaling is trained, with windows that are placed: "
-            "python train.py finetune=<run> extension=clex"
-        )
-    mixers = rotary_mixers(model)
-    if len({(mixer.head_width, mixer.rope_base) for mixer in mixers}) > 1:
-        raise UserError(f"extension={extension.name} needs one width and base in all rotary layers")
-    try:
-        frequencies = extension.scaling.load()(
-            width=mixers[0].head_width,
-            base=mixers[0].rope_base,
-            factor=extension.factor,
-            original_length=original_length,
-        )
-    except (TypeError, ValueError) as error:  # a word where a number should be
-        raise UserError(f"extension={extension.name}: {error}") from error
+        rule = "is trained on windows with positions of a longer text"
+        advice = "Use python train.py finetune=<run> extension=clex."
+        refuse("extension.scaling._target_", extension.scaling.target, rule, advice)
+    if len({(rope.head_width, rope.rope_base) for rope in ropes}) > 1:
+        rule = "has one set of frequencies, and the rotary layers differ in head width or rope_base"
+        refuse("extension", extension.name, rule, "Use layers that are alike.")
+    frequencies = _built(
+        extension.scaling.load(), "scaling", **_given(ropes[0], extension, original_length)
+    )
     model.frequencies = frequencies
-    for mixer in mixers:
-        mixer.reach = Reach(frequencies, bucket=original_length)
+    for rope in ropes:
+        rope.pattern = AttentionPattern(frequencies, bucket=original_length)
 
 
-def _interpolate(model: Backbone, extension: Extension) -> None:
-    """Every slope divided by the factor."""
+def _given(rope: Rope, extension: Extension, original_length: int) -> dict[str, Any]:
+    """Return what the model and the extension settle of a scaling's arguments."""
+    sizes = {"width": rope.head_width, "base": rope.rope_base}
+    return {**sizes, "factor": extension.factor, "original_length": original_length}
+
+
+def _built(make: Callable[..., Any], slot: str, *args: Any, **given: Any) -> Any:
+    """Call what a slot of the extension names; UserError that names the option it refuses."""
+    try:
+        return make(*args, **given)
+    except UserError as error:
+        of_length = str(error).startswith("original_length=")
+        raise below("extension" if of_length else f"extension.{slot}", error) from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"extension.{slot}: {error}") from error
+
+
+def _scale(scheme: PositionScheme, extension: Extension, original_length: int) -> None:
+    """Put a scheme without frequencies under its own scaling."""
+    assert isinstance(scheme, Positions)
     assert extension.scaling is not None
-    if extension.attention or extension.positions or extension.scaling.options:
-        raise UserError(
-            f"extension={extension.name}: slopes are interpolated by extension.factor alone, "
-            "without a remap, positions or further options"
-        )
-    for mixer in _attending(model, "alibi"):
-        mixer.slope_factor = extension.factor
+    if extension.positions or extension.scaling.options:
+        rule = f"scales positions={scheme.name} by extension.factor alone"
+        advice = "Leave extension.positions and the options of extension.scaling out."
+        refuse("extension", extension.name, rule, advice)
+    _built(scheme.scale, "scaling", extension.scaling.load(), extension.factor, original_length)
 
 
-def _reach(mixer: SoftmaxAttention, extension: Extension, original_length: int) -> Reach:
-    scaling, by_length = _scaling(mixer, extension, original_length)
+def _pattern(rope: Rope, extension: Extension, original_length: int) -> AttentionPattern:
+    scaling, by_length = _scaling(rope, extension, original_length)
     if extension.attention is None:
-        return Reach(scaling, bucket=original_length if by_length else None)
+        return AttentionPattern(scaling, bucket=original_length if by_length else None)
     takes = constructor_parameters(extension.attention.target) or []
     more = {"original_length": original_length} if "original_length" in takes else {}
     if by_length:
         if "bucket" not in takes:
-            raise UserError(
-                f"extension={extension.name} keeps a window of the text: it composes with scalings "
-                "that do not depend on the length"
-            )
+            rule = "keeps a window of the text, so its scaling cannot depend on the length"
+            refuse("extension", extension.name, rule, "Use extension.scaling=pi, ntk or yarn.")
         more["bucket"] = original_length
-    try:
-        return extension.attention.load()(scaling, **more)
-    except ValueError as error:
-        of_length = str(error).startswith("original_length=")
-        raise below("extension" if of_length else "extension.attention", error) from error
+    return _built(extension.attention.load(), "attention", scaling, **more)
 
 
-def _scaling(
-    mixer: SoftmaxAttention, extension: Extension, original_length: int
-) -> tuple[Scaling, bool]:
-    """Length -> (inverse frequencies, attention factor), and whether the length matters."""
-    width, base = mixer.head_width, mixer.rope_base
+def _scaling(rope: Rope, extension: Extension, original_length: int) -> tuple[Scaling, bool]:
+    """Return length -> (inverse frequencies, attention factor), and whether the length matters."""
+    plain = rope.inv_freq, 1.0
     if extension.scaling is None:
-        return (lambda _: (inverse_frequencies(width, base), 1.0)), False
-    scaled = partial(
-        extension.scaling.load(),
-        width=width,
-        base=base,
-        factor=extension.factor,
-        original_length=original_length,
-    )
-    try:
-        within, beyond = (scaled(length=times * original_length) for times in (1, 2))
-    except (TypeError, ValueError) as error:  # a word where a number should be
-        raise UserError(f"extension={extension.name}: {error}") from error
+        return (lambda _: plain), False
+    function, given = extension.scaling.load(), _given(rope, extension, original_length)
+    takes = inspect.signature(function).parameters
+    scaled = partial(function, **{name: one for name, one in given.items() if name in takes})
+    if "length" in takes:
+        lengths = original_length, 2 * original_length
+        within, beyond = (_built(scaled, "scaling", length=length) for length in lengths)
+        if within != beyond:
+            return (lambda length: scaled(length=length)), True
+    else:
+        within = _built(scaled, "scaling")
     if all_dim := extension.scaling.options.get("mscale_all_dim"):
         # DeepSeek multiplies all scores by its square: here q and k of every channel carry it.
-        inv_freq, magnitude = within
-        within = beyond = inv_freq, magnitude * temperature(extension.factor, all_dim)
-    if within == beyond:
-        return (lambda _: within), False
-    return (lambda length: scaled(length=length)), True
+        within = within[0], within[1] * temperature(extension.factor, all_dim)
+    return (lambda _: within), False

@@ -11,13 +11,15 @@ formed in float64 and only their cosine and sine are rounded.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from zoo.config.domains import RopeBase
 from zoo.ops.rotary import apply_rotary, rotate_pairs
+from zoo.positions.base import CrossLayer, Positions, placed_positions
 
 Frequencies = Sequence[float] | Tensor | Callable[[Tensor], Tensor]
 
@@ -163,3 +165,43 @@ def by_row(
     inv_freq = {n: torch.as_tensor(f, dtype=torch.float64) for n, (f, _) in found.items()}
     factors = torch.tensor([found[n][1] for n in lengths], dtype=torch.float64)
     return torch.stack([inv_freq[n] for n in lengths])[:, None], factors[:, None, None, None]
+
+
+class Rope(Positions):
+    """Rotary positions; a `pattern` rotates queries and keys itself, and caches keys unrotated.
+
+    Args:
+        rope_base: b of theta_i = b^(-2i/d); larger ones give longer wavelengths.
+    """
+
+    takes_pattern: ClassVar[bool] = True
+    placeable: ClassVar[bool] = True
+    scaled_by: ClassVar[tuple[str, ...]] = ("zoo.positions.scaling", "zoo.positions.clex")
+
+    def __init__(self, heads: int, head_width: int, /, *, rope_base: RopeBase = 10000.0) -> None:
+        super().__init__(heads, head_width)
+        self.rope_base = rope_base
+        self.inv_freq = inverse_frequencies(head_width, rope_base)
+
+    def rotate(self, x: Float[Tensor, "b t h d"], at: int | Tensor) -> Float[Tensor, "b t h d"]:
+        return apply_rope(x, self.inv_freq, at)
+
+    def prepare(
+        self, q: Tensor, k: Tensor, start: int, cross_layer: CrossLayer | None = None
+    ) -> tuple[Tensor, Tensor]:
+        at = placed_positions(self, cross_layer)
+        if at is not None:
+            inv_freq, factor = self._frequencies(at, cross_layer or {})
+            return apply_rope(q, inv_freq, at, factor), apply_rope(k, inv_freq, at, factor)
+        return (q, k) if self.pattern else super().prepare(q, k, start)
+
+    def _frequencies(
+        self, at: Int[Tensor, "b t"], cross_layer: CrossLayer
+    ) -> tuple[Frequencies, Any]:
+        """Return those of a text up to its last position, and their attention factor."""
+        if "inv_freq" in cross_layer:  # trained ones, the same for all layers
+            return cross_layer["inv_freq"], 1.0
+        if self.pattern is None:
+            return self.inv_freq, 1.0
+        scaling = self.pattern.scaling
+        return by_row(scaling, at) if self.pattern.bucket else scaling(0)

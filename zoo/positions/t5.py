@@ -1,15 +1,31 @@
-"""Relative position buckets (Raffel 2020, T5, section 2.1): score(i, j) += B[bucket(i - j), h].
+"""T5's relative positions (Raffel 2020, section 2.1, arXiv 1910.10683): a learned bias per head and
+bucket of distances, score(i, j) += B[bucket(i - j), h].
 
-Near distances have a bucket each, farther ones share buckets whose widths grow geometrically, and
-all from `max_distance` on share the last: nothing about a longer text is new to the table. T5 has
-one table for all layers, and no 1/sqrt(d) on its scores.
+Near distances have a bucket each, farther ones share buckets of geometrically growing width, and
+all from `max_distance` on share the last: a longer text has no distance without a bias. Departures:
+T5 has one table for all layers, and no 1/sqrt(d) on its scores.
+
+Memory is linear in the tokens. Keys from `max_distance` on share one bias per head, which shifts
+the lse of plain attention over those keys. A bias is formed for nearer keys alone, one tile of
+queries at a time, and again in the backward pass.
 """
 
 import math
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from zoo.config.domains import Positive
+from zoo.errors import refuse
+from zoo.ops.attention import Part, attend
+from zoo.ops.merge import merge
+from zoo.positions.base import CrossLayer, Positions
+
+TILE = 512  # queries
 
 
 def bucket(
@@ -19,18 +35,14 @@ def bucket(
     max_distance: int = 128,
     bidirectional: bool = False,
 ) -> Int[Tensor, "*n"]:
-    """The bucket of each distance i - j, of the query i before which, if positive, the key j lies.
+    """Return the bucket of each distance i - j from a query i to a key j.
 
-    One-sided, keys after the query share bucket 0 with the query's own; `bidirectional`, they
-    have the upper half of the buckets.
+    Args:
+        bidirectional: keys after the query, i < j, have the upper half of the buckets; otherwise
+            they share bucket 0 with the query's own key.
     """
     side = buckets // 2 if bidirectional else buckets
-    exact = side // 2
-    if not 0 < exact < max_distance:
-        raise ValueError(
-            f"buckets={buckets}: at least {4 if bidirectional else 2}, and fewer single distances "
-            f"({exact}) than max_distance={max_distance}"
-        )
+    exact = _exact_distances(buckets, max_distance, bidirectional)
     apart = distance.abs() if bidirectional else distance.clamp(min=0)
     shared = torch.log(apart.double().clamp(min=exact) / exact) / math.log(max_distance / exact)
     far = (exact + shared * (side - exact)).long().clamp(max=side - 1)
@@ -38,8 +50,19 @@ def bucket(
     return found + side * (distance < 0) if bidirectional else found
 
 
+def _exact_distances(buckets: int, max_distance: int, bidirectional: bool) -> int:
+    """Return how many distances have a bucket of their own: half of one side's."""
+    exact = buckets // (4 if bidirectional else 2)
+    if exact < 1:
+        refuse("buckets", buckets, f"must be at least {4 if bidirectional else 2}")
+    if exact >= max_distance:
+        rule = f"gives {exact} distances a bucket each, but max_distance={max_distance}"
+        refuse("buckets", buckets, rule, "Use fewer buckets or a larger max_distance.")
+    return exact
+
+
 class RelativeBias(nn.Module):
-    """A learned bias per bucket and head; zero at first, when attention knows no positions."""
+    """A learned bias per bucket and head, initially zero. Its weight is not decayed."""
 
     def __init__(
         self,
@@ -50,13 +73,15 @@ class RelativeBias(nn.Module):
         bidirectional: bool = False,
     ) -> None:
         super().__init__()
+        _exact_distances(buckets, max_distance, bidirectional)
         self.max_distance, self.bidirectional = max_distance, bidirectional
         self.weight = nn.Parameter(torch.zeros(buckets, heads))
+        self.weight.no_weight_decay = True  # type: ignore[attr-defined]
 
     def forward(
         self, queries_at: Int[Tensor, " tq"], keys_at: Int[Tensor, " tk"]
     ) -> Float[Tensor, "h tq tk"]:
-        """The bias of every query and key, by where they stand."""
+        """Return the bias between every query and key, by their positions."""
         found = bucket(
             queries_at[:, None] - keys_at,
             buckets=self.weight.shape[0],
@@ -64,3 +89,78 @@ class RelativeBias(nn.Module):
             bidirectional=self.bidirectional,
         )
         return self.weight[found].movedim(-1, 0)
+
+
+class T5(Positions):
+    """T5's biases, one table per layer.
+
+    Args:
+        buckets: biases per head.
+        max_distance: tokens from which on all distances share the last bucket.
+    """
+
+    one_sided: ClassVar[bool] = True
+    takes_sink: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        heads: int,
+        head_width: int,
+        /,
+        *,
+        buckets: Positive = 32,
+        max_distance: Positive = 128,
+    ) -> None:
+        super().__init__(heads, head_width)
+        self.bias = RelativeBias(heads=heads, buckets=buckets, max_distance=max_distance)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: int,
+        cross_layer: CrossLayer | None = None,
+        *,
+        causal: bool = True,
+        sinks: Sequence[Part] = (),
+        backend: str = "auto",
+    ) -> Tensor:
+        return t5_attention(q, k, v, self.bias, backend=backend)
+
+
+def t5_attention(
+    q: Float[Tensor, "b t h d"],
+    k: Float[Tensor, "b n h d"],
+    v: Float[Tensor, "b n h e"],
+    bias: RelativeBias,
+    *,
+    backend: str = "auto",
+) -> Float[Tensor, "b t h e"]:
+    """Return biased causal attention; the queries are the last t of the n tokens."""
+    first, outs = k.shape[1] - q.shape[1], []
+    for rows in q.split(TILE, 1):
+        last = first + rows.shape[1]
+        near = max(first - bias.max_distance + 1, 0)  # keys before it share the last bucket
+        at = torch.arange(near, last, device=q.device)
+        stand = at[first - near :]
+        args = (rows, k[:, near:last], v[:, near:last], bias(stand, at), stand[:, None] >= at)
+        results = [checkpoint(_formula, *args, use_reentrant=False)]
+        if near:
+            out, lse = attend([Part(rows, k[:, :near], v[:, :near])], backend=backend)
+            results.append((out, lse + bias.weight[-1]))
+        outs.append(merge(results)[0])
+        first = last
+    return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+
+
+def _formula(
+    q: Tensor, k: Tensor, v: Tensor, bias: Float[Tensor, "h t n"], mask: Bool[Tensor, "t n"]
+) -> tuple[Tensor, Tensor]:
+    """Return softmax(q k^T / sqrt(d) + bias) v and its lse; each query sees at least one key."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k).to(wide) * q.shape[-1] ** -0.5 + bias
+    scores = scores.masked_fill(~mask, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - lse[..., None]).to(v.dtype)
+    return torch.einsum("bhij,bjhe->bihe", weights, v), lse.transpose(1, 2)

@@ -146,7 +146,7 @@ def _rotary(read: _Reader, length: int) -> list[str]:
     read.only("partial_rotary_factor", 1.0)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
-    words = [f"model.mixer.rope_base={float(base)}"]
+    words = [f"model.positions.rope_base={float(base)}"]
     if kind == "default":
         _nothing_left(scaling)
         return words

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from zoo.config.schema import TrainConfig
-from zoo.config.stored import as_before
+from zoo.config.stored import as_before, positions_as_before
 from zoo.config.tree import leaves, within
 from zoo.config.validate import plain
 
@@ -28,7 +28,7 @@ def run_name(config: TrainConfig) -> str:
     """The run folder's name: as given, otherwise made from the options that identify the run."""
     if config.name:
         return config.name
-    tree = plain(config)
+    tree = positions_as_before(plain(config))
     paths = zip(leaves(tree), leaves(as_before(tree)), strict=True)
     named = {old: value for (path, _), (old, value) in paths if not within(path, INCIDENTAL)}
     options = json.dumps(named, sort_keys=True)

@@ -32,9 +32,9 @@ MEASURING = ("model.backbone", "model.build", "model.extend")  # makes a trained
 APART = (
     *("errors", "paths", "console", "cli", "report", "model.audit"),
     *("config.applicability", "config.compose", "config.domains", "config.effects"),
-    "config.groups",
+    *("config.groups", "config.introspect", "config.longrope_factors"),
+    *("config.resolve", "config.schema", "config.schemes", "config.sizes", "config.stored"),
     *("training.callbacks", "training.records"),
-    *("config.introspect", "config.resolve", "config.schema", "config.sizes", "config.stored"),
     *("config.trainer_arguments", "config.tree", "config.validate"),
     *("runs", "data.sources", "data.store", "data.corpora"),
     *("data.files", "data.splits", "data.records", "data.hub"),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from zoo.config.longrope_factors import with_found_factors
 from zoo.config.schedule import continued
 from zoo.config.schema import TrainConfig
 from zoo.config.tree import within
@@ -10,7 +11,6 @@ from zoo.config.validate import plain, validate
 from zoo.errors import refuse
 from zoo.runs.checkpoints import step_of
 from zoo.runs.folder import RunFolder
-from zoo.runs.longrope import with_found
 
 # Options that a resumed run may change; any other makes it another run.
 RESUMABLE = (
@@ -80,7 +80,7 @@ def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     if not any(key not in MOVABLE for key in data):  # the base's text, wherever it is now
         moved = {key.removeprefix("data."): tree["data"][key.removeprefix("data.")] for key in data}
         kept["data"] = with_place(base["data"], moved)
-    extension = with_found(tree["extension"], folder)
+    extension = with_found_factors(tree["extension"], folder.path)
     extension["original_length"] = extension.get("original_length") or base["seq_len"]
     if "seq_len" not in given:
         longer = 1 if extension.get("positions") else extension["factor"]

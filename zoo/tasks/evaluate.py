@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from zoo.config.longrope_factors import with_found_factors
 from zoo.config.schema import Data, EvalConfig, Extension
 from zoo.config.validate import plain
 from zoo.devices import prepare
@@ -26,7 +27,6 @@ from zoo.report.rows import gather, in_words
 from zoo.report.wandb import mirror
 from zoo.runs.claim import changed_code
 from zoo.runs.folder import RunFolder
-from zoo.runs.longrope import with_found
 from zoo.runs.provenance import measured_by
 from zoo.runs.resume import with_place
 from zoo.tasks.context import (
@@ -167,7 +167,7 @@ class _Run:
     ) -> "_Run":
         """Raises UserError where the run is damaged or its checkpoints are gone."""
         folder = RunFolder.open(folder.path)
-        found = with_found(plain(config.extension), folder)  # what a search has left
+        found = with_found_factors(plain(config.extension), folder.path)  # what a search has left
         extension = Extension.model_validate(found)
         about = row_identity(extension, folder, device)
         _tell_code(folder)

@@ -18,19 +18,18 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from zoo.attention.pattern import Reach
+from zoo.attention.pattern import AttentionPattern
 from zoo.config.domains import Count, Range, Seed
+from zoo.config.longrope_factors import factors_file
 from zoo.data.loader import evaluation_bytes, evaluation_text
 from zoo.errors import below, refuse, refuse_path
 from zoo.measurement import Declaration, Quantity
-from zoo.mixers.softmax import SoftmaxAttention
-from zoo.model.extend import rotary_mixers
+from zoo.model.extend import rotary_positions
 from zoo.positions.longrope import N_HATS, Rescale, Search
-from zoo.positions.rope import inverse_frequencies
+from zoo.positions.rope import Rope
 from zoo.positions.scaling import linear, longrope, ntk_aware, yarn
 from zoo.runs.files import write_text
 from zoo.runs.folder import RunFolder
-from zoo.runs.longrope import found_file
 from zoo.tasks.context import EvalContext, Row, bits_per_byte, chunk_tokens, score
 from zoo.tasks.task import Task
 
@@ -41,7 +40,7 @@ log = logging.getLogger("zoo")
 class LongRope(Task):
     """One row: bits per byte under the best rescale, and the best of each generation.
 
-    Searched on `texts` texts of the validation split, of `times` times the trained length; short
+    Searched on `texts` texts of the validation split, of `factor` times the trained length; short
     factors at the original length. `most` is the largest factor, by default 1.25 times as much, or
     as much for short texts.
     """
@@ -55,7 +54,7 @@ class LongRope(Task):
         ),
     )
     unidentifying = ("texts", "chunk")  # a question has the number of texts that there are
-    times: Annotated[float, Range(above=1, most=2**20)]
+    factor: Annotated[float, Range(above=1, most=2**20)]
     texts: Count = 5
     population: Count = 64
     generations: Annotated[int, Range(0, 2**20)] = 40
@@ -80,12 +79,12 @@ class LongRope(Task):
         return _search(context, self._prepare(context), self.generations, self.chunk)
 
     def _file(self, context: EvalContext) -> Path:
-        return context.folder / found_file(self.times)
+        return context.folder / factors_file(self.factor)
 
     def _prepare(self, context: EvalContext) -> "Prepared":
         """The search as the run's folder holds it, or its beginning, and the texts."""
-        problem = _problem(context, self.times, self.magnitude)
-        most = self.most or (self.times if problem.tuned else 1.25 * self.times)
+        problem = _problem(context, self.factor, self.magnitude)
+        most = self.most or (self.factor if problem.tuned else 1.25 * self.factor)
         sizes = {name: getattr(self, name) for name in ("population", "mutations", "crossovers")}
         sizes |= {"parents": self.parents, "seed": self.seed}
         try:
@@ -95,7 +94,7 @@ class LongRope(Task):
         corpus = context.corpus
         which = corpus.valid, problem.length, self.texts, corpus.eval_documents
         text, text_bytes = evaluation_text(*which), int(evaluation_bytes(*which)[:, 1:].sum())
-        settings = {"texts": len(text), "times": self.times, "magnitude": problem.magnitude}
+        settings = {"texts": len(text), "factor": self.factor, "magnitude": problem.magnitude}
         settings |= {**sizes, "most": most, "weights": _fingerprint(context)}
         _resume(search, self._file(context), settings)
         return Prepared(search, problem, text, text_bytes, self._file(context))
@@ -105,7 +104,7 @@ class LongRope(Task):
 class Problem:
     """What is searched: the texts' length, where to start, and how a genome turns the keys."""
 
-    mixers: list[SoftmaxAttention]
+    ropes: list[Rope]
     length: int
     starts: list[Rescale]
     n_hats: Sequence[int]
@@ -116,18 +115,17 @@ class Problem:
 
     def use(self, genome: Rescale) -> None:
         """Let the model read under the genome."""
-        mixer = self.mixers[0]
         scaled = longrope(
-            width=mixer.head_width,
-            base=mixer.rope_base,
+            width=self.ropes[0].head_width,
+            base=self.ropes[0].rope_base,
             factor=self.factor,
             original_length=self.original_length,
             long_factors=genome.factors,
             n_hat=genome.n_hat,
             magnitude=self.magnitude,
         )
-        for mixer in self.mixers:
-            mixer.reach = Reach(lambda _: scaled)
+        for rope in self.ropes:
+            rope.pattern = AttentionPattern(lambda _: scaled)
 
     def found(self, best: Rescale) -> dict[str, Any]:
         """The options of `longrope` that the search has settled."""
@@ -138,8 +136,8 @@ class Problem:
 
 
 def _problem(context: EvalContext, factor: float, magnitude: str) -> Problem:
-    config, mixers = RunFolder.open(context.folder).config, rotary_mixers(context.model)
-    if not mixers or len({(mixer.head_width, mixer.rope_base) for mixer in mixers}) > 1:
+    config, ropes = RunFolder.open(context.folder).config, rotary_positions(context.model)
+    if not ropes or len({(rope.head_width, rope.rope_base) for rope in ropes}) > 1:
         rule = "the search needs rotary layers, all of one head width and base"
         refuse("task", "longrope", rule, "Measure another model")
     if context.extension != "none":
@@ -153,10 +151,11 @@ def _problem(context: EvalContext, factor: float, magnitude: str) -> Problem:
         )
     original_length = own.original_length or config.seq_len
     n_hats = [n for n in N_HATS if n < original_length]
-    given = {"width": mixers[0].head_width, "base": mixers[0].rope_base, "factor": factor}
-    theta = inverse_frequencies(mixers[0].head_width, mixers[0].rope_base)
+    given = {"width": ropes[0].head_width, "base": ropes[0].rope_base, "factor": factor}
+    theta = ropes[0].inv_freq
     if own.scaling is None:
-        starts = [f(**given, original_length=original_length)[0] for f in (linear, ntk_aware, yarn)]
+        starts = [linear(**given)[0], ntk_aware(**given)[0]]
+        starts.append(yarn(**given, original_length=original_length)[0])
         ratios = [[t / f for t, f in zip(theta, start, strict=True)] for start in starts]
         length, tuned = int(factor * original_length), {}
     else:
@@ -165,7 +164,7 @@ def _problem(context: EvalContext, factor: float, magnitude: str) -> Problem:
         tuned = {name: known[name] for name in ("long_factors", "n_hat")}
         magnitude = known["magnitude"]
     starts = [Rescale(tuple(ratio)) for ratio in ratios]
-    return Problem(mixers, length, starts, n_hats, factor, original_length, magnitude, tuned)
+    return Problem(ropes, length, starts, n_hats, factor, original_length, magnitude, tuned)
 
 
 class Prepared(NamedTuple):
@@ -197,7 +196,7 @@ def _search(context: EvalContext, prepared: Prepared, generations: int, chunk: i
         context.progress.begin(f"{what}{best}", many * tokens)
 
     state = json.loads(file.read_text(encoding="utf-8"))
-    before = [mixer.reach for mixer in problem.mixers]
+    before = [rope.pattern for rope in problem.ropes]
     begin()
     try:
         with context.arithmetic():
@@ -207,8 +206,8 @@ def _search(context: EvalContext, prepared: Prepared, generations: int, chunk: i
                 write_text(file, json.dumps(state))
                 begin()
     finally:
-        for mixer, reach in zip(problem.mixers, before, strict=True):
-            mixer.reach = reach
+        for rope, pattern in zip(problem.ropes, before, strict=True):
+            rope.pattern = pattern
     best, genome = search.scored[0]
     log.info(
         "longrope: %.4f bits per byte at %d tokens under n_hat=%d and factors %s; "
@@ -228,7 +227,7 @@ def _resume(search: Search, file: Path, settings: Row) -> None:
         write_text(file, json.dumps({"settings": settings, "best": []}))
         return
     state = json.loads(file.read_text(encoding="utf-8"))
-    theirs = state["settings"]
+    theirs = {"factor" if key == "times" else key: v for key, v in state["settings"].items()}
     if differ := [key for key in {**theirs, **settings} if theirs.get(key) != settings.get(key)]:
         rule = f"holds another search, which differs in {', '.join(differ)}"
         refuse_path(file, rule, "Move it away, or use its settings")

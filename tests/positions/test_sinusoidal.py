@@ -1,11 +1,11 @@
-"""Positions added at the embedding: Vaswani's formula, or a row of a table."""
+"""Sinusoids at the embedding are Vaswani's formula."""
 
 import math
 
 import pytest
 import torch
 
-from zoo.positions.absolute import Learned, Sinusoidal
+from zoo.positions.sinusoidal import Sinusoidal
 
 WIDTH = 8
 
@@ -14,17 +14,10 @@ WIDTH = 8
 def test_sinusoids_are_the_papers_beside_an_embedding_of_its_scale(start):
     """Vaswani 2017, section 3.5, and 3.4: embeddings times the root of the width."""
     x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
-    found = Sinusoidal(width=WIDTH)(x, start)
+    found = Sinusoidal(WIDTH)(x, start)
     for t in range(5):
         for channel in range(WIDTH):
             angle = (start + t) / 10000 ** (2 * (channel // 2) / WIDTH)
             wave = math.cos(angle) if channel % 2 else math.sin(angle)
             wanted = math.sqrt(WIDTH) * x[:, t, channel] + wave
             torch.testing.assert_close(found[:, t, channel], wanted, rtol=1e-9, atol=1e-9)
-
-
-def test_learned_positions_are_rows_of_their_table_from_what_was_read_on():
-    learned, x = Learned(width=WIDTH, max_length=20), torch.randn(2, 5, WIDTH)
-    torch.testing.assert_close(learned(x, 7), x + learned.weight[7:12])
-    at = torch.tensor([[0, 3, 4, 9, 19], [1, 2, 5, 6, 7]])
-    torch.testing.assert_close(learned(x, 0, at), x + learned.weight[at])
