@@ -97,6 +97,19 @@ def test_a_compressed_file_reads_as_the_plain_one(tmp_path, name):
         assert file.read(20) == text[5000:5020]
 
 
+def test_frames_of_a_compressed_file_follow_one_another(tmp_path):
+    one, two = b"alpha\n" * 50_000, b"beta\n" * 50_000
+    parts = [
+        compress(tmp_path / f"{n}.zst", text).read_bytes() for n, text in enumerate((one, two))
+    ]
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(b"".join(parts))
+    assert read_text(path) == one + two
+    with opened(path) as file:
+        file.seek(len(one) + 5)
+        assert (file.readline(), file.tell()) == (b"beta\n", len(one) + 10)
+
+
 def test_a_stream_that_reads_short_and_has_no_lines_is_read_whole(tmp_path, monkeypatch):
     class Frames(io.RawIOBase):  # as zstandard's, one frame a read
         def __init__(self, path, mode):

@@ -149,6 +149,33 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         refuse_unreadable(path, error)
 
 
+class _Seekable(io.RawIOBase):
+    """A stream that seeks forward although it says, as zstandard's does, that it cannot seek."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        return self.stream.readinto(buffer)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self.stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.stream.tell()
+
+    def close(self) -> None:
+        if not self.closed:
+            self.stream.close()
+        super().close()
+
+
 def _open(path: Path) -> Any:
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")
@@ -157,7 +184,7 @@ def _open(path: Path) -> Any:
     for name in ("compression.zstd", "zstandard"):
         with contextlib.suppress(ImportError):
             # Buffered: zstandard's own stream reads short at a frame's end, and has no lines.
-            return io.BufferedReader(importlib.import_module(name).open(path, "rb"))
+            return io.BufferedReader(_Seekable(importlib.import_module(name).open(path, "rb")))
     refuse_path(path, "needs the package zstandard", "Run pip install zstandard, or use .gz")
 
 
