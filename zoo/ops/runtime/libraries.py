@@ -137,7 +137,7 @@ def attention(
     q: Float[Tensor, "b h t d"],
     k: Float[Tensor, "b h n d"],
     v: Float[Tensor, "b h n d"],
-    bias: Float[Tensor, "#b #h t n"] | None,
+    bias: Float[Tensor, "*#bh t n"] | None,
     causal: bool,
     scale: float,
 ) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b h m"]]:
@@ -158,7 +158,7 @@ def attention_backward(
     v: Float[Tensor, "b h n d"],
     out: Float[Tensor, "b h t d"],
     lse: Float[Tensor, "b h m"],
-    bias: Float[Tensor, "#b #h t n"] | None,
+    bias: Float[Tensor, "*#bh t n"] | None,
     causal: bool,
     scale: float,
 ) -> list[Tensor]:
