@@ -13,7 +13,7 @@ from zoo.config.applicability import Declared, acts_on, check_applies
 from zoo.config.introspect import constructor_parameters
 from zoo.config.schema import Extension
 from zoo.data.loader import DrawPositions
-from zoo.errors import UserError, below, refuse
+from zoo.errors import UserError, below, refuse, refuse_path
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.backbone import Backbone
 from zoo.positions.base import Positions, PositionScheme
@@ -142,7 +142,7 @@ def _built(make: Callable[..., Any], slot: str, *args: Any, **given: Any) -> Any
         of_length = str(error).startswith("original_length=")
         raise below("extension" if of_length else f"extension.{slot}", error) from error
     except (TypeError, ValueError) as error:
-        raise UserError(f"extension.{slot}: {error}") from error
+        refuse_path(f"extension.{slot}", str(error).splitlines()[0], "Correct its options")
 
 
 def _scale(scheme: PositionScheme, extension: Extension, original_length: int) -> None:

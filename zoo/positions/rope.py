@@ -31,7 +31,7 @@ def inverse_frequencies(width: int, base: float = 10000.0) -> tuple[float, ...]:
             f"head_width={width}: must be even, as rotary positions rotate pairs of channels"
         )
     if not base > 1:
-        raise ValueError(f"rope_base={base} must be above 1: its powers are the wavelengths")
+        raise ValueError(f"rope_base={base}: must be > 1 (its powers are the wavelengths).")
     return tuple(base ** (-2 * i / width) for i in range(width // 2))
 
 
