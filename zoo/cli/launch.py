@@ -1,6 +1,6 @@
 """The front of train.py and eval.py: help, checks and sweeps around Hydra.
 
-Every arm is composed and checked before the first one starts. A mistake is told in one line with
+Every arm is composed and checked before the first one starts. A mistake is refused in one line with
 exit code 2 and nothing written; an arm that fails later does not stop the others.
 """
 

@@ -44,7 +44,7 @@ class SoftmaxAttention(Mixer):
         positions: the scheme, a class of zoo.positions with its options bound.
         sink: a learned key and value per head.
         backend: of zoo.ops.attention.
-        causal: False: every query sees every key, and no state is kept.
+        causal: False: every query sees every key, and there is no state.
     """
 
     uses_cross_layer: ClassVar[bool] = True

@@ -45,7 +45,7 @@ def cannot_write(path: Path, error: BaseException) -> UserError | None:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Write `path` whole or not at all: into a draft beside it, to the disk, then renamed.
 
-    UserError where the disk is full or the folder read-only; the earlier file is kept.
+    UserError where the disk is full or the folder read-only; the earlier file stays.
     """
     draft = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     try:

@@ -102,8 +102,8 @@ def measured_by(trained: BaseModel, task: str, extended: bool) -> str:
 
 def digest(files: Mapping[str, str]) -> str:
     """One short name for a set of sources."""
-    told = json.dumps(sorted(files.items()))
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
+    text = json.dumps(sorted(files.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -170,8 +170,8 @@ class _Source:
                 self.imports += [name.removeprefix("zoo.") for name in names]
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 self.native += [node.value] if NATIVE.fullmatch(node.value) else []
-        told = json.dumps(_normal(tree), ensure_ascii=True)
-        self.sha256 = hashlib.sha256(told.encode()).hexdigest()[:12]
+        text = json.dumps(_normal(tree), ensure_ascii=True)
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @functools.lru_cache(maxsize=512)

@@ -73,17 +73,17 @@ def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
         refuse("finetune", folder, rule, "Leave them out, or train a new run")
     if base["extension"]["name"] != "none":
         refuse("finetune", folder, "was fine-tuned itself", f"Use finetune={base['finetune']}")
-    kept = {key: base[key] for key in ("model", "size", "match", "objective")}
+    inherited = {key: base[key] for key in ("model", "size", "match", "objective")}
     if "seed" not in given:
-        kept["seed"] = base["seed"]
+        inherited["seed"] = base["seed"]
     data = [key for key in given if within(key, ("data",))]
     if not any(key not in MOVABLE for key in data):  # the base's text, wherever it is now
         moved = {key.removeprefix("data."): tree["data"][key.removeprefix("data.")] for key in data}
-        kept["data"] = with_place(base["data"], moved)
+        inherited["data"] = with_place(base["data"], moved)
     extension = with_found_factors(tree["extension"], folder.path)
     extension["original_length"] = extension.get("original_length") or base["seq_len"]
     if "seq_len" not in given:
         longer = 1 if extension.get("positions") else extension["factor"]
-        kept["seq_len"] = int(base["seq_len"] * longer)
-    tree = {**tree, **kept, "extension": extension, "finetune": str(folder)}
+        inherited["seq_len"] = int(base["seq_len"] * longer)
+    tree = {**tree, **inherited, "extension": extension, "finetune": str(folder)}
     return validate(TrainConfig, tree)
