@@ -18,7 +18,7 @@ PROGRAMS = {  # the module and what it does
     "list": ("zoo.cli.listing", "list models, extensions, tasks, corpora and experiments"),
     "training-free": ("zoo.cli.training_free", "list the extensions that need no training"),
     "patterns": ("zoo.cli.patterns", "draw which tokens each query attends to"),
-    "report": ("zoo.cli.report", "draw a published table again from its rows"),
+    "report": ("zoo.cli.report", "draw a report again from rows that are there"),
     "doctor": ("zoo.cli.doctor", "show which kernels and libraries this machine uses"),
 }
 LINES = {  # the usage of those that print lines

@@ -1,5 +1,7 @@
 """`zoo report` draws a published table from its rows alone."""
 
+import pytest
+
 from zoo.cli.report import main
 from zoo.report import published
 
@@ -29,3 +31,37 @@ def test_an_unknown_table_is_refused_in_one_line(tmp_path, monkeypatch, capfd):
     assert "Did you mean 'state_tracking'" in capfd.readouterr().err
     assert main(["a", "b"]) == 2
     assert not list(tmp_path.glob("*.html"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["wandb=lab/lengths"],
+            "wandb=lab/lengths: needs the runs to compare. Give run=<pattern>.",
+        ),
+        (["run=none/*", "wandb=lab"], "wandb=lab: must be <entity>/<project>."),
+        (["run=none/*"], "run=none/*: no run folder matches."),
+        (["rum=x"], "run"),
+        (["state_tracking", "run=x"], "must be one table or run="),
+        (["report=a.html", "report=b.html"], "each option once"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_in_one_line(words, said, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    error = capfd.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_run_folders_hold_is_drawn_without_measuring(tmp_path, monkeypatch, capsys):
+    rows = [{"run": "a", "arm": "lstm", "model": "lstm", "task": "accuracy", "status": "ok"}]
+    rows = [rows[0] | {"length": n, "accuracy": 0.75, "seed": 0} for n in (16, 64)]
+    monkeypatch.setattr("zoo.cli.report.find_runs", lambda pattern, _: [pattern])
+    monkeypatch.setattr("zoo.tasks.known.all_known", lambda folders: (rows, []))
+    assert main(["run=runs/*", f"report={tmp_path}/page.html"]) == 0
+    assert "lstm" in (tmp_path / "page.html").read_text()
+    monkeypatch.setattr("zoo.tasks.known.all_known", lambda folders: ([], []))
+    assert main(["run=runs/*"]) == 2

@@ -1,4 +1,4 @@
-"""The mirror: offline without a key, never a question, blocks that need no package."""
+"""The mirror: offline without a key, never a question, the same numbers as the rows."""
 
 import base64
 import builtins
@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-from synthetic import experiment, run_records, score_row
+from synthetic import run_records, score_row
 
 import zoo.report.wandb
-from zoo.errors import UserError
 from zoo.report import write_report
-from zoo.report.wandb import by_length, mirror, report_blocks, save_report
+from zoo.report.wandb import by_length, mirror
 
 
 def test_metrics_are_those_of_the_rows():
@@ -83,15 +82,3 @@ def test_an_evaluation_without_a_report_is_mirrored_without_one(logged, tmp_path
     mirror(rows, [], tmp_path)
     assert logged["name"] == "perplexity of mamba-0"
     assert "report" not in logged
-
-
-def test_blocks_hold_the_table_and_the_limits():
-    blocks = report_blocks(experiment(), [])
-    assert "transformer-alibi" in next(b["code"] for b in blocks if b["block"] == "CodeBlock")
-    assert any("not tuned" in block.get("text", "") for block in blocks)
-
-
-def test_saving_without_the_package_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb_workspaces", None)
-    with pytest.raises(UserError, match="pip install wandb-workspaces"):
-        save_report([], [])

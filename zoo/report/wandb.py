@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from zoo.errors import UserError
-from zoo.report.caveats import banners, limits
+from zoo.measurement import Quantity
 from zoo.report.page import picture_names, pictures_folder
 from zoo.report.rows import gather
 from zoo.report.statistics import finite
-from zoo.report.text import as_text
 
 Rows = Sequence[Mapping[str, Any]]
 log = logging.getLogger("zoo")
@@ -25,6 +23,7 @@ def mirror(
     mode: Literal["auto", "offline", "online"] = "auto",
     *,
     project: str = "zoo",
+    entity: str | None = None,
     config: Mapping[str, Any] | None = None,
     report: Path | None = None,
 ) -> Path:
@@ -45,6 +44,7 @@ def mirror(
     folder.mkdir(parents=True, exist_ok=True)
     named = {"name": evaluation_name(rows, runs), "job_type": "evaluation", "group": "evaluation"}
     about = named | {"project": project, "config": dict(config or {}), "dir": str(folder)}
+    about |= {"entity": entity} if entity else {}
     with begin(mode, **about) as run:
         run.define_metric("length")
         run.define_metric("*", step_metric="length")
@@ -107,47 +107,22 @@ def begin(mode: str, **about: Any) -> Any:
 
 
 def by_length(rows: Rows, runs: Rows) -> dict[int, dict[str, float]]:
-    """length -> metric name -> value, the mean over seeds, for every quantity of every arm.
-
-    A name is <task>/<field>/<what tells its rows apart>/<arm>.
-    """
+    """length -> metric name -> value, the mean over seeds, for every quantity of every arm."""
     results = gather(rows, runs)
     metrics: dict[int, dict[str, float]] = {}
     for task, said in results.tasks.items():
         for quantity in said.quantities:
             for label, mine in results.measured(task, quantity).items():
-                name = "/".join([task, quantity.field, *map(str, quantity.where.values()), label])
+                name = metric_name(task, quantity, label)
                 for length, cell in mine.items():
                     if cell.value is not None:
                         metrics.setdefault(length, {})[name] = cell.value
     return metrics
 
 
-def report_blocks(rows: Rows, runs: Rows) -> list[dict[str, str]]:
-    """A W&B report as plain blocks: the class of each block and its text."""
-    results = gather(rows, runs)
-    blocks = [{"block": "H1", "text": "Length extrapolation"}]
-    blocks += [{"block": "CalloutBlock", "text": line} for line in banners(results)]
-    blocks.append({"block": "CodeBlock", "code": as_text(results)})
-    blocks.append({"block": "H2", "text": "Limits"})
-    return blocks + [{"block": "P", "text": line} for line in limits(results)]
-
-
-def save_report(rows: Rows, runs: Rows, *, project: str = "zoo", entity: str = "") -> str:
-    """Publish the report on W&B and return its address; needs wandb-workspaces and a login."""
-    try:
-        import wandb_workspaces.reports.v2 as reports  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise UserError(
-            "W&B report: needs the package wandb-workspaces. Run pip install wandb-workspaces."
-        ) from error
-    blocks = report_blocks(rows, runs)
-    built = [getattr(reports, block.pop("block"))(**block) for block in blocks]
-    report = reports.Report(
-        project=project, entity=entity, title="Length extrapolation", blocks=built
-    )
-    report.save()
-    return report.url
+def metric_name(task: str, quantity: Quantity, label: str) -> str:
+    """<task>/<field>/<what tells its rows apart>/<arm>."""
+    return "/".join([task, quantity.field, *map(str, quantity.where.values()), label])
 
 
 def _plain(value: Any) -> Any:

@@ -41,10 +41,9 @@ from zoo.tasks.identity import (
     LABELS,
     extension_settings,
     row_identity,
-    trained_settings,
     weights_of,
 )
-from zoo.tasks.known import known_besides
+from zoo.tasks.known import known_besides, run_record
 from zoo.tasks.leaks import Leaks
 from zoo.tasks.progress import Progress
 from zoo.tasks.task import Task
@@ -177,9 +176,7 @@ class _Run:
 
     def record(self) -> Row:
         """What the report needs to know of the run itself."""
-        trained = {"arm": self.about["arm"], "settings": trained_settings(self.folder)}
-        trained["valid_loss"] = self.folder.last_metric("valid_loss")
-        return self.about | self.folder.info | trained
+        return run_record(self.about, self.folder)
 
     def measure(self, tasks: dict[str, Task], fresh: bool) -> Iterator[Row]:
         """The rows of the run, each appended to `results.jsonl` unless it was found there.

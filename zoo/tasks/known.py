@@ -2,11 +2,38 @@
 
 from collections.abc import Iterator, Sequence
 
+import torch
+
+from zoo.config.groups import extensions
+from zoo.config.schema import Extension
 from zoo.measurement import agrees, panel, question
 from zoo.runs.folder import RunFolder
 from zoo.runs.provenance import measured_by
 from zoo.tasks.context import Row
-from zoo.tasks.identity import EXTENDED
+from zoo.tasks.identity import EXTENDED, row_identity, trained_settings
+
+
+def all_known(folders: Sequence[RunFolder]) -> tuple[list[Row], list[Row]]:
+    """The latest answers that run folders hold, by the weights and code of now, and their records.
+
+    Raises UserError for a folder that is damaged.
+    """
+    rows, runs = [], []
+    none = Extension.model_validate(extensions()["none"])
+    for folder in (RunFolder.open(folder.path) for folder in folders):
+        about = row_identity(none, folder, torch.device("cpu"))
+        runs.append(run_record(about, folder))
+        weights = {k: v for k, v in about.items() if k not in ("device", "dtype", "threads")}
+        found = known_besides(folder, weights, [])
+        rows += [{k: v for k, v in row.items() if k != "requested"} for row in found]
+    return rows, runs
+
+
+def run_record(about: Row, folder: RunFolder) -> Row:
+    """What the report needs to know of a run itself, beside the fields of its rows."""
+    trained = {"arm": about["arm"], "settings": trained_settings(folder)}
+    trained["valid_loss"] = folder.last_metric("valid_loss")
+    return about | folder.info | trained
 
 
 def known_besides(folder: RunFolder, about: Row, requested: Sequence[Row]) -> Iterator[Row]:
