@@ -46,6 +46,41 @@ def append(past: Float[Tensor, "b n ..."], x: Float[Tensor, "b t ..."]) -> Tenso
     return torch.cat([past.to(x.dtype), x], 1)
 
 
+class _Growing:
+    """Memory behind a cache: `filled` of its tokens are in use by the longest cache that has it."""
+
+    def __init__(self, memory: Float[Tensor, "b n ..."], filled: int) -> None:
+        self.memory, self.filled = memory, filled
+
+
+def grow(past: Float[Tensor, "b n ..."], x: Float[Tensor, "b t ..."]) -> Tensor:
+    """Both behind one another, in x's dtype, as `append` returns them.
+
+    Without gradients the result has room behind it, a quarter of its tokens, and the next call
+    writes there instead of copying the past. Where another call has written there already, as where
+    several answers go on from one prompt, the past is copied: no cache ever changes.
+    """
+    before, tokens = past.shape[1], past.shape[1] + x.shape[1]
+    if torch.is_grad_enabled() and (past.requires_grad or x.requires_grad):
+        return append(past, x)
+    room: _Growing | None = getattr(past, "_growing", None)
+    if (
+        room is None
+        or room.filled != before
+        or room.memory.dtype != x.dtype
+        or room.memory.shape[1] < tokens
+        or past.is_inference() != x.is_inference()
+    ):
+        size = tokens + max(64, tokens // 4)
+        room = _Growing(x.new_empty((len(x), size, *x.shape[2:])), before)
+        room.memory[:, :before] = past
+    room.memory[:, before:tokens] = x
+    room.filled = tokens
+    both = room.memory[:, :tokens]
+    both._growing = room  # type: ignore[attr-defined]
+    return both
+
+
 def no_keys(weight: Tensor, batch: int, heads: int, width: int) -> Float[Tensor, "b 0 h d"]:
     """Keys before the first token, of the dtype that products with `weight` will have."""
     return weight.new_empty((batch, 0, heads, width), dtype=compute_dtype(weight))

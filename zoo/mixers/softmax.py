@@ -30,7 +30,7 @@ from zoo.mixers.base import (
     refuse_state,
     residual_gain,
 )
-from zoo.mixers.parts import KeyValues, no_keys
+from zoo.mixers.parts import KeyValues, grow, no_keys
 from zoo.ops.attention import Part
 from zoo.positions.base import build_positions
 from zoo.positions.rope import Rope
@@ -100,7 +100,7 @@ class SoftmaxAttention(Mixer):
         sinks = self._sinks(q)
         q, k = self.positions.prepare(q, k, start, cross_layer)
         if state:
-            k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
+            k, v = grow(state.k, k), grow(state.v, v)
         groups = self.heads // self.kv_heads
         k_all, v_all = (x.repeat_interleave(groups, 2) if groups > 1 else x for x in (k, v))
         y = self.positions.attend(
