@@ -7,6 +7,7 @@ A row also carries its task's `Declaration`, so that whoever reads rows can draw
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -94,11 +95,18 @@ def declared(row: Mapping[str, Any]) -> Declaration | None:
         return None
 
 
+def not_finite(declaration: Declaration, row: Mapping[str, Any]) -> list[str]:
+    """The names of the declared quantities whose value in the row is NaN or infinite."""
+    values = [(one.name, row.get(one.field)) for one in declaration.quantities if one.of(row)]
+    return [name for name, x in values if isinstance(x, float) and not math.isfinite(x)]
+
+
 def panel(row: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that tell apart the rows of a task at one length: its quantities' `where`."""
     found = declared(row)
-    names = [n for one in found.quantities for n in one.where] if found else ("protocol", "phase")
-    return {name: row.get(name) for name in names}
+    wheres = [name for one in found.quantities for name in one.where] if found else []
+    names = sorted({"protocol", "phase", *wheres})  # those two of rows that declare nothing, too
+    return {name: row[name] for name in names if row.get(name) is not None}
 
 
 def question(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -263,10 +263,29 @@ def test_text_comes_as_numbers_of_any_kind():
     assert audit(model, text.numpy().astype(np.uint8)) == wanted
 
 
-def test_a_length_without_finite_outputs_is_left_out():
+class BreaksBeyond(Honest):
+    """Gives no numbers for texts of more than `LENGTH` tokens."""
+
+    def forward(self, x, *args):
+        y, *rest = super().forward(x, *args) if args else (super().forward(x),)
+        y = y * math.nan if x.shape[1] > LENGTH else y
+        return (y, *rest) if args else y
+
+
+def test_a_length_without_finite_outputs_is_left_out_of_what_was_read():
+    found = audit(model_of(BreaksBeyond), some_text())
+    assert found.ok
+    assert found.lengths == (LENGTH,)
+    assert set(found.tokens.values()) == {LENGTH}
+
+
+@pytest.mark.parametrize(("count", "why"), [(2 * LENGTH, "not finite"), (1, "a single token")])
+def test_an_audit_that_could_compare_nothing_is_none(count, why):
     model = model_of(Honest)
-    nn.init.constant_(model.norm.weight, math.nan)
-    assert audit(model, some_text()).ok
+    if count > 1:
+        nn.init.constant_(model.norm.weight, math.nan)
+    with pytest.raises(ValueError, match=f"^nothing could be compared: .*{why}"):
+        audit(model, some_text(count))
 
 
 def test_the_record_is_plain():

@@ -1,5 +1,6 @@
 """The rates that were tried are shown, and an arm that was tuned is not called untuned."""
 
+import pytest
 from synthetic import run_records, score_row
 
 from zoo.report.caveats import banners
@@ -9,7 +10,7 @@ from zoo.report.rows import gather
 from zoo.report.sensitivity import rates_table
 
 
-def tuned():
+def tuned(extension: str | None = None):
     rows, runs = [], []
     for lr, losses in {1e-3: (0.5, 0.7), 4e-3: (0.2, 0.4)}.items():
         for seed, loss in enumerate(losses):
@@ -18,6 +19,8 @@ def tuned():
             rows.append(row)
             record = {**row, "status": "done", "valid_loss": loss, "settings": {"optim.lr": lr}}
             runs.append(record)
+            if extension:
+                rows.append(row | {"arm": f"mamba + {extension}", "extension": extension})
     pruned = {"run": "p", "arm": "mamba", "lr": 8e-3, "settings": {"optim.lr": 8e-3}}
     runs.append(pruned | {"status": "stopped", "reason": "pruned at step 10 of 40"})
     return gather(rows, runs)
@@ -36,8 +39,9 @@ def test_only_the_best_rate_is_an_arm_and_every_rate_is_in_the_table():
     assert "pruned at step 10 of 40" in render(results, styles(results))
 
 
-def test_a_tuned_arm_is_not_said_to_be_untuned_and_its_other_rates_are_no_failures():
-    said = banners(tuned())
+@pytest.mark.parametrize("extension", [None, "state_scaling"])
+def test_a_tuned_arm_is_not_said_to_be_untuned_and_its_other_rates_are_no_failures(extension):
+    said = banners(tuned(extension))
     assert not any("Untuned" in line or "not finished" in line for line in said)
 
 

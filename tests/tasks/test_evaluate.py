@@ -2,9 +2,11 @@
 
 import io
 import json
+import math
 
 import pytest
 import torch
+from building import ROOT
 from fakes import Remembers, random_text, text_corpus, text_store
 
 import zoo.tasks.evaluate
@@ -13,9 +15,16 @@ from zoo.errors import UserError
 from zoo.measurement import question
 from zoo.report import published
 from zoo.runs.folder import RunFolder
+from zoo.tasks.context import Outcome
 from zoo.tasks.evaluate import evaluate
+from zoo.tasks.perplexity import Perplexity
 from zoo.tasks.progress import Progress
 
+TASKS = sorted(
+    path.stem
+    for path in (ROOT / "configs/task").glob("*.yaml")
+    if (ROOT / f"zoo/tasks/{path.stem}.py").is_file()
+)
 CORPUS = text_corpus(text_store(random_text(2000)))
 IDENTITY = {
     *("task", "run", "arm", "model", "size", "seed", "extension", "extension_factor"),
@@ -432,3 +441,49 @@ def test_published_results_of_the_same_data_stand_beside_a_run(model, tmp_path, 
     assert code == 0
     assert "transformer (published)" in said
     assert len(mine.rows()) == len(theirs.rows())  # theirs were not measured again, nor kept
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", TASKS)
+def test_a_quantity_that_is_no_finite_number_is_a_failure_of_any_task(
+    model, tmp_path, monkeypatch, name, value
+):
+    part = compose("eval", ["run=any", f"task={name}"]).task[name]
+    cls = part.load().func if hasattr(part.load(), "func") else part.load()
+    quantity = cls.declares.quantities[0]
+    row = {**quantity.where, quantity.field: value}
+    monkeypatch.setattr(cls, "questions", lambda self, context: [{"length": 32}])
+    monkeypatch.setattr(cls, "still_valid", lambda self, context: True)
+    answer = Outcome(row, {"status": "ok", "reason": None, "seconds": 0.0})
+    monkeypatch.setattr(cls, "answers", lambda self, context, wanted: [({"length": 32}, answer)])
+    folder = run_folder(tmp_path / "a")
+    config = compose("eval", ["run=any", f"task={name}", "report=null", f"runs={tmp_path}"])
+    code = evaluate(config, [folder], say=lambda _: None, progress=Progress())
+    (found,) = folder.rows()
+    assert code == 1
+    assert found["status"] == "failed"
+    assert found["reason"] == f"no finite number: {quantity.name}"
+
+
+def test_a_task_that_refuses_one_run_leaves_the_others_and_stops_the_only_one(
+    model, tmp_path, monkeypatch
+):
+    folders = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b")]
+    questions = Perplexity.questions
+
+    def refusing(self, context):
+        if context.folder.name == "a":
+            raise UserError("a: is of another kind. Measure another run.")
+        return questions(self, context)
+
+    monkeypatch.setattr(Perplexity, "questions", refusing)
+    monkeypatch.setattr(zoo.tasks.evaluate, "write_report", lambda rows, *_: json.dumps(rows))
+    code, said, rows = run_eval(folders, f"report={tmp_path}/report.html")
+    assert code == 1
+    assert {row["run"] for row in rows} == {"b"}
+    refused = [row for row in json.loads(said.splitlines()[0]) if row["run"] == "a"]
+    assert [(row["status"], row["reason"]) for row in refused] == [
+        ("failed", "a: is of another kind. Measure another run.")
+    ]
+    with pytest.raises(UserError, match=r"^a: is of another kind"):
+        run_eval(folders[:1])

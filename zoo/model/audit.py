@@ -117,6 +117,8 @@ def audit(
     `autocast` is the run's arithmetic where that is not the weights' own. An encoder, which
     declares `causal=False`, is exempt. A length at which the outputs are not finite numbers is left
     out: it cannot be scored either.
+
+    Raises ValueError where nothing is left to compare, as an audit would pass without one.
     """
     if not model.causal:
         return Audit(ok=True)
@@ -130,30 +132,37 @@ def audit(
     found: list[Deviation] = []
     state, training, head = True, model.training, getattr(model, "head", None)
     read: dict[str, int] = {}
+    compared: set[int] = set()
     try:
         for reader, kind in _readers(model, autocast):
             reader.drop_head()
             sharp = kind == torch.float64
-            read[_name(kind)] = min(lengths[-1:] + [SHARP] * sharp, default=0)
             reads = dict.fromkeys(min(n, SHARP) if sharp else n for n in lengths)
             for index, n in enumerate(reads):
                 try:
-                    found += _deviations(reader, text[:n], kind, index == 0, state)
+                    these = _deviations(reader, text[:n], kind, index == 0, state)
                 except NoStateError:
                     state = False
-                    found += _deviations(reader, text[:n], kind, index == 0, state)
+                    these = _deviations(reader, text[:n], kind, index == 0, state)
+                if these:
+                    read[_name(kind)] = n
+                    compared.add(n)
+                found += these
     finally:
         model.train(training)
         if head is not None:
             model.head = head
-    worst = max(found, key=lambda one: one.ratio, default=None)
+    if not found:
+        why = "the outputs are not finite numbers" if lengths else "the text has a single token"
+        raise ValueError(f"nothing could be compared: {why}")
+    worst = max(found, key=lambda one: one.ratio)
     # The first of what is wrong names the cause best: a leak shows in the later checks as well.
     wrong = [one for one in found if one.ratio > 1]
     return Audit(
         ok=not wrong,
         reason=str(wrong[0]) if wrong else None,
-        lengths=tuple(lengths),
-        worst=worst.ratio if worst else 0.0,
+        lengths=tuple(sorted(compared)),
+        worst=worst.ratio,
         state=state,
         tokens=read,
     )

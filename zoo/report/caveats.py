@@ -102,9 +102,11 @@ def _model(row: Row) -> str:
 def _untuned(results: Results) -> list[str]:
     """The models that were trained at one learning rate only."""
     rates = defaultdict(set)
-    tuned = {rate.arm for rate in results.rates}
+    arms = {rate.arm for rate in results.rates}
+    # A tuned run has other arms too, under extensions.
+    tuned = {row.get("run") for row in [*results.rows, *results.runs] if row.get("arm") in arms}
     for row in results.rows:
-        if not missing(row.get("lr")) and row.get("arm") not in tuned:
+        if not missing(row.get("lr")) and row.get("run") not in tuned:
             rates[_model(row)].add(row["lr"])
     return [model for model, tried in rates.items() if len(tried) == 1]
 

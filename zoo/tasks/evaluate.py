@@ -17,7 +17,7 @@ from zoo.config.schema import Data, EvalConfig, Extension
 from zoo.config.validate import plain
 from zoo.devices import prepare
 from zoo.errors import UserError
-from zoo.measurement import agrees
+from zoo.measurement import agrees, not_finite
 from zoo.model.checkpoint import load
 from zoo.model.device import pick_device
 from zoo.model.extend import extend
@@ -70,8 +70,8 @@ def evaluate(
     that leaks is not measured: its row has the status `leaks` and the reason.
 
     Returns 0, or 1 where a run or a measurement failed or nothing was measured. Raises UserError,
-    before any model is opened, for settings that fit no run; and where no run can be opened or an
-    extension does not apply to the only one.
+    before any model is opened, for settings that fit no run; and where no run can be opened, or
+    nothing that is asked can be measured for the only one.
     """
     tasks = {name: part.load()() for name, part in config.task.items()}
     for task in tasks.values():
@@ -105,6 +105,8 @@ def evaluate(
         found = list(run.measure(tasks, fresh))
         if len(folders) == 1 and all(row["status"] == "not_applicable" for row in found):
             raise UserError(found[0]["reason"])
+        if len(folders) == 1 and len(found) == len(run.refused):
+            raise run.refused[0]
         rows += found
         if not any(row["status"] == "leaks" for row in found):
             rows += known_besides(run.folder, run.about, run.requested)
@@ -159,6 +161,7 @@ class _Run:
     device: torch.device
     progress: Progress
     requested: list[Row] = field(default_factory=list)
+    refused: list[UserError] = field(default_factory=list)  # by tasks
 
     @classmethod
     def open(
@@ -199,8 +202,9 @@ class _Run:
             named |= {"measured_by": measured_by(self.folder.config, name, extended)}
             try:
                 yield from self._answer(task, opened.value, named, leaks, fresh)
-            except UserError:
-                raise  # the settings': no other run would do better
+            except UserError as error:  # with this run: `check` has seen the settings
+                self.refused.append(error)
+                yield named | failure_row(error)
             except LeakError as leak:
                 yield self._kept(named | failure_row(leak))
             except Exception as error:
@@ -225,6 +229,8 @@ class _Run:
             leaks.check([*wanted, *unaudited])
         for question, outcome in task.answers(context, wanted):
             row = leaks.judge(named | question | outcome.row | (outcome.value or {}))
+            if row["status"] == "ok" and (names := not_finite(task.declares, row)):
+                row |= {"status": "failed", "reason": f"no finite number: {', '.join(names)}"}
             now = datetime.now(UTC).isoformat(timespec="seconds")
             row |= {"question": sorted(question), "time": now}
             yield self._kept(row | {"declares": task.declares.plain(row)})

@@ -30,7 +30,14 @@ from zoo.positions.rope import Rope
 from zoo.positions.scaling import linear, longrope, ntk_aware, yarn
 from zoo.runs.files import write_text
 from zoo.runs.folder import RunFolder
-from zoo.tasks.context import EvalContext, Row, bits_per_byte, chunk_tokens, score
+from zoo.tasks.context import (
+    EvalContext,
+    NotApplicableError,
+    Row,
+    bits_per_byte,
+    chunk_tokens,
+    score,
+)
 from zoo.tasks.task import Task
 
 log = logging.getLogger("zoo")
@@ -67,8 +74,11 @@ class LongRope(Task):
     chunk: Count = 4096
 
     def questions(self, context: EvalContext) -> list[Row]:
-        """Raises UserError where the model has no rotary positions, or where the run's folder holds
-        a search with other settings."""
+        """The one question.
+
+        Raises NotApplicableError where the model has no rotary positions, and UserError where the
+        run's folder holds a search with other settings.
+        """
         prepared = self._prepare(context)
         return [{"split": "valid", "length": prepared.problem.length, "units": len(prepared.text)}]
 
@@ -138,8 +148,7 @@ class Problem:
 def _problem(context: EvalContext, factor: float, magnitude: str) -> Problem:
     config, ropes = RunFolder.open(context.folder).config, rotary_positions(context.model)
     if not ropes or len({(rope.head_width, rope.rope_base) for rope in ropes}) > 1:
-        rule = "the search needs rotary layers, all of one head width and base"
-        refuse("task", "longrope", rule, "Measure another model")
+        raise NotApplicableError("longrope needs rotary layers, all of one head width and base")
     if context.extension != "none":
         rule = "must be none with task=longrope, which searches for the model as it was trained"
         refuse("extension", context.extension, rule)
