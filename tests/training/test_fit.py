@@ -217,7 +217,7 @@ def test_layers_are_as_many_as_come_nearest_before_widths_are_matched(size):
 
 def test_what_cannot_be_matched_is_refused_with_both_counts():
     config = train_config("model=learned", "size=tiny", "seq_len=64k")
-    with pytest.raises(UserError, match=r"within 1 % \(nearest [\d,]+\)\. match=none"):
+    with pytest.raises(UserError, match=r"within 1 % \(nearest [\d,]+\)\. Use match=none"):
         build_model(config, 256)
 
 
