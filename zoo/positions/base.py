@@ -125,6 +125,11 @@ class Positions(PositionScheme):
         return attention([*parts, *sinks], backend=backend)
 
     @property
+    def heads_alike(self) -> bool:
+        """Whether every head's last query sees all keys, without a bias."""
+        return self.pattern is None and type(self).attend is Positions.attend
+
+    @property
     def bounded(self) -> bool:
         """Whether the number of cached keys stops growing."""
         return self.pattern is not None and self.pattern.recent is not None
