@@ -4,7 +4,7 @@ import pytest
 from synthetic import LENGTHS, experiment, identity, run_records, score_row
 
 from zoo.report import scores
-from zoo.report.caveats import banners, failures
+from zoo.report.caveats import banners, failures, limits
 from zoo.report.charts import styles
 from zoo.report.headlines import tiles
 from zoo.report.page import render
@@ -155,6 +155,12 @@ def test_untuned_rates_and_one_seed_stand_at_the_top():
     assert any(line.startswith("One seed only") for line in said)
     many = [score_row("mamba", 512, 2.0, seed=seed, lr=lr) for seed in (0, 1) for lr in (1, 2)]
     assert banners(gather(many, [])) == []
+
+
+def test_a_checkpoint_as_it_came_is_not_called_untuned_or_of_one_seed():
+    rows = [score_row("llama", 512, 2.0, lr=0.001, train_steps=0, train_tokens=0)]
+    assert banners(gather(rows, [])) == []
+    assert not any("seed" in line for line in limits(gather(rows, [])))
 
 
 def test_banners_stay_readable_with_ninety_arms():

@@ -92,7 +92,13 @@ def _who(some: Sequence[str], every: Collection[str]) -> str:
 
 
 def _measured(results: Results) -> set[str]:
-    return {row["label"] for row in results.where(status="ok")}
+    """The arms that were trained here and measured."""
+    return {row["label"] for row in filter(_trained, results.where(status="ok"))}
+
+
+def _trained(row: Row) -> bool:
+    """Whether the weights took a step here: a checkpoint as it came has neither rate nor seed."""
+    return row.get("train_steps") != 0
 
 
 def _model(row: Row) -> str:
@@ -106,7 +112,7 @@ def _untuned(results: Results) -> list[str]:
     # A tuned run has other arms too, under extensions.
     tuned = {row.get("run") for row in [*results.rows, *results.runs] if row.get("arm") in arms}
     for row in results.rows:
-        if not missing(row.get("lr")) and row.get("run") not in tuned:
+        if not missing(row.get("lr")) and row.get("run") not in tuned and _trained(row):
             rates[_model(row)].add(row["lr"])
     return [model for model, tried in rates.items() if len(tried) == 1]
 
@@ -173,8 +179,8 @@ def _chosen(results: Results) -> list[str]:
 
 
 def _single(results: Results) -> list[str]:
-    """The arms measured with one seed."""
+    """The arms that were trained and measured with one seed."""
     seeds = defaultdict(set)
-    for row in results.where(status="ok"):
+    for row in filter(_trained, results.where(status="ok")):
         seeds[row["label"]].add(row.get("seed"))
     return [label for label, own in seeds.items() if len(own) == 1]
