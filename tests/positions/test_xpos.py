@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from schemes import WIDTH, assert_same, inputs
 
 from zoo.attention.pattern import AttentionPattern, distances
 from zoo.errors import UserError
@@ -9,7 +10,7 @@ from zoo.ops.attention import Part, attend
 from zoo.positions.rope import apply_rope, inverse_frequencies
 from zoo.positions.xpos import BlockwiseXPos, XPos, apply_xpos_decay, zetas
 
-WIDTH, BLOCK = 8, 5
+BLOCK = 5
 
 
 def blockwise(steps: int) -> BlockwiseXPos:
@@ -17,22 +18,6 @@ def blockwise(steps: int) -> BlockwiseXPos:
     found = BlockwiseXPos(lambda _: (theta, 1.0), block=BLOCK)
     found.steps = [steps, BLOCK]
     return found
-
-
-def inputs(tokens: int, past: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(2, n, 3, WIDTH) for n in (tokens, past + tokens, past + tokens)]
-    draw = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
-    return [x.requires_grad_() for x in draw]
-
-
-def assert_same(found, expected, leaves) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
-    weights = torch.randn_like(found)
-    grads, wanted = (
-        torch.autograd.grad((out * weights).sum(), leaves) for out in (found, expected)
-    )
-    torch.testing.assert_close(grads, wanted, rtol=1e-9, atol=1e-11)
 
 
 def test_zetas_of_width_8_are_the_published_ones():

@@ -131,8 +131,6 @@ def audit(
     lengths = [n for n in lengths if n > 1]
     found: list[Deviation] = []
     state, training, head = True, model.training, getattr(model, "head", None)
-    read: dict[str, int] = {}
-    compared: set[int] = set()
     try:
         for reader, kind in _readers(model, autocast):
             reader.drop_head()
@@ -140,14 +138,10 @@ def audit(
             reads = dict.fromkeys(min(n, SHARP) if sharp else n for n in lengths)
             for index, n in enumerate(reads):
                 try:
-                    these = _deviations(reader, text[:n], kind, index == 0, state)
+                    found += _deviations(reader, text[:n], kind, index == 0, state)
                 except NoStateError:
                     state = False
-                    these = _deviations(reader, text[:n], kind, index == 0, state)
-                if these:
-                    read[_name(kind)] = n
-                    compared.add(n)
-                found += these
+                    found += _deviations(reader, text[:n], kind, index == 0, state)
     finally:
         model.train(training)
         if head is not None:
@@ -156,12 +150,15 @@ def audit(
         why = "the outputs are not finite numbers" if lengths else "the text has a single token"
         raise ValueError(f"nothing could be compared: {why}")
     worst = max(found, key=lambda one: one.ratio)
+    read: dict[str, int] = {}
+    for one in found:
+        read[one.arithmetic] = max(one.length, read.get(one.arithmetic, 0))
     # The first of what is wrong names the cause best: a leak shows in the later checks as well.
     wrong = [one for one in found if one.ratio > 1]
     return Audit(
         ok=not wrong,
         reason=str(wrong[0]) if wrong else None,
-        lengths=tuple(sorted(compared)),
+        lengths=tuple(sorted({one.length for one in found})),
         worst=worst.ratio,
         state=state,
         tokens=read,
