@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import wandb
 from building import train_config, write_text
 
 from zoo.config.schedule import learning_rate_factor
@@ -23,6 +24,7 @@ def runs(tmp_path_factory) -> SimpleNamespace:
     """The runs of real.py: their folder, exit codes and what the program said."""
     folder = tmp_path_factory.mktemp("real")
     write_text(folder)
+    wandb.setup()  # its service, which the programs share: a run that is not ended stays in use
     command = [sys.executable, str(Path(__file__).with_name("real.py"))]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,6 @@
 
 import base64
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -96,13 +95,6 @@ def begin(mode: str, **about: Any) -> Any:
             log.warning("no W&B key is known: mirroring offline, under %s", about["dir"])
     except wandb.Error as error:
         log.warning("W&B cannot be used (%s): mirroring offline, under %s", error, about["dir"])
-    for wait in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0):  # a run that was just ended may still be held
-        try:
-            return wandb.init(mode="offline", settings=settings, **about)
-        except Exception as error:  # of a class that W&B does not offer
-            if "is in use" not in str(error):
-                raise
-            time.sleep(wait)
     return wandb.init(mode="offline", settings=settings, **about)
 
 

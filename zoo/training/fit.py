@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,7 @@ from zoo.training.records import (
     audit_trained,
     check_data,
     conclude,
+    end_wandb,
     record_start,
     wandb_logger,
 )
@@ -76,6 +78,7 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
     finally:
         if first:
             folder.update(backends=dispatch.used_backends())
+        end_wandb(trainer, failed=sys.exc_info()[0] is not None)
     if checkpoints.interrupted:
         by = stop.requested or "SIGTERM"  # which another process may have received
         raise KeyboardInterrupt(f"stopped by {by} at step {trainer.global_step}")

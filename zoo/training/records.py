@@ -105,6 +105,13 @@ def wandb_logger(config: TrainConfig, folder: RunFolder, facts: Mapping[str, Any
     return WandbLogger(experiment=run)
 
 
+def end_wandb(trainer: lightning.Trainer, *, failed: bool) -> None:
+    """End W&B's copy, if there is one: a process that was forked does not do so when it exits, and
+    W&B's service, which others may share, would hold the run and refuse that it goes on."""
+    for logger in trainer.loggers:
+        logger.experiment.finish(exit_code=int(failed))  # type: ignore[attr-defined]
+
+
 def record_documents(corpus: Corpus, folder: RunFolder) -> None:
     """Write which document went into which split to the run's documents.json.
 
