@@ -38,7 +38,10 @@ def banners(results: Results) -> list[str]:
         said.append(f"Runs that have not finished: {names(waiting)}.")
     if lone := _single(results):
         who = _who(lone, _measured(results))
-        said.append(f"One seed only ({who}): a ranking may change with another training.")
+        said.append(
+            f"One seed only ({who}): a ranking may change with another training, and what the seed "
+            "alone changes is not known of them."
+        )
     if fixed := _untuned(results):
         who = _who(fixed, {_model(row) for row in results.rows})
         said.append(f"Untuned learning rates: one was tried for {who}. {RATES}")
@@ -128,7 +131,10 @@ def limits(results: Results) -> list[str]:
             "would rank the same."
         )
     if len(lone) < len(_measured(results)):
-        said.append("Several seeds: the interval is over seeds (Student's t), wide when few.")
+        said.append(
+            "Several seeds: the interval is over seeds (Student's t), wide when few. Of two it is "
+            "12.7 standard errors either way: it says little more than that there are two."
+        )
     if fixed := _untuned(results):
         said.append(f"Learning rates are not tuned: one was tried for {names(fixed)}. {RATES}")
     if several := _chosen(results):

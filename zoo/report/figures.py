@@ -8,6 +8,7 @@ from typing import Any
 from zoo.measurement import Form, Quantity
 from zoo.report.axes import Axis
 from zoo.report.charts import DISTINCT, Drawing, Spec, Style, grid, lines
+from zoo.report.noise import noise_words
 from zoo.report.rows import Cell, Cells, Results
 from zoo.report.scores import PROTOCOLS, bigram, headline
 from zoo.report.tables import costs, lengths_of, shown_quantities
@@ -102,11 +103,12 @@ def scores(results: Results, protocol: str) -> Lines:
     """Bits per byte against test length."""
     cells = results.cells("perplexity", "bits_per_byte", protocol=protocol)
     level = bigram(results, protocol)
+    y = bits_axis(level)
     return Lines(
         f"scores-{protocol}",
         by_length(results, cells, "bits per byte", score),
         tested(results),
-        bits_axis(level),
+        replace(y, title=y.title + noise_words(cells, score)),
         f"Bits per byte by test length, {PROTOCOLS[protocol].lower()}, one line per arm.",
         trained(results),
         level,
@@ -166,9 +168,8 @@ def cost_figures(results: Results) -> list[Lines]:
 
 def quantity_figure(results: Results, task: str, quantity: Quantity) -> Lines:
     """One quantity of a task against length, with what guessing would give as a level."""
-    points = by_length(
-        results, results.measured(task, quantity), quantity.name, FORMS[quantity.form].text
-    )
+    cells = results.measured(task, quantity)
+    points = by_length(results, cells, quantity.name, FORMS[quantity.form].text)
     for point in points if quantity.form == "share" else ():
         if point["low"] is not None:  # Student's interval knows no bounds
             point |= {"low": max(0.0, point["low"]), "high": min(1.0, point["high"])}
@@ -177,6 +178,7 @@ def quantity_figure(results: Results, task: str, quantity: Quantity) -> Lines:
     title = caption(quantity)
     if level is not None:
         title += f", {FORMS[quantity.form].text(level)} by chance"
+    title += "" if quantity.cost else noise_words(cells, FORMS[quantity.form].text)
     where = "-".join(map(str, quantity.where.values()))
     return Lines(
         "-".join(filter(None, (task, quantity.field, where))),

@@ -28,6 +28,7 @@ from zoo.report.figures import (
     task_figures,
 )
 from zoo.report.headlines import one_text, tiles
+from zoo.report.noise import noise_floors, score_noise
 from zoo.report.pictures import pictures
 from zoo.report.positions import MIN_TOKENS, positions
 from zoo.report.rows import Results, gather
@@ -196,7 +197,8 @@ def score_blocks(results: Results, look: Mapping[str, Style]) -> list[Block]:
         cells = results.cells("perplexity", "bits_per_byte", protocol=protocol)
         caption, tied = f"Bits per byte. {words}.", ties(results, protocol)
         best = min if one_text(results) else None
-        table = tables.grid(results, cells, caption, score, best, tied)
+        noise = noise_floors(cells)
+        table = tables.grid(results, cells, caption, score, best, tied, noise=noise)
         block = _block(scores(results, protocol), words, table, look=look, named=True, height=380)
         blocks.append(replace(block, more=tuple(_compared(results, protocol, look))))
     return [block for block in blocks if block.table]
@@ -210,7 +212,8 @@ def _compared(results: Results, protocol: str, look: Mapping[str, Style]) -> Ite
         figure = changes(results, protocol)
         yield _block(figure, title, table, look=look, named=True, height=240)
     title = f"Bits per byte less those of {results.reference} on the same text."
-    table = tables.grid(results, results.differences(protocol), title, signed)
+    apart, noise = results.differences(protocol), score_noise(results, protocol)
+    table = tables.grid(results, apart, title, signed, noise=noise)
     yield Block(f"differences-{protocol}", title, "", None, table, [])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from zoo.measurement import Declaration, Quantity, declared
 from zoo.report.labels import lengthen
 from zoo.report.rates import Rate, choose_rates
-from zoo.report.statistics import finite, interval, missing
+from zoo.report.statistics import deviation, finite, interval, missing
 from zoo.report.validity import drop_partial_budgets, mark_leaks, spread_leaks
 
 Row = dict[str, Any]
@@ -35,6 +35,7 @@ class Cell:
     seeds: int = 0  # with a value
     tried: int = 0
     reason: str = "not measured"
+    spread: float | None = None  # standard deviation over seeds, of two or more
 
     @property
     def half(self) -> float:
@@ -194,7 +195,8 @@ def fine(rows: Sequence[Row], field: str) -> list[Row]:
 def summary(rows: Sequence[Row], field: str, own: str | None = None) -> Cell:
     """The mean over the seeds that have a value, with its interval, or the reason for none.
 
-    The interval is over seeds, or of one seed what its row has in the field `own`.
+    The interval is over seeds, or of one seed, and of seeds that agree to the last digit, what a
+    row has in the field `own`.
     """
     good = fine(rows, field)
     if not good:
@@ -202,8 +204,11 @@ def summary(rows: Sequence[Row], field: str, own: str | None = None) -> Cell:
         reason = in_words(bad[0]) if bad else "not recorded" if rows else "not measured"
         return Cell(tried=len(rows), reason=reason)
     values = [float(row[field]) for row in good]
-    low, high = interval(values) or _ends(good[0].get(own or "")) or (None, None)
-    return Cell(sum(values) / len(values), low, high, len(values), len(rows), "")
+    alike = len({*values}) == 1  # seeds with one value say nothing of how sure it is
+    over_seeds = None if alike else interval(values)
+    low, high = over_seeds or _ends(good[0].get(own or "")) or interval(values) or (None, None)
+    mean, spread = sum(values) / len(values), deviation(values)
+    return Cell(mean, low, high, len(values), len(rows), "", spread)
 
 
 def contrast(rows: Sequence[Row], others: Sequence[Row], times: float = 1.0) -> Cell:

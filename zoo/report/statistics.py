@@ -1,6 +1,7 @@
 """Numbers: whether a value is one, its 95% interval over seeds or over questions."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -18,16 +19,25 @@ def finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def student(freedom: int) -> float:
+    """Student's t, 97.5 %, of that many degrees of freedom."""
+    beyond = 1.96 + 2.37 / freedom + 2.8 / freedom**2
+    return STUDENT[freedom - 1] if freedom <= len(STUDENT) else beyond
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Standard deviation of a sample, estimated without bias; None of fewer than two."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95% interval (Student's t) of the mean of independent values; None of fewer than two."""
     freedom = len(values) - 1
     if freedom < 1:
         return None
     mean = sum(values) / len(values)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / freedom)
-    beyond = 1.96 + 2.37 / freedom + 2.8 / freedom**2
-    student = STUDENT[freedom - 1] if freedom <= len(STUDENT) else beyond
-    half = student * deviation / math.sqrt(len(values))
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / freedom)
+    half = student(freedom) * spread / math.sqrt(len(values))
     return mean - half, mean + half
 
 

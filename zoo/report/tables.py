@@ -1,10 +1,11 @@
 """Tables: any task's numbers by length, and what every arm was given."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 
 from zoo.measurement import Declaration, Quantity
+from zoo.report.noise import NOISE, NOISE_FLOOR, Floor, is_noise, noise_floors
 from zoo.report.rows import Cell, Cells, Results, by_run, summary
 from zoo.report.statistics import finite, missing
 from zoo.report.validity import LEAKS
@@ -15,7 +16,7 @@ Tied = Callable[[str, str, int], bool]  # two arms and a length
 
 @dataclass(frozen=True)
 class Td:
-    """A table cell: text, a smaller note under it, and what kind it is (best, tie, reason)."""
+    """A table cell: text, a smaller note under it, and its kind (best, tie, noise, reason)."""
 
     text: str
     note: str = ""
@@ -72,7 +73,8 @@ def quantity_table(results: Results, task: str, quantity: Quantity) -> Table | N
     chances = ", ".join(map(words.text, results.chances(task, quantity)))
     said = f"{caption(quantity)}." + (f" Chance: {chances}." if chances else "")
     best = {"lower": min, "higher": max, None: None}[quantity.better]
-    return grid(results, cells, said, words.text, best, overlapping(cells), words.sure)
+    noise = noise_floors(cells)
+    return grid(results, cells, said, words.text, best, overlapping(cells), words.sure, noise)
 
 
 def overlapping(cells: Cells) -> Tied:
@@ -131,13 +133,18 @@ def grid(
     best: Callable[[Iterable[float]], float] | None = None,
     tied: Tied | None = None,
     sure: Callable[[Cell], str] = plus_minus,
+    noise: Mapping[int, Floor] | None = None,
 ) -> Table | None:
-    """Arms down, lengths across: the best of a column marked, and what it cannot be told from."""
+    """Arms down, lengths across: the best of a column marked, and what it cannot be told from.
+
+    Where a noise floor is given it is the last row; where no best is marked, values are differences
+    between arms, and those below the floor are marked as noise.
+    """
     if not cells:
         return None
     lengths = list(next(iter(cells.values())))
     head = [(f"{length:,}", times(length, results.train_length())) for length in lengths]
-    table = Table(caption, [("arm", ""), *head])
+    table, noise = Table(caption, [("arm", ""), *head]), noise or {}
     first = {length: winner(cells, length, best) if best else None for length in lengths}
     for label, mine in cells.items():
         row = [Td(label, "requested now" if results.requested(label) else "")]
@@ -152,8 +159,16 @@ def grid(
                     kind = "best"
                 elif top and tied and tied(label, top, length):
                     kind = "tie"
+                elif not best and is_noise(mine[length], noise.get(length)):
+                    kind = NOISE
                 row.append(_value(mine[length], text, kind, sure))
         table.rows.append(row)
+    if noise:
+        floors = (noise.get(length) for length in lengths)
+        cells_of_noise = (
+            Td(text(one.value).lstrip("+"), one.source) if one else Td(DASH) for one in floors
+        )
+        table.rows.append([Td(NOISE_FLOOR), *cells_of_noise])
     return table
 
 
@@ -167,6 +182,8 @@ def winner(cells: Cells, length: int, best: Callable[[Iterable[float]], float]) 
 def _value(cell: Cell, text: Callable[[float], str], kind: str, sure: Callable[[Cell], str]) -> Td:
     assert cell.value is not None
     note = sure(cell)
+    if cell.seeds == 2:
+        note = f"{note} 2 seeds".strip()
     if cell.seeds < cell.tried:
         note = f"{note} {cell.seeds} of {cell.tried} seeds".strip()
     return Td(text(cell.value), note, kind)

@@ -2,6 +2,7 @@
 
 from zoo.report.caveats import failures
 from zoo.report.claims import evidence, judge
+from zoo.report.noise import NOISE_FLOOR, Floor, is_noise, noise_floors, score_noise
 from zoo.report.rows import Cell, Results
 from zoo.report.scores import PROTOCOLS, SAME_TOKENS, dead, effective_contexts, headline
 from zoo.report.sensitivity import rates_table
@@ -9,6 +10,8 @@ from zoo.report.tables import Table, costs, quantity_table, shown_quantities, ta
 from zoo.report.validity import LEAKS
 from zoo.report.words import DASH, PLUS_MINUS, score, signed, times
 
+IS_NOISE = " ~"  # after a difference below the noise floor
+IS_NOISE_EXPLAINED = f"{IS_NOISE.strip()} below the noise floor: seeds of one arm differ by as much"
 MARK = " *"  # after the label of an arm that was requested, among others
 
 
@@ -77,27 +80,44 @@ def _scores_as_text(results: Results, reasons: list[str]) -> list[str]:
     lines = [[*heads[0], "effective"], [*heads[1], "context"]]
     for label, mine in cells.items():
         lines.append([_marked(results, label), *map(shown, mine.values()), known(label)])
+    noise = noise_floors(cells)
+    if noise:
+        floors = (score(noise[n].value) if n in noise else DASH for n in lengths)
+        lines.append([NOISE_FLOOR, *floors, ""])
     title = f"bits per byte by test length, lower is better ({PROTOCOLS[protocol].lower()})"
     notes = [f"({i}) {why}" for i, why in enumerate(reasons, 1)]
     if widest := max(cell.half for cell in every):
         notes.append(f"95% intervals of these levels: up to {PLUS_MINUS}{score(widest)}")
-    said = ["\n".join([title, *_aligned(lines), *notes])]
-    more = {f"difference to {results.reference}, on the same text": results.differences(protocol)}
+    said = "\n".join([title, *_aligned(lines), *notes])
+    return [said, *_compared_as_text(results, protocol, heads)]
+
+
+def _compared_as_text(results: Results, protocol: str, heads: list[list[str]]) -> list[str]:
+    """What the scores differ by: from an arm's own at its training length, from the reference's."""
+    same = f"difference to {results.reference}, on the same text"
+    compared = [(same, results.differences(protocol), score_noise(results, protocol))]
     if protocol in SAME_TOKENS:
-        more = {"change against the training length": results.changes(protocol)} | more
-    for title, signs in more.items():
+        own = "change against the training length"
+        compared.insert(0, (own, results.changes(protocol), {}))
+    said = []
+    for title, cells, noise in compared:
         lines = [
-            [_marked(results, label), *map(_signed, mine.values())] for label, mine in signs.items()
+            [_marked(results, label), *(_signed(cell, noise.get(n)) for n, cell in mine.items())]
+            for label, mine in cells.items()
         ]
+        marked = any(text.endswith(IS_NOISE) for line in lines for text in line)
+        notes = [IS_NOISE_EXPLAINED] if marked else []
         if lines:
-            said.append("\n".join([f"{title} (with 95% interval)", *_aligned([*heads, *lines])]))
+            table = _aligned([*heads, *lines])
+            said.append("\n".join([f"{title} (with 95% interval)", *table, *notes]))
     return said
 
 
-def _signed(cell: Cell) -> str:
+def _signed(cell: Cell, floor: Floor | None = None) -> str:
     if cell.value is None:
         return DASH
-    return signed(cell.value) + (f" {PLUS_MINUS}{score(cell.half)}" if cell.half else "")
+    sure = f" {PLUS_MINUS}{score(cell.half)}" if cell.half else ""
+    return signed(cell.value) + sure + IS_NOISE * is_noise(cell, floor)
 
 
 def _marked(results: Results, label: str) -> str:

@@ -1,0 +1,78 @@
+"""The noise floor: what the seed alone changes, and what is printed as no more than that."""
+
+import random
+import statistics
+
+import pytest
+from synthetic import experiment, run_records, score_row
+
+from zoo.report.charts import styles
+from zoo.report.noise import is_noise, noise_floors
+from zoo.report.page import render
+from zoo.report.rows import Cell, gather, summary
+from zoo.report.text import as_text
+
+
+def cells(*arms: list[float]) -> dict[str, dict[int, Cell]]:
+    rows = ([{"status": "ok", "value": value} for value in arm] for arm in arms)
+    return {f"arm {i}": {64: summary(own, "value")} for i, own in enumerate(rows)}
+
+
+def test_two_means_of_one_arm_differ_by_more_than_the_floor_once_in_twenty():
+    draw, beyond, rounds = random.Random(0), 0, 4000
+    for _ in range(rounds):
+        arms = [[draw.gauss(0, 0.3) for _ in range(3)] for _ in range(4)]
+        floor = noise_floors(cells(*arms))[64]
+        beyond += not is_noise(Cell(statistics.mean(arms[0]) - statistics.mean(arms[1])), floor)
+    assert 0.035 < beyond / rounds < 0.065
+
+
+@pytest.mark.parametrize("arms", [[], [[1.0], [2.0]], [[1.0, 1.0], [2.0, 2.0]]])
+def test_no_floor_is_known_where_no_seeds_differ(arms):
+    assert not noise_floors(cells(*arms))
+
+
+def test_the_floor_is_that_of_the_arm_with_the_fewest_seeds():
+    with_one, alike = cells([1.0, 1.2, 1.1], [5.0]), cells([1.0, 1.2, 1.1])
+    assert noise_floors(with_one)[64].value == pytest.approx(noise_floors(alike)[64].value * 3**0.5)
+
+
+def noisy(gap: float) -> list[dict]:
+    """Two arms of two seeds that differ by 0.1 in each, and between the arms by `gap`."""
+    return [
+        score_row(arm, 512, 2.0 + more + 0.1 * seed, seed=seed, run=f"{arm}-{seed}")
+        for arm, more in (("transformer", 0.0), ("mamba", gap))
+        for seed in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(("gap", "grey"), [(0.05, True), (2.0, False)])
+def test_a_difference_is_grey_and_marked_exactly_where_the_seed_alone_makes_it(gap, grey):
+    rows = noisy(gap)
+    results = gather(rows, run_records(rows))
+    page, text = render(results, styles(results)), as_text(results)
+    assert ('<td class="noise"' in page) == grey
+    assert (" ~" in text) == grey
+    assert "noise floor" in text
+    assert "noise floor</span>" in page
+
+
+def test_every_report_of_several_seeds_has_the_floor_as_a_row_and_in_its_figures():
+    rows = experiment(seeds=3)
+    results = gather(rows, run_records(rows))
+    page, text = render(results, styles(results)), as_text(results)
+    assert text.count("\nnoise floor ") >= 1
+    assert page.count("noise floor</span>") >= 2
+    assert ", noise floor 0.0" in page  # a figure's title
+
+
+def test_seeds_that_agree_to_the_last_digit_have_the_interval_of_their_questions():
+    rows = [{"status": "ok", "accuracy": 1.0, "interval": [0.97, 1.0]} for _ in range(3)]
+    cell = summary(rows, "accuracy", "interval")
+    assert (cell.low, cell.high, cell.seeds) == (0.97, 1.0, 3)
+
+
+def test_a_mean_of_two_seeds_says_so():
+    rows = noisy(2.0)
+    results = gather(rows, run_records(rows))
+    assert " 2 seeds</small>" in render(results, styles(results))
