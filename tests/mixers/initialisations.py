@@ -138,6 +138,13 @@ def softmax(m, _, layers: int) -> Laws:
         found["positions.bias.weight"] = Exactly(0.0)
     if m.sink:  # Xiao 2023, section 3.3: softmax_1
         found |= {"sink_k": Exactly(0.0), "sink_v": Exactly(0.0)}
+    for name, part in m.named_children():
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            found[f"{name}.bias"] = Exactly(0.0)
+    if m.gate_proj is not None:
+        found |= fan_in(m, "gate_proj")
+    if m.logit_scale is not None:  # Nakanishi 2025, figure 1
+        found["logit_scale"] = Exactly(0.43)
     return found
 
 

@@ -30,6 +30,7 @@ from zoo.training.learner import Learner
 
 SAMPLES = 1000  # numbers that a law is judged by
 WIDTHS = ["size=small", "size.width=96"]  # four layers; no two widths inside are the same
+SWITCHES = ["qk_norm", "logit_scale", "output_gate", "qkv_bias", "output_bias"]
 VARIANTS = [
     *[(f"model={name}",) for name in ARCHITECTURES],
     *[(f"model={name}", "objective=masked") for name in ENCODERS],
@@ -43,6 +44,7 @@ VARIANTS = [
     ("model=longformer", "model.mixer.global_tokens=2"),
     ("model=soft", "model.mixer.form=exact"),
     ("model=transformer", "model.mixer.kv_heads=2"),
+    ("model=transformer", *(f"model.mixer.{name}=true" for name in SWITCHES)),
     ("model=transformer", "extension=clex", "extension.factor=4", "finetune=runs/x"),
 ]
 

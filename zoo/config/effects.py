@@ -49,13 +49,15 @@ def _own(group: str, name: str) -> list[tuple[str, Any]]:
 
 
 # What an argument of a mixer needs to act, by class: values of its other arguments, or objectives.
-Needs = dict[str, tuple[str, ...]]
-_CAUSAL, _MASKED = {"objective": ("causal",)}, {"objective": ("masked",)}
+Needs = Mapping[str, tuple[str | bool, ...]]
+_CAUSAL: Needs = {"objective": ("causal",)}
+_MASKED: Needs = {"objective": ("masked",)}
 NEEDS: dict[str, dict[str, Needs]] = {
     "Linformer": {
         **dict.fromkeys(("rank", "max_length"), _MASKED),
         **dict.fromkeys(("block", "slots"), _CAUSAL),
     },
+    "SoftmaxAttention": {"norm_eps": {"qk_norm": (True,)}},
     "Soft": {
         "form": _CAUSAL,
         "iterations": _MASKED,
@@ -82,7 +84,8 @@ def _check_used(config: TrainConfig, given: Sequence[str]) -> None:
             for other, values in known.get(name, {}).items():
                 here = config.objective if other == "objective" else part.options.get(other)
                 if here not in values:
-                    rule = f"acts with {other}={' or '.join(values)}, and here it is {here}"
+                    needed = " or ".join(map(shown, values))
+                    rule = f"acts with {other}={needed}, and here it is {shown(here)}"
                     value = part.options.get(name)
                     refuse(f"model.mixer.{name}", value, rule, f"Leave {name} out")
 

@@ -11,15 +11,23 @@ by default every key and value so far. Extensions (zoo.model.extend) act on the 
 With `sink` each head has a learned key and value that every query sees, initially zero: the zero
 sink, softmax_1, of Xiao 2023 (section 3.3, arXiv 2309.17453). Departure from the paper's learnable
 sink, a token before the text: queries see it unrotated, the same from every position.
+
+    qk_norm         q, k = RMSNorm(q), RMSNorm(k) in every head, before positions (Henry 2020,
+                    arXiv 2010.04245; with a learned weight per channel as in Qwen3)
+    logit_scale     q = (s log n) q for a query of n keys, s learned per head from 0.43 on (SSMax,
+                    Nakanishi 2025, arXiv 2501.19399); biases of positions are not scaled
+    output_gate     y = W_o (attention * sigmoid(W_g x)) (Qiu 2025, arXiv 2505.06708)
 """
 
+import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from zoo.config.domains import Range
 from zoo.mixers.base import (
     CrossLayer,
     Mixer,
@@ -32,8 +40,11 @@ from zoo.mixers.base import (
 )
 from zoo.mixers.parts import KeyValues, grow, no_keys
 from zoo.ops.attention import Part, attention
+from zoo.ops.rms_norm import RMSNorm
 from zoo.positions.base import build_positions
 from zoo.positions.rope import Rope
+
+LOGIT_SCALE = 0.43  # initial s: that of the paper's figure 1
 
 
 class SoftmaxAttention(Mixer):
@@ -41,8 +52,13 @@ class SoftmaxAttention(Mixer):
 
     Args:
         kv_heads: heads of keys and values, each shared by heads / kv_heads queries; None: `heads`.
+        head_width: channels of a head; None: width / heads.
         positions: the scheme, a class of zoo.positions with its options bound.
         sink: a learned key and value per head.
+        qkv_bias, output_bias: biases of W_q, W_k and W_v, and of W_o.
+        qk_norm: queries and keys are normalised; `norm_eps` is added under the root.
+        logit_scale: scores grow with the logarithm of the number of keys.
+        output_gate: each channel is gated before W_o.
         backend: of zoo.ops.attention.
         causal: False: every query sees every key, and there is no state.
     """
@@ -56,22 +72,30 @@ class SoftmaxAttention(Mixer):
         width: int,
         heads: int,
         kv_heads: int | None = None,
+        head_width: Annotated[int, Range(1, 2**12)] | None = None,
         positions: Callable[..., Any] = Rope,
         backend: str = "auto",
         causal: bool = True,
         sink: bool = False,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm: bool = False,
+        norm_eps: Annotated[float, Range(1e-12, 1)] = 1e-6,
+        logit_scale: bool = False,
+        output_gate: bool = False,
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
         at_least(1, heads=heads, kv_heads=kv_heads)
-        if width % heads or heads % kv_heads:
+        if (head_width is None and width % heads) or heads % kv_heads:
             raise ValueError(
                 f"heads={heads} must divide width={width}, and kv_heads={kv_heads} divide the heads"
             )
         self.causal, self.sink, self.backend = causal, sink, backend
-        self.heads, self.kv_heads, self.head_width = heads, kv_heads, width // heads
+        self.heads, self.kv_heads = heads, kv_heads
+        self.head_width = width // heads if head_width is None else head_width
         self.positions = build_positions(
             positions, heads, self.head_width, causal=causal, sink=sink
         )
@@ -79,10 +103,15 @@ class SoftmaxAttention(Mixer):
             shape = (self.heads, self.head_width)
             self.sink_k = no_weight_decay(nn.Parameter(torch.zeros(shape)))
             self.sink_v = no_weight_decay(nn.Parameter(torch.zeros(shape)))
-        self.q_proj = linear(width, width)
-        self.k_proj = linear(width, kv_heads * self.head_width)
-        self.v_proj = linear(width, kv_heads * self.head_width)
-        self.o_proj = linear(width, width, gain=residual_gain(layers))
+        inner, narrow = heads * self.head_width, kv_heads * self.head_width
+        self.q_proj = linear(width, inner, bias=qkv_bias)
+        self.k_proj = linear(width, narrow, bias=qkv_bias)
+        self.v_proj = linear(width, narrow, bias=qkv_bias)
+        self.o_proj = linear(inner, width, gain=residual_gain(layers), bias=output_bias)
+        self.q_norm = RMSNorm(self.head_width, norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_width, norm_eps) if qk_norm else None
+        self.logit_scale = nn.Parameter(torch.full((heads,), LOGIT_SCALE)) if logit_scale else None
+        self.gate_proj = linear(width, inner) if output_gate else None
 
     def forward(
         self,
@@ -97,6 +126,10 @@ class SoftmaxAttention(Mixer):
             proj(x).unflatten(-1, (-1, self.head_width))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = _normalised(self.q_norm, q), _normalised(self.k_norm, k)
+        if self.logit_scale is not None:
+            q = q * self._scales(start, x.shape[1], q)
         sinks = self._sinks(q)
         q, k = self.positions.prepare(q, k, start, cross_layer)
         if state:
@@ -114,10 +147,21 @@ class SoftmaxAttention(Mixer):
                 sinks=sinks,
                 backend=self.backend,
             )
-        y = self.o_proj(y.reshape(*x.shape[:2], -1))
+        y = y.reshape(*x.shape[:2], -1)
+        if self.gate_proj is not None:
+            y = y * self.gate_proj(x).sigmoid()
+        y = self.o_proj(y)
         if state is None:
             return y
         return y, KeyValues(*self.positions.evict(k, v), start + x.shape[1])
+
+    def _scales(self, start: int, tokens: int, q: Tensor) -> Float[Tensor, "#t h 1"]:
+        """Return s log n of each query and head; n counts the keys that its scheme keeps."""
+        assert self.logit_scale is not None
+        counts = [self.positions.cached(n) for n in range(start + 1, start + tokens + 1)]
+        counts = counts if self.causal else [tokens]
+        logs = torch.tensor([math.log(n) for n in counts], dtype=q.dtype, device=q.device)
+        return (logs[:, None] * self.logit_scale.to(q.dtype))[..., None]
 
     def _sinks(self, q: Tensor) -> list[Part]:
         """Return the learned key and value, for unrotated queries; nothing without them."""
@@ -143,3 +187,8 @@ class SoftmaxAttention(Mixer):
         """The last `window` keys, as in Transformer-XL (Dai 2019, section 3.2); sinks stay."""
         k, v, seen = super().truncate_state(state, window)
         return KeyValues(*self.positions.truncate(k, v, window), seen)
+
+
+def _normalised(norm: RMSNorm, x: Float[Tensor, "b t h d"]) -> Float[Tensor, "b t h d"]:
+    """Return x normalised in the dtype of the norm's weight, which autocast leaves as it is."""
+    return norm(x.to(norm.weight.dtype)).to(x.dtype)
