@@ -21,6 +21,7 @@ LAYERS = [
     {"model"},
     {"training"},
     {"tasks"},
+    {"api"},
     {"cli"},
     {"__main__"},
     {"train", "eval"},

@@ -15,6 +15,7 @@ PROGRAMS = {  # the module and what it does
     "tune": ("zoo.cli.tune", "find the best learning rate of each arm, train it with every seed"),
     "study": ("zoo.cli.study", "carry out the experiments of the results page"),
     "eval": ("zoo.cli.eval", "measure trained runs, write a report"),
+    "chat": ("zoo.cli.chat", "write on with a trained model or a checkpoint, line by line"),
     "list": ("zoo.cli.listing", "list models, extensions, tasks, corpora and experiments"),
     "training-free": ("zoo.cli.training_free", "list the extensions that need no training"),
     "patterns": ("zoo.cli.patterns", "draw which tokens each query attends to"),

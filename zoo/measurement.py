@@ -67,17 +67,22 @@ class Quantity:
 
 @dataclass(frozen=True, kw_only=True)
 class Declaration:
-    """What a task says of itself: a title, one or two sentences, and its quantities."""
+    """What a task says of itself: a title, one or two sentences, and its quantities.
+
+    `text` is the row's field with a text that reports show as it is; "" where there is none.
+    """
 
     title: str
     about: str
     quantities: tuple[Quantity, ...]
+    text: str = ""
 
     def plain(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The declaration as a row carries it: the quantities that the row has, no defaults."""
         mine = [dataclasses.asdict(quantity) for quantity in self.quantities if quantity.of(row)]
         short = [{k: v for k, v in each.items() if v or k == "better"} for each in mine]
-        return {"title": self.title, "about": self.about, "quantities": short}
+        said = {"title": self.title, "about": self.about, "quantities": short}
+        return said | ({"text": self.text} if self.text else {})
 
 
 def declared(row: Mapping[str, Any]) -> Declaration | None:
@@ -89,7 +94,10 @@ def declared(row: Mapping[str, Any]) -> Declaration | None:
             Quantity(**{k: v for k, v in one.items() if k in known}) for one in found["quantities"]
         )
         return Declaration(
-            title=str(found["title"]), about=str(found["about"]), quantities=tuple(quantities)
+            title=str(found["title"]),
+            about=str(found["about"]),
+            quantities=tuple(quantities),
+            text=str(found.get("text") or ""),
         )
     except (TypeError, KeyError, AttributeError):
         return None

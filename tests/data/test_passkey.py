@@ -20,7 +20,7 @@ from zoo.data.passkey import (
     random_key,
 )
 from zoo.data.store import TokenStore
-from zoo.data.tokenizers import encode_bytes
+from zoo.data.tokenizers import BYTE_TOKENIZER, encode_bytes
 from zoo.errors import UserError
 from zoo.runs.identity import run_name
 
@@ -103,7 +103,7 @@ def test_the_share_is_a_part_of_the_run_and_its_data_where_there_is_one():
     assert validate(TrainConfig, plain(some)) == some
     store = TokenStore(Path("x"), FILLER, np.array([0, 600]), "sha", {})
     corpora = [
-        Corpus("x", store, store, store, "bytes", 256, "whole", passkey=share)
+        Corpus("x", store, store, store, BYTE_TOKENIZER, "whole", passkey=share)
         for share in (0.0, 0.25, 0.5)
     ]
     assert len({corpus.fingerprint for corpus in corpora}) == 3

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from zoo.data.corpora import Corpus
 from zoo.data.store import TokenStore
+from zoo.data.tokenizers import BYTE_TOKENIZER
 from zoo.mixers.base import Mixer
 from zoo.model.backbone import BackboneState
 from zoo.tasks.context import EvalContext, Row
@@ -110,7 +111,8 @@ def random_text(count: int, seed: int = 0) -> np.ndarray:
 
 
 def text_corpus(store: TokenStore, documents: str = "joined") -> Corpus:
-    return Corpus("fake", store, store, store, "bytes", VOCABULARY, documents)
+    tokenizer = BYTE_TOKENIZER._replace(vocab_size=VOCABULARY)
+    return Corpus("fake", store, store, store, tokenizer, documents)
 
 
 def measure(task: type[Task], context: EvalContext, **settings) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from zoo.data.files import SPLITS
 from zoo.data.passkey import Passkeys
 from zoo.data.sources import Source, find_source, store_folder
 from zoo.data.store import TokenStore, open_or_build, write_store
-from zoo.data.tokenizers import Encode, Tokenizer, encode_bytes, open_tokenizer
+from zoo.data.tokenizers import Tokenizer, open_tokenizer
 from zoo.errors import choose
 
 SCORED_TOKENS = 2**20  # of a split that the bigram model is scored on
@@ -30,17 +30,24 @@ class Corpus:
     train: TokenStore
     valid: TokenStore
     test: TokenStore
-    tokenizer: str
-    vocab_size: int
+    tokenizer: Tokenizer
     eval_documents: str  # "whole": evaluation never crosses a document; "joined": it may
-    encode: Encode = encode_bytes
     passkey: float = 0.0  # share of the training windows that hold a passkey
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What identifies the tokenizer."""
+        return self.tokenizer.name
 
     @property
     def fingerprint(self) -> str:
         """sha256 over the name, the tokeniser, the three stores and what is mixed into training:
         equal means the same tokens."""
-        what = [self.name, self.tokenizer]
+        what = [self.name, self.tokenizer_name]
         what += [store.sha256 for store in (self.train, self.valid, self.test)]
         what += [f"passkey {self.passkey}"] if self.passkey else []
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
@@ -80,7 +87,7 @@ class Corpus:
     @property
     def passkeys(self) -> Passkeys | None:
         """What a training window may hold besides the text."""
-        return Passkeys(self.passkey, self.encode) if self.passkey else None
+        return Passkeys(self.passkey, self.tokenizer.encode) if self.passkey else None
 
     @property
     def bytes_per_token(self) -> float:
@@ -109,10 +116,8 @@ def open_corpus(spec: Mapping[str, Any], cache: str | Path) -> Corpus:
         train=train,
         valid=valid,
         test=test,
-        tokenizer=tokenizer.name,
-        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer,
         eval_documents=documents,
-        encode=tokenizer.encode,
         passkey=spec.get("passkey", 0.0),
     )
 

@@ -33,7 +33,7 @@ class SyntheticData:
     length: int  # that it is trained at
     symbols: int
     answers: int
-    tokenizer: str = "symbols"
+    tokenizer_name: str = "symbols"
 
     @property
     def vocab_size(self) -> int:

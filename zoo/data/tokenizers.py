@@ -1,11 +1,12 @@
 """From a document's bytes to its tokens: bytes by default, a local `tokenizers` JSON when asked."""
 
+import codecs
 import hashlib
 import importlib
 import importlib.util
 import itertools
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,19 +15,27 @@ from zoo.errors import refuse
 BYTES = "bytes"
 
 Encode = Callable[[bytes], array]
+Decode = Callable[[Iterable[int]], Iterator[str]]
 
 
 class Tokenizer(NamedTuple):
     """`encode` maps one document's UTF-8 bytes to its tokens, the end-of-document token last.
 
     `encode_checked` gives them with how many bytes each stands for (None: one each), and raises
-    ValueError where the document does not come back from them as it was.
+    ValueError where the document does not come back from them as it was. `decode` gives the text of
+    tokens in pieces, while they come: a character waits until its last byte is there.
     """
 
     name: str  # "bytes", or the file's name and the hash of its contents
     vocab_size: int
+    end: int  # the token that ends a document
     encode: Encode  # to unsigned 1, 2 or 4 byte integers
     encode_checked: Callable[[bytes], array | tuple[array, array]]
+    decode: Decode
+
+    def tokens(self, text: str) -> list[int]:
+        """The text's tokens, without the one that ends a document."""
+        return self.encode(text.encode()).tolist()[:-1]
 
 
 def open_tokenizer(choice: str, end_token: int | None = None) -> Tokenizer:
@@ -40,7 +49,7 @@ def open_tokenizer(choice: str, end_token: int | None = None) -> Tokenizer:
     if choice == BYTES:
         if end_token is not None:
             refuse("data.end_token", end_token, "bytes end a document with 0", "Leave it out")
-        return Tokenizer(BYTES, 256, encode_bytes, encode_bytes)
+        return BYTE_TOKENIZER
     name = identify_tokenizer(choice)
     try:
         model = importlib.import_module("tokenizers").Tokenizer.from_file(choice)
@@ -69,7 +78,18 @@ def open_tokenizer(choice: str, end_token: int | None = None) -> Tokenizer:
         sizes = bytes_by_token(text, encoding.offsets)
         return array(code, [*encoding.ids, end]), array("H", sizes)
 
-    return Tokenizer(name, max(size, end + 1), encode, encode_checked)
+    def decode(tokens: Iterable[int]) -> Iterator[str]:
+        stream = importlib.import_module("tokenizers.decoders").DecodeStream(ids=None)
+        came, given = [], ""
+        for token in tokens:
+            came.append(token)
+            if piece := stream.step(model, token):
+                given += piece
+                yield piece
+        if rest := model.decode(came, skip_special_tokens=False)[len(given) :]:
+            yield rest  # of a character that was not finished
+
+    return Tokenizer(name, max(size, end + 1), end, encode, encode_checked, decode)
 
 
 def bytes_by_token(text: str, spans: Sequence[tuple[int, int]]) -> list[int]:
@@ -114,6 +134,13 @@ def _first_change(text: str, returned: str) -> str:
 
 def encode_bytes(document: bytes) -> array:
     return array("B", document + b"\0")
+
+
+def decode_bytes(tokens: Iterable[int]) -> Iterator[str]:
+    return codecs.iterdecode((bytes([token]) for token in tokens), "utf-8", errors="replace")
+
+
+BYTE_TOKENIZER = Tokenizer(BYTES, 256, 0, encode_bytes, encode_bytes, decode_bytes)
 
 
 def identify_tokenizer(choice: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -188,6 +188,21 @@ class Backbone(nn.Module):
         at 0, 1, 2 ..; layers find them in `cross_layer`. Raises ValueError where the tokens seen
         would exceed `max_length`.
         """
+        x, after = self.hidden(tokens, state, positions)
+        logits = self.head(x)
+        return (logits, after) if state else logits
+
+    def hidden(
+        self,
+        tokens: Int[Tensor, "b t"],
+        state: BackboneState | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Float[Tensor, "b t width"], BackboneState | None]:
+        """What the head reads, and the state where one is given; see `forward`.
+
+        Who needs the logits of a few tokens alone applies the head to theirs: over a large
+        vocabulary it costs as much as several layers.
+        """
         start = state.tokens_seen if state else 0
         self._check_length(start + tokens.shape[1])
         x = self.embedding(tokens)
@@ -207,8 +222,8 @@ class Backbone(nn.Module):
             if state:
                 x, new = x
                 after.append(new)
-        logits = self.head(self.norm(x))
-        return (logits, BackboneState(tuple(after), start + tokens.shape[1])) if state else logits
+        seen = BackboneState(tuple(after), start + tokens.shape[1]) if state else None
+        return self.norm(x), seen
 
     def loss(
         self,

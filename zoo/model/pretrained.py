@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.config.compose import compose
 from zoo.config.schema import TrainConfig
+from zoo.config.validate import plain, validate
 from zoo.errors import refuse
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.convert import from_transformers
 from zoo.model.extend import extend
+from zoo.pretrained.families import Description
 from zoo.pretrained.gguf import GGUFFile
 from zoo.pretrained.weights import digest_files, open_weights, weight_files
 
@@ -90,6 +93,24 @@ def load_pretrained(config: TrainConfig) -> Backbone:
         model.head.weight = model.embedding.weight
     extend(model, config.extension, config.seq_len)
     return model
+
+
+def pretrained_config(
+    described: Description, checkpoint: Path, data: Mapping[str, Any], runs: Path
+) -> TrainConfig:
+    """The options that `describe` found, with the text and the checkpoint beside them.
+
+    What the options of training say is of no consequence: nothing is trained.
+    """
+    tree = plain(compose("train", [w for w in described.words if not w.startswith("extension")]))
+    scaled = [word for word in described.words if word.startswith("extension")]
+    if scaled:
+        tree["extension"] = plain(compose("eval", ["run=x", *scaled]))["extension"]
+    name = described.family
+    size = {**tree["size"], "name": "checkpoint"}
+    model = {**tree["model"], "name": name}
+    more = {"data": dict(data), "size": size, "model": model, "runs": str(runs)}
+    return validate(TrainConfig, {**tree, **more, "checkpoint": str(checkpoint)})
 
 
 def misfit(model: Backbone, weights: Mapping[str, Tensor]) -> str | None:

@@ -63,6 +63,7 @@ class Part:
     about: str
     blocks: list[Block]
     tables: list[tables.Table]
+    texts: list[tuple[str, str]]  # arm, and what it wrote
 
 
 def write_report(
@@ -223,7 +224,7 @@ def task_part(results: Results, task: str, look: Mapping[str, Style]) -> Part:
     figures = task_figures(results, task)
     blocks = [_block(figure, look=look, named=True, height=240) for figure in figures]
     shown = tables.task_tables(results, task) if tables.shown_quantities(results, task) else []
-    return Part(task, said.title, said.about, blocks, shown)
+    return Part(task, said.title, said.about, blocks, shown, tables.written(results, task))
 
 
 def stream_part(results: Results, look: Mapping[str, Style]) -> Part | None:

@@ -8,7 +8,7 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from zoo.measurement import Declaration, Quantity, declared
@@ -91,9 +91,7 @@ class Results:
                 continue
             said = [one for row in rows if (one := declared(row))] or [_undeclared(task, rows)]
             every = {(q.field, q.name): q for one in said for q in one.quantities}
-            found[task] = Declaration(
-                title=said[0].title, about=said[0].about, quantities=tuple(every.values())
-            )
+            found[task] = replace(said[0], quantities=tuple(every.values()))
         return found
 
     def where(self, **equal: Any) -> list[Row]:

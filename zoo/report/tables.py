@@ -67,6 +67,13 @@ def task_tables(results: Results, task: str) -> list[Table]:
     return [table for table in tables if table]
 
 
+def written(results: Results, task: str) -> list[tuple[str, str]]:
+    """(arm, text) of a task whose rows hold texts."""
+    name = results.tasks[task].text
+    rows = results.where(task=task, status="ok") if name else []
+    return [(row["label"], str(row[name])) for row in rows if not missing(row.get(name))]
+
+
 def quantity_table(results: Results, task: str, quantity: Quantity) -> Table | None:
     """One quantity by length, the best arm of each column marked."""
     cells, words = results.measured(task, quantity), FORMS[quantity.form]

@@ -1,12 +1,14 @@
 """The tables for a terminal: scores by length, what they differ by, and long texts."""
 
+import textwrap
+
 from zoo.report.caveats import failures
 from zoo.report.claims import evidence, judge
 from zoo.report.noise import NOISE_FLOOR, Floor, is_noise, noise_floors, score_noise
 from zoo.report.rows import Cell, Results
 from zoo.report.scores import PROTOCOLS, SAME_TOKENS, dead, effective_contexts, headline
 from zoo.report.sensitivity import rates_table
-from zoo.report.tables import Table, costs, quantity_table, shown_quantities, task_tables
+from zoo.report.tables import Table, costs, quantity_table, shown_quantities, task_tables, written
 from zoo.report.validity import LEAKS
 from zoo.report.words import DASH, PLUS_MINUS, score, signed, times
 
@@ -28,6 +30,11 @@ def as_text(results: Results) -> str:
     reasons: list[str] = []  # each is printed once, below the first table with it
     said = _scores_as_text(results, reasons)
     said += [_table_as_text(results, table, reasons) for table in tables]
+    said += [
+        f"{results.tasks[task].title}, {label}\n{textwrap.indent(text, '    ')}"
+        for task in results.tasks
+        for label, text in written(results, task)
+    ]
     said.append(_claims_as_text(results))
     said = [text for text in said if text] or ["no score measured yet"]
     if any(map(results.requested, results.arms)) and any(said):

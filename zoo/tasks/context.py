@@ -7,7 +7,7 @@ Position p is the number of tokens a prediction was made from, 1 .. length.
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -24,7 +24,7 @@ from zoo.data.examples import SyntheticData
 from zoo.data.store import TokenStore
 from zoo.errors import NoStateError, UserError
 from zoo.mixers.base import count_bytes
-from zoo.model.audit import AUTOCAST
+from zoo.model.arithmetic import arithmetic
 from zoo.model.backbone import Backbone, BackboneState
 from zoo.tasks.progress import Progress
 
@@ -71,16 +71,7 @@ class EvalContext:
     @contextmanager
     def arithmetic(self):
         """No gradients, and the run's own precision."""
-        with ExitStack() as stack:
-            if self.precision in AUTOCAST:
-                # Autocast casts a weight once, not at each call, where it takes a gradient and
-                # inference mode is off.
-                self.model.requires_grad_(True)
-                stack.callback(self.model.requires_grad_, False)
-                stack.enter_context(torch.no_grad())
-                stack.enter_context(torch.autocast(self.device.type, AUTOCAST[self.precision]))
-            else:
-                stack.enter_context(torch.inference_mode())
+        with arithmetic(self.model, self.precision, self.device):
             yield
 
 

@@ -92,7 +92,10 @@ class Passkey(Task):
         text = evaluation_text(context.store, unit, count, question["documents"])
         check_length(context.model, length)
         keys = [_keys(self.seed, index, self.candidates) for index in range(count)]
-        prompts, encode = self._prompts(context, text, keys, length), context.corpus.encode
+        prompts, encode = (
+            self._prompts(context, text, keys, length),
+            context.corpus.tokenizer.encode,
+        )
         rows = max(1, chunk_tokens(context, BATCH_TOKENS) // length)
         context.progress.begin(f"passkey at {length}", len(prompts) * length)
         right = []
@@ -127,7 +130,7 @@ class Passkey(Task):
         length: int,
     ) -> list[Int[np.ndarray, " t"]]:
         """The prompts of one length, without the key's digits at the end."""
-        depths, encode = np.linspace(0, 1, self.depths), context.corpus.encode
+        depths, encode = np.linspace(0, 1, self.depths), context.corpus.tokenizer.encode
         least = max(prompt_tokens(key, encode) for key, *_ in keys) + DIGITS
         if length < least:
             rule = f"must be at least {least}, the tokens of a passkey and its question"

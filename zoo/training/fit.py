@@ -130,7 +130,7 @@ def _facts(
         "sized": sizes,
         "tokens_per_step": config.batch_size * config.seq_len,
         "fingerprint": data.fingerprint,
-        "tokenizer": data.tokenizer,
+        "tokenizer": data.tokenizer_name,
         "data": data.summary,
         "threads": torch.get_num_threads(),
     }

@@ -5,17 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zoo.config.compose import compose
-from zoo.config.schema import TrainConfig
-from zoo.config.validate import plain, validate
 from zoo.console import say
 from zoo.data.corpora import Corpus
 from zoo.errors import refuse
 from zoo.model.build import count_parameters
 from zoo.model.flops import forward_flops
-from zoo.model.pretrained import check_unchanged, identify, load_pretrained
+from zoo.model.pretrained import (
+    check_unchanged,
+    identify,
+    load_pretrained,
+    pretrained_config,
+)
 from zoo.pretrained.checkpoint import read_checkpoint
-from zoo.pretrained.families import Description
 from zoo.runs.claim import check_same_run
 from zoo.runs.folder import RunFolder
 from zoo.runs.provenance import provenance
@@ -66,26 +67,8 @@ def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> Run
         **provenance(),
         "checkpoint": found,
         "fingerprint": text.fingerprint,
-        "tokenizer": text.tokenizer,
+        "tokenizer": text.tokenizer_name,
         "parameters": count_parameters(model),
         "flops_per_token": forward_flops(model, config.seq_len),
     }
     return RunFolder.create(path, config, info)
-
-
-def pretrained_config(
-    described: Description, checkpoint: Path, data: Mapping[str, Any], runs: Path
-) -> TrainConfig:
-    """The options that `describe` found, with the text and the checkpoint beside them.
-
-    What the options of training say is of no consequence: nothing is trained.
-    """
-    tree = plain(compose("train", [w for w in described.words if not w.startswith("extension")]))
-    scaled = [word for word in described.words if word.startswith("extension")]
-    if scaled:
-        tree["extension"] = plain(compose("eval", ["run=x", *scaled]))["extension"]
-    name = described.family
-    size = {**tree["size"], "name": "checkpoint"}
-    model = {**tree["model"], "name": name}
-    more = {"data": dict(data), "size": size, "model": model, "runs": str(runs)}
-    return validate(TrainConfig, {**tree, **more, "checkpoint": str(checkpoint)})

@@ -50,7 +50,7 @@ def record_start(
     text, read = len(data.train), config.trainer.max_steps * facts["tokens_per_step"]
     say(
         f"data: {data.name}, {text:,} tokens to train on, {len(data.valid):,} to validate "
-        f"({data.tokenizer}); {steps} read it {read / text:.2g} times"
+        f"({data.tokenizer_name}); {steps} read it {read / text:.2g} times"
     )
 
 

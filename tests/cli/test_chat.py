@@ -1,0 +1,52 @@
+"""`zoo chat`: line by line, from one state."""
+
+import io
+
+import pytest
+from building import write_text
+
+import zoo
+from zoo.__main__ import main
+from zoo.cli.train import main as train_main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("chat")
+    write_text(folder / "text")
+    data = ["data=text", f"data.path={folder / 'text'}", f"data.cache={folder / 'cache'}"]
+    size = ["size=tiny", "match=none", "model=mamba", "seq_len=32", "batch_tokens=64"]
+    more = ["trainer.max_steps=1", f"runs={folder}", "name=x", "logger=none"]
+    assert train_main([*data, *size, *more, "trainer.accelerator=cpu"]) == 0
+    return str(folder / "x")
+
+
+def test_each_line_is_added_to_the_text(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
+    capsys.readouterr()
+    assert main(["chat", run, "tokens=5", "device=cpu"]) == 0
+    said = capsys.readouterr()
+    model, written = zoo.load(run, device="cpu"), []
+    for line in ("one\n", "", "two\n"):
+        text = "one\n" + "".join(written[:1]) if line == "" else line
+        text = "one\n" + written[0] + written[1] + line if line == "two\n" else text
+        written.append(model.generate(text, tokens=5))
+    assert said.out == "".join(f"{piece}\n" for piece in written)
+    assert "[5 tokens, " in said.err
+    assert "text 23, state " in said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "zoo chat: no place: must be one run or checkpoint."),
+        (["RUN", "temperature=-1"], "zoo chat: temperature=-1: must be a number from 0 to 1000."),
+        (["RUN", "top_k=4"], "zoo chat: top_k: unknown option. Did you mean 'top_p'?"),
+        (["RUN", "stop=[x,'']"], "zoo chat: stop="),
+        (["nowhere"], "zoo chat: nowhere: is no run and no checkpoint."),
+    ],
+)
+def test_a_mistake_is_one_line(run, words, line, capsys):
+    assert main(["chat", *[run if word == "RUN" else word for word in words]]) == 2
+    (said,) = capsys.readouterr().err.splitlines()[-1:]
+    assert said.startswith(line)

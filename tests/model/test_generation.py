@@ -1,0 +1,162 @@
+"""Writing on from a prompt: the same tokens as by reading everything anew for each of them."""
+
+import itertools
+
+import pytest
+import torch
+from building import train_config
+
+from zoo.errors import UserError
+from zoo.model.backbone import Backbone
+from zoo.model.build import build_model
+from zoo.model.generation import CHUNK, Sampling, Writer, until
+
+PROMPT = [5, 1, 7, 7, 2, 9]
+
+
+def model_of(name: str) -> Backbone:
+    torch.manual_seed(0)
+    model, _ = build_model(
+        train_config(f"model={name}", "size=tiny", "seq_len=32", "match=none"), vocab_size=40
+    )
+    weight = torch.randn(40, model.width) / 4  # far from uniform, and not the embedding
+    model.head.weight = torch.nn.Parameter(weight)
+    return model.eval().requires_grad_(False)
+
+
+def written(model: Backbone, count: int, sampling: Sampling, end: int | None = None) -> list[int]:
+    writer = Writer(model)
+    writer.read(PROMPT)
+    return [*writer.write(count, sampling, end)]
+
+
+@pytest.mark.parametrize("name", ["transformer", "mamba", "hybrid"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_tokens_are_those_of_the_whole_text_read_anew(name, temperature):
+    model, sampling = model_of(name), Sampling(temperature=temperature, top_p=0.9, seed=3)
+    draw, text = sampling.start(), [*PROMPT]
+    for _ in range(12):
+        text.append(draw(model(torch.tensor([text]))[0, -1]))
+    assert written(model, 12, sampling) == text[len(PROMPT) :]
+    assert len({*text}) > 4
+
+
+def test_reading_and_writing_may_take_turns():
+    model, greedy = model_of("transformer"), Sampling()
+    writer = Writer(model)
+    writer.read(PROMPT)
+    first = [*writer.write(3, greedy)]
+    writer.read([4, 4])
+    second = [*writer.write(3, greedy)]
+    whole = Writer(model)
+    whole.read([*PROMPT, *first, 4, 4])
+    assert second == [*whole.write(3, greedy)]
+    assert writer.tokens == len(PROMPT) + 3 + 2 + 3
+
+
+def test_a_text_that_is_left_early_goes_on_from_what_was_taken():
+    model = model_of("transformer")
+    writer = Writer(model)
+    writer.read(PROMPT)
+    taken = [*itertools.islice(writer.write(9, Sampling()), 4)]
+    assert [*taken, *writer.write(5, Sampling())] == written(model, 9, Sampling())
+
+
+def test_a_prompt_longer_than_a_chunk_is_read_whole(monkeypatch):
+    assert CHUNK > 4
+    model = model_of("mamba")
+    expected = written(model, 5, Sampling())
+    monkeypatch.setattr("zoo.model.generation.CHUNK", 4)
+    assert written(model, 5, Sampling()) == expected
+
+
+def test_writing_ends_before_the_end_token():
+    model = model_of("transformer")
+    free = written(model, 8, Sampling())
+    end = free[-1]
+    assert written(model, 8, Sampling(), end) == free[: free.index(end)]
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.5, 0.9, 1.0])
+def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_it(top_p):
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    kept = Sampling(temperature=0.7, top_p=top_p).probabilities(logits)
+    plain = (logits.double() / 0.7).softmax(-1)
+    order, total, expected = plain.argsort(descending=True), 0.0, torch.zeros(50).double()
+    for token in order.tolist():
+        if total >= top_p:
+            break
+        expected[token] = plain[token]
+        total += float(plain[token])
+    torch.testing.assert_close(kept, expected / expected.sum())
+    assert kept.sum() == pytest.approx(1)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    logits, draws = torch.tensor([0.0, 1.0, 2.0]), 4000
+    draw = Sampling(temperature=2.0, seed=1).start()
+    counts = torch.bincount(torch.tensor([draw(logits) for _ in range(draws)]), minlength=3)
+    expected = (logits.double() / 2).softmax(-1)
+    spread = (expected * (1 - expected) / draws).sqrt()
+    assert ((counts / draws - expected).abs() < 4 * spread).all()
+
+
+def test_a_seed_gives_the_same_text_and_another_seed_another():
+    model = model_of("transformer")
+    texts = [written(model, 12, Sampling(temperature=1.5, seed=seed)) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("temperature", -1), ("temperature", float("nan")), ("top_p", 0)]
+)
+def test_a_value_that_is_no_way_to_sample_is_refused(option, value):
+    with pytest.raises(UserError, match=f"^{option}="):
+        Sampling(**{option: value})
+
+
+def test_a_text_longer_than_the_model_can_read_is_refused_before_it_is_read():
+    model = model_of("learned")
+    writer = Writer(model)
+    writer.read([1] * 30)
+    with pytest.raises(UserError, match=r"^tokens=3: the model reads at most 32 tokens"):
+        next(writer.write(3, Sampling()))
+    with pytest.raises(UserError, match=r"^tokens=40: must be from 0 to 39"):
+        writer.read([40])
+    assert writer.tokens == 30
+
+
+def test_outputs_that_are_no_numbers_are_an_error():
+    model = model_of("transformer")
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ArithmeticError):
+        written(model, 1, Sampling())
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "left"),
+    [
+        (["abc", "def"], ["cd"], ["ab"]),
+        (["a", "b", "c"], [], ["a", "b", "c"]),
+        (["ab", "c"], ["bd"], ["a", "bc"]),  # what may begin a stop waits
+        (["ab"], ["bd"], ["a", "b"]),  # and comes in the end
+        (["xyx", "yz"], ["xyz", "y"], ["x"]),  # the first of several
+        (["stop"], ["stop"], []),
+        (["aaab"], ["aab"], ["a"]),
+        (["aa", "ab"], ["aab"], ["a"]),
+    ],
+)
+def test_a_text_ends_before_the_first_stop(pieces, stop, left):
+    found = [*until(iter(pieces), stop)]
+    assert "".join(found) == "".join(left)
+    assert found == left
+
+
+def test_a_model_that_reads_both_ways_does_not_write():
+    config = train_config(
+        "model=linformer", "objective=masked", "size=tiny", "seq_len=64", "match=none"
+    )
+    model, _ = build_model(config, vocab_size=40)
+    with pytest.raises(UserError, match="reads its text both ways"):
+        Writer(model)

@@ -1,0 +1,138 @@
+"""zoo from Python, as README shows it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from building import write_text
+
+import zoo
+from zoo.cli.eval import main as eval_main
+from zoo.cli.train import main as train_main
+from zoo.errors import UserError
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    """A folder with one trained and measured run, runs/my-run."""
+    folder = tmp_path_factory.mktemp("api")
+    write_text(folder / "text")
+    data = ["data=text", f"data.path={folder / 'text'}", f"data.cache={folder / 'cache'}"]
+    size = ["size=tiny", "match=none", "model=transformer", "seq_len=32", "batch_tokens=64"]
+    more = ["trainer.max_steps=2", f"runs={folder / 'runs'}", "name=my-run", "logger=none"]
+    assert train_main([*data, *size, *more, "trainer.accelerator=cpu"]) == 0
+    task = ["task=perplexity", "task.perplexity.lengths=[32]", "task.perplexity.units=2"]
+    report = [f"report={folder / 'measured.html'}", "logger=none"]
+    assert eval_main([f"run={folder / 'runs/my-run'}", *task, *report]) == 0
+    return folder
+
+
+def test_readmes_lines_run(here, monkeypatch, capsys):
+    (block,) = re.findall(r"### From Python\n\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+    monkeypatch.chdir(here)
+    found: dict = {}
+    exec(block, found)
+    model = found["model"]
+    assert model.backbone.extended == "dca"
+    assert model.logits("def main(").shape == (9, 256)
+    assert capsys.readouterr().out == model.generate("def main(", tokens=100)
+    assert {row["length"] for row in found["rows"]} == {32}
+    assert "<html" in (here / "report.html").read_text()
+
+
+def test_logits_are_the_models_and_may_be_changed(here):
+    model = zoo.load(here / "runs/my-run", device="cpu")
+    logits = model.logits("abc")
+    expected = model.backbone(torch.tensor([[97, 98, 99]]))[0]
+    torch.testing.assert_close(logits, expected)
+    logits.zero_()  # no inference tensor
+    torch.testing.assert_close(model.logits([97, 98, 99]), expected)
+    assert model.decode(model.encode("déjà")) == "déjà"
+
+
+def test_a_checkpoint_needs_no_text(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    config = transformers.LlamaConfig(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=256,
+    )
+    theirs = transformers.LlamaForCausalLM(config)
+    theirs.save_pretrained(tmp_path / "llama")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[])
+    )
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "llama/tokenizer.json"))
+
+    model = zoo.load(tmp_path / "llama", device="cpu")
+    tokens = model.encode("Grüße 😀")
+    expected = theirs(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(model.logits("Grüße 😀"), expected, atol=1e-5, rtol=0)
+    assert model.tokenizer.end == 256
+    assert [*model.tokenizer.decode(iter(tokens))] == ["G", "r", "ü", "ß", "e", " ", "😀"]
+    assert model.decode(tokens[:-1]) == "Grüße \ufffd"  # a character that was not finished
+    assert not list(tmp_path.glob("**/run.json"))
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ({"words": ["extension=yarm"]}, "extension=yarm"),
+        ({"words": ["extension=pose", "extension.factor=2"]}, "is a way to train"),
+        ({"words": ["task=speed"]}, "task=speed: is no option of an extension"),
+        ({"words": ["extension=alibi_interpolation", "extension.factor=2"]}, "alibi"),
+        ({"device": "cuda:7"}, "device=cuda:7"),
+        ({"path": "nothing"}, "nothing: is no run and no checkpoint"),
+    ],
+)
+def test_what_cannot_be_opened_is_refused_in_one_line(here, words, line):
+    path = words.get("path", here / "runs/my-run")
+    with pytest.raises(UserError, match=line) as refused:
+        zoo.load(path, *words.get("words", []), device=words.get("device", "cpu"))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"tokens": 0}, "tokens=0: must be at least 1"),
+        ({"stop": [""]}, "stop=.*must not be empty"),
+        ({"top_p": 2}, "top_p=2: must be above 0"),
+    ],
+)
+def test_a_bad_option_of_generate_is_refused_before_it_is_iterated(here, options, line):
+    model = zoo.load(here / "runs/my-run", device="cpu")
+    with pytest.raises(UserError, match=line):
+        model.stream("a", **options)
+    with pytest.raises(UserError, match="text=: must have at least one token"):
+        model.logits("")
+
+
+def test_a_run_of_a_task_has_no_text(tmp_path):
+    data = ["data=parity", "model=lstm", "size=tiny", "match=none", "seq_len=16"]
+    more = ["trainer.max_steps=1", "batch_tokens=32", f"runs={tmp_path}", "name=x", "logger=none"]
+    assert train_main([*data, *more, "trainer.accelerator=cpu"]) == 0
+    with pytest.raises(UserError, match="data=parity: is a task and no text"):
+        zoo.load(tmp_path / "x")
+
+
+def test_importing_zoo_costs_nothing():
+    code = "import sys, zoo; print(sorted({'torch', 'lightning', 'pydantic'} & {*sys.modules}))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+    with pytest.raises(AttributeError, match="no attribute 'loda'"):
+        _ = zoo.loda

@@ -1,0 +1,86 @@
+"""Write on with a model, line by line: `zoo chat <run or checkpoint> [option=value ...]`.
+
+What was read and written stays in the model's state, so that a line costs its own tokens alone.
+"""
+
+import sys
+from collections.abc import Sequence
+from time import perf_counter
+
+from zoo.cli.guard import guarded
+from zoo.config.compose import compose
+from zoo.console import say
+from zoo.errors import UserError, refuse_path, refuse_unknown
+
+USAGE = """zoo chat <run folder or checkpoint> [option=value ...]
+write on with a model: each line is added to the text, and the model goes on from there
+
+  zoo chat runs/my-run temperature=0.8
+  zoo chat models/SmolLM2-135M extension=dca tokens=300
+
+options
+  prompt=           what the text begins with; without it, with your first line
+  tokens=128        the most that are written after a line
+  temperature=0     0 takes the likeliest token
+  top_p=1           draw from the likeliest tokens that have this probability together
+  seed=0            of the random numbers
+  stop=null         [text, ..] before which writing ends
+  device=auto       auto, cpu, mps, cuda, cuda:1 ...
+  extension=none    and extension.factor=8 and the like, as for eval.py
+
+An empty line lets the model write on. Ctrl-D ends.
+"""
+TASK = "task.generate."
+OPTIONS = ("prompt", "tokens", "temperature", "top_p", "seed", "stop", "device", "extension")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & {*words}:
+        sys.stdout.write(USAGE)
+        return 0
+    return guarded("zoo chat", lambda: chat(words))
+
+
+def chat(words: Sequence[str]) -> int:
+    """Carry the command out; see the module."""
+    places = [word for word in words if "=" not in word]
+    if len(places) != 1:
+        refuse_path(" ".join(places) or "no place", "must be one run or checkpoint")
+    options = [word for word in words if "=" in word]
+    for name in (word.partition("=")[0] for word in options):
+        if name not in OPTIONS and not name.startswith("extension."):
+            refuse_unknown(name, "option", name, OPTIONS)
+    extension = [word for word in options if word.startswith("extension")]
+    others = [word for word in options if word not in extension]
+    task = [word if word.startswith("device=") else f"{TASK}{word}" for word in others]
+    try:
+        config = compose("eval", ["run=x", "task=generate", *task])
+        how = config.task["generate"].load()()
+        how.check()
+    except UserError as error:  # options have short names here
+        raise UserError(str(error).removeprefix(TASK)) from None
+    from zoo.model.generation import Sampling  # heavy: seconds
+    from zoo.model.language_model import load_language_model
+    from zoo.report.words import size
+
+    model = load_language_model(places[0], *extension, device=config.device)
+    sampling = Sampling(temperature=how.temperature, top_p=how.top_p, seed=how.seed)
+    writer = model.writer(how.prompt) if how.prompt else None
+    for line in sys.stdin:
+        if writer is None:
+            writer = model.writer(line)
+        elif line.strip("\n"):
+            writer.read(model.encode(line))
+        writer.check_length(how.tokens)
+        before, began = writer.tokens, perf_counter()
+        for piece in model.continued(writer, how.tokens, sampling, how.stop or ()):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        count, seconds = writer.tokens - before, perf_counter() - began
+        said = f"{count} tokens, {count / seconds:,.1f} a second; text {writer.tokens:,}"
+        say(f"[{said}, state {size(writer.state_bytes)}]")
+    return 0

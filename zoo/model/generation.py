@@ -1,0 +1,172 @@
+"""Writes text: a prompt is read into a state, from which one token after another is drawn.
+
+The state is the model's own, under its extension, so that a token costs what the architecture's
+state costs: the same at any length for a recurrent model, a read of the cache for attention.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from zoo.errors import refuse
+from zoo.mixers.base import count_bytes
+from zoo.model.arithmetic import arithmetic
+from zoo.model.backbone import Backbone, BackboneState
+
+CHUNK = 4096  # tokens of a prompt that are read at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is chosen.
+
+    Attributes:
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        top_p: only the likeliest tokens are drawn from, as few as have this probability together
+            (Holtzman 2019, section 3.1, arXiv:1904.09751); 1 draws from all.
+        seed: of the random numbers. The same seed, text and machine give the same tokens.
+
+    Raises:
+        UserError: for a temperature below 0, and a top_p that is no share above 0.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            refuse("temperature", self.temperature, "must be at least 0 and finite")
+        if not 0 < self.top_p <= 1:
+            refuse("top_p", self.top_p, "must be above 0 and at most 1")
+
+    def start(self) -> Callable[[Float[Tensor, " v"]], int]:
+        """What draws the tokens of one text from their logits, one after another."""
+        if self.temperature == 0:
+            return lambda logits: int(logits.argmax())
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def draw(logits: Float[Tensor, " v"]) -> int:
+            chances = self.probabilities(logits.cpu())
+            return int(torch.multinomial(chances, 1, generator=generator))
+
+        return draw
+
+    def probabilities(self, logits: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+        """The distribution that a token is drawn from, in float64; for temperatures above 0."""
+        chances = (logits.double() / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            falling, places = chances.sort(descending=True, stable=True)
+            likelier = falling.cumsum(-1) - falling  # probability of the tokens before each
+            chances[places[likelier >= self.top_p]] = 0
+        return chances / chances.sum()
+
+
+class Writer:
+    """A text in the making: what was read and written so far is in its state.
+
+    `read` and `write` may follow each other in any order, as in a conversation.
+    """
+
+    def __init__(self, model: Backbone, precision: str = "32-true") -> None:
+        """Raises UserError where the model cannot write: it reads both ways."""
+        if not model.causal:
+            rule = "reads its text both ways, so it cannot write on"
+            refuse("model", type(model.sublayers()[0]).__name__, rule, "Use a causal model")
+        self.model, self.precision = model, precision
+        self.device = next(model.parameters()).device
+        self.state: BackboneState = model.empty_state(1)
+        self._unread: list[int] = []
+        self._logits: Tensor | None = None  # after what was read
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the text so far."""
+        return self.state.tokens_seen + len(self._unread)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the state holds."""
+        return count_bytes(self.state)
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Add tokens to the text; they are read when the next token is asked for.
+
+        Raises UserError for a token that the model does not have, and where the text becomes longer
+        than it can read.
+        """
+        size = self.model.vocab_size
+        if bad := [token for token in tokens if not 0 <= token < size]:
+            refuse("tokens", bad[0], f"must be from 0 to {size - 1}, the model's tokens")
+        self.check_length(len(tokens))
+        self._unread += map(int, tokens)
+
+    def check_length(self, more: int) -> None:
+        """Refuse a text that would be longer by `more` tokens than the model can read."""
+        most = self.model.max_length
+        if most is not None and self.tokens + more > most:
+            rule = f"the model reads at most {most:,} tokens, and the text has {self.tokens:,}"
+            refuse("tokens", more, rule, "Write fewer tokens, or shorten the prompt")
+
+    def next_logits(self) -> Float[Tensor, " v"]:
+        """The logits of the token after the text, in float32 or better. The text is not empty."""
+        if self._unread:
+            text = torch.tensor(self._unread, device=self.device)[None]
+            with arithmetic(self.model, self.precision, self.device):
+                for piece in text.split(CHUNK, 1):
+                    x, after = self.model.hidden(piece, self.state)
+                    assert after is not None
+                    self.state = after
+                logits = self.model.head(x[0, -1])
+            self._logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            self._unread = []
+        assert self._logits is not None, "there is no text to go on from"
+        return self._logits
+
+    def write(self, count: int, sampling: Sampling, end: int | None = None) -> Iterator[int]:
+        """Draw up to `count` tokens, which become part of the text; stops before the token `end`.
+
+        Raises UserError where the text would become longer than the model can read, and
+        ArithmeticError where the model gives no finite numbers.
+        """
+        self.check_length(count)
+        draw = sampling.start()
+        for _ in range(count):
+            logits = self.next_logits()
+            if not torch.isfinite(logits).all():
+                raise ArithmeticError("the model's outputs are not finite numbers")
+            token = draw(logits)
+            self._unread.append(token)
+            if token == end:
+                return
+            yield token
+
+
+def until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
+    """The pieces of a text up to the first of the `stop` texts, which is left out.
+
+    What may be the beginning of one waits until the text shows whether it is.
+    """
+    waiting = ""
+    for piece in pieces:
+        waiting += piece
+        places = [place for word in stop if (place := waiting.find(word)) >= 0]
+        if places:
+            if waiting[: min(places)]:
+                yield waiting[: min(places)]
+            return
+        kept = max((_overlap(waiting, word) for word in stop), default=0)
+        if sure := waiting[: len(waiting) - kept]:
+            yield sure
+        waiting = waiting[len(waiting) - kept :]
+    if waiting:
+        yield waiting
+
+
+def _overlap(text: str, word: str) -> int:
+    """Characters at the text's end that begin the word."""
+    sizes = range(min(len(text), len(word) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(word[:size])), 0)

@@ -1,0 +1,191 @@
+"""A run's or a checkpoint's model with its tokenizer: text in, logits and text out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from zoo.config.compose import compose
+from zoo.config.effects import check_extension
+from zoo.config.longrope_factors import with_found_factors
+from zoo.config.schema import Data, Extension, TrainConfig
+from zoo.config.validate import plain
+from zoo.data.tokenizers import Tokenizer, open_tokenizer
+from zoo.errors import refuse, refuse_path
+from zoo.model.arithmetic import arithmetic
+from zoo.model.backbone import Backbone
+from zoo.model.checkpoint import load
+from zoo.model.device import pick_device
+from zoo.model.extend import extend
+from zoo.model.generation import Sampling, Writer, until
+from zoo.model.pretrained import load_pretrained, pretrained_config
+from zoo.pretrained.checkpoint import read_checkpoint
+from zoo.runs.folder import RunFolder
+
+TOKENS = 128  # that `generate` writes unless told otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """A trained model that reads and writes text.
+
+    Attributes:
+        backbone: the model, under its extension.
+        tokenizer: between text and its tokens.
+        train_length: tokens of the windows that it was trained on.
+        precision: of its arithmetic, by Lightning's name.
+    """
+
+    backbone: Backbone
+    tokenizer: Tokenizer
+    train_length: int
+    precision: str = "32-true"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.backbone.parameters()).device
+
+    def encode(self, text: str) -> list[int]:
+        """The text's tokens, without the one that ends a document."""
+        return self.tokenizer.tokens(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
+        return "".join(self.tokenizer.decode(tokens))
+
+    def logits(self, text: str | Sequence[int]) -> Float[Tensor, "t vocabulary"]:
+        """The logits (t, vocabulary) after each token of a text, read as a whole.
+
+        Row i says what may follow token i. Raises UserError for an empty text, and one that is
+        longer than the model can read.
+        """
+        tokens = self._tokens(text)
+        if not tokens:
+            refuse("text", "", "must have at least one token")
+        if self.backbone.causal:
+            Writer(self.backbone).read(tokens)  # is it too long?
+        batch = torch.tensor([tokens], device=self.device)
+        with arithmetic(self.backbone, self.precision, self.device):
+            found = self.backbone(batch)[0]
+        return found.to(torch.promote_types(found.dtype, torch.float32)).clone()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        tokens: int = TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+    ) -> str:
+        """The text that the model writes after a prompt, without the prompt; see `stream`."""
+        how = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop}
+        return "".join(self.stream(prompt, tokens=tokens, **how))
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        tokens: int = TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Yield what the model writes after a prompt, each piece as soon as it is sure.
+
+        Args:
+            prompt: a text or its tokens; an empty one begins a document.
+            tokens: the most that are written. A document's end ends the text, too.
+            temperature, top_p, seed: how a token is chosen, see `Sampling`.
+            stop: texts at which writing ends; they are left out.
+
+        Raises:
+            UserError: for a value that is not allowed, a model that cannot write (it reads both
+                ways), and a text longer than it can read; before anything is written.
+        """
+        if tokens < 1:
+            refuse("tokens", tokens, "must be at least 1")
+        words = [stop] if isinstance(stop, str) else [*stop]
+        if "" in words:
+            refuse("stop", stop, "must not be empty")
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        writer = self.writer(prompt)
+        writer.check_length(tokens)
+        return self.continued(writer, tokens, sampling, words)
+
+    def writer(self, prompt: str | Sequence[int] = "") -> Writer:
+        """A text that begins with a prompt; an empty one begins a document."""
+        writer = Writer(self.backbone, self.precision)
+        writer.read(self._tokens(prompt) or [self.tokenizer.end])
+        return writer
+
+    def continued(
+        self, writer: Writer, tokens: int, sampling: Sampling, stop: Sequence[str] = ()
+    ) -> Iterator[str]:
+        """Write on from a text; yield the new part in pieces."""
+        written = writer.write(tokens, sampling, self.tokenizer.end)
+        return until(self.tokenizer.decode(written), stop)
+
+    def _tokens(self, text: str | Sequence[int]) -> list[int]:
+        return self.encode(text) if isinstance(text, str) else [*map(int, text)]
+
+
+def load_language_model(path: str | Path, *words: str, device: str = "auto") -> LanguageModel:
+    """Open a run or a checkpoint, under an extension if one is named.
+
+    Args:
+        path: a run's folder, the folder of a `transformers` checkpoint, or a GGUF file.
+        words: options of the extension as eval.py takes them: "extension=yarn",
+            "extension.factor=8".
+        device: auto (an accelerator where there is one), cpu, cuda, cuda:1, mps.
+
+    Raises:
+        UserError: where nothing there can be opened, an option is wrong, the extension does not act
+            on the model, or the run was trained on a synthetic task, which has no text.
+    """
+    for word in words:
+        if not word.startswith(("extension=", "extension.")):
+            refuse_path(word, "is no option of an extension", "Use extension=<name>")
+    place, where = Path(path), pick_device(device)
+    extension = compose("eval", ["run=x", *words]).extension
+    check_extension(extension, [word.partition("=")[0] for word in words])
+    if (place / "run.json").is_file():
+        folder = RunFolder.open(place)
+        config, backbone = folder.config, None
+        tokenizer = _tokenizer_of(config.data)
+        backbone = load(folder, where)
+        extension = Extension.model_validate(with_found_factors(plain(extension), place))
+    elif place.is_file() or (place / "config.json").is_file():
+        config, tokenizer = _read(place)
+        backbone = load_pretrained(config).to(where).eval().requires_grad_(False)
+    else:
+        refuse_path(place, "is no run and no checkpoint", "Give a run folder, such as runs/<name>")
+    extend(backbone, extension, config.seq_len)
+    return LanguageModel(
+        backbone=backbone,
+        tokenizer=tokenizer,
+        train_length=config.seq_len,
+        precision=config.trainer.precision,
+    )
+
+
+def _read(checkpoint: Path) -> tuple[TrainConfig, Tokenizer]:
+    """The configuration and the tokenizer of a checkpoint, without a text to measure it on."""
+    with TemporaryDirectory() as folder:
+        described, file = read_checkpoint(checkpoint, Path(folder))
+        tokenizer = open_tokenizer(str(file), described.end_token)
+    data = plain(compose("train").data)
+    return pretrained_config(described, checkpoint, data, Path("runs")), tokenizer
+
+
+def _tokenizer_of(data: Data) -> Tokenizer:
+    if data.task is not None:
+        refuse("data", data.name, "is a task and no text", "Open a run that was trained on text")
+    return open_tokenizer(data.options["tokenizer"], data.options.get("end_token"))
