@@ -16,7 +16,6 @@ from zoo.mixers.base import count_bytes
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.checkpoint import trained_weights
 from zoo.model.extend import extend
-from zoo.ops.attention import attention
 from zoo.positions.none import NoPositions
 from zoo.runs.folder import RunFolder
 
@@ -47,20 +46,6 @@ def test_tokens_one_by_one_under_grouped_keys_are_those_of_the_whole(name, kv_he
     for one, other in zip(found, wanted, strict=True):
         assert (one is None) == (other is None)
         assert one is None or torch.allclose(one, other, rtol=0, atol=1e-10)
-
-
-def test_grouped_keys_are_not_repeated_for_one_token(monkeypatch):
-    seen = []
-
-    def watched(parts, **options):
-        seen.extend(part.k.shape for part in parts)
-        return attention(parts, **options)
-
-    monkeypatch.setattr("zoo.mixers.softmax.attention", watched)
-    mixer = SoftmaxAttention(width=32, heads=4, kv_heads=2)
-    _, state = mixer(torch.randn(1, 7, 32), mixer.empty_state(1))
-    mixer(torch.randn(1, 1, 32), state)
-    assert seen == [(1, 8, 2, 8)]
 
 
 SWITCHES = [

@@ -1,6 +1,7 @@
 """Attention over parts of the keys: every backend is the formula, and the merge is exact."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -72,6 +73,40 @@ def test_parts_merge_to_attention_over_their_union(backend):
     torch.testing.assert_close(
         gradients(*found, inputs), gradients(*expected, inputs), rtol=1e-10, atol=1e-11
     )
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "flash"])
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_of_queries_may_share_one_of_keys(backend, tokens, masked):
+    """Queries of heads 0, 1 read head 0 of the keys, queries of heads 2, 3 head 1."""
+    torch.manual_seed(0)
+    q = torch.randn(2, tokens, 4, D, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(2, 9, 2, D, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(2, 9, 2, E, dtype=torch.float64, requires_grad=True)
+    visible = torch.rand(2, 4, tokens, 9) > 0.3 if masked else torch.ones(tokens, 9).bool()
+    order = [0, 0, 1, 1]
+    expected = dense(q, k[:, :, order], v[:, :, order], visible)
+    found = attend([Part(q, k, v, mask=visible if masked else None)], backend=backend)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        gradients(*found, (q, k, v)), gradients(*expected, (q, k, v)), rtol=1e-10, atol=1e-11
+    )
+    on_accelerator = attention._sdpa(Part(q, k, v, mask=visible if masked else None), None)
+    torch.testing.assert_close(on_accelerator, expected[0], rtol=1e-12, atol=1e-12)
+
+
+def test_one_token_reads_shared_keys_without_repeating_them(monkeypatch):
+    seen, fused = [], attention._fused
+
+    def watched(kernel, q, k, v, *more):
+        seen.append(tuple(k.shape))
+        return fused(kernel, q, k, v, *more)
+
+    monkeypatch.setitem(attention._FORMS, "flash", partial(watched, attention._CPU))
+    q, k = torch.randn(1, 1, 4, D), torch.randn(1, 40, 2, D)
+    attend([Part(q, k, k)], backend="flash")
+    assert seen == [(1, 2, 40, D)]
 
 
 def test_the_merge_does_not_depend_on_the_order_of_the_parts():

@@ -93,8 +93,8 @@ class AttentionPattern:
     def __call__(
         self,
         q: Float[Tensor, "b t h d"],
-        k: Float[Tensor, "b n h d"],
-        v: Float[Tensor, "b n h e"],
+        k: Float[Tensor, "b n g d"],
+        v: Float[Tensor, "b n g e"],
         start: int,
         backend: str = "auto",
         always: Sequence[Part] = (),

@@ -33,8 +33,8 @@ BLOCK_MULTIPLE = 16  # of block sizes: others cost matrix kernels half as much a
 
 def window(
     q: Float[Tensor, "b t h d"],
-    k: Float[Tensor, "b n h d"],
-    v: Float[Tensor, "b n h e"],
+    k: Float[Tensor, "b n g d"],
+    v: Float[Tensor, "b n g e"],
     size: int,
     *,
     dilation: int = 1,

@@ -39,7 +39,7 @@ from zoo.mixers.base import (
     residual_gain,
 )
 from zoo.mixers.parts import KeyValues, grow, no_keys
-from zoo.ops.attention import Part, attention
+from zoo.ops.attention import Part
 from zoo.ops.rms_norm import RMSNorm
 from zoo.positions.base import build_positions
 from zoo.positions.rope import Rope
@@ -134,19 +134,9 @@ class SoftmaxAttention(Mixer):
         q, k = self.positions.prepare(q, k, start, cross_layer)
         if state:
             k, v = grow(state.k, k), grow(state.v, v)
-        groups = self.heads // self.kv_heads
-        if groups > 1 and x.shape[1] == 1 and self.positions.heads_alike and not sinks:
-            # The queries of a group side by side as rows: the cache need not be repeated for them.
-            rows = q.unflatten(2, (-1, groups)).transpose(1, 3)[:, :, :, 0]
-            y = attention([Part(rows, k, v)], backend=self.backend).transpose(1, 2)
-        else:
-            k_all, v_all = (x.repeat_interleave(groups, 2) if groups > 1 else x for x in (k, v))
-            y = self.positions.attend(
-                *(q, k_all, v_all, start, cross_layer),
-                causal=self.causal,
-                sinks=sinks,
-                backend=self.backend,
-            )
+        y = self.positions.attend(
+            *(q, k, v, start, cross_layer), causal=self.causal, sinks=sinks, backend=self.backend
+        )
         y = y.reshape(*x.shape[:2], -1)
         if self.gate_proj is not None:
             y = y * self.gate_proj(x).sigmoid()

@@ -35,8 +35,8 @@ class Part(NamedTuple):
     """Holds a set of keys for a set of queries, and which of them each query sees."""
 
     q: Float[Tensor, "b tq h d"]
-    k: Float[Tensor, "b tk h d"]
-    v: Float[Tensor, "b tk h e"]
+    k: Float[Tensor, "b tk g d"]  # g divides h: h / g heads of queries share one of keys
+    v: Float[Tensor, "b tk g e"]
     causal: bool = False  # query i sees keys 0..i; as many keys as queries
     mask: Bool[Tensor, "#b #h tq tk"] | None = None  # True where the query sees the key
     times: float = 1.0  # that each key counts in the softmax over all parts
@@ -59,18 +59,24 @@ def attention(
     """Return `attend`'s output alone, so that one part on an accelerator can use PyTorch's SDPA."""
     part = parts[0]
     if len(parts) == 1 and part.q.device.type != "cpu" and backend == "auto":
-        q, k, v = (x.transpose(1, 2) for x in part[:3])
-        mask, causal = part.mask, part.causal
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=scale
-        ).transpose(1, 2)
+        return _sdpa(part, scale)
     return attend(parts, scale=scale, backend=backend)[0]
+
+
+def _sdpa(part: Part, scale: float | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in part[:3])
+    mask, causal, grouped = part.mask, part.causal, q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    ).transpose(1, 2)
 
 
 def _partial(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Tensor]:
     q, k, v, causal, mask, times = part
     if causal and (mask is not None or q.shape[1] != k.shape[1]):
         raise ValueError("a causal part has as many keys as queries and no mask of its own")
+    if q.shape[2] != k.shape[2]:
+        return _grouped(part, scale, backend)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     theirs = libraries.usable(
         "xformers",
@@ -98,6 +104,24 @@ def _partial(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Ten
         mask = _causal_mask(q, k)
     out, lse = form(q, k, v, mask, causal, factor)
     return out.transpose(1, 2), lse.transpose(1, 2) + log(times)
+
+
+def _grouped(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Tensor]:
+    """Attend where several heads of queries share one of keys (Ainslie 2023, arXiv 2305.13245)."""
+    q, k, v = part.q, part.k, part.v
+    if q.shape[1] > 1 or part.mask is not None:
+        k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
+        return _partial(part._replace(k=k, v=v), scale, backend)
+    # One token's queries of a group are rows side by side: its keys need not be repeated.
+    rows = q[:, 0].unflatten(1, (k.shape[2], -1)).transpose(1, 2)
+    results = _partial(Part(rows, k, v, times=part.times), scale, backend)
+    out, lse = (x.transpose(1, 2).flatten(1, 2).unsqueeze(1) for x in results)
+    return out, lse
+
+
+def repeat_heads(x: Float[Tensor, "b t g d"], heads: int) -> Float[Tensor, "b t h d"]:
+    """Repeat each head of keys or values for the heads of queries that share it."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
 
 
 def _causal_mask(q: Tensor, k: Tensor, row: int = 0) -> Tensor:

@@ -39,11 +39,11 @@ def slopes(heads: int, factor: float = 1.0) -> list[float]:
 
 def add_bias_channels(
     q: Float[Tensor, "b tq h d"],
-    k: Float[Tensor, "b tk h dk"],
+    k: Float[Tensor, "b tk g dk"],
     origin: int,
     factor: float = 1.0,
     positions: Int[Tensor, "b tk"] | None = None,
-) -> tuple[Float[Tensor, "b tq h d2"], Float[Tensor, "b tk h dk2"]]:
+) -> tuple[Float[Tensor, "b tq h d2"], Float[Tensor, "b tk g dk2"]]:
     """Return q and k whose product is the score times 1/sqrt(d) plus slope_h (j - origin).
 
     Call attention with `scale=1`.

@@ -100,8 +100,8 @@ class Positions(PositionScheme):
     def attend(
         self,
         q: Float[Tensor, "b t h d"],
-        k: Float[Tensor, "b n h d"],
-        v: Float[Tensor, "b n h e"],
+        k: Float[Tensor, "b n g d"],
+        v: Float[Tensor, "b n g e"],
         start: int,
         cross_layer: CrossLayer | None = None,
         *,
@@ -111,23 +111,20 @@ class Positions(PositionScheme):
     ) -> Float[Tensor, "b t h e"]:
         """Return the attention of the queries, the last t of the n tokens, over the keys they see.
 
+        The g heads of keys and values divide the h of queries.
+
         Args:
             sinks: further keys that every query sees, without a position.
         """
         if self.pattern is not None and placed_positions(self, cross_layer) is None:
             return self.pattern(q, k, v, start, backend, sinks)
-        if not causal:
+        if not causal or q.shape[1] == 1:  # the last token sees every key
             return attention([Part(q, k, v), *sinks], backend=backend)
         past = k.shape[1] - q.shape[1]
         parts = [Part(q, k[:, past:], v[:, past:], causal=True)]
         if past:
             parts.append(Part(q, k[:, :past], v[:, :past]))
         return attention([*parts, *sinks], backend=backend)
-
-    @property
-    def heads_alike(self) -> bool:
-        """Whether every head's last query sees all keys, without a bias."""
-        return self.pattern is None and type(self).attend is Positions.attend
 
     @property
     def bounded(self) -> bool:

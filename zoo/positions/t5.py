@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.config.domains import Positive
 from zoo.errors import refuse
-from zoo.ops.attention import Part, attend
+from zoo.ops.attention import Part, attend, repeat_heads
 from zoo.ops.merge import merge
 from zoo.positions.base import CrossLayer, Positions
 
@@ -131,8 +131,8 @@ class T5(Positions):
 
 def t5_attention(
     q: Float[Tensor, "b t h d"],
-    k: Float[Tensor, "b n h d"],
-    v: Float[Tensor, "b n h e"],
+    k: Float[Tensor, "b n g d"],
+    v: Float[Tensor, "b n g e"],
     bias: RelativeBias,
     *,
     backend: str = "auto",
@@ -144,7 +144,8 @@ def t5_attention(
         near = max(first - bias.max_distance + 1, 0)  # keys before it share the last bucket
         at = torch.arange(near, last, device=q.device)
         stand = at[first - near :]
-        args = (rows, k[:, near:last], v[:, near:last], bias(stand, at), stand[:, None] >= at)
+        near_k, near_v = (repeat_heads(x[:, near:last], q.shape[2]) for x in (k, v))
+        args = (rows, near_k, near_v, bias(stand, at), stand[:, None] >= at)
         results = [checkpoint(_formula, *args, use_reentrant=False)]
         if near:
             out, lse = attend([Part(rows, k[:, :near], v[:, :near])], backend=backend)

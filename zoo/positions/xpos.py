@@ -47,13 +47,13 @@ def zetas(width: int, gamma: float = 0.4) -> tuple[float, ...]:
 
 def apply_xpos_decay(
     q: Float[Tensor, "b tq h d"],
-    k: Float[Tensor, "b tk h d"],
+    k: Float[Tensor, "b tk g d"],
     origin: int,
     *,
     gamma: float = 0.4,
     scale_base: float = 512.0,
     interleaved: bool = False,
-) -> tuple[Float[Tensor, "b tq h d"], Float[Tensor, "b tk h d"]]:
+) -> tuple[Float[Tensor, "b tq h d"], Float[Tensor, "b tk g d"]]:
     """Scale rotated q and k so that pair i of q_m.k_n decays as zeta_i^((m-n)/B).
 
     Args:
