@@ -73,19 +73,20 @@ def test_the_papers_dynamic_factor_is_the_length_over_the_window():
 
 
 def test_the_papers_ramp_is_linear_in_the_turns_of_the_trained_window():
-    """Width 8, base 16: theta = 1, 1/2, 1/4, 1/8; with L = 16 pi they turn 8, 4, 2, 1 times."""
+    """Width 8, base 16: theta = 1, 1/2, 1/4, 1/8; in L = 50 the first turns r = 7.96 times."""
     inv_freq, factor = ntk_by_parts(
-        width=8, base=16, factor=4, original_length=16 * math.pi, beta_fast=7, beta_slow=1.5
+        width=8, base=16, factor=4, original_length=50, beta_fast=7, beta_slow=1.5
     )
-    gamma = [1, 2.5 / 5.5, 0.5 / 5.5, 0]
+    r = 50 / (2 * math.pi)
+    gamma = [1, (r / 2 - 1.5) / 5.5, (r / 4 - 1.5) / 5.5, 0]
     expected = [f * ((1 - g) / 4 + g) for f, g in zip((1, 0.5, 0.25, 0.125), gamma, strict=True)]
     assert inv_freq == pytest.approx(expected, rel=1e-12)
     assert factor == 1
 
 
 def test_the_codes_ramp_is_linear_in_the_pair():
-    """The same pairs: r = 7 and 1.5 at pairs log2(8/7) and log2(8/1.5), rounded to 0 and 3."""
-    given = {"width": 8, "base": 16, "original_length": 16 * math.pi, "factor": 4}
+    """The same pairs: r = 7 and 1.5 at pairs log2(r_0/7) and log2(r_0/1.5), rounded to 0 and 3."""
+    given = {"width": 8, "base": 16, "original_length": 50, "factor": 4}
     ends = {"beta_fast": 7, "beta_slow": 1.5, "ramp": "code"}
     theta = (1, 0.5, 0.25, 0.125)
     inv_freq, _ = ntk_by_parts(**given, **ends)
@@ -93,7 +94,7 @@ def test_the_codes_ramp_is_linear_in_the_pair():
     expected = [f * ((1 - g) / 4 + g) for f, g in zip(theta, gamma, strict=True)]
     assert inv_freq == pytest.approx(expected, rel=1e-12)
     inv_freq, _ = ntk_by_parts(**given, **ends, truncate=False)
-    first, last = math.log2(8 / 7), math.log2(8 / 1.5)
+    first, last = math.log2(25 / math.pi / 7), math.log2(25 / math.pi / 1.5)
     gamma = [1, 1 - (1 - first) / (last - first), 1 - (2 - first) / (last - first), 0]
     expected = [f * ((1 - g) / 4 + g) for f, g in zip(theta, gamma, strict=True)]
     assert inv_freq == pytest.approx(expected, rel=1e-12)
