@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo compare study claims length-extension real test lint constraints bench gpu-check clean
+.PHONY: help env demo compare study claims length-extension real test shapes lint constraints bench gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -88,6 +88,9 @@ real: .venv/ready-real  ## a pretrained Llama under every training-free extensio
 
 test: .venv/ready-dev  ## the whole test suite
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+shapes: .venv/ready-dev  ## the test suite with annotated shapes checked at run time
+	$(RUN) -m pytest -n 2 --dist loadfile --shape-checks
 
 lint: .venv/ready-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -10,7 +10,9 @@ from types import ModuleType
 
 import pytest
 
-if "--shape-checks" in sys.argv:  # before anything of zoo is imported
+if "--shape-checks" in sys.argv:
+    os.environ["ZOO_SHAPE_CHECKS"] = "1"  # pytest-xdist's workers have other arguments
+if "ZOO_SHAPE_CHECKS" in os.environ:  # before anything of zoo is imported
     from jaxtyping import install_import_hook
 
     shaped = ("ops", "positions", "attention", "mixers", "model")  # what computes with tensors
@@ -35,8 +37,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--shape-checks",
         action="store_true",
-        help="check shapes and types of annotated arguments at run time (in one process)",
+        help="check shapes and types of annotated arguments at run time",
     )
+
+
+@pytest.fixture(autouse=True)
+def annotations_apply(request):
+    """Switch the shape checks off where a test is marked `mistyped`: the code's own are tested."""
+    if not request.node.get_closest_marker("mistyped") or "ZOO_SHAPE_CHECKS" not in os.environ:
+        yield
+        return
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -241,6 +241,7 @@ def test_the_longest_window_of_the_kernel_is_known_without_building_it():
     assert y.isfinite().all()  # by the torch form
 
 
+@pytest.mark.mistyped
 def test_what_does_not_fit_is_refused():
     k, v, w = torch.zeros(2, 5, 6), torch.zeros(2, 5, 6), torch.zeros(1, 2, 3)
     with pytest.raises(ValueError, match=r"w \(1, 4, 3\) do not fit"):

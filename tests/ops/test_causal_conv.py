@@ -131,6 +131,7 @@ def test_native_is_a_good_citizen_of_torch():
     torch.library.opcheck(module.CONV.op, (x, weight, None, state, False))
 
 
+@pytest.mark.mistyped
 def test_what_does_not_fit_is_refused():
     x, weight = torch.randn(1, 4, 3), torch.randn(3, 4)
     with pytest.raises(ValueError, match="weight is"):

@@ -68,6 +68,7 @@ def test_kernels_keep_to_their_registers(source, defines, target):
     assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), log
 
 
+@pytest.mark.mistyped
 def test_nvrtc_is_loaded_after_its_builtins(tmp_path, monkeypatch):
     folder = tmp_path / "cu13" / "lib"
     folder.mkdir(parents=True)

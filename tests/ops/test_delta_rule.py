@@ -334,6 +334,7 @@ def test_a_public_recurrence_with_a_decay_per_head_agrees(in_pytorch):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.mistyped
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -352,6 +353,7 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
         delta_rule(**args)
 
 
+@pytest.mark.mistyped
 def test_no_tokens_and_unknown_backends_are_refused():
     args = arguments(5)
     empty = {k: x if k == "state" else x[:, :0] for k, x in args.items()}

@@ -134,6 +134,7 @@ def test_normalised_it_is_an_average_of_the_values_however_small_the_weights(bac
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.mistyped
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -179,6 +179,7 @@ def test_native_is_a_good_citizen_of_torch():
     torch.library.opcheck(module.RECURRENCE.op, tuple(arguments(2, 5, 3).values()))
 
 
+@pytest.mark.mistyped
 def test_shapes_that_do_not_fit_are_refused():
     args = {k: v.detach() for k, v in arguments(2, 5, 3).items()}
     with pytest.raises(ValueError, match=r"a is \(2, 5, 2\), must be \(2, 5, 3\)"):

@@ -237,6 +237,7 @@ WRONG = {
 }
 
 
+@pytest.mark.mistyped
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("name", fuzz.cases())
 def test_a_wrong_call_is_told_before_any_kernel_runs(name, wrong):

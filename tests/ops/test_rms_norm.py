@@ -71,6 +71,11 @@ def test_no_tokens_and_half_precision_take_the_form_of_pytorch():
     assert RMSNorm(8, 1e-6)(torch.empty(2, 0, 8)).shape == (2, 0, 8)
     half = torch.randn(1, 4, 8, dtype=torch.bfloat16)
     assert rms_norm(half, torch.ones(8, dtype=torch.bfloat16), 1e-6).dtype == torch.bfloat16
+
+
+@pytest.mark.mistyped
+def test_weights_of_another_width_are_refused():
+    half = torch.randn(1, 4, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="weight"):
         rms_norm(half, torch.ones(7), 1e-6)
 

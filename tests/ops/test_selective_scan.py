@@ -379,6 +379,7 @@ def test_native_is_a_good_citizen_of_torch():
     torch.library.opcheck(module.SCAN.op, (*short, None, None, None, None, True))
 
 
+@pytest.mark.mistyped
 def test_shapes_that_do_not_fit_are_refused():
     args = {k: v.detach() for k, v in arguments(2, 5, 3, 2).items()}
     with pytest.raises(ValueError, match="B is"):

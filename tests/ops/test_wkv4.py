@@ -202,6 +202,7 @@ def test_native_is_a_good_citizen_of_torch():
     torch.library.opcheck(module.WKV.op, (*arguments(2, 5, 3).values(), True))
 
 
+@pytest.mark.mistyped
 def test_shapes_that_do_not_fit_are_refused():
     args = {k: v.detach() for k, v in arguments(2, 5, 3).items()}
     with pytest.raises(ValueError, match="u is"):
