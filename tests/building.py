@@ -12,7 +12,7 @@ from pathlib import Path
 
 from zoo.config.compose import compose
 from zoo.config.resolve import reads_both_ways
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from zoo.config.compose import compose
 from zoo.config.effects import check_extension
 from zoo.config.groups import choices, extensions
 from zoo.config.introspect import target_parameters
-from zoo.config.schema import Extension
+from zoo.config.schema.model import Extension
 from zoo.config.validate import plain, validate
 from zoo.errors import UserError, shown
 from zoo.mixers.base import count_bytes

@@ -17,7 +17,8 @@ from zoo.cli import train
 from zoo.config.compose import compose, compose_tree, composing, parse
 from zoo.config.groups import choices
 from zoo.config.introspect import target_parameters
-from zoo.config.schema import TrainConfig, Trainer
+from zoo.config.schema.train import TrainConfig
+from zoo.config.schema.trainer import Trainer
 from zoo.config.sizes import read_sizes
 from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED
 from zoo.config.tree import flat, leaves, within

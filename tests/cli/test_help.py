@@ -9,7 +9,9 @@ import yaml
 from zoo.cli.help import SECTIONS, WIDTH, describe, help_text
 from zoo.config.compose import SCHEMAS
 from zoo.config.groups import groups
-from zoo.config.schema import DataPlace, Optim, Trainer
+from zoo.config.schema.data import DataPlace
+from zoo.config.schema.optim import Optim
+from zoo.config.schema.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("train", "eval")

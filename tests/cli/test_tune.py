@@ -7,7 +7,7 @@ import pytest
 
 from zoo.cli import tune as program
 from zoo.cli.arms import Arm
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.errors import RunError
 from zoo.runs.claim import claim
 

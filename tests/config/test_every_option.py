@@ -22,7 +22,9 @@ from zoo.config.effects import check_effects
 from zoo.config.groups import choices
 from zoo.config.introspect import constructor_parameters, target_parameters
 from zoo.config.resolve import reads_both_ways
-from zoo.config.schema import Extension, MixerPart, Trainer
+from zoo.config.schema.model import Extension
+from zoo.config.schema.sections import MixerPart
+from zoo.config.schema.trainer import Trainer
 from zoo.config.tree import leaves
 from zoo.config.validate import plain, validate
 from zoo.errors import UserError

@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.strategies import DDPStrategy
 
 from zoo.config.compose import compose
-from zoo.config.schema import TrainConfig, Trainer
+from zoo.config.schema.train import TrainConfig
+from zoo.config.schema.trainer import Trainer
 from zoo.config.stored import as_now
 from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED
 from zoo.config.validate import plain, validate
@@ -35,7 +36,7 @@ def test_the_others_are_refused_by_name_whatever_their_value(value):
 
 
 def test_an_argument_that_nobody_decided_is_refused(monkeypatch):
-    monkeypatch.setattr("zoo.config.schema.trainer_parameters", lambda: ["brand_new"])
+    monkeypatch.setattr("zoo.config.schema.trainer.trainer_parameters", lambda: ["brand_new"])
     monkeypatch.setattr("zoo.config.compose.trainer_parameters", lambda: ["brand_new"])
     with pytest.raises(UserError, match=r"^trainer\.brand_new=1: not accepted, "):
         compose("train", ["trainer.brand_new=1"])

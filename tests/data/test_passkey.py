@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from building import train_config
 
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.config.validate import plain, validate
 from zoo.data.corpora import Corpus
 from zoo.data.passkey import (

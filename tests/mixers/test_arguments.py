@@ -14,7 +14,8 @@ from zoo.config import introspect
 from zoo.config.domains import fits
 from zoo.config.effects import check_effects
 from zoo.config.introspect import arguments, target_parameters
-from zoo.config.schema import BlockConfig, MixerPart
+from zoo.config.schema.model import BlockConfig
+from zoo.config.schema.sections import MixerPart
 from zoo.config.validate import plain
 from zoo.errors import UserError
 from zoo.model.build import build_model, count_parameters

@@ -13,7 +13,7 @@ from building import ROOT, train_config, write_text
 
 from zoo.config.compose import compose
 from zoo.config.longrope_factors import with_found_factors
-from zoo.config.schema import Extension
+from zoo.config.schema.model import Extension
 from zoo.config.validate import plain
 from zoo.data.corpora import open_corpus
 from zoo.data.loader import evaluation_text, train_loader

@@ -17,7 +17,7 @@ from building import counting, train_config
 from torch import Tensor, nn
 
 from zoo.config.compose import compose
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.data.masking import mask_windows
 from zoo.data.order import stream_restarts, window_starts
 from zoo.model import checkpoint

@@ -7,7 +7,7 @@ import torch
 from building import train_config
 from torch import Tensor, nn
 
-from zoo.config.schema import Optim
+from zoo.config.schema.optim import Optim
 from zoo.errors import UserError
 from zoo.model.build import build_model
 from zoo.training.optimisers import hidden_matrices, make_optimiser

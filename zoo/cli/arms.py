@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override
 from pydantic import BaseModel
 
 from zoo.config.compose import compose_groups, compose_tree, composing, parse
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.config.sizes import read_sizes
 from zoo.config.tree import leaves
 from zoo.config.validate import plain

@@ -13,7 +13,7 @@ from zoo.config.applicability import check_applies, position_schemes
 from zoo.config.effects import check_extension, check_names
 from zoo.config.groups import CONFIGS
 from zoo.config.resolve import resolve
-from zoo.config.schema import EvalConfig
+from zoo.config.schema.eval import EvalConfig
 from zoo.config.validate import plain, validate
 from zoo.data.sources import check_source
 from zoo.errors import UserError

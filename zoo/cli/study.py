@@ -14,7 +14,7 @@ from zoo.cli.guard import guarded
 from zoo.cli.train import check
 from zoo.cli.tune import Tuned, group, tune_arms
 from zoo.config.groups import choices
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.console import say
 from zoo.errors import choose
 from zoo.runs.folder import RunFolder

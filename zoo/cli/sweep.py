@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from zoo.cli.arms import Arm, Check, Job, bare, run_arm
 from zoo.cli.guard import log_plainly
 from zoo.config.groups import groups
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.console import label, say
 from zoo.errors import RunError, refuse, refuse_path
 

@@ -12,7 +12,7 @@ from zoo.config.applicability import check_applies, position_schemes
 from zoo.config.effects import check_effects, check_names, notes
 from zoo.config.resolve import resolve
 from zoo.config.schedule import tell_continuation
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.config.validate import validate
 from zoo.console import say
 from zoo.data.sources import check_source

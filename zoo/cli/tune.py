@@ -17,7 +17,7 @@ from typing import Any
 from zoo.cli.arms import Arm, composed_arms, run_arm
 from zoo.cli.guard import guarded
 from zoo.cli.train import check, job
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.console import label, say
 from zoo.errors import refuse_path
 from zoo.runs.folder import RunFolder

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from zoo.config.groups import extensions
-from zoo.config.schema import Extension, Model
+from zoo.config.schema.model import Extension, Model
 from zoo.config.schemes import DEFAULT, declared, schemes, short_name
 from zoo.errors import refuse
 

@@ -24,11 +24,11 @@ from zoo.config.introspect import target_parameters
 from zoo.config.resolve import resolve
 
 # "x as x": who composes a configuration also finds its types here.
-from zoo.config.schema import EvalConfig as EvalConfig
-from zoo.config.schema import Model
-from zoo.config.schema import Optim as Optim
-from zoo.config.schema import Part as Part
-from zoo.config.schema import TrainConfig as TrainConfig
+from zoo.config.schema.eval import EvalConfig as EvalConfig
+from zoo.config.schema.model import Model
+from zoo.config.schema.optim import Optim as Optim
+from zoo.config.schema.sections import Part as Part
+from zoo.config.schema.train import TrainConfig as TrainConfig
 from zoo.config.schemes import scheme
 from zoo.config.stored import refuse_renamed
 from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED, trainer_parameters

@@ -12,7 +12,8 @@ import yaml
 
 from zoo.config.groups import CONFIGS, groups, inherited
 from zoo.config.introspect import constructor_parameters, lineage
-from zoo.config.schema import Extension, TrainConfig
+from zoo.config.schema.model import Extension
+from zoo.config.schema.train import TrainConfig
 from zoo.config.schemes import short_name
 from zoo.config.tree import leaves, within
 from zoo.errors import refuse, shown

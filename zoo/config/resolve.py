@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from zoo.config.groups import choices, extensions, model_section
 from zoo.config.introspect import constructor_parameters
-from zoo.config.schema import MAX_LAYERS
+from zoo.config.schema.model import MAX_LAYERS
 from zoo.config.schemes import DEFAULT, declared, scheme, scheme_target, short_name
 from zoo.errors import choose, refuse
 

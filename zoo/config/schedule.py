@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from zoo.config.schema import Optim, TrainConfig
+from zoo.config.schema.optim import Optim
+from zoo.config.schema.train import TrainConfig
 from zoo.errors import refuse
 
 

@@ -9,7 +9,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from zoo.config.schema import EvalConfig, TrainConfig
+from zoo.config.schema.eval import EvalConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.errors import UserError, refuse_unknown, sentence, shown
 
 Config = TypeVar("Config", TrainConfig, EvalConfig)

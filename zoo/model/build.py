@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from zoo.config.introspect import constructor_parameters
-from zoo.config.schema import Part, Size, TrainConfig
+from zoo.config.schema.model import Size
+from zoo.config.schema.sections import Part
+from zoo.config.schema.train import TrainConfig
 from zoo.errors import UserError, below, refuse, refuse_path
 from zoo.mixers.base import Mixer
 from zoo.mixers.feed_forward import SwiGLU

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from zoo.attention.pattern import AttentionPattern, Scaling
 from zoo.config.applicability import Declared, acts_on, check_applies
 from zoo.config.introspect import constructor_parameters
-from zoo.config.schema import Extension
+from zoo.config.schema.model import Extension
 from zoo.data.loader import DrawPositions
 from zoo.errors import UserError, below, refuse, refuse_path
 from zoo.mixers.softmax import SoftmaxAttention

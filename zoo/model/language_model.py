@@ -12,7 +12,9 @@ from torch import Tensor
 from zoo.config.compose import compose
 from zoo.config.effects import check_extension
 from zoo.config.longrope_factors import with_found_factors
-from zoo.config.schema import Data, Extension, TrainConfig
+from zoo.config.schema.data import Data
+from zoo.config.schema.model import Extension
+from zoo.config.schema.train import TrainConfig
 from zoo.config.validate import plain
 from zoo.data.tokenizers import Tokenizer, open_tokenizer
 from zoo.errors import refuse, refuse_path

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zoo.config.compose import compose
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.config.validate import plain, validate
 from zoo.errors import refuse
 from zoo.model.backbone import Backbone

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.errors import UserError, refuse_path
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import identity, run_name

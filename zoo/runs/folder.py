@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.errors import UserError, refuse_path
 from zoo.locks import lock_file
 from zoo.runs import checkpoints, rows

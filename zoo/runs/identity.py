@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Any
 
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.config.stored import as_before, positions_as_before
 from zoo.config.tree import leaves, within
 from zoo.config.validate import plain

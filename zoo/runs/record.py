@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.config.stored import as_now
 from zoo.config.validate import plain, validate
 from zoo.errors import UserError, refuse_path

@@ -5,7 +5,7 @@ from typing import Any
 
 from zoo.config.longrope_factors import with_found_factors
 from zoo.config.schedule import continued
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.config.tree import within
 from zoo.config.validate import plain, validate
 from zoo.errors import refuse

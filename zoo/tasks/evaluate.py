@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 
 from zoo.config.longrope_factors import with_found_factors
-from zoo.config.schema import Data, EvalConfig, Extension
+from zoo.config.schema.data import Data
+from zoo.config.schema.eval import EvalConfig
+from zoo.config.schema.model import Extension
 from zoo.config.validate import plain
 from zoo.devices import prepare
 from zoo.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zoo.config.groups import extensions
-from zoo.config.schema import Extension
+from zoo.config.schema.model import Extension
 from zoo.config.stored import as_before
 from zoo.config.tree import flat, within
 from zoo.config.validate import plain

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from zoo.config.groups import extensions
-from zoo.config.schema import Extension
+from zoo.config.schema.model import Extension
 from zoo.measurement import agrees, panel, question
 from zoo.runs.folder import RunFolder
 from zoo.runs.provenance import measured_by

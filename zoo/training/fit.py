@@ -13,7 +13,7 @@ import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.console import say
 from zoo.data.corpora import Corpus
 from zoo.data.examples import SyntheticData

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zoo.config.schedule import learning_rate_factor
-from zoo.config.schema import Optim
+from zoo.config.schema.optim import Optim
 from zoo.errors import RunError, refuse_path
 from zoo.model.backbone import Backbone
 from zoo.training.distributed import all_gather, broadcast_text, rank, world_size

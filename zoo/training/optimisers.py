@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.config.schema import Optim
+from zoo.config.schema.optim import Optim
 from zoo.errors import UserError
 
 

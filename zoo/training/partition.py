@@ -4,7 +4,7 @@ A step reads `batch_size` windows (`batch_tokens` tokens) in any number of proce
 micro-batches: these change a run's speed and memory, not what it learns.
 """
 
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.errors import UserError, refuse
 
 

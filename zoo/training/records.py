@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning
 
-from zoo.config.schema import TrainConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.config.validate import plain
 from zoo.console import say
 from zoo.data.corpora import Corpus

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from zoo.config.schema import TrainConfig, Trainer
+from zoo.config.schema.train import TrainConfig
+from zoo.config.schema.trainer import Trainer
 from zoo.errors import UserError, refuse
 from zoo.model.backbone import Backbone
 from zoo.model.build import assemble, build_model, count_parameters, refuse_pattern

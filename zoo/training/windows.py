@@ -7,7 +7,8 @@ from typing import Any
 import lightning
 from torch import Tensor
 
-from zoo.config.schema import Data, TrainConfig
+from zoo.config.schema.data import Data
+from zoo.config.schema.train import TrainConfig
 from zoo.data.corpora import Corpus, open_corpus
 from zoo.data.examples import SyntheticData, example_loader, open_synthetic
 from zoo.data.loader import train_loader, valid_batch

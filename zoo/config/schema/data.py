@@ -1,0 +1,40 @@
+"""The options data.*; further keys belong to the corpus that reads them."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from zoo.config.schema.sections import DataPart, OpenSection, Section
+from zoo.config.schema.values import Fraction, Name
+from zoo.errors import refuse
+
+
+class Data(OpenSection):
+    unwritten: ClassVar[Mapping[str, Any]] = {"passkey": 0.0, "task": None, "end_token": None}
+    name: Name
+    task: DataPart | None = Field(default=None, description="a synthetic task instead of text")
+    passkey: Fraction = Field(
+        default=0.0, description="share of the training windows that hold a passkey"
+    )
+
+    @model_validator(mode="after")
+    def _texts(self) -> "Data":
+        for key in ("path", "tokenizer", "cache", "eval_documents", "field", "dataset"):
+            value = self.options.get(key, "")
+            missing = value is None and key in ("path", "dataset")
+            if not isinstance(value, str) and not missing:
+                refuse(key, value, "must be text", "Quote a name of digits")
+        return self
+
+
+class DataPlace(Section):
+    """Where a run's text is now, if not where the run was trained on it; a checkpoint's text."""
+
+    path: str | None = Field(
+        default=None, description="where the runs' text is now; null: where they were trained on it"
+    )
+    cache: str | None = Field(default=None, description="where its tokens are kept; null: as then")
+    tokenizer: str | None = Field(
+        default=None, description="of the text for a checkpoint=; null: the checkpoint's own"
+    )

@@ -1,0 +1,80 @@
+"""The options of eval.py."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from zoo.config.schema.data import DataPlace
+from zoo.config.schema.model import Extension
+from zoo.config.schema.sections import Section, TaskPart
+from zoo.config.schema.trainer import Logger
+from zoo.config.schema.values import Path, Switch, Threads
+from zoo.errors import refuse
+
+
+def _folders(value: Any) -> Any:
+    if value is None:
+        return value
+    every = value if isinstance(value, list) else [value]
+    if not every or not all(isinstance(one, str) and one for one in every):
+        raise ValueError("must be a run folder, a pattern or a list of them")
+    return value
+
+
+class EvalConfig(Section):
+    """A measurement of trained runs. Paths are relative to the working directory."""
+
+    run: Annotated[str | list[str] | None, BeforeValidator(_folders)] = Field(
+        description="run folder, a pattern such as 'runs/compare/*', or a list of them"
+    )
+    checkpoint: Path | None = Field(
+        default=None,
+        description="pretrained model: a folder of transformers, or a GGUF file; needs data.path",
+    )
+    data: DataPlace = Field(default_factory=DataPlace, description="where the runs' text is now")
+    task: dict[str, TaskPart]
+    extension: Extension
+    logger: Logger
+    runs: Path = Field(description="folder that holds the run folders")
+    split: Literal["train", "valid", "test"] = Field(description="part of the corpus to measure on")
+    fresh: Switch = Field(description="true: measure again what was measured before")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
+        description="auto, cpu, mps, cuda, cuda:1 ..."
+    )
+    threads: Threads | None = Field(description="CPU threads; null: all cores")
+    report: Path | None = Field(description="HTML file to write the report to; null: none")
+    against: Literal["published"] | None = Field(
+        default=None, description="published: beside the published results of the same data"
+    )
+    publish: Path | None = Field(
+        default=None, description="file for these results, in the form of published ones"
+    )
+
+    @model_validator(mode="after")
+    def _measures(self) -> "EvalConfig":
+        if self.run is None and self.checkpoint is None:
+            refuse("run", "", "must be given (run folder, or a pattern such as 'runs/compare/*')")
+        if self.checkpoint is not None and self.data.path is None:
+            refuse(
+                "checkpoint",
+                self.checkpoint,
+                "must have a text to be measured on",
+                "Add data.path=<folder of .txt files>",
+            )
+        if self.checkpoint is None and self.data.tokenizer is not None:
+            refuse(
+                "data.tokenizer",
+                self.data.tokenizer,
+                "a run keeps the tokenizer that it was trained with",
+                "Leave it out",
+            )
+        if self.extension.positions is not None:
+            name = self.extension.name
+            refuse(
+                "extension",
+                name,
+                "is a way to train",
+                f"Train with it (python train.py finetune=<run folder> extension={name}), and "
+                "measure that run with extension=none",
+            )
+        return self

@@ -1,0 +1,59 @@
+"""The options model.*, size.* and extension.*."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from zoo.config.schema.sections import AttentionPart, MixerPart, PositionsPart, Section
+from zoo.config.schema.values import Name, Number, Positive, ShortConv, Switch
+
+
+class BlockConfig(Section):
+    unwritten: ClassVar[Mapping[str, Any]] = {"short_conv": None}
+    mixer: MixerPart
+    feed_forward: MixerPart | None
+    short_conv: ShortConv | None = None  # taps of a convolution before the mixer
+
+
+Matched = Annotated[str, Field(pattern=r"^(layers|(mixer|feed_forward)\.[a-z]\w*)$")]
+
+
+class Model(Section):
+    unwritten: ClassVar[Mapping[str, Any]] = {"norm_eps": 1e-6, "tied": True}
+    name: Name
+    blocks: list[BlockConfig] = Field(min_length=1)  # repeated over the layers
+    embedding_positions: PositionsPart | None
+    match: list[Matched]  # what match=params may change, in this order
+    norm_eps: Annotated[Number, Field(gt=0, lt=1)] = Field(
+        default=1e-6, description="added under the root of every normalisation"
+    )
+    tied: Switch = Field(default=True, description="true: the head is the embedding")
+
+
+MAX_LAYERS = 256
+
+
+class Size(Section):
+    name: Name
+    width: Annotated[Positive, Field(le=2**17)]
+    layers: Annotated[Positive, Field(le=MAX_LAYERS)]
+    heads: Annotated[Positive, Field(le=2**17)]
+
+
+class Extension(Section):
+    """How a model reads beyond the length of the windows it is trained on."""
+
+    unwritten: ClassVar[Mapping[str, Any]] = {"positions": None}
+    name: Name
+    factor: Annotated[Number, Field(ge=1, le=2**20)] = Field(
+        description="times the trained length, for scaling"
+    )
+    original_length: Positive | None = Field(description="trained length; null: the run's seq_len")
+    scaling: PositionsPart | None = Field(description="of the rotary frequencies")
+    attention: AttentionPart | None = Field(
+        description="which keys a query sees, and at what distance"
+    )
+    positions: PositionsPart | None = Field(
+        default=None, description="where the tokens of a training window stand; null: 0, 1, 2 ..."
+    )

@@ -1,0 +1,109 @@
+"""The options of train.py."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from zoo.config.schema.data import Data
+from zoo.config.schema.model import Extension, Model, Size
+from zoo.config.schema.optim import Optim
+from zoo.config.schema.sections import Section
+from zoo.config.schema.trainer import Logger, Trainer
+from zoo.config.schema.values import Name, Natural, Path, Positive, Seed, Switch, Threads
+from zoo.errors import refuse
+
+SEPARATE = "Use objective=causal and state_passing=none"  # windows
+
+
+class TrainConfig(Section):
+    """A training run. Paths are relative to the working directory."""
+
+    unwritten: ClassVar[Mapping[str, Any]] = {"checkpoint": None}
+    model: Model
+    size: Size
+    data: Data
+    optim: Optim
+    trainer: Trainer
+    logger: Logger
+    seq_len: Positive = Field(description="tokens in a training window")
+    batch_tokens: Positive = Field(description="tokens in an optimiser step")
+    batch_size: Positive = Field(
+        description="windows in an optimiser step; null: batch_tokens / seq_len"
+    )
+    seed: Seed = Field(description="random seed of the initial weights and the data order")
+    objective: Literal["causal", "masked"] = Field(
+        description="causal: predict the next token; masked: predict masked tokens, for models "
+        "published as encoders"
+    )
+    match: Literal["params", "none"] = Field(
+        description="params: as many parameters as the transformer, within 1 %"
+    )
+    state_passing: Literal["none", "carry"] = Field(
+        description="carry: start each window from the state that the window before left"
+    )
+    checkpoint_activations: Switch = Field(
+        description="recompute activations in the backward pass, to save memory"
+    )
+    valid_every: Positive = Field(description="steps between validations")
+    valid_windows: Positive = Field(description="windows that a validation reads")
+    save_every: Positive = Field(description="steps between checkpoints")
+    runs: Path = Field(description="folder that holds the run folders")
+    name: Name | None = Field(description="name of the run folder; null: made from the options")
+    resume: Path | None = Field(description="run folder whose training to continue")
+    finetune: Path | None = Field(
+        description="run folder whose model to train further, under extension=<name>"
+    )
+    checkpoint: Path | None = Field(
+        default=None,
+        description="pretrained checkpoint that the run was made of; eval.py checkpoint= sets it",
+    )
+    extension: Extension
+    fresh: Switch = Field(description="true: train again, in a new folder")
+    changed_code: Literal["refuse", "accept"] = Field(
+        default="refuse", description="accept: continue a run that was trained by other code"
+    )
+    allocator: Literal["tuned", "system"] = Field(
+        description="tuned: let the C library keep freed memory, which is faster (glibc)"
+    )
+    threads: Threads | None = Field(description="CPU threads; null: all cores")
+    workers: Annotated[Natural, Field(le=64)] = Field(
+        description="processes that load data; 0: none but the main one"
+    )
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _fill_batch_size(cls, value: Any, info: ValidationInfo) -> Any:
+        known = info.data  # the fields above, as far as they were good
+        if value is None and "seq_len" in known and "batch_tokens" in known:
+            return max(1, known["batch_tokens"] // known["seq_len"])
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TrainConfig":
+        acts = self.extension.scaling is not None or self.extension.attention is not None
+        if acts and not self.finetune and not self.checkpoint:
+            name = self.extension.name
+            refuse(
+                "extension",
+                name,
+                "acts on a trained model",
+                "Add finetune=<run folder>, or measure one: python eval.py run=<run folder> "
+                f"extension={name}",
+            )
+        if self.extension.positions is not None:
+            if self.extension.attention is not None:
+                rule = "cannot be combined with a pattern of attention"
+                refuse("extension.positions", self.extension.name, rule, "Leave one of them out")
+            if (self.objective, self.state_passing) != ("causal", "none"):
+                rule = "chooses the positions of separate windows"
+                refuse("extension", self.extension.name, rule, SEPARATE)
+        if self.data.task is not None and (self.objective, self.state_passing) != (
+            "causal",
+            "none",
+        ):
+            refuse("data", self.data.name, "has separate examples with labels", SEPARATE)
+        if self.objective == "masked" and self.state_passing != "none":
+            rule = "objective=masked reads separate windows"
+            refuse("state_passing", self.state_passing, rule, "Use state_passing=none")
+        return self

@@ -1,0 +1,26 @@
+"""What the values of options may be."""
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from zoo.config.sizes import read_count
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+MANY = 2**48  # steps, tokens or windows; what fits the memory is asked later
+Positive = Annotated[int, BeforeValidator(read_count), Field(ge=1, le=MANY)]
+Natural = Annotated[int, BeforeValidator(read_count), Field(ge=0, le=MANY)]
+Number = Annotated[float, BeforeValidator(_not_bool)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Switch = Annotated[bool, Field(strict=True)]
+Seed = Annotated[int, BeforeValidator(read_count), Field(ge=0, lt=2**32)]  # as NumPy seeds
+Threads = Annotated[Positive, Field(le=1024)]  # far more and the C library aborts
+Path = Annotated[str, Field(min_length=1)]
+ShortConv = Annotated[int, BeforeValidator(read_count), Field(ge=2, le=8)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
