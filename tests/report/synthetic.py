@@ -31,6 +31,7 @@ def identity(arm: str, seed: int = 0, **other: Any) -> dict[str, Any]:
         **{"data": "stdlib", "fingerprint": "f00dfeed" * 8, "tokenizer": "bytes"},
         **{"commit": "0123456789abcdef", "device": "cpu", "dtype": "float32", "threads": 2},
         **{"status": "ok", "reason": None, "seconds": 1.5, "time": "2026-01-02T03:04:05"},
+        "audit": None,  # passed
         **other,
     }
 

@@ -85,6 +85,7 @@ def test_every_figure_has_its_specification_and_words_for_it(page):
         "speed-milliseconds-decode",
         "speed-peak_bytes-forward",
         "perplexity-state_bytes",
+        *("overview-quality", "overview-state", "overview-speed"),
     }
     assert {f"spec-{name}" for name in names} == set(page.specs)
     assert all(figure["aria-label"] for figure in figures)
@@ -112,11 +113,17 @@ def test_charts_take_their_ink_from_the_theme(page):
 
 def test_pictures_are_written_for_the_readme(report):
     folder = report[0] / "figures"
-    assert {path.name for path in folder.iterdir()} == {"bits_per_byte.png", "speed.png"}
+    assert {path.name for path in folder.iterdir()} == {
+        "bits_per_byte.png",
+        "overview.png",
+        "speed.png",
+    }
     for path in folder.iterdir():
         head = path.read_bytes()[:24]
         assert head.startswith(b"\x89PNG")
-        assert min(struct.unpack(">II", head[16:24])) > 800
+        width, height = struct.unpack(">II", head[16:24])
+        assert width > 800
+        assert height > (400 if path.name == "overview.png" else 800)  # as high as it has arms
 
 
 def test_a_reports_pictures_lie_beside_it_and_older_ones_go(tmp_path):
@@ -124,11 +131,19 @@ def test_a_reports_pictures_lie_beside_it_and_older_ones_go(tmp_path):
     html = tmp_path / "july.html"
     write_report(rows, run_records(rows), html)
     folder = tmp_path / "july"
-    assert {path.name for path in folder.iterdir()} == {"bits_per_byte.png", "speed.png"}
+    assert {path.name for path in folder.iterdir()} == {
+        "bits_per_byte.png",
+        "overview.png",
+        "speed.png",
+    }
     (folder / "mine.png").write_text("mine")
     scores = [row | {"state_bytes": None} for row in rows if row["task"] == "perplexity"]
     write_report(scores, run_records(scores), html)
-    assert {path.name for path in folder.iterdir()} == {"bits_per_byte.png", "mine.png"}
+    assert {path.name for path in folder.iterdir()} == {
+        "bits_per_byte.png",
+        "mine.png",
+        "overview.png",
+    }
     write_report(rows, run_records(rows), tmp_path / "plain")
     assert (tmp_path / "plain-pictures" / "speed.png").is_file()
     assert (tmp_path / "plain").is_file()

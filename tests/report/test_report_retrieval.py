@@ -85,7 +85,13 @@ def test_one_model_under_many_methods_is_told_apart_alike_in_both_panels():
     for channel in ("color", "shape", "x"):
         assert left[4]["encoding"][channel]["scale"] == right[4]["encoding"][channel]["scale"]
     assert left[2]["data"]["values"] == []  # so many bands would cover one another
-    names = {"bits_per_byte.png", "length_extension.png", "passkey.png", "speed.png"}
+    names = {
+        "bits_per_byte.png",
+        "overview.png",
+        "length_extension.png",
+        "passkey.png",
+        "speed.png",
+    }
     assert set(pictures(results, look)) == names
     assert length_extension(gather(rows[::2], [])) == length_extension(gather(rows[1::2], [])) == []
     assert 'id="spec-length_extension-passkey-accuracy"' in render(results, look)

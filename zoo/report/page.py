@@ -29,6 +29,7 @@ from zoo.report.figures import (
 )
 from zoo.report.headlines import one_text, tiles
 from zoo.report.noise import noise_floors, score_noise
+from zoo.report.overview import draw, overview
 from zoo.report.pictures import pictures
 from zoo.report.positions import MIN_TOKENS, positions
 from zoo.report.rows import Results, gather
@@ -135,6 +136,7 @@ def render(
         facts=facts(results),
         banners=banners(results),
         tiles=tiles(results),
+        overview=overview_blocks(results, look),
         look=look,
         partly=drawn_words(results),
         pictures=pictures,
@@ -189,6 +191,17 @@ def facts(results: Results) -> list[str]:
     if days := sorted({str(row["time"])[:10] for row in results.rows if row.get("time")}):
         said.append(f"measured {' to '.join(dict.fromkeys([days[0], days[-1]]))}")
     return said
+
+
+def overview_blocks(results: Results, look: Mapping[str, Style]) -> list[Block]:
+    """The panels of the picture above the fold; the first names the arms."""
+    whole = overview(results)
+    found = []
+    for i, panel in enumerate(whole.panels if whole else ()):
+        assert whole is not None
+        spec = themed(draw(panel, whole, look, named=i == 0))
+        found.append(Block(f"overview-{panel.name}", "", whole.about, spec, None, whole.arms))
+    return found
 
 
 def score_blocks(results: Results, look: Mapping[str, Style]) -> list[Block]:
