@@ -8,6 +8,7 @@ from zoo.report import published
 
 def table(folder):
     about = {"run": "a", "arm": "lstm", "model": "lstm", "task": "accuracy", "status": "ok"}
+    about["audited"] = {"float32": 64}
     rows = [about | {"length": n, "accuracy": 0.75, "seed": 0} for n in (16, 64)]
     runs = [{"run": "a", "arm": "lstm", "status": "done", "commit": "c"}]
     published.write(folder / "state_tracking.json", published.pack("state_tracking", rows, runs))

@@ -30,6 +30,7 @@ def identity(arm: str, seed: int = 0, **other: Any) -> dict[str, Any]:
         **{"train_steps": 500, "lr": 1e-3, "match": "params", "state_passing": "none"},
         **{"data": "stdlib", "fingerprint": "f00dfeed" * 8, "tokenizer": "bytes"},
         **{"commit": "0123456789abcdef", "device": "cpu", "dtype": "float32", "threads": 2},
+        **{"audit": None, "audited": {"float64": 2048, "float32": 4096}},
         **{"status": "ok", "reason": None, "seconds": 1.5, "time": "2026-01-02T03:04:05"},
         "audit": None,  # passed
         **other,

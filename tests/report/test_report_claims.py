@@ -14,7 +14,13 @@ def row(arm: str, times: int, bits: float, seed: int = 0, protocol: str = "half_
     about |= {"task": "perplexity", "protocol": protocol, "train_length": L, "extension": "none"}
     about["extension"] = arm.partition(" + ")[2].split(" ")[0] or "none"
     about |= {"unit_bits": [bits + shift for shift in (-0.01, 0.02, -0.01, times / 1e4)]}
-    return about | {"length": times * L, "status": "ok", "bits_per_byte": bits, "count": 7}
+    return about | {
+        "length": times * L,
+        "status": "ok",
+        "audited": {},
+        "bits_per_byte": bits,
+        "count": 7,
+    }
 
 
 def rotary(*beyond: float, at: float = 2.0) -> Results:

@@ -1,5 +1,7 @@
 """What may be ranked: nothing that leaks, no context of a model that has not learned."""
 
+import html
+
 import pytest
 from synthetic import LENGTHS, experiment, identity, run_records, score_row
 
@@ -9,8 +11,10 @@ from zoo.report.charts import styles
 from zoo.report.headlines import tiles
 from zoo.report.page import render
 from zoo.report.rows import gather
+from zoo.report.tables import budgets
 from zoo.report.text import as_text
 from zoo.report.validity import blind_guess
+from zoo.report.wandb import by_length
 
 WHY = "output 40 changes with input 41"
 LEAKY = {"audit": WHY}, {"status": "leaks", "reason": WHY}
@@ -65,10 +69,70 @@ def test_another_seed_of_the_same_leaky_code_is_withdrawn_too():
     assert any("Mixed code: the runs of mamba" in line for line in banners(results))
 
 
-def test_an_audit_that_passed_changes_nothing():
-    rows = [score_row("mamba", 512, 2.0, audit=None)]
-    runs = [{"run": "mamba-0", "status": "done", "audit": {"ok": True, "reason": None}}]
+@pytest.mark.parametrize("audited", [{"float64": 1024, "float32": 4096}, {}], ids=str)
+@pytest.mark.parametrize(
+    "trained", [{"ok": True, "reason": None}, {"ok": None, "reason": "x"}, None]
+)
+def test_a_row_whose_audit_passed_is_ranked_whatever_the_training_could_compare(audited, trained):
+    rows = [score_row("mamba", 512, 2.0, audited=audited)]
+    runs = [{"run": "mamba-0", "status": "done", "audit": trained}]
     assert gather(rows, runs).rows[0]["status"] == "ok"
+
+
+NOWHERE = "no comparison is recorded; eval.py run=<this run> audits it"
+WITHOUT = {
+    "no field": ({}, {"ok": True, "reason": None}, NOWHERE),
+    "null": ({"audited": None}, None, NOWHERE),
+    "no run": ({"audited": None}, ..., NOWHERE),
+    "could not be compared": (
+        {"audited": None},
+        {"ok": None, "reason": "out of memory"},
+        "nothing could be compared (out of memory); eval.py run=<this run> audits it",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "trained", "why"), WITHOUT.values(), ids=WITHOUT)
+def test_a_score_without_an_audit_is_shown_as_not_audited_and_never_ranked(fields, trained, why):
+    rows = [score_row("transformer", n, 2.0) for n in LENGTHS]
+    bare = [score_row("mamba", n, 0.05) for n in LENGTHS]
+    for row in bare:
+        row.pop("audit"), row.pop("audited")
+        rows.append(row | fields)
+    records = run_records(rows)
+    records = records[:1] if trained is ... else [records[0], records[1] | {"audit": trained}]
+    results = gather(rows, records)
+    assert {tile.arm for tile in tiles(results)} == {"transformer"}
+    assert scores.effective_contexts(results)["mamba"] is None
+    page, said = render(results, styles(results)), as_text(results)
+    assert f"<span>not audited: {html.escape(why)}" in page
+    assert "0.050" not in page + said
+    assert f"(1) not audited: {why}" in said
+    assert banners(results)[0].startswith("Not audited for leaks, and not ranked, as")
+    assert banners(results)[0].endswith(": mamba.")
+    table = failures(results)
+    assert table is not None
+    assert [row[2].text for row in table.rows] == [f"not audited: {why}"]
+    assert not any("mamba" in name for name in by_length(rows, records)[512])
+
+
+def test_how_far_the_audit_read_is_told_of_every_arm():
+    short = {"audited": {"float32": 80}}
+    rows = [score_row("big", n, 2.0, **short) for n in LENGTHS]
+    rows += [score_row("mamba", n, 2.1) for n in LENGTHS]
+    results = gather(rows, run_records(rows))
+    unseen = "A leak that shows only beyond would not be seen."
+    assert banners(results)[0] == f"Audited for leaks to 80 of 16,384 tokens only: big. {unseen}"
+    told = (
+        f"The audit for leaks reads 4,096 of the 16,384 tokens that are measured (mamba). {unseen}"
+    )
+    assert told in limits(results)
+    table = budgets(results)
+    column = [head[0] for head in table.head].index("audited for leaks to")
+    assert [row[column].text for row in table.rows] == ["80", "4,096"]
+    within = [score_row("small", n, 2.0) for n in LENGTHS if n <= 4096]
+    assert not any("audit" in line.lower() for line in banners(gather(within, [])))
+    assert not any("audit" in line.lower() for line in limits(gather(within, [])))
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,20 @@ import math
 import pytest
 import torch
 from building import ROOT
-from fakes import Remembers, random_text, text_corpus, text_store
+from fakes import Remembers, make_context, random_text, text_corpus, text_store
 
 import zoo.tasks.evaluate
 from zoo.config.compose import compose
 from zoo.errors import UserError
 from zoo.measurement import question
+from zoo.model.audit import Audit
 from zoo.report import published
+from zoo.report.rows import gather
 from zoo.runs.folder import RunFolder
 from zoo.tasks.context import Outcome
 from zoo.tasks.evaluate import evaluate
+from zoo.tasks.known import all_known
+from zoo.tasks.leaks import Leaks
 from zoo.tasks.perplexity import Perplexity
 from zoo.tasks.progress import Progress
 
@@ -350,13 +354,16 @@ def test_a_model_that_leaks_is_never_scored_and_says_why(tmp_path, monkeypatch):
     words = ["task=extrapolation", "task.speed.lengths=[16]"]
     code, said, rows = run_eval(folders, *words)
     assert code == 1
-    assert {row["audit"] for row in rows if row["run"] == "good"} == {None}
+    good = [row for row in rows if row["run"] == "good"]
+    assert {row["audit"] for row in good} == {None}
+    assert all(row["audited"] == {"float64": 64} for row in good)
     leaks = [row for row in rows if row["run"] == "leaky"]
     assert {row["task"] for row in leaks} == {"perplexity", "speed"}
     for row in leaks:
         assert row["status"] == "leaks"
         assert row["reason"].startswith("it reads the future: ")
         assert row["audit"] == row["reason"]
+        assert row["audited"] == {"float64": 64}
         assert "bits_per_byte" not in row
     assert "it reads the future" in said
     assert run_eval(folders, *words)[0] == 1  # the second time as well
@@ -367,7 +374,9 @@ def test_scores_from_before_the_leak_was_seen_are_not_shown(model, tmp_path, mon
     _, _, rows = run_eval([folder])
     old = run_folder(tmp_path / "b")
     for row in rows:
-        old.append_row({k: v for k, v in row.items() if k != "audit"} | {"run": "b"})
+        old.append_row(
+            {k: v for k, v in row.items() if k not in ("audit", "audited")} | {"run": "b"}
+        )
     monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, device: ReadsAhead(memory=5))
     code, said, _ = run_eval([old])
     assert code == 1
@@ -382,6 +391,76 @@ def test_what_was_audited_is_not_audited_again(model, tmp_path, monkeypatch):
     assert run_eval([folder]) == (0, said, rows)
 
 
+def test_rows_of_before_audits_were_recorded_are_audited_once_and_keep_their_scores(
+    model, tmp_path, monkeypatch
+):
+    folder, old = run_folder(tmp_path / "a"), run_folder(tmp_path / "b")
+    _, said, rows = run_eval([folder])
+    for row in rows:
+        old.append_row({k: v for k, v in row.items() if k != "audited"} | {"run": "b"})
+    shown, runs = all_known([old])
+    assert {row["status"] for row in gather(shown, runs).rows} == {"not_audited"}
+    code, again, renewed = run_eval([old])
+    assert (code, again) == (0, said)
+    assert [(row["audited"], row["time"]) for row in renewed] == [
+        (row["audited"], row["time"]) for row in rows
+    ]
+    assert {row["status"] for row in gather(*all_known([old])).rows} == {"ok"}
+    monkeypatch.setattr("zoo.tasks.leaks.audit", None)
+    assert run_eval([old])[:2] == (0, said)
+
+
+class ReadsFarAhead(Remembers):
+    """Knows each token that it is to predict, of those after the first hundred."""
+
+    def forward(self, tokens, state=None):
+        found = super().forward(tokens, state)
+        logits = found if state is None else found[0]
+        ahead = torch.nn.functional.pad(tokens[:, 101:], (100, 1))[:, : tokens.shape[1]]
+        hot = torch.nn.functional.one_hot(ahead, logits.shape[-1])
+        far = torch.arange(tokens.shape[1])[:, None] >= 100
+        logits = logits + 9 * hot * far
+        return logits if state is None else (logits, found[1])
+
+
+def test_a_leak_that_a_longer_audit_finds_withdraws_the_shorter_lengths(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, device: ReadsFarAhead(memory=5))
+    monkeypatch.setattr(zoo.tasks.evaluate, "open_data", lambda data, seq_len: CORPUS)
+    folder = run_folder(tmp_path / "a")
+    assert run_eval([folder])[0] == 0
+    far = ["task=perplexity", "task.perplexity.lengths=[32,256]", "task.perplexity.units=4"]
+    assert run_eval([folder], *far)[0] == 1
+    shown, _ = all_known([folder])
+    assert [row["status"] for row in shown] == ["leaks"]  # of no later answer
+    for words in ([], far):
+        code, said, _ = run_eval([folder], *words)
+        assert code == 1
+        assert "it reads the future" in said
+
+
+def test_a_longer_measurement_is_audited_further_but_no_further_than_can_be(
+    model, tmp_path, monkeypatch
+):
+    asked, most = [], 10**6
+
+    def audit(held, text, *, lengths, autocast):
+        asked.append(lengths)
+        read = tuple(min(n, most) for n in lengths)
+        return Audit(ok=True, lengths=read, tokens={"float64": max(read)})
+
+    monkeypatch.setattr("zoo.tasks.leaks.audit", audit)
+    leaks = Leaks(make_context(Remembers(5), tmp_path, text_store(random_text(2000))))
+    for n in (64, 64, 128, 32, 10**5):
+        leaks.check([{"length": n}])
+    assert asked == [(32, 64), (32, 128), (32, 4096)]
+    asked.clear()
+    most, leaks = 80, Leaks(leaks.context)
+    for n in (64, 128, 256, 512):
+        leaks.check([{"length": n}])
+    assert asked == [(32, 64), (32, 128)]
+    assert leaks.audited == {"float64": 80}
+
+
 def test_a_model_that_cannot_be_audited_is_not_scored(model, tmp_path, monkeypatch):
     def breaks(*_, **__):
         raise MemoryError("too long")
@@ -391,6 +470,7 @@ def test_a_model_that_cannot_be_audited_is_not_scored(model, tmp_path, monkeypat
     assert code == 1
     reason = "it could not be audited for leaks: MemoryError: too long"
     assert {(row["status"], row["reason"]) for row in rows} == {("failed", reason)}
+    assert {row["audited"] for row in rows} == {None}
 
 
 def test_a_run_whose_training_leaked_is_not_scored(model, tmp_path):

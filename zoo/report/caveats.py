@@ -7,7 +7,7 @@ from zoo.report.rows import Results, Row, in_words, unfinished
 from zoo.report.scores import dead
 from zoo.report.statistics import finite, missing
 from zoo.report.tables import Table, Td, shown_quantities
-from zoo.report.validity import LEAKS
+from zoo.report.validity import LEAKS, NOT_AUDITED, audited_tokens
 from zoo.report.words import DASH, plain
 
 NAMED = 6  # arms that a sentence lists
@@ -48,6 +48,7 @@ def banners(results: Results) -> list[str]:
     return said
 
 
+UNSEEN = "A leak that shows only beyond would not be seen."
 RATES = "Architectures differ in their best rate, so a gap may be due to the rate."
 
 
@@ -57,6 +58,14 @@ def _invalid(results: Results) -> list[str]:
     leaky = {row["label"]: row.get("reason") for row in results.where(status=LEAKS)}
     for label, why in leaky.items():
         said.append(f"Leak: {label} sees the tokens it is to predict, and is not ranked: {why}.")
+    without = dict.fromkeys(row["label"] for row in results.where(status=NOT_AUDITED))
+    if without:
+        why = "they may see the tokens that they are to predict"
+        said.append(f"Not audited for leaks, and not ranked, as {why}: {names([*without])}.")
+    for (read, length), arms in _beyond_audit(results, briefly=True).items():
+        said.append(
+            f"Audited for leaks to {read:,} of {length:,} tokens only: {names(arms)}. {UNSEEN}"
+        )
     said += [f"Not learned: {label} scores {why}." for label, why in dead(results).items()]
     for label in results.arms:
         codes = {row["sources"] for row in results.by_arm[label] if row.get("sources")}
@@ -65,6 +74,24 @@ def _invalid(results: Results) -> list[str]:
             which = ", ".join(f"{code[:8]} ({runs[code]})" for code in sorted(codes))
             said.append(f"Mixed code: the runs of {label} come from different sources: {which}.")
     return said
+
+
+def _beyond_audit(results: Results, briefly: bool) -> dict[tuple[int, int], list[str]]:
+    """(tokens read by the audit, longest length measured beyond) -> arms.
+
+    `briefly`: those of which it did not even read twice the training length.
+    """
+    found: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for label in results.arms:
+        rows = [row for row in results.by_arm[label] if row["status"] == "ok"]
+        pairs = [(audited_tokens(row), row.get("length")) for row in rows]
+        beyond = [(read, length) for read, length in pairs if read and finite(length)]
+        beyond = [(read, int(length)) for read, length in beyond if length > read]
+        if beyond:
+            least, most = min(read for read, _ in beyond), max(length for _, length in beyond)
+            if (least < min(most, 2 * (results.train_length(label) or 0))) == briefly:
+                found[least, most].append(label)
+    return found
 
 
 def _unequal_sizes(results: Results) -> list[str]:
@@ -142,6 +169,9 @@ def limits(results: Results) -> list[str]:
             f"The best of several trainings of {names(several)} is named by its test score: that "
             "choice flatters it by a little."
         )
+    for (read, length), arms in _beyond_audit(results, briefly=False).items():
+        read_to = f"reads {read:,} of the {length:,} tokens that are measured ({names(arms)})"
+        said.append(f"The audit for leaks {read_to}. {UNSEEN}")
     every = [quantity for task in results.tasks for quantity in shown_quantities(results, task)]
     if not any(quantity.form == "share" for quantity in every):
         said.append(

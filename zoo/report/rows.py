@@ -15,14 +15,20 @@ from zoo.measurement import Declaration, Quantity, declared
 from zoo.report.labels import lengthen
 from zoo.report.rates import Rate, choose_rates
 from zoo.report.statistics import deviation, finite, interval, missing
-from zoo.report.validity import drop_partial_budgets, mark_leaks, spread_leaks
+from zoo.report.validity import (
+    NOT_AUDITED,
+    audited_tokens,
+    drop_partial_budgets,
+    mark_audits,
+    spread_leaks,
+)
 
 Row = dict[str, Any]
 
 # Rows that agree in these were scored on the same tokens.
 SAME_TEXT = ("fingerprint", "split", "documents", "unit", "units", "count")
 RESULTS = ("value", "bits_per_byte", "accuracy", "score")  # of a task that declares nothing
-STATUS = {"out_of_memory": "out of memory", "not_applicable": "n/a"}
+STATUS = {"out_of_memory": "out of memory", "not_applicable": "n/a", NOT_AUDITED: "not audited"}
 
 
 @dataclass(frozen=True)
@@ -264,10 +270,11 @@ def gather(rows: Iterable[Mapping[str, Any]], runs: Iterable[Mapping[str, Any]])
     records, runs, rates = choose_rates(records, runs)
     measured = {row.get("run") for row in records}
     records += [_run_row(run) for run in runs if run.get("run") not in measured]
-    mark_leaks(records, runs)
+    mark_audits(records, runs)
     drop_partial_budgets(records, runs)
     for row in records:
         row["status"] = row.get("status") or "ok"
+        row["audited_tokens"] = audited_tokens(row)
         row["label"] = str(row.get("arm") or row.get("model") or "unnamed")
         said = declared(row)
         value = row.get(said.quantities[0].field) if said and said.quantities else 0.0

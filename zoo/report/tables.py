@@ -205,6 +205,7 @@ BUDGET = {  # (column, line below it) -> their fields
     ("data", "tokenizer"): ("data", "tokenizer"),
     ("fingerprint", "commit"): ("fingerprint", "commit"),
     ("device", "dtype"): ("device", "dtype"),
+    ("audited for leaks to", "tokens"): ("audited_tokens", ""),
 }
 
 

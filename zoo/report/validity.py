@@ -1,4 +1,5 @@
-"""Which rows may not be ranked: those of models that read the future, or that learned nothing.
+"""Which rows may not be ranked: those of models that read the future, that were not audited for
+that, or that learned nothing.
 
 Works on plain rows, before and after `gather` has named their arms.
 """
@@ -11,20 +12,44 @@ from typing import Any
 Row = dict[str, Any]
 
 LEAKS = "leaks"  # the status of a row whose model saw the tokens it was to predict
+NOT_AUDITED = "not_audited"  # of one whose model may have
 UNLEARNED = 0.05  # a score within this share of a guess without context shows no learning
 
 
-def mark_leaks(rows: Iterable[Row], runs: Iterable[Mapping[str, Any]]) -> None:
-    """Give every row of a model that failed its leak audit the status `leaks` and the reason.
+def mark_audits(rows: Iterable[Row], runs: Iterable[Mapping[str, Any]]) -> None:
+    """Give every row of a model that failed its leak audit the status `leaks` and the reason, and
+    every other score without an audit the status `not_audited`.
 
     The audit's result is in the row itself, or in the run's record. Its scores stay in the row, but
     no table, figure or headline shows them.
     """
-    audited = {run.get("run"): reason for run in runs if (reason := _leak(run.get("audit")))}
+    records = {run.get("run"): run.get("audit") for run in runs}
+    leaky = {name: reason for name, audit in records.items() if (reason := _leak(audit))}
     for row in rows:
-        reason = _leak(row.get("audit")) or audited.get(row.get("run"))
+        reason = _leak(row.get("audit")) or leaky.get(row.get("run"))
         if reason and row.get("status") in (None, "ok", "unfinished"):
             row |= {"status": LEAKS, "reason": reason}
+        elif row.get("status") in (None, "ok") and not is_audited(row):
+            row |= {"status": NOT_AUDITED, "reason": _why_not(records.get(row.get("run")))}
+
+
+def is_audited(row: Mapping[str, Any]) -> bool:
+    """Whether the row says what was compared before it was measured (see zoo/tasks/leaks.py)."""
+    return isinstance(row.get("audited"), Mapping)
+
+
+def audited_tokens(row: Mapping[str, Any]) -> int | None:
+    """The tokens of the longest text that was compared; None for none, as of an encoder."""
+    return max(row["audited"].values(), default=None) if is_audited(row) else None
+
+
+def _why_not(audit: Any) -> str:
+    """Why a row is without an audit, and what to do."""
+    failed = isinstance(audit, Mapping) and audit.get("ok") is None and audit.get("reason")
+    why = (
+        f"nothing could be compared ({audit['reason']})" if failed else "no comparison is recorded"
+    )
+    return f"{why}; eval.py run=<this run> audits it"
 
 
 def _leak(audit: Any) -> str | None:

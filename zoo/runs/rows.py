@@ -20,7 +20,8 @@ def append_row(file: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Read the measurements of the last weights that were measured, the latest of each question.
+    """Read the measurements of the last weights that were measured, the latest of each question,
+    in the order of the file.
 
     Damaged lines are left out with a warning. UserError where the file cannot be read.
     """
@@ -30,7 +31,8 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         return []
     except OSError as error:
         refuse_path(file, f"cannot be read ({one_line(error)})", "Change its permissions")
-    groups: dict[str, list[dict[str, Any]]] = {}
+    rows: dict[int, dict[str, Any]] = {}
+    groups: dict[str, list[int]] = {}  # lines that may answer the same question
     train_steps = None
     for number, line in enumerate(lines, 1):
         if not line and number == len(lines):
@@ -41,10 +43,12 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
             continue
         key = json.dumps([row.get(name) for name in ("task", "protocol", "phase", "length")])
         same = groups.setdefault(key, [])
-        same[:] = [other for other in same if not replaces(row, other)] + [row]
-        train_steps = row.get("train_steps")
-    rows = [row for same in groups.values() for row in same]
-    return [row for row in rows if row.get("train_steps") == train_steps]
+        for other in [other for other in same if replaces(row, rows[other])]:
+            same.remove(other)
+            del rows[other]
+        same.append(number)
+        rows[number], train_steps = row, row.get("train_steps")
+    return [row for row in rows.values() if row.get("train_steps") == train_steps]
 
 
 def _parse(line: bytes) -> dict[str, Any] | str:

@@ -26,6 +26,7 @@ from zoo.model.extend import extend
 from zoo.report import published, write_report
 from zoo.report.page import pictures_folder, terminal
 from zoo.report.rows import gather, in_words
+from zoo.report.validity import is_audited
 from zoo.report.wandb import mirror
 from zoo.runs.claim import changed_code
 from zoo.runs.folder import RunFolder
@@ -46,7 +47,7 @@ from zoo.tasks.identity import (
     weights_of,
 )
 from zoo.tasks.known import known_besides, run_record
-from zoo.tasks.leaks import Leaks
+from zoo.tasks.leaks import Leaks, is_leak, lengths_read
 from zoo.tasks.progress import Progress
 from zoo.tasks.task import Task
 from zoo.training.windows import open_data
@@ -208,7 +209,7 @@ class _Run:
                 self.refused.append(error)
                 yield named | failure_row(error)
             except LeakError as leak:
-                yield self._kept(named | failure_row(leak))
+                yield self._kept(named | failure_row(leak) | {"audited": leaks.audited})
             except Exception as error:
                 yield named | failure_row(error)
 
@@ -219,16 +220,19 @@ class _Run:
         # The label may have been another then: it does not say what was measured.
         same = {name: value for name, value in named.items() if name not in LABELS}
         questions = [question | task.settings for question in task.questions(context)]
-        usable = [] if fresh or not task.still_valid(context) else self.folder.rows()
+        rows = self.folder.rows()
+        usable = [] if fresh or not task.still_valid(context) else rows
         usable = [row for row in usable if row["status"] == "ok" and agrees(row, same)]
         known, wanted, unaudited = [], [], []
         for question in questions:
             before = [row for row in usable if agrees(row, question)][-1:]
-            known += [row | named | {"question": sorted(question)} for row in before]
+            for row in (row | named | {"question": sorted(question)} for row in before):
+                (known if is_audited(row) else unaudited).append(row)
             wanted += [] if before else [question]
-            unaudited += [row for row in before if "audit" not in row]
-        if wanted or unaudited:
-            leaks.check([*wanted, *unaudited])
+        weights = {name: value for name, value in self.about.items() if name not in LABELS}
+        seen = lengths_read(row for row in rows if is_leak(row, weights))
+        if needed := [*wanted, *unaudited, *seen]:
+            leaks.check(needed)
         for question, outcome in task.answers(context, wanted):
             row = leaks.judge(named | question | outcome.row | (outcome.value or {}))
             if row["status"] == "ok" and (names := not_finite(task.declares, row)):
@@ -236,6 +240,8 @@ class _Run:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             row |= {"question": sorted(question), "time": now}
             yield self._kept(row | {"declares": task.declares.plain(row)})
+        for row in map(leaks.judge, unaudited):
+            known.append(self._kept(row) if row["status"] == "ok" else row)
         task_name = {"task": named["task"]}
         self.requested.extend(task_name | question for question in questions)
         yield from (row | {"declares": task.declares.plain(row)} for row in known)

@@ -11,6 +11,7 @@ from zoo.runs.folder import RunFolder
 from zoo.runs.provenance import measured_by
 from zoo.tasks.context import Row
 from zoo.tasks.identity import EXTENDED, row_identity, trained_settings
+from zoo.tasks.leaks import is_leak
 
 
 def all_known(folders: Sequence[RunFolder]) -> tuple[list[Row], list[Row]]:
@@ -40,13 +41,16 @@ def known_besides(folder: RunFolder, about: Row, requested: Sequence[Row]) -> It
     """Yield the latest answers of the same weights and code to what was not requested now.
 
     These are the answers to the same questions under other extensions, and those to the questions
-    of other tasks under the settings of their latest answer.
+    of other tasks under the settings of their latest answer. Of an extension under which a leak was
+    seen after the last answer, the row that says so stands for all.
     """
     alike = {name: value for name, value in about.items() if name not in EXTENDED}
-    alike |= {"status": "ok"}
-    rows = [
-        row for row in folder.rows() if agrees(row, alike) and row.keys() >= {"task", *EXTENDED}
-    ]
+    every = [row for row in folder.rows() if row.keys() >= {"task", *EXTENDED}]
+    leaks = _standing_leaks(every, alike)
+    now_known = {about["extension_settings"]} if requested else set()  # audited again
+    yield from (leaks[name] | {"requested": False} for name in leaks.keys() - now_known)
+    rows = [row for row in every if agrees(row, alike | {"status": "ok"})]
+    rows = [row for row in rows if row["extension_settings"] not in leaks.keys() - now_known]
     kinds = {(row["task"], row["extension"] != "none") for row in rows}
     now = {kind: measured_by(folder.config, *kind) for kind in kinds}
     rows = [r for r in rows if r.get("measured_by") == now[r["task"], r["extension"] != "none"]]
@@ -61,6 +65,17 @@ def known_besides(folder: RunFolder, about: Row, requested: Sequence[Row]) -> It
                 yield row | {"requested": False}
     for answers in others.values():
         yield from (row | {"requested": False} for row in answers if _alike(row, answers[-1]))
+
+
+def _standing_leaks(rows: Sequence[Row], weights: Row) -> dict[str, Row]:
+    """extension_settings -> the leak that was seen under it after the last score."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        if is_leak(row, weights):
+            found[row["extension_settings"]] = row
+        elif agrees(row, weights | {"status": "ok"}):
+            found.pop(row["extension_settings"], None)
+    return found
 
 
 def _alike(row: Row, latest: Row) -> bool:

@@ -42,8 +42,17 @@ def rehearse(config: TrainConfig) -> None:
     if len(model.blocks) < len(config.model.blocks):
         # Here and not where models are built: runs that were trained so can still be opened.
         refuse_pattern(config, len(model.blocks))
+    _check_length(config, model.max_length)
     if device == "cpu":
         _check_memory(config, vocab_size, knobs, count_parameters(model))
+
+
+def _check_length(config: TrainConfig, most: int | None) -> None:
+    """Refuse a state that is passed on beyond the last position of the model."""
+    passed = config.seq_len * config.trainer.max_steps
+    if config.state_passing == "carry" and most is not None and passed > most:
+        rule = f"each row reads on for {passed:,} tokens, and this model reads at most {most:,}"
+        refuse("state_passing", "carry", rule, "Use state_passing=none")
 
 
 def check_devices(trainer: Trainer) -> str:
