@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 # must be says what to do as well.
 FORM = re.compile(r"(?!unknown )\S.*?: (must \S.*|\S.*?[^.]\. [A-Z].*)\.")
 
+PARTS = ("mixers", "positions", "attention")  # take arguments from a configuration
+
 # Calls whose line is not written in place, by file: each passes on one that has the form.
 PASSED_ON: dict[str, int] = {
     "zoo/config/validate.py": 1,  # made of pydantic's error
@@ -55,6 +57,18 @@ def test_user_errors_are_written_in_their_form():
         if len(found) != PASSED_ON.get(str(file.relative_to(ROOT)), 0):
             wrong[str(file.relative_to(ROOT))] = found
     assert wrong == {}, "use zoo.errors.refuse or refuse_path"
+
+
+def test_arguments_that_parts_refuse_are_told_in_the_same_form():
+    """Whoever builds them puts the option's path in front."""
+    wrong = []
+    for file in (path for part in PARTS for path in sorted((ROOT / "zoo" / part).glob("*.py"))):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "ValueError":
+                text = (skeleton(node.args[0]) if node.args else None) or ""
+                if "=" in text and not FORM.fullmatch(text):
+                    wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}: {text}")
+    assert wrong == []
 
 
 @pytest.mark.parametrize(

@@ -552,18 +552,18 @@ def train_model(record: dict, model: str, precision: str) -> bool:
     assert OUT is not None
     folder = OUT.with_suffix(".runs")
     given = words(model, folder, {**LONG, "trainer.precision": precision})
-    audit = fit._audited
+    audit = fit.audit_trained
 
     def audit_later(*arguments: Any) -> dict[str, Any]:
         record.update(trained(folder), command=given, peak_bytes=peak())
         say(f"train.py {' '.join(given)}: trained; the audit follows")
         return audit(*arguments)
 
-    fit._audited = audit_later
+    fit.audit_trained = audit_later
     try:
         code = train.main(given)
     finally:
-        fit._audited = audit
+        fit.audit_trained = audit
     record.update(trained(folder), command=given, exit_code=code)
     say(f"train.py {' '.join(given)}: exit code {code}")
     return code == 0

@@ -43,7 +43,7 @@ def test_no_product_of_that_rank_is_nearer_to_the_matrix(rank):
 def test_a_layer_with_a_bias_or_a_rank_no_matrix_has_is_not_factorised():
     with pytest.raises(ValueError, match="no bias"):
         LowRank.from_dense(nn.Linear(4, 4), 2)
-    with pytest.raises(ValueError, match="rank=5 is not between 1 and 4"):
+    with pytest.raises(ValueError, match="rank=5: must be from 1 to 4"):
         LowRank.from_dense(linear(4, 6), 5)
 
 
@@ -98,7 +98,7 @@ def test_ungated_the_feed_forward_is_the_papers_two_layers():
 
 @pytest.mark.parametrize("rank", [0, -1, WIDTH + 1])
 def test_wrong_ranks_are_refused_in_a_line(rank):
-    said = f"rank={rank} is not between 1 and {WIDTH}"
+    said = f"rank={rank}: must be from 1 to {WIDTH}"
     with pytest.raises(ValueError, match=said):
         LowRankAttention(width=WIDTH, heads=HEADS, rank=rank)
     with pytest.raises(ValueError, match=said):

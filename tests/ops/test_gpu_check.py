@@ -1,5 +1,6 @@
 """The script that a GPU's owner runs works but for the GPU: here the CPU stands in for it."""
 
+import ast
 import importlib.util
 import json
 import sys
@@ -154,9 +155,14 @@ def test_a_training_step_keeps_its_figures_before_the_audit(on_cpu, monkeypatch,
         run.mkdir(parents=True)
         (run / "metrics.csv").write_text("step,loss\n1,5.5\n")
         (run / "run.json").write_text('{"parameters": 7, "status": "training"}')
-        fit._audited("model")
+        fit.audit_trained("model")
 
-    fit = SimpleNamespace(_audited=audit)
+    fit = SimpleNamespace(audit_trained=audit)
+    source = ast.parse((ROOT / "zoo/training/fit.py").read_text())
+    imported = [
+        name for node in source.body if isinstance(node, ast.ImportFrom) for name in node.names
+    ]
+    assert {*vars(fit)} <= {name.name for name in imported}, "the training calls another"
     monkeypatch.setitem(sys.modules, "zoo.training.fit", fit)
     monkeypatch.setitem(sys.modules, "zoo.cli.train", SimpleNamespace(main=train))
     monkeypatch.setattr(on_cpu, "OUT", tmp_path / "found.json")
@@ -164,7 +170,7 @@ def test_a_training_step_keeps_its_figures_before_the_audit(on_cpu, monkeypatch,
         on_cpu.run("train mamba 32-true", on_cpu.RECORD)
     assert kept[0]["steps"] == [{"step": "1", "loss": "5.5"}]
     assert kept[0]["parameters"] == 7
-    assert fit._audited is audit
+    assert fit.audit_trained is audit
 
 
 FOUND = "import json, sys; json.dump({'case': {'error': 'as far as it got'}}, open(%r, 'w')); "

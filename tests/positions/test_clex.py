@@ -148,8 +148,8 @@ def test_with_t_1_tokens_stand_where_they_always_stood():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: CLEX(width=2), "width=2"),
-        (lambda: CLEX(width=8, hidden=0), "hidden=0"),
+        (lambda: CLEX(width=2), "the head width, 2, at least 4"),
+        (lambda: CLEX(width=8, hidden=0), "^hidden=0: must be at least 1"),
         (lambda: CLEX(width=8, step=0.0), r"step=0\.0"),
         (lambda: CLEX(width=8)(0.5), r"t=0\.5"),
         (lambda: CLEX(width=9)(2), "head_width=9: must be even"),

@@ -100,9 +100,11 @@ def test_what_would_overflow_is_refused():
     with pytest.raises(ValueError, match="at most 16347 queries with their own keys"):
         apply_xpos_decay(x, x, 0)
     apply_xpos_decay(x[:, -100:], x, 19900)
-    with pytest.raises(ValueError, match=r"even head width and gamma > 0: got 7 and 0\.4"):
+    with pytest.raises(
+        ValueError, match=r"gamma=0\.4: must be above 0, and the head width, 7, even"
+    ):
         zetas(7)
-    with pytest.raises(ValueError, match="got 8 and 0"):
+    with pytest.raises(ValueError, match="gamma=0: must be above 0, and the head width, 8"):
         zetas(8, gamma=0)
 
 

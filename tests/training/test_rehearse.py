@@ -32,6 +32,8 @@ REFUSED = {
     "hybrid=[7*mamba,transformer]": "match=params: the 6 layers must hold the whole pattern",
     "hybrid=[7*mamba,transformer] size=tiny": "the 3 layers must hold the whole pattern of model=",
     "hybrid=[mamba,gla,transformer] match=none size=tiny": "or match=none size.layers=3.",
+    "model=learned state_passing=carry": "state_passing=carry: each row reads on for",
+    "model=aft model.mixer.variant=full state_passing=carry": "reads at most 512. Use state_",
     "trainer.devices=[0,1]": "a list names GPUs",
 }
 

@@ -93,7 +93,7 @@ class Longformer(MultiHead):
             )
         if max(windows) * max(dilations) > MAX_REACH:
             raise ValueError(
-                f"window={window}: times dilation={dilation} must be at most {MAX_REACH} tokens."
+                f"window={window}: must be at most {MAX_REACH} tokens, times dilation={dilation}."
             )
         if causal and global_tokens == 1:
             raise ValueError(

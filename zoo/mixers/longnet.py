@@ -86,13 +86,13 @@ class LongNet(MultiHead):
             )
         if dilations[0] != 1:
             raise ValueError(
-                f"dilations={list(dilations)}: the first must be 1, or some tokens see nothing."
+                f"dilations={list(dilations)}: must begin with 1, or some tokens see nothing."
             )
         steps = [*pairwise(segments), *pairwise(dilations)]
         strides = [*zip(dilations, segments, strict=True), *zip(dilations[1:], segments)]  # noqa: B905
         if any(b % a for a, b in (*steps, *strides)):
             raise ValueError(
-                f"segments={list(segments)}: each must divide the next one, and of dilations="
+                f"segments={list(segments)}: must each divide the next one, and of dilations="
                 f"{list(dilations)} each the next one, its own and the preceding segment."
             )
         self.branches = list(zip(segments, dilations, strict=True))

@@ -57,7 +57,7 @@ class LowRank(nn.Module):
 def _checked(rank: int | None, width: int) -> int:
     rank = max(1, width // 4) if rank is None else rank
     if not 1 <= rank <= width:
-        raise ValueError(f"rank={rank} is not between 1 and {width}, the rank of a full matrix")
+        raise ValueError(f"rank={rank}: must be from 1 to {width}, the rank of a full matrix.")
     return rank
 
 

@@ -91,7 +91,8 @@ class SoftmaxAttention(Mixer):
         at_least(1, heads=heads, kv_heads=kv_heads)
         if (head_width is None and width % heads) or heads % kv_heads:
             raise ValueError(
-                f"heads={heads} must divide width={width}, and kv_heads={kv_heads} divide the heads"
+                f"heads={heads}: must divide width={width} and be a multiple of "
+                f"kv_heads={kv_heads}."
             )
         self.causal, self.sink, self.backend = causal, sink, backend
         self.heads, self.kv_heads = heads, kv_heads

@@ -36,8 +36,8 @@ class CLEX(nn.Module):
         super().__init__()
         if width < 4 or hidden < 1 or not step > 0:
             raise ValueError(
-                f"CLEX takes width={width} of 4 or more, hidden={hidden} of 1 or more and "
-                f"step={step} above 0"
+                f"hidden={hidden}: must be at least 1, step={step} above 0 and the head width, "
+                f"{width}, at least 4."
             )
         self.width, self.base, self.step = width, base, step
         self.up = nn.Linear(width // 2, hidden * width, bias=False)
@@ -52,7 +52,7 @@ class CLEX(nn.Module):
     def forward(self, t: float) -> Float[Tensor, " half"]:
         """theta(t) in float64, t at least 1; its gradient reaches the weights."""
         if t < 1:
-            raise ValueError(f"CLEX reads t={t} trained windows: at least 1")
+            raise ValueError(f"t={t}: must be at least 1 trained window.")
         up, down = (layer.weight.cpu().double() for layer in (self.up, self.down))
         slope = 2 * torch.arange(self.width // 2, dtype=torch.float64) / (self.width - 2)
         log_theta, end = self.ntk(1).log(), math.log(2 * t - 1)

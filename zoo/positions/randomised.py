@@ -25,7 +25,7 @@ def chunk_lengths(tokens: int, chunks: int, generator: Generator) -> list[int]:
     Of two, the first is not the longer, as in the authors' program; more are cut uniformly.
     """
     if not 1 <= chunks <= tokens:
-        raise ValueError(f"chunks={chunks}: between 1 and the {tokens} tokens")
+        raise ValueError(f"chunks={chunks}: must be from 1 to the number of tokens ({tokens}).")
     places = (tokens + 1) // 2 if chunks == 2 else tokens - 1
     cuts = torch.randperm(places, generator=generator)[: chunks - 1].sort().values + 1
     return [end - start for start, end in pairwise([0, *cuts.tolist(), tokens])]
@@ -75,4 +75,7 @@ def skipped(
 
 def _check(tokens: int, max_length: int) -> None:
     if not 0 < tokens <= max_length:
-        raise ValueError(f"max_length={max_length}: at least the {tokens} tokens, and these not 0")
+        raise ValueError(
+            f"max_length={max_length}: must be at least the number of tokens ({tokens}), which "
+            "must be positive."
+        )

@@ -28,7 +28,7 @@ def inverse_frequencies(width: int, base: float = 10000.0) -> tuple[float, ...]:
     """Return theta_i = base^(-2i/width), i = 0 .. width/2 - 1, in float64."""
     if width % 2:
         raise ValueError(
-            f"head_width={width}: must be even, as rotary positions rotate pairs of channels"
+            f"head_width={width}: must be even, as rotary positions rotate pairs of channels."
         )
     if not base > 1:
         raise ValueError(f"rope_base={base}: must be > 1 (its powers are the wavelengths).")

@@ -55,7 +55,7 @@ def ntk_aware(
     Golden, d=128: b' = 20221.26, 40889.94, 82684.62 for s = 2, 4, 8.
     """
     if width == 2:
-        raise ValueError("width=2: must be at least 4, as the slowest pair is not the fastest")
+        raise ValueError("width=2: must be at least 4, as the slowest pair is not the fastest.")
     s, theta = _at_least_one(factor), inverse_frequencies(width, base)
     return tuple(f * s ** (-2 * i / (width - 2)) for i, f in enumerate(theta)), 1.0
 
@@ -63,7 +63,7 @@ def ntk_aware(
 def current_factor(length: int | None, original_length: int | None, factor: float = 1.0) -> float:
     """Return 1 up to L; above, l/L (YaRN, section 3.3), or f l/L - (f - 1) with a `factor` f."""
     if length is None:
-        raise ValueError("length=None: must be the number of tokens read")
+        raise ValueError("length=None: must be the number of tokens read.")
     window = _window(original_length)
     return 1 + _at_least_one(factor) * max(length - window, 0) / window
 

@@ -40,7 +40,7 @@ MAX_LOG_FACTOR = 40.0  # of products above the diagonal, which a causal mask hid
 def zetas(width: int, gamma: float = 0.4) -> tuple[float, ...]:
     """Return zeta_i of each pair. Golden, d=8: 0.2857, 0.4643, 0.6429, 0.8214."""
     if width % 2 or not gamma > 0:
-        raise ValueError(f"xPos needs an even head width and gamma > 0: got {width} and {gamma}")
+        raise ValueError(f"gamma={gamma}: must be above 0, and the head width, {width}, even.")
     half = width // 2
     return tuple((i / half + gamma) / (1 + gamma) for i in range(half))
 
@@ -116,7 +116,7 @@ class BlockwiseXPos(AttentionPattern):
     def __init__(self, scaling: Scaling, *, block: int) -> None:
         super().__init__(scaling)
         if block < 1:
-            raise ValueError(f"blockwise causal attention takes blocks of 1 token or more: {block}")
+            raise ValueError(f"block={block}: must be at least 1 token.")
         self.block, self.recent = block, 2 * block - 1
         self.steps = [*self.steps, block]
 
