@@ -18,6 +18,7 @@ PARTS = ("mixers", "positions", "attention")  # take arguments from a configurat
 
 # Calls whose line is not written in place, by file: each passes on one that has the form.
 PASSED_ON: dict[str, int] = {
+    "zoo/cli/chat.py": 1,  # the configuration's, under the program's short names
     "zoo/config/validate.py": 1,  # made of pydantic's error
     "zoo/data/store.py": 1,  # a tokenizer's, with the document it fails on
     "zoo/data/synthetic.py": 1,  # a task's, whose length is seq_len to the user
