@@ -19,9 +19,9 @@ def test_the_readme_is_up_to_date():
     assert updated(text) == text, "run: python -m zoo.cli.catalogue README.md"
 
 
-def test_the_readme_has_a_table_of_models_extensions_corpora_and_tasks():
+def test_the_readme_has_a_table_of_all_that_can_be_chosen_or_opened():
     found = re.findall(r"<!-- catalogue: (\w+) -->", README.read_text(encoding="utf-8"))
-    assert found == ["models", "extensions", "corpora", "tasks"]
+    assert found == ["models", "extensions", "corpora", "tasks", "families"]
 
 
 @pytest.mark.parametrize("kind", COLUMNS)

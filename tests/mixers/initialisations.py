@@ -131,6 +131,12 @@ def swiglu(m, _, layers: int) -> Laws:
     return fan_in(m, "gate_proj", "up_proj") | fan_in(m, "down_proj", gain=branch(layers))
 
 
+@states("zoo.mixers.feed_forward.MLP")
+def mlp(m, _, layers: int) -> Laws:
+    found = fan_in(m, "up_proj") | fan_in(m, "down_proj", gain=branch(layers))
+    return found | {"up_proj.bias": Exactly(0.0), "down_proj.bias": Exactly(0.0)}
+
+
 @states("zoo.mixers.softmax.SoftmaxAttention")
 def softmax(m, _, layers: int) -> Laws:
     found = fan_in(m, "q_proj", "k_proj", "v_proj") | fan_in(m, "o_proj", gain=branch(layers))

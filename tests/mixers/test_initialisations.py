@@ -45,6 +45,7 @@ VARIANTS = [
     ("model=soft", "model.mixer.form=exact"),
     ("model=transformer", "model.mixer.kv_heads=2"),
     ("model=transformer", *(f"model.mixer.{name}=true" for name in SWITCHES)),
+    ("model=transformer", "model.feed_forward._target_=zoo.mixers.feed_forward.MLP"),
     ("model=transformer", "extension=clex", "extension.factor=4", "finetune=runs/x"),
 ]
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from zoo.model.backbone import Backbone
 from zoo.model.pretrained import check_unchanged, identify, load_pretrained
 from zoo.pretrained.checkpoint import check_checkpoint
 from zoo.pretrained.families import describe
+from zoo.pretrained.rope_scaling import SCALINGS
 from zoo.pretrained.weights import open_weights, read_json
 from zoo.training.pretrained import pretrained_config
 
@@ -51,6 +53,23 @@ MAMBA = {
     "num_hidden_layers": 2,
     "state_size": 8,
 }
+NEOX = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+RWKV = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "context_length": 64}
+
+
+def scaled(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **settings}}
+
+
+PAIRS = [1.0 + i / 4 for i in range(4)]  # of heads of 8 channels
+SU = {"original_max_position_embeddings": 16, "short_factor": PAIRS, "long_factor": PAIRS}
 CASES = {
     "llama": ("Llama", LLAMA),
     "llama, all heads, untied": ("Llama", LLAMA | {"num_key_value_heads": 4}),
@@ -67,12 +86,59 @@ CASES = {
     "llama, yarn": ("Llama", LLAMA | {"rope_parameters": YARN}),
     "mistral": ("Mistral", LLAMA | {"sliding_window": None}),
     "mistral, sliding": ("Mistral", LLAMA | {"sliding_window": 17}),
+    "llama, yarn, attention factor": (
+        "Llama",
+        LLAMA | {"rope_parameters": YARN | {"attention_factor": 1.3, "truncate": False}},
+    ),
+    "llama, yarn, mscale": (
+        "Llama",
+        LLAMA | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.5}},
+    ),
+    "llama, yarn, mscale alone": ("Llama", LLAMA | {"rope_parameters": YARN | {"mscale": 0.7}}),
+    "llama, longrope of one set": ("Llama", LLAMA | scaled("longrope", factor=4.0, **SU)),
+    "llama, longrope, attention factor": (
+        "Llama",
+        LLAMA | scaled("longrope", factor=4.0, attention_factor=1.0, **SU),
+    ),
+    "llama, proportional": ("Llama", LLAMA | scaled("proportional", factor=2.0)),
+    "llama, biases and wide heads": (
+        "Llama",
+        LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 12},
+    ),
+    "qwen2": ("Qwen2", LLAMA),
+    "qwen2, tied": ("Qwen2", LLAMA | {"tie_word_embeddings": True}),
+    "qwen2, sliding": (
+        "Qwen2",
+        LLAMA | {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 0},
+    ),
+    "qwen3": ("Qwen3", LLAMA | {"head_dim": 16}),
+    "qwen3, tied, with biases": (
+        "Qwen3",
+        LLAMA | {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True},
+    ),
+    "gpt_neox": ("GPTNeoX", NEOX),
+    "gpt_neox, in turn, tied, without biases": (
+        "GPTNeoX",
+        NEOX
+        | {"use_parallel_residual": False, "tie_word_embeddings": True, "attention_bias": False},
+    ),
+    "gpt_neox, yarn": (
+        "GPTNeoX",
+        NEOX | {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}},
+    ),
+    "falcon_mamba": ("FalconMamba", MAMBA),
     "mamba": ("Mamba", MAMBA),
     "mamba, untied": ("Mamba", MAMBA | {"tie_word_embeddings": False, "time_step_rank": 3}),
     "mamba2": (
         "Mamba2",
         MAMBA | {"num_heads": 4, "head_dim": 16, "n_groups": 1, "tie_word_embeddings": False},
     ),
+    "mamba2, another epsilon": (
+        "Mamba2",
+        MAMBA | {"num_heads": 4, "head_dim": 16, "n_groups": 1, "layer_norm_epsilon": 0.1},
+    ),
+    "rwkv": ("Rwkv", RWKV),
+    "rwkv, tied": ("Rwkv", RWKV | {"tie_word_embeddings": True, "intermediate_size": 48}),
 }
 
 
@@ -103,8 +169,57 @@ def test_logits_are_those_of_transformers(case, tmp_path):
     for length in (1, 2, 15, 33, 200):
         tokens = torch.randint(0, VOCAB, (2, length))
         with torch.no_grad():
-            expected = theirs(tokens).logits
+            expected = theirs(tokens, use_cache=False).logits
         assert torch.allclose(ours(tokens), expected, atol=1e-5, rtol=1e-5), length
+
+
+@pytest.mark.parametrize("case", ["qwen3", "gpt_neox", "rwkv"])
+def test_in_float64_little_is_left_of_the_difference(case, tmp_path):
+    """What `transformers` keeps in float32: norms, rotary tables, averages."""
+    theirs, ours = save(tmp_path, case).double(), opened(tmp_path).double()
+    tokens = torch.randint(0, VOCAB, (1, 60))
+    with torch.no_grad():
+        expected = theirs(tokens, use_cache=False).logits
+    assert torch.allclose(ours(tokens), expected, atol=1e-6, rtol=0)
+
+
+DYNAMIC = {
+    "dynamic": scaled("dynamic", factor=3.0),
+    "longrope": scaled(
+        "longrope",
+        factor=4.0,
+        original_max_position_embeddings=16,
+        short_factor=PAIRS,
+        long_factor=[2 * one for one in PAIRS],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DYNAMIC)
+def test_frequencies_that_follow_the_length_are_those_of_transformers(kind, tmp_path):
+    """At every length within the trained one; beyond, for the queries of the last step, which take
+    the length of the whole text (of one layer: what earlier queries read does not enter)."""
+    CASES[kind] = ("Llama", LLAMA | DYNAMIC[kind] | {"num_hidden_layers": 1})
+    theirs, ours = save(tmp_path, kind), opened(tmp_path)
+    del CASES[kind]
+    step = 64 if kind == "dynamic" else 16
+    for length in (1, 15, step, 2 * step, 3 * step, 5 * step):
+        tokens = torch.randint(0, VOCAB, (2, length))
+        with torch.no_grad():
+            expected = theirs(tokens, use_cache=False).logits[:, -step:]
+        found = ours(tokens)[:, -step:]
+        assert torch.allclose(found, expected, atol=1e-5, rtol=1e-5), length
+        state, parts = ours.empty_state(2), []
+        for part in tokens.split(11, 1):
+            logits, state = ours(part, state)
+            parts.append(logits)
+        assert torch.allclose(torch.cat(parts, 1)[:, -step:], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_rope_type_of_transformers_is_read_or_refused_by_name(tmp_path):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    assert {*ROPE_INIT_FUNCTIONS} - {"default"} == {*SCALINGS}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -163,12 +278,13 @@ def altered(folder: Path, **changes) -> None:
         ({"model_type": "lama"}, "llama"),
         ({"model_type": "absent"}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"attention_bias": True}, "attention_bias=True"),
-        ({"head_dim": 16}, "head_dim=16"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types=["),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"logit_softcapping": 30.0}, "logit_softcapping=30.0"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "rope_type='su'"),
-        ({"rope_parameters": YARN | {"attention_factor": 2.0}}, "attention_factor=2.0"),
+        (scaled("proportional", partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+        (scaled("longrope", factor=4.0, attention_factor=1.7, **SU), "attention_factor=1.7"),
         ({"hidden_size": "wide"}, "hidden_size='wide'"),
     ],
 )

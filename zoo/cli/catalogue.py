@@ -2,13 +2,15 @@
 
 A table stands between `<!-- catalogue: models -->` and `<!-- end -->`. Its rows come from the
 headers of the YAML files: the sentence on the first line, and the entries `Source`, `Time` and
-`State` where there are any. An `arXiv <id>` becomes the link of the authors and year before it.
+`State` where there are any; those of `families` from zoo.pretrained.families. An `arXiv <id>`
+becomes the link of the authors and year before it.
 """
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from zoo.cli.listing import KINDS, summary
 from zoo.errors import choose
@@ -26,6 +28,7 @@ COLUMNS = {
     "tasks": ("Source",),
     "experiments": (),
 }
+FAMILIES_KIND = "families"  # of pretrained checkpoints, from zoo.pretrained.families
 HEADS = {"Source": "source", "Time": "time", "State": "state per layer"}
 
 
@@ -62,6 +65,10 @@ def citations(source: str) -> str:
 
 def table(kind: str) -> str:
     """The table of one kind, a row for each YAML file of its group, in Markdown."""
+    if kind == FAMILIES_KIND:
+        heads = ("`model_type`", "what it is")
+        rows = [[f"`{name}`", str(read.__doc__).removesuffix(".")] for name, read in families()]
+        return _markdown(heads, rows)
     columns = COLUMNS[choose("kind", kind, COLUMNS)]
     heads = ("name", "what it is", *(HEADS[column] for column in columns))
     rows = []
@@ -71,6 +78,17 @@ def table(kind: str) -> str:
         entries["State"] = entries.get("State", "").removesuffix(" (per layer)")
         row = (f"`{file.stem}`", summary(file), *(entries.get(column, "") for column in columns))
         rows.append([_mathematics(cell) for cell in row])
+    return _markdown(heads, rows)
+
+
+def families() -> list[tuple[str, Callable[..., Any]]]:
+    """The families of checkpoints that can be opened, by their name in config.json."""
+    from zoo.pretrained.families import FAMILIES
+
+    return sorted(FAMILIES.items())
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from zoo.config.groups import choices, extensions, model_section
 from zoo.config.introspect import constructor_parameters
-from zoo.config.schema.model import MAX_LAYERS
+from zoo.config.schema.model import MAX_LAYERS, Model
 from zoo.config.schemes import DEFAULT, declared, scheme, scheme_target, short_name
 from zoo.errors import choose, refuse
 
@@ -48,7 +48,7 @@ def resolve(tree: dict[str, Any]) -> dict[str, Any]:
         "blocks": [_block(part, taps) for part in parts],
         "embedding_positions": next(iter(embedded.values()), None),
         "match": model.get("match"),
-        **{key: model[key] for key in ("norm_eps", "tied") if key in model},
+        **{key: model[key] for key in Model.unwritten if key in model},
     }
     return {**tree, "model": spelled}
 

@@ -11,18 +11,44 @@ from zoo.mixers.base import Mixer, State, linear, residual_gain
 class SwiGLU(Mixer):
     """y = W_down (silu(W_gate x) * W_up x)   (Shazeer 2020, GLU variants, eq. 6)
 
-    `hidden_width` is 8/3 of the width unless given, so that it costs what a 4x MLP would.
+    `hidden_width` is 8/3 of the width unless given, so that it costs what a 4x MLP would; with
+    `bias` all three projections have one.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        hidden_width: Positive | None = None,
+        bias: bool = False,
+        layer: int = 0,
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        hidden = round(8 * width / 3 / 8) * 8 if hidden_width is None else hidden_width
+        self.gate_proj = linear(width, hidden, bias=bias)
+        self.up_proj = linear(width, hidden, bias=bias)
+        self.down_proj = linear(hidden, width, gain=residual_gain(layers), bias=bias)
+
+    def forward(self, x: Float[Tensor, "b t d"], state: State = None):
+        y = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y if state is None else (y, state)
+
+
+class MLP(Mixer):
+    """y = W_down gelu(W_up x + b_up) + b_down   (Vaswani 2017, section 3.3; Hendrycks 2016, GELU)
+
+    `hidden_width` is 4 widths unless given.
     """
 
     def __init__(
         self, *, width: int, hidden_width: Positive | None = None, layer: int = 0, layers: int = 1
     ) -> None:
         super().__init__()
-        hidden = round(8 * width / 3 / 8) * 8 if hidden_width is None else hidden_width
-        self.gate_proj = linear(width, hidden)
-        self.up_proj = linear(width, hidden)
-        self.down_proj = linear(hidden, width, gain=residual_gain(layers))
+        hidden = 4 * width if hidden_width is None else hidden_width
+        self.up_proj = linear(width, hidden, bias=True)
+        self.down_proj = linear(hidden, width, gain=residual_gain(layers), bias=True)
 
     def forward(self, x: Float[Tensor, "b t d"], state: State = None):
-        y = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        y = self.down_proj(F.gelu(self.up_proj(x)))
         return y if state is None else (y, state)

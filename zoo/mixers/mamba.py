@@ -40,6 +40,8 @@ class Mamba(Mixer):
         state_size: numbers of state per channel (N).
         conv_width: tokens that the convolution sees, the present one included.
         dt_rank: rank of the projection to dt (R); None for width / 16, as published.
+        input_norm_eps: None, or dt, B and C are each normalised by their root mean square with this
+            under the root (Falcon-Mamba, Zuo 2024, section 2.2, arXiv 2410.05355).
         backend: of the scan and of the convolution.
         layer, layers: this layer's index and the number of layers.
     """
@@ -52,6 +54,7 @@ class Mamba(Mixer):
         state_size: Positive = 16,
         conv_width: Annotated[int, Range(2, 8)] = 4,
         dt_rank: Positive | None = None,
+        input_norm_eps: Annotated[float, Range(1e-12, 1)] | None = None,
         backend: str = "auto",
         layer: int = 0,
         layers: int = 1,
@@ -60,7 +63,7 @@ class Mamba(Mixer):
         inner = 2 * width if inner_width is None else inner_width
         rank = math.ceil(width / 16) if dt_rank is None else dt_rank
         self.inner_width, self.state_size, self.conv_width = inner, state_size, conv_width
-        self.dt_rank, self.backend = rank, backend
+        self.dt_rank, self.input_norm_eps, self.backend = rank, input_norm_eps, backend
 
         self.in_proj = nn.Linear(width, 2 * inner, bias=False)
         self.conv_weight = conv_weight(inner, conv_width)
@@ -91,6 +94,8 @@ class Mamba(Mixer):
             backend="auto" if self.backend == "mamba_ssm" else self.backend,
         )
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], -1)
+        if self.input_norm_eps is not None:
+            dt, B, C = (F.rms_norm(x, x.shape[-1:], eps=self.input_norm_eps) for x in (dt, B, C))
         dt = F.linear(dt, self.dt_proj.weight)  # its bias joins inside the scan, in float32
         y, h = selective_scan(
             u,

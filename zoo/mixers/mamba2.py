@@ -42,6 +42,7 @@ class Mamba2(Mixer):
         head_width: channels of a head (P); None for twice the width over the heads.
         state_size: numbers of state per channel (N); published 64 to 256.
         conv_width: tokens that the convolution sees, the present one included.
+        norm_eps: added under the root of the norm after the gate.
         backend: of zoo.ops.linear_attention.
         layer, layers: this layer's index and the number of layers.
     """
@@ -54,6 +55,7 @@ class Mamba2(Mixer):
         head_width: Positive | None = None,
         state_size: Positive = 64,
         conv_width: Annotated[int, Range(2, 8)] = 4,
+        norm_eps: Annotated[float, Range(1e-12, 1)] = 1e-5,
         backend: str = "auto",
         layer: int = 0,
         layers: int = 1,
@@ -74,7 +76,7 @@ class Mamba2(Mixer):
         self.dt_bias = no_weight_decay(nn.Parameter(dt + torch.log(-torch.expm1(-dt))))
         self.A_log = no_weight_decay(nn.Parameter(torch.empty(heads).uniform_(A_MIN, A_MAX).log()))
         self.D = no_weight_decay(nn.Parameter(torch.ones(heads)))
-        self.norm = RMSNorm(inner, 1e-5)
+        self.norm = RMSNorm(inner, norm_eps)
         self.out_proj = nn.Linear(inner, width, bias=False)
         with torch.no_grad():
             self.out_proj.weight /= layers**0.5

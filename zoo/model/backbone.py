@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,6 +21,12 @@ from zoo.ops.rms_norm import RMSNorm
 from zoo.positions.base import EmbeddedPositions
 from zoo.positions.rope import by_row
 
+Norm = Callable[[int], nn.Module]  # width -> a normalisation over it
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {
+    "rms_norm": RMSNorm,
+    "layer_norm": nn.LayerNorm,  # with a bias
+}
+
 
 class BlockState(NamedTuple):
     """What a block's sublayers keep; () of one that it does not have."""
@@ -32,7 +39,9 @@ class BlockState(NamedTuple):
 class Block(nn.Module):
     """u = norm(x); u = short_conv(u); x += mixer(u); x += feed_forward(norm(x)).
 
-    Without the short convolution and the feed-forward where there is none.
+    Without the short convolution and the feed-forward where there is none. With `parallel_residual`
+    both halves read the same x, x += mixer(norm_1(x)) + feed_forward(norm_2(x)) (GPT-J; Black 2022,
+    GPT-NeoX-20B, section 2.1, arXiv 2204.06745).
     """
 
     def __init__(
@@ -41,14 +50,16 @@ class Block(nn.Module):
         width: int,
         mixer: Mixer,
         feed_forward: Mixer | None,
-        norm_eps: float,
+        norm: Norm,
         short_conv: int | None = None,
+        parallel_residual: bool = False,
     ) -> None:
         super().__init__()
-        self.mixer_norm = RMSNorm(width, norm_eps)
+        self.parallel_residual = parallel_residual
+        self.mixer_norm = norm(width)
         self.short_conv = ShortConvolution(width=width, taps=short_conv) if short_conv else None
         self.mixer = mixer
-        self.feed_forward_norm = RMSNorm(width, norm_eps) if feed_forward else None
+        self.feed_forward_norm = norm(width) if feed_forward else None
         self.feed_forward = feed_forward
 
     def forward(
@@ -61,9 +72,9 @@ class Block(nn.Module):
         if self.short_conv is not None:
             u, conv_state = _apply(self.short_conv, u, before.short_conv, cross_layer)
         y, mixer_state = _apply(self.mixer, u, before.mixer, cross_layer)
-        x = x + y
+        read, x = x, x + y
         if self.feed_forward is not None and self.feed_forward_norm is not None:
-            u = self.feed_forward_norm(x)
+            u = self.feed_forward_norm(read if self.parallel_residual else x)
             y, feed_forward_state = _apply(self.feed_forward, u, before.feed_forward, cross_layer)
             x = x + y
         if state is None:
@@ -74,6 +85,10 @@ class Block(nn.Module):
         """The sublayers that the block has, by their names in `BlockState`."""
         parts = {name: getattr(self, name) for name in BlockState._fields}
         return {name: part for name, part in parts.items() if part is not None}
+
+
+def _norm(kind: str, eps: float, width: int) -> nn.Module:
+    return NORMS[kind](width, eps)
 
 
 def _apply(
@@ -128,7 +143,8 @@ class Backbone(nn.Module):
     `mixers` and `feed_forwards` are constructors, cycled over the layers: one entry each for a
     plain model, several for a hybrid. So are `short_convs`, the tokens that a short convolution
     before the mixer reads (zoo.mixers.short_conv), or None for no such layer. `positions`, if
-    given, is added at the embedding. The head is the embedding itself unless `tied=False`.
+    given, is added at the embedding. The head is the embedding itself unless `tied=False`. `norm`
+    is one of NORMS; with `embedding_norm` the embedded tokens are normalised too, as in RWKV.
     `checkpoint_activations` recomputes each block in the backward pass instead of keeping what it
     computed.
     """
@@ -145,7 +161,10 @@ class Backbone(nn.Module):
         feed_forwards: Sequence[Callable[..., Mixer] | None],
         short_convs: Sequence[int | None] = (None,),
         positions: EmbeddedPositions | None = None,
+        norm: str = "rms_norm",
         norm_eps: float = 1e-6,
+        embedding_norm: bool = False,
+        parallel_residual: bool = False,
         tied: bool = True,
         checkpoint_activations: bool = False,
     ) -> None:
@@ -155,6 +174,8 @@ class Backbone(nn.Module):
         self.embedding = nn.Embedding(vocab_size, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.positions = positions
+        make_norm = partial(_norm, norm, norm_eps)
+        self.embedding_norm = make_norm(width) if embedding_norm else None
         blocks = []
         for layer in range(layers):
             place = {"width": width, "layer": layer, "layers": layers}
@@ -163,12 +184,13 @@ class Backbone(nn.Module):
                 width=width,
                 mixer=mixers[layer % len(mixers)](**place),
                 feed_forward=feed_forward(**place) if feed_forward else None,
-                norm_eps=norm_eps,
+                norm=make_norm,
                 short_conv=short_convs[layer % len(short_convs)],
+                parallel_residual=parallel_residual,
             )
             blocks.append(block)
         self.blocks = nn.ModuleList(blocks)
-        self.norm = RMSNorm(width, norm_eps)
+        self.norm = make_norm(width)
         self.frequencies: nn.Module | None = None  # trained ones, length -> (inv_freq, factor)
         self.head = nn.Linear(width, vocab_size, bias=False)
         if tied:
@@ -206,6 +228,8 @@ class Backbone(nn.Module):
         start = state.tokens_seen if state else 0
         self._check_length(start + tokens.shape[1])
         x = self.embedding(tokens)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         if self.positions is not None:
             x = self.positions(x, start, positions)
         after, cross_layer = [], {}

@@ -95,7 +95,10 @@ def assemble(config: TrainConfig, vocab_size: int, knobs: Mapping[str, int]) -> 
         ],
         short_convs=[block.short_conv for block in model.blocks],
         positions=embedded.load()(width) if embedded else None,
+        norm=model.norm,
         norm_eps=model.norm_eps,
+        embedding_norm=model.embedding_norm,
+        parallel_residual=model.parallel_residual,
         tied=model.tied,
         checkpoint_activations=config.checkpoint_activations,
     )

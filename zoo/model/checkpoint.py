@@ -53,7 +53,7 @@ def load_weights(model: Backbone, state: dict[str, Any], folder: RunFolder) -> N
 def trained_weights(folder: RunFolder) -> dict[str, Tensor]:
     """The model's weights in a run's last good checkpoint. UserError where it has none."""
     if folder.config.checkpoint:
-        weights = pretrained_weights(Path(folder.config.checkpoint))
+        weights = pretrained_weights(folder.config)
         return {name: tensor.float() for name, tensor in weights.items()}
     return _weights(_a_checkpoint(folder)[1])
 

@@ -1,68 +1,191 @@
-"""Weights of `transformers` checkpoints under this package's names.
+"""Weights of `transformers` checkpoints under this package's names, and back.
 
-    transformers Llama                        here
-    model.embed_tokens.weight                 embedding.weight
-    model.layers.N.input_layernorm            blocks.N.mixer_norm
-    model.layers.N.self_attn.{q,k,v,o}_proj   blocks.N.mixer.{q,k,v,o}_proj
-    model.layers.N.post_attention_layernorm   blocks.N.feed_forward_norm
-    model.layers.N.mlp.{gate,up,down}_proj    blocks.N.feed_forward.{gate,up,down}_proj
-    model.norm, lm_head                       norm, head
+One table for each layout of names serves both directions. A name stands for a module or a
+parameter, `*` for the number of a layer. Beside the names three things differ:
 
-    transformers Mamba and Mamba-2            here
-    backbone.embeddings.weight                embedding.weight
-    backbone.layers.N.norm                    blocks.N.mixer_norm
-    backbone.layers.N.mixer.conv1d.weight     blocks.N.mixer.conv_weight, (c, 1, w) as (c, w)
-    backbone.layers.N.mixer.conv1d.bias       blocks.N.mixer.conv_bias
-    backbone.layers.N.mixer.*                 blocks.N.mixer.*, all other names the same
-    backbone.norm_f, lm_head                  norm, head
+    conv1d.weight, conv_1d.weight     (c, 1, w) there, (c, w) here
+    RWKV-4's time_mix_*               (1, 1, d) there, (d,) here
+    GPT-NeoX's query_key_value        of every head its q, k and v there, three projections here
 
-Rotary pairs are laid out as in Llama (i, i + d/2), so no weight is permuted.
+Rotary pairs are laid out as in Llama (i, i + d/2), so no weight is permuted. Source: the modelling
+files of `transformers`; of RWKV-7 those of flash-linear-attention (fla.models.rwkv7).
 """
 
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from zoo.errors import refuse_path
 
-LLAMA = [
-    (r"model\.embed_tokens\.", "embedding."),
-    (r"model\.layers\.(\d+)\.input_layernorm\.", r"blocks.\1.mixer_norm."),
-    (r"model\.layers\.(\d+)\.self_attn\.([qkvo]_proj)\.", r"blocks.\1.mixer.\2."),
-    (r"model\.layers\.(\d+)\.post_attention_layernorm\.", r"blocks.\1.feed_forward_norm."),
-    (r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.", r"blocks.\1.feed_forward.\2_proj."),
-    (r"model\.norm\.", "norm."),
-    (r"lm_head\.", "head."),
-]
-MAMBA = [
-    (r"backbone\.embeddings\.", "embedding."),
-    (r"backbone\.layers\.(\d+)\.norm\.", r"blocks.\1.mixer_norm."),
-    (r"backbone\.layers\.(\d+)\.mixer\.conv1d\.(weight|bias)$", r"blocks.\1.mixer.conv_\2"),
-    (r"backbone\.layers\.(\d+)\.mixer\.", r"blocks.\1.mixer."),
-    (r"backbone\.norm_f\.", "norm."),
-    (r"lm_head\.", "head."),
-]
+Names = Mapping[str, str]  # theirs -> ours
+
+LLAMA: Names = {
+    "model.embed_tokens": "embedding",
+    "model.layers.*.input_layernorm": "blocks.*.mixer_norm",
+    **{
+        f"model.layers.*.self_attn.{name}": f"blocks.*.mixer.{name}"
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    },
+    "model.layers.*.post_attention_layernorm": "blocks.*.feed_forward_norm",
+    **{
+        f"model.layers.*.mlp.{name}": f"blocks.*.feed_forward.{name}"
+        for name in ("gate_proj", "up_proj", "down_proj")
+    },
+    "model.norm": "norm",
+    "lm_head": "head",
+}
+GPT_NEOX: Names = {
+    "gpt_neox.embed_in": "embedding",
+    "gpt_neox.layers.*.input_layernorm": "blocks.*.mixer_norm",
+    "gpt_neox.layers.*.attention.query_key_value": "blocks.*.mixer.qkv_proj",
+    "gpt_neox.layers.*.attention.dense": "blocks.*.mixer.o_proj",
+    "gpt_neox.layers.*.post_attention_layernorm": "blocks.*.feed_forward_norm",
+    "gpt_neox.layers.*.mlp.dense_h_to_4h": "blocks.*.feed_forward.up_proj",
+    "gpt_neox.layers.*.mlp.dense_4h_to_h": "blocks.*.feed_forward.down_proj",
+    "gpt_neox.final_layer_norm": "norm",
+    "lm_head": "head",  # embed_out before transformers 5
+}
+MAMBA: Names = {
+    "backbone.embeddings": "embedding",
+    "backbone.layers.*.norm": "blocks.*.mixer_norm",
+    "backbone.layers.*.mixer.conv1d.weight": "blocks.*.mixer.conv_weight",
+    "backbone.layers.*.mixer.conv1d.bias": "blocks.*.mixer.conv_bias",
+    "backbone.layers.*.mixer": "blocks.*.mixer",
+    "backbone.norm_f": "norm",
+    "lm_head": "head",
+}
+RWKV4: Names = {
+    "rwkv.embeddings": "embedding",
+    "rwkv.blocks.0.pre_ln": "embedding_norm",
+    "rwkv.blocks.*.ln1": "blocks.*.mixer_norm",
+    "rwkv.blocks.*.ln2": "blocks.*.feed_forward_norm",
+    "rwkv.blocks.*.attention.time_decay": "blocks.*.mixer.decay",
+    "rwkv.blocks.*.attention.time_first": "blocks.*.mixer.bonus",
+    "rwkv.blocks.*.attention.time_mix_key": "blocks.*.mixer.mix_k",
+    "rwkv.blocks.*.attention.time_mix_value": "blocks.*.mixer.mix_v",
+    "rwkv.blocks.*.attention.time_mix_receptance": "blocks.*.mixer.mix_r",
+    "rwkv.blocks.*.attention.key": "blocks.*.mixer.k_proj",
+    "rwkv.blocks.*.attention.value": "blocks.*.mixer.v_proj",
+    "rwkv.blocks.*.attention.receptance": "blocks.*.mixer.r_proj",
+    "rwkv.blocks.*.attention.output": "blocks.*.mixer.o_proj",
+    "rwkv.blocks.*.feed_forward.time_mix_key": "blocks.*.feed_forward.mix_k",
+    "rwkv.blocks.*.feed_forward.time_mix_receptance": "blocks.*.feed_forward.mix_r",
+    "rwkv.blocks.*.feed_forward.key": "blocks.*.feed_forward.k_proj",
+    "rwkv.blocks.*.feed_forward.value": "blocks.*.feed_forward.v_proj",
+    "rwkv.blocks.*.feed_forward.receptance": "blocks.*.feed_forward.r_proj",
+    "rwkv.ln_out": "norm",
+    "head": "head",
+}
+LAYOUTS: dict[str, Names] = {  # by what all names but the head's begin with
+    "gpt_neox.": GPT_NEOX,
+    "backbone.": MAMBA,
+    "rwkv.": RWKV4,
+    "model.": LLAMA,
+}
+OLDER = {"embed_out.weight": "lm_head.weight"}  # names before transformers 5
+# Buffers that older versions stored; they follow from the configuration.
+BUFFERS = re.compile(r".*(\.rotary_emb\.inv_freq|\.attention\.(masked_)?bias)")
 
 
-def from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a `Backbone` from that of a LlamaForCausalLM, MambaForCausalLM or
-    Mamba2ForCausalLM (of one group).
+def from_transformers(weights: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Tensor]:
+    """The state dict of a `Backbone` from that of a model of `transformers`.
 
-    Raises UserError for a tensor that neither table names. Weights whose head is not their
-    embedding are refused by a Backbone that is tied, as it is by default. What is not in the
-    weights the model must be given: the number of heads, `rope_base` and `norm_eps`.
+    Args:
+        weights: those of a family that zoo.pretrained.families knows.
+        heads: of the attention, which GPT-NeoX's weights do not tell.
+
+    Raises UserError for a tensor that is in no table. Weights whose head is not their embedding are
+    refused by a Backbone that is tied, as it is by default. What is not in the weights the model
+    must be given: the number of heads, `rope_base` and `norm_eps`.
     """
-    table = MAMBA if any(name.startswith("backbone.") for name in weights) else LLAMA
-    renamed = {}
+    names = next(
+        (names for start, names in LAYOUTS.items() if any(w.startswith(start) for w in weights)),
+        LLAMA,
+    )
+    renamed: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        for pattern, replacement in table:
-            ours, hits = re.subn(f"^{pattern}", replacement, name)
-            if hits:
-                renamed[ours] = tensor.squeeze(1) if ours.endswith("conv_weight") else tensor
-                break
+        if BUFFERS.fullmatch(name):
+            continue
+        ours = _renamed(OLDER.get(name, name), names)
+        if ours is None:
+            rule = "is no weight of a Llama, a GPT-NeoX, a Mamba or an RWKV-4"
+            refuse_path(name, rule, "Convert one of these")
+        if ".qkv_proj." in ours:
+            renamed |= _split(ours, tensor, heads)
         else:
-            refuse_path(name, "is no weight of a Llama or a Mamba", "Convert one of these")
+            renamed[ours] = _layout_here(ours, tensor)
     if "head.weight" not in renamed and "embedding.weight" in renamed:
         renamed["head.weight"] = renamed["embedding.weight"]
     return renamed
+
+
+def to_transformers(
+    weights: Mapping[str, Tensor], names: Names, heads: int | None = None, tied: bool = False
+) -> dict[str, Tensor]:
+    """The state dict of a model of `transformers` from that of a `Backbone`.
+
+    Args:
+        names: the table of the family.
+        heads: as for `from_transformers`.
+        tied: the head is the embedding, and is left out.
+
+    Raises UserError for a tensor that is not in the table.
+    """
+    back, found = {ours: theirs for theirs, ours in names.items()}, {}
+    fused = "blocks.*.mixer.qkv_proj" in back
+    for name, tensor in weights.items():
+        if tied and name == "head.weight":
+            continue
+        if fused and (part := re.fullmatch(r"(blocks\.\d+\.mixer\.)([qkv])_proj\.(\w+)", name)):
+            if part[2] != "q":
+                continue
+            parts = [weights[f"{part[1]}{one}_proj.{part[3]}"] for one in "qkv"]
+            name, tensor = f"{part[1]}qkv_proj.{part[3]}", _fused(parts, heads)
+        theirs = _renamed(name, back)
+        if theirs is None:
+            refuse_path(name, "has no name in transformers", "Export it in the zoo's own format")
+        found[theirs] = _layout_there(theirs, tensor)
+    return found
+
+
+def _renamed(name: str, names: Names) -> str | None:
+    """The name with the longest entry that it begins with replaced; None where there is none."""
+    plain = re.sub(r"(?<=\.)\d+(?=\.)", "*", name, count=1)
+    layer = re.search(r"(?<=\.)\d+(?=\.)", name)
+    for stem in (name, plain):  # an entry of one layer alone comes first
+        parts = stem.split(".")
+        for end in range(len(parts), 0, -1):
+            if (found := names.get(".".join(parts[:end]))) is not None:
+                rest = "".join(f".{part}" for part in parts[end:])
+                return found.replace("*", layer[0] if layer else "*") + rest
+    return None
+
+
+def _layout_here(ours: str, tensor: Tensor) -> Tensor:
+    if ours.endswith("conv_weight"):
+        return tensor.squeeze(1)
+    return tensor.flatten() if re.search(r"\.mix_[kvr]$", ours) and tensor.dim() == 3 else tensor
+
+
+def _layout_there(theirs: str, tensor: Tensor) -> Tensor:
+    if theirs.endswith(("conv1d.weight", "conv_1d.weight")):
+        return tensor.unsqueeze(1)
+    return tensor[None, None] if ".time_mix_" in theirs else tensor
+
+
+def _split(ours: str, tensor: Tensor, heads: int | None) -> dict[str, Tensor]:
+    """Three projections from one whose rows are q, k and v of the first head, of the second ..."""
+    if heads is None:
+        raise ValueError("heads=None: must be given for weights of a GPT-NeoX")
+    parts = tensor.unflatten(0, (heads, 3, -1)).unbind(1)
+    return {
+        ours.replace(".qkv_proj.", f".{one}_proj."): part.flatten(0, 1)
+        for one, part in zip("qkv", parts, strict=True)
+    }
+
+
+def _fused(parts: list[Tensor], heads: int | None) -> Tensor:
+    assert heads is not None
+    return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], 1).flatten(0, 2)

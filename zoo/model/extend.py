@@ -117,8 +117,10 @@ def _train_frequencies(
         rule = "is trained on windows with positions of a longer text"
         advice = "Use python train.py finetune=<run> extension=clex."
         refuse("extension.scaling._target_", extension.scaling.target, rule, advice)
-    if len({(rope.head_width, rope.rope_base) for rope in ropes}) > 1:
-        rule = "has one set of frequencies, and the rotary layers differ in head width or rope_base"
+    if len({(rope.rotary_width, rope.rope_base) for rope in ropes}) > 1:
+        rule = (
+            "has one set of frequencies, and the rotary layers differ in rotary width or rope_base"
+        )
         refuse("extension", extension.name, rule, "Use layers that are alike.")
     frequencies = _built(
         extension.scaling.load(), "scaling", **_given(ropes[0], extension, original_length)
@@ -130,7 +132,7 @@ def _train_frequencies(
 
 def _given(rope: Rope, extension: Extension, original_length: int) -> dict[str, Any]:
     """Return what the model and the extension settle of a scaling's arguments."""
-    sizes = {"width": rope.head_width, "base": rope.rope_base}
+    sizes = {"width": rope.rotary_width, "base": rope.rope_base}
     return {**sizes, "factor": extension.factor, "original_length": original_length}
 
 
@@ -186,6 +188,9 @@ def _scaling(rope: Rope, extension: Extension, original_length: int) -> tuple[Sc
     else:
         within = _built(scaled, "scaling")
     if all_dim := extension.scaling.options.get("mscale_all_dim"):
+        if rope.rotary_width < rope.head_width:
+            rule = "scales channels that are not rotated, which partial_rotary_factor < 1 leaves"
+            refuse("extension.scaling.mscale_all_dim", all_dim, rule, "Use mscale.")
         # DeepSeek multiplies all scores by its square: here q and k of every channel carry it.
         within = within[0], within[1] * temperature(extension.factor, all_dim)
     return (lambda _: within), False

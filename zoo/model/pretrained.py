@@ -64,10 +64,14 @@ def _stamps(files: list[Path]) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def pretrained_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """A checkpoint's tensors under the zoo's names, mapped from its files where they can be."""
+def pretrained_weights(config: TrainConfig) -> dict[str, Tensor]:
+    """The tensors of a run's checkpoint under the zoo's names, mapped from its files where they can
+    be."""
+    assert config.checkpoint is not None
+    checkpoint = Path(config.checkpoint)
     gguf = checkpoint.is_file()
-    return from_transformers(GGUFFile(checkpoint).weights() if gguf else open_weights(checkpoint))
+    stored = GGUFFile(checkpoint).weights() if gguf else open_weights(checkpoint)
+    return from_transformers(stored, config.size.heads)
 
 
 def load_pretrained(config: TrainConfig) -> Backbone:
@@ -78,7 +82,7 @@ def load_pretrained(config: TrainConfig) -> Backbone:
     """
     assert config.checkpoint is not None
     checkpoint = Path(config.checkpoint)
-    weights = {name: tensor.float() for name, tensor in pretrained_weights(checkpoint).items()}
+    weights = {name: tensor.float() for name, tensor in pretrained_weights(config).items()}
     if "embedding.weight" not in weights:
         refuse("checkpoint", str(checkpoint), "has no embedding", "Give a whole checkpoint")
     with torch.device("meta"):

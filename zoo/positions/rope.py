@@ -11,13 +11,14 @@ formed in float64 and only their cosine and sine are rounded.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from zoo.config.domains import RopeBase
+from zoo.config.domains import Range, RopeBase
+from zoo.errors import refuse
 from zoo.ops.rotary import apply_rotary, rotate_pairs
 from zoo.positions.base import CrossLayer, Positions, placed_positions
 
@@ -172,16 +173,30 @@ class Rope(Positions):
 
     Args:
         rope_base: b of theta_i = b^(-2i/d); larger ones give longer wavelengths.
+        partial_rotary_factor: share of a head's channels, the first ones, that are rotated
+            (GPT-NeoX: 0.25).
     """
 
     takes_pattern: ClassVar[bool] = True
     placeable: ClassVar[bool] = True
     scaled_by: ClassVar[tuple[str, ...]] = ("zoo.positions.scaling", "zoo.positions.clex")
 
-    def __init__(self, heads: int, head_width: int, /, *, rope_base: RopeBase = 10000.0) -> None:
+    def __init__(
+        self,
+        heads: int,
+        head_width: int,
+        /,
+        *,
+        rope_base: RopeBase = 10000.0,
+        partial_rotary_factor: Annotated[float, Range(above=0, most=1)] = 1.0,
+    ) -> None:
         super().__init__(heads, head_width)
         self.rope_base = rope_base
-        self.inv_freq = inverse_frequencies(head_width, rope_base)
+        self.rotary_width = int(head_width * partial_rotary_factor)
+        if partial_rotary_factor < 1 and (self.rotary_width % 2 or not self.rotary_width):
+            rule = f"must make an even number of the {head_width} channels of a head, from 2 on"
+            refuse("partial_rotary_factor", partial_rotary_factor, rule)
+        self.inv_freq = inverse_frequencies(self.rotary_width, rope_base)
 
     def rotate(self, x: Float[Tensor, "b t h d"], at: int | Tensor) -> Float[Tensor, "b t h d"]:
         return apply_rope(x, self.inv_freq, at)

@@ -16,11 +16,13 @@ depends on how much has been read, and keys must be cached unrotated.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from zoo.config.domains import Range
 from zoo.errors import choose, refuse
 from zoo.positions.rope import inverse_frequencies
 
@@ -146,13 +148,15 @@ def yarn(
     truncate: bool = True,
     mscale: float = 1.0,
     mscale_all_dim: float = 0.0,
+    attention_factor: Annotated[float, Range(above=0, most=10)] | None = None,
 ) -> Scaled:
     """NTK-by-parts with sharper attention (YaRN, Peng 2023, section 3.4, arXiv 2309.00071).
 
     The temperature t of softmax(q k / (t sqrt d)) has sqrt(1/t) = 0.1 ln s + 1, and q and k each
     carry one sqrt(1/t). DeepSeek-V2 (arXiv 2405.04434) divides by the same with `mscale_all_dim`
     in place of `mscale`, and also scales the scores of all channels, rotated or not, by the square
-    of `temperature(factor, mscale_all_dim)`; zoo.model.extend does that.
+    of `temperature(factor, mscale_all_dim)`; zoo.model.extend does that. An `attention_factor`, as
+    checkpoints may give, takes the place of all of these.
     Golden, d=128, L=4096, s=16: theta_21 = 0.046941, theta_33 = 0.0046, factor 1.277259.
     """
     for name, value in (("mscale", mscale), ("mscale_all_dim", mscale_all_dim)):
@@ -169,7 +173,8 @@ def yarn(
         mix=mix,
         truncate=truncate,
     )
-    return inv_freq, temperature(factor, mscale) / temperature(factor, mscale_all_dim)
+    derived = temperature(factor, mscale) / temperature(factor, mscale_all_dim)
+    return inv_freq, derived if attention_factor is None else attention_factor
 
 
 def dynamic_yarn(

@@ -2,34 +2,17 @@
 
 A family is a table: which keys are read, which must have the one value that the zoo computes, and
 which say nothing about the mathematics. A key in none of them is refused by name, so that nothing a
-checkpoint asks for is ever ignored.
-
-    model_type              model=
-    llama, mistral          transformer
-    mamba                   mamba
-    mamba2                  mamba2
+checkpoint asks for is ever ignored. The first line of a
+family's function is its row in README's table.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from zoo.errors import UserError, choose
-
-Config = Mapping[str, Any]
-
-# Keys about files, tokens, training or execution: none changes what the model computes.
-SILENT = {
-    *("_attn_implementation", "_name_or_path", "architectures", "auto_map", "dtype", "model_type"),
-    *("torch_dtype", "transformers_version", "transformers.js_config", "is_llama_config"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
-    *("attention_dropout", "initializer_range", "use_cache", "use_mambapy"),
-    "use_associative_scan",
-    *("rescale_prenorm_residual", "residual_in_fp32", "chunk_size"),
-    *("time_step_floor", "time_step_init_scheme", "time_step_max", "time_step_min"),
-    "time_step_scale",
-}
+from zoo.pretrained.config_reader import Config, Reader, unsupported
+from zoo.pretrained.rope_scaling import rotary
 
 
 @dataclass
@@ -40,44 +23,6 @@ class Description:
     words: list[str]
     vocab_size: int
     end_token: int | None  # ends a document
-
-
-@dataclass
-class _Reader:
-    """Reads a config's keys, and remembers which were read."""
-
-    config: Config
-    read: set[str] = field(default_factory=set)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.read.add(key)
-        value = self.config.get(key)
-        return default if value is None else value
-
-    def number(self, key: str) -> Any:
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"config.json: {key}={value!r}: must be a number.")
-        return value
-
-    def only(self, key: str, *allowed: Any) -> None:
-        """Refuse a key whose value asks for what the zoo does not compute."""
-        value = self.get(key)
-        if value is not None and value not in allowed:
-            raise _unsupported(key, value)
-
-    def finish(self) -> None:
-        """Refuse the first key that nothing has read."""
-        for key, value in self.config.items():
-            if key not in self.read and key not in SILENT and value is not None:
-                raise _unsupported(key, value)
-
-
-def _unsupported(key: str, value: Any) -> UserError:
-    return UserError(
-        f"config.json: {key}={value!r}: is not supported. Use a checkpoint whose settings are all "
-        "supported."
-    )
 
 
 def describe(config: Config) -> Description:
@@ -92,7 +37,7 @@ def describe(config: Config) -> Description:
     if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
         raise UserError("config.json: names no model_type. Give the folder of a checkpoint.")
     name = choose("model_type", config["model_type"], FAMILIES)
-    reader = _Reader(config)
+    reader = Reader(config)
     words = FAMILIES[name](reader)
     vocab_size = reader.number("vocab_size")
     end = config.get("eos_token_id")
@@ -102,31 +47,109 @@ def describe(config: Config) -> Description:
     return Description(name, ["match=none", *words], vocab_size, end)
 
 
-def _llama(read: _Reader) -> list[str]:
+def _llama(read: Reader) -> list[str]:
+    """Llama 1 to 3 and its descendants under the same name."""
+    return [*_transformer(read), *_feed_forward_bias(read), *_biases(read, "qkv", "output")]
+
+
+def _mistral(read: Reader) -> list[str]:
+    """Mistral, with a sliding window in all layers or none."""
+    return _transformer(read)
+
+
+def _qwen2(read: Reader) -> list[str]:
+    """Qwen2 and Qwen2.5: biases of queries, keys and values."""
+    return [*_transformer(read), "model.mixer.qkv_bias=true"]
+
+
+def _qwen3(read: Reader) -> list[str]:
+    """Qwen3: normalised queries and keys, heads of any width."""
+    eps = read.number("rms_norm_eps")
+    norms = ["model.mixer.qk_norm=true", f"model.mixer.norm_eps={eps}"]
+    return [*_transformer(read), *norms, *_biases(read, "qkv", "output")]
+
+
+def _biases(read: Reader, *which: str) -> list[str]:
+    return [f"model.mixer.{one}_bias=true" for one in which if read.get("attention_bias", False)]
+
+
+def _feed_forward_bias(read: Reader) -> list[str]:
+    return ["model.feed_forward.bias=true"] if read.get("mlp_bias", False) else []
+
+
+def _transformer(read: Reader) -> list[str]:
+    """What the families that descend from Llama have in common."""
     width, heads = read.number("hidden_size"), read.number("num_attention_heads")
     read.only("hidden_act", "silu")
-    read.only("attention_bias", False)
-    read.only("mlp_bias", False)
     read.only("pretraining_tp", 1)
     read.only("rope_interleaved", False)
-    read.only("head_dim", width // heads)
-    window, length = read.get("sliding_window"), read.number("max_position_embeddings")
+    read.only("partial_rotary_factor", 1.0)
+    head_width, length = read.get("head_dim"), read.number("max_position_embeddings")
     words = [
         "model=transformer",
         f"model.mixer.kv_heads={read.get('num_key_value_heads', heads)}",
         f"model.feed_forward.hidden_width={read.number('intermediate_size')}",
         *_backbone(read, width, heads, "rms_norm_eps", False),
         f"seq_len={length}",
-        *_rotary(read, length),
+        *rotary(read, length),
     ]
+    if head_width is not None and head_width * heads != width:
+        words += [f"model.mixer.head_width={head_width}"]
+    window = _window(read)
     if window is not None and window < length:
         if any(word.startswith("extension=") for word in words):
-            raise _unsupported("sliding_window", window)
+            raise unsupported("sliding_window", window)
         words += ["extension=window", f"extension.attention.window={window}"]
     return words
 
 
-def _backbone(read: _Reader, width: int, heads: int, eps: str, tied: bool) -> list[str]:
+def _window(read: Reader) -> int | None:
+    """The sliding window of all layers; None without one."""
+    window, kinds = read.get("sliding_window"), read.get("layer_types", [])
+    slides = read.get("use_sliding_window", True)
+    first = read.get("max_window_layers", 0)  # before it, layers see all keys
+    if kinds:
+        if {*kinds} not in ({"full_attention"}, {"sliding_attention"}):
+            raise unsupported("layer_types", kinds)
+        slides = kinds[0] == "sliding_attention"
+    elif slides and window is not None and first >= read.number("num_hidden_layers"):
+        slides = False
+    elif slides and window is not None and first > 0:
+        raise unsupported("max_window_layers", first)
+    return window if slides else None
+
+
+def _gpt_neox(read: Reader) -> list[str]:
+    """GPT-NeoX and Pythia: parallel halves, a part of each head rotated, LayerNorm, biases."""
+    width, heads = read.number("hidden_size"), read.number("num_attention_heads")
+    length = read.number("max_position_embeddings")
+    read.only("hidden_act", "gelu")
+    parameters = dict(read.get("rope_parameters", {}))
+    share = parameters.pop("partial_rotary_factor", None) or read.get("rotary_pct", 0.25)
+    parallel = read.get("use_parallel_residual", True)
+    inner = Reader({**read.config, "rope_parameters": parameters}, read.read)
+    return [
+        "model=transformer",
+        "model.norm=layer_norm",
+        f"model.parallel_residual={'true' if parallel else 'false'}",
+        *[f"model.mixer.{which}_bias={_switch(read, 'attention_bias')}" for which in BIASES],
+        "model.feed_forward._target_=zoo.mixers.feed_forward.MLP",
+        f"model.feed_forward.hidden_width={read.number('intermediate_size')}",
+        *_backbone(read, width, heads, "layer_norm_eps", False),
+        f"seq_len={length}",
+        *rotary(inner, length, "rotary_emb_base"),
+        f"model.positions.partial_rotary_factor={float(share)}",
+    ]
+
+
+BIASES = ("qkv", "output")
+
+
+def _switch(read: Reader, key: str) -> str:
+    return "true" if read.get(key, True) else "false"
+
+
+def _backbone(read: Reader, width: int, heads: int, eps: str, tied: bool) -> list[str]:
     """`tied` is what the family's config.json leaves out."""
     tied = read.get("tie_word_embeddings", tied)
     return [
@@ -138,65 +161,8 @@ def _backbone(read: _Reader, width: int, heads: int, eps: str, tied: bool) -> li
     ]
 
 
-def _rotary(read: _Reader, length: int) -> list[str]:
-    """The rotary base and the scaling it was trained under (rope_scaling, or rope_parameters)."""
-    old, new = read.get("rope_scaling", {}), read.get("rope_parameters", {})
-    scaling = {**old, **new}
-    base = scaling.pop("rope_theta", None) or read.get("rope_theta", 10000.0)
-    read.only("partial_rotary_factor", 1.0)
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    scaling.pop("type", None)
-    words = [f"model.positions.rope_base={float(base)}"]
-    if kind == "default":
-        _nothing_left(scaling)
-        return words
-    if kind not in SCALINGS:
-        raise _unsupported("rope_scaling.rope_type", kind)
-    return words + SCALINGS[kind](scaling, length)
-
-
-def _nothing_left(scaling: Mapping[str, Any]) -> None:
-    for key, value in scaling.items():
-        if value is not None:
-            raise _unsupported(f"rope_scaling.{key}", value)
-
-
-def _option(scaling: dict[str, Any], key: str, option: str) -> list[str]:
-    value = scaling.pop(key, None)
-    if isinstance(value, bool):
-        value = str(value).lower()
-    return [] if value is None else [f"{option}={value}"]
-
-
-def _scaled(name: str, options: Mapping[str, str]) -> Callable[[dict[str, Any], int], list[str]]:
-    """Reads one kind of rope_scaling as the zoo's extension of that `name`."""
-
-    def read(scaling: dict[str, Any], length: int) -> list[str]:
-        before = scaling.pop("original_max_position_embeddings", None)
-        factor = scaling.pop("factor", None) or (length / before if before else None)
-        if factor is None:
-            raise UserError("config.json: must give rope_scaling.factor.")
-        words = [f"extension={name}", f"extension.factor={factor}"]
-        words += [f"extension.original_length={before}"] if before else []
-        for key, option in options.items():
-            words += _option(scaling, key, f"extension.scaling.{option}")
-        _nothing_left(scaling)
-        return words
-
-    return read
-
-
-SCALINGS = {
-    "linear": _scaled("pi", {}),
-    "llama3": _scaled("llama3", {key: key for key in ("low_freq_factor", "high_freq_factor")}),
-    "yarn": _scaled(
-        "yarn",
-        {key: key for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")},
-    ),
-}
-
-
-def _mamba(read: _Reader) -> list[str]:
+def _mamba(read: Reader) -> list[str]:
+    """Mamba."""
     width = read.number("hidden_size")
     inner = read.get("intermediate_size") or int(read.get("expand", 2) * width)
     read.only("expand", inner / width)
@@ -217,7 +183,27 @@ def _mamba(read: _Reader) -> list[str]:
 INFINITY = {"__float__": "Infinity"}  # as transformers writes it into JSON
 
 
-def _mamba2(read: _Reader) -> list[str]:
+def _falcon_mamba(read: Reader) -> list[str]:
+    """Falcon-Mamba: a Mamba that normalises dt, B and C."""
+    return [*_mamba(read), f"model.mixer.input_norm_eps={read.get('mixer_rms_eps', 1e-6)}"]
+
+
+def _rwkv(read: Reader) -> list[str]:
+    """RWKV-4."""
+    width = read.number("hidden_size")
+    read.only("attention_hidden_size", width)
+    return [
+        "model=rwkv4",
+        "model.norm=layer_norm",
+        "model.embedding_norm=true",
+        f"model.feed_forward.hidden_width={read.get('intermediate_size', 4 * width)}",
+        *_backbone(read, width, 1, "layer_norm_epsilon", False),
+        f"seq_len={read.number('context_length')}",
+    ]
+
+
+def _mamba2(read: Reader) -> list[str]:
+    """Mamba-2, of one group."""
     width = read.number("hidden_size")
     heads, head_width = read.number("num_heads"), read.number("head_dim")
     read.only("expand", heads * head_width / width)
@@ -235,13 +221,19 @@ def _mamba2(read: _Reader) -> list[str]:
         f"model.mixer.head_width={head_width}",
         f"model.mixer.state_size={read.number('state_size')}",
         f"model.mixer.conv_width={read.number('conv_kernel')}",
+        f"model.mixer.norm_eps={read.number('layer_norm_epsilon')}",
         *_backbone(read, width, 1, "layer_norm_epsilon", True),
     ]
 
 
-FAMILIES: dict[str, Callable[[_Reader], list[str]]] = {
+FAMILIES: dict[str, Callable[[Reader], list[str]]] = {
     "llama": _llama,
-    "mistral": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gpt_neox": _gpt_neox,
     "mamba": _mamba,
+    "falcon_mamba": _falcon_mamba,
     "mamba2": _mamba2,
+    "rwkv": _rwkv,
 }

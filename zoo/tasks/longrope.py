@@ -126,7 +126,7 @@ class Problem:
     def use(self, genome: Rescale) -> None:
         """Let the model read under the genome."""
         scaled = longrope(
-            width=self.ropes[0].head_width,
+            width=self.ropes[0].rotary_width,
             base=self.ropes[0].rope_base,
             factor=self.factor,
             original_length=self.original_length,
@@ -147,7 +147,7 @@ class Problem:
 
 def _problem(context: EvalContext, factor: float, magnitude: str) -> Problem:
     config, ropes = RunFolder.open(context.folder).config, rotary_positions(context.model)
-    if not ropes or len({(rope.head_width, rope.rope_base) for rope in ropes}) > 1:
+    if not ropes or len({(rope.rotary_width, rope.rope_base) for rope in ropes}) > 1:
         raise NotApplicableError("longrope needs rotary layers, all of one head width and base")
     if context.extension != "none":
         rule = "must be none with task=longrope, which searches for the model as it was trained"
@@ -160,7 +160,7 @@ def _problem(context: EvalContext, factor: float, magnitude: str) -> Problem:
         )
     original_length = own.original_length or config.seq_len
     n_hats = [n for n in N_HATS if n < original_length]
-    given = {"width": ropes[0].head_width, "base": ropes[0].rope_base, "factor": factor}
+    given = {"width": ropes[0].rotary_width, "base": ropes[0].rope_base, "factor": factor}
     theta = ropes[0].inv_freq
     if own.scaling is None:
         starts = [linear(**given)[0], ntk_aware(**given)[0]]

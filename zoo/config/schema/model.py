@@ -1,7 +1,7 @@
 """The options model.*, size.* and extension.*."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,13 +20,25 @@ Matched = Annotated[str, Field(pattern=r"^(layers|(mixer|feed_forward)\.[a-z]\w*
 
 
 class Model(Section):
-    unwritten: ClassVar[Mapping[str, Any]] = {"norm_eps": 1e-6, "tied": True}
+    unwritten: ClassVar[Mapping[str, Any]] = {
+        **{"norm": "rms_norm", "norm_eps": 1e-6, "embedding_norm": False},
+        **{"parallel_residual": False, "tied": True},
+    }
     name: Name
     blocks: list[BlockConfig] = Field(min_length=1)  # repeated over the layers
     embedding_positions: PositionsPart | None
     match: list[Matched]  # what match=params may change, in this order
+    norm: Literal["rms_norm", "layer_norm"] = Field(
+        default="rms_norm", description="normalisation before every half of a block and the head"
+    )
     norm_eps: Annotated[Number, Field(gt=0, lt=1)] = Field(
-        default=1e-6, description="added under the root of every normalisation"
+        default=1e-6, description="added under the root of these normalisations"
+    )
+    embedding_norm: Switch = Field(
+        default=False, description="true: the embedded tokens are normalised too"
+    )
+    parallel_residual: Switch = Field(
+        default=False, description="true: mixer and feed-forward read the same input"
     )
     tied: Switch = Field(default=True, description="true: the head is the embedding")
 
