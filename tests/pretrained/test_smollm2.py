@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from zoo.model.backbone import Backbone
-from zoo.model.pretrained import load_pretrained
+from zoo.model.pretrained import load_pretrained, pretrained_config
 from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.pretrained.gguf import GGUFFile
-from zoo.training.pretrained import pretrained_config
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("gguf")
