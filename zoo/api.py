@@ -13,9 +13,11 @@ from zoo.tasks.known import all_known
 HIDDEN = ("declares", "question")  # for those who draw a row, not for those who read it
 
 
-def load(path: str | Path, *words: str, device: str = "auto") -> LanguageModel:
+def load(
+    path: str | Path, *words: str, device: str = "auto", weights: str | None = None
+) -> LanguageModel:
     """Open a run or a checkpoint; see `zoo.model.language_model.load_language_model`."""
-    return load_language_model(path, *words, device=device)
+    return load_language_model(path, *words, device=device, weights=weights)
 
 
 def rows(pattern: str | Sequence[str], folder: str | Path = "runs") -> list[dict[str, Any]]:

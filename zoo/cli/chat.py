@@ -26,12 +26,14 @@ options
   seed=0            of the random numbers
   stop=null         [text, ..] before which writing ends
   device=auto       auto, cpu, mps, cuda, cuda:1 ...
+  weights=null      int8 or int4 to quantize them
   extension=none    and extension.factor=8 and the like, as for eval.py
 
 An empty line lets the model write on. Ctrl-D ends.
 """
 TASK = "task.generate."
-OPTIONS = ("prompt", "tokens", "temperature", "top_p", "seed", "stop", "device", "extension")
+OF_TASK = ("prompt", "tokens", "temperature", "top_p", "seed", "stop")
+OPTIONS = (*OF_TASK, "device", "weights", "extension")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,9 +56,9 @@ def chat(words: Sequence[str]) -> int:
             refuse_unknown(name, "option", name, OPTIONS)
     extension = [word for word in options if word.startswith("extension")]
     others = [word for word in options if word not in extension]
-    task = [word if word.startswith("device=") else f"{TASK}{word}" for word in others]
+    others = [f"{TASK}{word}" if word.split("=")[0] in OF_TASK else word for word in others]
     try:
-        config = compose("eval", ["run=x", "task=generate", *task])
+        config = compose("eval", ["run=x", "task=generate", *others])
         how = config.task["generate"].load()()
         how.check()
     except UserError as error:  # options have short names here
@@ -65,7 +67,8 @@ def chat(words: Sequence[str]) -> int:
     from zoo.model.language_model import load_language_model
     from zoo.report.words import size
 
-    model = load_language_model(places[0], *extension, device=config.device)
+    how_read = {"device": config.device, "weights": config.weights}
+    model = load_language_model(places[0], *extension, **how_read)
     sampling = Sampling(temperature=how.temperature, top_p=how.top_p, seed=how.seed)
     writer = model.writer(how.prompt) if how.prompt else None
     for line in sys.stdin:

@@ -40,7 +40,16 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "What is measured": (
             *("run", "checkpoint", "split", "data.path", "data.cache", "data.tokenizer"),
         ),
-        "Where and how": ("report", "against", "publish", "fresh", "runs", "device", "threads"),
+        "Where and how": (
+            "report",
+            "against",
+            "publish",
+            "fresh",
+            "runs",
+            "device",
+            "weights",
+            "threads",
+        ),
     },
 }
 FLAGS = {

@@ -150,6 +150,7 @@ class Backbone(nn.Module):
     """
 
     extended: str | None = None  # the extension that zoo.model.extend gave it
+    rounding: torch.dtype | None = None  # of matrix products, if coarser than the weights' own
 
     def __init__(
         self,

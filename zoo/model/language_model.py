@@ -25,6 +25,7 @@ from zoo.model.device import pick_device
 from zoo.model.extend import extend
 from zoo.model.generation import Sampling, Writer, until
 from zoo.model.pretrained import load_pretrained, pretrained_config
+from zoo.model.quantization import quantize
 from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.runs.folder import RunFolder
 
@@ -139,7 +140,9 @@ class LanguageModel:
         return self.encode(text) if isinstance(text, str) else [*map(int, text)]
 
 
-def load_language_model(path: str | Path, *words: str, device: str = "auto") -> LanguageModel:
+def load_language_model(
+    path: str | Path, *words: str, device: str = "auto", weights: str | None = None
+) -> LanguageModel:
     """Open a run or a checkpoint, under an extension if one is named.
 
     Args:
@@ -147,6 +150,7 @@ def load_language_model(path: str | Path, *words: str, device: str = "auto") -> 
         words: options of the extension as eval.py takes them: "extension=yarn",
             "extension.factor=8".
         device: auto (an accelerator where there is one), cpu, cuda, cuda:1, mps.
+        weights: int8 or int4 to quantize them (zoo.model.quantization); None: as they are.
 
     Raises:
         UserError: where nothing there can be opened, an option is wrong, the extension does not act
@@ -156,7 +160,9 @@ def load_language_model(path: str | Path, *words: str, device: str = "auto") -> 
         if not word.startswith(("extension=", "extension.")):
             refuse_path(word, "is no option of an extension", "Use extension=<name>")
     place, where = Path(path), pick_device(device)
-    extension = compose("eval", ["run=x", *words]).extension
+    options = [*words, f"weights={'null' if weights is None else weights}"]
+    chosen = compose("eval", ["run=x", *options])
+    extension = chosen.extension
     check_extension(extension, [word.partition("=")[0] for word in words])
     if (place / "run.json").is_file():
         folder = RunFolder.open(place)
@@ -170,6 +176,8 @@ def load_language_model(path: str | Path, *words: str, device: str = "auto") -> 
     else:
         refuse_path(place, "is no run and no checkpoint", "Give a run folder, such as runs/<name>")
     extend(backbone, extension, config.seq_len)
+    if chosen.weights:
+        quantize(backbone, chosen.weights)
     return LanguageModel(
         backbone=backbone,
         tokenizer=tokenizer,

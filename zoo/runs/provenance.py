@@ -89,10 +89,11 @@ def sources(
     return _closure(package, kernels, list(dict.fromkeys([*roots, *modules])))
 
 
-def measured_by(trained: BaseModel, task: str, extended: bool) -> str:
+def measured_by(trained: BaseModel, task: str, extended: bool, quantized: bool = False) -> str:
     """One name for the code that measures a trained run by a task; of an `extended` one it goes on
     with one for all extensions, so that the first part is the same under each and under none."""
-    own = digest(sources(trained, roots=[*MEASURING, f"tasks.{task}"]))
+    also = ["model.quantization"] if quantized else []
+    own = digest(sources(trained, roots=[*MEASURING, *also, f"tasks.{task}"]))
     if not extended:
         return own
     reads = [path for part in ("attention", "positions") for path in (PACKAGE / part).glob("*.py")]

@@ -23,6 +23,7 @@ from zoo.measurement import agrees, not_finite
 from zoo.model.checkpoint import load
 from zoo.model.device import pick_device
 from zoo.model.extend import extend
+from zoo.model.quantization import quantize
 from zoo.report import published, write_report
 from zoo.report.page import pictures_folder, terminal
 from zoo.report.rows import gather, in_words
@@ -174,7 +175,7 @@ class _Run:
         folder = RunFolder.open(folder.path)
         found = with_found_factors(plain(config.extension), folder.path)  # what a search has left
         extension = Extension.model_validate(found)
-        about = row_identity(extension, folder, device)
+        about = row_identity(extension, folder, device, config.weights)
         _tell_code(folder)
         return cls(
             config.model_copy(update={"extension": extension}), folder, about, device, progress
@@ -202,7 +203,8 @@ class _Run:
         for name, task in tasks.items():
             extended = self.config.extension.name != "none"
             named = self.about | {"task": name}
-            named |= {"measured_by": measured_by(self.folder.config, name, extended)}
+            code = measured_by(self.folder.config, name, extended, bool(self.config.weights))
+            named |= {"measured_by": code}
             try:
                 yield from self._answer(task, opened.value, named, leaks, fresh)
             except UserError as error:  # with this run: `check` has seen the settings
@@ -274,6 +276,8 @@ class _Run:
             extend(model, config.extension, trained.seq_len)
         except UserError as error:
             raise NotApplicableError(str(error)) from None
+        if config.weights:
+            quantize(model, config.weights)
         return EvalContext(
             model=model,
             data=data,

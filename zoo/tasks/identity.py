@@ -27,7 +27,9 @@ UNSHAPED = (  # options that leave a run's weights as they are; the text is know
 )
 
 
-def row_identity(extension: Extension, folder: RunFolder, device: torch.device) -> Row:
+def row_identity(
+    extension: Extension, folder: RunFolder, device: torch.device, weights: str | None = None
+) -> Row:
     """The fields every row of a run shares: what was trained, how, and what measures it."""
     trained, info = folder.config, folder.info
     name = trained.model.name
@@ -58,7 +60,7 @@ def row_identity(extension: Extension, folder: RunFolder, device: torch.device) 
         "sources": trained_by(info),
         "commit": info.get("commit"),
         "device": device_name(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": weights or str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "audit": None,  # of a model that leaks, the reason
     }

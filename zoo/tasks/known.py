@@ -1,12 +1,14 @@
 """Find what a run's results already hold beside what is requested now."""
 
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 import torch
 
 from zoo.config.groups import extensions
 from zoo.config.schema.model import Extension
 from zoo.measurement import agrees, panel, question
+from zoo.model.quantization import Bits
 from zoo.runs.folder import RunFolder
 from zoo.runs.provenance import measured_by
 from zoo.tasks.context import Row
@@ -51,9 +53,8 @@ def known_besides(folder: RunFolder, about: Row, requested: Sequence[Row]) -> It
     yield from (leaks[name] | {"requested": False} for name in leaks.keys() - now_known)
     rows = [row for row in every if agrees(row, alike | {"status": "ok"})]
     rows = [row for row in rows if row["extension_settings"] not in leaks.keys() - now_known]
-    kinds = {(row["task"], row["extension"] != "none") for row in rows}
-    now = {kind: measured_by(folder.config, *kind) for kind in kinds}
-    rows = [r for r in rows if r.get("measured_by") == now[r["task"], r["extension"] != "none"]]
+    now = {kind: measured_by(folder.config, *kind) for kind in set(map(_kind, rows))}
+    rows = [row for row in rows if row.get("measured_by") == now[_kind(row)]]
     others: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: str(row.get("time"))):
         if row["task"] not in {one["task"] for one in requested}:
@@ -76,6 +77,11 @@ def _standing_leaks(rows: Sequence[Row], weights: Row) -> dict[str, Row]:
         elif agrees(row, weights | {"status": "ok"}):
             found.pop(row["extension_settings"], None)
     return found
+
+
+def _kind(row: Row) -> tuple[str, bool, bool]:
+    """Which code measures a row: its task, whether extended, whether of quantized weights."""
+    return row["task"], row["extension"] != "none", row.get("dtype") in get_args(Bits)
 
 
 def _alike(row: Row, latest: Row) -> bool:

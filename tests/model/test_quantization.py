@@ -1,0 +1,151 @@
+"""Weights in 8 and 4 bits: products are those of the restored weights, in every architecture."""
+
+import copy
+import json
+
+import pytest
+import torch
+from building import train_config, write_text
+from torch import nn
+
+import zoo
+from zoo.cli.eval import main as eval_main
+from zoo.cli.train import main as train_main
+from zoo.config.groups import choices
+from zoo.model.audit import audit
+from zoo.model.backbone import Backbone
+from zoo.model.build import build_model
+from zoo.model.quantization import GROUP, QuantizedWeight, quantize, weight_bytes
+
+BITS = ["int8", "int4"]
+
+
+def model_of(name: str) -> Backbone:
+    torch.manual_seed(0)
+    config = train_config(f"model={name}", "size=tiny", "seq_len=64", "match=none")
+    return build_model(config, vocab_size=128)[0].eval().requires_grad_(False)
+
+
+def restored(model: Backbone) -> Backbone:
+    """The same model with the plain weights that its quantized ones stand for."""
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, QuantizedWeight):
+            module.weight = nn.Parameter(weight.restored(), False)
+    return plain
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_each_weight_is_the_nearest_that_its_scale_allows(bits):
+    weight = torch.randn(128, 96) * torch.rand(128, 1).exp()
+    found = QuantizedWeight.of(weight, bits).restored().double()
+    wide = weight.double()
+    if bits == "int8":
+        step = wide.abs().amax(1, keepdim=True) / 127
+        steps = (wide / step).round() * step
+    else:
+        groups = wide.unflatten(1, (-1, GROUP))
+        low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+        step = (high - low) / 15
+        steps = (((groups - low) / step).round() * step + low).flatten(1)
+        step = step.expand_as(groups).flatten(1)
+    assert ((found - wide).abs() <= 0.5 * step + 0.08 * step + 0.004 * wide.abs().max()).all()
+    assert (found - steps).abs().mean() < 0.25 * step.mean()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("rows", [0, 1, 3, 70])
+def test_a_product_is_that_of_the_restored_weight(bits, rows):
+    weight = QuantizedWeight.of(torch.randn(192, 64), bits)
+    x = torch.randn(2, rows, 64)
+    expected = x.bfloat16().double() @ weight.restored().double().T
+    found = nn.functional.linear(x, weight)
+    assert found.dtype == x.dtype
+    torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-6)
+    strided = x.transpose(0, 1)
+    torch.testing.assert_close(nn.functional.linear(strided, weight), found.transpose(0, 1))
+    wide = nn.functional.linear(x.double(), weight)  # exact: nothing is rounded
+    torch.testing.assert_close(wide, x.double() @ weight.restored().double().T)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_and_parts_of_it_are_those_of_the_restored_weight(bits):
+    weight = QuantizedWeight.of(torch.randn(128, 32), bits)
+    for part, expected in zip(weight.chunk(2), weight.restored().chunk(2), strict=True):
+        assert isinstance(part, QuantizedWeight)
+        assert torch.equal(part.restored(), expected)
+    index = torch.tensor([[3, 3], [0, 127]])
+    rows = nn.functional.embedding(index, weight)
+    assert torch.equal(rows, weight.restored()[index])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", sorted(choices("model")))
+def test_a_model_predicts_as_with_the_restored_weights(name, bits):
+    model = model_of(name)
+    before = weight_bytes(model)
+    quantize(model, bits)
+    assert weight_bytes(model) < 0.75 * before  # lstm's recurrent matrices are no linear layers
+    tokens = torch.randint(128, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected, found = restored(model).double()(tokens), model(tokens)
+        exact = copy.deepcopy(model).double()(tokens)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(exact, expected)
+    spread = float(expected.std())
+    assert float((found - expected).abs().mean()) < 0.03 * spread
+
+
+@pytest.mark.parametrize("name", ["transformer", "mamba", "rwkv7", "hybrid"])
+def test_an_audit_finds_no_leak_in_what_rounding_does(name):
+    model = quantize(model_of(name), "int8")
+    found = audit(model, torch.randint(128, (96,)))
+    assert found.ok, found.reason
+    assert found.tokens == {"float64": 96, "bfloat16": 96}
+
+
+def test_what_the_kernels_cannot_take_stays_as_it_is():
+    model = model_of("mamba")
+    narrow = model.blocks[0].mixer.dt_proj.weight
+    assert narrow.shape[1] % 16
+    quantize(model, "int8")
+    assert model.blocks[0].mixer.dt_proj.weight is narrow
+    assert isinstance(model.blocks[0].mixer.in_proj.weight, QuantizedWeight)
+    assert model.head.weight is model.embedding.weight  # tied: kept once
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized")
+    write_text(folder / "text")
+    data = ["data=text", f"data.path={folder / 'text'}", f"data.cache={folder / 'cache'}"]
+    size = ["size=tiny", "match=none", "model=transformer", "seq_len=32", "batch_tokens=256"]
+    more = ["trainer.max_steps=40", f"runs={folder}", "name=x", "logger=none", "optim.lr=0.005"]
+    assert train_main([*data, *size, *more, "trainer.accelerator=cpu"]) == 0
+    return folder / "x"
+
+
+def test_rows_of_quantized_weights_are_rows_of_their_own(run, tmp_path, capsys):
+    task = ["task=perplexity", "task.perplexity.lengths=[32]", "task.perplexity.units=4"]
+    words = [f"run={run}", *task, f"report={tmp_path / 'r.html'}", "logger=none"]
+    for weights in ("null", "int8", "int4", "int8"):
+        assert eval_main([*words, f"weights={weights}"]) == 0
+    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    bits = {r["dtype"]: r["bits_per_byte"] for r in rows if r["protocol"] == "half_tail"}
+    assert [*bits] == ["float32", "int8", "int4"]
+    assert len(rows) == 3 * len({row["protocol"] for row in rows})  # int8 was known
+    assert bits["int8"] == pytest.approx(bits["float32"], abs=0.01)
+    assert bits["int8"] != bits["float32"]
+    assert len({row["measured_by"] for row in rows}) == 2  # by the code that quantizes, too
+    capsys.readouterr()
+    table = zoo.write_report(str(run), tmp_path / "all.html")
+    assert all(f"transformer \u00b7 in {dtype}" in table for dtype in bits)
+
+
+def test_text_is_written_with_quantized_weights(run):
+    model = zoo.load(run, device="cpu", weights="int8")
+    assert isinstance(model.backbone.head.weight, QuantizedWeight)
+    assert len(model.generate("ab", tokens=5)) > 0
+    with pytest.raises(ValueError, match="weights=int3: must be 'int8' or 'int4'"):
+        zoo.load(run, device="cpu", weights="int3")
