@@ -9,7 +9,7 @@ from torch import nn
 
 from zoo.data.passkey import DIGITS, QUESTION, STATEMENT
 from zoo.errors import UserError
-from zoo.model.backbone import BackboneState
+from zoo.model.backbone import Backbone, BackboneState
 from zoo.model.build import build_model
 from zoo.report.statistics import wilson
 from zoo.tasks.passkey import Passkey, _answer, _keys
@@ -17,14 +17,14 @@ from zoo.tasks.passkey import Passkey, _answer, _keys
 SMALL = {"depths": 5, "repeats": 4, "candidates": 3}
 
 
-class Finder(nn.Module):
+class Finder(Backbone):
     """Writes what followed `STATEMENT`, where it stood in the last `memory` tokens."""
 
     recurrent, max_length, vocab_size = True, None, 256
 
     def __init__(self, memory: int, slip: int | None = None):
         """`slip`: the place in the key of a digit that it gets wrong, by one."""
-        super().__init__()
+        nn.Module.__init__(self)
         self.memory, self.slip, self.prompts = memory, slip, []
 
     def forward(self, tokens, state):
