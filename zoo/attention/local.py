@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from zoo.attention.window import window
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.merge import Partial, merge
 
 
@@ -36,7 +37,7 @@ def attend_per_key(
 
     `bias` is added to the scaled scores. A query without a visible key gets output 0, lse -inf.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     scaled = q.to(wide) * q.shape[-1] ** -0.5
     scores = torch.stack([(scaled * k).sum(-1) for k in keys], -1)
     if bias is not None:
@@ -85,7 +86,7 @@ def relative_window(
     The queries are the last t tokens of the n keys. `labels` has the vectors of the distances
     first, first + 1, ..; the last one serves all farther keys too.
     """
-    wide, last = torch.promote_types(q.dtype, torch.float32), first + len(labels) - 1
+    wide, last = wide_dtype(q), first + len(labels) - 1
     bias = torch.einsum("bthd,lhd->bthl", q, labels.to(q.dtype)).to(wide) * q.shape[-1] ** -0.5
     near, beyond = bias[..., :-1], bias[..., -1]
     keys, visible = shifted_views(k, q.shape[1], range(first, last))

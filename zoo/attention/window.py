@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from zoo.ops.attention import Part, attend
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.merge import Partial, merge
 from zoo.ops.runtime.sizes import ceil_div
 
@@ -119,7 +120,7 @@ def _with_gap(
     """Attend to the keys that are `gap` or more before the query; the first ones may have none."""
     blind = min(max(0, gap - (k.shape[1] - q.shape[1])), q.shape[1])
     out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=v.dtype)
-    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide_dtype(q))
     if blind == q.shape[1]:
         return out, lse
     k, v = (x[:, : x.shape[1] - gap] for x in (k, v))

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from zoo.config.domains import Positive
 from zoo.mixers.base import linear, refuse_state, residual_gain
-from zoo.mixers.parts import MultiHead, wide_dtype, wide_zeros
+from zoo.mixers.parts import MultiHead, wide_zeros
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.linear_attention import MIN_NORMALISER, LinearState, linear_attention
 
 

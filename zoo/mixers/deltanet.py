@@ -22,9 +22,10 @@ from torch import Tensor
 
 from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, linear, residual_gain
-from zoo.mixers.parts import conv_weight, head_width, no_inputs, wide_dtype, wide_zeros
+from zoo.mixers.parts import conv_weight, head_width, no_inputs, wide_zeros
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.delta_rule import delta_rule, unit_length
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.rms_norm import RMSNorm
 
 

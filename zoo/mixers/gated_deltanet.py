@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, linear, residual_gain
 from zoo.mixers.deltanet import DeltaState
-from zoo.mixers.parts import conv_weight, no_inputs, wide_dtype, wide_zeros
+from zoo.mixers.parts import conv_weight, no_inputs, wide_zeros
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.delta_rule import delta_rule, unit_length
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.rms_norm import RMSNorm
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # initial steps: log-uniform, as in Mamba-2

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, linear, residual_gain
-from zoo.mixers.parts import wide_dtype, wide_zeros
+from zoo.mixers.parts import wide_zeros
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.rms_norm import RMSNorm
 

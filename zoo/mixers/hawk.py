@@ -32,8 +32,9 @@ from torch import Tensor, nn
 
 from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, linear, residual_gain
-from zoo.mixers.parts import conv_weight, no_inputs, wide_dtype, wide_zeros
+from zoo.mixers.parts import conv_weight, no_inputs, wide_zeros
 from zoo.ops.causal_conv import causal_conv
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.linear_recurrence import linear_recurrence
 
 C = 8.0  # how much faster than sigmoid(-Lambda) the state may fade

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, no_weight_decay
-from zoo.mixers.parts import conv_weight, no_inputs, wide_dtype, wide_zeros
+from zoo.mixers.parts import conv_weight, no_inputs, wide_zeros
 from zoo.ops.causal_conv import causal_conv
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.rms_norm import RMSNorm
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.mixers.base import Mixer, compute_dtype, linear
+from zoo.ops.dtypes import wide_dtype
 
 
 def head_width(width: int, heads: int) -> int:
@@ -84,11 +85,6 @@ def grow(past: Float[Tensor, "b n ..."], x: Float[Tensor, "b t ..."]) -> Tensor:
 def no_keys(weight: Tensor, batch: int, heads: int, width: int) -> Float[Tensor, "b 0 h d"]:
     """Keys before the first token, of the dtype that products with `weight` will have."""
     return weight.new_empty((batch, 0, heads, width), dtype=compute_dtype(weight))
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which states are kept and summed: x's own, or float32 if that is wider."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def wide_zeros(like: Tensor, shape: Sequence[int]) -> Tensor:

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from zoo.config.domains import Positive
 from zoo.mixers.base import Mixer, linear, residual_gain
-from zoo.mixers.parts import shifted, wide_dtype, wide_zeros
+from zoo.mixers.parts import shifted, wide_zeros
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.wkv4 import empty_average, wkv4
 
 SMALL = 0.1  # gain of projections that are zero in the paper

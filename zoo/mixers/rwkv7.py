@@ -37,8 +37,9 @@ from torch import Tensor, nn
 
 from zoo.config.domains import Positive
 from zoo.mixers.base import CrossLayer, Mixer, linear, no_weight_decay, residual_gain
-from zoo.mixers.parts import head_width, shifted, wide_dtype, wide_zeros
+from zoo.mixers.parts import head_width, shifted, wide_zeros
 from zoo.ops.delta_rule import diagonal_plus_rank_one, unit_length
+from zoo.ops.dtypes import wide_dtype
 
 NORM_EPS = 64e-5
 SHIFTS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}  # exponents of initial mu

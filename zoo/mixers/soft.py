@@ -52,7 +52,8 @@ from zoo.mixers.base import (
     refuse_state,
     residual_gain,
 )
-from zoo.mixers.parts import KeyValues, append, head_width, no_keys, wide_dtype, wide_zeros
+from zoo.mixers.parts import KeyValues, append, head_width, no_keys, wide_zeros
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.kernel_attention import gaussian, kernel_attention
 from zoo.ops.newton_inverse import NewtonInverse, inverse_residual
 from zoo.positions.base import build_positions

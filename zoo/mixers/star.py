@@ -43,8 +43,9 @@ from zoo.mixers.base import (
     refuse_state,
     residual_gain,
 )
-from zoo.mixers.parts import MultiHead, shifted, wide_dtype, wide_zeros
+from zoo.mixers.parts import MultiHead, shifted, wide_zeros
 from zoo.ops.attention import Part, attention
+from zoo.ops.dtypes import wide_dtype
 
 
 class Relay(NamedTuple):

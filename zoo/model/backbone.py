@@ -17,6 +17,7 @@ from zoo.data.synthetic import NO_LABEL
 from zoo.errors import NoStateError, refuse
 from zoo.mixers.base import CrossLayer, Mixer, State
 from zoo.mixers.short_conv import ShortConvolution
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.rms_norm import RMSNorm
 from zoo.positions.base import EmbeddedPositions
 from zoo.positions.rope import by_row
@@ -259,7 +260,7 @@ class Backbone(nn.Module):
         """Mean negative log-likelihood (nats) of tokens 1.. given those before them."""
         found = self(tokens[:, :-1], state, positions)
         logits, state = found if state else (found, None)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(wide_dtype(logits))
         nll = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         return (nll, state) if state else nll
 
@@ -275,7 +276,7 @@ class Backbone(nn.Module):
         one of the micro-batches that share a step.
         """
         logits = self(tokens, positions=positions)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(wide_dtype(logits))
         nll = F.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="sum"
         )
@@ -289,7 +290,7 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Mean negative log-likelihood (nats) of the `chosen` tokens of what is shown masked."""
         logits = self(shown)[chosen]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(wide_dtype(logits))
         return F.cross_entropy(logits, tokens[chosen])
 
     def _check_length(self, tokens: int) -> None:

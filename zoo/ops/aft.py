@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from zoo.ops.aft_kernel import MAX_WINDOW, WINDOW, window_macros
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.exponential_sums import Sums, average, causal_sums, dense_sums
 from zoo.ops.runtime.checks import check
 from zoo.ops.runtime.dispatch import select_backend
@@ -43,7 +44,7 @@ def aft(
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b 3 d"]]:
     """Average all v so far, weighted by e^{k + bias}. Backends and state are `wkv4`'s."""
     if bias is not None:
-        k = k + bias.to(torch.promote_types(k.dtype, torch.float32))
+        k = k + bias.to(wide_dtype(k))
     none = k.new_zeros(k.shape[-1])
     return wkv4(k, v, none, none, state, backend)
 

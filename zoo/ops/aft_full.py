@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.exponential_sums import average, causal_sums, dense_sums
 from zoo.ops.runtime.sizes import next_power_of_two
 from zoo.ops.wkv4 import LOG_ZERO
@@ -33,7 +34,7 @@ def aft_full(
             f"aft_full: k {tuple(k.shape)}, v {tuple(v.shape)}, left {tuple(left.shape)} and right "
             f"{tuple(right.shape)} do not fit"
         )
-    t, wide = len(left), torch.promote_types(k.dtype, torch.float32)
+    t, wide = len(left), wide_dtype(k)
     size = min(TILE_QUERIES, next_power_of_two(t))
     short = -t % size
     with torch.autocast(k.device.type, enabled=False):

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops import small_kv_attention
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.merge import merge
 from zoo.ops.runtime import libraries
 from zoo.ops.runtime.dispatch import select_backend
@@ -134,7 +135,7 @@ def _formula(
 ) -> tuple[Tensor, Tensor]:
     """Compute softmax(scale q k^T) v over the visible keys; the scores in float32 or better."""
     del causal  # already in the mask
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     scores = (q @ k.mT).to(wide) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)

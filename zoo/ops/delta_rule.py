@@ -58,6 +58,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.runtime import libraries
 from zoo.ops.runtime.dispatch import select_backend
 
@@ -87,7 +88,7 @@ def diagonal_plus_rank_one(
     """
     _check(q, k, v, a=a, b=b, log_decay=log_decay, state=state)
     name = select_backend("delta_rule", backend, {"torch": True, "reference": True})
-    wide = torch.promote_types(v.dtype, torch.float32)
+    wide = wide_dtype(v)
     batch, _, heads, width = k.shape
     if state is None:
         state = v.new_zeros((batch, heads, width, v.shape[-1]))
@@ -132,7 +133,7 @@ def delta_rule(
     if select_backend("delta_rule", backend, available) == "fla":
         state = None if state is None else state.float()
         return libraries.delta_rule(q, k, v, beta, log_decay, state)
-    wide = torch.promote_types(v.dtype, torch.float32)
+    wide = wide_dtype(v)
     k, read = k.to(wide), -k.to(wide)
     if log_decay is not None:
         decay = log_decay.to(wide).exp()
@@ -145,7 +146,7 @@ def delta_rule(
 
 def unit_length(x: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
     """Scale x to length 1, in float32 or better; zero stays zero, with a finite gradient."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-6)
+    return F.normalize(x.to(wide_dtype(x)), dim=-1, eps=1e-6)
 
 
 def _check(q, k, v, a=None, b=None, beta=None, log_decay=None, state=None) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.errors import choose
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.runtime.dispatch import select_backend
 
 TILE = 256  # queries, and keys, per tile; with fewer queries a tile takes more keys
@@ -78,7 +79,7 @@ def gaussian(
 
 def _with_norms(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Extend q and k by two channels, so that their product is -||q - k||^2 / 2."""
-    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+    q, k = (x.to(wide_dtype(x)) for x in (q, k))
     q_norm, k_norm = (-x.square().sum(-1, keepdim=True) / 2 for x in (q, k))
     return (
         torch.cat([q, q_norm, torch.ones_like(q_norm)], -1),
@@ -98,7 +99,7 @@ def _scores(
     q, k, scale: float, slopes: Tensor | None, causal: bool, rows: slice, cols: slice
 ) -> tuple[Tensor, Tensor | None]:
     """Return a tile's scores, and which of them lie in the future; None where none does."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     scores = (q[..., rows, :] @ k[..., cols, :].mT).to(wide) * scale
     first = k.shape[-2] - q.shape[-2] + rows.start  # the tile's first query, as a key
     if not causal or (slopes is None and cols.stop <= first + 1):
@@ -127,7 +128,7 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx, q, k, v, kernel, scale, slopes, causal):
         ctx.save_for_backward(q, k, v)
         ctx.options = kernel, scale, slopes, causal
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = wide_dtype(q)
         out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=wide)
         for rows, cols in _tiles(q.shape[-2], k.shape[-2], causal):
             scores, future = _scores(q, k, scale, slopes, causal, rows, cols)

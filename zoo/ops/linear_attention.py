@@ -34,6 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.linear_recurrence import linear_scan
 from zoo.ops.runtime import libraries
 from zoo.ops.runtime.dispatch import select_backend
@@ -80,7 +81,7 @@ def linear_attention(
         return libraries.linear_attention(
             q, k, v, w, bonus, None if state is None else state.float()
         )
-    wide = torch.promote_types(v.dtype, torch.float32)
+    wide = wide_dtype(v)
     dtype, (b, _, h, width) = v.dtype, v.shape
     q, k, v = (a.to(wide) for a in (q, k, v))
     w, bonus = (a if a is None else a.to(wide) for a in (w, bonus))

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.linear_recurrence import linear_scan
 from zoo.ops.runtime import cuda
 from zoo.ops.runtime.checks import check
@@ -51,7 +52,7 @@ LOG_ZERO = -1e38  # the maximum over no tokens: e to the power of it is zero bes
 
 def empty_average(like: Tensor, batch: int, width: int) -> Float[Tensor, "b 3 d"]:
     """Return the state before the first token, in float32 or better."""
-    state = like.new_zeros((batch, 3, width), dtype=torch.promote_types(like.dtype, torch.float32))
+    state = like.new_zeros((batch, 3, width), dtype=wide_dtype(like))
     state[:, 2] = LOG_ZERO
     return state
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from zoo.config.domains import Range, RopeBase
 from zoo.errors import refuse
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.rotary import apply_rotary, rotate_pairs
 from zoo.positions.base import CrossLayer, Positions, placed_positions
 
@@ -128,7 +129,7 @@ def apply_rope(
         attention_factor: multiplies the rotated channels, so scores grow by its square.
         interleaved: pairs are (2i, 2i + 1), RoFormer's layout, instead of (i, i + d/2), Llama's.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(wide_dtype(x))
     if isinstance(positions, int):
         positions = range(positions, positions + x.shape[1])
     if isinstance(inv_freq, Callable | Tensor):

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.config.domains import Positive
 from zoo.errors import refuse
 from zoo.ops.attention import Part, attend, repeat_heads
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.merge import merge
 from zoo.positions.base import CrossLayer, Positions
 
@@ -159,7 +160,7 @@ def _formula(
     q: Tensor, k: Tensor, v: Tensor, bias: Float[Tensor, "h t n"], mask: Bool[Tensor, "t n"]
 ) -> tuple[Tensor, Tensor]:
     """Return softmax(q k^T / sqrt(d) + bias) v and its lse; each query sees at least one key."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     scores = torch.einsum("bihd,bjhd->bhij", q, k).to(wide) * q.shape[-1] ** -0.5 + bias
     scores = scores.masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(-1)

@@ -29,6 +29,7 @@ from zoo.attention.pattern import AttentionPattern, KeyBlock, Scaling, identity
 from zoo.config.domains import Positive, RopeBase
 from zoo.errors import refuse
 from zoo.ops.attention import Part, attend
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.merge import Partial, merge
 from zoo.positions.base import Positions
 from zoo.positions.rope import apply_rope, inverse_frequencies
@@ -75,7 +76,7 @@ def apply_xpos_decay(
         steps = sign * (torch.arange(tokens, dtype=torch.float64) + first)
         scale = (steps[:, None] * log_zeta).exp()
         scale = scale.repeat_interleave(2, -1) if interleaved else scale.repeat(1, 2)
-        return scale[:, None].to(like.device, torch.promote_types(like.dtype, torch.float32))
+        return scale[:, None].to(like.device, wide_dtype(like))
 
     return (
         (q * factors(origin - centre, q.shape[1], 1, q)).to(q.dtype),

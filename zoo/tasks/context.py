@@ -26,6 +26,7 @@ from zoo.errors import NoStateError, UserError
 from zoo.mixers.base import count_bytes
 from zoo.model.arithmetic import arithmetic
 from zoo.model.backbone import Backbone, BackboneState
+from zoo.ops.dtypes import wide_dtype
 from zoo.tasks.progress import Progress
 
 Row = dict[str, Any]
@@ -131,7 +132,7 @@ def _finite(nll: Float[Tensor, "b t"]) -> Float[np.ndarray, "b t"]:
 
 def nats(logits: Float[Tensor, "b t v"], targets: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
     """What each token costs given the logits before it, in float32 or better."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.to(wide_dtype(logits))
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
