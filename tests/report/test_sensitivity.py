@@ -1,11 +1,14 @@
 """The rates that were tried are shown, and an arm that was tuned is not called untuned."""
 
+import dataclasses
+
 import pytest
 from synthetic import run_records, score_row
 
 from zoo.report.caveats import banners
 from zoo.report.charts import styles
 from zoo.report.page import render
+from zoo.report.rates import Rate
 from zoo.report.rows import gather
 from zoo.report.sensitivity import rates_table
 
@@ -48,3 +51,12 @@ def test_a_tuned_arm_is_not_said_to_be_untuned_and_its_other_rates_are_no_failur
 def test_rows_of_one_rate_have_no_such_table():
     rows = [score_row("mamba", 512, 2.0)]
     assert rates_table(gather(rows, run_records(rows))) is None
+
+
+def test_a_best_rate_on_the_edge_of_the_grid_is_marked():
+    rates = [Rate("mamba", lr, (1 - lr,), chosen=lr == 4e-3) for lr in (1e-3, 2e-3, 4e-3)]
+    results = dataclasses.replace(tuned(), rates=tuple(rates))
+    table = rates_table(results)
+    assert table is not None
+    assert "best rate at the edge of the grid" in table.rows[0][3].note
+    assert "best rate at the edge" not in table.rows[0][1].note

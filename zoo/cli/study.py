@@ -12,7 +12,7 @@ from pathlib import Path
 from zoo.cli.arms import composed_arms
 from zoo.cli.guard import guarded
 from zoo.cli.train import check
-from zoo.cli.tune import Tuned, group, tune_arms
+from zoo.cli.tune import Tuned, add_rate, beyond, group, tune_arms
 from zoo.config.groups import choices
 from zoo.config.schema.train import TrainConfig
 from zoo.console import say
@@ -79,6 +79,14 @@ def unfinished(arms: Sequence[Tuned]) -> list[Tuned]:
 def _steps_left(arm: Tuned) -> int:
     """Of all rates on the first seed, those that were pruned apart, and one rate's other seeds."""
     total = next(iter(arm.configs.values())).trainer.max_steps
+    whole = Tuned(arm.name, dict(arm.configs))
+    for edge in (min(arm.rates), max(arm.rates)):  # a rate beyond the grid may be the best
+        further = beyond(arm, edge)
+        if further:
+            add_rate(whole, further)
+            if not _info(whole.configs[further, arm.seeds[0]])["step"]:
+                whole.configs = {key: c for key, c in whole.configs.items() if key[0] != further}
+    arm = whole
     missing = {key: total - _info(config)["step"] for key, config in arm.configs.items()}
     first, *others = arm.seeds
     best = min((sum(missing[rate, seed] for seed in others), rate) for rate in arm.rates)

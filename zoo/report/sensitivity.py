@@ -13,15 +13,20 @@ def rates_table(results: Results) -> Table | None:
     caption = "Validation loss by learning rate; the best of each arm is reported above."
     table = Table(caption, [("arm", ""), *((f"{lr:g}", "") for lr in rates)])
     for arm in arms:
-        table.rows.append([Td(arm), *(_cell(by_place.get((arm, lr))) for lr in rates)])
+        tried = [lr for lr in rates if (arm, lr) in by_place]
+        edges = {tried[0], tried[-1]}
+        own = (_cell(by_place.get((arm, lr)), lr in edges) for lr in rates)
+        table.rows.append([Td(arm), *own])
     return table if arms else None
 
 
-def _cell(rate: Rate | None) -> Td:
+def _cell(rate: Rate | None, edge: bool) -> Td:
     if rate is None:
         return Td("not tried", kind="reason")
     if rate.loss is None:
         return Td(rate.ended or "not finished", kind="reason")
     several = f"{len(rate.losses)} seeds, {min(rate.losses):.3g} to {max(rate.losses):.3g}"
     note = several if len(rate.losses) > 1 else "one seed"
+    if rate.chosen and edge:
+        note += "; best rate at the edge of the grid"
     return Td(f"{rate.loss:.4f}", note, "best" if rate.chosen else "")
