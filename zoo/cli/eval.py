@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from zoo.cli import processes
 from zoo.cli.arms import Arm
 from zoo.cli.launch import launch
 from zoo.config.applicability import check_applies, position_schemes
@@ -63,17 +64,24 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
 
 
 def job(config: EvalConfig, arm: Arm | None) -> int:
-    """Measure the runs one after another; the exit code tells whether every one could be."""
+    """Measure the runs one after another; the exit code tells whether every one could be.
+
+    One that crashes the process it is measured in does not stop the others, where one can be forked
+    from this.
+    """
     del arm
     folders = find_runs(config.run, config.runs) if config.run else []
+    processes.load("zoo.tasks.evaluate")
     if config.checkpoint:
         from zoo.training.pretrained import pretrained_run  # heavy: seconds
 
         text = _text(config)
         folders.append(pretrained_run(Path(config.checkpoint), text, Path(config.runs)))
-    from zoo.tasks.evaluate import evaluate  # heavy: seconds
+    from zoo.tasks.evaluate import evaluate
+    from zoo.tasks.isolation import here
 
-    return evaluate(config, folders, say=_print, fresh=config.fresh)
+    apart = processes.run if processes.can_fork() else here
+    return evaluate(config, folders, say=_print, fresh=config.fresh, apart=apart)
 
 
 def _without_weights(folder: RunFolder) -> bool:

@@ -47,8 +47,9 @@ from zoo.tasks.identity import (
     row_identity,
     weights_of,
 )
+from zoo.tasks.isolation import Apart, Measure, Measured, Steps, here, measure_each
 from zoo.tasks.known import known_besides, run_record
-from zoo.tasks.leaks import Leaks, is_leak, lengths_read
+from zoo.tasks.leaks import Leaks, is_leak, leaked_in_training, lengths_read
 from zoo.tasks.progress import Progress
 from zoo.tasks.task import Task
 from zoo.training.windows import open_data
@@ -63,6 +64,7 @@ def evaluate(
     say: Callable[[str], None],
     progress: Progress | None = None,
     fresh: bool = False,
+    apart: Apart = here,
 ) -> int:
     """Measure every run with every task, write the report, `say` its table; returns the exit code.
 
@@ -72,6 +74,9 @@ def evaluate(
 
     Before anything of a run is measured its model is audited for leaks, under the extension. One
     that leaks is not measured: its row has the status `leaks` and the reason.
+
+    `apart` calls a function in a process of its own: a run whose measurements crash it is a failed
+    one, and the others go on.
 
     Returns 0, or 1 where a run or a measurement failed or nothing was measured. Raises UserError,
     before any model is opened, for settings that fit no run; and where no run can be opened, or
@@ -88,40 +93,62 @@ def evaluate(
             "Name another file."
         )
     log.info("measuring %s", ", ".join(map(str, folders)))
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device, progress = pick_device(config.device), progress or Progress.on_stderr()
-    if line := prepare(device.type):
-        log.info("%s", line)
+    progress = progress or Progress.on_stderr()
+
+    def begin() -> Measure:
+        return _measure(config, tasks, progress, fresh)
+
     rows, runs, errors = [], [], []
-    for folder in folders:
-        progress.run = folder.name
-        try:
-            run = _Run.open(config, folder, device, progress)
-        except UserError as error:  # a damaged one of several keeps its place
-            errors.append(error)
-            bad = {"run": folder.name, "arm": folder.name, "status": "failed"}
-            runs.append(bad | {"reason": str(error)})
-            if len(folders) > 1:  # the only one's is raised below
-                log.warning("%s", error)
+    for folder, found in zip(folders, measure_each(begin, folders, apart), strict=True):
+        runs.append(found.record)
+        if found.damage:  # one of several keeps its place; the only one's is raised below
+            errors.append(found.damage)
+            if len(folders) > 1:
+                log.warning("%s", found.damage)
             continue
-        runs.append(run.record())
-        found = list(run.measure(tasks, fresh))
-        if len(folders) == 1 and all(row["status"] == "not_applicable" for row in found):
-            raise UserError(found[0]["reason"])
-        if len(folders) == 1 and len(found) == len(run.refused):
-            raise run.refused[0]
-        rows += found
-        if not any(row["status"] == "leaks" for row in found):
-            rows += known_besides(run.folder, run.about, run.requested)
-        progress.clear()
-        _tell_reasons(folder, found)
+        if len(folders) == 1 and all(row["status"] == "not_applicable" for row in found.rows):
+            raise UserError(found.rows[0]["reason"])
+        if len(folders) == 1 and len(found.rows) == len(found.refused):
+            raise found.refused[0]
+        rows += [*found.rows, *found.besides]
+        _tell_reasons(folder, found.rows)
     if len(errors) == len(folders):
         raise errors[0] if len(errors) == 1 else _none_opened(errors)
-    _report(config, rows, runs, say)
+    apart(_report, config, rows, runs, say)  # the libraries that draw keep threads
     statuses = {row["status"] for row in rows if row.get("requested", True)}
     failed = errors or {"failed", "leaks"} & statuses or "ok" not in statuses
     return int(bool(failed))
+
+
+def _measure(
+    config: EvalConfig, tasks: dict[str, Task], progress: Progress, fresh: bool
+) -> Measure:
+    """How a run is measured in this process; takes its device and threads."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = pick_device(config.device)
+    if line := prepare(device.type):
+        log.info("%s", line)
+
+    def measure(folder: RunFolder) -> Steps:
+        progress.run = folder.name
+        try:
+            run = _Run.open(config, folder, device, progress)
+        except UserError as error:
+            bad = {"run": folder.name, "arm": folder.name, "status": "failed"}
+            yield Measured(bad | {"reason": str(error)}, damage=error)
+            return
+        yield (record := run.record())
+        rows = []
+        for row in run.measure(tasks, fresh):
+            rows.append(row)
+            yield row
+        leaks = any(row["status"] == "leaks" for row in rows)
+        besides = () if leaks else known_besides(run.folder, run.about, run.requested)
+        progress.clear()
+        yield Measured(record, rows, [*besides], run.refused)
+
+    return measure
 
 
 def _none_opened(errors: Sequence[UserError]) -> UserError:
@@ -191,7 +218,7 @@ class _Run:
         What kept the run from being measured at all is in its run.json; such rows are not appended,
         but for those of a leak.
         """
-        opened, problem = None, _not_done(self.folder.info) or _leaked(self.folder.info)
+        opened, problem = None, _not_done(self.folder.info) or leaked_in_training(self.folder.info)
         if not problem:
             opened = run_guarded(self._context)
             problem = {} if opened.ok else opened.row
@@ -298,14 +325,6 @@ def _not_done(info: Row) -> Row:
     status = "failed" if info["status"] == "failed" else "unfinished"
     stopped = f"training is {info['status']} at step {info.get('step', 0)}"
     return {"status": status, "reason": info.get("reason") or stopped}
-
-
-def _leaked(info: Row) -> Row:
-    """Status and reason of a run whose model leaked when its training ended, or nothing."""
-    found = info.get("audit")
-    if not isinstance(found, dict) or found.get("ok") is not False:
-        return {}
-    return failure_row(LeakError(f"trained with a leak: {found.get('reason')}"))
 
 
 def _tell_code(folder: RunFolder) -> None:

@@ -66,3 +66,11 @@ def is_leak(row: Mapping[str, Any], weights: Mapping[str, Any]) -> bool:
 def lengths_read(leaks: Iterable[Row]) -> list[Row]:
     """As questions, the lengths at which leaks showed: they are audited no less far again."""
     return [{"length": n} for row in leaks for n in (row.get("audited") or {}).values()]
+
+
+def leaked_in_training(info: Row) -> Row:
+    """Status and reason of a run whose model leaked when its training ended, or nothing."""
+    found = info.get("audit")
+    if not isinstance(found, dict) or found.get("ok") is not False:
+        return {}
+    return failure_row(LeakError(f"trained with a leak: {found.get('reason')}"))

@@ -1,0 +1,111 @@
+"""Measures runs one after another beside this process, so that one that crashes costs its own rows.
+
+All runs share one further process: a model that ends it (a signal, no memory) leaves what was found
+so far, gets a row that says so, and the runs after it go on in a new process. What was found comes
+back through a file, as what is sent by a process that dies may be lost.
+"""
+
+import pickle
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from zoo.errors import RunError, UserError
+from zoo.runs.files import one_line
+from zoo.runs.folder import RunFolder
+from zoo.tasks.context import Row
+
+Apart = Callable[..., object]  # calls a function with arguments; RunError where its process crashed
+
+
+@dataclass
+class Measured:
+    """What came of one run."""
+
+    record: Row
+    rows: list[Row] = field(default_factory=list)  # asked for now
+    besides: list[Row] = field(default_factory=list)  # known of before
+    refused: list[UserError] = field(default_factory=list)  # by tasks
+    damage: UserError | None = None  # for which it could not be opened
+
+
+Steps = Iterable[Row | Measured]  # the record of a run, its rows, and last of all the whole
+Measure = Callable[[RunFolder], Steps]
+
+
+def here(function: Callable[..., object], *arguments: Any) -> None:
+    """Call it in this process."""
+    function(*arguments)
+
+
+def measure_each(
+    prepare: Callable[[], Measure], folders: Sequence[RunFolder], apart: Apart = here
+) -> Iterator[Measured]:
+    """Yield what came of each folder, in their order. `prepare` is called in each process begun.
+
+    Raises what `prepare` raises.
+    """
+    left = [*folders]
+    while left:
+        crash = "the process ended before its measurements"
+        with tempfile.TemporaryFile() as file:
+            try:
+                apart(_measure_all, prepare, left, file)
+            except RunError as error:
+                crash = str(error)
+            done, begun = _read(file)
+        yield from done
+        left = left[len(done) :]
+        if left:
+            yield _ended(left.pop(0), begun, crash)
+
+
+def _measure_all(
+    prepare: Callable[[], Measure], folders: Sequence[RunFolder], file: IO[bytes]
+) -> None:
+    measure = prepare()
+    for folder in folders:
+        for step in _guarded(measure, folder):
+            pickle.dump(step, file)
+            file.flush()
+
+
+def _guarded(measure: Measure, folder: RunFolder) -> Iterator[Row | Measured]:
+    """An error that nobody foresaw costs the run that it came of, and leaves its traceback."""
+    begun: list[Row] = []
+    try:
+        for step in measure(folder):
+            if not isinstance(step, Measured):
+                begun.append(step)
+            yield step
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        yield _ended(folder, begun, one_line(error))
+
+
+def _read(file: IO[bytes]) -> tuple[list[Measured], list[Row]]:
+    """What a process has left: the runs that it measured, and the rows of the one it was at."""
+    file.seek(0)
+    done: list[Measured] = []
+    begun: list[Row] = []
+    while True:
+        try:
+            step = pickle.load(file)
+        except (EOFError, pickle.UnpicklingError):  # the process may have died while it wrote
+            return done, begun
+        if isinstance(step, Measured):
+            done.append(step)
+            begun = []
+        else:
+            begun.append(step)
+
+
+def _ended(folder: RunFolder, begun: Sequence[Row], reason: str) -> Measured:
+    """What was found of a run, its record first, before its measurements ended."""
+    why = {"status": "failed", "reason": reason}
+    record, *rows = begun or [{"run": folder.name, "arm": folder.name, **why}]
+    failed = record | {"task": None, **why}
+    return Measured(record, [*rows, failed])
