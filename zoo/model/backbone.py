@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +16,7 @@ from zoo.data.synthetic import NO_LABEL
 from zoo.errors import NoStateError, refuse
 from zoo.mixers.base import CrossLayer, Mixer, State
 from zoo.mixers.short_conv import ShortConvolution
-from zoo.ops.dtypes import wide_dtype
+from zoo.ops.cross_entropy import summed_cross_entropy
 from zoo.ops.rms_norm import RMSNorm
 from zoo.positions.base import EmbeddedPositions
 from zoo.positions.rope import by_row
@@ -258,11 +257,9 @@ class Backbone(nn.Module):
         positions: Tensor | None = None,
     ) -> Any:
         """Mean negative log-likelihood (nats) of tokens 1.. given those before them."""
-        found = self(tokens[:, :-1], state, positions)
-        logits, state = found if state else (found, None)
-        logits = logits.to(wide_dtype(logits))
-        nll = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        return (nll, state) if state else nll
+        x, after = self.hidden(tokens[:, :-1], state, positions)
+        nll = self._summed_nll(x, tokens[:, 1:]) / tokens[:, 1:].numel()
+        return (nll, after) if state else nll
 
     def labels_loss(
         self,
@@ -275,12 +272,8 @@ class Backbone(nn.Module):
         Where a label is `NO_LABEL` nothing is asked; 0 where nothing is asked at all, as may be in
         one of the micro-batches that share a step.
         """
-        logits = self(tokens, positions=positions)
-        logits = logits.to(wide_dtype(logits))
-        nll = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="sum"
-        )
-        return nll / (labels != NO_LABEL).sum().clamp(min=1)
+        x, _ = self.hidden(tokens, positions=positions)
+        return self._summed_nll(x, labels) / (labels != NO_LABEL).sum().clamp(min=1)
 
     def masked_loss(
         self,
@@ -289,9 +282,13 @@ class Backbone(nn.Module):
         chosen: Bool[Tensor, "b t"],
     ) -> Tensor:
         """Mean negative log-likelihood (nats) of the `chosen` tokens of what is shown masked."""
-        logits = self(shown)[chosen]
-        logits = logits.to(wide_dtype(logits))
-        return F.cross_entropy(logits, tokens[chosen])
+        return self.labels_loss(shown, torch.where(chosen, tokens, NO_LABEL))
+
+    def _summed_nll(self, x: Float[Tensor, "... width"], targets: Int[Tensor, "..."]) -> Tensor:
+        """Nats of the targets, summed; those that are `NO_LABEL` cost nothing."""
+        return summed_cross_entropy(
+            x.reshape(-1, self.width), self.head.weight, targets.reshape(-1), NO_LABEL
+        )
 
     def _check_length(self, tokens: int) -> None:
         if self.max_length is not None and tokens > self.max_length:

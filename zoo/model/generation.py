@@ -15,6 +15,7 @@ from zoo.errors import refuse
 from zoo.mixers.base import count_bytes
 from zoo.model.arithmetic import arithmetic
 from zoo.model.backbone import Backbone, BackboneState
+from zoo.ops.dtypes import wide_dtype
 
 CHUNK = 4096  # tokens of a prompt that are read at a time
 
@@ -121,7 +122,7 @@ class Writer:
                     assert after is not None
                     self.state = after
                 logits = self.model.head(x[0, -1])
-            self._logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            self._logits = logits.to(wide_dtype(logits))
             self._unread = []
         assert self._logits is not None, "there is no text to go on from"
         return self._logits

@@ -26,6 +26,7 @@ from zoo.model.extend import extend
 from zoo.model.generation import Sampling, Writer, until
 from zoo.model.pretrained import load_pretrained, pretrained_config
 from zoo.model.quantization import quantize
+from zoo.ops.dtypes import wide_dtype
 from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.runs.folder import RunFolder
 
@@ -75,7 +76,7 @@ class LanguageModel:
         batch = torch.tensor([tokens], device=self.device)
         with arithmetic(self.backbone, self.precision, self.device):
             found = self.backbone(batch)[0]
-        return found.to(torch.promote_types(found.dtype, torch.float32)).clone()
+        return found.to(wide_dtype(found)).clone()
 
     def generate(
         self,
