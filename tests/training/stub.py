@@ -56,11 +56,11 @@ def steps(config, folder, until=None) -> None:
 
 
 def one_long_step(config, folder, until=None) -> None:
-    """In C, where Python cannot run its handlers."""
+    """In C, where Python cannot run its handlers, longer than any test waits."""
     with stopping.current().deferred():
         print("training", flush=True)  # noqa: T201
         library = ctypes.CDLL(None)
-        for _ in range(600):
+        for _ in range(3000):
             library.usleep(100_000)
 
 
