@@ -38,6 +38,8 @@ def main(kinds: dict[str, list[str]], layouts: list[tuple[int, int]]) -> None:
         own = {word.partition("=")[0] for word in words}
         if "finetune" in own:
             own |= {"size", "match"}  # the base's
+        if "data" in own:  # a task, which has no text
+            own.add("data.path")
         for ranks, micro in layouts:
             given = f"trainer.devices={ranks}", f"trainer.accumulate_grad_batches={micro}"
             common = [w for w in COMMON if w.partition("=")[0] not in own]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from building import ARCHITECTURES, ENCODERS, write_text
+from building import ARCHITECTURES, ENCODERS, ROOT, write_text
 
 from zoo.config.groups import extensions
 from zoo.runs.folder import RunFolder
@@ -29,7 +29,8 @@ KINDS["placed"].append("extension.factor=4")
 
 
 def every_kind() -> Iterator[tuple[str, list[str]]]:
-    """Every architecture under each objective and state passing; every way to place tokens."""
+    """Every architecture under each objective and state passing; every way to place tokens
+    and every task."""
     for name in ARCHITECTURES:
         for state in ("none", "carry") if name != "learned" else ("none",):  # it has an end
             words = [f"model={name}", f"state_passing={state}", "seq_len=128"]
@@ -43,6 +44,9 @@ def every_kind() -> Iterator[tuple[str, list[str]]]:
             yield name, words
             if name != "clex":
                 yield f"{name}-scaled", [*words, "extension.scaling=dynamic_yarn"]
+    for path in sorted((ROOT / "configs/data").glob("*.yaml")):
+        if "\ntask:" in path.read_text():
+            yield path.stem, [f"data={path.stem}", "seq_len=64"]
     yield "passkeys", ["data.passkey=0.5", "seq_len=128"]
 
 
