@@ -32,7 +32,6 @@ def identity(arm: str, seed: int = 0, **other: Any) -> dict[str, Any]:
         **{"commit": "0123456789abcdef", "device": "cpu", "dtype": "float32", "threads": 2},
         **{"audit": None, "audited": {"float64": 2048, "float32": 4096}},
         **{"status": "ok", "reason": None, "seconds": 1.5, "time": "2026-01-02T03:04:05"},
-        "audit": None,  # passed
         **other,
     }
 

@@ -51,7 +51,7 @@ def test_only_audited_arms_that_learned_have_marks_and_a_word_says_why_others_ha
         score_row("leaky", 512, 0.1, audit="it reads the next token"),
         score_row("unknown", 512, 1.0, bigram_bits=3.0),
     ]
-    del rows[-1]["audit"]
+    rows[-1]["audited"] = None
     whole = overview_of(rows)
     words = {"dull": "has not learned", "leaky": "leaks", "unknown": "not audited"}
     assert whole.without == words

@@ -29,6 +29,8 @@ FAILS: Verdict = "does not hold"
 OPEN: Verdict = "not shown at this scale"
 ORDER: list[Verdict] = ["does not hold", "not shown at this scale", "holds"]  # one is enough
 
+COUNTED = {HOLDS: "hold", FAILS: "do not hold", OPEN: "not shown at this scale"}
+
 SEEDS = 2  # at least
 SCORE = re.compile(r"(?P<arm>.+?) at (?:(?P<times>\d+) )?L(?P<blocks> \(blocks\))?")
 RULE = re.compile(
@@ -104,7 +106,10 @@ class Claim:
     number: int  # of the project's list of claims
     words: str
     source: str
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[Comparison, ...]  # none: its rule is not of bits per byte
+    rows: str = ""  # the experiment whose runs it is judged on
+    rule: str = ""  # in words, where there are no comparisons
+    mind: str = ""  # what would change our mind
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ def judge(results: Results) -> list[Judged]:
     judged = []
     for claim in published():
         cells = tuple(each.cells(results) for each in claim.comparisons)
-        if not all(cells):
+        if not cells or not all(cells):
             continue
         if problem := _problem(results, claim):
             judged.append(Judged(claim, OPEN, problem, cells))
@@ -156,8 +161,13 @@ def published() -> tuple[Claim, ...]:
     found = []
     for file in sorted((shipped("configs") / "claims").glob("*.yaml")):
         for one in yaml.safe_load(file.read_text(encoding="utf-8")):
-            rules = tuple(map(comparison, one["holds_if"]))
-            found.append(Claim(one["number"], one["claim"], one["source"], rules))
+            rules = tuple(map(comparison, one.get("holds_if", ())))
+            words = (one.get("rule", ""), one["mind"])
+            if bool(rules) == bool(words[0]):
+                raise ValueError(f"claim {one['number']} must have either holds_if or rule")
+            found.append(
+                Claim(one["number"], one["claim"], one["source"], rules, one["rows"], *words)
+            )
     return tuple(sorted(found, key=lambda claim: claim.number))
 
 
@@ -181,20 +191,45 @@ def _score(words: str) -> Score:
 
 
 def claims_table(results: Results) -> Table | None:
-    """The verdicts with what they rest on; None where no claim can be judged."""
+    """The verdicts with what they rest on, then claims without rows; None where none is judged."""
     head = [
         ("claim", ""),
         ("verdict", "source"),
         ("what was compared", "bits per byte to spare, by seed"),
     ]
-    table = Table("Published claims, judged on these runs.", head)
-    for own in judge(results):
+    found = judge(results)
+    table = Table(f"Published claims, judged on these runs: {counted(found)}.", head)
+    for own in found:
         kind = {"holds": "best", "does not hold": "lead"}.get(own.verdict, "")
         said = f"{own.verdict}: {own.why}" if own.why else own.verdict
         verdict = Td(said, own.claim.source, kind)
-        words = Td("; ".join(evidence(own)), kind="words")
+        words = Td(
+            "; ".join(evidence(own)), f"what would change our mind: {own.claim.mind}", "words"
+        )
         table.rows.append([Td(f"{own.claim.number}. {own.claim.words}"), verdict, words])
-    return table if table.rows else None
+    judged = {own.claim.number for own in found}
+    for claim in published() if found else ():
+        if claim.number not in judged:
+            verdict, why = Td("no rows yet", claim.source), Td(waits_for(claim), kind="words")
+            table.rows.append([Td(f"{claim.number}. {claim.words}"), verdict, why])
+    return table if found else None
+
+
+def counted(found: Sequence[Judged]) -> str:
+    """How many claims hold, do not, are not shown, and have no rows."""
+    verdicts = [own.verdict for own in found]
+    open_ = len(published()) - len(found)
+    said = [f"{verdicts.count(one)} {words}" for one, words in COUNTED.items()]
+    return ", ".join([*said, f"{open_} without rows"])
+
+
+def waits_for(claim: Claim) -> str:
+    """What a claim that was not judged waits for."""
+    by = f"its rule, which the report does not carry out yet: {claim.rule}" if claim.rule else ""
+    by = by or "; ".join(map(str, claim.comparisons))
+    known = (shipped("configs") / "experiment" / f"{claim.rows}.yaml").is_file()
+    missing = "" if known else " (an experiment that is still to be written)"
+    return f"waits for rows of experiment={claim.rows}{missing}; {by}"
 
 
 def evidence(judged: Judged) -> list[str]:

@@ -20,14 +20,14 @@ from zoo.report.rows import Cell, Cells, Results
 from zoo.report.scores import bigram, dead, headline
 from zoo.report.statistics import finite
 from zoo.report.tables import costs, lengths_of, shown_quantities
-from zoo.report.validity import LEAKS
+from zoo.report.validity import LEAKS, NOT_AUDITED
 from zoo.report.words import FORMS, caption, score, share, short, size
 
 MOST = 20  # arms: as many rows as stand above the fold
 ROW = 21  # pixels of an arm
 PANEL = 190  # pixels across, of a PNG
 SPEEDS = ("milliseconds", "tokens_per_second")  # the first that was measured
-NOT_LEARNED, NOT_AUDITED = "has not learned", "not audited"
+NOT_LEARNED = "has not learned"
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,13 @@ def overview(results: Results) -> Overview | None:
 def excluded(results: Results, tested: Sequence[Panel]) -> dict[str, str]:
     """Arm -> why it is not drawn: it leaks, was not audited, or has not learned what was asked."""
     found: dict[str, str] = {}
-    audited = {run.get("run") for run in results.runs if "audit" in run}
     unlearned = dead(results)
     for arm in results.arms:
         rows = results.by_arm[arm]
-        good = [row for row in rows if row["status"] == "ok"]
         if any(row["status"] == LEAKS for row in rows):
             found[arm] = LEAKS
-        elif not all("audit" in row or row.get("run") in audited for row in good):
-            found[arm] = NOT_AUDITED
+        elif any(row["status"] == NOT_AUDITED for row in rows):
+            found[arm] = "not audited"
         elif arm in unlearned or all(_at_chance(panel, arm) for panel in tested):
             found[arm] = NOT_LEARNED
         elif not any(arm in panel.values for panel in tested):

@@ -3,7 +3,7 @@
 import textwrap
 
 from zoo.report.caveats import failures
-from zoo.report.claims import evidence, judge
+from zoo.report.claims import counted, evidence, judge
 from zoo.report.noise import NOISE_FLOOR, Floor, is_noise, noise_floors, score_noise
 from zoo.report.rows import Cell, Results
 from zoo.report.scores import PROTOCOLS, SAME_TOKENS, dead, effective_contexts, headline
@@ -56,11 +56,12 @@ def _failures_as_text(results: Results, said: str) -> list[str]:
 def _claims_as_text(results: Results) -> str:
     """Each claim's verdict, and below it what was compared."""
     lines = []
-    for judged in judge(results):
+    found = judge(results)
+    for judged in found:
         why = f" ({judged.why})" if judged.why else ""
         lines.append(f"claim {judged.claim.number} {judged.verdict}{why}: {judged.claim.words}")
         lines += [f"    {line}" for line in evidence(judged)]
-    return "\n".join(lines)
+    return "\n".join([f"claims: {counted(found)}", *lines]) if lines else ""
 
 
 def _scores_as_text(results: Results, reasons: list[str]) -> list[str]:
