@@ -1,11 +1,13 @@
 """Published tables come back as they were packed, and stand only beside what they compare with."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from zoo.errors import UserError
 from zoo.report import published
+from zoo.report.rows import gather
 
 
 def run(name: str, **other) -> dict:
@@ -96,3 +98,17 @@ def test_a_table_differs_in_nothing_from_itself():
 def test_rows_of_other_tasks_and_data_make_no_difference(table):
     mine = rows("mine") + [row | {"fingerprint": "other", "train_length": 9} for row in rows("x")]
     assert published.beside(mine)[2] == published.beside(rows("mine"))[2]
+
+
+def test_the_readme_has_the_published_numbers_of_mqar():
+    rows, runs = published.unpack(published.read("mqar"))
+    results = gather(rows, runs)
+    (accuracy, *_) = results.tasks["accuracy"].quantities
+    cells = results.measured("accuracy", accuracy)
+    text = (Path(published.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| trained at 32 |")[2].partition("\n\n")[0].splitlines()[2:]
+    shown = {line.split("|")[1].split()[0]: line.split("|")[2:7] for line in table}
+    assert set(shown) == set(cells)
+    for arm, values in shown.items():
+        numbers = [cell.value for cell in cells[arm].values()]
+        assert [value.strip() for value in values] == [f"{100 * n:.0f} %" for n in numbers if n]
