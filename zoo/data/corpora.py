@@ -72,8 +72,8 @@ class Corpus:
         size = int(store.bytes_of(1, len(tokens)).sum())
         if not size:
             return {}
-        told = {"bigram_nats": nats.mean(), "bigram_bits": nats.sum() / size / np.log(2)}
-        return {name: round(float(value), 4) for name, value in told.items()}
+        figures = {"bigram_nats": nats.mean(), "bigram_bits": nats.sum() / size / np.log(2)}
+        return {name: round(float(value), 4) for name, value in figures.items()}
 
     @cached_property
     def bigrams(self) -> Bigrams:

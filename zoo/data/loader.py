@@ -14,7 +14,7 @@ from zoo.data.passkey import Passkeys
 from zoo.data.store import TokenStore
 from zoo.errors import choose, refuse, refuse_path
 
-# (rows, tokens, generator) -> (rows, tokens): where the tokens of a step's windows stand.
+# (rows, tokens, generator) -> (rows, tokens): the positions of the tokens of a step's windows.
 DrawPositions = Callable[[int, int, torch.Generator], Tensor]
 
 
@@ -93,7 +93,7 @@ def dealt(index: int, rank: int, world: int, micro_batches: int) -> tuple[int, i
 def step_positions(
     draw_positions: DrawPositions, rows: int, tokens: int, seed: int, step: int
 ) -> Tensor:
-    """(rows, tokens): where the tokens of a step's windows stand, drawn from (seed, step)."""
+    """(rows, tokens): the positions of the tokens of a step's windows, drawn from (seed, step)."""
     entropy = np.random.SeedSequence([seed, step], spawn_key=(0,)).generate_state(2)
     return draw_positions(
         rows, tokens, torch.Generator().manual_seed(int(entropy.view(np.uint64)[0]))
@@ -177,7 +177,7 @@ def evaluation_text(
 def evaluation_bytes(
     store: TokenStore, unit: int, count: int, documents: str = "whole"
 ) -> np.ndarray:
-    """int64 (n, unit + 1): the bytes of text that each token of `evaluation_text` stands for."""
+    """int64 (n, unit + 1): the bytes of text of each token of `evaluation_text`."""
     starts = _evaluation_starts(store, unit, count, documents)
     return np.stack([store.bytes_of(start, start + unit + 1) for start in starts])
 

@@ -84,7 +84,7 @@ def random_key(generator: np.random.Generator) -> str:
 
 
 def tokens(text: str, encode: Encode) -> Int[np.ndarray, " t"]:
-    """Without that of a document's end; a part of a sentence is the same wherever it stands."""
+    """Without that of a document's end; a part of a sentence is the same at any place."""
     return np.array(encode(text.encode())[:-1], dtype=np.int64)
 
 

@@ -129,7 +129,7 @@ def split_documents(read: Callable[[], Documents], name: str) -> dict[str, Docum
 
 
 def without_copies(splits: Mapping[str, Callable[[], Documents]]) -> dict[str, Documents]:
-    """Leave out what stands in another split too, so that given splits share no document.
+    """Leave out what is in another split too, so that given splits share no document.
 
     Each is to be read anew. What is in valid leaves test, and what is in either leaves train.
     """

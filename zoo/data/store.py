@@ -4,13 +4,13 @@ A folder of
 
     tokens.bin       the tokens, documents one after another
     offsets.npy      where each document starts, and the end
-    bytes.bin        how many bytes of text each token stands for; absent where that is one each
+    bytes.bin        the number of bytes of text of each token; absent where that is one each
     documents.json   the name of each document: its file, relative to the corpus's folder
     meta.json        sizes and hashes of the others, and a hash of itself
 
-Stores are built next to their place and renamed, so that what stands there is whole; a truncated or
-altered one is told by size and by hash when opened. What makes a text this text and no other is the
-hash of the first two files alone.
+Stores are built next to their place and renamed, so that what is there is whole; a truncated or
+altered one is recognised by size and by hash when opened. What makes a text this text and no other
+is the hash of the first two files alone.
 """
 
 import functools
@@ -34,7 +34,7 @@ from zoo.locks import lock_file
 
 FORMAT = 2  # stores of another format are built again
 SECONDS_BETWEEN_LINES = 5.0  # of progress, while a store is built
-Encoded = array | tuple[array, array]  # tokens, or tokens and the bytes each stands for
+Encoded = array | tuple[array, array]  # tokens, or tokens and the bytes of each
 
 
 class StoreError(UserError):
@@ -102,9 +102,9 @@ class TokenStore:
         return self.meta["source_bytes"]
 
     def bytes_of(self, start: int, stop: int) -> np.ndarray:
-        """int64 (stop - start,): the bytes of text that each of tokens[start:stop] stands for.
+        """int64 (stop - start,): the bytes of text of each of tokens[start:stop].
 
-        A document's tokens together stand for its bytes and one more, the end's. Of a character
+        The bytes of a document's tokens add up to its own and one more, the end's. Of a character
         that several tokens share each counts its part.
         """
         if self.sizes is None:
@@ -134,7 +134,7 @@ def write_store(
 ) -> None:
     """Write the store of `documents`, (name, text) each, into a new folder; `meta` is kept with it.
 
-    `encode` gives a document's tokens, and how many bytes each stands for unless that is one each;
+    `encode` gives a document's tokens, and the number of bytes of each unless that is one;
     these sum to the document's length and 1, for its end. Raises UserError where there is no
     document, and where `encode` raises ValueError: the line names the document.
     """
@@ -161,7 +161,7 @@ def write_store(
             names_file.write(f"{', ' if len(offsets) > 1 else '['}{json.dumps(name)}")
             offsets.append(offsets[-1] + len(tokens))
             source_bytes += len(document) + 1
-            progress.tell(len(offsets) - 1, source_bytes)
+            progress.update(len(offsets) - 1, source_bytes)
         names_file.write("]\n")
     if len(offsets) == 1:
         raise UserError(f"data: the {folder.name} split has no document. Give more text.")
@@ -191,17 +191,17 @@ class _Progress:
     """Prints how far a split is, every few seconds."""
 
     def __init__(self, split: str) -> None:
-        self.split, self.told = split, time.monotonic()
+        self.split, self.shown_at = split, time.monotonic()
 
-    def tell(self, documents: int, source_bytes: int) -> None:
+    def update(self, documents: int, source_bytes: int) -> None:
         """Print the numbers, unless that was a moment ago."""
-        if time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
-            self.told, megabytes = time.monotonic(), source_bytes / 1e6
+        if time.monotonic() - self.shown_at > SECONDS_BETWEEN_LINES:
+            self.shown_at, megabytes = time.monotonic(), source_bytes / 1e6
             say(f"data: {self.split} split, {documents:,} documents, {megabytes:,.0f} MB read")
 
 
 def _record_hash(record: dict[str, Any]) -> str:
-    """Of meta.json itself, so that an altered figure in it is told like an altered token."""
+    """Of meta.json itself, so that an altered figure in it is found like an altered token."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
@@ -274,7 +274,7 @@ def _digests_of(files: Iterable[Path]) -> tuple[str, str]:
 
 @functools.lru_cache(maxsize=64)
 def _digests(files: tuple[tuple[Path, int, int, int], ...]) -> tuple[str, str]:
-    """Over the contents of `files`; the rest of the key tells that they are as they were."""
+    """Over the contents of `files`; the rest of the key shows whether they changed."""
     digest, after = hashlib.sha256(), []
     for path, *_ in files:
         with path.open("rb") as file:

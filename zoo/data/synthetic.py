@@ -34,7 +34,7 @@ class Examples(NamedTuple):
     """Rows of a task: what is read, and what is to be predicted from the output at each token."""
 
     tokens: Int[np.ndarray, "b t"]
-    labels: Int[np.ndarray, "b t"]  # NO_LABEL where nothing is asked
+    labels: Int[np.ndarray, "b t"]  # NO_LABEL where there is no question
     symbols: int  # that tokens and labels are made of: the vocabulary
     answers: int  # of these, equally likely, that a label can be: chance is 1 / answers
 
@@ -47,8 +47,8 @@ def check_task(name: str, task: Task, length: int) -> Examples:
     try:
         return task(np.random.default_rng(0), 1, length)
     except UserError as error:
-        told = str(error).removesuffix(".").replace("length=", "seq_len=", 1)
-        raise UserError(f"{told} (data={name}).") from None
+        message = str(error).removesuffix(".").replace("length=", "seq_len=", 1)
+        raise UserError(f"{message} (data={name}).") from None
 
 
 def parity(generator: np.random.Generator, rows: int, length: int) -> Examples:
@@ -121,7 +121,7 @@ def mqar(
     """State key-value pairs, then ask every key once: multi-query associative recall.
 
     Arora 2023 (Zoology, arXiv 2312.04927, section 4). Keys are 1 .. symbols/2 - 1, values the upper
-    half of the symbols. A query stands at an even place after the pairs, its gap g drawn with
+    half of the symbols. A query is at an even place after the pairs, its gap g drawn with
     probability ~ power g^(power - 1), no two at the same; all other tokens are random filler.
     `rewritten` of the keys are stated again with another value, which then is the answer.
 

@@ -21,7 +21,7 @@ Decode = Callable[[Iterable[int]], Iterator[str]]
 class Tokenizer(NamedTuple):
     """`encode` maps one document's UTF-8 bytes to its tokens, the end-of-document token last.
 
-    `encode_checked` gives them with how many bytes each stands for (None: one each), and raises
+    `encode_checked` gives them with the number of bytes of each (None: one each), and raises
     ValueError where the document does not come back from them as it was. `decode` gives the text of
     tokens in pieces, while they come: a character waits until its last byte is there.
     """
@@ -54,8 +54,8 @@ def open_tokenizer(choice: str, end_token: int | None = None) -> Tokenizer:
     try:
         model = importlib.import_module("tokenizers").Tokenizer.from_file(choice)
     except Exception as error:  # the library raises bare Exception
-        told = " ".join(str(error).split()).removesuffix(".")
-        rule = f"is no tokenizers JSON file ({told})"
+        message = " ".join(str(error).split()).removesuffix(".")
+        rule = f"is no tokenizers JSON file ({message})"
         refuse("data.tokenizer", choice, rule, f"Name another file, or use {BYTES}")
     model.no_truncation()
     model.no_padding()
@@ -93,7 +93,7 @@ def open_tokenizer(choice: str, end_token: int | None = None) -> Tokenizer:
 
 
 def bytes_by_token(text: str, spans: Sequence[tuple[int, int]]) -> list[int]:
-    """How many of the text's UTF-8 bytes each token stands for, and the end: the rest and one more.
+    """The number of the text's UTF-8 bytes of each token, and of the end: the rest and one more.
 
     `spans` are the tokens' (start, stop) in characters. Bytes that no span covers count with the
     token after them; those of a span that several tokens share, as where a character is cut into

@@ -67,5 +67,5 @@ class Extension(Section):
         description="which keys a query sees, and at what distance"
     )
     positions: PositionsPart | None = Field(
-        default=None, description="where the tokens of a training window stand; null: 0, 1, 2 ..."
+        default=None, description="positions of the tokens of a training window; null: 0, 1, 2 ..."
     )

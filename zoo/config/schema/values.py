@@ -13,7 +13,7 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
-MANY = 2**48  # steps, tokens or windows; what fits the memory is asked later
+MANY = 2**48  # steps, tokens or windows; memory is checked later
 Positive = Annotated[int, BeforeValidator(read_count), Field(ge=1, le=MANY)]
 Natural = Annotated[int, BeforeValidator(read_count), Field(ge=0, le=MANY)]
 Number = Annotated[float, BeforeValidator(_not_bool)]
