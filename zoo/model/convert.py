@@ -100,6 +100,8 @@ def from_transformers(weights: Mapping[str, Tensor], heads: int | None = None) -
     refused by a Backbone that is tied, as it is by default. What is not in the weights the model
     must be given: the number of heads, `rope_base` and `norm_eps`.
     """
+    if "embedding.weight" in weights:  # the zoo's own
+        return {**weights, "head.weight": weights.get("head.weight", weights["embedding.weight"])}
     names = next(
         (names for start, names in LAYOUTS.items() if any(w.startswith(start) for w in weights)),
         LLAMA,

@@ -107,6 +107,9 @@ def pretrained_config(
     What the options of training say is of no consequence: nothing is trained.
     """
     tree = plain(compose("train", [w for w in described.words if not w.startswith("extension")]))
+    if described.own is not None:
+        more = {"data": dict(data), "runs": str(runs), "checkpoint": str(checkpoint)}
+        return validate(TrainConfig, {**tree, **described.own, **more})
     scaled = [word for word in described.words if word.startswith("extension")]
     if scaled:
         tree["extension"] = plain(compose("eval", ["run=x", *scaled]))["extension"]

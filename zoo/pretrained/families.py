@@ -9,6 +9,7 @@ family's function is its row in README's table.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from zoo.errors import UserError, choose
 from zoo.pretrained.config_reader import Config, Reader, unsupported
@@ -23,6 +24,10 @@ class Description:
     words: list[str]
     vocab_size: int
     end_token: int | None  # ends a document
+    own: dict[str, Any] | None = None  # sections of the zoo's configuration, of a model it exported
+
+
+OWN_SECTIONS = ("model", "size", "match", "objective", "extension", "seq_len")
 
 
 def describe(config: Config) -> Description:
@@ -36,6 +41,8 @@ def describe(config: Config) -> Description:
     """
     if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
         raise UserError("config.json: names no model_type. Give the folder of a checkpoint.")
+    if config["model_type"] == "zoo":
+        return _own(Reader(config))
     name = choose("model_type", config["model_type"], FAMILIES)
     reader = Reader(config)
     words = FAMILIES[name](reader)
@@ -45,6 +52,16 @@ def describe(config: Config) -> Description:
         end = end[0] if end else None
     reader.finish()
     return Description(name, ["match=none", *words], vocab_size, end)
+
+
+def _own(read: Reader) -> Description:
+    """A model that the zoo exported in its own form."""
+    own, end = read.get("zoo"), read.get("eos_token_id")
+    if not isinstance(own, dict) or {*own} != {*OWN_SECTIONS}:
+        raise UserError(f"config.json: zoo: must have {', '.join(OWN_SECTIONS)}.")
+    vocab_size = read.number("vocab_size")
+    read.finish()
+    return Description("zoo", [], vocab_size, end, own)
 
 
 def _llama(read: Reader) -> list[str]:

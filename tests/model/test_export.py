@@ -1,0 +1,161 @@
+"""A run's model, exported: `transformers` and the zoo open it with the same weights and logits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from building import ARCHITECTURES, train_config, write_text
+from safetensors.torch import load_file
+
+import zoo
+from zoo.__main__ import main
+from zoo.cli.train import main as train
+from zoo.errors import UserError
+from zoo.model import export as export_module
+from zoo.model.checkpoint import load
+from zoo.model.convert import from_transformers
+from zoo.model.export import export
+from zoo.runs.folder import RunFolder
+
+transformers = pytest.importorskip("transformers")
+
+LLAMA3 = ["extension=llama3", "extension.factor=4"]
+YARN = ["extension=yarn", "extension.factor=4", "extension.original_length=16"]
+NEOX = ["model.norm=layer_norm", "model.parallel_residual=true", "model.mixer.qkv_bias=true"]
+NEOX += ["model.mixer.output_bias=true", "model.positions.partial_rotary_factor=0.25"]
+NEOX += ["model.feed_forward._target_=zoo.mixers.feed_forward.MLP"]
+FORMS = {  # what transformers has: its class, and the options of the run
+    "llama": ("LlamaForCausalLM", ["model.mixer.kv_heads=2"]),
+    "llama untied": ("LlamaForCausalLM", ["model.tied=false", "model.mixer.head_width=12"]),
+    "llama pi": ("LlamaForCausalLM", ["extension=pi", "extension.factor=2"]),
+    "llama yarn": ("LlamaForCausalLM", YARN),
+    "llama llama3": ("LlamaForCausalLM", [*LLAMA3, "extension.original_length=16"]),
+    "mistral": ("MistralForCausalLM", ["extension=window", "extension.attention.window=9"]),
+    "qwen2": ("Qwen2ForCausalLM", ["model.mixer.qkv_bias=true"]),
+    "qwen3": ("Qwen3ForCausalLM", ["model.mixer.qk_norm=true", "model.mixer.head_width=12"]),
+    "neox": ("GPTNeoXForCausalLM", NEOX),
+    "mamba": ("MambaForCausalLM", ["model=mamba"]),
+    "falcon mamba": ("FalconMambaForCausalLM", ["model=mamba", "model.mixer.input_norm_eps=1e-6"]),
+    "mamba2": ("Mamba2ForCausalLM", ["model=mamba2", "model.norm_eps=1e-5"]),
+    "rwkv": (
+        "RwkvForCausalLM",
+        ["model=rwkv4", "model.norm=layer_norm", "model.embedding_norm=true"],
+    ),
+}
+
+
+def made(folder: Path, *words: str) -> RunFolder:
+    """A run of random weights, as training leaves it."""
+    from zoo.config.compose import compose
+    from zoo.config.validate import plain, validate
+    from zoo.model.build import build_model
+
+    scaled = [word for word in words if word.startswith("extension")]
+    config = train_config(
+        *("size=tiny", "match=none", "seq_len=48", f"runs={folder}"),
+        *(word for word in words if word not in scaled),
+    )
+    if scaled:
+        tree = {**plain(config), "finetune": str(folder)}
+        tree["extension"] = plain(compose("eval", ["run=x", *scaled]).extension)
+        config = validate(type(config), tree)
+    run = RunFolder.create(folder / "run", config, {"step": 1, "status": "done"})
+    torch.manual_seed(0)
+    model, _ = build_model(config, 256)
+    for name, one in model.named_parameters():
+        if one.dim() == 1 and "dt" not in name and "A_log" not in name:
+            one.data += 0.1 * torch.randn_like(one)
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    file = run.path / "checkpoints" / "step=1.ckpt"
+    torch.save({"state_dict": state, "global_step": 1}, file)
+    return run
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_transformers_opens_it_and_computes_the_same(form, tmp_path):
+    architecture, words = FORMS[form]
+    run, to = made(tmp_path, *words), tmp_path / "out"
+    assert export(run, to).architecture == architecture
+    ours = load(run)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(to).eval()
+    assert type(theirs).__name__ == architecture
+    again = zoo.load(to, device="cpu").backbone
+    for length in (1, 2, 31, 100):
+        tokens = torch.randint(0, 256, (2, length))
+        with torch.no_grad():
+            expected, logits = theirs(tokens, use_cache=False).logits, ours(tokens)
+        assert torch.allclose(logits, expected, atol=1e-5, rtol=1e-5), length
+        assert torch.allclose(again(tokens), logits, atol=1e-6, rtol=1e-6), length
+    written = from_transformers(load_file(to / "model.safetensors"), ours_heads(run))
+    for name, value in ours.state_dict().items():
+        assert torch.equal(written[name], value), name
+
+
+def ours_heads(run: RunFolder) -> int:
+    return run.config.size.heads
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_goes_round_in_the_zoos_own_form(name, tmp_path):
+    run, to = made(tmp_path, f"model={name}"), tmp_path / "out"
+    assert export(run, to, "zoo").architecture == "zoo"
+    ours, again = load(run), zoo.load(to, device="cpu").backbone
+    for one, value in ours.state_dict().items():
+        assert torch.equal(again.state_dict()[one], value), one
+    tokens = torch.randint(0, 256, (1, 20))
+    torch.testing.assert_close(again(tokens), ours(tokens), rtol=1e-5, atol=1e-6)
+
+
+def test_its_tokenizer_gives_the_bytes_that_the_run_was_trained_on(tmp_path):
+    export(made(tmp_path), tmp_path / "out")
+    text = "def f(x):\n\treturn 'é ☃' + x\0\n"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer(text)["input_ids"] == [*text.encode()]
+    assert tokenizer.decode([*text.encode()]) == text
+    assert zoo.load(tmp_path / "out", device="cpu").encode(text) == [*text.encode()]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "form", "said"),
+    [
+        (["model=gla"], "transformers", "format=transformers: has no architecture"),
+        (["model.mixer.sink=true"], "transformers", "sink of attention"),
+        (["extension=dca"], "transformers", "extension=dca"),
+        ([], "pickle", "format=pickle: must be auto, transformers or zoo"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_and_nothing_is_written(words, form, said, tmp_path):
+    run = made(tmp_path, *words)
+    with pytest.raises(UserError) as error:
+        export(run, tmp_path / "out", form)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_module, "_write_weights", full)
+    run = made(tmp_path)
+    with pytest.raises(UserError, match="out"):
+        export(run, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_program_exports_a_trained_run(tmp_path, capsys):
+    data = ["data=text", f"data.path={write_text(tmp_path)}", f"data.cache={tmp_path / 'cache'}"]
+    size = ["size=tiny", "seq_len=32", "batch_tokens=64", "trainer.max_steps=1"]
+    assert train([*data, *size, f"runs={tmp_path}", "name=run", "logger=none"]) == 0
+    words = ["export", f"run={tmp_path / 'run'}", f"to={tmp_path / 'out'}"]
+    assert main(words) == 0
+    assert "LlamaForCausalLM" in capsys.readouterr().err
+    model, again = (zoo.load(tmp_path / name, device="cpu") for name in ("run", "out"))
+    assert torch.equal(model.logits("one and then"), again.logits("one and then"))
+    assert main(words) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(words[:2]) == 2
+    assert main([*words, "form=zoo"]) == 2

@@ -1,0 +1,48 @@
+"""Write a run's model for use elsewhere: `zoo export run=<run folder> to=<new folder>`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from zoo.cli.guard import guarded
+from zoo.console import say
+from zoo.errors import refuse, refuse_path, refuse_unknown
+
+USAGE = """zoo export run=<run folder> to=<new folder> [format=auto|transformers|zoo]
+write a model as safetensors with its config.json and tokenizer
+
+  format=auto          as transformers reads it where it has the architecture, else as the zoo does
+  format=transformers  refuse a model that transformers does not have
+  format=zoo           the zoo's own: checkpoint=<folder> and zoo.load open it
+"""
+OPTIONS = ("run", "to", "format")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & {*words}:
+        sys.stdout.write(USAGE)
+        return 0
+    return guarded("zoo export", lambda: _export(words))
+
+
+def _export(words: Sequence[str]) -> int:
+    given: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in OPTIONS or not equals:
+            refuse_unknown(word, "option", name, OPTIONS)
+        if name in given:
+            refuse_path(word, f"{name} is given twice", "Give each option once")
+        given[name] = value
+    for name in ("run", "to"):
+        if not given.get(name):
+            refuse(name, "", "must be given", "See zoo export --help")
+    from zoo.model.export import export  # heavy: seconds
+    from zoo.runs.folder import RunFolder
+
+    folder = RunFolder.open(given["run"])
+    found = export(folder, Path(given["to"]), given.get("format", "auto"))
+    say(f"{given['to']}: {found.architecture}, model.safetensors, {found.tokenizer}")
+    return 0

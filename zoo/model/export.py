@@ -1,0 +1,160 @@
+"""Writes a model for use elsewhere: a `transformers` checkpoint, or the zoo's own safetensors.
+
+A model has the form of `transformers` where an architecture there computes the same: a Llama, a
+Mistral, a Qwen, a GPT-NeoX, a Mamba, a Mamba-2 or an RWKV-4. Any other model is written with
+`model_type: zoo`: its options in config.json and its weights under the zoo's names, which
+checkpoint=<folder> and zoo.load open. Weights are the same numbers in both forms.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from zoo.config.schema.train import TrainConfig
+from zoo.config.validate import plain
+from zoo.data.tokenizers import BYTES, open_tokenizer
+from zoo.errors import refuse, refuse_path
+from zoo.model.backbone import Backbone
+from zoo.model.checkpoint import load
+from zoo.model.convert import to_transformers
+from zoo.model.transformers_config import Foreign, foreign
+from zoo.pretrained.families import OWN_SECTIONS
+from zoo.runs.files import cannot_write
+from zoo.runs.folder import RunFolder
+
+FORMATS = ("auto", "transformers", "zoo")
+END = "<|end_of_document|>"  # a token that the zoo added behind those of the file
+
+
+class Exported(NamedTuple):
+    """What was written: the class of `transformers` (or "zoo"), and about the tokenizer."""
+
+    architecture: str
+    tokenizer: str
+
+
+def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
+    """Write a run's model into a new folder, which appears whole or not at all.
+
+    Args:
+        folder: the run's.
+        to: the folder to write; must not exist.
+        form: transformers, zoo, or auto: that of transformers where there is one.
+
+    Raises:
+        UserError: where the run has no weights, `to` exists or cannot be written, or
+            form=transformers is not possible.
+    """
+    if to.exists():
+        refuse("to", to, "exists already", "Name a new folder")
+    for package in ("safetensors", "tokenizers"):
+        if find_spec(package) is None:
+            refuse("to", to, f"needs the package {package}", f"Run pip install {package}")
+    if form not in FORMATS:
+        refuse("format", form, f"must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    model, config = load(folder), folder.config
+    found = foreign(model, config)
+    if form == "zoo" or (form == "auto" and isinstance(found, str)):
+        written, weights = _own(model, config)
+        architecture = "zoo"
+    elif isinstance(found, str):
+        refuse("format", form, f"has no architecture for this model ({found})", "Use format=zoo")
+    else:
+        written, weights = _of_transformers(model, config, found)
+        architecture = found.architecture
+    draft = to.with_name(f".{to.name}.{os.getpid()}.tmp")
+    try:
+        draft.mkdir(parents=True)
+        end, about = _write_tokenizer(draft, config, model.vocab_size)
+        _write_json(draft / "config.json", written | {"eos_token_id": end})
+        _write_weights(draft / "model.safetensors", weights)
+        os.rename(draft, to)
+    except BaseException as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise cannot_write(to, error) or error from error
+        raise
+    return Exported(architecture, about)
+
+
+def _of_transformers(
+    model: Backbone, config: TrainConfig, found: Foreign
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tied = config.model.tied
+    weights = to_transformers(model.state_dict(), found.names, config.size.heads, tied)
+    return {
+        "architectures": [found.architecture],
+        "model_type": found.model_type,
+        "vocab_size": model.vocab_size,
+        "tie_word_embeddings": tied,
+        "dtype": "float32",
+        **found.config,
+    }, weights
+
+
+def _own(model: Backbone, config: TrainConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tree = plain(config)
+    weights = model.state_dict()
+    if config.model.tied:
+        weights = {name: one for name, one in weights.items() if name != "head.weight"}
+    own = {key: tree[key] for key in OWN_SECTIONS if key in tree}
+    return {"model_type": "zoo", "vocab_size": model.vocab_size, "zoo": own}, weights
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
+    file.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _write_weights(file: Path, weights: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    stored, seen = {}, set()
+    for name, one in weights.items():  # safetensors takes no tensor twice, as layers may share one
+        stored[name] = one.clone() if one.data_ptr() in seen else one.contiguous()
+        seen.add(one.data_ptr())
+    save_file(stored, file, {"format": "pt"})
+
+
+def _write_tokenizer(folder: Path, config: TrainConfig, vocabulary: int) -> tuple[int | None, str]:
+    """Write tokenizer.json; returns the token that ends a document, and what was written."""
+    if config.data.task is not None:
+        return None, f"no tokenizer (data={config.data.name} has no text)"
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    choice, end = config.data.options["tokenizer"], config.data.options.get("end_token")
+    ours = open_tokenizer(choice, end)
+    if choice == BYTES:
+        alphabet = {letter: byte for byte, letter in _letters().items()}
+        tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        about = "tokenizer.json (a token for each byte, 0 ends a document)"
+    else:
+        tokenizer = Tokenizer.from_file(choice)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        about = f"tokenizer.json ({Path(choice).name})"
+        if end is None:  # the zoo's own, behind those of the file
+            tokenizer.add_special_tokens([END])
+            if tokenizer.token_to_id(END) != ours.end:
+                refuse_path(choice, "has gaps among its tokens", "Use format=zoo")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}
+    _write_json(folder / "tokenizer_config.json", settings)
+    return ours.end, about
+
+
+def _letters() -> dict[int, str]:
+    """The letter by which a byte-level tokenizer writes each byte (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + index) for index, byte in enumerate(others)
+    }

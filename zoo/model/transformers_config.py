@@ -1,0 +1,245 @@
+"""Which architecture of `transformers` computes what a model computes, and its config.json.
+
+The converse of zoo.pretrained.families. Sizes are read from the model, since match=params chooses
+some of them; what decides is read from its parts.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+from torch import nn
+
+from zoo.config.schema.train import TrainConfig
+from zoo.mixers.feed_forward import MLP, SwiGLU
+from zoo.mixers.mamba import Mamba
+from zoo.mixers.mamba2 import Mamba2
+from zoo.mixers.rwkv4 import RWKV4, ChannelMixing
+from zoo.mixers.softmax import SoftmaxAttention
+from zoo.model import convert
+from zoo.model.backbone import Backbone, Block
+from zoo.positions.rope import Rope
+
+
+class Foreign(NamedTuple):
+    """An architecture of `transformers`, its config.json, and the names of its weights."""
+
+    architecture: str
+    model_type: str
+    config: dict[str, Any]
+    names: convert.Names
+
+
+class _DiffersError(Exception):
+    """Why no architecture there computes the same."""
+
+
+def foreign(model: Backbone, config: TrainConfig) -> Foreign | str:
+    """The architecture of `transformers` that computes the same; why there is none, in words."""
+    try:
+        return _foreign(model, config)
+    except _DiffersError as why:
+        return str(why)
+
+
+def _foreign(model: Backbone, config: TrainConfig) -> Foreign:
+    options, parts = config.model, cast(Block, model.blocks[0]).named_sublayers()
+    mixer, feed_forward = parts["mixer"], parts.get("feed_forward")
+    _require(len(options.blocks) == 1, "its layers differ")
+    _require(options.blocks[0].short_conv is None, "short_conv")
+    _require(options.embedding_positions is None, "positions at the embedding")
+    _require(model.causal, "it reads both ways")
+    _require(model.frequencies is None, "its rotary frequencies are trained")
+    common = {"hidden_size": model.width, "num_hidden_layers": len(model.blocks)}
+    norms = options.norm, options.embedding_norm
+    if type(mixer) is SoftmaxAttention and isinstance(mixer.positions, Rope):
+        return _attention(model, config, mixer, feed_forward, common)
+    _require(not options.parallel_residual, "parallel_residual")
+    if type(mixer) is RWKV4 and type(feed_forward) is ChannelMixing:
+        _require(norms == ("layer_norm", True), "an RWKV-4 there has norm=layer_norm")
+        sizes = {
+            "attention_hidden_size": model.width,
+            "intermediate_size": _rows(feed_forward.k_proj),
+            "layer_norm_epsilon": options.norm_eps,
+            "context_length": config.seq_len,
+        }
+        return Foreign("RwkvForCausalLM", "rwkv", common | sizes, convert.RWKV4)
+    _require(feed_forward is None and norms == ("rms_norm", False), "its blocks are not alike")
+    common |= {"layer_norm_epsilon": options.norm_eps}
+    if type(mixer) is Mamba:
+        return _mamba(mixer, common)
+    if type(mixer) is Mamba2:
+        _require(mixer.norm.eps == options.norm_eps, "two values of norm_eps")
+        sizes = {
+            "expand": _whole(mixer.heads * mixer.head_width, model.width),
+            "num_heads": mixer.heads,
+            "head_dim": mixer.head_width,
+            "n_groups": 1,
+            "state_size": mixer.state_size,
+            "conv_kernel": mixer.conv_width,
+        }
+        return Foreign("Mamba2ForCausalLM", "mamba2", common | sizes, convert.MAMBA)
+    raise _DiffersError(f"{type(mixer).__name__}")
+
+
+def _mamba(mixer: Mamba, common: Mapping[str, Any]) -> Foreign:
+    sizes = {
+        **common,
+        "expand": _whole(mixer.inner_width, common["hidden_size"]),
+        "state_size": mixer.state_size,
+        "conv_kernel": mixer.conv_width,
+        "time_step_rank": mixer.dt_rank,
+    }
+    if mixer.input_norm_eps is None:
+        return Foreign("MambaForCausalLM", "mamba", sizes, convert.MAMBA)
+    sizes["mixer_rms_eps"] = mixer.input_norm_eps
+    return Foreign("FalconMambaForCausalLM", "falcon_mamba", sizes, convert.MAMBA)
+
+
+def _attention(
+    model: Backbone,
+    config: TrainConfig,
+    mixer: SoftmaxAttention,
+    feed_forward: nn.Module | None,
+    common: Mapping[str, Any],
+) -> Foreign:
+    for name in ("sink", "logit_scale", "gate_proj"):
+        _require(_absent(mixer, name), f"{name} of attention")
+    options, qkv, output = config.model, *_biases(mixer)
+    window, scaling = _window(config), _scaling(mixer, config)
+    sizes = {
+        **common,
+        "num_attention_heads": mixer.heads,
+        "max_position_embeddings": config.seq_len,
+        "rope_parameters": scaling,
+    }
+    if options.norm == "layer_norm":
+        plain = mixer.kv_heads == mixer.heads and mixer.heads * mixer.head_width == model.width
+        _require(
+            plain and mixer.q_norm is None and window is None, "LayerNorm with a Llama's parts"
+        )
+        _require(type(feed_forward) is MLP and qkv == output, "LayerNorm with a Llama's parts")
+        assert isinstance(feed_forward, MLP)
+        assert isinstance(mixer.positions, Rope)
+        share = mixer.positions.rotary_width / mixer.head_width
+        more = {
+            "intermediate_size": _rows(feed_forward.up_proj),
+            "layer_norm_eps": options.norm_eps,
+            "use_parallel_residual": options.parallel_residual,
+            "attention_bias": qkv,
+            "hidden_act": "gelu",
+            "rope_parameters": scaling | {"partial_rotary_factor": share},
+        }
+        return Foreign("GPTNeoXForCausalLM", "gpt_neox", sizes | more, convert.GPT_NEOX)
+    _require(not options.parallel_residual, "parallel_residual with RMSNorm")
+    _require(not options.embedding_norm, "embedding_norm")
+    _require(type(feed_forward) is SwiGLU, "its feed-forward")
+    assert isinstance(feed_forward, SwiGLU)
+    assert isinstance(mixer.positions, Rope)
+    _require(mixer.positions.rotary_width == mixer.head_width, "partial_rotary_factor with RMSNorm")
+    sizes |= {
+        "num_key_value_heads": mixer.kv_heads,
+        "head_dim": mixer.head_width,
+        "intermediate_size": _rows(feed_forward.up_proj),
+        "rms_norm_eps": options.norm_eps,
+        "hidden_act": "silu",
+    }
+    name, more = _descendant(mixer, feed_forward, options.norm_eps, window)
+    return Foreign(f"{name}ForCausalLM", name.lower(), sizes | more, convert.LLAMA)
+
+
+def _descendant(
+    mixer: SoftmaxAttention, feed_forward: SwiGLU, eps: float, window: int | None
+) -> tuple[str, dict[str, Any]]:
+    """Which of Llama's descendants has these parts, and what its config.json says of them."""
+    (qkv, output), bias = _biases(mixer), feed_forward.up_proj.bias is not None
+    if mixer.q_norm is not None:
+        _require(mixer.q_norm.eps == eps and not bias and qkv == output, "qk_norm with other parts")
+        name, more = "Qwen3", {"attention_bias": qkv}
+    elif qkv and not output:
+        _require(not bias, "biases")
+        name, more = "Qwen2", {}
+    elif window is not None:
+        _require(not (qkv or output or bias), "a sliding window with biases")
+        return "Mistral", {"sliding_window": window}
+    else:
+        _require(qkv == output, "biases")
+        return "Llama", {"attention_bias": qkv, "mlp_bias": bias}
+    if window is not None:
+        more |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
+    return name, more
+
+
+def _biases(mixer: SoftmaxAttention) -> tuple[bool, bool]:
+    return mixer.q_proj.bias is not None, mixer.o_proj.bias is not None
+
+
+def _absent(mixer: SoftmaxAttention, name: str) -> bool:
+    value = getattr(mixer, name)
+    return value is None or value is False
+
+
+def _window(config: TrainConfig) -> int | None:
+    """The window of extension=window without kept first tokens, part of the model."""
+    pattern = config.extension.attention
+    if pattern is None:
+        return None
+    given = pattern.options
+    plain = config.extension.name == "window" and not given.get("sinks")
+    _require(plain, f"extension={config.extension.name}")
+    return given["window"]
+
+
+def _scaling(mixer: SoftmaxAttention, config: TrainConfig) -> dict[str, Any]:
+    """`rope_parameters` of the positions and of the scaling that the model was trained under."""
+    assert isinstance(mixer.positions, Rope)
+    part, base = config.extension.scaling, mixer.positions.rope_base
+    if part is None:
+        return {"rope_type": "default", "rope_theta": base}
+    kind, factor = part.target.rpartition(".")[2], config.extension.factor
+    length = config.extension.original_length or config.seq_len
+    found: dict[str, Any] = {"rope_theta": base, "factor": factor}
+    given, before = part.options, {"original_max_position_embeddings": length}
+    if kind == "linear":
+        return found | {"rope_type": "linear"}
+    if kind == "dynamic_ntk":
+        _require(length == config.seq_len, "dynamic_ntk of another length than seq_len")
+        return found | {"rope_type": "dynamic"}
+    if kind == "llama3":
+        names = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        return found | before | {"rope_type": kind, **_given(given, names)}
+    if kind == "yarn":
+        plain = given.get("ramp", "code") == "code" and given.get("mix", "arith") == "arith"
+        _require(plain and not given.get("mscale_all_dim"), "a form of yarn that it has not")
+        names = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+        scaled = part.load()(width=mixer.head_width, factor=factor, original_length=length)
+        more = _given(given, names) | {"attention_factor": scaled[1]}
+        return found | before | {"rope_type": kind, **more}
+    if kind == "longrope" and not given.get("n_hat"):
+        scaled = part.load()(width=mixer.head_width, factor=factor, original_length=length)
+        pairs = mixer.positions.rotary_width // 2
+        more = {
+            "long_factor": list(given["long_factors"]),
+            "short_factor": list(given.get("short_factors") or [1.0] * pairs),
+            "attention_factor": scaled[1],
+        }
+        return found | before | {"rope_type": kind, **more}
+    raise _DiffersError(f"extension.scaling={kind}")
+
+
+def _given(options: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options.get(name, default) for name, default in names.items()}
+
+
+def _rows(layer: nn.Linear) -> int:
+    return layer.out_features
+
+
+def _whole(inner: int, width: int) -> int:
+    """How many times the width; MambaConfig knows whole ones alone."""
+    _require(inner % width == 0, f"an inner width of {inner}, no multiple of width={width}")
+    return inner // width
+
+
+def _require(holds: bool, why: str) -> None:
+    if not holds:
+        raise _DiffersError(why)
