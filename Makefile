@@ -110,6 +110,7 @@ bench: .venv/ready-dev  ## time the CPU kernels and training steps against other
 	$(RUN) kernels/bench/steps.py --json kernels/bench/results/steps.json
 	$(RUN) kernels/bench/attention_patterns.py --json kernels/bench/results/attention_patterns.json
 	$(RUN) kernels/bench/growth.py --json kernels/bench/results/growth.json
+	$(RUN) kernels/bench/decode.py --json kernels/bench/results/decode.json
 
 gpu-check:  ## build, check and time what runs on a GPU in 8 minutes, with PYTHON's own torch
 	$(PYTHON) kernels/bench/gpu_check.py
