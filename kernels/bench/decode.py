@@ -9,6 +9,7 @@ and writes behind it, once with either, in turn; ratios are medians over the rou
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -103,12 +104,12 @@ def compared(kind: str, models: tuple[Any, Any], length: int, rounds: int, count
     for place, name in enumerate(("prefill", "token")):
         row[f"{name}_ratio"] = statistics.median(b[place] / a[place] for a, b in pairs)
         row[f"{name}_seconds"] = statistics.median(a[place] for a, _ in pairs)
-    print(
+    sys.stdout.write(
         f"{kind:<6} after {length:>5}: prefill {row['prefill_seconds']:7.3f} s, "
         f"{row['prefill_ratio']:.2f} x transformers; token {1000 * row['token_seconds']:7.2f} ms, "
-        f"{row['token_ratio']:.2f} x",
-        flush=True,
+        f"{row['token_ratio']:.2f} x\n"
     )
+    sys.stdout.flush()
     return row
 
 
