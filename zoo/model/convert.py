@@ -8,7 +8,7 @@ parameter, `*` for the number of a layer. Beside the names three things differ:
     GPT-NeoX's query_key_value        of every head its q, k and v there, three projections here
 
 Rotary pairs are laid out as in Llama (i, i + d/2), so no weight is permuted. Source: the modelling
-files of `transformers`; of RWKV-7 those of flash-linear-attention (fla.models.rwkv7).
+files of `transformers`.
 """
 
 import re

@@ -24,6 +24,7 @@ class Axis:
     own_ticks: bool = False  # ticks at the data's own values
     signed: bool = False  # values around 0: never logarithmic
     also: tuple[float, ...] = ()  # values that the scale has besides the data's own
+    most: int = 9  # round ticks, of which a narrow figure has room for fewer
 
     def scale(self, values: Sequence[float]) -> tuple[alt.Scale, alt.Axis]:
         """The scale around the values, which are positive unless signed, and its axis."""
@@ -36,7 +37,7 @@ class Axis:
         else:
             air = max((high - low) * 0.06, abs(high) * 0.01, 1e-3)
             low, high = low - air, high + air
-        at = sorted(set(values)) if self.own_ticks else ticks(low, high, self.base, log)
+        at = sorted(set(values)) if self.own_ticks else ticks(low, high, self.base, log, self.most)
         # The words are looked up by position: languages spell numbers differently.
         words = json.dumps([self.text(value) for value in at])
         axis = alt.Axis(
@@ -48,18 +49,18 @@ class Axis:
         return alt.Scale(type="log" if log else "linear", domain=[low, high], nice=False), axis
 
 
-def ticks(low: float, high: float, base: int, log: bool) -> list[float]:
-    """A handful of round values within a range: in base 2 powers of two, in base 10 1, 2, 5."""
+def ticks(low: float, high: float, base: int, log: bool, most: int = 9) -> list[float]:
+    """At most so many round values in a range: in base 2 powers of two, in base 10 1, 2, 5."""
     if log and base == 2:
         powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
-        return [2.0**power for power in powers[:: math.ceil(len(powers) / 9)]] if powers else []
+        return [2.0**power for power in powers[:: math.ceil(len(powers) / most)]] if powers else []
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
         choices = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,))
         series = ([step * 10.0**power for power in powers for step in steps] for steps in choices)
         inside = [[value for value in values if low <= value <= high] for values in series]
-        return next((values for values in inside if len(values) <= 8), inside[-1])
-    rough = (high - low) / 6
+        return next((values for values in inside if len(values) < most), inside[-1])
+    rough = (high - low) / (most * 2 / 3)
     unit = base ** math.floor(math.log(rough, base))
     step = next(unit * k for k in ((1, 2) if base == 2 else (1, 2, 5, 10)) if unit * k >= rough)
     return [

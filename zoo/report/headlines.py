@@ -137,3 +137,13 @@ def _longest_context(results: Results, cells: Cells, kinds: Mapping[str, str]) -
         detail += f"; not told apart from {names(close)}"
     title = "Longest effective context" if len(first) > 1 else "Effective context"
     return Tile(title, arms, f"{contexts[who[0]]}{contexts[who[0]].ends} tokens", detail)
+
+
+def heading(results: Results) -> str:
+    """A title, where none is given."""
+    train = results.train_length()
+    scored = results.where(task="perplexity") or results.rows
+    longest = max((row.get("length") or 0 for row in scored), default=0)
+    if train and longest > train:
+        return f"Trained at {train:,}, tested to {longest:,}"
+    return "Length extrapolation"

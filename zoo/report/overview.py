@@ -26,6 +26,7 @@ from zoo.report.words import FORMS, caption, score, share, short, size
 MOST = 20  # arms: as many rows as stand above the fold
 ROW = 21  # pixels of an arm
 PANEL = 190  # pixels across, of a PNG
+NARROW = 4  # ticks that a panel has room for
 SPEEDS = ("milliseconds", "tokens_per_second")  # the first that was measured
 NOT_LEARNED = "has not learned"
 
@@ -133,7 +134,7 @@ def _recall(results: Results) -> Panel | None:
         for quantity in shown_quantities(results, task):
             if quantity.form == "share" and lengths_of(results, task):
                 cells, levels = results.measured(task, quantity), results.chances(task, quantity)
-                axis = Axis("", share, signed=True, also=(0.0, 1.0))
+                axis = Axis("", share, signed=True, also=(0.0, 1.0), most=NARROW)
                 data = results.known(results.arms[0], "data")
                 of = f" of {data}" if quantity.name == "accuracy" and data else ""
                 title = [f"{quantity.name}{of}", "higher is better"]
@@ -155,7 +156,7 @@ def _costs(results: Results) -> list[Panel]:
         task, quantity = known[field]
         bytes_ = quantity.form == "bytes"
         words = size if bytes_ else FORMS[quantity.form].text
-        axis = Axis("", size if bytes_ else number, base=2 if bytes_ else 10, log_from=1.6)
+        axis = Axis("", size if bytes_ else number, base=2 if bytes_ else 10, most=NARROW)
         head = caption(quantity).partition(" (")[0].partition(", ")
         title = ["state" if name == "state" else head[0].lower()]
         unit = "bytes" if bytes_ else head[2]

@@ -27,7 +27,7 @@ from zoo.report.figures import (
     scores,
     task_figures,
 )
-from zoo.report.headlines import one_text, tiles
+from zoo.report.headlines import heading, one_text, tiles
 from zoo.report.noise import noise_floors, score_noise
 from zoo.report.overview import draw, overview
 from zoo.report.pictures import pictures
@@ -167,15 +167,6 @@ def vega() -> str:
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version).replace(
         "</script", "<\\/script"
     )
-
-
-def heading(results: Results) -> str:
-    """A title, where none is given."""
-    train = results.train_length()
-    longest = max((row.get("length") or 0 for row in results.where(task="perplexity")), default=0)
-    if train and longest > train:
-        return f"Trained at {train:,}, tested to {longest:,}"
-    return "Length extrapolation"
 
 
 def facts(results: Results) -> list[str]:

@@ -19,6 +19,7 @@ from zoo.report.figures import (
     table,
     task_figures,
 )
+from zoo.report.headlines import heading
 from zoo.report.overview import overview, overview_picture
 from zoo.report.rows import Results
 from zoo.report.scores import PROTOCOLS, SAME_TOKENS, headline
@@ -33,9 +34,8 @@ def pictures(results: Results, look: Mapping[str, Style]) -> dict[str, bytes]:
     """File name -> PNG; what has no rows is left out."""
     found: dict[str, alt.TopLevelMixin | None] = {"bits_per_byte": _scores(results, look)}
     if whole := overview(results):
-        train = results.train_length()
         said = whole.about.replace(". ", ".\n").splitlines()
-        headed = f"Trained at {train:,}" if train else "Quality, recall, state and speed"
+        headed = heading(results)
         title = alt.Title(headed, subtitle=said, **TITLE)
         found["overview"] = overview_picture(whole, look, INK).properties(title=title)
     train, part = results.train_length(), [drawn_words(results)]
