@@ -120,6 +120,13 @@ def test_a_bad_option_of_generate_is_refused_before_it_is_iterated(here, options
         model.stream("a", **options)
     with pytest.raises(UserError, match="text=: must have at least one token"):
         model.logits("")
+    with pytest.raises(UserError, match="text=999: must be of the model's tokens"):
+        model.logits([999])
+
+
+def test_lone_surrogates_are_the_replacement_character(here):
+    model = zoo.load(here / "runs/my-run", device="cpu")
+    assert model.decode(model.encode("a\ud800b")) == "a\ufffdb"
 
 
 def test_a_run_of_a_task_has_no_text(tmp_path):

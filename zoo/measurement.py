@@ -109,6 +109,11 @@ def not_finite(declaration: Declaration, row: Mapping[str, Any]) -> list[str]:
     return [name for name, x in values if isinstance(x, float) and not math.isfinite(x)]
 
 
+def lacking(declaration: Declaration, row: Mapping[str, Any]) -> list[str]:
+    """The declared fields that a row does not have at all; one that is None was not told."""
+    return [one.field for one in declaration.quantities if one.of(row) and one.field not in row]
+
+
 def panel(row: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that tell apart the rows of a task at one length: its quantities' `where`."""
     found = declared(row)

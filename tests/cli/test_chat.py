@@ -36,6 +36,12 @@ def test_each_line_is_added_to_the_text(run, monkeypatch, capsys):
     assert "text 23, state " in said.err
 
 
+def test_a_place_may_have_an_equals_sign_and_input_may_be_closed(run, tmp_path, monkeypatch):
+    (tmp_path / "a=b").symlink_to(run)
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["chat", str(tmp_path / "a=b"), "device=cpu"]) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

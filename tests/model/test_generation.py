@@ -33,7 +33,10 @@ def written(model: Backbone, count: int, sampling: Sampling, end: int | None = N
 @pytest.mark.parametrize("name", ["transformer", "mamba", "hybrid"])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_tokens_are_those_of_the_whole_text_read_anew(name, temperature):
-    model, sampling = model_of(name), Sampling(temperature=temperature, top_p=0.9, seed=3)
+    model, sampling = (
+        model_of(name),
+        Sampling(temperature=temperature, **({"top_p": 0.9, "seed": 3} if temperature else {})),
+    )
     draw, text = sampling.start(), [*PROMPT]
     for _ in range(12):
         text.append(draw(model(torch.tensor([text]))[0, -1]))
@@ -101,6 +104,11 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     assert ((counts / draws - expected).abs() < 4 * spread).all()
 
 
+def test_a_temperature_near_zero_takes_the_likeliest_token():
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    assert Sampling(temperature=1e-320, top_p=0.5).probabilities(logits).tolist() == [0, 1, 0]
+
+
 def test_a_seed_gives_the_same_text_and_another_seed_another():
     model = model_of("transformer")
     texts = [written(model, 12, Sampling(temperature=1.5, seed=seed)) for seed in (1, 1, 2)]
@@ -108,7 +116,11 @@ def test_a_seed_gives_the_same_text_and_another_seed_another():
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("temperature", -1), ("temperature", float("nan")), ("top_p", 0)]
+    ("option", "value"),
+    [
+        *(("temperature", -1), ("temperature", float("nan")), ("top_p", 0)),
+        *(("top_p", 0.5), ("seed", 3)),  # nothing is drawn at temperature 0
+    ],
 )
 def test_a_value_that_is_no_way_to_sample_is_refused(option, value):
     with pytest.raises(UserError, match=f"^{option}="):

@@ -44,6 +44,7 @@ def test_another_prompt_is_another_measurement(context):
 def test_reports_show_the_text_as_it_is(context):
     (row,) = measure(Generate, context, prompt="ab", tokens=3)
     row |= {"text": "<b>two\nlines", "task": "generate", "arm": "x", "run": "x", "seed": 0}
+    row["audited"] = {"float32": 3}
     row["declares"] = Generate.declares.plain(row)
     results = gather([row], [])
     assert "Text written, x\n    <b>two\n    lines" in terminal(results)
@@ -61,3 +62,9 @@ def test_a_text_longer_than_the_model_can_read_is_not_applicable(context):
 def test_an_empty_stop_is_refused():
     with pytest.raises(UserError, match=r"task\.generate\.stop="):
         Generate(stop=["x", ""]).check()
+
+
+def test_the_end_of_a_document_is_not_written(context, monkeypatch):
+    monkeypatch.setattr(Writer, "write", lambda *_: iter(()))  # it ends at once
+    (row,) = measure(Generate, context, prompt="ab", tokens=5)
+    assert (row["tokens"], row["text"], row["tokens_per_second"]) == (0, "", None)

@@ -68,7 +68,7 @@ def test_the_page_and_the_pictures_draw_it(found):
     assert 'id="spec-exact-exact"' in page
     assert 'id="spec-exact-tokens_per_second"' in page
     pictures = {path.name for path in (found["folder"] / "report").iterdir()}
-    assert pictures == {"exact.png", "speed.png"}
+    assert pictures == {"exact.png", "overview.png", "speed.png"}
 
 
 def test_wandb_has_it_as_metrics_and_in_the_report(found):

@@ -5,6 +5,7 @@ What was read and written stays in the model's state, so that a line costs its o
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from time import perf_counter
 
 from zoo.cli.guard import guarded
@@ -47,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def chat(words: Sequence[str]) -> int:
     """Carry the command out; see the module."""
-    places = [word for word in words if "=" not in word]
+    places = [word for word in words if "=" not in word or Path(word).exists()]
     if len(places) != 1:
         refuse_path(" ".join(places) or "no place", "must be one run or checkpoint")
-    options = [word for word in words if "=" in word]
+    options = [word for word in words if word not in places]
     for name in (word.partition("=")[0] for word in options):
         if name not in OPTIONS and not name.startswith("extension."):
             refuse_unknown(name, "option", name, OPTIONS)
@@ -71,7 +72,7 @@ def chat(words: Sequence[str]) -> int:
     model = load_language_model(places[0], *extension, **how_read)
     sampling = Sampling(temperature=how.temperature, top_p=how.top_p, seed=how.seed)
     writer = model.writer(how.prompt) if how.prompt else None
-    for line in sys.stdin:
+    for line in sys.stdin or ():
         if writer is None:
             writer = model.writer(line)
         elif line.strip("\n"):

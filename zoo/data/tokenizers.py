@@ -34,8 +34,9 @@ class Tokenizer(NamedTuple):
     decode: Decode
 
     def tokens(self, text: str) -> list[int]:
-        """The text's tokens, without the one that ends a document."""
-        return self.encode(text.encode()).tolist()[:-1]
+        """The text's tokens, without the one that ends a document; lone surrogates are U+FFFD."""
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return self.encode(whole.encode()).tolist()[:-1]
 
 
 def open_tokenizer(choice: str, end_token: int | None = None) -> Tokenizer:

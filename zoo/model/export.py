@@ -59,6 +59,9 @@ def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
     if form not in FORMATS:
         refuse("format", form, f"must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     model, config = load(folder), folder.config
+    if model.frequencies is not None:
+        rule = "its frequencies are trained (extension=clex), which no exported form holds"
+        refuse("run", folder, rule, "Open the run itself: zoo.load")
     found = foreign(model, config)
     if form == "zoo" or (form == "auto" and isinstance(found, str)):
         written, weights = _own(model, config)

@@ -31,7 +31,8 @@ class Sampling:
         seed: of the random numbers. The same seed, text and machine give the same tokens.
 
     Raises:
-        UserError: for a temperature below 0, and a top_p that is no share above 0.
+        UserError: for a temperature below 0, a top_p that is no share above 0, and either top_p or
+            a seed where nothing is drawn.
     """
 
     temperature: float = 0.0
@@ -43,6 +44,10 @@ class Sampling:
             refuse("temperature", self.temperature, "must be at least 0 and finite")
         if not 0 < self.top_p <= 1:
             refuse("top_p", self.top_p, "must be above 0 and at most 1")
+        for name, value, unset in (("top_p", self.top_p, 1), ("seed", self.seed, 0)):
+            if self.temperature == 0 and value != unset:
+                rule = "temperature=0 takes the likeliest token, nothing is drawn"
+                refuse(name, value, rule, "Set a temperature, or leave it out")
 
     def start(self) -> Callable[[Float[Tensor, " v"]], int]:
         """What draws the tokens of one text from their logits, one after another."""
@@ -58,7 +63,8 @@ class Sampling:
 
     def probabilities(self, logits: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
         """The distribution that a token is drawn from, in float64; for temperatures above 0."""
-        chances = (logits.double() / self.temperature).softmax(-1)
+        wide = logits.double()
+        chances = ((wide - wide.max()) / self.temperature).softmax(-1)
         if self.top_p < 1:
             falling, places = chances.sort(descending=True, stable=True)
             likelier = falling.cumsum(-1) - falling  # probability of the tokens before each

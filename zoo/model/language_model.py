@@ -71,8 +71,13 @@ class LanguageModel:
         tokens = self._tokens(text)
         if not tokens:
             refuse("text", "", "must have at least one token")
-        if self.backbone.causal:
-            Writer(self.backbone).read(tokens)  # is it too long?
+        most = self.backbone.max_length
+        if most is not None and len(tokens) > most:
+            rule = f"the model reads at most {most:,} tokens, and the text has {len(tokens):,}"
+            refuse("text", self.decode(tokens), rule, "Shorten it")
+        size = self.backbone.vocab_size
+        if bad := [token for token in tokens if not 0 <= token < size]:
+            refuse("text", bad[0], f"must be of the model's tokens, 0 to {size - 1}")
         batch = torch.tensor([tokens], device=self.device)
         with arithmetic(self.backbone, self.precision, self.device):
             found = self.backbone(batch)[0]

@@ -42,8 +42,9 @@ def quantize(model: Backbone, bits: Bits) -> Backbone:
     model.requires_grad_(False)
     before = weight_bytes(model)
     made: dict[tuple[int, Bits | None], nn.Parameter] = {}
+    trained = {*model.frequencies.modules()} if model.frequencies is not None else set()
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding) and module not in trained:
             form = _form(module, bits)
             key = id(module.weight), form  # a tied head is the embedding
             if form and key not in made:

@@ -19,7 +19,7 @@ from zoo.config.schema.model import Extension
 from zoo.config.validate import plain
 from zoo.devices import prepare
 from zoo.errors import UserError
-from zoo.measurement import agrees, not_finite
+from zoo.measurement import agrees, lacking, not_finite
 from zoo.model.checkpoint import load
 from zoo.model.device import pick_device
 from zoo.model.extend import extend
@@ -264,6 +264,8 @@ class _Run:
             leaks.check(needed)
         for question, outcome in task.answers(context, wanted):
             row = leaks.judge(named | question | outcome.row | (outcome.value or {}))
+            if row["status"] == "ok" and (names := lacking(task.declares, row)):
+                row |= {"status": "failed", "reason": f"the task left out {', '.join(names)}"}
             if row["status"] == "ok" and (names := not_finite(task.declares, row)):
                 row |= {"status": "failed", "reason": f"no finite number: {', '.join(names)}"}
             now = datetime.now(UTC).isoformat(timespec="seconds")

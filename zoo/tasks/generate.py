@@ -52,6 +52,10 @@ class Generate(Task):
     stop: Sequence[str] | None = None
 
     def check(self) -> None:
+        try:
+            Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+        except UserError as error:
+            raise below("task.generate", error) from None
         if "" in (self.stop or ()):
             raise UserError("task.generate.stop=: must not be empty.")
 
@@ -75,8 +79,11 @@ class Generate(Task):
         first = perf_counter()
         context.progress.advance(prompt)
 
+        written = []
+
         def drawn() -> Iterator[int]:
             for token in writer.write(self.tokens, sampling, tokenizer.end):
+                written.append(token)
                 yield token
                 context.progress.advance(1)
 
@@ -85,7 +92,7 @@ class Generate(Task):
         return {
             "text": text,
             "prompt_tokens": prompt,
-            "tokens": writer.tokens - prompt,
+            "tokens": len(written),
             "prompt_tokens_per_second": prompt / (first - began),
             "tokens_per_second": steps / seconds if steps else None,
             "state_bytes": writer.state_bytes,

@@ -79,6 +79,9 @@ class LongRope(Task):
         Raises NotApplicableError where the model has no rotary positions, and UserError where the
         run's folder holds a search with other settings.
         """
+        if context.model.rounding is not None:
+            why = "factors are searched with the weights as they are, without weights="
+            raise NotApplicableError(why)
         prepared = self._prepare(context)
         return [{"split": "valid", "length": prepared.problem.length, "units": len(prepared.text)}]
 
