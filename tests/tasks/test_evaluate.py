@@ -524,16 +524,21 @@ def test_published_results_of_the_same_data_stand_beside_a_run(model, tmp_path, 
     assert len(mine.rows()) == len(theirs.rows())  # theirs were not measured again, nor kept
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
 @pytest.mark.parametrize("name", TASKS)
-def test_a_quantity_that_is_no_finite_number_is_a_failure_of_any_task(
+def test_a_quantity_that_is_no_finite_number_or_left_out_is_a_failure_of_any_task(
     model, tmp_path, monkeypatch, name, value
 ):
     words = [f"task={name}", *REQUIRED.get(name, ())]
     part = compose("eval", ["run=any", *words]).task[name]
     cls = part.load().func if hasattr(part.load(), "func") else part.load()
     quantity = cls.declares.quantities[0]
-    row = {**quantity.where, quantity.field: value}
+    row = {each.field: 0.0 for each in cls.declares.quantities}
+    row |= {**quantity.where, quantity.field: value}
+    reason = f"no finite number: {quantity.name}"
+    if value is None:
+        del row[quantity.field]
+        reason = f"the task left out {quantity.field}"
     monkeypatch.setattr(cls, "questions", lambda self, context: [{"length": 32}])
     monkeypatch.setattr(cls, "still_valid", lambda self, context: True)
     answer = Outcome(row, {"status": "ok", "reason": None, "seconds": 0.0})
@@ -544,7 +549,7 @@ def test_a_quantity_that_is_no_finite_number_is_a_failure_of_any_task(
     (found,) = folder.rows()
     assert code == 1
     assert found["status"] == "failed"
-    assert found["reason"] == f"no finite number: {quantity.name}"
+    assert found["reason"] == reason
 
 
 def test_a_task_that_refuses_one_run_leaves_the_others_and_stops_the_only_one(
