@@ -21,7 +21,11 @@ def test_a_table_is_drawn_again_from_its_file(tmp_path, monkeypatch, capsys):
     assert "zoo tune experiment=state_tracking (" in capsys.readouterr().out
     assert main(["state_tracking", f"report={tmp_path}/page.html"]) == 0
     assert "lstm" in (tmp_path / "page.html").read_text()
-    assert "0.75" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "0.75" in said
+    assert f"report: {tmp_path}/page.html" in said
+    assert main(["state_tracking", f"report={tmp_path}"]) == 2  # a folder
+    assert f"report={tmp_path}: cannot be written" in capsys.readouterr().err
     assert main([str(tmp_path / "state_tracking.json"), f"report={tmp_path}/again.html"]) == 0
 
 

@@ -119,7 +119,7 @@ def test_a_seed_gives_the_same_text_and_another_seed_another():
     ("option", "value"),
     [
         *(("temperature", -1), ("temperature", float("nan")), ("top_p", 0)),
-        *(("top_p", 0.5), ("seed", 3)),  # nothing is drawn at temperature 0
+        *(("top_p", 0.5), ("seed", 3), ("seed", -1)),  # nothing is drawn at temperature 0
     ],
 )
 def test_a_value_that_is_no_way_to_sample_is_refused(option, value):

@@ -44,5 +44,9 @@ def _export(words: Sequence[str]) -> int:
 
     folder = RunFolder.open(given["run"])
     found = export(folder, Path(given["to"]), given.get("format", "auto"))
+    if (info := folder.info)["status"] != "done":
+        say(
+            f"{folder}: is {info['status']}, its last checkpoint was exported (step {info['step']})"
+        )
     say(f"{given['to']}: {found.architecture}, model.safetensors, {found.tokenizer}")
     return 0

@@ -11,6 +11,7 @@ from typing import Any
 from zoo.cli.guard import guarded
 from zoo.errors import refuse, refuse_path, refuse_unknown
 from zoo.report import published
+from zoo.runs.files import check_writable
 from zoo.runs.find import find_runs
 
 USAGE = """zoo report [table | run=<pattern>] [report=report.html] [wandb=<entity>/<project>]
@@ -57,6 +58,7 @@ def draw(words: Sequence[str]) -> int:
 def _write(names: Sequence[str], options: Mapping[str, Any]) -> int:
     """Write the page, and the report of W&B where one is wanted."""
     page = Path(options["report"])
+    check_writable("report", options["report"])
     if options["wandb"]:
         from zoo.report import wandb_report  # heavy: seconds
 
@@ -78,7 +80,7 @@ def _write(names: Sequence[str], options: Mapping[str, Any]) -> int:
         rows, runs = published.unpack(published.read(names[0]))
     from zoo.report import write_report
 
-    sys.stdout.write(f"{write_report(rows, runs, page)}\n")
+    sys.stdout.write(f"{write_report(rows, runs, page)}\n\nreport: {page}\n")
     if options["wandb"]:
         place = options["wandb"]
         url = wandb_report.save_report(rows, runs, place, Path(options["runs"]), page)

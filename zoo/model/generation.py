@@ -31,8 +31,8 @@ class Sampling:
         seed: of the random numbers. The same seed, text and machine give the same tokens.
 
     Raises:
-        UserError: for a temperature below 0, a top_p that is no share above 0, and either top_p or
-            a seed where nothing is drawn.
+        UserError: for a temperature below 0, a top_p that is no share above 0, a seed below 0 or of
+            more than 32 bits, and either top_p or a seed where nothing is drawn.
     """
 
     temperature: float = 0.0
@@ -42,6 +42,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             refuse("temperature", self.temperature, "must be at least 0 and finite")
+        if not 0 <= self.seed < 2**32:
+            refuse("seed", self.seed, f"must be from 0 to {2**32 - 1}")
         if not 0 < self.top_p <= 1:
             refuse("top_p", self.top_p, "must be above 0 and at most 1")
         for name, value, unset in (("top_p", self.top_p, 1), ("seed", self.seed, 0)):
