@@ -5,19 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from zoo import report
-from zoo.errors import refuse
-from zoo.model.language_model import LanguageModel, load_language_model
+from zoo.model.language_model import load_language_model as load
 from zoo.runs.find import find_runs
-from zoo.tasks.known import all_known
+from zoo.tasks.known import all_known, require_known
+
+__all__ = ["load", "rows", "write_report"]
 
 HIDDEN = ("declares", "question")  # for those who draw a row, not for those who read it
-
-
-def load(
-    path: str | Path, *words: str, device: str = "auto", weights: str | None = None
-) -> LanguageModel:
-    """Open a run or a checkpoint; see `zoo.model.language_model.load_language_model`."""
-    return load_language_model(path, *words, device=device, weights=weights)
 
 
 def rows(pattern: str | Sequence[str], folder: str | Path = "runs") -> list[dict[str, Any]]:
@@ -46,8 +40,5 @@ def write_report(
     Raises:
         UserError: where a pattern names no run, a run is damaged, or nothing was measured.
     """
-    found, records = all_known(find_runs(pattern, str(folder)))
-    if not found:
-        rule = "has nothing measured by the code of now"
-        refuse("run", pattern, rule, "Run python eval.py on it first")
+    found, records = require_known(pattern, find_runs(pattern, str(folder)))
     return report.write_report(found, records, Path(html))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
-from zoo.cli.guard import guarded
+from zoo.cli.guard import run_program
 from zoo.config.compose import compose
 from zoo.console import say
 from zoo.errors import UserError, refuse_path, refuse_unknown
@@ -39,11 +39,7 @@ OPTIONS = (*OF_TASK, "device", "weights", "extension")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    if {"-h", "--help"} & {*words}:
-        sys.stdout.write(USAGE)
-        return 0
-    return guarded("zoo chat", lambda: chat(words))
+    return run_program("zoo chat", USAGE, argv, chat)
 
 
 def chat(words: Sequence[str]) -> int:
@@ -64,13 +60,12 @@ def chat(words: Sequence[str]) -> int:
         how.check()
     except UserError as error:  # options have short names here
         raise UserError(str(error).removeprefix(TASK)) from None
-    from zoo.model.generation import Sampling  # heavy: seconds
+    from zoo.model.generation import write_text  # heavy: seconds
     from zoo.model.language_model import load_language_model
     from zoo.report.words import size
 
     how_read = {"device": config.device, "weights": config.weights}
     model = load_language_model(places[0], *extension, **how_read)
-    sampling = Sampling(temperature=how.temperature, top_p=how.top_p, seed=how.seed)
     writer = model.writer(how.prompt) if how.prompt else None
     for line in sys.stdin or ():
         if writer is None:
@@ -78,13 +73,13 @@ def chat(words: Sequence[str]) -> int:
         elif line.strip("\n"):
             writer.read(model.encode(line))
         writer.check_length(how.tokens)
-        before, began = writer.tokens, perf_counter()
-        for piece in model.continued(writer, how.tokens, sampling, how.stop or ()):
+        before, began = writer.written, perf_counter()
+        for piece in write_text(writer, model.tokenizer, how.tokens, how.sampling, how.stop or ()):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
         sys.stdout.flush()
-        count, seconds = writer.tokens - before, perf_counter() - began
+        count, seconds = writer.written - before, perf_counter() - began
         said = f"{count} tokens, {count / seconds:,.1f} a second; text {writer.tokens:,}"
         say(f"[{said}, state {size(writer.state_bytes)}]")
     return 0

@@ -1,10 +1,9 @@
 """Write a run's model for use elsewhere: `zoo export run=<run folder> to=<new folder>`."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from zoo.cli.guard import guarded
+from zoo.cli.guard import run_program
 from zoo.console import say
 from zoo.errors import refuse, refuse_path, refuse_unknown
 
@@ -20,11 +19,7 @@ OPTIONS = ("run", "to", "format")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    if {"-h", "--help"} & {*words}:
-        sys.stdout.write(USAGE)
-        return 0
-    return guarded("zoo export", lambda: _export(words))
+    return run_program("zoo export", USAGE, argv, _export)
 
 
 def _export(words: Sequence[str]) -> int:

@@ -5,7 +5,8 @@ train.py and eval.py, calls `guarded`, and so does each program that begins its 
 """
 
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 from zoo.console import say
 from zoo.errors import RunError, UserError
@@ -39,6 +40,23 @@ def guarded(program: str, work: Callable[[], int]) -> int:
     except KeyboardInterrupt as stop:
         say(f"{name}{str(stop) or 'stopped'}")
         return STOPPED
+
+
+def run_program(
+    program: str, usage: str, argv: Sequence[str] | None, work: Callable[[list[str]], int]
+) -> int:
+    """The exit code of a program that reads its own words; `--help` prints its usage.
+
+    Args:
+        program: begins its lines, such as "zoo chat".
+        argv: its words; None for those of the process.
+        work: carries them out.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & {*words}:
+        sys.stdout.write(usage)
+        return 0
+    return guarded(program, lambda: work(words))
 
 
 def log_plainly() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo.cli.guard import guarded
+from zoo.cli.guard import run_program
 from zoo.errors import refuse, refuse_path, refuse_unknown
 from zoo.report import published
 from zoo.runs.files import check_writable
@@ -28,11 +28,7 @@ OPTIONS = {"run": None, "report": "report.html", "wandb": None, "runs": "runs"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    if {"-h", "--help"} & {*words}:
-        sys.stdout.write(USAGE)
-        return 0
-    return guarded("zoo report", lambda: draw(words))
+    return run_program("zoo report", USAGE, argv, draw)
 
 
 def draw(words: Sequence[str]) -> int:
@@ -66,16 +62,9 @@ def _write(names: Sequence[str], options: Mapping[str, Any]) -> int:
         wandb_report.require(options["wandb"])
     if options["run"]:
         folders = find_runs(options["run"], options["runs"])
-        from zoo.tasks.known import all_known  # heavy: seconds
+        from zoo.tasks.known import require_known  # heavy: seconds
 
-        rows, runs = all_known(folders)
-        if not rows:
-            refuse(
-                "run",
-                options["run"],
-                "has nothing measured by the code of now",
-                "Run zoo eval on it first",
-            )
+        rows, runs = require_known(options["run"], folders)
     else:
         rows, runs = published.unpack(published.read(names[0]))
     from zoo.report import write_report

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from zoo.cli.arms import composed_arms
-from zoo.cli.guard import guarded
+from zoo.cli.guard import run_program
 from zoo.cli.train import check
 from zoo.cli.tune import Tuned, add_rate, beyond, group, tune_arms
 from zoo.config.groups import choices
@@ -31,11 +31,7 @@ USAGE = f"""zoo study [--left] [experiment ...]    tune and train the experiment
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 1 where an arm of an experiment has no rate that works."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    if {"-h", "--help"} & {*words}:
-        sys.stdout.write(USAGE)
-        return 0
-    return guarded("zoo study", lambda: study(words))
+    return run_program("zoo study", USAGE, argv, study)
 
 
 def study(words: Sequence[str]) -> int:

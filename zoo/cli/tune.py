@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.cli.arms import Arm, composed_arms, run_arm
-from zoo.cli.guard import guarded
+from zoo.cli.guard import run_program
 from zoo.cli.train import check, job
 from zoo.config.schema.train import TrainConfig
 from zoo.console import label, say
@@ -94,10 +94,7 @@ class Tuned:
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune and train all arms; returns the exit code, 1 where an arm has no rate that works."""
     words = sys.argv[1:] if argv is None else list(argv)
-    if not words or {"-h", "--help"} & {*words}:
-        sys.stdout.write(USAGE.lstrip())
-        return 0
-    return guarded("zoo tune", lambda: tune(words))
+    return run_program("zoo tune", USAGE.lstrip(), words or ["--help"], tune)
 
 
 def tune(words: list[str]) -> int:

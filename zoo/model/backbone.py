@@ -22,7 +22,7 @@ from zoo.positions.base import EmbeddedPositions
 from zoo.positions.rope import by_row
 
 Norm = Callable[[int], nn.Module]  # width -> a normalisation over it
-NORMS: dict[str, Callable[[int, float], nn.Module]] = {
+NORMS: dict[str, Callable[..., nn.Module]] = {
     "rms_norm": RMSNorm,
     "layer_norm": nn.LayerNorm,  # with a bias
 }
@@ -85,10 +85,6 @@ class Block(nn.Module):
         """The sublayers that the block has, by their names in `BlockState`."""
         parts = {name: getattr(self, name) for name in BlockState._fields}
         return {name: part for name, part in parts.items() if part is not None}
-
-
-def _norm(kind: str, eps: float, width: int) -> nn.Module:
-    return NORMS[kind](width, eps)
 
 
 def _apply(
@@ -175,7 +171,7 @@ class Backbone(nn.Module):
         self.embedding = nn.Embedding(vocab_size, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.positions = positions
-        make_norm = partial(_norm, norm, norm_eps)
+        make_norm = partial(NORMS[norm], eps=norm_eps)
         self.embedding_norm = make_norm(width) if embedding_norm else None
         blocks = []
         for layer in range(layers):

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from zoo.data.tokenizers import Tokenizer
 from zoo.errors import refuse
 from zoo.mixers.base import count_bytes
 from zoo.model.arithmetic import arithmetic
@@ -90,6 +91,7 @@ class Writer:
         self.state: BackboneState = model.empty_state(1)
         self._unread: list[int] = []
         self._logits: Tensor | None = None  # after what was read
+        self.written = 0  # tokens drawn so far, ends of documents apart
 
     @property
     def tokens(self) -> int:
@@ -151,7 +153,18 @@ class Writer:
             self._unread.append(token)
             if token == end:
                 return
+            self.written += 1
             yield token
+
+
+def write_text(
+    writer: Writer, tokenizer: Tokenizer, count: int, sampling: Sampling, stop: Sequence[str] = ()
+) -> Iterator[str]:
+    """Write on from a text, at most `count` tokens; yield the new part in pieces.
+
+    A document's end ends it, and so does the first of the `stop` texts, which is left out.
+    """
+    return until(tokenizer.decode(writer.write(count, sampling, tokenizer.end)), stop)
 
 
 def until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from zoo.model.backbone import Backbone
 from zoo.model.checkpoint import load
 from zoo.model.device import pick_device
 from zoo.model.extend import extend
-from zoo.model.generation import Sampling, Writer, until
+from zoo.model.generation import Sampling, Writer, write_text
 from zoo.model.pretrained import load_pretrained, pretrained_config
 from zoo.model.quantization import quantize
 from zoo.ops.dtypes import wide_dtype
@@ -71,13 +71,13 @@ class LanguageModel:
         tokens = self._tokens(text)
         if not tokens:
             refuse("text", "", "must have at least one token")
+        size = self.backbone.vocab_size
+        if bad := [token for token in tokens if not 0 <= token < size]:
+            refuse("text", bad[0], f"must be of the model's tokens, 0 to {size - 1}")
         most = self.backbone.max_length
         if most is not None and len(tokens) > most:
             rule = f"the model reads at most {most:,} tokens, and the text has {len(tokens):,}"
             refuse("text", self.decode(tokens), rule, "Shorten it")
-        size = self.backbone.vocab_size
-        if bad := [token for token in tokens if not 0 <= token < size]:
-            refuse("text", bad[0], f"must be of the model's tokens, 0 to {size - 1}")
         batch = torch.tensor([tokens], device=self.device)
         with arithmetic(self.backbone, self.precision, self.device):
             found = self.backbone(batch)[0]
@@ -127,20 +127,13 @@ class LanguageModel:
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
         writer = self.writer(prompt)
         writer.check_length(tokens)
-        return self.continued(writer, tokens, sampling, words)
+        return write_text(writer, self.tokenizer, tokens, sampling, words)
 
     def writer(self, prompt: str | Sequence[int] = "") -> Writer:
         """A text that begins with a prompt; an empty one begins a document."""
         writer = Writer(self.backbone, self.precision)
         writer.read(self._tokens(prompt) or [self.tokenizer.end])
         return writer
-
-    def continued(
-        self, writer: Writer, tokens: int, sampling: Sampling, stop: Sequence[str] = ()
-    ) -> Iterator[str]:
-        """Write on from a text; yield the new part in pieces."""
-        written = writer.write(tokens, sampling, self.tokenizer.end)
-        return until(self.tokenizer.decode(written), stop)
 
     def _tokens(self, text: str | Sequence[int]) -> list[int]:
         return self.encode(text) if isinstance(text, str) else [*map(int, text)]
@@ -172,7 +165,7 @@ def load_language_model(
     check_extension(extension, [word.partition("=")[0] for word in words])
     if (place / "run.json").is_file():
         folder = RunFolder.open(place)
-        config, backbone = folder.config, None
+        config = folder.config
         tokenizer = _tokenizer_of(config.data)
         backbone = load(folder, where)
         extension = Extension.model_validate(with_found_factors(plain(extension), place))

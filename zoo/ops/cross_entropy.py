@@ -73,9 +73,9 @@ class _Chunked(torch.autograd.Function):
         for start in range(0, len(x), size):
             rows, wanted = x[start : start + size], targets[start : start + size]
             logits = F.linear(rows, weight)  # as autocast has it
-            wide = logits.to(wide_dtype(logits))
-            total.append(F.cross_entropy(wide, wanted, ignore_index=ignored, reduction="sum"))
-            p = wide.softmax(-1)
+            log_p = logits.to(wide_dtype(logits)).log_softmax(-1)
+            total.append(F.nll_loss(log_p, wanted, ignore_index=ignored, reduction="sum"))
+            p = log_p.exp()
             asked = wanted != ignored
             p[asked.nonzero()[:, 0], wanted[asked]] -= 1
             p = (p * asked[:, None]).to(logits.dtype)

@@ -7,7 +7,7 @@ Position p is the number of tokens a prediction was made from, 1 .. length.
 
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -69,11 +69,9 @@ class EvalContext:
     def store(self) -> TokenStore:
         return getattr(self.corpus, self.split)
 
-    @contextmanager
-    def arithmetic(self):
+    def arithmetic(self) -> AbstractContextManager[None]:
         """No gradients, and the run's own precision."""
-        with arithmetic(self.model, self.precision, self.device):
-            yield
+        return arithmetic(self.model, self.precision, self.device)
 
 
 def chunk_tokens(context: EvalContext, chunk: int) -> int:

@@ -1,6 +1,6 @@
 """Writes on from a prompt, and times it: what a model says, and what a token costs it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Annotated
@@ -8,7 +8,7 @@ from typing import Annotated
 from zoo.config.domains import Count, Range, Seed
 from zoo.errors import UserError, below
 from zoo.measurement import Declaration, Quantity
-from zoo.model.generation import Sampling, Writer, until
+from zoo.model.generation import Sampling, Writer, write_text
 from zoo.tasks.context import EvalContext, NotApplicableError, Row
 from zoo.tasks.task import Task
 
@@ -51,9 +51,14 @@ class Generate(Task):
     seed: Seed = 0
     stop: Sequence[str] | None = None
 
+    @property
+    def sampling(self) -> Sampling:
+        """How a token is chosen. UserError for settings that do not go together."""
+        return Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+
     def check(self) -> None:
         try:
-            Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+            _ = self.sampling
         except UserError as error:
             raise below("task.generate", error) from None
         if "" in (self.stop or ()):
@@ -66,7 +71,6 @@ class Generate(Task):
         if not context.model.causal:
             raise NotApplicableError("a model that reads both ways does not write")
         tokenizer, writer = context.corpus.tokenizer, Writer(context.model, context.precision)
-        sampling = Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
         try:
             writer.read(tokenizer.tokens(self.prompt) or [tokenizer.end])
             writer.check_length(self.tokens)
@@ -79,20 +83,15 @@ class Generate(Task):
         first = perf_counter()
         context.progress.advance(prompt)
 
-        written = []
-
-        def drawn() -> Iterator[int]:
-            for token in writer.write(self.tokens, sampling, tokenizer.end):
-                written.append(token)
-                yield token
-                context.progress.advance(1)
-
-        text = "".join(until(tokenizer.decode(drawn()), self.stop or ()))
+        text, stop = "", self.stop or ()
+        for piece in write_text(writer, tokenizer, self.tokens, self.sampling, stop):
+            text += piece
+            context.progress.advance(1)
         steps, seconds = writer.state.tokens_seen - prompt, perf_counter() - first
         return {
             "text": text,
             "prompt_tokens": prompt,
-            "tokens": len(written),
+            "tokens": writer.written,
             "prompt_tokens_per_second": prompt / (first - began),
             "tokens_per_second": steps / seconds if steps else None,
             "state_bytes": writer.state_bytes,

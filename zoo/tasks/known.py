@@ -7,6 +7,7 @@ import torch
 
 from zoo.config.groups import extensions
 from zoo.config.schema.model import Extension
+from zoo.errors import refuse
 from zoo.measurement import agrees, panel, question
 from zoo.model.quantization import Bits
 from zoo.runs.folder import RunFolder
@@ -29,6 +30,17 @@ def all_known(folders: Sequence[RunFolder]) -> tuple[list[Row], list[Row]]:
         weights = {k: v for k, v in about.items() if k not in ("device", "dtype", "threads")}
         found = known_besides(folder, weights, [])
         rows += [{k: v for k, v in row.items() if k != "requested"} for row in found]
+    return rows, runs
+
+
+def require_known(
+    pattern: str | Sequence[str], folders: Sequence[RunFolder]
+) -> tuple[list[Row], list[Row]]:
+    """What `all_known` finds. Raises UserError where that is nothing."""
+    rows, runs = all_known(folders)
+    if not rows:
+        rule = "has nothing measured by the code of now"
+        refuse("run", pattern, rule, "Run zoo eval on it first")
     return rows, runs
 
 
