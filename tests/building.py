@@ -74,6 +74,28 @@ def write_text(folder: Path, sentences: int = 300) -> Path:
     return folder / "text"
 
 
+def train_on_text(folder: Path, *words: str) -> None:
+    """Train a tiny model for a few steps on the corpus that `write_text` writes into `folder`."""
+    from zoo.cli.train import main  # heavy: seconds
+
+    data = ["data=text", f"data.path={write_text(folder)}", f"data.cache={folder / 'cache'}"]
+    size = ["size=tiny", "match=none", "seq_len=32", "logger=none", "trainer.accelerator=cpu"]
+    assert main([*data, *size, *words]) == 0
+
+
+def write_byte_level(checkpoint: Path, *merges: tuple[str, str]) -> None:
+    """A byte-level tokenizer.json with `merges`, and the token <|end|> behind them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[*merges]))
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+
+
 def write_checkpoint(folder: RunFolder, name: str) -> Path:
     """A checkpoint file that is whole, though no model's."""
     path = folder.path / "checkpoints" / name

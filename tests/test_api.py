@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from building import write_text
+from building import train_on_text, write_byte_level
 
 import zoo
 from zoo.cli.eval import main as eval_main
@@ -21,11 +21,8 @@ README = Path(__file__).parents[1] / "README.md"
 def here(tmp_path_factory) -> Path:
     """A folder with one trained and measured run, runs/my-run."""
     folder = tmp_path_factory.mktemp("api")
-    write_text(folder / "text")
-    data = ["data=text", f"data.path={folder / 'text'}", f"data.cache={folder / 'cache'}"]
-    size = ["size=tiny", "match=none", "model=transformer", "seq_len=32", "batch_tokens=64"]
-    more = ["trainer.max_steps=2", f"runs={folder / 'runs'}", "name=my-run", "logger=none"]
-    assert train_main([*data, *size, *more, "trainer.accelerator=cpu"]) == 0
+    model = ["model=transformer", "batch_tokens=64", "trainer.max_steps=2"]
+    train_on_text(folder, *model, f"runs={folder / 'runs'}", "name=my-run")
     task = ["task=perplexity", "task.perplexity.lengths=[32]", "task.perplexity.units=2"]
     report = [f"report={folder / 'measured.html'}", "logger=none"]
     assert eval_main([f"run={folder / 'runs/my-run'}", *task, *report]) == 0
@@ -57,7 +54,7 @@ def test_logits_are_the_models_and_may_be_changed(here):
 
 def test_a_checkpoint_needs_no_text(tmp_path):
     transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("tokenizers")
     config = transformers.LlamaConfig(
         vocab_size=257,
         hidden_size=16,
@@ -69,14 +66,7 @@ def test_a_checkpoint_needs_no_text(tmp_path):
     )
     theirs = transformers.LlamaForCausalLM(config)
     theirs.save_pretrained(tmp_path / "llama")
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[])
-    )
-    tokenizer.add_special_tokens(["<|end|>"])
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.save(str(tmp_path / "llama/tokenizer.json"))
+    write_byte_level(tmp_path / "llama")
 
     model = zoo.load(tmp_path / "llama", device="cpu")
     tokens = model.encode("Grüße 😀")

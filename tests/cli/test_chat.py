@@ -3,21 +3,17 @@
 import io
 
 import pytest
-from building import write_text
+from building import train_on_text
 
 import zoo
 from zoo.__main__ import main
-from zoo.cli.train import main as train_main
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("chat")
-    write_text(folder / "text")
-    data = ["data=text", f"data.path={folder / 'text'}", f"data.cache={folder / 'cache'}"]
-    size = ["size=tiny", "match=none", "model=mamba", "seq_len=32", "batch_tokens=64"]
-    more = ["trainer.max_steps=1", f"runs={folder}", "name=x", "logger=none"]
-    assert train_main([*data, *size, *more, "trainer.accelerator=cpu"]) == 0
+    model = ["model=mamba", "batch_tokens=64", "trainer.max_steps=1"]
+    train_on_text(folder, *model, f"runs={folder}", "name=x")
     return str(folder / "x")
 
 
@@ -34,6 +30,13 @@ def test_each_line_is_added_to_the_text(run, monkeypatch, capsys):
     assert said.out == "".join(f"{piece}\n" for piece in written)
     assert "[5 tokens, " in said.err
     assert "text 23, state " in said.err
+
+
+def test_the_end_of_a_document_is_not_counted_as_written(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+    monkeypatch.setattr("zoo.model.generation.Sampling.start", lambda _: lambda _: 0)
+    assert main(["chat", run, "tokens=5", "device=cpu"]) == 0
+    assert "[0 tokens, " in capsys.readouterr().err
 
 
 def test_a_place_may_have_an_equals_sign_and_input_may_be_closed(run, tmp_path, monkeypatch):

@@ -5,12 +5,11 @@ import json
 
 import pytest
 import torch
-from building import train_config, write_text
+from building import train_config, train_on_text
 from torch import nn
 
 import zoo
 from zoo.cli.eval import main as eval_main
-from zoo.cli.train import main as train_main
 from zoo.config.groups import choices
 from zoo.model.audit import audit
 from zoo.model.backbone import Backbone
@@ -118,11 +117,8 @@ def test_what_the_kernels_cannot_take_stays_as_it_is():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized")
-    write_text(folder / "text")
-    data = ["data=text", f"data.path={folder / 'text'}", f"data.cache={folder / 'cache'}"]
-    size = ["size=tiny", "match=none", "model=transformer", "seq_len=32", "batch_tokens=256"]
-    more = ["trainer.max_steps=40", f"runs={folder}", "name=x", "logger=none", "optim.lr=0.005"]
-    assert train_main([*data, *size, *more, "trainer.accelerator=cpu"]) == 0
+    model = ["model=transformer", "batch_tokens=256", "trainer.max_steps=40", "optim.lr=0.005"]
+    train_on_text(folder, *model, f"runs={folder}", "name=x")
     return folder / "x"
 
 

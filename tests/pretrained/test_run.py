@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from building import write_text
+from building import write_byte_level, write_text
 
 from zoo.cli.eval import main
 from zoo.runs.folder import RunFolder
@@ -19,8 +19,6 @@ MEASURE = ["task=perplexity", "task.perplexity.lengths=[32,64]", "task.perplexit
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """A tiny Llama of random weights with a byte-level tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny llama"
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -33,12 +31,7 @@ def checkpoint(tmp_path_factory) -> Path:
         eos_token_id=257,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "th": 256}, merges=[("t", "h")]))
-    tokenizer.add_special_tokens(["<|end|>"])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_byte_level(folder, ("t", "h"))
     return folder
 
 
