@@ -54,11 +54,11 @@ class KeyIndex(NamedTuple):
 
     sinks: int
     dropped: int
-    count: int
+    size: int
 
     def positions(self) -> Int[Tensor, " n"]:
         """The positions of the cached keys in the text."""
-        slots = torch.arange(self.count)
+        slots = torch.arange(self.size)
         return torch.where(slots < self.sinks, slots, slots + self.dropped)
 
     def slots(self, keys: range) -> slice:

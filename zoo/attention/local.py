@@ -42,6 +42,7 @@ def attend_per_key(
     scores = torch.stack([(scaled * k).sum(-1) for k in keys], -1)
     if bias is not None:
         scores = scores + bias
+    blind = None
     if visible is None:
         lse = scores.logsumexp(-1)
     else:
@@ -50,7 +51,7 @@ def attend_per_key(
         lse = scores.masked_fill(blind[..., None], 0.0).logsumexp(-1)  # keeps gradients finite
     weights = torch.exp(scores - lse[..., None]).unbind(-1)
     out = reduce(torch.add, (w[..., None] * v for w, v in zip(weights, values, strict=True)))
-    if visible is not None:
+    if blind is not None:
         lse = lse.masked_fill(blind, -torch.inf)
     return out.to(values[0].dtype), lse
 

@@ -55,6 +55,7 @@ def _write(names: Sequence[str], options: Mapping[str, Any]) -> int:
     """Write the page, and the report of W&B where one is wanted."""
     page = Path(options["report"])
     check_writable("report", options["report"])
+    wandb_report = None
     if options["wandb"]:
         from zoo.report import wandb_report  # heavy: seconds
 
@@ -70,7 +71,7 @@ def _write(names: Sequence[str], options: Mapping[str, Any]) -> int:
     from zoo.report import write_report
 
     sys.stdout.write(f"{write_report(rows, runs, page)}\n\nreport: {page}\n")
-    if options["wandb"]:
+    if wandb_report is not None:
         place = options["wandb"]
         url = wandb_report.save_report(rows, runs, place, Path(options["runs"]), page)
         sys.stdout.write(f"\nW&B report: {url}\n")

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.config.domains import Positive, Range
-from zoo.mixers.base import Mixer, State, compute_dtype, linear, residual_gain
+from zoo.mixers.base import Mixer, MixerOutput, State, compute_dtype, linear, residual_gain
 from zoo.mixers.parts import append, head_width
 from zoo.ops.aft import Window, absorb, aft, aft_window
 from zoo.ops.aft_full import aft_full
@@ -80,7 +80,7 @@ class AFT(Mixer):
             0,
         )
         self.min_window = 2  # of one token the average is the token, whatever its weight
-        self.recurrent = variant != "full"  # type: ignore[misc]
+        self.recurrent = variant != "full"
         if variant in ("conv", "local"):
             self.kept = window - 1
         if variant == "conv":
@@ -105,7 +105,7 @@ class AFT(Mixer):
         self.v_proj = linear(width, width)
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: AFTState | None = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: AFTState | None = None) -> MixerOutput:
         before = self.empty_state(len(x)) if state is None else state
         end = before.tokens_seen + x.shape[1]
         if self.max_length is not None and end > self.max_length:

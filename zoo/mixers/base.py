@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -19,6 +20,7 @@ from zoo.config.domains import fits, refusal
 from zoo.errors import refuse
 
 State = Any  # a tuple or NamedTuple of tensors and of the number of tokens seen
+MixerOutput = Float[Tensor, "b t d"] | tuple[Float[Tensor, "b t d"], State]  # given a state, a pair
 CrossLayer = dict[
     str, Tensor
 ]  # what earlier layers left for later ones, for the tokens of one call
@@ -44,7 +46,7 @@ class Mixer(nn.Module):
     max_length: int | None = None  # tokens it can read; beyond, forward raises ValueError
     min_window: int = 1  # tokens; trained on shorter windows, some of its parameters learn nothing
     uses_cross_layer: ClassVar[bool] = False
-    recurrent: ClassVar[bool] = True  # the state's size does not grow with the tokens seen
+    recurrent: bool = True  # the state's size does not grow with the tokens seen
 
     def forward(self, x: Tensor, state: State = None) -> Any:
         """x (b, t, width) -> y (b, t, width), or (y, state) exactly when a state is given."""

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from zoo.config.domains import Positive
-from zoo.mixers.base import linear, refuse_state, residual_gain
+from zoo.mixers.base import MixerOutput, linear, refuse_state, residual_gain
 from zoo.mixers.parts import MultiHead, wide_zeros
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.linear_attention import MIN_NORMALISER, LinearState, linear_attention
@@ -61,7 +61,9 @@ class CosFormer(MultiHead):
         self.max_length = self.reference_length = reference_length
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: CosFormerState | None = None):
+    def forward(
+        self, x: Float[Tensor, "b t d"], state: CosFormerState | None = None
+    ) -> MixerOutput:
         start = state.tokens_seen if state else 0
         end = start + x.shape[1]
         if end > self.reference_length:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from zoo.config.domains import Positive, Range
-from zoo.mixers.base import Mixer, linear, residual_gain
+from zoo.mixers.base import Mixer, MixerOutput, linear, residual_gain
 from zoo.mixers.parts import conv_weight, head_width, no_inputs, wide_zeros
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.delta_rule import delta_rule, unit_length
@@ -67,7 +67,7 @@ class DeltaNet(Mixer):
         self.norm = RMSNorm(head, 1e-5)
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: DeltaState | None = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: DeltaState | None = None) -> MixerOutput:
         qkv, conv = causal_conv(
             self.qkv_proj(x), self.conv_weight, state=state.conv if state else None
         )

@@ -36,6 +36,7 @@ from zoo.attention.window import last_tokens
 from zoo.config.domains import Positive, Range
 from zoo.mixers.base import (
     CrossLayer,
+    MixerOutput,
     State,
     linear,
     no_weight_decay,
@@ -72,7 +73,7 @@ class ETC(MultiHead):
         layer, layers: this layer's index and the number of layers.
     """
 
-    recurrent: ClassVar[bool] = False
+    recurrent = False
     uses_cross_layer: ClassVar[bool] = True
 
     def __init__(
@@ -110,7 +111,7 @@ class ETC(MultiHead):
         x: Float[Tensor, "b t d"],
         state: ETCState | None = None,
         cross_layer: CrossLayer | None = None,
-    ):
+    ) -> MixerOutput:
         if not self.causal:
             refuse_state(state)
             return self._both_ways(x, cross_layer)

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from zoo.config.domains import Positive
-from zoo.mixers.base import Mixer, State, linear, residual_gain
+from zoo.mixers.base import Mixer, MixerOutput, State, linear, residual_gain
 
 
 class SwiGLU(Mixer):
@@ -30,7 +30,7 @@ class SwiGLU(Mixer):
         self.up_proj = linear(width, hidden, bias=bias)
         self.down_proj = linear(hidden, width, gain=residual_gain(layers), bias=bias)
 
-    def forward(self, x: Float[Tensor, "b t d"], state: State = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> MixerOutput:
         y = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return y if state is None else (y, state)
 
@@ -49,6 +49,6 @@ class MLP(Mixer):
         self.up_proj = linear(width, hidden, bias=True)
         self.down_proj = linear(hidden, width, gain=residual_gain(layers), bias=True)
 
-    def forward(self, x: Float[Tensor, "b t d"], state: State = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> MixerOutput:
         y = self.down_proj(F.gelu(self.up_proj(x)))
         return y if state is None else (y, state)

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.config.domains import Positive, Range
-from zoo.mixers.base import Mixer, linear, residual_gain
+from zoo.mixers.base import Mixer, MixerOutput, linear, residual_gain
 from zoo.mixers.deltanet import DeltaState
 from zoo.mixers.parts import conv_weight, no_inputs, wide_zeros
 from zoo.ops.causal_conv import causal_conv
@@ -85,7 +85,7 @@ class GatedDeltaNet(Mixer):
         self.norm = RMSNorm(key * value_factor, 1e-5)
         self.o_proj = linear(self.widths[2], width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: DeltaState | None = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: DeltaState | None = None) -> MixerOutput:
         qkv, conv = causal_conv(
             self.qkv_proj(x), self.conv_weight, state=state.conv if state else None
         )

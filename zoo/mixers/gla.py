@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.config.domains import Positive, Range
-from zoo.mixers.base import Mixer, linear, residual_gain
+from zoo.mixers.base import Mixer, MixerOutput, linear, residual_gain
 from zoo.mixers.parts import wide_zeros
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.linear_attention import linear_attention
@@ -62,7 +62,7 @@ class GLA(Mixer):
         self.norm = RMSNorm(width // heads, 1e-5)
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: Tensor | None = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: Tensor | None = None) -> MixerOutput:
         q, k, v, decay = (
             proj(x).unflatten(-1, (self.heads, -1))
             for proj in (self.q_proj, self.k_proj, self.v_proj, self.decay_proj)

@@ -31,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.config.domains import Positive, Range
-from zoo.mixers.base import Mixer, linear, residual_gain
+from zoo.mixers.base import Mixer, MixerOutput, linear, residual_gain
 from zoo.mixers.parts import conv_weight, no_inputs, wide_zeros
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.dtypes import wide_dtype
@@ -113,7 +113,7 @@ class Hawk(Mixer):
         self.decay = nn.Parameter(rate.expm1().log())  # softplus(decay) = rate
         self.out_proj = linear(inner, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: HawkState | None = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: HawkState | None = None) -> MixerOutput:
         u, conv = causal_conv(
             self.x_proj(x),
             self.conv_weight,

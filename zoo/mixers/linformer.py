@@ -24,7 +24,7 @@ keys (unturned) and values of the block that is being read.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from zoo.config.domains import Positive
-from zoo.mixers.base import State, compute_dtype, linear, refuse_state, residual_gain
+from zoo.mixers.base import MixerOutput, State, compute_dtype, linear, refuse_state, residual_gain
 from zoo.mixers.parts import MultiHead, append, no_keys
 from zoo.ops.attention import Part, attend, attention
 from zoo.ops.merge import merge
@@ -70,7 +70,7 @@ class Linformer(MultiHead):
         layer, layers: this layer's index and the number of layers.
     """
 
-    recurrent: ClassVar[bool] = False
+    recurrent = False
 
     def __init__(
         self,
@@ -105,7 +105,9 @@ class Linformer(MultiHead):
         self.F = self.E if sharing == "kv" else nn.Parameter(torch.randn(shape) * many**-0.5)
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: LinformerState | None = None):
+    def forward(
+        self, x: Float[Tensor, "b t d"], state: LinformerState | None = None
+    ) -> MixerOutput:
         q, k, v = self.qkv(x)
         if not self.causal:
             refuse_state(state)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from zoo.attention.window import by_dilation, in_window, last_tokens, two_sided_window, window
 from zoo.config.domains import Natural, Positive
-from zoo.mixers.base import State, linear, refuse_state, residual_gain
+from zoo.mixers.base import MixerOutput, State, linear, refuse_state, residual_gain
 from zoo.mixers.parts import MultiHead, append, no_keys
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
@@ -118,7 +118,9 @@ class Longformer(MultiHead):
                 copy.load_state_dict(proj.state_dict())
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: LongformerState | None = None):
+    def forward(
+        self, x: Float[Tensor, "b t d"], state: LongformerState | None = None
+    ) -> MixerOutput:
         if not self.causal:
             refuse_state(state)
         start = state.tokens_seen if state else 0

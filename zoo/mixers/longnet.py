@@ -35,7 +35,7 @@ from torch import Tensor
 
 from zoo.attention.window import last_tokens
 from zoo.config.domains import Positive
-from zoo.mixers.base import State, linear, residual_gain
+from zoo.mixers.base import MixerOutput, State, linear, residual_gain
 from zoo.mixers.parts import MultiHead, no_keys
 from zoo.ops.attention import Part, attend
 from zoo.ops.merge import Partial, merge
@@ -102,7 +102,7 @@ class LongNet(MultiHead):
         )
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: LongNetState | None = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: LongNetState | None = None) -> MixerOutput:
         start = state.tokens_seen if state else 0
         q, k, v = self.qkv(x)
         q, k = self.positions.prepare(q, k, start)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.mixers.base import Mixer, State, at_least, linear, residual_gain
+from zoo.mixers.base import Mixer, MixerOutput, State, at_least, linear, residual_gain
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.positions.rope import Rope
 
@@ -116,7 +116,7 @@ class LowRankFeedForward(Mixer):
         self.up_proj = LowRank(width, hidden, rank)
         self.down_proj = LowRank(hidden, width, rank, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: State = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> MixerOutput:
         up = self.up_proj(x)
         y = self.down_proj(F.relu(up) if self.gate_proj is None else F.silu(self.gate_proj(x)) * up)
         return y if state is None else (y, state)

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.mixers.base import Mixer, linear, residual_gain
+from zoo.mixers.base import Mixer, MixerOutput, linear, residual_gain
 
 FORGET_BIAS = 1.0
 
@@ -42,7 +42,7 @@ class LSTM(Mixer):
             weights["bias_ih_l0"][width : 2 * width] = FORGET_BIAS  # gates in the order i, f, g, o
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: LSTMState | None = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: LSTMState | None = None) -> MixerOutput:
         before = state or self.empty_state(len(x))
         with torch.autocast(x.device.type, enabled=False):
             u = x.to(before.h.dtype)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.config.domains import Positive, Range
-from zoo.mixers.base import Mixer, no_weight_decay
+from zoo.mixers.base import Mixer, MixerOutput, no_weight_decay
 from zoo.mixers.parts import conv_weight, no_inputs, wide_zeros
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.selective_scan import selective_scan
@@ -83,7 +83,7 @@ class Mamba(Mixer):
         with torch.no_grad():
             self.out_proj.weight /= layers**0.5
 
-    def forward(self, x: Float[Tensor, "b t d"], state: MambaState | None = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: MambaState | None = None) -> MixerOutput:
         # two products: the gradients of the halves of one would have to be joined again
         u, z = (F.linear(x, weight) for weight in self.in_proj.weight.chunk(2))
         u, conv = causal_conv(

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.config.domains import Positive, Range
-from zoo.mixers.base import Mixer, no_weight_decay
+from zoo.mixers.base import Mixer, MixerOutput, no_weight_decay
 from zoo.mixers.parts import conv_weight, no_inputs, wide_zeros
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.dtypes import wide_dtype
@@ -82,7 +82,7 @@ class Mamba2(Mixer):
         with torch.no_grad():
             self.out_proj.weight /= layers**0.5
 
-    def forward(self, x: Float[Tensor, "b t d"], state: Mamba2State | None = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: Mamba2State | None = None) -> MixerOutput:
         inner, n = self.heads * self.head_width, self.state_size
         z, u, dt = self.in_proj(x).split([inner, self.conv_channels, self.heads], -1)
         u, conv = causal_conv(

@@ -16,14 +16,14 @@ softmax attention's: every key, turned on arrival, and every value.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.config.domains import Positive
-from zoo.mixers.base import State, compute_dtype, linear, refuse_state, residual_gain
+from zoo.mixers.base import MixerOutput, State, compute_dtype, linear, refuse_state, residual_gain
 from zoo.mixers.parts import KeyValues, MultiHead, append, no_keys
 from zoo.ops.kernel_attention import kernel_attention
 from zoo.ops.rms_norm import RMSNorm
@@ -51,7 +51,7 @@ class ReLUAttention(MultiHead):
         layer, layers: this layer's index and the number of layers.
     """
 
-    recurrent: ClassVar[bool] = False
+    recurrent = False
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class ReLUAttention(MultiHead):
         self.gate = nn.Parameter(torch.zeros(width)) if gated else None
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: KeyValues | None = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: KeyValues | None = None) -> MixerOutput:
         if not self.causal:
             refuse_state(state)
         start = state.tokens_seen if state else 0

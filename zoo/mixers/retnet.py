@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.config.domains import Positive, RopeBase
-from zoo.mixers.base import Mixer, linear, residual_gain
+from zoo.mixers.base import Mixer, MixerOutput, linear, residual_gain
 from zoo.mixers.parts import wide_zeros
 from zoo.ops.linear_attention import linear_attention
 from zoo.positions.rope import apply_rope, inverse_frequencies
@@ -70,7 +70,9 @@ class RetNet(Mixer):
         self.norm = nn.RMSNorm(self.head_width * value_factor, eps=1e-5, elementwise_affine=False)
         self.o_proj = linear(value_factor * width, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: RetentionState | None = None):
+    def forward(
+        self, x: Float[Tensor, "b t d"], state: RetentionState | None = None
+    ) -> MixerOutput:
         start = state.tokens_seen if state else 0
         q, k, v = (
             proj(x).unflatten(-1, (self.heads, -1))

@@ -32,7 +32,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.config.domains import Positive
-from zoo.mixers.base import Mixer, linear, residual_gain
+from zoo.mixers.base import Mixer, MixerOutput, linear, residual_gain
 from zoo.mixers.parts import shifted, wide_zeros
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.wkv4 import empty_average, wkv4
@@ -107,7 +107,7 @@ class RWKV4(Mixer):
         self.r_proj = linear(width, width, gain=SMALL)
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: TimeState | None = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: TimeState | None = None) -> MixerOutput:
         before = shifted(x, state.last if state else None)
         k, v, r = (
             proj(before + mix * (x - before))
@@ -146,7 +146,7 @@ class ChannelMixing(Mixer):
         self.v_proj = linear(hidden, width, gain=residual_gain(layers))
         self.r_proj = linear(width, width, gain=SMALL)
 
-    def forward(self, x: Float[Tensor, "b t d"], state: ChannelState | None = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: ChannelState | None = None) -> MixerOutput:
         before = shifted(x, state.last if state else None)
         k = self.k_proj(before + self.mix_k * (x - before))
         r = self.r_proj(before + self.mix_r * (x - before))

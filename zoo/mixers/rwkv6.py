@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.config.domains import Positive
-from zoo.mixers.base import Mixer, linear, no_weight_decay, residual_gain
+from zoo.mixers.base import Mixer, MixerOutput, linear, no_weight_decay, residual_gain
 from zoo.mixers.parts import head_width, shifted, wide_zeros
 from zoo.mixers.rwkv4 import SMALL, decays, depth, last_token, mixes, no_token, zigzag
 from zoo.ops.linear_attention import linear_attention
@@ -94,7 +94,7 @@ class RWKV6(Mixer):
         self.norm = nn.GroupNorm(heads, width, eps=NORM_EPS * self.head_width)
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: RWKV6State | None = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: RWKV6State | None = None) -> MixerOutput:
         w, k, v, r, g = self._blends(x, state.last if state else None)
         w = torch.tanh(w @ self.decay_down) @ self.decay_up
         log_decay = -torch.exp(self.decay + w.to(self.decay.dtype))

@@ -36,7 +36,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.config.domains import Positive
-from zoo.mixers.base import CrossLayer, Mixer, linear, no_weight_decay, residual_gain
+from zoo.mixers.base import CrossLayer, Mixer, MixerOutput, linear, no_weight_decay, residual_gain
 from zoo.mixers.parts import head_width, shifted, wide_zeros
 from zoo.ops.delta_rule import diagonal_plus_rank_one, unit_length
 from zoo.ops.dtypes import wide_dtype
@@ -122,7 +122,7 @@ class RWKV7(Mixer):
         x: Float[Tensor, "b t d"],
         state: RWKV7State | None = None,
         cross_layer: CrossLayer | None = None,
-    ):
+    ) -> MixerOutput:
         wide = wide_dtype(x)
         by_head = (self.heads, -1)
         before = shifted(x, state.last if state else None) - x
@@ -176,7 +176,9 @@ class RWKV7ChannelMixing(Mixer):
         nn.init.uniform_(self.k_proj.weight, -0.5 * width**-0.5, 0.5 * width**-0.5)
         self.v_proj = linear(hidden, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: RWKV7ChannelState | None = None):
+    def forward(
+        self, x: Float[Tensor, "b t d"], state: RWKV7ChannelState | None = None
+    ) -> MixerOutput:
         before = shifted(x, state.last if state else None)
         y = self.v_proj(F.relu(self.k_proj(x + self.mu * (before - x))).square())
         if state is None:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from zoo.config.domains import Range
-from zoo.mixers.base import Mixer
+from zoo.mixers.base import Mixer, MixerOutput
 from zoo.mixers.parts import conv_weight, no_inputs
 from zoo.ops.causal_conv import causal_conv
 
@@ -36,7 +36,9 @@ class ShortConvolution(Mixer):
         self.backend = backend
         self.weight = conv_weight(width, taps)
 
-    def forward(self, x: Float[Tensor, "b t d"], state: Float[Tensor, "b w d"] | None = None):
+    def forward(
+        self, x: Float[Tensor, "b t d"], state: Float[Tensor, "b w d"] | None = None
+    ) -> MixerOutput:
         y, after = causal_conv(x, self.weight, None, None, state, self.backend)
         return x + y if state is None else (x + y, after)
 

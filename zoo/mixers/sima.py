@@ -35,7 +35,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from zoo.config.domains import Positive
-from zoo.mixers.base import linear, refuse_state, residual_gain
+from zoo.mixers.base import MixerOutput, linear, refuse_state, residual_gain
 from zoo.mixers.parts import MultiHead, wide_zeros
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.linear_attention import linear_attention
@@ -78,7 +78,7 @@ class SimA(MultiHead):
         self.scale = scale
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: SimAState | None = None):
+    def forward(self, x: Float[Tensor, "b t d"], state: SimAState | None = None) -> MixerOutput:
         q, k, v = self.qkv(x)
         q, k = (x.to(wide_dtype(x)) for x in (q, k))
         if not self.causal:

@@ -46,6 +46,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.config.domains import Positive, Range
 from zoo.mixers.base import (
     Mixer,
+    MixerOutput,
     State,
     compute_dtype,
     linear,
@@ -113,7 +114,7 @@ class Soft(Mixer):
         super().__init__()
         self.causal, self.heads, self.head_width = causal, heads, head_width(width, heads)
         self.form = form if causal else "bidirectional"
-        self.recurrent = self.form == "landmarks"  # type: ignore[misc]
+        self.recurrent = self.form == "landmarks"
         self.min_window = block + 1 if self.form == "landmarks" else 1
         self.normalise = normalise
         self.positions = build_positions(
@@ -128,7 +129,9 @@ class Soft(Mixer):
             self.convolution = linear(block * self.head_width, self.head_width)
             self.norm = nn.LayerNorm(self.head_width)
 
-    def forward(self, x: Float[Tensor, "b t d"], state: KeyValues | Landmarks | None = None):
+    def forward(
+        self, x: Float[Tensor, "b t d"], state: KeyValues | Landmarks | None = None
+    ) -> MixerOutput:
         q, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.v_proj))
         if not self.causal:
             refuse_state(state)

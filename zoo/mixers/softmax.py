@@ -31,6 +31,7 @@ from zoo.config.domains import Range
 from zoo.mixers.base import (
     CrossLayer,
     Mixer,
+    MixerOutput,
     State,
     at_least,
     linear,
@@ -119,7 +120,7 @@ class SoftmaxAttention(Mixer):
         x: Float[Tensor, "b t d"],
         state: KeyValues | None = None,
         cross_layer: CrossLayer | None = None,
-    ):
+    ) -> MixerOutput:
         if not self.causal:
             refuse_state(state)
         start = state.tokens_seen if state else 0
@@ -162,7 +163,7 @@ class SoftmaxAttention(Mixer):
         return [Part(q, k, v)]
 
     @property
-    def recurrent(self) -> bool:
+    def recurrent(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.positions.bounded
 
     def empty_state(self, batch: int) -> KeyValues:

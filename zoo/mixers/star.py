@@ -37,6 +37,7 @@ from zoo.attention.local import attend_per_key
 from zoo.config.domains import Positive
 from zoo.mixers.base import (
     CrossLayer,
+    MixerOutput,
     compute_dtype,
     linear,
     no_weight_decay,
@@ -106,7 +107,7 @@ class Star(MultiHead):
         x: Float[Tensor, "b t d"],
         state: StarState | None = None,
         cross_layer: CrossLayer | None = None,
-    ):
+    ) -> MixerOutput:
         if not self.causal:
             refuse_state(state)
         q, k, v = self.qkv(x)

@@ -125,12 +125,13 @@ class Writer:
     def next_logits(self) -> Float[Tensor, " v"]:
         """The logits of the token after the text, in float32 or better. The text is not empty."""
         if self._unread:
-            text = torch.tensor(self._unread, device=self.device)[None]
+            text, x = torch.tensor(self._unread, device=self.device)[None], None
             with arithmetic(self.model, self.precision, self.device):
                 for piece in text.split(CHUNK, 1):
                     x, after = self.model.hidden(piece, self.state)
                     assert after is not None
                     self.state = after
+                assert x is not None, "the text has tokens"
                 logits = self.model.head(x[0, -1])
             self._logits = logits.to(wide_dtype(logits))
             self._unread = []

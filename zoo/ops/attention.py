@@ -137,13 +137,13 @@ def _formula(
     del causal  # already in the mask
     wide = wide_dtype(q)
     scores = (q @ k.mT).to(wide) * scale
-    if mask is not None:
+    blind = None if mask is None else ~mask.any(-1, keepdim=True)
+    if mask is not None and blind is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-        blind = ~mask.any(-1, keepdim=True)
         scores = scores.masked_fill(blind, 0.0)  # keeps softmax and its gradient finite
     lse = torch.logsumexp(scores, -1)
     p = torch.exp(scores - lse.unsqueeze(-1))
-    if mask is not None:
+    if blind is not None:
         p = p.masked_fill(blind, 0.0)
         lse = lse.masked_fill(blind.squeeze(-1), -torch.inf)
     return (p.to(v.dtype) @ v), lse
@@ -207,7 +207,16 @@ class _FusedGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, kernel, q, k, v, bias, causal, scale):
+    def forward(
+        ctx: Any,
+        kernel: "Fused",
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
         out, lse = kernel.forward(q, k, v, bias, causal, scale)
         ctx.save_for_backward(q, k, v, bias, out, lse)
         ctx.kernel, ctx.causal, ctx.scale = kernel, causal, scale
@@ -215,7 +224,8 @@ class _FusedGradient(torch.autograd.Function):
         return out, lse[..., : q.shape[-2]]
 
     @staticmethod
-    def backward(ctx, d_out, d_lse):
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        d_out, d_lse = grads
         q, k, v, bias, out, lse = ctx.saved_tensors
         width, kernel = q.shape[-1], ctx.kernel
         if d_out is None:
@@ -225,8 +235,8 @@ class _FusedGradient(torch.autograd.Function):
             v = F.pad(v, (0, kernel.more), value=1.0)
             d_out = F.pad(d_out, (0, kernel.more))
             d_out[..., width] = d_lse
-        grads = kernel.backward(d_out, q, k, v, out, lse, bias, ctx.causal, ctx.scale)
-        return None, *(grad[..., :width] for grad in grads), None, None, None
+        dqkv = kernel.backward(d_out, q, k, v, out, lse, bias, ctx.causal, ctx.scale)
+        return None, *(grad[..., :width] for grad in dqkv), None, None, None
 
 
 def _cpu_forward(q, k, v, bias, causal, scale) -> tuple[Tensor, Tensor]:

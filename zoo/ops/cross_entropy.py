@@ -88,7 +88,8 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grads
         dx, dweight = ctx.saved_tensors
         scaled = (part if part is None else part * grad.to(part.dtype) for part in (dx, dweight))
         return (*scaled, None, None, None)

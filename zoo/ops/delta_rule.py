@@ -319,7 +319,7 @@ class _States(torch.autograd.Function):
     """Iterates S <- M_i S + N_i: the states before each of n steps, and the last."""
 
     @staticmethod
-    def forward(ctx, M, N, S):
+    def forward(ctx: Any, M: Tensor, N: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
         before = []
         for M_i, N_i in zip(M.unbind(0), N.unbind(0), strict=True):
             before.append(S)
@@ -329,7 +329,8 @@ class _States(torch.autograd.Function):
         return before, S
 
     @staticmethod
-    def backward(ctx, d_before, dS):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d_before, dS = grads
         M, before = ctx.saved_tensors
         dN = []
         for M_i, d_i in zip(M.mT.unbind(0)[::-1], d_before.unbind(0)[::-1], strict=True):

@@ -14,6 +14,7 @@ keys, skipping those wholly in the future, recomputed in the backward pass: memo
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -125,7 +126,16 @@ class _Tiled(torch.autograd.Function):
     """With p = f(s):  dv = p^T do,  ds = f'(s) (do v^T),  dq = scale ds k,  dk = scale ds^T q."""
 
     @staticmethod
-    def forward(ctx, q, k, v, kernel, scale, slopes, causal):
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kernel: str,
+        scale: float,
+        slopes: Tensor | None,
+        causal: bool,
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.options = kernel, scale, slopes, causal
         wide = wide_dtype(q)
@@ -139,7 +149,8 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (d_out,) = grads
         q, k, v = ctx.saved_tensors
         kernel, scale, slopes, causal = ctx.options
         value, slope = KERNELS[kernel]

@@ -8,6 +8,7 @@ kernels/linear_recurrence (CPU and CUDA).
 """
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -92,13 +93,14 @@ def linear_scan(
 
 class _LinearScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, u, h):
+    def forward(ctx: Any, a: Tensor, u: Tensor, h: Tensor) -> Tensor:
         hs = _scan(a, u, h)
         ctx.save_for_backward(a, h, hs)
         return hs
 
     @staticmethod
-    def backward(ctx, dhs):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (dhs,) = grads
         a, h, hs = ctx.saved_tensors
         # g_t = dh_t + a_{t+1} g_{t+1}
         following = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], 1)

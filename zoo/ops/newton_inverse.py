@@ -1,5 +1,7 @@
 """The inverse of a positive definite matrix by Newton's iteration (Lu 2021, algorithm 1)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -14,7 +16,7 @@ class NewtonInverse(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, A, iterations):
+    def forward(ctx: Any, A: Tensor, iterations: int) -> Tensor:
         with torch.autocast(A.device.type, enabled=False):
             norm = A.abs().sum(-2, keepdim=True).amax(-1, keepdim=True)
             X = 1.8 / norm.square() * A
@@ -25,7 +27,8 @@ class NewtonInverse(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, G):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (G,) = grads
         (X,) = ctx.saved_tensors
         with torch.autocast(G.device.type, enabled=False):
             return -X.mT @ G @ X.mT, None

@@ -8,6 +8,8 @@ The gradient of the last two is the rotation back and reaches x alone, so `auto`
 where cos or sin require a gradient.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -78,7 +80,7 @@ class _InPlace(torch.autograd.Function):
     """Computes the formula without its copies, which take half of its time."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         out = x.new_empty(x.shape)
         (x1, x2), (y1, y2) = x.chunk(2, -1), out.chunk(2, -1)
@@ -87,7 +89,8 @@ class _InPlace(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
         cos, sin = ctx.saved_tensors
         return _InPlace.apply(grad, cos, -sin), None, None
 

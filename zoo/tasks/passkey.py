@@ -159,11 +159,12 @@ def _answer(
 ) -> Bool[np.ndarray, "b 2"]:
     """Whether each prompt's first answer is the likeliest, and is what greedy decoding writes."""
     model, text = context.model, torch.from_numpy(prompts)
-    state = model.empty_state(len(text))
+    logits, state = None, model.empty_state(len(text))
     for piece in text.split(chunk_tokens(context, chunk), 1):
         logits, state = model(piece.to(context.device), state)
         context.progress.advance(piece.numel())
     check_state(model, state, len(text))
+    assert logits is not None, "a prompt has tokens"
     last = logits[:, -1:]
     longest = max(len(answer) for several in answers for answer in several)
     padded = np.full((len(answers), len(answers[0]), longest), PAD)

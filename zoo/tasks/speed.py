@@ -117,10 +117,11 @@ def _decode(context: EvalContext, steps: int, chunk: int, tokens: Tensor) -> Row
         raise NotApplicableError("a model that reads both ways does not write token by token")
     check_length(model, length + steps)
     with context.arithmetic():
-        state, times = model.empty_state(1), []
+        logits, state, times = None, model.empty_state(1), []
         for piece in tokens.split(chunk, 1):
             logits, state = model(piece, state)
             context.progress.advance(piece.shape[1])
+        assert logits is not None, "a prompt has tokens"
         held, token = check_state(model, state), logits[:, -1:].argmax(-1)
         writing = peak_bytes(context.device, lambda: model(token, state))
         for _ in range(steps):

@@ -31,13 +31,15 @@ class AtStepEnds(Callback):
 
     _step = -1
 
-    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self._step = trainer.global_step
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step != self._step:
             self._step = trainer.global_step
-            self.on_step_end(trainer, module)
+            self.on_step_end(trainer, pl_module)
 
     def on_step_end(self, trainer: lightning.Trainer, module: Any) -> None:
         raise NotImplementedError
@@ -63,7 +65,7 @@ class Checkpoints(AtStepEnds):
         if trainer.global_step % self.every == 0 or self.interrupted:
             self._save(trainer)
 
-    def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self._save(trainer)
 
     def _save(self, trainer: lightning.Trainer) -> None:
@@ -98,8 +100,8 @@ class MetricsLogger(AtStepEnds):
         self.tokens_per_step, self.stop = tokens_per_step, stop
         self.valid_loss: float | None = None  # the last
 
-    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        super().on_train_start(trainer, module)
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
         self._first, self._began = trainer.global_step, time.monotonic()
         self._said, self._validating = -SECONDS_BETWEEN_LINES, 0.0
         missing = False
@@ -108,8 +110,8 @@ class MetricsLogger(AtStepEnds):
             here = [row for row in self._writer.rows if int(row["step"]) == self._first]
             due = bool(here) and self._first % self.valid_every == 0
             missing = due and not any(row.get("valid_loss") for row in here)
-        if any_process(missing, module.device):  # a stop had cut the validation short
-            self.valid_loss = self._validate(trainer, module)
+        if any_process(missing, pl_module.device):  # a stop had cut the validation short
+            self.valid_loss = self._validate(trainer, pl_module)
             if trainer.is_global_zero:
                 self._write(self._first, {"valid_loss": self.valid_loss})
 

@@ -163,12 +163,12 @@ def read_intact(path: Path) -> bytes | None:
         reason = others_can_write(path)
         if hashlib.sha256(content).hexdigest().encode() != _checksum(path).read_bytes():
             reason = reason or f"{path} or its checksum beside it is damaged"
+        if reason is None:
+            return content
     except FileNotFoundError:
         return None
     except OSError as error:
         reason = f"{path} cannot be read ({error})"
-    if reason is None:
-        return content
     log.warning("a kernel is built again: %s", reason)
     return None
 

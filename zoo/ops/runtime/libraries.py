@@ -105,13 +105,11 @@ class _NoGradient(torch.autograd.Function):
     """Returns the state, and refuses its gradient, which would be lost."""
 
     @staticmethod
-    def forward(ctx, state: Tensor) -> Tensor:
-        del ctx
+    def forward(ctx: Any, state: Tensor) -> Tensor:
         return state.clone()
 
     @staticmethod
-    def backward(ctx, dstate: Tensor) -> NoReturn:
-        del ctx, dstate
+    def backward(ctx: Any, *_grads: Tensor) -> NoReturn:
         rule = "mamba_ssm passes no gradient through the outgoing state"
         refuse("backend", "mamba_ssm", rule, "Use another backend of selective_scan")
 
