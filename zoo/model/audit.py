@@ -233,7 +233,7 @@ def _readers(
 ) -> Iterator[tuple[_Reader, torch.dtype]]:
     """The model in float64, where that can be had, and as it runs."""
     weights = next(model.parameters())
-    own = autocast or getattr(model, "rounding", None) or weights.dtype
+    own = autocast or weights.dtype
     size = sum(p.numel() for p in model.parameters())
     if own != torch.float64 and weights.device.type != "mps" and size <= COPIED:
         wide = copy.deepcopy(model).double()

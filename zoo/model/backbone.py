@@ -146,7 +146,7 @@ class Backbone(nn.Module):
     """
 
     extended: str | None = None  # the extension that zoo.model.extend gave it
-    rounding: torch.dtype | None = None  # of matrix products, if coarser than the weights' own
+    quantized: str | None = None  # the bits that its weights are kept in, if not plain numbers
 
     def __init__(
         self,

@@ -79,7 +79,7 @@ class LongRope(Task):
         Raises NotApplicableError where the model has no rotary positions, and UserError where the
         run's folder holds a search with other settings.
         """
-        if context.model.rounding is not None:
+        if context.model.quantized:
             why = "factors are searched with the weights as they are, without weights="
             raise NotApplicableError(why)
         prepared = self._prepare(context)

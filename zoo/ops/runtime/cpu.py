@@ -30,6 +30,7 @@ class CpuKernel:
             slices, passed as a pointer and the strides of batch and token.
         pointers: names -> shape of the other fields, contiguous arrays.
         outputs: names of the arrays that the kernel writes.
+        dtypes: of arrays that are not in the dtype of the first one.
 
     A dimension is a number, a size, a constant of the kernel, or made of such: `heads*width`,
     `window-1`, and `tokens/chunk`, which is rounded up.
@@ -43,8 +44,9 @@ class CpuKernel:
         rows: Mapping[str, str],
         pointers: Mapping[str, str],
         outputs: str,
+        dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
-        self.source, self.outputs = source, frozenset(outputs.split())
+        self.source, self.outputs, self.dtypes = source, frozenset(outputs.split()), dtypes or {}
         self.rows, self.pointers = _declared(rows), _declared(pointers)
         self._names = frozenset((*self.rows, *self.pointers))
         self.bounds = dict(map(_bounds, sizes.split()))
@@ -87,7 +89,9 @@ class CpuKernel:
         outputs: Sequence[str],
         **tensors: Tensor | None,
     ) -> list[Tensor]:
-        """Run on float32 or float64 CPU tensors, all of one dtype; all but the first may be None.
+        """Run on CPU tensors of one dtype, float32 or float64, but for those that `dtypes` names.
+
+        All but the first may be None.
 
         Allocates `outputs` and returns them; the caller gives the other arrays that the kernel
         writes, which must be contiguous. Inputs whose layout differs from `rows` and `pointers` are
@@ -116,8 +120,9 @@ class CpuKernel:
                 tensor = made[name] = like.new_empty(shape)
                 work = work or tensor.numel() > 0
             else:
-                if not tensor.is_cpu or tensor.dtype != dtype or tensor.shape != shape:
-                    self._refuse(name, tensor, shape, dtype)
+                wanted = self.dtypes.get(name, dtype)
+                if not tensor.is_cpu or tensor.dtype != wanted or tensor.shape != shape:
+                    self._refuse(name, tensor, shape, wanted)
                 if name in self.outputs:
                     work = work or tensor.numel() > 0
                     if not tensor.is_contiguous():
