@@ -9,7 +9,7 @@ from test_evaluate import run_folder
 
 from zoo.errors import RunError, UserError
 from zoo.runs.folder import RunFolder
-from zoo.tasks.isolation import Measured, measure_each
+from zoo.tasks.isolation import Begun, Measured, measure_each
 
 CRASHING = Path(__file__).with_name("crashing.py")
 
@@ -30,7 +30,12 @@ def test_a_model_that_kills_itself_costs_its_own_rows_alone(report, tmp_path):
     for name in "az":
         assert {row["length"] for row in kept[name]} == {32, 128}
         assert {row["status"] for row in kept[name]} == {"ok"}
-    assert not kept["broken"]
+    assert not kept["broken"]  # which could not even be opened
+    (row,) = kept["killed"]  # the latest of two
+    assert (row["run"], row["task"], row["status"]) == ("killed", "perplexity", "failed")
+    assert row["reason"].startswith("the process was ended by SIGKILL")
+    assert row["train_steps"] == 300
+    assert row["time"]
     assert done.stderr.count("Traceback") == 2  # of what nobody foresaw, in both evaluations
     killed = "the process was ended by SIGKILL (the system does this when memory runs out)"
     for name, reason in (("killed", killed), ("broken", "AssertionError: this cannot be")):
@@ -50,7 +55,9 @@ def crashing(at: str):
 
     def measure(folder):
         yield {"run": folder.name, "arm": "x"}
+        yield Begun({"run": folder.name, "task": "first"})
         yield {"row": 1}
+        yield Begun({"run": folder.name, "task": "second"})
         if folder.name == at:
             raise KeyboardInterrupt
         yield Measured({"run": folder.name}, [{"row": 1}])
@@ -61,6 +68,8 @@ def crashing(at: str):
 @pytest.mark.parametrize("at", ["a", "b", "c"])
 def test_what_was_found_before_the_crash_is_kept_in_order(at, tmp_path):
     folders = [RunFolder(tmp_path / name) for name in "abc"]
+    for folder in folders:
+        folder.path.mkdir()
     apart, prepare = crashing(at)
     found = [*measure_each(prepare, folders, apart)]
     assert [one.record["run"] for one in found] == ["a", "b", "c"]
@@ -71,6 +80,9 @@ def test_what_was_found_before_the_crash_is_kept_in_order(at, tmp_path):
         if failed:
             assert one.rows[1]["reason"] == f"ended at {at}"
             assert (one.rows[1]["run"], one.rows[1]["status"]) == (at, "failed")
+            (kept,) = folders["abc".index(at)].rows()
+            assert kept == one.rows[1] | {"task": "second", "time": kept["time"]}
+    assert sum(len(folder.rows()) for folder in folders) == 1
 
 
 def test_what_cannot_begin_is_told_at_once(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ log = logging.getLogger("zoo")
 def append_row(file: Path, row: Mapping[str, Any]) -> None:
     """Add one measurement, with a hash of its fields."""
     append_line(file, json.dumps(checked(row)))
+
+
+def time_of_now() -> str:
+    """As rows give the time at which they were measured."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

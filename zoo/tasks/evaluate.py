@@ -7,7 +7,6 @@ answer, audits the model for leaks before the first of the others, and lets the 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -33,6 +32,7 @@ from zoo.runs.claim import changed_code
 from zoo.runs.folder import RunFolder
 from zoo.runs.provenance import measured_by
 from zoo.runs.resume import with_place
+from zoo.runs.rows import time_of_now
 from zoo.tasks.context import (
     EvalContext,
     LeakError,
@@ -47,7 +47,7 @@ from zoo.tasks.identity import (
     row_identity,
     weights_of,
 )
-from zoo.tasks.isolation import Apart, Measure, Measured, Steps, here, measure_each
+from zoo.tasks.isolation import Apart, Begun, Measure, Measured, Steps, here, measure_each
 from zoo.tasks.known import known_besides, run_record
 from zoo.tasks.leaks import Leaks, is_leak, leaked_in_training, lengths_read
 from zoo.tasks.progress import Progress
@@ -140,9 +140,10 @@ def _measure(
             return
         yield (record := run.record())
         rows = []
-        for row in run.measure(tasks, fresh):
-            rows.append(row)
-            yield row
+        for step in run.measure(tasks, fresh):
+            if not isinstance(step, Begun):
+                rows.append(step)
+            yield step
         leaks = any(row["status"] == "leaks" for row in rows)
         besides = () if leaks else known_besides(run.folder, run.about, run.requested)
         progress.clear()
@@ -212,14 +213,17 @@ class _Run:
         """What the report needs to know of the run itself."""
         return run_record(self.about, self.folder)
 
-    def measure(self, tasks: dict[str, Task], fresh: bool) -> Iterator[Row]:
+    def measure(self, tasks: dict[str, Task], fresh: bool) -> Iterator[Row | Begun]:
         """The rows of the run, each appended to `results.jsonl` unless it was found there.
+
+        Before the model is opened and before each task comes what is measured next.
 
         What kept the run from being measured at all is in its run.json; such rows are not appended,
         but for those of a leak.
         """
         opened, problem = None, _not_done(self.folder.info) or leaked_in_training(self.folder.info)
         if not problem:
+            yield Begun(self.about | {"task": next(iter(tasks))})
             opened = run_guarded(self._context)
             problem = {} if opened.ok else opened.row
         if problem or opened is None:
@@ -232,6 +236,7 @@ class _Run:
             named = self.about | {"task": name}
             code = measured_by(self.folder.config, name, extended, bool(self.config.weights))
             named |= {"measured_by": code}
+            yield Begun(named)
             try:
                 yield from self._answer(task, opened.value, named, leaks, fresh)
             except UserError as error:  # with this run: `check` has seen the settings
@@ -240,7 +245,7 @@ class _Run:
             except LeakError as leak:
                 yield self._kept(named | failure_row(leak) | {"audited": leaks.audited})
             except Exception as error:
-                yield named | failure_row(error)
+                yield self._kept(named | failure_row(error))
 
     def _answer(
         self, task: Task, context: EvalContext, named: Row, leaks: Leaks, fresh: bool
@@ -268,8 +273,7 @@ class _Run:
                 row |= {"status": "failed", "reason": f"the task left out {', '.join(names)}"}
             if row["status"] == "ok" and (names := not_finite(task.declares, row)):
                 row |= {"status": "failed", "reason": f"no finite number: {', '.join(names)}"}
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            row |= {"question": sorted(question), "time": now}
+            row |= {"question": sorted(question), "time": time_of_now()}
             yield self._kept(row | {"declares": task.declares.plain(row)})
         for row in map(leaks.judge, unaudited):
             known.append(self._kept(row) if row["status"] == "ok" else row)
@@ -280,7 +284,7 @@ class _Run:
     def _kept(self, row: Row, leaks_only: bool = False) -> Row:
         """The row, appended to the run's results."""
         if row["status"] == "leaks" or not leaks_only:
-            self.folder.append_row(row)
+            self.folder.append_row({"time": time_of_now(), **row})
         return row
 
     def _context(self) -> EvalContext:

@@ -1,10 +1,12 @@
 """Measures runs one after another beside this process, so that one that crashes costs its own rows.
 
 All runs share one further process: a model that ends it (a signal, no memory) leaves what was found
-so far, gets a row that says so, and the runs after it go on in a new process. What was found comes
-back through a file, as what is sent by a process that dies may be lost.
+so far, gets a row that says so, in its results.jsonl too, and the runs after it go on in a new
+process. What was found comes back through a file, as what is sent by a process that dies may be
+lost.
 """
 
+import logging
 import pickle
 import sys
 import tempfile
@@ -16,7 +18,10 @@ from typing import IO, Any
 from zoo.errors import RunError, UserError
 from zoo.runs.files import one_line
 from zoo.runs.folder import RunFolder
+from zoo.runs.rows import time_of_now
 from zoo.tasks.context import Row
+
+log = logging.getLogger("zoo")
 
 Apart = Callable[..., object]  # calls a function with arguments; RunError where its process crashed
 
@@ -32,7 +37,14 @@ class Measured:
     damage: UserError | None = None  # for which it could not be opened
 
 
-Steps = Iterable[Row | Measured]  # the record of a run, its rows, and last of all the whole
+@dataclass
+class Begun:
+    """What is measured next: the fields that a row of it has, should it never come."""
+
+    row: Row
+
+
+Steps = Iterable[Row | Begun | Measured]  # a run's record, its rows, and last of all the whole
 Measure = Callable[[RunFolder], Steps]
 
 
@@ -56,11 +68,11 @@ def measure_each(
                 apart(_measure_all, prepare, left, file)
             except RunError as error:
                 crash = str(error)
-            done, begun = _read(file)
+            done, steps = _read(file)
         yield from done
         left = left[len(done) :]
         if left:
-            yield _ended(left.pop(0), begun, crash)
+            yield _ended(left.pop(0), steps, crash)
 
 
 def _measure_all(
@@ -73,39 +85,49 @@ def _measure_all(
             file.flush()
 
 
-def _guarded(measure: Measure, folder: RunFolder) -> Iterator[Row | Measured]:
+def _guarded(measure: Measure, folder: RunFolder) -> Iterator[Row | Begun | Measured]:
     """An error that nobody foresaw costs the run that it came of, and leaves its traceback."""
-    begun: list[Row] = []
+    steps: list[Row | Begun] = []
     try:
         for step in measure(folder):
             if not isinstance(step, Measured):
-                begun.append(step)
+                steps.append(step)
             yield step
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
-        yield _ended(folder, begun, one_line(error))
+        yield _ended(folder, steps, one_line(error))
 
 
-def _read(file: IO[bytes]) -> tuple[list[Measured], list[Row]]:
-    """What a process has left: the runs that it measured, and the rows of the one it was at."""
+def _read(file: IO[bytes]) -> tuple[list[Measured], list[Row | Begun]]:
+    """What a process has left: the runs that it measured, and the steps of the one it was at."""
     file.seek(0)
     done: list[Measured] = []
-    begun: list[Row] = []
+    steps: list[Row | Begun] = []
     while True:
         try:
             step = pickle.load(file)
         except (EOFError, pickle.UnpicklingError):  # the process may have died while it wrote
-            return done, begun
+            return done, steps
         if isinstance(step, Measured):
             done.append(step)
-            begun = []
+            steps = []
         else:
-            begun.append(step)
+            steps.append(step)
 
 
-def _ended(folder: RunFolder, begun: Sequence[Row], reason: str) -> Measured:
-    """What was found of a run, its record first, before its measurements ended."""
+def _ended(folder: RunFolder, steps: Sequence[Row | Begun], reason: str) -> Measured:
+    """What was found of a run, its record first, before its measurements ended.
+
+    The row that says so is appended to the run's results where the run could be opened.
+    """
     why = {"status": "failed", "reason": reason}
-    record, *rows = begun or [{"run": folder.name, "arm": folder.name, **why}]
-    failed = record | {"task": None, **why}
+    begun = [step.row for step in steps if isinstance(step, Begun)]
+    unopened = {"run": folder.name, "arm": folder.name, **why}
+    record, *rows = [step for step in steps if not isinstance(step, Begun)] or [unopened]
+    failed = (begun[-1] if begun else record | {"task": None}) | why
+    if begun:
+        try:
+            folder.append_row({"time": time_of_now(), **failed})
+        except UserError as error:  # a full disk, say: the other runs go on
+            log.warning("%s", error)
     return Measured(record, [*rows, failed])
