@@ -36,13 +36,19 @@ def parameters(file: Path, name: str) -> dict[str, Argument] | None:
 def _defined(file: Path, name: str) -> tuple[ast.Module, ast.AST]:
     """The source of `file`, and what it defines as `name`."""
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        status = file.stat()
+        tree = _parsed(file, status.st_mtime_ns, status.st_size)
     except FileNotFoundError:
         refuse_path(file, "there is no such file", "Name a class of this package")
     found = [node for node in tree.body if getattr(node, "name", None) == name]
     if not found:
         refuse_path(file, f"there is no {name} in it", "Name a class or function of it")
     return tree, found[0]
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(file: Path, _changed: int, _size: int) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def _constructor(node: ast.AST) -> ast.FunctionDef | None:

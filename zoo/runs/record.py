@@ -1,5 +1,6 @@
 """A run's config.yaml and run.json: each is written with a hash of itself and checked when read."""
 
+import functools
 import hashlib
 import json
 import textwrap
@@ -38,10 +39,7 @@ def read_config(file: Path, run_id: str | None) -> TrainConfig:
             "Restore it, or delete its first line to accept it as it is",
         )
     try:
-        tree = yaml.safe_load(text)
-        if not isinstance(tree, dict):
-            raise ValueError("it holds no options")
-        return validate(TrainConfig, as_now(tree))
+        return _parsed(text).model_copy(deep=True)
     except RecursionError:
         reason = "it is nested too deeply"
     except UserError as error:
@@ -49,6 +47,15 @@ def read_config(file: Path, run_id: str | None) -> TrainConfig:
     except (ValueError, yaml.YAMLError) as error:
         reason = one_line(error)
     raise _damaged(file, reason)
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(text: str) -> TrainConfig:
+    """A config.yaml's text as options, for the few that are read time and again."""
+    tree = yaml.safe_load(text)
+    if not isinstance(tree, dict):
+        raise ValueError("it holds no options")
+    return validate(TrainConfig, as_now(tree))
 
 
 def write_config(file: Path, config: TrainConfig, run_id: str | None) -> None:
