@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,17 +12,23 @@ from safetensors.torch import load_file
 import zoo
 from zoo.__main__ import main
 from zoo.cli.train import main as train
+from zoo.config.schema.train import TrainConfig
+from zoo.config.validate import plain
 from zoo.errors import UserError
 from zoo.model import export as export_module
 from zoo.model.checkpoint import load
 from zoo.model.convert import from_transformers
 from zoo.model.export import export
+from zoo.model.pretrained import pretrained_config
+from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.runs.folder import RunFolder
 
 transformers = pytest.importorskip("transformers")
 
 LLAMA3 = ["extension=llama3", "extension.factor=4"]
 YARN = ["extension=yarn", "extension.factor=4", "extension.original_length=16"]
+LONGROPE = ["extension=longrope", "extension.factor=4", "extension.original_length=16"]
+LONGROPE += [f"extension.scaling.long_factors={[1 + i / 5 for i in range(16)]}".replace(" ", "")]
 NEOX = ["model.norm=layer_norm", "model.parallel_residual=true", "model.mixer.qkv_bias=true"]
 NEOX += ["model.mixer.output_bias=true", "model.positions.partial_rotary_factor=0.25"]
 NEOX += ["model.feed_forward._target_=zoo.mixers.feed_forward.MLP"]
@@ -31,6 +38,8 @@ FORMS = {  # what transformers has: its class, and the options of the run
     "llama pi": ("LlamaForCausalLM", ["extension=pi", "extension.factor=2"]),
     "llama yarn": ("LlamaForCausalLM", YARN),
     "llama llama3": ("LlamaForCausalLM", [*LLAMA3, "extension.original_length=16"]),
+    "llama dynamic": ("LlamaForCausalLM", ["extension=dynamic_ntk", "extension.factor=2"]),
+    "llama longrope": ("LlamaForCausalLM", LONGROPE),
     "mistral": ("MistralForCausalLM", ["extension=window", "extension.attention.window=9"]),
     "qwen2": ("Qwen2ForCausalLM", ["model.mixer.qkv_bias=true"]),
     "qwen3": ("Qwen3ForCausalLM", ["model.mixer.qk_norm=true", "model.mixer.head_width=12"]),
@@ -44,16 +53,23 @@ FORMS = {  # what transformers has: its class, and the options of the run
     ),
 }
 
+OWN = {  # what the zoo alone has
+    "dca": ["extension=dca"],
+    "yarn": YARN,
+    "gla": ["model=gla"],
+}
+
 
 def made(folder: Path, *words: str) -> RunFolder:
     """A run of random weights, as training leaves it."""
     from zoo.config.compose import compose
-    from zoo.config.validate import plain, validate
+    from zoo.config.validate import validate
     from zoo.model.build import build_model
 
     scaled = [word for word in words if word.startswith("extension")]
     config = train_config(
         *("size=tiny", "match=none", "seq_len=48", f"runs={folder}"),
+        "trainer.precision=bf16-mixed",
         *(word for word in words if word not in scaled),
     )
     if scaled:
@@ -81,7 +97,9 @@ def test_transformers_opens_it_and_computes_the_same(form, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(to).eval()
     assert type(theirs).__name__ == architecture
     again = zoo.load(to, device="cpu").backbone
-    for length in (1, 2, 31, 100):
+    # Beyond the trained length `transformers` takes one frequency for all tokens of a call.
+    lengths = (1, 2, 31, 48) if form == "llama dynamic" else (1, 2, 15, 16)
+    for length in lengths if form in ("llama dynamic", "llama longrope") else (1, 2, 31, 100):
         tokens = torch.randint(0, 256, (2, length))
         with torch.no_grad():
             expected, logits = theirs(tokens, use_cache=False).logits, ours(tokens)
@@ -90,6 +108,40 @@ def test_transformers_opens_it_and_computes_the_same(form, tmp_path):
     written = from_transformers(load_file(to / "model.safetensors"), ours_heads(run))
     for name, value in ours.state_dict().items():
         assert torch.equal(written[name], value), name
+
+
+def opened(checkpoint: Path) -> TrainConfig:
+    """The configuration of a checkpoint, as eval.py reads it."""
+    described, _ = read_checkpoint(checkpoint, checkpoint)
+    data = plain(train_config().data)
+    return pretrained_config(described, checkpoint, data, checkpoint.parent / "runs")
+
+
+@pytest.mark.parametrize("form", [*FORMS, *OWN])
+def test_how_it_was_trained_is_read_again(form, tmp_path):
+    words = FORMS[form][1] if form in FORMS else OWN[form]
+    run, to = made(tmp_path, *words), tmp_path / "out"
+    export(run, to, "auto" if form in FORMS else "zoo")
+    trained, found = run.config, opened(to)
+    for config in (trained, found):
+        assert config.seq_len == 48
+        assert config.trainer.precision == "bf16-mixed"
+    assert [scaling(found), remap(found)] == [scaling(trained), remap(trained)]
+    model = zoo.load(to, device="cpu")
+    assert (model.train_length, model.precision) == (48, "bf16-mixed")
+    tokens = torch.randint(0, 256, (1, 100))
+    same = torch.allclose(model.backbone(tokens), load(run)(tokens), atol=1e-6, rtol=1e-6)
+    assert same  # beyond the trained length too
+
+
+def scaling(config: TrainConfig) -> tuple[str, float, int]:
+    found = config.extension
+    return found.name, found.factor, found.original_length or config.seq_len
+
+
+def remap(config: TrainConfig) -> dict[str, Any] | None:
+    found = config.extension.attention
+    return found and {k: v for k, v in plain(found).items() if v is not None}
 
 
 def ours_heads(run: RunFolder) -> int:
@@ -149,6 +201,18 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
     run = made(tmp_path)
     with pytest.raises(UserError, match="out"):
         export(run, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("to", ["new/..", "new/deep/out", "run", "new/../run"])
+def test_a_refused_export_leaves_no_folder(to, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_module, "_write_weights", full)
+    run = made(tmp_path)
+    with pytest.raises(UserError):
+        export(run, tmp_path / to)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

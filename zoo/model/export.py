@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from zoo.model.backbone import Backbone
 from zoo.model.checkpoint import load
 from zoo.model.convert import to_transformers
 from zoo.model.transformers_config import Foreign, foreign
-from zoo.pretrained.families import OWN_SECTIONS
+from zoo.pretrained.families import OWN_SECTIONS, TRAINED
 from zoo.runs.files import cannot_write
 from zoo.runs.folder import RunFolder
 
@@ -51,11 +52,12 @@ def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
         UserError: where the run has no weights, `to` exists or cannot be written, or
             form=transformers is not possible.
     """
+    given, to = to, to.resolve()  # x/.. is no new folder
     if to.exists():
-        refuse("to", to, "exists already", "Name a new folder")
+        refuse("to", given, "exists already", "Name a new folder")
     for package in ("safetensors", "tokenizers"):
         if find_spec(package) is None:
-            refuse("to", to, f"needs the package {package}", f"Run pip install {package}")
+            refuse("to", given, f"needs the package {package}", f"Run pip install {package}")
     if form not in FORMATS:
         refuse("format", form, f"must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     model, config = load(folder), folder.config
@@ -71,15 +73,20 @@ def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
     else:
         written, weights = _of_transformers(model, config, found)
         architecture = found.architecture
+    how_trained = {"seq_len": config.seq_len, "precision": config.trainer.precision}
     draft = to.with_name(f".{to.name}.{os.getpid()}.tmp")
+    new = [parent for parent in draft.parents if not parent.exists()]
     try:
         draft.mkdir(parents=True)
         end, about = _write_tokenizer(draft, config, model.vocab_size)
-        _write_json(draft / "config.json", written | {"eos_token_id": end})
+        _write_json(draft / "config.json", written | {"eos_token_id": end, TRAINED: how_trained})
         _write_weights(draft / "model.safetensors", weights)
         os.rename(draft, to)
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
+        with suppress(OSError):
+            for parent in new:
+                parent.rmdir()
         if isinstance(error, OSError):
             raise cannot_write(to, error) or error from error
         raise

@@ -27,6 +27,7 @@ class Description:
     own: dict[str, Any] | None = None  # sections of the zoo's configuration, of a model it exported
 
 
+TRAINED = "zoo_training"  # the key of an exported config.json for what no family's keys can say
 OWN_SECTIONS = ("model", "size", "match", "objective", "extension", "seq_len")
 
 
@@ -46,6 +47,7 @@ def describe(config: Config) -> Description:
     name = choose("model_type", config["model_type"], FAMILIES)
     reader = Reader(config)
     words = FAMILIES[name](reader)
+    words += _trained(reader, any(word.startswith("seq_len=") for word in words))
     vocab_size = reader.number("vocab_size")
     end = config.get("eos_token_id")
     if isinstance(end, list):
@@ -59,9 +61,19 @@ def _own(read: Reader) -> Description:
     own, end = read.get("zoo"), read.get("eos_token_id")
     if not isinstance(own, dict) or {*own} != {*OWN_SECTIONS}:
         raise UserError(f"config.json: zoo: must have {', '.join(OWN_SECTIONS)}.")
-    vocab_size = read.number("vocab_size")
+    vocab_size, words = read.number("vocab_size"), _trained(read, own_length=True)
     read.finish()
-    return Description("zoo", [], vocab_size, end, own)
+    return Description("zoo", words, vocab_size, end, own)
+
+
+def _trained(read: Reader, own_length: bool) -> list[str]:
+    """How a model that the zoo exported was trained; the length, unless it has another key."""
+    found = read.get(TRAINED, {})
+    if not isinstance(found, dict) or not {*found} <= {"seq_len", "precision"}:
+        raise UserError(f"config.json: {TRAINED}: must have seq_len and precision alone.")
+    options = {"seq_len": "seq_len", "precision": "trainer.precision"}
+    names = [name for name in found if not (own_length and name == "seq_len")]
+    return [f"{options[name]}={found[name]}" for name in names]
 
 
 def _llama(read: Reader) -> list[str]:
