@@ -23,7 +23,8 @@ def test_two_means_of_one_arm_differ_by_more_than_the_floor_once_in_twenty():
     for _ in range(rounds):
         arms = [[draw.gauss(0, 0.3) for _ in range(3)] for _ in range(4)]
         floor = noise_floors(cells(*arms))[64]
-        beyond += not is_noise(Cell(statistics.mean(arms[0]) - statistics.mean(arms[1])), floor)
+        apart = statistics.mean(arms[0]) - statistics.mean(arms[1])
+        beyond += not is_noise(Cell(apart, seeds=3), floor)
     assert 0.035 < beyond / rounds < 0.065
 
 
@@ -32,9 +33,16 @@ def test_no_floor_is_known_where_no_seeds_differ(arms):
     assert not noise_floors(cells(*arms))
 
 
-def test_the_floor_is_that_of_the_arm_with_the_fewest_seeds():
-    with_one, alike = cells([1.0, 1.2, 1.1], [5.0]), cells([1.0, 1.2, 1.1])
-    assert noise_floors(with_one)[64].value == pytest.approx(noise_floors(alike)[64].value * 3**0.5)
+def test_an_arm_of_one_seed_leaves_the_floor_of_the_others_and_has_a_higher_one():
+    alike = noise_floors(cells([1.0, 1.2, 1.1], [2.0, 2.1, 2.3]))[64]
+    with_one = noise_floors(cells([1.0, 1.2, 1.1], [2.0, 2.1, 2.3], [5.0]))[64]
+    assert with_one.value == alike.value
+    assert (alike.source, alike.seeds) == ("3 seeds each, from 2 arms", 3)
+    assert with_one.source == "3 seeds each, from 2 arms; 1.7 times it for one seed"
+    between = 1.5 * alike.value
+    assert is_noise(Cell(between, seeds=1), with_one)
+    assert not is_noise(Cell(between, seeds=3), with_one)
+    assert not is_noise(Cell(between, seeds=9), with_one)
 
 
 def noisy(gap: float) -> list[dict]:

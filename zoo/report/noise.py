@@ -3,6 +3,7 @@
 What two arms differ by is a result only where it is more. The standard deviation over seeds is
 pooled over all arms with several; of two means of k seeds the difference then exceeds
 t sqrt(2 / k) times it once in 20 (Student's t, two-sided, with the pooled degrees of freedom).
+The floor is told for arms of several seeds; a difference of fewer is held against a higher one.
 """
 
 import math
@@ -21,14 +22,19 @@ class Floor:
     """The difference that the seed alone makes, in the unit of what was measured."""
 
     value: float
-    seeds: int  # of each of two arms: the fewest that an arm has here
+    seeds: int  # of each of two arms: the fewest of those that have several
     arms: int  # with several seeds, from which it is known
+    single: bool = False  # whether another arm has one seed
 
     @property
     def source(self) -> str:
         """What it rests on, in words."""
-        each = f"{self.seeds} seed{'s' if self.seeds > 1 else ''} each"
-        return f"{each}, from {self.arms} arm{'s' if self.arms > 1 else ''}"
+        said = f"{self.seeds} seeds each, from {self.arms} arm{'s' if self.arms > 1 else ''}"
+        return f"{said}; {self.of(1) / self.value:.1f} times it for one seed" * self.single or said
+
+    def of(self, seeds: int) -> float:
+        """The floor of a difference between means of so many seeds, or of more."""
+        return self.value * math.sqrt(self.seeds / max(1, min(seeds, self.seeds)))
 
 
 def noise_floors(cells: Cells) -> dict[int, Floor]:
@@ -41,9 +47,9 @@ def noise_floors(cells: Cells) -> dict[int, Floor]:
         if not any(spread for _, spread in several):
             continue
         pooled = math.sqrt(sum(free * spread**2 for free, spread in several) / freedom)
-        fewest = min(cell.seeds for cell in column)
+        fewest = min(free + 1 for free, _ in several)
         value = student(freedom) * pooled * math.sqrt(2 / fewest)
-        found[length] = Floor(value, fewest, len(several))
+        found[length] = Floor(value, fewest, len(several), any(c.seeds == 1 for c in column))
     return found
 
 
@@ -54,7 +60,7 @@ def score_noise(results: Results, protocol: str) -> dict[int, Floor]:
 
 def is_noise(cell: Cell, floor: Floor | None) -> bool:
     """Whether a difference is no larger than the seed alone makes."""
-    return floor is not None and cell.value is not None and abs(cell.value) <= floor.value
+    return floor is not None and cell.value is not None and abs(cell.value) <= floor.of(cell.seeds)
 
 
 def noise_words(cells: Cells, text: Callable[[float], str]) -> str:
