@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
-from zoo.cli.guard import run_program
+from zoo.cli.guard import held_back, run_program
 from zoo.config.compose import compose
 from zoo.console import say
 from zoo.errors import UserError, refuse_path, refuse_unknown
@@ -74,11 +74,13 @@ def chat(words: Sequence[str]) -> int:
             writer.read(model.encode(line))
         writer.check_length(how.tokens)
         before, began = writer.written, perf_counter()
-        for piece in write_text(writer, model.tokenizer, how.tokens, how.sampling, how.stop or ()):
-            sys.stdout.write(piece)
+        with held_back():
+            pieces = write_text(writer, model.tokenizer, how.tokens, how.sampling, how.stop or ())
+            for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
             sys.stdout.flush()
-        sys.stdout.write("\n")
-        sys.stdout.flush()
         count, seconds = writer.written - before, perf_counter() - began
         said = f"{count} tokens, {count / seconds:,.1f} a second; text {writer.tokens:,}"
         say(f"[{said}, state {size(writer.state_bytes)}]")

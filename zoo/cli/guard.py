@@ -6,7 +6,8 @@ train.py and eval.py, calls `guarded`, and so does each program that begins its 
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from zoo.console import say
 from zoo.errors import RunError, UserError
@@ -17,8 +18,30 @@ from zoo.runs.stopping import STOPPED, handled
 class _Lines(logging.Handler):
     """What the modules tell, in the program's own plain lines."""
 
+    held: list[str] | None = None  # while another text is written
+
     def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
+        line = record.getMessage()
+        if self.held is None:
+            say(line)
+        else:
+            self.held.append(line)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Say what modules tell only after the block, which writes a text that it would cut."""
+    found = [one for one in logging.getLogger("zoo").handlers if isinstance(one, _Lines)]
+    held: list[str] = []
+    for handler in found:
+        handler.held = held
+    try:
+        yield
+    finally:
+        for handler in found:
+            handler.held = None
+        for line in held:
+            say(line)
 
 
 def guarded(program: str, work: Callable[[], int]) -> int:

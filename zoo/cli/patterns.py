@@ -7,7 +7,7 @@
 
 Rows are queries, columns are keys, the first token at the top left. With options, as in
 `extension=dca extension.attention.chunk=8`, it draws that one pattern beside plain attention, in
-extension.png. The folder is the working directory unless given.
+extension.png. The folder is `patterns` unless given.
 """
 
 import sys
@@ -153,7 +153,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             f"zoo patterns {' '.join(argv)}: must be one folder and options. See --help."
         )
-    folder = Path(folders[0] if folders else ".")
+    folder = Path(folders[0] if folders else "patterns")
     drawn = one_pattern(options) if options else sheets()
     try:
         folder.mkdir(parents=True, exist_ok=True)
