@@ -1,10 +1,14 @@
 """zoo from Python, as README shows it."""
 
+import inspect
+import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from building import train_on_text, write_byte_level
@@ -99,7 +103,7 @@ def test_what_cannot_be_opened_is_refused_in_one_line(here, words, line):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"tokens": 0}, "tokens=0: must be at least 1"),
+        ({"tokens": 0}, "tokens=0: must be an integer >= 1"),
         ({"stop": [""]}, "stop=.*must not be empty"),
         ({"top_p": 2}, "top_p=2: must be above 0"),
     ],
@@ -112,6 +116,92 @@ def test_a_bad_option_of_generate_is_refused_before_it_is_iterated(here, options
         model.logits("")
     with pytest.raises(UserError, match="text=999: must be of the model's tokens"):
         model.logits([999])
+
+
+ODD = [None, True, 0, -1, 2.5, math.nan, 10**30, "", "x", "x" * 5000, b"x", [], [None], ["x"], {}]
+ODD += [[-1], [2.5], [10**30], Path("nowhere")]
+ALLOWED = {  # the odd values that mean something
+    "text": [[], "", "x", "x" * 5000],
+    "prompt": [[], "", "x", "x" * 5000],
+    "stop": [[], "x", "x" * 5000, ["x"]],
+    "temperature": [0, 2.5],
+    "decode tokens": [[]],
+    "seed": [0],
+    "weights": [None],
+    "words": [],
+    "folder": ["", "x", Path("nowhere")],  # where the run is not looked for: it has a whole path
+    "rows pattern": [[]],
+    "html": ["x", Path("nowhere")],
+}
+
+
+def calls(here: Path) -> list[tuple[str, str, Callable]]:
+    """(function, argument, a call with that argument) for every public argument."""
+    run = str(here / "runs/my-run")
+    model = zoo.load(run, device="cpu")
+    given = {"load": {"path": run, "device": "cpu"}, "rows": {"pattern": run}}
+    given["write_report"] = {"pattern": run, "html": str(here / "odd.html")}
+    given |= {"encode": {"text": "a"}, "decode": {"tokens": [97]}, "logits": {"text": "a"}}
+    given |= {name: {"prompt": "a", "tokens": 2} for name in ("generate", "stream")}
+    given["writer"] = {}
+    functions = {name: getattr(zoo, name, None) or getattr(model, name) for name in given}
+    public = {name for name, f in vars(type(model)).items() if inspect.isfunction(f)}
+    assert {*zoo.__all__, *(name for name in public if name[0] != "_")} == given.keys()
+    found = []
+    for function, others in given.items():
+        for name, argument in inspect.signature(functions[function]).parameters.items():
+
+            def call(value, do=functions[function], others=others, name=name, kind=argument.kind):
+                if kind is inspect.Parameter.VAR_POSITIONAL:
+                    return do(others["path"], value, device="cpu")
+                sampled = {"temperature": 1.0} if name in ("top_p", "seed") else {}
+                got = do(**others | sampled | {name: value})
+                return list(got) if inspect.isgenerator(got) else got
+
+            found.append((function, name, call))
+    return found
+
+
+def test_every_argument_is_honoured_or_refused_in_one_line(here, monkeypatch):
+    """Whatever it is given: a value that means something, or `<argument>=<value>: <rule>.`"""
+    (here / "empty").mkdir(exist_ok=True)
+    monkeypatch.chdir(here / "empty")
+    wrong = []
+    for function, name, call in calls(here):
+        allowed = ALLOWED.get(f"{function} {name}", ALLOWED.get(name, []))
+        for value in ODD:
+            who, shown = f"{function}({name}={value!r:.40})", str(value)[:60]
+            try:
+                call(value)
+                told = None
+            except UserError as error:
+                told = str(error)
+            except Exception as error:
+                wrong.append(f"{who}: {type(error).__name__}: {error}")
+                continue
+            right = any(type(value) is type(one) and value == one for one in allowed)
+            if told is None and not right:
+                wrong.append(f"{who} is accepted")
+            if told is not None and not (
+                told.startswith((f"{name}=", f"{shown}", "."))
+                and re.fullmatch(r".*?: (must .*|.*\. .*)\.", told)
+            ):
+                wrong.append(f"{who}: {told}")
+            if (
+                told is not None
+                and right
+                and told.startswith(f"{name}=")
+                and "must be text" in told
+            ):
+                wrong.append(f"{who} is refused: {told}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_tokens_may_be_an_array(here):
+    model = zoo.load(here / "runs/my-run", device="cpu")
+    expected = model.generate("abc", tokens=3)
+    for tokens in (torch.tensor([97, 98, 99]), np.array([97, 98, 99]), [*np.array([97, 98, 99])]):
+        assert model.generate(tokens, tokens=np.int64(3)) == expected
 
 
 def test_lone_surrogates_are_the_replacement_character(here):

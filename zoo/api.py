@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from zoo import report
+from zoo.config.domains import check
 from zoo.model.language_model import load_language_model as load
+from zoo.runs.files import check_report
 from zoo.runs.find import find_runs
+from zoo.runs.folder import RunFolder
 from zoo.tasks.known import all_known, require_known
 
 __all__ = ["load", "rows", "write_report"]
@@ -14,7 +17,10 @@ __all__ = ["load", "rows", "write_report"]
 HIDDEN = ("declares", "question")  # for those who draw a row, not for those who read it
 
 
-def rows(pattern: str | Sequence[str], folder: str | Path = "runs") -> list[dict[str, Any]]:
+Pattern = str | Path | Sequence[str | Path]
+
+
+def rows(pattern: Pattern, folder: str | Path = "runs") -> list[dict[str, Any]]:
     """What was measured of runs: one dictionary for each row, as pandas.DataFrame takes them.
 
     Args:
@@ -24,12 +30,12 @@ def rows(pattern: str | Sequence[str], folder: str | Path = "runs") -> list[dict
     Raises:
         UserError: where a pattern names no run, or a run is damaged.
     """
-    found, _ = all_known(find_runs(pattern, str(folder)))
+    found, _ = all_known(_found(pattern, folder))
     return [{name: one for name, one in row.items() if name not in HIDDEN} for row in found]
 
 
 def write_report(
-    pattern: str | Sequence[str], html: str | Path = "report.html", folder: str | Path = "runs"
+    pattern: Pattern, html: str | Path = "report.html", folder: str | Path = "runs"
 ) -> str:
     """Write the report of what was measured of runs; return the tables as text. Measures nothing.
 
@@ -38,7 +44,20 @@ def write_report(
         html: the file to write; its pictures go into a folder of its name beside it.
 
     Raises:
-        UserError: where a pattern names no run, a run is damaged, or nothing was measured.
+        UserError: where a pattern names no run, a run is damaged, nothing was measured, or the file
+            cannot be written or is another's.
     """
-    found, records = require_known(pattern, find_runs(pattern, str(folder)))
+    check("html", html, str | Path, "report.html")
+    check_report("html", str(html))
+    found, records = require_known(_words(pattern), _found(pattern, folder), "pattern")
     return report.write_report(found, records, Path(html))
+
+
+def _found(pattern: Pattern, folder: str | Path) -> list[RunFolder]:
+    check("pattern", pattern, Pattern)
+    check("folder", folder, str | Path, "runs")
+    return find_runs(_words(pattern), str(folder), "pattern")
+
+
+def _words(pattern: Pattern) -> str | list[str]:
+    return [*map(str, pattern)] if isinstance(pattern, list | tuple) else str(pattern)

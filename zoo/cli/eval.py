@@ -18,7 +18,7 @@ from zoo.config.schema.eval import EvalConfig
 from zoo.config.validate import plain, validate
 from zoo.data.sources import check_source
 from zoo.errors import UserError
-from zoo.runs.files import check_writable
+from zoo.runs.files import check_report
 from zoo.runs.find import find_runs
 from zoo.runs.folder import RunFolder
 from zoo.runs.resume import with_place
@@ -45,7 +45,7 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
     config = validate(EvalConfig, resolve(tree))
     check_extension(config.extension, given)
     if config.report is not None:
-        check_writable("report", config.report)
+        check_report("report", config.report)
     folders = find_runs(config.run, config.runs) if config.run else []
     if config.checkpoint:
         _check_checkpoint(config.checkpoint, config)

@@ -11,7 +11,7 @@ from typing import Any
 from zoo.cli.guard import run_program
 from zoo.errors import refuse, refuse_path, refuse_unknown
 from zoo.report import published
-from zoo.runs.files import check_writable
+from zoo.runs.files import check_report
 from zoo.runs.find import find_runs
 
 USAGE = """zoo report [table | run=<pattern>] [report=report.html] [wandb=<entity>/<project>]
@@ -54,7 +54,7 @@ def draw(words: Sequence[str]) -> int:
 def _write(names: Sequence[str], options: Mapping[str, Any]) -> int:
     """Write the page, and the report of W&B where one is wanted."""
     page = Path(options["report"])
-    check_writable("report", options["report"])
+    check_report("report", options["report"])
     wandb_report = None
     if options["wandb"]:
         from zoo.report import wandb_report  # heavy: seconds

@@ -13,10 +13,12 @@ imported, from the source (zoo.config.introspect), and again when a mixer is bui
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from zoo.errors import nearest, shown
+from zoo.errors import nearest, refuse, shown
 
 
 class Range(NamedTuple):
@@ -58,6 +60,7 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 LARGEST = 10**15  # of an integer: beyond, sizes overflow before memory is asked for
 NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+NAMES[Path] = "a path"
 LISTS = (Sequence, list, tuple)
 
 
@@ -78,11 +81,12 @@ def fits(value: Any, kind: Any) -> bool:
     if kind in (None, NoneType):
         return value is None
     if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        return whole and abs(int(value)) < LARGEST
     if kind is float:  # neither nan nor infinite
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and abs(value) <= (LARGEST if isinstance(value, int) else sys.float_info.max)
-    return isinstance(value, kind) if kind in (bool, str) else True
+    return isinstance(value, kind) if kind in (bool, str, Path) else True
 
 
 def in_words(kind: Any) -> str:
@@ -111,6 +115,12 @@ def refusal(value: Any, kind: Any, default: Any = ...) -> tuple[str, str]:
     advice = f"The default is {shown(default)}" if known else ""
     hint = f"Did you mean {guess!r}? " if guess and advice else ""
     return rule, hint + advice
+
+
+def check(option: str, value: Any, kind: Any, default: Any = ...) -> None:
+    """Refuse a value that `kind` does not allow, as the value of `option`."""
+    if not fits(value, kind):
+        refuse(option, value, *refusal(value, kind, default))
 
 
 def _choices(kind: Any) -> list[str]:

@@ -1,15 +1,18 @@
 """A run's or a checkpoint's model with its tokenizer: text in, logits and text out."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from zoo.config.compose import compose
+from zoo.config.domains import Positive, check
 from zoo.config.effects import check_extension
 from zoo.config.longrope_factors import with_found_factors
 from zoo.config.schema.data import Data
@@ -25,7 +28,7 @@ from zoo.model.device import pick_device
 from zoo.model.extend import extend
 from zoo.model.generation import Sampling, Writer, write_text
 from zoo.model.pretrained import load_pretrained, pretrained_config
-from zoo.model.quantization import quantize
+from zoo.model.quantization import Bits, quantize
 from zoo.ops.dtypes import wide_dtype
 from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.runs.folder import RunFolder
@@ -56,11 +59,12 @@ class LanguageModel:
 
     def encode(self, text: str) -> list[int]:
         """The text's tokens, without the one that ends a document."""
+        check("text", text, str)
         return self.tokenizer.tokens(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
-        return "".join(self.tokenizer.decode(tokens))
+        return "".join(self.tokenizer.decode(self._tokens("tokens", tokens, Sequence[int])))
 
     def logits(self, text: str | Sequence[int]) -> Float[Tensor, "t vocabulary"]:
         """The logits (t, vocabulary) after each token of a text, read as a whole.
@@ -68,12 +72,9 @@ class LanguageModel:
         Row i says what may follow token i. Raises UserError for an empty text, and one that is
         longer than the model can read.
         """
-        tokens = self._tokens(text)
+        tokens = self._tokens("text", text)
         if not tokens:
             refuse("text", "", "must have at least one token")
-        size = self.backbone.vocab_size
-        if bad := [token for token in tokens if not 0 <= token < size]:
-            refuse("text", bad[0], f"must be of the model's tokens, 0 to {size - 1}")
         most = self.backbone.max_length
         if most is not None and len(tokens) > most:
             rule = f"the model reads at most {most:,} tokens, and the text has {len(tokens):,}"
@@ -119,8 +120,8 @@ class LanguageModel:
             UserError: for a value that is not allowed, a model that cannot write (it reads both
                 ways), and a text longer than it can read; before anything is written.
         """
-        if tokens < 1:
-            refuse("tokens", tokens, "must be at least 1")
+        check("tokens", tokens, Positive, TOKENS)
+        check("stop", stop, str | Sequence[str])
         words = [stop] if isinstance(stop, str) else [*stop]
         if "" in words:
             refuse("stop", stop, "must not be empty")
@@ -132,11 +133,19 @@ class LanguageModel:
     def writer(self, prompt: str | Sequence[int] = "") -> Writer:
         """A text that begins with a prompt; an empty one begins a document."""
         writer = Writer(self.backbone, self.precision)
-        writer.read(self._tokens(prompt) or [self.tokenizer.end])
+        writer.read(self._tokens("prompt", prompt) or [self.tokenizer.end])
         return writer
 
-    def _tokens(self, text: str | Sequence[int]) -> list[int]:
-        return self.encode(text) if isinstance(text, str) else [*map(int, text)]
+    def _tokens(self, name: str, given: Any, kind: Any = str | Sequence[int]) -> list[int]:
+        """The tokens of the argument `name`. UserError where it is of no such kind, or a token is
+        none of the model's."""
+        tokens = given.tolist() if hasattr(given, "tolist") else given  # of NumPy or PyTorch
+        check(name, tokens, kind)
+        found = self.encode(tokens) if isinstance(tokens, str) else [*map(int, tokens)]
+        last = self.backbone.vocab_size - 1
+        if bad := [token for token in found if not 0 <= token <= last]:
+            refuse(name, bad[0], f"must be of the model's tokens, 0 to {last}")
+        return found
 
 
 def load_language_model(
@@ -155,7 +164,11 @@ def load_language_model(
         UserError: where nothing there can be opened, an option is wrong, the extension does not act
             on the model, or the run was trained on a synthetic task, which has no text.
     """
+    check("path", path, str | Path)
+    check("device", device, str, "auto")
+    check("weights", weights, Bits | None, None)
     for word in words:
+        check("words", word, str)
         if not word.startswith(("extension=", "extension.")):
             refuse_path(word, "is no option of an extension", "Use extension=<name>")
     place, where = Path(path), pick_device(device)
@@ -163,13 +176,13 @@ def load_language_model(
     chosen = compose("eval", ["run=x", *options])
     extension = chosen.extension
     check_extension(extension, [word.partition("=")[0] for word in words])
-    if (place / "run.json").is_file():
+    if os.path.isfile(place / "run.json"):  # false for what no file can be called
         folder = RunFolder.open(place)
         config = folder.config
         tokenizer = _tokenizer_of(config.data)
         backbone = load(folder, where)
         extension = Extension.model_validate(with_found_factors(plain(extension), place))
-    elif place.is_file() or (place / "config.json").is_file():
+    elif os.path.isfile(place) or os.path.isfile(place / "config.json"):
         config, tokenizer = _read(place)
         backbone = load_pretrained(config).to(where).eval().requires_grad_(False)
     else:

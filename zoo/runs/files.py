@@ -66,20 +66,29 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise refusal from error
 
 
-def check_writable(option: str, path: str) -> None:
-    """Refuse a file that cannot be written, as the value of `option`. Nothing is left behind."""
-    file = Path(path)
-    folder = next(parent for parent in file.absolute().parents if parent.exists())
-    if file.is_dir():
+REPORT = b'<meta name="pictures"'  # every page that reports write has it
+
+
+def check_report(option: str, path: str) -> None:
+    """Refuse a file for a report, as the value of `option`, that cannot be written or is another's.
+
+    A report of before may be replaced. Nothing is left behind.
+    """
+    file, theirs = Path(path), False
+    folder = next(parent for parent in file.absolute().parents if os.path.exists(parent))
+    if os.path.isdir(file):
         advice = f"Name a file in it, such as {file / 'report.html'}"
         refuse(option, path, "cannot be written, it is a folder", advice)
     try:
         if file.exists():
             open(file, "ab").close()
+            theirs = REPORT not in file.read_bytes()
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         rule = f"cannot be written ({folder}: {error.strerror})"
         refuse(option, path, rule, "Name a file elsewhere")
+    if theirs:
+        refuse(option, path, "is there already and is no report", "Name a new file, or remove it")
 
 
 def write_text(path: Path, text: str) -> None:

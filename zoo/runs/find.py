@@ -9,11 +9,11 @@ from zoo.errors import refuse
 from zoo.runs.folder import RunFolder
 
 
-def find_runs(patterns: str | Sequence[str], runs: str) -> list[RunFolder]:
+def find_runs(patterns: str | Sequence[str], runs: str, option: str = "run") -> list[RunFolder]:
     """The run folders that `patterns` name, as paths or within the folder `runs`.
 
     Folders found by a wildcard are not opened, so that a damaged one does not keep the others from
-    being measured. Raises UserError where a pattern names none.
+    being measured. Raises UserError where a pattern names none, as the value of `option`.
     """
     found: dict[Path, RunFolder] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -24,7 +24,7 @@ def find_runs(patterns: str | Sequence[str], runs: str) -> list[RunFolder]:
         else:
             paths = [place for place in places if os.path.exists(place)][:1] or [pattern]
         if not paths:
-            refuse("run", pattern, "no run folder matches", "Give a folder or pattern like runs/*")
+            refuse(option, pattern, "no run folder matches", "Give a folder or pattern like runs/*")
         opened = RunFolder if glob.has_magic(pattern) else RunFolder.open
         found |= {Path(path).resolve(): opened(Path(path)) for path in paths}
     return list(found.values())

@@ -73,7 +73,7 @@ class RunFolder:
         """
         folder = cls(Path(path))
         advice = "Give a run folder, such as runs/<name>"
-        if not folder.path.is_dir():
+        if not os.path.isdir(path):  # False for what no folder can be called
             refuse_path(path, "there is no such run folder", advice)
         for name in ("config.yaml", "run.json"):
             if not (folder.path / name).is_file():

@@ -34,13 +34,13 @@ def all_known(folders: Sequence[RunFolder]) -> tuple[list[Row], list[Row]]:
 
 
 def require_known(
-    pattern: str | Sequence[str], folders: Sequence[RunFolder]
+    pattern: str | Sequence[str], folders: Sequence[RunFolder], option: str = "run"
 ) -> tuple[list[Row], list[Row]]:
-    """What `all_known` finds. Raises UserError where that is nothing."""
+    """What `all_known` finds. Raises UserError where that is nothing, as the value of `option`."""
     rows, runs = all_known(folders)
     if not rows:
         rule = "has nothing measured by the code of now"
-        refuse("run", pattern, rule, "Run zoo eval on it first")
+        refuse(option, pattern, rule, "Run zoo eval on it first")
     return rows, runs
 
 
