@@ -21,6 +21,10 @@ if "ZOO_SHAPE_CHECKS" in os.environ:  # before anything of zoo is imported
 from building import ARCHITECTURES, train_config
 from hypothesis import settings
 
+from zoo.cli import guard
+from zoo.errors import FORM, UserError
+from zoo.runs.files import one_line
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in as many processes as cores
 settings.register_profile("no wall clock", deadline=None)  # a loaded machine is no failure
 settings.load_profile("no wall clock")
@@ -52,6 +56,21 @@ def annotations_apply(request):
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def refusals_have_their_form(monkeypatch):
+    """Every refusal that any test brings a program to print is `<option>=<value>: <rule>. <..>`."""
+    wrong = []
+
+    def seen(error: BaseException) -> str:
+        if isinstance(error, UserError) and not FORM.fullmatch(one_line(error)):
+            wrong.append(one_line(error))
+        return one_line(error)
+
+    monkeypatch.setattr(guard, "one_line", seen)
+    yield
+    assert wrong == []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

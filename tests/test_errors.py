@@ -1,20 +1,19 @@
 """Every message for a user's error is `<option>=<value>: <rule>. <what to do>.`"""
 
 import ast
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from zoo.errors import UserError, below, choose, refuse, refuse_path
+from zoo.errors import FORM, UserError, below, choose, refuse, refuse_path
 
 ROOT = Path(__file__).parents[1]
-# An option with its value, or a path; what is wrong; what to do. A rule that says what a value
-# must be says what to do as well.
-FORM = re.compile(r"(?!unknown )\S.*?: (must \S.*|\S.*?[^.]\. [A-Z].*)\.")
-
-PARTS = ("mixers", "positions", "attention")  # take arguments from a configuration
+# ValueErrors that name a value and become no line of their own.
+INSIDE = {
+    "zoo/data/tokenizers.py": 1,  # ends with what _first_change says
+    "zoo/runs/record.py": 4,  # in the brackets of "is damaged (..)"
+}
 
 # Calls whose line is not written in place, by file: each passes on one that has the form.
 PASSED_ON: dict[str, int] = {
@@ -60,16 +59,20 @@ def test_user_errors_are_written_in_their_form():
     assert wrong == {}, "use zoo.errors.refuse or refuse_path"
 
 
-def test_arguments_that_parts_refuse_are_told_in_the_same_form():
+def test_arguments_that_any_part_refuses_are_told_in_the_same_form():
     """Whoever builds them puts the option's path in front."""
-    wrong = []
-    for file in (path for part in PARTS for path in sorted((ROOT / "zoo" / part).glob("*.py"))):
+    wrong = {}
+    for file in sorted(ROOT.glob("zoo/**/*.py")):
+        found = []
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "ValueError":
                 text = (skeleton(node.args[0]) if node.args else None) or ""
                 if "=" in text and not FORM.fullmatch(text):
-                    wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}: {text}")
-    assert wrong == []
+                    found.append(f"{node.lineno}: {text}")
+        name = str(file.relative_to(ROOT))
+        if len(found) != INSIDE.get(name, 0):
+            wrong[name] = found
+    assert wrong == {}
 
 
 @pytest.mark.parametrize(

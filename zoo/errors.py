@@ -6,11 +6,15 @@ for a file or folder, instead of writing that line by hand: they put the parts t
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 LONGEST_VALUE = 100  # characters of a value that are shown
+# An option with its value, or a path; what is wrong; what to do. A rule that says what a value
+# must be says what to do as well.
+FORM = re.compile(r"(?!unknown )\S.*?: (must \S.*|\S.*?[^.]\. [A-Z].*)\.")
 
 
 class UserError(ValueError):

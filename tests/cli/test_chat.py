@@ -1,12 +1,14 @@
 """`zoo chat`: line by line, from one state."""
 
 import io
+import logging
 
 import pytest
 from building import train_on_text
 
 import zoo
 from zoo.__main__ import main
+from zoo.cli.guard import held_back, log_plainly
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,16 @@ def test_each_line_is_added_to_the_text(run, monkeypatch, capsys):
     assert said.out == "".join(f"{piece}\n" for piece in written)
     assert "[5 tokens, " in said.err
     assert "text 23, state " in said.err
+
+
+def test_what_modules_tell_waits_for_the_end_of_a_text(capsys):
+    log_plainly()
+    with held_back():
+        logging.getLogger("zoo").info("attend runs on its native backend")
+        assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "attend runs on its native backend\n"
+    logging.getLogger("zoo").info("at once")
+    assert capsys.readouterr().err == "at once\n"
 
 
 def test_the_end_of_a_document_is_not_counted_as_written(run, monkeypatch, capsys):

@@ -1,8 +1,10 @@
 """Command lines drawn at random: each is refused in one line, or a run that is what it says."""
 
+import io
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -10,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from building import ARCHITECTURES
-from test_errors import FORM
+from building import ARCHITECTURES, train_on_text
 
-from zoo.cli import train
+from zoo.__main__ import main
+from zoo.cli import train, tune
 from zoo.config.compose import compose, compose_tree, composing, parse
 from zoo.config.groups import choices
 from zoo.config.introspect import target_parameters
@@ -23,6 +25,7 @@ from zoo.config.sizes import read_sizes
 from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED
 from zoo.config.tree import flat, leaves, within
 from zoo.config.validate import plain
+from zoo.errors import FORM
 
 ROOT = Path(__file__).parents[2]
 ODD = ("0", "-1", "1", "2", "3", "7", "0.5", "1e9", "1e18", "1e309", "1e308", "-inf", "nan", "inf")
@@ -78,6 +81,65 @@ def written(folder: Path) -> list[str]:
     return [
         str(path.relative_to(folder)) for path in folder.rglob("*") if ".data" not in path.parts
     ]
+
+
+EVAL = ("weights", "device", "split", "fresh", "threads", "against", "checkpoint", "data.path")
+TASKS = ("generate", "perplexity", "passkey", "stream", "accuracy", "speed", "longrope")
+OF_CHAT = ("prompt", "tokens", "temperature", "top_p", "seed", "stop", "device", "weights", "top_k")
+OF_EXPORT = {
+    "run": ("RUN", "", "nowhere", "é", "."),
+    "to": ("out", "RUN", "", ".", "x/..", "a/b/c", "/proc/x", "x" * 300),
+    "format": ("auto", "transformers", "zoo", "", "gguf"),
+}
+OWN = {
+    **{"weights": ("int8", "int4", "int2", "null"), "split": ("valid", "test", "train", "all")},
+    **{"checkpoint": ("EXPORTED", "nowhere", "RUN"), "against": ("published", "null", "x")},
+    **{"device": ("cpu", "auto", "cuda", "cpu:9", "tpu"), "fresh": ("true", "false", "1")},
+    **{"data.path": ("nowhere", ".", "null")},
+}
+TUNED = {"optim.lr": ("1e-3,2e-3", "nan,1e-3", "0,1"), "seed": ("0,1", "-1,0", "a,b")}
+
+
+def other_lines(count: int, seed: int) -> list[list[str]]:
+    """Lines of the programs that read a run, RUN, or a checkpoint, EXPORTED, and of `zoo tune`."""
+    draw, found = random.Random(seed), []
+
+    def value(key: str, own: dict[str, tuple[str, ...]]) -> str:
+        return f"{key}={draw.choice(own.get(key) or draw.choice((ODD, PLAIN)))}"
+
+    def some(keys: list[str], own: dict[str, tuple[str, ...]] = OWN) -> list[str]:
+        return [value(key, own) for key in draw.sample(keys, draw.randint(0, 3))]
+
+    with composing("eval"):
+        of_task = {
+            task: [
+                path
+                for path, _ in leaves(compose_tree("eval", parse(["run=x", f"task={task}", *more])))
+                if path.startswith("task.") and not path.endswith("_target_")
+            ]
+            for task in TASKS
+            for more in [["task.longrope.factor=4"] if task == "longrope" else []]
+        }
+    extended = ["extension", "extension.factor", "extension.original_length"]
+    while len(found) < count:
+        program = draw.choice(("eval", "eval", "eval", "chat", "export", "tune"))
+        if program == "eval":
+            task = draw.choice(TASKS)
+            words = [f"task={task}", *some([*of_task[task], *of_task[task], *EVAL, *extended])]
+            words += [] if any(word.startswith("checkpoint=") for word in words) else ["run=RUN"]
+        elif program == "chat":
+            place = draw.choice(("RUN", "RUN", "EXPORTED", "nowhere"))
+            words = [place, *some([*OF_CHAT, *extended])]
+        elif program == "export":
+            words = [f"{key}={draw.choice(values)}" for key, values in OF_EXPORT.items()]
+            words = draw.sample(words, draw.randint(1, 3))
+        else:
+            known = options(model := draw.choice(ARCHITECTURES))
+            words = [f"model={model}", value(draw.choice([*TUNED]), TUNED)]
+            words += [word for word in some(known) if word.partition("=")[0] not in TUNED]
+        own = dict.fromkeys(word.partition("=")[0] for word in words)
+        found += [[program, *words]] if len(own) == len(words) else []
+    return found
 
 
 # What an option changes beside itself, by the beginnings of the paths.
@@ -153,6 +215,46 @@ def test_500_command_lines_in_one_process_are_refused_or_rehearsed(tmp_path, mon
     assert other_form == []
     assert refused > 250
     assert len(trained) > 20
+
+
+@pytest.mark.slow
+def test_200_command_lines_of_the_other_programs(tmp_path, monkeypatch, capfd):
+    """Measured, written, exported for real, from a run of two steps; trained is nothing."""
+    few = ["model=transformer", "batch_tokens=64", "trainer.max_steps=2"]
+    train_on_text(tmp_path, *few, f"runs={tmp_path}", "name=run")
+    run, exported = str(tmp_path / "run"), str(tmp_path / "exported")
+    assert main(["export", f"run={run}", f"to={exported}"]) == 0
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(tune, "tune_arms", lambda arms: 0)
+    wrong, codes = [], []
+    for words in other_lines(200, seed=0):
+        line = [word.replace("RUN", run).replace("EXPORTED", exported) for word in words]
+        line += ["report=null", "logger=none"] if words[0] == "eval" else []
+        monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+        before, start = set(written(here)), time.monotonic()
+        capfd.readouterr()
+        try:
+            code = main(line)
+        except BaseException as error:
+            wrong.append((words, f"traceback {error!r}"))
+            continue
+        said = capfd.readouterr().err
+        codes.append(code)
+        if time.monotonic() - start > 2 * LIMIT:
+            wrong.append((words, f"took {time.monotonic() - start:.0f} s"))
+        if "Traceback" in said or code not in (0, 1, 2):
+            wrong.append((words, f"exit code {code}: {said[-600:]}"))
+        if code == 2:
+            last = said_by(said)[-1].removeprefix("eval.py: ").removeprefix(f"zoo {words[0]}: ")
+            if not FORM.fullmatch(last):
+                wrong.append((words, f"said {said[-600:]!r}"))
+            if left := set(written(here)) - before:
+                wrong.append((words, f"left {left}"))
+        shutil.rmtree(here / "out", ignore_errors=True)
+    assert wrong == []
+    assert codes.count(2) > 80
+    assert codes.count(0) > 20
 
 
 def said_by(errors: str) -> list[str]:

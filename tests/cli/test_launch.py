@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_errors import FORM
 
 from zoo.config.compose import compose
+from zoo.errors import FORM
 from zoo.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]

@@ -54,6 +54,9 @@ def test_a_sheet_is_a_png_and_an_unwritable_folder_is_one_line(tmp_path, capsys,
     monkeypatch.setattr(patterns, "sheets", lambda: [("x.png", png)])
     assert main(["patterns", str(tmp_path / "new")]) == 0
     assert (tmp_path / "new" / "x.png").read_bytes() == png
+    monkeypatch.chdir(tmp_path)
+    assert main(["patterns"]) == 0
+    assert (tmp_path / "patterns" / "x.png").exists()  # not in the midst of a checkout
     (tmp_path / "file").write_text("")
     capsys.readouterr()
     assert main(["patterns", str(tmp_path / "file")]) == 2

@@ -29,6 +29,20 @@ def test_a_table_is_drawn_again_from_its_file(tmp_path, monkeypatch, capsys):
     assert main([str(tmp_path / "state_tracking.json"), f"report={tmp_path}/again.html"]) == 0
 
 
+def test_a_report_replaces_a_report_and_no_other_file(tmp_path, monkeypatch, capfd):
+    table(tmp_path)
+    monkeypatch.setattr(published, "FOLDER", tmp_path)
+    page = tmp_path / "page.html"
+    page.write_text("<html>mine</html>")
+    assert main(["state_tracking", f"report={page}"]) == 2
+    assert f"report={page}: is there already and is no report." in capfd.readouterr().err
+    assert page.read_text() == "<html>mine</html>"
+    page.unlink()
+    for _ in range(2):
+        assert main(["state_tracking", f"report={page}"]) == 0
+        assert f"report: {page}" in capfd.readouterr().out
+
+
 def test_an_unknown_table_is_refused_in_one_line(tmp_path, monkeypatch, capfd):
     table(tmp_path)
     monkeypatch.setattr(published, "FOLDER", tmp_path)

@@ -233,3 +233,35 @@ def test_banners_stay_readable_with_ninety_arms():
     said = banners(gather(rows, []))
     assert len(said) < 6
     assert all(len(line) < 400 for line in said)
+
+
+def answers(arm: str, shares: dict[int, float], **other) -> list[dict]:
+    """Rows of a task whose answers guessing gets right one time in eight, of 400 questions."""
+    accuracy = {"field": "accuracy", "name": "accuracy", "better": "higher", "form": "share"}
+    accuracy |= {"interval": "interval", "chance": "chance"}
+    task = {"title": "Recall", "about": "Of a key its value.", "quantities": [accuracy]}
+    row = identity(arm) | {"task": "accuracy", "chance": 0.125, "declares": task, **other}
+    return [
+        row | {"length": n, "accuracy": x, "interval": [x - 0.03, x + 0.03]}
+        for n, x in shares.items()
+    ]
+
+
+def test_answers_that_are_no_better_than_guesses_are_said_to_be():
+    rows = answers("lstm", {64: 0.14, 512: 0.11}) + answers("mamba", {64: 0.99, 512: 0.12})
+    line = "No better than guessing at accuracy: lstm (14% at best, chance is 12%)."
+    results = gather(rows, run_records(rows))
+    assert line in banners(results)
+    assert line in as_text(results) + "\n".join(banners(results))
+    rows = answers("lstm", {64: 0.17}) + answers("mamba", {64: 0.99})
+    assert not any("guessing" in line for line in banners(gather(rows, run_records(rows))))
+
+
+def test_other_settings_of_a_task_at_one_length_are_told():
+    asked = {"question": ["count", "length"]}
+    rows = answers("lstm", {64: 0.9}, count=100, **asked)
+    rows += answers("mamba", {64: 0.9}, count=400, **asked)
+    told = [line for line in banners(gather(rows, run_records(rows))) if "rows differ" in line]
+    assert told == ["The accuracy rows differ in count: 100, 400."]
+    rows = [row | {"count": row["length"]} for row in answers("lstm", {64: 0.9, 512: 0.9}, **asked)]
+    assert not any("rows differ" in line for line in banners(gather(rows, run_records(rows))))

@@ -106,8 +106,8 @@ def test_a_model_of_text_has_no_accuracy_and_one_of_a_task_no_perplexity():
 
     (row, *_) = list(measure(Accuracy, make_context(Remembers(memory=3), NOWHERE, TEXT)))
     assert row["status"] == "not_applicable"
-    assert "is text" in row["reason"]
-    with pytest.raises(Exception, match="task=accuracy measures it"):
+    assert "is a text and no task. Use task=perplexity." in row["reason"]
+    with pytest.raises(Exception, match=r"is a task and no text\. Use task=accuracy\."):
         list(measure(Perplexity, make_context(Tracks(), NOWHERE, TEXT, data=PARITY)))
 
 

@@ -248,8 +248,12 @@ def test_the_report_has_the_latest_answers_of_tasks_that_were_not_asked_now(mode
     _, said, _ = run_eval([folder], *words)
     assert "no score measured yet" not in said
     assert "Streaming at 100 tokens" in said
-    assert scores.splitlines()[3] in said  # the same scores, of the latest settings alone
-    assert "128" not in said.splitlines()[1]
+    latest, shown = scores.splitlines()[3].split(), said.splitlines()
+    (line,) = (one.split() for one in shown if one.split()[:3] == latest[:3])  # the same scores
+    assert len(line) == len(latest) + 1  # and that of the length that only the earlier ones have
+    assert "128" in shown[1]
+    by_length = {row["length"]: row["units"] for row in all_known([folder])[0] if "units" in row}
+    assert by_length == {32: 4, 64: 4, 128: 2}
     _, alone, _ = run_eval([run_folder(tmp_path / "b")], *words)
     assert "bits per byte by test length" not in alone
 

@@ -55,9 +55,9 @@ def crashing(at: str):
 
     def measure(folder):
         yield {"run": folder.name, "arm": "x"}
-        yield Begun({"run": folder.name, "task": "first"})
+        yield Begun({"run": folder.name}, ["first", "second", "third"])
         yield {"row": 1}
-        yield Begun({"run": folder.name, "task": "second"})
+        yield Begun({"run": folder.name}, ["second", "third"])
         if folder.name == at:
             raise KeyboardInterrupt
         yield Measured({"run": folder.name}, [{"row": 1}])
@@ -76,13 +76,14 @@ def test_what_was_found_before_the_crash_is_kept_in_order(at, tmp_path):
     for one in found:
         failed = one.record["run"] == at
         assert one.rows[0] == {"row": 1}
-        assert len(one.rows) == 1 + failed
+        assert len(one.rows) == 1 + 2 * failed
         if failed:
             assert one.rows[1]["reason"] == f"ended at {at}"
             assert (one.rows[1]["run"], one.rows[1]["status"]) == (at, "failed")
-            (kept,) = folders["abc".index(at)].rows()
-            assert kept == one.rows[1] | {"task": "second", "time": kept["time"]}
-    assert sum(len(folder.rows()) for folder in folders) == 1
+            kept = folders["abc".index(at)].rows()
+            assert [row["task"] for row in kept] == ["second", "third"]
+            assert [row | {"time": kept[0]["time"]} for row in one.rows[1:]] == kept
+    assert sum(len(folder.rows()) for folder in folders) == 2
 
 
 def test_what_cannot_begin_is_told_at_once(tmp_path):

@@ -180,7 +180,7 @@ def _layout_there(theirs: str, tensor: Tensor) -> Tensor:
 def _split(ours: str, tensor: Tensor, heads: int | None) -> dict[str, Tensor]:
     """Three projections from one whose rows are q, k and v of the first head, of the second ..."""
     if heads is None:
-        raise ValueError("heads=None: must be given for weights of a GPT-NeoX")
+        raise ValueError("heads=None: must be given for weights of a GPT-NeoX.")
     parts = tensor.unflatten(0, (heads, 3, -1)).unbind(1)
     return {
         ours.replace(".qkv_proj.", f".{one}_proj."): part.flatten(0, 1)

@@ -6,11 +6,13 @@ state costs: the same at any length for a recurrent model, a read of the cache f
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from zoo.config.domains import Range, Seed, check
 from zoo.data.tokenizers import Tokenizer
 from zoo.errors import refuse
 from zoo.mixers.base import count_bytes
@@ -19,6 +21,8 @@ from zoo.model.backbone import Backbone, BackboneState
 from zoo.ops.dtypes import wide_dtype
 
 CHUNK = 4096  # tokens of a prompt that are read at a time
+Temperature = Annotated[float, Range(0)]
+Share = Annotated[float, Range(above=0, most=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +45,9 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            refuse("temperature", self.temperature, "must be at least 0 and finite")
-        if not 0 <= self.seed < 2**32:
-            refuse("seed", self.seed, f"must be from 0 to {2**32 - 1}")
-        if not 0 < self.top_p <= 1:
-            refuse("top_p", self.top_p, "must be above 0 and at most 1")
+        check("temperature", self.temperature, Temperature)
+        check("top_p", self.top_p, Share)
+        check("seed", self.seed, Seed)
         for name, value, unset in (("top_p", self.top_p, 1), ("seed", self.seed, 0)):
             if self.temperature == 0 and value != unset:
                 rule = "temperature=0 takes the likeliest token, nothing is drawn"
@@ -56,7 +57,7 @@ class Sampling:
         """What draws the tokens of one text from their logits, one after another."""
         if self.temperature == 0:
             return lambda logits: int(logits.argmax())
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(int(self.seed))
 
         def draw(logits: Float[Tensor, " v"]) -> int:
             chances = self.probabilities(logits.cpu())

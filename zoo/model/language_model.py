@@ -170,7 +170,7 @@ def load_language_model(
     for word in words:
         check("words", word, str)
         if not word.startswith(("extension=", "extension.")):
-            refuse_path(word, "is no option of an extension", "Use extension=<name>")
+            refuse("words", word, "is no option of an extension", "Use extension=<name>")
     place, where = Path(path), pick_device(device)
     options = [*words, f"weights={'null' if weights is None else weights}"]
     chosen = compose("eval", ["run=x", *options])

@@ -3,12 +3,13 @@
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 
+from zoo.measurement import panel, question
 from zoo.report.rows import Results, Row, in_words, unfinished
 from zoo.report.scores import dead
 from zoo.report.statistics import finite, missing
 from zoo.report.tables import Table, Td, shown_quantities
-from zoo.report.validity import LEAKS, NOT_AUDITED, audited_tokens
-from zoo.report.words import DASH, plain
+from zoo.report.validity import LEAKS, NOT_AUDITED, at_chance, audited_tokens
+from zoo.report.words import DASH, plain, share
 
 NAMED = 6  # arms that a sentence lists
 
@@ -32,6 +33,7 @@ def banners(results: Results) -> list[str]:
             values = {plain(row.get(field)) for row in results.where(task=task, status="ok")}
             if len(values) > 1 and (task == "speed" or field == "dtype"):
                 said.append(f"The {task} rows differ in {field}: {', '.join(sorted(values))}.")
+    said += _unequal_settings(results)
     if waiting := [
         f"{run.get('run')} ({unfinished(run)})" for run in results.runs if unfinished(run)
     ]:
@@ -67,12 +69,26 @@ def _invalid(results: Results) -> list[str]:
             f"Audited for leaks to {read:,} of {length:,} tokens only: {names(arms)}. {UNSEEN}"
         )
     said += [f"Not learned: {label} scores {why}." for label, why in dead(results).items()]
+    said += _guessing(results)
     for label in results.arms:
         codes = {row["sources"] for row in results.by_arm[label] if row.get("sources")}
         if len(codes) > 1:
             runs = {row["sources"]: row.get("run") for row in results.by_arm[label]}
             which = ", ".join(f"{code[:8]} ({runs[code]})" for code in sorted(codes))
             said.append(f"Mixed code: the runs of {label} come from different sources: {which}.")
+    return said
+
+
+def _guessing(results: Results) -> list[str]:
+    """Arms whose answers are no better than guesses, by task."""
+    said = []
+    for task, declared in results.tasks.items():
+        quantity = next((one for one in declared.quantities if one.chance), None)
+        arms = at_chance(results.where(task=task, status="ok"), quantity) if quantity else {}
+        if quantity and arms:
+            chance = ", ".join(map(share, results.chances(task, quantity)))
+            best = f"{share(max(arms.values()))} at best, chance is {chance}"
+            said.append(f"No better than guessing at {quantity.name}: {names([*arms])} ({best}).")
     return said
 
 
@@ -92,6 +108,26 @@ def _beyond_audit(results: Results, briefly: bool) -> dict[tuple[int, int], list
             if (least < min(most, 2 * (results.train_length(label) or 0))) == briefly:
                 found[least, most].append(label)
     return found
+
+
+def _unequal_settings(results: Results) -> list[str]:
+    """Settings in which the rows of a task differ at one length."""
+    said = []
+    for task in results.tasks:
+        places: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+        for row in results.where(task=task, status="ok"):
+            asked, place = question(row), {"length": row.get("length"), **panel(row)}
+            for name in asked.keys() - place.keys():
+                if not missing(asked[name]):
+                    places[str(place)][name].add(plain(asked[name]))
+        differing: dict[str, set[str]] = defaultdict(set)
+        for settings in places.values():
+            for name, values in settings.items():
+                differing[name] |= values if len(values) > 1 else set()
+        for name, values in sorted(differing.items()):
+            if values:
+                said.append(f"The {task} rows differ in {name}: {', '.join(sorted(values))}.")
+    return said
 
 
 def _unequal_sizes(results: Results) -> list[str]:

@@ -9,6 +9,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from zoo.measurement import Quantity
+from zoo.report.statistics import finite
+
 Row = dict[str, Any]
 
 LEAKS = "leaks"  # the status of a row whose model saw the tokens it was to predict
@@ -140,3 +143,23 @@ def unlearned(rows: Sequence[Row]) -> dict[str, str]:
         if floor and best["bits_per_byte"] >= floor[0]:
             said[label] = f"{best['bits_per_byte']:.3f} bits per byte, where {floor[1]}"
     return said
+
+
+def at_chance(rows: Sequence[Row], quantity: Quantity) -> dict[str, float]:
+    """Arm -> its best value of a quantity, for arms that are no better than guessing.
+
+    They have a seed whose best value at any length is no more than chance, or has chance within its
+    interval. `rows` are the successful ones of the quantity's task.
+    """
+    seeds: dict[tuple[str, Any], list[Row]] = defaultdict(list)
+    for row in rows:
+        value, chance = row.get(quantity.field), row.get(quantity.chance or "")
+        if quantity.of(row) and quantity.better == "higher" and finite(value) and finite(chance):
+            seeds[row["label"], row.get("seed")].append(row)
+    found: dict[str, float] = {}
+    for (label, _), own in seeds.items():
+        best = max(own, key=lambda row: row[quantity.field])
+        value, ends = best[quantity.field], best.get(quantity.interval or "")
+        if (ends[0] if ends else value) <= best[quantity.chance or ""]:
+            found[label] = max(value, found.get(label, value))
+    return found

@@ -23,7 +23,7 @@ from torch import Tensor
 from zoo.data.corpora import Corpus
 from zoo.data.examples import SyntheticData
 from zoo.data.store import TokenStore
-from zoo.errors import NoStateError, UserError
+from zoo.errors import NoStateError, UserError, sentence
 from zoo.mixers.base import count_bytes
 from zoo.model.arithmetic import arithmetic
 from zoo.model.backbone import Backbone, BackboneState
@@ -56,7 +56,7 @@ class EvalContext:
         """The text. Raises NotApplicableError where the model was trained on a task."""
         if isinstance(self.data, SyntheticData):
             raise NotApplicableError(
-                f"data={self.data.name} is a task and no text: task=accuracy measures it"
+                sentence(f"data={self.data.name}", "is a task and no text", "Use task=accuracy")
             )
         return self.data
 
@@ -64,7 +64,9 @@ class EvalContext:
     def examples(self) -> SyntheticData:
         """The task. Raises NotApplicableError where the model was trained on text."""
         if not isinstance(self.data, SyntheticData):
-            raise NotApplicableError(f"data={self.data.name} is text: accuracy is of tasks")
+            raise NotApplicableError(
+                sentence(f"data={self.data.name}", "is a text and no task", "Use task=perplexity")
+            )
         return self.data
 
     @property

@@ -17,7 +17,7 @@ from zoo.config.schema.eval import EvalConfig
 from zoo.config.schema.model import Extension
 from zoo.config.validate import plain
 from zoo.devices import prepare
-from zoo.errors import UserError
+from zoo.errors import FORM, UserError, sentence
 from zoo.measurement import agrees, lacking, not_finite
 from zoo.model.checkpoint import load
 from zoo.model.device import pick_device
@@ -41,6 +41,7 @@ from zoo.tasks.context import (
     failure_row,
     run_guarded,
 )
+from zoo.tasks.extensions import check_extension
 from zoo.tasks.identity import (
     LABELS,
     extension_settings,
@@ -79,8 +80,8 @@ def evaluate(
     one, and the others go on.
 
     Returns 0, or 1 where a run or a measurement failed or nothing was measured. Raises UserError,
-    before any model is opened, for settings that fit no run; and where no run can be opened, or
-    nothing that is asked can be measured for the only one.
+    before any model is opened, for settings or an extension that fit no run; and where no run can
+    be opened, or nothing that is asked can be measured for the only one.
     """
     tasks = {name: part.load()() for name, part in config.task.items()}
     for task in tasks.values():
@@ -92,6 +93,7 @@ def evaluate(
             f"report={config.report}: its pictures go to the folder {pictures}, which is a file. "
             "Name another file."
         )
+    apart(check_extension, config.extension, folders)
     log.info("measuring %s", ", ".join(map(str, folders)))
     progress = progress or Progress.on_stderr()
 
@@ -107,7 +109,7 @@ def evaluate(
                 log.warning("%s", found.damage)
             continue
         if len(folders) == 1 and all(row["status"] == "not_applicable" for row in found.rows):
-            raise UserError(found.rows[0]["reason"])
+            raise UserError(_alone(found.rows[0]))
         if len(folders) == 1 and len(found.rows) == len(found.refused):
             raise found.refused[0]
         rows += [*found.rows, *found.besides]
@@ -150,6 +152,14 @@ def _measure(
         yield Measured(record, rows, [*besides], run.refused)
 
     return measure
+
+
+def _alone(row: Row) -> str:
+    """Why the only run cannot be measured, as a refusal."""
+    if FORM.fullmatch(row["reason"]):
+        return row["reason"]
+    rule = f"does not apply to {row['run']} ({row['reason'].removesuffix('.')})"
+    return sentence(f"task={row['task']}", rule, "Choose another task, or another run")
 
 
 def _none_opened(errors: Sequence[UserError]) -> UserError:
@@ -223,20 +233,21 @@ class _Run:
         """
         opened, problem = None, _not_done(self.folder.info) or leaked_in_training(self.folder.info)
         if not problem:
-            yield Begun(self.about | {"task": next(iter(tasks))})
+            yield Begun(self.about, [*tasks])
             opened = run_guarded(self._context)
             problem = {} if opened.ok else opened.row
         if problem or opened is None:
             for name in tasks:
                 yield self._kept(self.about | {"task": name} | problem, leaks_only=True)
             return
-        leaks = Leaks(opened.value)
+        leaks, left = Leaks(opened.value), [*tasks]
         for name, task in tasks.items():
             extended = self.config.extension.name != "none"
             named = self.about | {"task": name}
             code = measured_by(self.folder.config, name, extended, bool(self.config.weights))
             named |= {"measured_by": code}
-            yield Begun(named)
+            yield Begun(named, [*left])
+            left.remove(name)
             try:
                 yield from self._answer(task, opened.value, named, leaks, fresh)
             except UserError as error:  # with this run: `check` has seen the settings

@@ -39,9 +39,11 @@ class Measured:
 
 @dataclass
 class Begun:
-    """What is measured next: the fields that a row of it has, should it never come."""
+    """What is measured next: the tasks that are left, the next one first, and the fields of the
+    rows that they have should nothing come of them."""
 
     row: Row
+    tasks: Sequence[str]
 
 
 Steps = Iterable[Row | Begun | Measured]  # a run's record, its rows, and last of all the whole
@@ -118,16 +120,17 @@ def _read(file: IO[bytes]) -> tuple[list[Measured], list[Row | Begun]]:
 def _ended(folder: RunFolder, steps: Sequence[Row | Begun], reason: str) -> Measured:
     """What was found of a run, its record first, before its measurements ended.
 
-    The row that says so is appended to the run's results where the run could be opened.
+    The rows that say so, one for each task without an answer, are appended to the run's results
+    where the run could be opened.
     """
     why = {"status": "failed", "reason": reason}
-    begun = [step.row for step in steps if isinstance(step, Begun)]
+    begun = [step for step in steps if isinstance(step, Begun)][-1:]
     unopened = {"run": folder.name, "arm": folder.name, **why}
     record, *rows = [step for step in steps if not isinstance(step, Begun)] or [unopened]
-    failed = (begun[-1] if begun else record | {"task": None}) | why
-    if begun:
-        try:
-            folder.append_row({"time": time_of_now(), **failed})
-        except UserError as error:  # a full disk, say: the other runs go on
-            log.warning("%s", error)
-    return Measured(record, [*rows, failed])
+    failed = [one.row | {"task": task} | why for one in begun for task in one.tasks]
+    try:
+        for row in failed:
+            folder.append_row({"time": time_of_now(), **row})
+    except UserError as error:  # a full disk, say: the other runs go on
+        log.warning("%s", error)
+    return Measured(record, [*rows, *(failed or [record | {"task": None, **why}])])

@@ -1,7 +1,7 @@
 """Find what a run's results already hold beside what is requested now."""
 
 from collections.abc import Iterator, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -55,8 +55,8 @@ def known_besides(folder: RunFolder, about: Row, requested: Sequence[Row]) -> It
     """Yield the latest answers of the same weights and code to what was not requested now.
 
     These are the answers to the same questions under other extensions, and those to the questions
-    of other tasks under the settings of their latest answer. Of an extension under which a leak was
-    seen after the last answer, the row that says so stands for all.
+    of other tasks, at each length under the settings of the latest answer there. Of an extension
+    under which a leak was seen after the last answer, the row that says so stands for all.
     """
     alike = {name: value for name, value in about.items() if name not in EXTENDED}
     every = [row for row in folder.rows() if row.keys() >= {"task", *EXTENDED}]
@@ -77,7 +77,21 @@ def known_besides(folder: RunFolder, about: Row, requested: Sequence[Row]) -> It
             if name != about["extension_settings"]:
                 yield row | {"requested": False}
     for answers in others.values():
-        yield from (row | {"requested": False} for row in answers if _alike(row, answers[-1]))
+        yield from (row | {"requested": False} for row in _latest(answers))
+
+
+def _latest(answers: Sequence[Row]) -> list[Row]:
+    """A task's answers, the latest last, under the settings of the last one, and at lengths where
+    those have none under the last settings that have."""
+    found = [row for row in answers if _alike(row, answers[-1])]
+    places = [*map(_place, found)]
+    others = [row for row in answers if row.get("length") and _place(row) not in places]
+    return found + (_latest(others) if others else [])
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    """Where a row stands among those of its run and task."""
+    return row["extension_settings"], row.get("dtype"), row.get("length"), panel(row)
 
 
 def _standing_leaks(rows: Sequence[Row], weights: Row) -> dict[str, Row]:

@@ -1,0 +1,58 @@
+"""Judges an extension for all runs before the first of them is measured."""
+
+from collections.abc import Iterable
+
+import torch
+
+from zoo.config.longrope_factors import with_found_factors
+from zoo.config.schema.model import Extension
+from zoo.config.schema.train import TrainConfig
+from zoo.config.validate import plain
+from zoo.errors import UserError
+from zoo.model.build import build_model
+from zoo.model.extend import extend
+from zoo.runs.folder import RunFolder
+
+VOCABULARY = 8  # no extension asks how many tokens there are
+
+
+def check_extension(extension: Extension, folders: Iterable[RunFolder]) -> None:
+    """Refuse an extension that no run can be read under; of several, one that cannot has its row.
+
+    Models are built without weights, one for all runs that are alike. Raises the UserError of the
+    first run.
+    """
+    if extension.name == "none":
+        return
+    judged: dict[str, UserError | None] = {}
+    for folder in folders:
+        try:
+            config = RunFolder.open(folder.path).config
+            found = with_found_factors(plain(extension), folder.path)
+        except UserError:  # damaged: told when it is opened
+            return
+        tree = plain(config)
+        alike = [tree[name] for name in ("model", "size", "match", "seq_len", "extension")]
+        key = str([alike, found])
+        if key not in judged:
+            judged[key] = _refused(config, Extension.model_validate(found))
+        if judged[key] is None:
+            return
+    if errors := [error for error in judged.values() if error]:
+        raise errors[0]
+
+
+def _refused(config: TrainConfig, extension: Extension) -> UserError | None:
+    """Why a run's model cannot be read so; None where it can, or where it takes its weights to
+    know."""
+    try:
+        with torch.device("meta"):
+            model, _ = build_model(config.model_copy(update={"match": "none"}), VOCABULARY)
+        extend(model, config.extension, config.seq_len)
+    except Exception:  # a layer that computes while it is built, say: told when it is opened
+        return None
+    try:
+        extend(model, extension, config.seq_len)
+    except UserError as error:
+        return error
+    return None
