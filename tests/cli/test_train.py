@@ -51,7 +51,7 @@ def stop_after_7(config, folder: RunFolder, *_) -> None:
 
 
 def refuse(config, folder: RunFolder, *_) -> None:
-    raise ValueError("heads=3 must divide\nwidth=64")
+    raise ValueError("heads=3: must divide\nwidth=64.")
 
 
 def only_run() -> RunFolder:
@@ -138,7 +138,7 @@ def test_a_further_rank_neither_locks_nor_records(train, monkeypatch):
 def test_a_late_refusal_leaves_no_folder(train, tmp_path):
     code, error = train(learner=refuse)
     assert code == 2
-    assert error.splitlines()[-1] == "train.py: heads=3 must divide width=64"
+    assert error.splitlines()[-1] == "train.py: heads=3: must divide width=64."
     assert set(os.listdir(tmp_path)) <= {".data"}
 
 
@@ -269,7 +269,7 @@ def test_a_refusal_on_the_way_puts_back_what_was_recorded(train, monkeypatch):
     config, info = before.config, before.info
 
     def other_text(config, folder, *_):
-        raise UserError("data=stdlib is not the text")
+        raise UserError("data=stdlib: is not the text. Give that.")
 
     edit_code(monkeypatch, **{"zoo/model/backbone.py": "changed"})
     words = ["trainer.max_steps=2k", "changed_code=accept"]
