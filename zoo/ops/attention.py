@@ -6,9 +6,9 @@ the gradient flows through both. Every softmax mixer is a list of `Part`s.
 
 Backends of one part: `reference` (the formula, as it stands), `torch` (the formula in tiles of
 queries, recomputed in the backward pass: any device, any mask, memory linear in the tokens),
-`flash` (PyTorch's fused CPU kernel under a gradient that accepts d lse), `native` (a CPU kernel for
-a handful of keys where no gradient is wanted) and, by name only, `xformers` (that library's CUDA
-kernels under flash's gradient).
+`flash` (PyTorch's fused CPU kernel under a gradient that accepts d lse), `native` (CPU kernels for
+one query and for a handful of keys, where no gradient is wanted) and, by name only, `xformers`
+(that library's CUDA kernels under flash's gradient).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops import small_kv_attention
+from zoo.ops import decode_attention, small_kv_attention
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.merge import merge
 from zoo.ops.runtime import libraries
-from zoo.ops.runtime.dispatch import select_backend
+from zoo.ops.runtime.dispatch import Available, select_backend
 
 TILE = 512  # queries per tile of the `torch` backend
 
@@ -76,9 +76,12 @@ def _partial(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Ten
     q, k, v, causal, mask, times = part
     if causal and (mask is not None or q.shape[1] != k.shape[1]):
         raise ValueError("a causal part has as many keys as queries and no mask of its own")
-    if q.shape[2] != k.shape[2]:
-        return _grouped(part, scale, backend)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    native: Available = False
+    if mask is None and not causal and backend in ("auto", "native"):
+        native = decode_attention.accepts(q, k, v) or small_kv_attention.accepts(q, k, v)
+    if q.shape[2] != k.shape[2] and native is not True:
+        return _grouped(part, scale, backend)
     theirs = libraries.usable(
         "xformers",
         q,
@@ -88,16 +91,18 @@ def _partial(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Ten
             "it needs heads a multiple of 8 wide",
         ),
     )
-    small = small_kv_attention.accepts(q, k, v) if mask is None and not causal else False
     available = {
-        "native": small,
+        "native": native,
         "flash": q.device.type == "cpu",
         "torch": True,
         "xformers": theirs,
     }
     chosen = select_backend("attend", backend, available | {"reference": True})
     if chosen == "native":
-        out, lse = small_kv_attention.small_kv_attention(q, k, v, factor)
+        kernel = decode_attention.decode_attention
+        if native is not True:
+            kernel = small_kv_attention.small_kv_attention
+        out, lse = kernel(q, k, v, factor)
         return out, lse + log(times)
     form = _FORMS[chosen]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
