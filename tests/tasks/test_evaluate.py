@@ -8,11 +8,11 @@ import re
 import pytest
 import torch
 from building import ROOT
-from fakes import Remembers, make_context, random_text, text_corpus, text_store
+from fakes import BothSides, Remembers, make_context, random_text, text_corpus, text_store
 
 import zoo.tasks.evaluate
 from zoo.config.compose import compose
-from zoo.errors import UserError
+from zoo.errors import FORM, UserError
 from zoo.measurement import question
 from zoo.model.audit import Audit
 from zoo.report import published
@@ -75,7 +75,7 @@ def run_folder(path, *words: str, **info) -> RunFolder:
 def run_eval(folders, *words: str, fresh: bool = False) -> tuple[int, str, list[dict]]:
     """The exit code, what was said, and all rows of the folders."""
     mirrored = f"runs={folders[0].path.parent}"
-    alone = any(word in ("task=passkey", "task=stream") for word in words)
+    alone = {"task=passkey", "task=stream", "task=generate"} & {*words}
     small = SMALL if alone else SMALL + PERPLEXITY
     options = {word.split("=")[0]: word for word in (*small, mirrored, *words)}
     said: list[str] = []
@@ -205,6 +205,18 @@ def test_settings_that_fit_no_run_stop_the_evaluation(model, tmp_path):
     folder = run_folder(tmp_path / "a")
     with pytest.raises(UserError, match=r"task\.perplexity\.protocols=.*Did you mean .blocks"):
         run_eval([folder], "task.perplexity.protocols=[block]")
+
+
+@pytest.mark.parametrize("task", ["generate", "stream"])
+def test_what_does_not_apply_to_the_only_run_is_refused_by_its_option(
+    task, model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, device: BothSides())
+    with pytest.raises(UserError, match=f"^task={task}: does not apply to a ") as refused:
+        run_eval(
+            [run_folder(tmp_path / "a", "model=linformer", "objective=masked")], f"task={task}"
+        )
+    assert FORM.fullmatch(str(refused.value))
 
 
 def test_an_extension_that_does_not_apply_stops_one_run_and_keeps_its_row_among_several(
