@@ -14,6 +14,7 @@ PROGRAMS = {  # the module and what it does
     "train": ("zoo.cli.train", "train a model"),
     "tune": ("zoo.cli.tune", "find the best learning rate of each arm, train it with every seed"),
     "study": ("zoo.cli.study", "carry out the experiments of the results page"),
+    "recipe": ("zoo.cli.recipe", "carry out a published recipe of several stages"),
     "eval": ("zoo.cli.eval", "measure trained runs, write a report"),
     "chat": ("zoo.cli.chat", "write on with a trained model or a checkpoint, line by line"),
     "export": ("zoo.cli.export", "write a run's model as transformers or the zoo opens it"),

@@ -103,12 +103,6 @@ def test_a_run_is_tuned_under_an_extension_and_measured_as_it_was_tuned(name, wi
     assert {(row["arm"], row["status"]) for row in rows} == {
         (f"transformer tuned with {name} x4", "ok")
     }
-    code, error = program("eval", f"run=runs/{name}", *measure, "extension=dca")
-    assert code == 2
-    assert "which is part of it. Measure it with extension=none." in error
-    code, error = program("train", f"finetune=runs/{name}", *extension, *FEW)
-    assert code == 2
-    assert "was fine-tuned itself. Use finetune=runs/base." in error
 
 
 FEW_GENOMES = ["population=6", "mutations=3", "crossovers=3", "parents=4", "texts=2"]
@@ -186,7 +180,9 @@ def test_longrope_is_searched_for_a_run_used_by_it_tuned_and_searched_again(prog
     code, error = program("eval", "run=runs/long", *measure, *extension)
     assert code == 0, error
     code, error = program("eval", "run=runs/long", *measure, "extension=yarn", "extension.factor=4")
-    assert code == 2
+    assert code == 0, error
+    arms = {row["arm"] for row in RunFolder.open("runs/long").rows()}
+    assert "transformer tuned with longrope x4 + yarn x4 in place of longrope" in arms
 
 
 def test_positions_are_randomised_from_the_start_too():

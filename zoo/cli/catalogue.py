@@ -27,6 +27,7 @@ COLUMNS = {
     "corpora": ("Source",),
     "tasks": ("Source",),
     "experiments": (),
+    "recipes": ("Source",),
 }
 FAMILIES_KIND = "families"  # of pretrained checkpoints, from zoo.pretrained.families
 HEADS = {"Source": "source", "Time": "time", "State": "state per layer"}

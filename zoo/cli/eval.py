@@ -15,6 +15,7 @@ from zoo.config.effects import check_extension, check_names
 from zoo.config.groups import CONFIGS
 from zoo.config.resolve import resolve
 from zoo.config.schema.eval import EvalConfig
+from zoo.config.stages import check_composition, stages_of
 from zoo.config.validate import plain, validate
 from zoo.data.sources import check_source
 from zoo.errors import UserError
@@ -56,8 +57,8 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
     if len(folders) == 1 and not config.checkpoint:
         RunFolder.open(folders[0].path).checkpoint()
         trained = folders[0].config
-        found, before = position_schemes(trained.model), trained.extension.name
-        check_applies(config.extension, found, before)
+        check_applies(config.extension, position_schemes(trained.model))
+        check_composition(config.extension, stages_of(trained), given)
         if config.data.path or config.data.cache:
             check_source(with_place(plain(trained)["data"], plain(config.data)))
     return config

@@ -13,6 +13,7 @@ from zoo.paths import shipped
 KINDS = {  # as they are called, and the group of configs/ that holds them
     "models": "model",
     "extensions": "extension",
+    "recipes": "recipe",
     "corpora": "data",
     "tasks": "task",
     "experiments": "experiment",
@@ -37,7 +38,8 @@ def listing(kinds: Sequence[str] = ()) -> str:
         files = sorted((shipped("configs") / group).glob("*.yaml"))
         width = max(len(file.stem) for file in files)
         lines = [f"  {file.stem:<{width}}  {summary(file)}" for file in files]
-        parts.append("\n".join([f"{kind}: {group}=<name>", *lines]) + "\n")
+        way = "zoo recipe <name>" if kind == "recipes" else f"{group}=<name>"
+        parts.append("\n".join([f"{kind}: {way}", *lines]) + "\n")
     return "\n".join(parts)
 
 

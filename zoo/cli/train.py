@@ -45,7 +45,7 @@ def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
         config = resumed(tree, given)
     elif tree["finetune"]:
         config = finetuned(resolve(tree), given)
-        check_applies(config.extension, position_schemes(config.model), None)
+        check_applies(config.extension, position_schemes(config.model))
     else:
         config = validate(TrainConfig, resolve(tree))
     if config.optim.continuation != "cosine" and not tree["resume"]:

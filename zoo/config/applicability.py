@@ -51,20 +51,11 @@ def acts_on(tree: Mapping[str, Any], scheme: Declared) -> bool:
     return bool(scaling or pattern or placed)
 
 
-def check_applies(extension: Extension, found: Iterable[Declared], before: str | None) -> None:
-    """Refuse an extension of a model that has none of the position schemes it acts on.
-
-    Args:
-        found: the schemes of the model.
-        before: the extension that the model was trained under; LongRoPE may follow LongRoPE, with
-            factors that were searched for anew.
-    """
+def check_applies(extension: Extension, found: Iterable[Declared]) -> None:
+    """Refuse an extension of a model that has none of the position schemes, `found`, it acts on."""
     tree, option = extension.model_dump(by_alias=True), "extension"
     if not (tree["scaling"] or tree["attention"] or tree.get("positions")):
         return
-    if before not in (None, "none") and {before, extension.name} != {"longrope"}:
-        rule = f"the model was trained under extension={before}, which is part of it"
-        refuse(option, extension.name, rule, "Measure it with extension=none.")
     found = list(found)
     if any(acts_on(tree, scheme) for scheme in found):
         return

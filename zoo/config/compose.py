@@ -110,11 +110,11 @@ def _swept_values(override: Override) -> list[str]:
 
 def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
     """What the YAML files and single-valued options make, names and values as they were given."""
-    also = [*groups(program)]
+    also = [*groups(program), "extension.composition"]
     if program == "train":
         also += [f"model.{key}" for key, f in Model.model_fields.items() if not f.is_required()]
     if {"resume", "finetune"} & {override.key_or_group for override in overrides}:
-        also.append("data.path")  # of that run's data, whatever this tree's default is
+        also += ["data.path", "model.mixer.window"]  # of that run, whatever this tree's default is
     try:
         tree = compose_groups(program, overrides)
         if "model" in tree:

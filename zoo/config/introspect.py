@@ -108,7 +108,7 @@ def _constant(value: ast.expr | None) -> Any:
 # extends a trained model and by what draws a task's examples.
 PLACED = (
     *("width", "layer", "layers", "causal"),
-    *("base", "factor", "original_length", "length", "scaling", "bucket"),
+    *("base", "theta", "factor", "original_length", "length", "scaling", "bucket"),
     *("generator", "rows"),
 )
 

@@ -18,7 +18,8 @@ def with_found_factors(extension: Mapping[str, Any], folder: Path) -> dict[str, 
     Raises:
         UserError: the search's file is damaged, or was made under another `magnitude`.
     """
-    scaling, file = extension["scaling"], folder / factors_file(extension["factor"])
+    composition = extension.get("composition", "replace")
+    scaling, file = extension["scaling"], folder / factors_file(extension["factor"], composition)
     if not isinstance(scaling, dict) or not file.is_file():
         return {**extension}
     if scaling.get("long_factors", ...) is not None:  # no LongRoPE, or its factors are given
@@ -38,6 +39,7 @@ def with_found_factors(extension: Mapping[str, Any], folder: Path) -> dict[str, 
     return {**extension, "scaling": {**scaling, **found}}
 
 
-def factors_file(factor: float) -> str:
+def factors_file(factor: float, composition: str = "replace") -> str:
     """Return the name, in a run's folder, of the search for texts of `factor` trained lengths."""
-    return f"longrope-x{factor:g}.json"
+    on_top = "-on-top" if composition == "on_top" else ""
+    return f"longrope{on_top}-x{factor:g}.json"

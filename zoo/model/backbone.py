@@ -145,7 +145,7 @@ class Backbone(nn.Module):
     computed.
     """
 
-    extended: str | None = None  # the extension that zoo.model.extend gave it
+    stages: tuple[tuple[Any, int], ...] = ()  # extensions of zoo.model.extend, windows trained on
     quantized: str | None = None  # the bits that its weights are kept in, if not plain numbers
 
     def __init__(

@@ -11,7 +11,7 @@ from torch import Tensor
 from zoo.errors import refuse_path
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
-from zoo.model.extend import extend
+from zoo.model.extend import extend_as_trained
 from zoo.model.pretrained import check_unchanged, load_pretrained, misfit, pretrained_weights
 from zoo.runs.checkpoints import reject
 from zoo.runs.files import one_line
@@ -34,7 +34,7 @@ def load(folder: RunFolder, device: torch.device | str = "cpu") -> Backbone:
     if not isinstance(vocabulary, Tensor) or vocabulary.ndim != 2:
         refuse_path(path, "holds no model of this package (it has no embedding)", REPLACE)
     model, _ = build_model(folder.config, vocabulary.shape[0])
-    extend(model, folder.config.extension, folder.config.seq_len)
+    extend_as_trained(model, folder.config)
     load_weights(model, state, folder)
     return model.to(device).eval().requires_grad_(False)
 

@@ -2,9 +2,10 @@
 slopes, training positions of a longer text. Only trained frequencies (CLEX) are new weights."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Generator, Tensor
 
@@ -12,46 +13,68 @@ from zoo.attention.pattern import AttentionPattern, Scaling
 from zoo.config.applicability import Declared, acts_on, check_applies
 from zoo.config.introspect import constructor_parameters
 from zoo.config.schema.model import Extension
+from zoo.config.schema.train import TrainConfig
+from zoo.config.stages import (
+    Stages,
+    check_composition,
+    original_length,
+    scalings,
+    stages_of,
+    trained_length,
+)
 from zoo.data.loader import DrawPositions
 from zoo.errors import UserError, below, refuse, refuse_path
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.backbone import Backbone
 from zoo.positions.base import Positions, PositionScheme
 from zoo.positions.rope import Rope
-from zoo.positions.scaling import temperature
+from zoo.positions.scaling import on_top, temperature
 
 
-def extend(model: Backbone, extension: Extension, trained_length: int) -> Backbone:
+def extend_as_trained(model: Backbone, config: TrainConfig) -> Backbone:
+    """Put a model through the stages of its training, in place; return it."""
+    for extension, seq_len in stages_of(config):
+        extend(model, extension, seq_len)
+    return model
+
+
+def extend(model: Backbone, extension: Extension, seq_len: int) -> Backbone:
     """Put every position scheme that the extension acts on under it, in place; return the model.
 
-    A model tuned under LongRoPE may be read under LongRoPE with factors searched for it anew.
+    What the model was under before stays beneath, as zoo.config.stages says.
 
     Args:
-        trained_length: tokens of the windows that the model was trained on.
+        seq_len: tokens of the windows that the model was trained on, in this stage or before it.
 
     Raises:
         UserError: the extension does not act on the model, or its settings do not go together.
     """
-    schemes, tree = position_schemes(model), extension.model_dump(by_alias=True)
-    check_applies(extension, {declared_by(scheme) for scheme in schemes}, model.extended)
-    acted = [scheme for scheme in schemes if acts_on(tree, declared_by(scheme))]
-    if not acted:
-        return model
-    original_length = extension.original_length or trained_length
+    schemes = position_schemes(model)
+    check_applies(extension, {declared_by(scheme) for scheme in schemes})
+    check_composition(extension, model.stages)
+    length = original_length(extension, model.stages, seq_len)
+    own = extension.model_copy(update={"original_length": length})
+    stages = (*model.stages, (own, seq_len))
     if extension.positions is not None:
-        _check_places(model, extension, original_length, trained_length)
-    if extension.scaling is not None or extension.attention is not None:
-        ropes = [scheme for scheme in acted if isinstance(scheme, Rope)]
-        others = [scheme for scheme in acted if not isinstance(scheme, Rope)]
-        if ropes and _is_trained(extension):
-            _train_frequencies(model, ropes, extension, original_length)
+        _check_places(model, extension, length, seq_len)
+    if _is_trained(extension):
+        _train_frequencies(model, own)
+    for scheme in schemes:
+        acting = [number for number, stage in enumerate(stages) if _acts(stage[0], scheme)]
+        if not any(stages[n][0].scaling or stages[n][0].attention for n in acting):
+            continue
+        if isinstance(scheme, Rope):
+            scheme.pattern = _pattern(scheme, model, stages, acting)
         else:
-            for rope in ropes:
-                rope.pattern = _pattern(rope, extension, original_length)
-        for scheme in others:
-            _scale(scheme, extension, original_length)
-    model.extended = extension.name
+            _scale(scheme, [stages[n][0] for n in acting])
+    if not any(map(_is_trained, scalings(stages))):
+        model.frequencies = None
+    model.stages = stages
     return model
+
+
+def _acts(extension: Extension, scheme: PositionScheme) -> bool:
+    return acts_on(extension.model_dump(by_alias=True), declared_by(scheme))
 
 
 def position_schemes(model: Backbone) -> list[PositionScheme]:
@@ -74,8 +97,8 @@ def places(extension: Extension, seq_len: int) -> DrawPositions | None:
     """Return what draws the positions of a step's training windows; None: they are 0, 1, 2 ..."""
     if extension.positions is None:
         return None
-    original_length = extension.original_length or seq_len
-    return partial(_place, extension.positions.load(), _longest(extension, original_length))
+    length = extension.original_length or seq_len
+    return partial(_place, extension.positions.load(), _longest(extension, length))
 
 
 def _place(
@@ -91,6 +114,9 @@ def _longest(extension: Extension, original_length: int) -> int:
 def _check_places(
     model: Backbone, extension: Extension, original_length: int, seq_len: int
 ) -> None:
+    if any(stage.attention for stage, _ in model.stages):
+        rule = "chooses positions, and the model was trained under a pattern of attention"
+        refuse("extension", extension.name, rule, "Tune a run of before that pattern.")
     longest, limit = _longest(extension, original_length), model.max_length
     if seq_len > longest:
         rule = f"gives positions up to {longest}, fewer than the {seq_len} tokens of a window"
@@ -108,32 +134,30 @@ def _is_trained(extension: Extension) -> bool:
     return extension.scaling is not None and isinstance(extension.scaling.load().func, type)
 
 
-def _train_frequencies(
-    model: Backbone, ropes: Sequence[Rope], extension: Extension, original_length: int
-) -> None:
+def _train_frequencies(model: Backbone, extension: Extension) -> None:
     """Give all rotary layers one module of frequencies, trained with the model's weights."""
     assert extension.scaling is not None
+    ropes = [rope for rope in rotary_positions(model) if _acts(extension, rope)]
     if extension.positions is None:
         rule = "is trained on windows with positions of a longer text"
         advice = "Use python train.py finetune=<run> extension=clex."
         refuse("extension.scaling._target_", extension.scaling.target, rule, advice)
+    if extension.composition == "on_top":
+        rule = f"extension={extension.name} learns from the model's own frequencies on"
+        refuse("extension.composition", "on_top", rule, "Use extension.composition=replace.")
     if len({(rope.rotary_width, rope.rope_base) for rope in ropes}) > 1:
         rule = (
             "has one set of frequencies, and the rotary layers differ in rotary width or rope_base"
         )
         refuse("extension", extension.name, rule, "Use layers that are alike.")
-    frequencies = _built(
-        extension.scaling.load(), "scaling", **_given(ropes[0], extension, original_length)
-    )
-    model.frequencies = frequencies
-    for rope in ropes:
-        rope.pattern = AttentionPattern(frequencies, bucket=original_length)
+    model.frequencies = _built(extension.scaling.load(), "scaling", **_given(ropes[0], extension))
 
 
-def _given(rope: Rope, extension: Extension, original_length: int) -> dict[str, Any]:
+def _given(rope: Rope, extension: Extension) -> dict[str, Any]:
     """Return what the model and the extension settle of a scaling's arguments."""
     sizes = {"width": rope.rotary_width, "base": rope.rope_base}
-    return {**sizes, "factor": extension.factor, "original_length": original_length}
+    lengths = {"factor": extension.factor, "original_length": extension.original_length}
+    return {**sizes, **lengths}
 
 
 def _built(make: Callable[..., Any], slot: str, *args: Any, **given: Any) -> Any:
@@ -147,50 +171,104 @@ def _built(make: Callable[..., Any], slot: str, *args: Any, **given: Any) -> Any
         refuse_path(f"extension.{slot}", str(error).splitlines()[0], "Correct its options")
 
 
-def _scale(scheme: PositionScheme, extension: Extension, original_length: int) -> None:
+def _scale(scheme: PositionScheme, stages: Sequence[Extension]) -> None:
     """Put a scheme without frequencies under its own scaling."""
     assert isinstance(scheme, Positions)
-    assert extension.scaling is not None
-    if extension.positions or extension.scaling.options:
+    scaled = [extension for extension in stages if extension.scaling is not None]
+    last, factor = scaled[-1], 1.0
+    assert last.scaling is not None
+    if last.positions or last.scaling.options:
         rule = f"scales positions={scheme.name} by extension.factor alone"
         advice = "Leave extension.positions and the options of extension.scaling out."
-        refuse("extension", extension.name, rule, advice)
-    _built(scheme.scale, "scaling", extension.scaling.load(), extension.factor, original_length)
+        refuse("extension", last.name, rule, advice)
+    for extension in scaled:
+        factor = extension.factor * (factor if extension.composition == "on_top" else 1)
+    _built(scheme.scale, "scaling", last.scaling.load(), factor, last.original_length)
 
 
-def _pattern(rope: Rope, extension: Extension, original_length: int) -> AttentionPattern:
-    scaling, by_length = _scaling(rope, extension, original_length)
-    if extension.attention is None:
-        return AttentionPattern(scaling, bucket=original_length if by_length else None)
+class Frequencies(NamedTuple):
+    """Those of a rotary layer under its scalings."""
+
+    scaling: Scaling  # length -> (inverse frequencies, attention factor)
+    bucket: int | None  # tokens between which they change; None where the length does not matter
+
+
+def frequencies(rope: Rope, model: Backbone, stages: Stages) -> Frequencies:
+    """Return the frequencies of a rotary layer after the stages, of which all act on it."""
+    found = Frequencies(lambda _: (rope.inv_freq, 1.0), None)
+    for number, (extension, _) in enumerate(stages):
+        if extension.scaling is None:
+            continue
+        if _is_trained(extension):
+            assert model.frequencies is not None
+            found = Frequencies(model.frequencies, extension.original_length)
+        elif extension.composition == "replace":
+            found = _scaled(rope, extension, None)
+        elif trained := [one.name for one in scalings(stages[:number]) if _is_trained(one)]:
+            rule = (
+                f"would hide the trained frequencies of extension={trained[0]} from their gradient"
+            )
+            refuse("extension.composition", "on_top", rule, "Use extension.composition=replace.")
+        else:
+            found = _scaled(rope, extension, found)
+    return found
+
+
+def _scaled(rope: Rope, extension: Extension, under: Frequencies | None) -> Frequencies:
+    """Return the frequencies under a scaling: of the model's own, or of those of `under`."""
+    part, length = extension.scaling, extension.original_length
+    assert part is not None
+    assert length is not None
+    function, given = part.load(), _given(rope, extension)
+    takes = inspect.signature(function).parameters
+    bound = partial(function, **{name: one for name, one in given.items() if name in takes})
+    if under is not None and "theta" not in takes:
+        rule = f"{part.target} scales the model's own frequencies alone (it takes no theta)"
+        refuse("extension.composition", "on_top", rule, "Use extension.composition=replace.")
+    channels = _of_all_channels(rope, extension)
+
+    def scaled(tokens: int) -> Any:
+        make = partial(bound, length=tokens) if "length" in takes else bound
+        found, factor = make() if under is None else on_top(make, under.scaling(tokens))
+        return found, factor * channels
+
+    within = _built(scaled, "scaling", length)
+    own = "length" in takes and within != _built(scaled, "scaling", 2 * length)
+    if under is not None and under.bucket is not None:
+        return Frequencies(scaled, math.gcd(under.bucket, length) if own else under.bucket)
+    return Frequencies(scaled, length) if own else Frequencies(lambda _: within, None)
+
+
+def _of_all_channels(rope: Rope, extension: Extension) -> float:
+    """Return DeepSeek's factor of all scores: here q and k of every channel carry its root."""
+    assert extension.scaling is not None
+    all_dim = extension.scaling.options.get("mscale_all_dim")
+    if not all_dim:
+        return 1.0
+    if rope.rotary_width < rope.head_width:
+        rule = "scales channels that are not rotated, which partial_rotary_factor < 1 leaves"
+        refuse("extension.scaling.mscale_all_dim", all_dim, rule, "Use mscale.")
+    return temperature(extension.factor, all_dim)
+
+
+def _pattern(
+    rope: Rope, model: Backbone, stages: Stages, acting: Sequence[int]
+) -> AttentionPattern:
+    """Return the last remap of the stages that act, over the frequencies of them all."""
+    scaling, bucket = frequencies(rope, model, [stages[n] for n in acting])
+    last = max((n for n in acting if stages[n][0].attention), default=None)
+    if last is None:
+        return AttentionPattern(scaling, bucket=bucket)
+    extension, before = stages[last][0], stages[:last]
+    assert extension.attention is not None
+    length = extension.original_length
+    if scalings(before) and extension.scaling and extension.composition == "replace":
+        length = trained_length(*before[-1])  # of the distances; the other is of the frequencies
     takes = constructor_parameters(extension.attention.target) or []
-    more = {"original_length": original_length} if "original_length" in takes else {}
-    if by_length:
+    more = {"original_length": length} if "original_length" in takes else {}
+    if bucket is not None:
         if "bucket" not in takes:
             rule = "keeps a window of the text, so its scaling cannot depend on the length"
             refuse("extension", extension.name, rule, "Use extension.scaling=pi, ntk or yarn.")
-        more["bucket"] = original_length
+        more["bucket"] = bucket
     return _built(extension.attention.load(), "attention", scaling, **more)
-
-
-def _scaling(rope: Rope, extension: Extension, original_length: int) -> tuple[Scaling, bool]:
-    """Return length -> (inverse frequencies, attention factor), and whether the length matters."""
-    plain = rope.inv_freq, 1.0
-    if extension.scaling is None:
-        return (lambda _: plain), False
-    function, given = extension.scaling.load(), _given(rope, extension, original_length)
-    takes = inspect.signature(function).parameters
-    scaled = partial(function, **{name: one for name, one in given.items() if name in takes})
-    if "length" in takes:
-        lengths = original_length, 2 * original_length
-        within, beyond = (_built(scaled, "scaling", length=length) for length in lengths)
-        if within != beyond:
-            return (lambda length: scaled(length=length)), True
-    else:
-        within = _built(scaled, "scaling")
-    if all_dim := extension.scaling.options.get("mscale_all_dim"):
-        if rope.rotary_width < rope.head_width:
-            rule = "scales channels that are not rotated, which partial_rotary_factor < 1 leaves"
-            refuse("extension.scaling.mscale_all_dim", all_dim, rule, "Use mscale.")
-        # DeepSeek multiplies all scores by its square: here q and k of every channel carry it.
-        within = within[0], within[1] * temperature(extension.factor, all_dim)
-    return (lambda _: within), False

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
+from zoo.config.schema.model import Extension
 from zoo.config.schema.train import TrainConfig
+from zoo.config.stages import scalings
 from zoo.mixers.feed_forward import MLP, SwiGLU
 from zoo.mixers.mamba import Mamba
 from zoo.mixers.mamba2 import Mamba2
@@ -181,6 +183,8 @@ def _absent(mixer: SoftmaxAttention, name: str) -> bool:
 def _window(config: TrainConfig) -> int | None:
     """The window of extension=window without kept first tokens, part of the model."""
     pattern = config.extension.attention
+    earlier = [stage.extension.name for stage in config.stages if stage.extension.attention]
+    _require(not earlier, f"extension={', '.join(earlier)} in an earlier stage")
     if pattern is None:
         return None
     given = pattern.options
@@ -193,6 +197,8 @@ def _scaling(mixer: SoftmaxAttention, config: TrainConfig) -> dict[str, Any]:
     """`rope_parameters` of the positions and of the scaling that the model was trained under."""
     assert isinstance(mixer.positions, Rope)
     part, base = config.extension.scaling, mixer.positions.rope_base
+    earlier = scalings([(stage.extension, stage.seq_len) for stage in config.stages])
+    _require(not earlier or _replaces(config.extension), "scalings of several stages")
     if part is None:
         return {"rope_type": "default", "rope_theta": base}
     kind, factor = part.target.rpartition(".")[2], config.extension.factor
@@ -224,6 +230,10 @@ def _scaling(mixer: SoftmaxAttention, config: TrainConfig) -> dict[str, Any]:
         }
         return found | before | {"rope_type": kind, **more}
     raise _DiffersError(f"extension.scaling={kind}")
+
+
+def _replaces(extension: Extension) -> bool:
+    return extension.scaling is not None and extension.composition == "replace"
 
 
 def _given(options: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:

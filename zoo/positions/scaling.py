@@ -11,12 +11,15 @@ Each function returns `(inv_freq, attention_factor)` for `rope.apply_rope`; the 
 the cosine and sine of queries and keys, so the scores by its square. All take the first three
 arguments, and of the others those that they depend on. Under one that takes `length` an output
 depends on how much has been read, and keys must be cached unrotated.
+
+All take `theta` too, the frequencies that are scaled, where these are not base^(-2i/d): those of
+another scaling that the model was tuned under, with its window as L. `on_top` puts one on another.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
@@ -36,12 +39,13 @@ def linear(
     width: int,
     base: float = 10000.0,
     factor: float,
+    theta: Sequence[float] | None = None,
 ) -> Scaled:
     """Interpolate positions (PI, Chen 2023, section 2.3, arXiv 2306.15595): theta_i / s.
 
     Golden: with s = 4, theta_0 = 0.25.
     """
-    return tuple(f / _at_least_one(factor) for f in inverse_frequencies(width, base)), 1.0
+    return tuple(f / _at_least_one(factor) for f in _theta(theta, width, base)), 1.0
 
 
 def ntk_aware(
@@ -49,6 +53,7 @@ def ntk_aware(
     width: int,
     base: float = 10000.0,
     factor: float,
+    theta: Sequence[float] | None = None,
 ) -> Scaled:
     """Raise the base to b' = b s^(d/(d-2)) (NTK-aware, bloc97 2023; YaRN, section 3.1).
 
@@ -58,7 +63,7 @@ def ntk_aware(
     """
     if width == 2:
         raise ValueError("width=2: must be at least 4, as the slowest pair is not the fastest.")
-    s, theta = _at_least_one(factor), inverse_frequencies(width, base)
+    s, theta = _at_least_one(factor), _theta(theta, width, base)
     return tuple(f * s ** (-2 * i / (width - 2)) for i, f in enumerate(theta)), 1.0
 
 
@@ -77,6 +82,7 @@ def dynamic_ntk(
     factor: float = 1.0,
     original_length: int | None = None,
     length: int | None = None,
+    theta: Sequence[float] | None = None,
 ) -> Scaled:
     """Raise the base with the length of the text (dynamic NTK, emozilla 2023; YaRN, section 3.3).
 
@@ -85,7 +91,7 @@ def dynamic_ntk(
     `ntk_aware`. Golden, d=128: f=2, l=2L gives b' = 30527.74.
     """
     s = current_factor(length, original_length, factor)
-    return ntk_aware(width=width, base=base, factor=s)
+    return ntk_aware(width=width, base=base, factor=s, theta=theta)
 
 
 def ntk_by_parts(
@@ -99,6 +105,7 @@ def ntk_by_parts(
     ramp: str = "paper",
     mix: str = "arith",
     truncate: bool = True,
+    theta: Sequence[float] | None = None,
 ) -> Scaled:
     """Interpolate slow pairs, keep fast ones (NTK-by-parts, bloc97 2023; YaRN, section 3.2).
 
@@ -119,12 +126,16 @@ def ntk_by_parts(
         refuse("truncate", truncate, "rounds the ends of ramp=code alone", "Leave it out.")
     choose("mix", mix, ["arith", "harmonic"])
     s, window = _at_least_one(factor), _window(original_length)
-    theta = inverse_frequencies(width, base)
+    plain, theta = theta is None, _theta(theta, width, base)
     if choose("ramp", ramp, ["paper", "code"]) == "paper":
         rotations = [window * f / (2 * math.pi) for f in theta]
         gamma = [_clamp((r - beta_slow) / (beta_fast - beta_slow)) for r in rotations]
     else:
-        first, last = (_pair_with_rotations(r, width, base, window) for r in (beta_fast, beta_slow))
+        turns = beta_fast, beta_slow
+        if plain:
+            first, last = (_pair_with_rotations(r, width, base, window) for r in turns)
+        else:
+            first, last = (_between_pairs(r * 2 * math.pi / window, theta) for r in turns)
         if truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = (min(max(end, 0), width - 1) for end in (first, last))
@@ -149,6 +160,7 @@ def yarn(
     mscale: float = 1.0,
     mscale_all_dim: float = 0.0,
     attention_factor: Annotated[float, Range(above=0, most=10)] | None = None,
+    theta: Sequence[float] | None = None,
 ) -> Scaled:
     """NTK-by-parts with sharper attention (YaRN, Peng 2023, section 3.4, arXiv 2309.00071).
 
@@ -172,6 +184,7 @@ def yarn(
         ramp=ramp,
         mix=mix,
         truncate=truncate,
+        theta=theta,
     )
     derived = temperature(factor, mscale) / temperature(factor, mscale_all_dim)
     return inv_freq, derived if attention_factor is None else attention_factor
@@ -189,6 +202,7 @@ def dynamic_yarn(
     ramp: str = "code",
     mix: str = "arith",
     truncate: bool = True,
+    theta: Sequence[float] | None = None,
 ) -> Scaled:
     """YaRN whose factor follows the length of the text (Peng 2023, section 3.3): s = max(1, l/L).
 
@@ -204,6 +218,7 @@ def dynamic_yarn(
         ramp=ramp,
         mix=mix,
         truncate=truncate,
+        theta=theta,
     )
 
 
@@ -223,6 +238,7 @@ def longrope(
     short_factors: Sequence[float] | None = None,
     n_hat: int = 0,
     magnitude: str = "su",
+    theta: Sequence[float] | None = None,
 ) -> tuple["tuple[float, ...] | KeepFirst", float]:
     """Divide each frequency by a factor found by a search (LongRoPE, Ding 2024, arXiv 2402.13753).
 
@@ -241,7 +257,7 @@ def longrope(
     s, window = _at_least_one(factor), _window(original_length)
     short = length is not None and length <= window
     rescale = (short_factors or [1.0] * (width // 2)) if short else long_factors
-    theta = inverse_frequencies(width, base)
+    theta = _theta(theta, width, base)
     if len(rescale) != len(theta) or not min(rescale) > 0:
         name = "short_factors" if short else "long_factors"
         refuse(name, list(rescale), f"must be {len(theta)} positive numbers, one for each pair")
@@ -259,13 +275,35 @@ def longrope(
 class KeepFirst:
     """Frequencies by position: `plain` at the first `n_hat`, `inv_freq` from there on."""
 
-    inv_freq: tuple[float, ...]
-    plain: tuple[float, ...]
+    inv_freq: "tuple[float, ...] | KeepFirst"
+    plain: "tuple[float, ...] | KeepFirst"
     n_hat: int
 
     def __call__(self, positions: Tensor) -> Float[Tensor, "*t half"]:
-        scaled, plain = (torch.tensor(f, dtype=torch.float64) for f in (self.inv_freq, self.plain))
+        scaled, plain = (
+            f(positions) if isinstance(f, KeepFirst) else torch.tensor(f, dtype=torch.float64)
+            for f in (self.inv_freq, self.plain)
+        )
         return torch.where(positions.cpu()[..., None] < self.n_hat, plain, scaled)
+
+
+def on_top(
+    scaling: Callable[..., tuple["tuple[float, ...] | KeepFirst", float]],
+    below: tuple[Any, float],
+) -> tuple["tuple[float, ...] | KeepFirst", float]:
+    """Scale the frequencies of another scaling, at every position; the two factors multiply.
+
+    Args:
+        scaling: one of this module's with all its arguments but `theta` bound.
+        below: what the other has returned, a tuple of frequencies or a `KeepFirst` and a factor.
+    """
+    theta, attention_factor = below
+    if isinstance(theta, KeepFirst):
+        later, factor = on_top(scaling, (theta.inv_freq, attention_factor))
+        first, _ = on_top(scaling, (theta.plain, attention_factor))
+        return KeepFirst(later, first, theta.n_hat), factor
+    found, factor = scaling(theta=theta)
+    return found, attention_factor * factor
 
 
 def llama3(
@@ -276,6 +314,7 @@ def llama3(
     original_length: int | None = 8192,
     low_freq_factor: float = 1.0,
     high_freq_factor: float = 4.0,
+    theta: Sequence[float] | None = None,
 ) -> Scaled:
     """NTK-by-parts with a ramp from r = 1 to r = 4 (Llama 3.1, Grattafiori 2024, arXiv 2407.21783).
 
@@ -289,12 +328,27 @@ def llama3(
         original_length=original_length,
         beta_fast=high_freq_factor,
         beta_slow=low_freq_factor,
+        theta=theta,
     )
 
 
 def _pair_with_rotations(r: float, width: int, base: float, window: int) -> float:
     """Return the index i, with a fraction, of the pair with r_i = r."""
     return width * math.log(window / (2 * math.pi * r)) / (2 * math.log(base))
+
+
+def _between_pairs(frequency: float, theta: Sequence[float]) -> float:
+    """Return the index i, with a fraction, at which log theta_i, linear between pairs, is that."""
+    if len(theta) < 2:
+        raise ValueError("width=2: must be at least 4, as a ramp is between pairs.")
+    logs, found = [math.log(f) for f in theta], math.log(frequency)
+    after = next((i for i in range(1, len(logs) - 1) if logs[i] <= found), len(logs) - 1)
+    step = logs[after - 1] - logs[after]
+    return after - 1 + (logs[after - 1] - found) / step
+
+
+def _theta(theta: Sequence[float] | None, width: int, base: float) -> tuple[float, ...]:
+    return inverse_frequencies(width, base) if theta is None else tuple(theta)
 
 
 def _clamp(x: float) -> float:

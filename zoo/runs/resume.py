@@ -6,6 +6,7 @@ from typing import Any
 from zoo.config.longrope_factors import with_found_factors
 from zoo.config.schedule import continued
 from zoo.config.schema.train import TrainConfig
+from zoo.config.stages import check_composition, original_length, stages_of
 from zoo.config.tree import within
 from zoo.config.validate import plain, validate
 from zoo.errors import refuse
@@ -19,6 +20,7 @@ RESUMABLE = (
     *("trainer.accumulate_grad_batches", "optim.continuation"),
     *("data.path", "data.cache", "changed_code"),
 )
+WINDOW = "model.mixer.window"  # which a stage may widen: no weight depends on it
 MOVABLE = ("data.path", "data.cache")  # the same text may be elsewhere
 
 
@@ -61,29 +63,58 @@ def with_place(data: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, A
 def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     """The configuration that fine-tunes the run `tree["finetune"]` under an extension.
 
-    Model, size and objective are that run's; data and seed too, unless `given`. So is seq_len,
-    times the extension's factor unless the extension draws positions. Raises UserError where there
-    is no whole run to start from.
+    Model, size and objective are that run's, but for a window of attention; data and seed too,
+    unless `given`. So is seq_len, or the extension's factor times its original length unless the
+    extension draws positions. Raises UserError where there is no whole run to start from.
     """
     folder = RunFolder.open(str(tree["finetune"]))
     folder.checkpoint()
-    base = plain(folder.config)
-    if fixed := [key for key in given if within(key, ("model", "size", "match", "objective"))]:
+    base, before = plain(folder.config), folder.config
+    kept = ("model", "size", "match", "objective")
+    if fixed := [key for key in given if within(key, kept) and key != WINDOW]:
         rule = f"keeps the run's model: {', '.join(fixed)} cannot change"
-        refuse("finetune", folder, rule, "Leave them out, or train a new run")
-    if base["extension"]["name"] != "none":
-        refuse("finetune", folder, "was fine-tuned itself", f"Use finetune={base['finetune']}")
-    inherited = {key: base[key] for key in ("model", "size", "match", "objective")}
+        refuse(
+            "finetune", folder, rule, f"Leave them out ({WINDOW} can change), or train a new run"
+        )
+    inherited = {key: base[key] for key in kept}
+    if WINDOW in given:
+        inherited["model"] = _with_window(base["model"], tree["model"]["blocks"][0]["mixer"])
     if "seed" not in given:
         inherited["seed"] = base["seed"]
     data = [key for key in given if within(key, ("data",))]
     if not any(key not in MOVABLE for key in data):  # the base's text, wherever it is now
         moved = {key.removeprefix("data."): tree["data"][key.removeprefix("data.")] for key in data}
         inherited["data"] = with_place(base["data"], moved)
+    stages, inherited["stages"] = stages_of(before), base.get("stages", [])
+    if before.finetune or before.extension.name != "none":
+        own = {"run": str(folder), "seq_len": base["seq_len"], "extension": base["extension"]}
+        inherited["stages"] = [*inherited["stages"], own]
     extension = with_found_factors(tree["extension"], folder.path)
-    extension["original_length"] = extension.get("original_length") or base["seq_len"]
+    config = validate(TrainConfig, {**tree, **inherited, "finetune": str(folder)})
+    check_composition(config.extension, stages, given)
+    length = original_length(config.extension, stages, before.seq_len)
+    extension["original_length"] = length
     if "seq_len" not in given:
-        longer = 1 if extension.get("positions") else extension["factor"]
-        inherited["seq_len"] = int(base["seq_len"] * longer)
+        unset = config.extension.model_copy(update={"original_length": None})
+        longer = original_length(unset, stages, before.seq_len) * config.extension.factor
+        same = extension.get("positions") or extension["name"] == "none"
+        inherited["seq_len"] = before.seq_len if same else int(longer)
     tree = {**tree, **inherited, "extension": extension, "finetune": str(folder)}
     return validate(TrainConfig, tree)
+
+
+def _with_window(model: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's model section with another window of attention in every mixer that has one.
+
+    Raises UserError where none has.
+    """
+    blocks = model["blocks"]
+    if not any("window" in block["mixer"] for block in blocks):
+        refuse(WINDOW, given["window"], f"model={model['name']} has no window", "Leave it out")
+    changed = [
+        {**block, "mixer": {**block["mixer"], "window": given["window"]}}
+        if "window" in block["mixer"]
+        else block
+        for block in blocks
+    ]
+    return {**model, "blocks": changed}

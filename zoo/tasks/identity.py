@@ -9,6 +9,7 @@ import torch
 
 from zoo.config.groups import extensions
 from zoo.config.schema.model import Extension
+from zoo.config.stages import Stages, label, stages_of, trained_length
 from zoo.config.stored import as_before
 from zoo.config.tree import flat, within
 from zoo.config.validate import plain
@@ -33,13 +34,14 @@ def row_identity(
     """The fields every row of a run shares: what was trained, how, and what measures it."""
     trained, info = folder.config, folder.info
     name = trained.model.name
+    stages = stages_of(trained)
     if trained.finetune or trained.extension.name != "none":
         how = "tuned" if trained.finetune else "trained"
-        name += f" {how} with {_label(trained.extension)}"
+        name += f" {how} with {_chain(stages)}"
     dtype = AUTOCAST.get(trained.trainer.precision, torch.float32)
     return {
         "run": folder.name,
-        "arm": name if extension.name == "none" else f"{name} + {_label(extension)}",
+        "arm": name if extension.name == "none" else f"{name} + {_label(extension, stages)}",
         "model": trained.model.name,
         "size": trained.size.name,
         "seed": trained.seed,
@@ -80,9 +82,21 @@ def weights_of(folder: RunFolder) -> Row:
     return {"train_tokens": tokens, "train_steps": step}
 
 
-def _label(extension: Extension) -> str:
-    """Its name, under a remap that of the scaling beneath, and the factor."""
-    name = extension.name
+def _chain(stages: Stages) -> str:
+    """The stages of a training in words; of several, each with the lengths it went from and to."""
+    words = [_label(extension, stages[:number]) for number, (extension, _) in enumerate(stages)]
+    if len(stages) == 1:
+        return words[0]
+    told = []
+    for number, (extension, seq_len) in enumerate(stages):
+        start = extension.original_length or seq_len
+        told.append(f"{words[number]} ({start} to {trained_length(extension, seq_len)})")
+    return ", then ".join(told)
+
+
+def _label(extension: Extension, below: Stages = ()) -> str:
+    """Its name, under a remap that of the scaling beneath, the factor, and how it composes."""
+    scaling = None
     if extension.scaling and extension.attention:
         targets = {
             tree["scaling"]["_target_"]: other
@@ -91,8 +105,8 @@ def _label(extension: Extension) -> str:
             and not tree["attention"]
             and not tree.get("positions")
         }
-        name += f" over {targets.get(extension.scaling.target, extension.scaling.target)}"
-    return name + (f" x{extension.factor:g}" if extension.factor > 1 else "")
+        scaling = targets.get(extension.scaling.target, extension.scaling.target)
+    return label(extension, scaling, below)
 
 
 def trained_settings(folder: RunFolder) -> dict[str, Any]:

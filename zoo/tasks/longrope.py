@@ -4,7 +4,9 @@ What is found stays in the run's folder, `longrope-x8.json` for a factor of 8, w
 longrope finds it. So does the search itself, after every generation: the same command goes on with
 it, and with more `generations` beyond its end. Of a run that was fine-tuned under LongRoPE the
 factors of texts up to its original length are searched for (Ding 2024, section 3.4), beside those
-it was tuned with.
+it was tuned with. With composition=on_top the search is the second one of section 3.3: of a run
+tuned under any scaling, for texts of `factor` times the length that it was tuned at, on top of its
+frequencies.
 """
 
 import hashlib
@@ -12,6 +14,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -21,13 +24,14 @@ from jaxtyping import Int
 from zoo.attention.pattern import AttentionPattern
 from zoo.config.domains import Count, Range, Seed
 from zoo.config.longrope_factors import factors_file
+from zoo.config.stages import scalings, stages_of, trained_length
 from zoo.data.loader import evaluation_bytes, evaluation_text
 from zoo.errors import below, refuse, refuse_path
 from zoo.measurement import Declaration, Quantity
-from zoo.model.extend import rotary_positions
+from zoo.model.extend import Frequencies, frequencies, rotary_positions
 from zoo.positions.longrope import N_HATS, Rescale, Search
 from zoo.positions.rope import Rope
-from zoo.positions.scaling import linear, longrope, ntk_aware, yarn
+from zoo.positions.scaling import KeepFirst, linear, longrope, ntk_aware, on_top, yarn
 from zoo.runs.files import write_text
 from zoo.runs.folder import RunFolder
 from zoo.tasks.context import (
@@ -60,7 +64,8 @@ class LongRope(Task):
             Quantity(field="bits_per_byte", name="bits per byte", better="lower", form="score"),
         ),
     )
-    unidentifying = ("texts", "chunk")  # a question has the number of texts that there are
+    # A question has the number of texts that there are, and the composition where it is on_top.
+    unidentifying = ("texts", "chunk", "composition")
     factor: Annotated[float, Range(above=1, most=2**20)]
     texts: Count = 5
     population: Count = 64
@@ -70,6 +75,7 @@ class LongRope(Task):
     parents: Count = 32
     most: Annotated[float, Range(above=1, most=2**21)] | None = None
     magnitude: Literal["su", "yarn", "none"] = "su"
+    composition: Literal["replace", "on_top"] = "replace"
     seed: Seed = 0
     chunk: Count = 4096
 
@@ -83,7 +89,8 @@ class LongRope(Task):
             why = "factors are searched with the weights as they are, without weights="
             raise NotApplicableError(why)
         prepared = self._prepare(context)
-        return [{"split": "valid", "length": prepared.problem.length, "units": len(prepared.text)}]
+        question = {"length": prepared.problem.length, "units": len(prepared.text)}
+        return [{"split": "valid", **question, **self._composed()}]
 
     def still_valid(self, context: EvalContext) -> bool:
         return "search" in json.loads(self._file(context).read_text(encoding="utf-8"))
@@ -92,11 +99,14 @@ class LongRope(Task):
         return _search(context, self._prepare(context), self.generations, self.chunk)
 
     def _file(self, context: EvalContext) -> Path:
-        return context.folder / factors_file(self.factor)
+        return context.folder / factors_file(self.factor, self.composition)
+
+    def _composed(self) -> Row:
+        return {} if self.composition == "replace" else {"composition": self.composition}
 
     def _prepare(self, context: EvalContext) -> "Prepared":
         """The search as the run's folder holds it, or its beginning, and the texts."""
-        problem = _problem(context, self.factor, self.magnitude)
+        problem = _problem(context, self.factor, self.magnitude, self.composition)
         most = self.most or (self.factor if problem.tuned else 1.25 * self.factor)
         sizes = {name: getattr(self, name) for name in ("population", "mutations", "crossovers")}
         sizes |= {"parents": self.parents, "seed": self.seed}
@@ -108,7 +118,7 @@ class LongRope(Task):
         which = corpus.valid, problem.length, self.texts, corpus.eval_documents
         text, text_bytes = evaluation_text(*which), int(evaluation_bytes(*which)[:, 1:].sum())
         settings = {"texts": len(text), "factor": self.factor, "magnitude": problem.magnitude}
-        settings |= {**sizes, "most": most, "weights": _fingerprint(context)}
+        settings |= {**sizes, "most": most, "weights": _fingerprint(context), **self._composed()}
         _resume(search, self._file(context), settings)
         return Prepared(search, problem, text, text_bytes, self._file(context))
 
@@ -124,11 +134,13 @@ class Problem:
     factor: float
     original_length: int
     magnitude: str
-    tuned: dict[str, Any]  # the scaling that the run was tuned under, if it was
+    tuned: dict[str, Any]  # LongRoPE's that the run was tuned under, if it was with this factor
+    under: Sequence[Frequencies]  # that the genome rescales, of each layer
 
     def use(self, genome: Rescale) -> None:
         """Let the model read under the genome."""
-        scaled = longrope(
+        search = partial(
+            longrope,
             width=self.ropes[0].rotary_width,
             base=self.ropes[0].rope_base,
             factor=self.factor,
@@ -137,8 +149,9 @@ class Problem:
             n_hat=genome.n_hat,
             magnitude=self.magnitude,
         )
-        for rope in self.ropes:
-            rope.pattern = AttentionPattern(lambda _: scaled)
+        for rope, under in zip(self.ropes, self.under, strict=True):
+            scaled = on_top(search, under.scaling(self.length))
+            rope.pattern = AttentionPattern(lambda _, scaled=scaled: scaled)
 
     def found(self, best: Rescale) -> dict[str, Any]:
         """The options of `longrope` that the search has settled."""
@@ -148,35 +161,58 @@ class Problem:
         return {"long_factors": factors, "n_hat": best.n_hat, "magnitude": self.magnitude}
 
 
-def _problem(context: EvalContext, factor: float, magnitude: str) -> Problem:
-    config, ropes = RunFolder.open(context.folder).config, rotary_positions(context.model)
+def _problem(context: EvalContext, factor: float, magnitude: str, composition: str) -> Problem:
+    ropes = rotary_positions(context.model)
     if not ropes or len({(rope.rotary_width, rope.rope_base) for rope in ropes}) > 1:
         raise NotApplicableError("longrope needs rotary layers, all of one head width and base")
     if context.extension != "none":
         rule = "must be none with task=longrope, which searches for the model as it was trained"
         refuse("extension", context.extension, rule)
-    own = config.extension
-    if own.name not in ("none", "longrope") or (own.scaling and own.factor != factor):
-        rule = f"the run was tuned under extension={own.name} extension.factor={own.factor:g}"
-        refuse(
-            "task", "longrope", rule, "Search with that factor, or for the run it was tuned from"
-        )
-    original_length = own.original_length or config.seq_len
-    n_hats = [n for n in N_HATS if n < original_length]
-    given = {"width": ropes[0].rotary_width, "base": ropes[0].rope_base, "factor": factor}
-    theta = ropes[0].inv_freq
-    if own.scaling is None:
-        starts = [linear(**given)[0], ntk_aware(**given)[0]]
-        starts.append(yarn(**given, original_length=original_length)[0])
-        ratios = [[t / f for t, f in zip(theta, start, strict=True)] for start in starts]
-        length, tuned = int(factor * original_length), {}
-    else:
+    config = RunFolder.open(context.folder).config
+    stages = context.model.stages[: len(stages_of(config))]
+    if remaps := [extension.name for extension, _ in stages if extension.attention]:
+        rule = f"the run was tuned under the attention of extension={remaps[-1]}"
+        refuse("task", "longrope", rule, "Search for the run that it was tuned from")
+    own, in_force = stages[-1][0], scalings(stages)
+    short = composition == own.composition == "replace"
+    short = short and own.name == "longrope" and own.factor == factor
+    if composition == "on_top" and not in_force:
+        rule = "is of two scalings, and the run was trained under none"
+        refuse("task.longrope.composition", composition, rule, "Leave it out")
+    beneath = stages if composition == "on_top" else ()
+    if beneath and context.model.frequencies is not None:
+        rule = "the run has trained frequencies (extension=clex), which no factors rescale"
+        refuse("task.longrope.composition", composition, rule, "Use replace")
+    window = trained_length(*stages[-1])
+    if short or (composition == "replace" and in_force):
+        first = own if short else next(one for one, _ in stages if one.scaling)
+        window = first.original_length
+    length = window if short else int(factor * window)
+    under = [frequencies(rope, context.model, beneath) for rope in ropes]
+    if short:
         known = own.scaling.options
-        ratios, n_hats, length = [[1.0] * len(theta), known["long_factors"]], [0], original_length
+        ratios, n_hats = [[1.0] * len(ropes[0].inv_freq), known["long_factors"]], [0]
         tuned = {name: known[name] for name in ("long_factors", "n_hat")}
         magnitude = known["magnitude"]
+    else:
+        scaled = under[0].scaling(length)[0] if beneath else None
+        ratios, tuned = _ratios(ropes[0], factor, window, scaled), {}
+        n_hats = [n for n in N_HATS if n < window]
     starts = [Rescale(tuple(ratio)) for ratio in ratios]
-    return Problem(ropes, length, starts, n_hats, factor, original_length, magnitude, tuned)
+    return Problem(ropes, length, starts, n_hats, factor, window, magnitude, tuned, under)
+
+
+def _ratios(rope: Rope, factor: float, window: int, scaled: Any) -> list[list[float]]:
+    """By how much PI, NTK and YaRN divide each frequency: the model's own, or `scaled` ones."""
+    given = {"width": rope.rotary_width, "base": rope.rope_base, "factor": factor}
+    theta = rope.inv_freq
+    if scaled is not None:
+        while isinstance(scaled, KeepFirst):
+            scaled = scaled.inv_freq
+        theta, given["theta"] = scaled, scaled
+    starts = [linear(**given)[0], ntk_aware(**given)[0]]
+    starts.append(yarn(**given, original_length=window)[0])
+    return [[t / f for t, f in zip(theta, start, strict=True)] for start in starts]
 
 
 class Prepared(NamedTuple):

@@ -18,12 +18,13 @@ from zoo.console import say
 from zoo.data.corpora import Corpus
 from zoo.data.examples import SyntheticData
 from zoo.devices import cuda_line, prepare
-from zoo.errors import UserError
+from zoo.errors import UserError, refuse
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model, count_parameters
 from zoo.model.checkpoint import last_checkpoint, load_weights, trained_weights
 from zoo.model.extend import extend
 from zoo.model.flops import forward_flops
+from zoo.model.pretrained import misfit
 from zoo.ops.runtime import dispatch
 from zoo.ops.runtime.allocator import tune_allocator
 from zoo.runs.folder import RunFolder
@@ -112,8 +113,14 @@ def _build(
     """
     model, sizes = build_model(config, vocab_size + (config.objective == "masked"))
     checkpoint, state = last_checkpoint(folder)
+    for stage in config.stages:
+        extend(model, stage.extension, stage.seq_len)
     if config.finetune and not checkpoint:
-        model.load_state_dict(trained_weights(RunFolder.open(config.finetune)))
+        weights = trained_weights(RunFolder.open(config.finetune))
+        if why := misfit(model, weights):
+            rule = f"its weights do not fit this model ({why})"
+            refuse("finetune", config.finetune, rule, "Leave the options of the model out")
+        model.load_state_dict(weights)
     extend(model, config.extension, config.seq_len)
     if state:
         load_weights(model, state, folder)

@@ -18,7 +18,7 @@ from zoo.config.schema.trainer import Trainer
 from zoo.errors import UserError, refuse
 from zoo.model.backbone import Backbone
 from zoo.model.build import assemble, build_model, count_parameters, refuse_pattern
-from zoo.model.extend import extend
+from zoo.model.extend import extend_as_trained
 from zoo.ops.runtime import dispatch
 from zoo.training.partition import micro_batches, process_count
 from zoo.training.windows import vocabulary
@@ -35,7 +35,7 @@ def rehearse(config: TrainConfig) -> None:
     try:
         with torch.device("meta"):
             model, knobs = build_model(config, vocab_size)
-            extend(model, config.extension, config.seq_len)
+            extend_as_trained(model, config)
     except RuntimeError as error:  # a tensor larger than any can be
         reason = str(error).splitlines()[0]
         refuse("model", config.model.name, reason, "Use smaller sizes")

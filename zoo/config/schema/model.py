@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from zoo.config.schema.sections import AttentionPart, MixerPart, PositionsPart, Section
-from zoo.config.schema.values import Name, Number, Positive, ShortConv, Switch
+from zoo.config.schema.values import Name, Number, Path, Positive, ShortConv, Switch
 
 
 class BlockConfig(Section):
@@ -56,7 +56,7 @@ class Size(Section):
 class Extension(Section):
     """How a model reads beyond the length of the windows it is trained on."""
 
-    unwritten: ClassVar[Mapping[str, Any]] = {"positions": None}
+    unwritten: ClassVar[Mapping[str, Any]] = {"positions": None, "composition": "replace"}
     name: Name
     factor: Annotated[Number, Field(ge=1, le=2**20)] = Field(
         description="times the trained length, for scaling"
@@ -69,3 +69,17 @@ class Extension(Section):
     positions: PositionsPart | None = Field(
         default=None, description="positions of the tokens of a training window; null: 0, 1, 2 ..."
     )
+    composition: Literal["replace", "on_top"] = Field(
+        default="replace",
+        description="of a scaling with the one that the run was tuned under: replace (of the "
+        "model's own frequencies, times the original length) or on_top (of the scaled ones, times "
+        "the length that they were tuned at)",
+    )
+
+
+class Stage(Section):
+    """An earlier training of a run's model: where it lies, its windows, its extension."""
+
+    run: Path
+    seq_len: Positive
+    extension: Extension

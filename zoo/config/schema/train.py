@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from zoo.config.schema.data import Data
-from zoo.config.schema.model import Extension, Model, Size
+from zoo.config.schema.model import Extension, Model, Size, Stage
 from zoo.config.schema.optim import Optim
 from zoo.config.schema.sections import Section
 from zoo.config.schema.trainer import Logger, Trainer
@@ -19,7 +19,7 @@ SEPARATE = "Use objective=causal and state_passing=none"  # windows
 class TrainConfig(Section):
     """A training run. Paths are relative to the working directory."""
 
-    unwritten: ClassVar[Mapping[str, Any]] = {"checkpoint": None}
+    unwritten: ClassVar[Mapping[str, Any]] = {"checkpoint": None, "stages": []}
     model: Model
     size: Size
     data: Data
@@ -59,6 +59,11 @@ class TrainConfig(Section):
         description="pretrained checkpoint that the run was made of; eval.py checkpoint= sets it",
     )
     extension: Extension
+    stages: list[Stage] = Field(
+        default=[],
+        description="trainings under extensions before this one, the first first; finetune= sets "
+        "them",
+    )
     fresh: Switch = Field(description="true: train again, in a new folder")
     changed_code: Literal["refuse", "accept"] = Field(
         default="refuse", description="accept: continue a run that was trained by other code"

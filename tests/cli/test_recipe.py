@@ -1,0 +1,59 @@
+"""Every published recipe of several stages is carried out at tiny scale, by one command."""
+
+from pathlib import Path
+
+import pytest
+from building import write_text
+
+from zoo.cli.recipe import main, steps
+from zoo.config.groups import choices
+from zoo.runs.folder import RunFolder
+
+SMALL = ["size=tiny", "match=none", "seq_len=32", "data=text", "valid_windows=2", "logger=none"]
+SMALL += ["batch_tokens=1k", "trainer.max_steps=2", "task.perplexity.lengths=[32,64]"]
+SEARCH = ["population=3", "generations=0", "mutations=1", "crossovers=1", "parents=2", "texts=1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", choices("recipe"))
+def test_a_recipe_is_carried_out_by_one_command_and_a_second_trains_nothing(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = [*SMALL, f"data.path={write_text(tmp_path, 800)}", f"data.cache={tmp_path / 'cache'}"]
+    for _ in range(2):
+        assert main([name, *words, *search(name)]) == 0
+        folders = [
+            RunFolder.open(path) for path in sorted(Path(f"runs/{name}").iterdir()) if path.is_dir()
+        ]
+        assert {folder.info["step"] for folder in folders} == {2}
+        tuned = [folder for folder in folders if folder.config.finetune]
+        assert tuned
+        for folder in tuned:
+            assert any(", then " in row["arm"] or " with " in row["arm"] for row in folder.rows())
+            assert {row["status"] for row in folder.rows()} == {"ok"}
+
+
+def search(name: str) -> list[str]:
+    return [f"task.longrope.{word}" for word in SEARCH] if "longrope" in name else []
+
+
+@pytest.mark.parametrize("name", choices("recipe"))
+def test_the_runs_of_a_recipe_are_named_in_its_folder(name):
+    for number, (program, words) in enumerate(steps(name, ["size=tiny", "optim.lr=1"])):
+        assert ("size=tiny" in words) == (number == 0)
+        assert ("optim.lr=1" in words) == (program == "train")
+        assert sum(word.startswith("optim.lr=") for word in words) <= 1
+        for key in ("finetune=", "run=", "runs="):
+            placed = [word for word in words if word.startswith(key)]
+            assert all(word.startswith(f"{key}runs/{name}") for word in placed)
+
+
+def test_a_recipe_that_is_none_is_refused_in_one_line(capfd):
+    assert main(["yarn_twise"]) == 2
+    assert "Did you mean 'yarn_twice'?" in capfd.readouterr().err
+    assert main([]) == 2
+    assert (
+        capfd.readouterr().err
+        == "zoo recipe: no name: must be one recipe. See zoo recipe --help.\n"
+    )

@@ -1,0 +1,92 @@
+"""Carry out a published recipe of several stages: `zoo recipe yarn_twice [option=value ...]`.
+
+A recipe, configs/recipe/<name>.yaml, is a list of command lines of `zoo train` and `zoo eval`; what
+they call a run is a folder in `runs=`, by default runs/<recipe>. What is trained already is not
+trained twice, so that the same command goes on where it stopped. An option that is given goes
+
+    model, size, match, hybrid, objective, seed, seq_len, data.*    to the first step, as tuned runs
+                                                                    keep these
+    task.<task>.*                                                   to the steps of that task
+    device, report                                                  to the steps of `zoo eval`
+    logger, threads, runs                                           to every step
+    any other                                                       to the steps of `zoo train`
+
+and takes the place of a step's own.
+"""
+
+import importlib
+from collections.abc import Sequence
+
+import yaml
+
+from zoo.cli.guard import run_program
+from zoo.config.groups import CONFIGS, choices
+from zoo.config.tree import within
+from zoo.console import say
+from zoo.errors import choose, refuse_path
+
+USAGE = """zoo recipe <name> [option=value ...]    carry out a published recipe of several stages
+
+  zoo recipe yarn_twice
+  zoo recipe dca_over_pi size=tiny trainer.max_steps=20 data=text data.path=<folder of books>
+
+recipes: {recipes}
+"""
+FIRST = ("model", "size", "match", "hybrid", "objective", "seed", "seq_len", "data")
+OF_EVAL = ("device", "report")
+OF_BOTH = ("logger", "threads", "runs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: that of the first step that fails."""
+    usage = USAGE.format(recipes=", ".join(choices("recipe")))
+    return run_program("zoo recipe", usage, argv, recipe)
+
+
+def recipe(words: Sequence[str]) -> int:
+    """Carry the command out; see the module."""
+    named = [word for word in words if "=" not in word]
+    if len(named) != 1:
+        refuse_path(" ".join(named) or "no name", "must be one recipe", "See zoo recipe --help")
+    name = choose("recipe", named[0], choices("recipe"))
+    for program, step in steps(name, [word for word in words if "=" in word]):
+        say(f"zoo {program} {' '.join(step)}")
+        code = importlib.import_module(f"zoo.cli.{program}").main(step)
+        if code:
+            return code
+    return 0
+
+
+def steps(name: str, given: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
+    """The programs of a recipe and their words, under the options that are given."""
+    file = CONFIGS / "recipe" / f"{name}.yaml"
+    lines = yaml.safe_load(file.read_text(encoding="utf-8"))["steps"]
+    runs = next((word[5:] for word in given if word.startswith("runs=")), f"runs/{name}")
+    found = []
+    for number, line in enumerate(lines):
+        program, *own = line.split()
+        task = next((word[5:] for word in own if word.startswith("task=")), None)
+        taken = [word for word in given if _goes_to(word, program, number == 0, task)]
+        keys = {word.partition("=")[0] for word in taken}
+        kept = [_placed(word, runs) for word in own if word.partition("=")[0] not in keys]
+        default = [f"runs={runs}"] + [f"report={runs}-report.html"] * (program == "eval")
+        default = [word for word in default if word.partition("=")[0] not in keys]
+        found.append((program, [*kept, *taken, *default]))
+    return found
+
+
+def _goes_to(word: str, program: str, first: bool, task: str | None) -> bool:
+    key = word.partition("=")[0]
+    if key.startswith("task."):
+        return key.startswith(f"task.{task}.")
+    if within(key, OF_BOTH):
+        return True
+    if within(key, OF_EVAL):
+        return program == "eval"
+    return program == "train" and (first or not within(key, FIRST))
+
+
+def _placed(word: str, runs: str) -> str:
+    """A word with the run that it names as a path."""
+    key, _, value = word.partition("=")
+    return f"{key}={runs}/{value}" if key in ("finetune", "run") else word
