@@ -39,7 +39,7 @@ def test_readmes_lines_run(here, monkeypatch, capsys):
     found: dict = {}
     exec(block, found)
     model = found["model"]
-    assert model.backbone.extended == "dca"
+    assert [one.name for one, _ in model.backbone.stages] == ["none", "dca"]
     assert model.logits("def main(").shape == (9, 256)
     assert capsys.readouterr().out == model.generate("def main(", tokens=100)
     assert {row["length"] for row in found["rows"]} == {32}

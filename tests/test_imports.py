@@ -19,7 +19,7 @@ LAYERS = [
     {"positions", "attention", "pretrained"},
     {"mixers"},
     {"model"},
-    {"training"},
+    {"training", "compression"},
     {"tasks"},
     {"api"},
     {"cli"},

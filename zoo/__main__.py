@@ -16,6 +16,7 @@ PROGRAMS = {  # the module and what it does
     "study": ("zoo.cli.study", "carry out the experiments of the results page"),
     "recipe": ("zoo.cli.recipe", "carry out a published recipe of several stages"),
     "eval": ("zoo.cli.eval", "measure trained runs, write a report"),
+    "compress": ("zoo.cli.compress", "shorten a text for another model, show what was dropped"),
     "chat": ("zoo.cli.chat", "write on with a trained model or a checkpoint, line by line"),
     "export": ("zoo.cli.export", "write a run's model as transformers or the zoo opens it"),
     "list": ("zoo.cli.listing", "list models, extensions, tasks, corpora and experiments"),

@@ -10,7 +10,7 @@ from zoo.cli.listing import KINDS
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-LINKED = ("models", "extensions")
+LINKED = ("models", "extensions", "recipes", "compressions")
 WITHOUT_PAPER = {"none", "window", "learned", "lstm", "ntk", "dynamic_ntk", "rerope", "llama3"}
 
 
@@ -21,7 +21,8 @@ def test_the_readme_is_up_to_date():
 
 def test_the_readme_has_a_table_of_all_that_can_be_chosen_or_opened():
     found = re.findall(r"<!-- catalogue: (\w+) -->", README.read_text(encoding="utf-8"))
-    assert found == ["models", "extensions", "corpora", "tasks", "families"]
+    kinds = ["models", "extensions", "recipes", "corpora", "tasks", "compressions", "families"]
+    assert found == kinds
 
 
 @pytest.mark.parametrize("kind", COLUMNS)

@@ -16,7 +16,7 @@ from zoo.config.schema.trainer import Trainer
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("train", "eval")
 NOT_FOR_USERS = {"optim.name", "optim.continued_at", "optim.continued_from"}  # written by a run
-MADE_BY_EVAL = {"train": {"checkpoint"}, "eval": set()}
+MADE_BY_PROGRAMS = {"train": {"checkpoint", "stages"}, "eval": set()}
 
 
 def shown(program: str) -> str:
@@ -30,7 +30,7 @@ def test_every_option_has_a_place_and_an_explanation(program):
     sections = {"train": {"optim": Optim, "trainer": Trainer}, "eval": {"data": DataPlace}}[program]
     own = {key for key in SCHEMAS[program].model_fields if key not in {*groups(program), *sections}}
     inner = {f"{name}.{key}" for name, part in sections.items() for key in part.model_fields}
-    assert {*keys} - {"hybrid"} == own - MADE_BY_EVAL[program] | inner - NOT_FOR_USERS
+    assert {*keys} - {"hybrid"} == own - MADE_BY_PROGRAMS[program] | inner - NOT_FOR_USERS
     for key in keys:
         assert len(describe(program, key)) > 10, key
 

@@ -112,7 +112,7 @@ def test_a_scheme_in_a_folder_is_named_configured_built_and_judged():
             r"extension=dca: acts on positions=rope, and this model has positions=kerple\. Use"
         )
         with pytest.raises(UserError, match=refused):
-            check_applies(extension, position_schemes(config.model), None)
+            check_applies(extension, position_schemes(config.model))
         with pytest.raises(UserError, match=refused):
             extend(model, extension, 64)
     with pytest.raises(UserError, match="positions=kerple: is defined for causal attention alone"):

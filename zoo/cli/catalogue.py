@@ -26,6 +26,7 @@ COLUMNS = {
     "extensions": ("Source",),
     "corpora": ("Source",),
     "tasks": ("Source",),
+    "compressions": ("Source",),
     "experiments": (),
     "recipes": ("Source",),
 }

@@ -11,7 +11,7 @@ from zoo.cli import processes
 from zoo.cli.arms import Arm
 from zoo.cli.launch import launch
 from zoo.config.applicability import check_applies, position_schemes
-from zoo.config.effects import check_extension, check_names
+from zoo.config.effects import check_compression, check_extension, check_names
 from zoo.config.groups import CONFIGS
 from zoo.config.resolve import resolve
 from zoo.config.schema.eval import EvalConfig
@@ -45,6 +45,7 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
     check_names("eval", tree, given)
     config = validate(EvalConfig, resolve(tree))
     check_extension(config.extension, given)
+    check_compression(config.compress, given)
     if config.report is not None:
         check_report("report", config.report)
     folders = find_runs(config.run, config.runs) if config.run else []

@@ -16,6 +16,7 @@ KINDS = {  # as they are called, and the group of configs/ that holds them
     "recipes": "recipe",
     "corpora": "data",
     "tasks": "task",
+    "compressions": "compress",
     "experiments": "experiment",
     "sizes": "size",
 }

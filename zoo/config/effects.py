@@ -6,12 +6,14 @@ asked for or is a default, is told here. Nothing heavy is imported.
 
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from zoo.config.groups import CONFIGS, groups, inherited
 from zoo.config.introspect import constructor_parameters, lineage
+from zoo.config.schema.eval import Compress
 from zoo.config.schema.model import Extension
 from zoo.config.schema.train import TrainConfig
 from zoo.config.schemes import short_name
@@ -166,6 +168,25 @@ def check_extension(extension: Extension, given: Sequence[str], longer: bool = F
             f"extension={name} has no scaling that uses it",
             "Add extension.scaling=<pi, ntk, yarn ...>, or leave it out",
         )
+
+
+def check_compression(compress: Compress, given: Sequence[str]) -> None:
+    """Refuse settings of a compression that has no use for them, and a scorer that is not there."""
+    settings = [key for key in given if key.startswith("compress.")]
+    if "compress.name" in settings:
+        refuse("compress.name", compress.name, "a name chooses nothing", "Use compress=<name>")
+    if compress.method is None and settings:
+        value = getattr(compress, settings[0].partition(".")[2], None)
+        advice = "Choose a method, such as compress=llmlingua"
+        refuse(settings[0], value, "compress=none has no settings", advice)
+    if compress.method is None:
+        return
+    scores = compress.name != "truncation"
+    if not scores and compress.by is not None:
+        refuse("compress.by", compress.by, "compress=truncation scores nothing", "Leave it out")
+    if scores and not (compress.by and Path(compress.by).exists()):
+        advice = "Give the folder of a run or of a checkpoint"
+        refuse("compress.by", compress.by, "must be the run that scores", advice)
 
 
 def _heeds_original_length(extension: Extension) -> bool:

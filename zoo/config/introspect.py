@@ -105,11 +105,12 @@ def _constant(value: ast.expr | None) -> Any:
 
 
 # Set by the backbone, by the objective (a causal model must not be asked to look ahead), by what
-# extends a trained model and by what draws a task's examples.
+# extends a trained model, by what draws a task's examples and by what shortens prompts.
 PLACED = (
     *("width", "layer", "layers", "causal"),
     *("base", "theta", "factor", "original_length", "length", "scaling", "bucket"),
     *("generator", "rows"),
+    *("scorer", "_scorer", "prompt", "budget"),
 )
 
 

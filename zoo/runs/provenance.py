@@ -35,6 +35,7 @@ APART = (
     *("config.groups", "config.introspect", "config.longrope_factors"),
     *("config.resolve", "config.schema", "config.schemes", "config.sizes", "config.stored"),
     *("training.callbacks", "training.records"),
+    "compression",  # named where prompts are compressed
     *("config.trainer_arguments", "config.tree", "config.validate"),
     *("runs", "data.sources", "data.store", "data.corpora"),
     *("data.files", "data.splits", "data.records", "data.hub"),
@@ -89,10 +90,21 @@ def sources(
     return _closure(package, kernels, list(dict.fromkeys([*roots, *modules])))
 
 
-def measured_by(trained: BaseModel, task: str, extended: bool, quantized: bool = False) -> str:
+def measured_by(
+    trained: BaseModel,
+    task: str,
+    extended: bool,
+    quantized: bool = False,
+    shortened: bool = False,
+) -> str:
     """One name for the code that measures a trained run by a task; of an `extended` one it goes on
-    with one for all extensions, so that the first part is the same under each and under none."""
+    with one for all extensions, so that the first part is the same under each and under none.
+
+    Of `shortened` prompts it names the code of compressions too.
+    """
     also = ["model.quantization"] if quantized else []
+    files = sorted((PACKAGE / "compression").glob("*.py")) if shortened else []
+    also += [f"compression.{path.stem}" for path in files]
     own = digest(sources(trained, roots=[*MEASURING, *also, f"tasks.{task}"]))
     if not extended:
         return own

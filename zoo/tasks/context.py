@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from zoo.compression.compressor import Compressor
 from zoo.data.corpora import Corpus
 from zoo.data.examples import SyntheticData
 from zoo.data.store import TokenStore
@@ -50,6 +51,7 @@ class EvalContext:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "32-true"
     progress: Progress = field(default_factory=Progress)
+    compress: Compressor | None = None  # of prompts
 
     @property
     def corpus(self) -> Corpus:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 
+from zoo.compression.compressor import Compressor, scorer_of
 from zoo.config.longrope_factors import with_found_factors
 from zoo.config.schema.data import Data
 from zoo.config.schema.eval import EvalConfig
 from zoo.config.schema.model import Extension
 from zoo.config.validate import plain
+from zoo.data.corpora import Corpus
 from zoo.devices import prepare
 from zoo.errors import FORM, UserError, sentence
 from zoo.measurement import agrees, lacking, not_finite
@@ -44,7 +46,7 @@ from zoo.tasks.context import (
 from zoo.tasks.extensions import check_extension
 from zoo.tasks.identity import (
     LABELS,
-    extension_settings,
+    compressed_identity,
     row_identity,
     weights_of,
 )
@@ -214,6 +216,7 @@ class _Run:
         found = with_found_factors(plain(config.extension), folder.path)  # what a search has left
         extension = Extension.model_validate(found)
         about = row_identity(extension, folder, device, config.weights)
+        about |= compressed_identity(about, config.compress)
         _tell_code(folder)
         return cls(
             config.model_copy(update={"extension": extension}), folder, about, device, progress
@@ -244,7 +247,17 @@ class _Run:
         for name, task in tasks.items():
             extended = self.config.extension.name != "none"
             named = self.about | {"task": name}
-            code = measured_by(self.folder.config, name, extended, bool(self.config.weights))
+            compress = self.config.compress
+            if compress.method and not task.compresses:
+                error = NotApplicableError(
+                    f"task={name} has no prompt that compress={compress.name} could shorten"
+                )
+                yield named | failure_row(error)
+                continue
+            code = measured_by(
+                *(self.folder.config, name, extended, bool(self.config.weights)),
+                compress.method is not None,
+            )
             named |= {"measured_by": code}
             yield Begun(named, [*left])
             left.remove(name)
@@ -322,13 +335,19 @@ class _Run:
             raise NotApplicableError(str(error)) from None
         if config.weights:
             quantize(model, config.weights)
+        compress = None
+        if config.compress.method and isinstance(data, Corpus):
+            by = config.compress.by
+            scorer = scorer_of(by, self.device.type) if by else None
+            compress = Compressor(config.compress, scorer, data.tokenizer)
         return EvalContext(
             model=model,
             data=data,
             folder=self.folder.path,
             train_length=trained.seq_len,
             split=config.split,
-            extension=extension_settings(config.extension),
+            extension=self.about["extension_settings"],
+            compress=compress,
             device=self.device,
             precision=trained.trainer.precision,
             progress=self.progress,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from zoo.config.domains import Count, Range, Seed
 from zoo.errors import UserError, below
@@ -44,6 +44,7 @@ class Generate(Task):
             Quantity(field="state_bytes", name="state in the end", better="lower", form="bytes"),
         ),
     )
+    compresses: ClassVar[bool] = True
     prompt: str = ""
     tokens: Count = 128
     temperature: Annotated[float, Range(0, 1000)] = 0.0
@@ -72,7 +73,9 @@ class Generate(Task):
             raise NotApplicableError("a model that reads both ways does not write")
         tokenizer, writer = context.corpus.tokenizer, Writer(context.model, context.precision)
         try:
-            writer.read(tokenizer.tokens(self.prompt) or [tokenizer.end])
+            given = tokenizer.tokens(self.prompt)
+            given = context.compress(given) if context.compress and given else given
+            writer.read(given or [tokenizer.end])
             writer.check_length(self.tokens)
         except UserError as error:
             raise NotApplicableError(str(below("task.generate", error))) from None
@@ -95,4 +98,5 @@ class Generate(Task):
             "prompt_tokens_per_second": prompt / (first - began),
             "tokens_per_second": steps / seconds if steps else None,
             "state_bytes": writer.state_bytes,
+            **(context.compress.row if context.compress else {}),
         }

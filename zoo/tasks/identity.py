@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from zoo.config.groups import extensions
+from zoo.config.schema.eval import Compress
 from zoo.config.schema.model import Extension
 from zoo.config.stages import Stages, label, stages_of, trained_length
 from zoo.config.stored import as_before
@@ -66,6 +67,37 @@ def row_identity(
         "threads": torch.get_num_threads(),
         "audit": None,  # of a model that leaks, the reason
     }
+
+
+def compressed_identity(about: Row, compress: Compress) -> Row:
+    """The fields that differ where prompts are compressed: it counts as part of the extension.
+
+    Raises UserError where the scorer is no whole run and no checkpoint.
+    """
+    if compress.method is None:
+        return {}
+    method = compress.method.target.split(".")[-2]
+    options = plain(compress) | {"by": _scorer_name(compress.by)}
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:6]
+    scored = f" by {Path(compress.by).name}" if compress.by else ""
+    flattened = flat({"compress": plain(compress)})
+    return {
+        "arm": f"{about['arm']}, prompts by {compress.name} to {compress.rate:g}{scored}",
+        "compression": method,
+        "extension_settings": f"{about['extension_settings']}+{compress.name}-{digest}",
+        "extension_options": about["extension_options"] | flattened,
+    }
+
+
+def _scorer_name(by: str | None) -> list[Any] | None:
+    """What identifies a scorer's weights: a run's id and step; a checkpoint's files."""
+    if by is None:
+        return None
+    if (Path(by) / "run.json").is_file():
+        folder = RunFolder.open(by)
+        return [folder.info.get("id"), weights_of(folder)["train_steps"]]
+    files = sorted(Path(by).glob("*")) if Path(by).is_dir() else [Path(by)]
+    return [[file.name, file.stat().st_size] for file in files if file.is_file()]
 
 
 def weights_of(folder: RunFolder) -> Row:

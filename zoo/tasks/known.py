@@ -58,7 +58,8 @@ def known_besides(folder: RunFolder, about: Row, requested: Sequence[Row]) -> It
     of other tasks, at each length under the settings of the latest answer there. Of an extension
     under which a leak was seen after the last answer, the row that says so stands for all.
     """
-    alike = {name: value for name, value in about.items() if name not in EXTENDED}
+    apart = (*EXTENDED, "compression")
+    alike = {name: value for name, value in about.items() if name not in apart}
     every = [row for row in folder.rows() if row.keys() >= {"task", *EXTENDED}]
     leaks = _standing_leaks(every, alike)
     now_known = {about["extension_settings"]} if requested else set()  # audited again
@@ -105,9 +106,11 @@ def _standing_leaks(rows: Sequence[Row], weights: Row) -> dict[str, Row]:
     return found
 
 
-def _kind(row: Row) -> tuple[str, bool, bool]:
-    """Which code measures a row: its task, whether extended, whether of quantized weights."""
-    return row["task"], row["extension"] != "none", row.get("dtype") in get_args(Bits)
+def _kind(row: Row) -> tuple[str, bool, bool, bool]:
+    """Which code measures a row: its task, whether extended, whether of quantized weights, whether
+    of shortened prompts."""
+    quantized, shortened = row.get("dtype") in get_args(Bits), bool(row.get("compression"))
+    return row["task"], row["extension"] != "none", quantized, shortened
 
 
 def _alike(row: Row, latest: Row) -> bool:

@@ -16,7 +16,7 @@ What is low at every length was not learned: train with `data.passkey=`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from jaxtyping import Bool, Int
 
 from zoo.config.domains import Count, Lengths, Range, Seed
 from zoo.data.loader import evaluation_text
-from zoo.data.passkey import DIGITS, passkey_prompt, prompt_tokens, random_key, tokens
+from zoo.data.passkey import DIGITS, QUESTION, passkey_prompt, prompt_tokens, random_key, tokens
 from zoo.errors import refuse
 from zoo.measurement import Declaration, Quantity
 from zoo.report.statistics import wilson
@@ -70,6 +70,7 @@ class Passkey(Task):
             STATE,
         ),
     )
+    compresses: ClassVar[bool] = True
     lengths: Lengths | None = None
     depths: Annotated[int, Range(1, 1024)] = 5
     repeats: Annotated[int, Range(1, 1024)] = 10
@@ -97,6 +98,12 @@ class Passkey(Task):
             context.corpus.tokenizer.encode,
         )
         rows = max(1, chunk_tokens(context, BATCH_TOKENS) // length)
+        if context.compress:
+            asked = len(tokens(QUESTION, encode))
+            shortened = (
+                context.compress(one[:-asked].tolist(), one[-asked:].tolist()) for one in prompts
+            )
+            prompts, rows = [np.array(one) for one in shortened], 1  # of unequal lengths
         context.progress.begin(f"passkey at {length}", len(prompts) * length)
         right = []
         with context.arithmetic():
@@ -120,6 +127,7 @@ class Passkey(Task):
             "count": count,
             "digits": DIGITS,
             "state_bytes": state_bytes,
+            **(context.compress.row if context.compress else {}),
         }
 
     def _prompts(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import exp, log
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -78,6 +78,7 @@ class Perplexity(Task):
         ),
     )
     unidentifying = ("lengths", "protocols", "units", "stride", "chunk")  # a question has these
+    compresses: ClassVar[bool] = True
     lengths: Lengths | None = None
     protocols: (
         Annotated[
@@ -111,6 +112,10 @@ class Perplexity(Task):
     def answers(self, context: EvalContext, wanted: Sequence[Row]) -> Iterator[tuple[Row, Outcome]]:
         if not wanted:
             return
+        if context.compress and len(wanted) > 1:  # what one reads is not what another does
+            for question in wanted:
+                yield from self.answers(context, [question])
+            return
         reading = run_guarded(partial(self._reading, context, wanted[0]))
         if not reading.ok:  # no stretch is long enough
             yield from ((question, reading) for question in wanted)
@@ -143,6 +148,11 @@ class Perplexity(Task):
 
 def _check_protocol(context: EvalContext, protocol: str) -> None:
     causal = context.model.causal
+    if context.compress and protocol not in ("half_tail", "stride_tail"):
+        raise NotApplicableError(
+            f"protocol {protocol} scores a text from its first token on: there is nothing before "
+            "it to compress, as half_tail and stride_tail have"
+        )
     if causal == (protocol in MASKED):
         reads, other = ("what is behind", CAUSAL) if causal else ("both ways", MASKED)
         raise NotApplicableError(
@@ -191,7 +201,7 @@ class Reading:
         check_length(context.model, length)
         takers = self._takers(length)
         todo = self._windows(length)
-        rows = max(1, chunk_tokens(context, BATCH_TOKENS) // length)
+        rows = max(1, chunk_tokens(context, BATCH_TOKENS) // length) if not context.compress else 1
         context.progress.begin(f"perplexity at {length}", len(todo) * length)
         with context.arithmetic():
             for first in range(0, len(todo), rows):
@@ -214,6 +224,8 @@ class Reading:
     ) -> tuple[Float[np.ndarray, "b t"], Bool[np.ndarray, "b t"]]:
         """Nats of each predicted token of the windows, and which of them count."""
         context = self.context
+        if context.compress:
+            return self._after_compressed(batch[0], length, chunk)
         tokens = np.stack([self.text[unit, at : at + length + 1] for unit, at in batch])
         if self.hidden is None:
             nll, _ = score(context, tokens, chunk=chunk_tokens(context, chunk))
@@ -222,6 +234,25 @@ class Reading:
             np.stack([part[unit, at : at + length] for unit, at in batch]) for part in self.hidden
         )
         return fill(context, shown, tokens[:, :-1], masked), masked
+
+    def _after_compressed(
+        self, window: Window, length: int, chunk: int
+    ) -> tuple[Float[np.ndarray, "1 t"], Bool[np.ndarray, "1 t"]]:
+        """Nats of what is scored of a window, after what is left of the tokens before it."""
+        context, (unit, at) = self.context, window
+        ((_, tally),) = self.tallies[length]
+        assert context.compress is not None
+        scored = tally.windows[at]
+        before = self.text[unit, at : at + scored.start + 1]
+        left = np.asarray(context.compress(before.tolist()))
+        then = self.text[unit, at + scored.start + 1 : at + scored.stop + 1]
+        whole = np.concatenate([left, then])[None]
+        found, _ = score(context, whole, chunk=chunk_tokens(context, chunk))
+        nll = np.zeros((1, length))
+        nll[0, scored] = found[0, len(left) - 1 :]
+        wanted = np.zeros((1, length), bool)
+        wanted[0, scored] = True
+        return nll, wanted
 
     def _count(
         self,
@@ -266,6 +297,7 @@ class Reading:
             "unit_bits": units,
             "interval": interval(units),
             "state_bytes": state_bytes,
+            **(self.context.compress.row if self.context.compress else {}),
             "positions_file": path.relative_to(self.context.folder).as_posix(),
         }
         if question["protocol"] == "blocks":

@@ -30,6 +30,8 @@ class Task:
     """
 
     declares: ClassVar[Declaration]
+    # Whether `measure` reads what EvalContext.compress leaves of its prompts.
+    compresses: ClassVar[bool] = False
     # Settings that do not change an answer: which questions are asked, and how a text is cut.
     unidentifying: ClassVar[tuple[str, ...]] = ("lengths", "chunk")
 

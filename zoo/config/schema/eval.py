@@ -6,9 +6,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from zoo.config.schema.data import DataPlace
 from zoo.config.schema.model import Extension
-from zoo.config.schema.sections import Section, TaskPart
+from zoo.config.schema.sections import CompressionPart, Section, TaskPart
 from zoo.config.schema.trainer import Logger
-from zoo.config.schema.values import Path, Switch, Threads
+from zoo.config.schema.values import Name, Number, Path, Switch, Threads
 from zoo.errors import refuse
 
 
@@ -19,6 +19,17 @@ def _folders(value: Any) -> Any:
     if not every or not all(isinstance(one, str) and one for one in every):
         raise ValueError("must be a run folder, a pattern or a list of them")
     return value
+
+
+class Compress(Section):
+    """How the prompts that a task has a model read are shortened."""
+
+    name: Name = "none"
+    by: Path | None = Field(default=None, description="run or checkpoint that scores the tokens")
+    rate: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="tokens kept over tokens there are"
+    )
+    method: CompressionPart | None = None
 
 
 class EvalConfig(Section):
@@ -34,6 +45,7 @@ class EvalConfig(Section):
     data: DataPlace = Field(default_factory=DataPlace, description="where the runs' text is now")
     task: dict[str, TaskPart]
     extension: Extension
+    compress: Compress = Field(default_factory=Compress, description="of prompts")
     logger: Logger
     runs: Path = Field(description="folder that holds the run folders")
     split: Literal["train", "valid", "test"] = Field(description="part of the corpus to measure on")

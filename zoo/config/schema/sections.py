@@ -99,5 +99,9 @@ class DataPart(Part):
     home: ClassVar[str] = "zoo.data."
 
 
+class CompressionPart(Part):
+    home: ClassVar[str] = "zoo.compression."
+
+
 class AttentionPart(Part):
     home: ClassVar[str] = "zoo.attention."

@@ -1,0 +1,178 @@
+"""`zoo compress`, and compressed prompts under every task."""
+
+import resource
+import time
+from pathlib import Path
+
+import pytest
+from building import train_on_text
+
+from zoo.cli import eval as eval_program
+from zoo.cli.compress import main
+from zoo.config.groups import choices
+from zoo.runs.folder import RunFolder
+
+TEXT = "The river moved in the dark. Nobody spoke, and the house was still.\n\n" * 8
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with two runs, runs/reader and runs/scorer."""
+    place = tmp_path_factory.mktemp("work")
+    steps = ["trainer.max_steps=2", "batch_tokens=256", "valid_windows=2", f"runs={place}/runs"]
+    train_on_text(place, "name=reader", *steps)
+    data = ["data=text", f"data.path={place}/text", f"data.cache={place / 'cache'}", "seq_len=32"]
+    from zoo.cli.train import main as train
+
+    more = ["model=mamba", "size=tiny", "match=none", "logger=none", "name=scorer"]
+    assert train([*data, *more, *steps]) == 0
+    return place
+
+
+@pytest.fixture
+def here(trained, monkeypatch) -> Path:
+    monkeypatch.chdir(trained)
+    Path("text.txt").write_text(TEXT)
+    return trained
+
+
+def test_a_file_is_shortened_and_what_was_dropped_is_shown(here, capfd):
+    words = ["file=text.txt", "by=runs/scorer", "rate=0.4", "to=short.txt", "html=shown.html"]
+    assert main([*words, "marked=marked.txt", "question=Who spoke?"]) == 0
+    short, shown = Path("short.txt").read_text(), Path("shown.html").read_text()
+    whole = len(TEXT) + len("Who spoke?")
+    assert abs(len(short) / whole - 0.4) < 0.02
+    assert f"{len(short)} of {whole} tokens are left" in capfd.readouterr().err.replace(",", "")
+    assert "<del>" in shown
+    marked = Path("marked.txt").read_text()
+    assert marked.replace("[-", "").replace("-]", "") == TEXT + "Who spoke?"
+    assert main(["file=text.txt", "by=runs/scorer", "tokens=1k"]) == 0
+    assert capfd.readouterr().out == TEXT  # within the budget
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    {
+        b"": "file=case.txt: is empty. Give a longer text.",
+        b"x": "file=case.txt: has 1 token, and one must be left. Give a longer text.",
+        b"\xff\xfe\x00\x01" * 9: "file=case.txt: must be text in UTF-8, and this is binary.",
+        b"text\0text": "file=case.txt: must be text, and this has bytes of zero.",
+    }.items(),
+)
+def test_what_is_no_text_or_too_short_is_refused_in_one_line(content, told, here, capfd):
+    Path("case.txt").write_bytes(content)
+    for method in choices("compress"):
+        if method == "none":
+            continue
+        by = ["by=runs/scorer"] * (method != "truncation")
+        words = ["file=case.txt", *by, f"method={method}", "rate=0.5", "to=never.txt"]
+        assert main(words) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert told in line
+        assert not Path("never.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    {
+        "by=runs/scorer rate=0.5": "file=: must be given",
+        "file=text.txt by=runs/scorer": "rate=: must be given, or tokens=, and not both.",
+        "file=text.txt by=runs/scorer rate=0.5 tokens=9": "must be given, or tokens=, and not both",
+        "file=text.txt by=runs/scorer rate=1.5": "rate=1.5: must be",
+        "file=text.txt by=runs/scorer tokens=-1": "tokens=-1: must be a number of tokens",
+        "file=text.txt rate=0.5": "by=: must be given for method=llmlingua.",
+        "file=text.txt by=runs/none rate=0.5": "runs/none",
+        "file=gone.txt by=runs/scorer rate=0.5": "file=gone.txt: cannot be read",
+        "file=text.txt by=runs/scorer rate=0.5 method=lingua": "Did you mean 'llmlingua'?",
+        "file=text.txt by=runs/scorer rate=0.5 method.segmnt=3": "segment",
+        "file=text.txt by=runs/scorer rate=0.5 method=longllmlingua": "must have a question",
+        "file=text.txt by=runs/scorer rate=0.5 method=selective_context method.unit=x": "unit=x",
+        "file=text.txt by=runs/scorer rate=0.5 to=gone/x.txt": "to=gone/x.txt: must be in a folder",
+    }.items(),
+)
+def test_a_mistake_is_refused_in_one_line(words, told, here, capfd):
+    assert main(words.split()) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert told in line
+
+
+def measure(run: str, *words: str) -> tuple[int, list[dict]]:
+    small = ["report=null", "logger=none", *words]
+    code = eval_program.main([f"run=runs/{run}", *small])
+    return code, RunFolder.open(f"runs/{run}").rows()
+
+
+def test_prompts_are_compressed_under_tasks_and_extensions_in_rows_of_their_own(here):
+    shorter = ["compress=llmlingua", "compress.by=runs/scorer", "compress.rate=0.5"]
+    perplexity = ["task=perplexity", "task.perplexity.lengths=[64]", "task.perplexity.units=2"]
+    perplexity.append("task.perplexity.stride=16")
+    protocols = "task.perplexity.protocols=[half_tail,stride_tail]"
+    assert measure("reader", *perplexity)[0] == 0
+    plain = {row["extension_settings"] for row in RunFolder.open("runs/reader").rows()}
+    code, rows = measure("reader", *perplexity, protocols, *shorter)
+    assert code == 0
+    own = [row for row in rows if row["extension_settings"] not in plain]
+    assert {row["protocol"] for row in own} == {"half_tail", "stride_tail"}
+    for row in own:
+        assert row["status"] == "ok"
+        assert row["arm"] == "transformer, prompts by llmlingua to 0.5 by scorer"
+        read, given = row["prompt_tokens_read"], row["prompt_tokens_given"]
+        assert abs(read / given - 0.5) < 0.1  # prompts of some thirty tokens
+    before = len(rows)
+    assert measure("reader", *perplexity, protocols, *shorter)[0] == 0
+    assert len(RunFolder.open("runs/reader").rows()) == before  # known
+
+    passkey = ["task=passkey", "task.passkey.lengths=[128]", "task.passkey.repeats=1"]
+    code, rows = measure("reader", *passkey, *shorter, "extension=dca")
+    assert code == 0
+    assert rows[-1]["arm"] == "transformer + dca, prompts by llmlingua to 0.5 by scorer"
+    assert rows[-1]["status"] == "ok"
+    code, rows = measure("reader", "task=generate", "task.generate.prompt='The river moved on'",
+                         "task.generate.tokens=4", *shorter)  # fmt: skip
+    assert code == 0
+    assert rows[-1]["prompt_tokens"] == 9
+
+
+def test_a_task_without_a_prompt_says_so_and_settings_of_nothing_are_refused(here, capfd):
+    shorter = ["compress=truncation", "compress.rate=0.5"]
+    assert measure("reader", "task=speed", *shorter)[0] == 2
+    assert "has no prompt that compress=truncation could shorten" in capfd.readouterr().err
+    for words, told in {
+        "compress.rate=0.5": "compress.rate=0.5: compress=none has no settings.",
+        "compress=llmlingua compress.rate=0.5": "compress.by=: must be given",
+        "compress=llmlingua compress.rate=0.5 compress.by=runs/gone": "compress.by=runs/gone: must",
+        "compress=truncation compress.rate=0.5 compress.by=runs/scorer": "scores nothing",
+        "compress=truncation compress.rate=2": "compress.rate=2: must be",
+    }.items():
+        assert measure("reader", "task=passkey", *words.split())[0] == 2
+        assert told in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_64k_tokens_are_compressed_under_30_seconds_in_constant_memory(tmp_path, capfd):
+    """By a recurrent scorer of size small, on two cores; time as the processor's own."""
+    from building import write_text
+
+    from zoo.cli.train import main as train
+
+    data = ["data=text", f"data.path={write_text(tmp_path)}", f"data.cache={tmp_path / 'cache'}"]
+    few = [
+        "trainer.max_steps=1",
+        "batch_tokens=512",
+        "seq_len=64",
+        "valid_windows=1",
+        "logger=none",
+    ]
+    place = ["name=scorer", f"runs={tmp_path}/runs", "model=mamba", "size=small"]
+    assert train([*data, *few, *place]) == 0
+    whole = (TEXT * 200)[:65536]
+    peaks = []
+    for tokens in (8192, 65536):
+        (tmp_path / "text.txt").write_text(whole[:tokens])
+        words = [f"file={tmp_path}/text.txt", f"by={tmp_path}/runs/scorer", "rate=0.25"]
+        began = time.process_time()
+        assert main([*words, f"to={tmp_path}/short.txt"]) == 0
+        spent = time.process_time() - began
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert spent < 60  # both cores
+    assert peaks[1] - peaks[0] < 64 * 1024  # KiB: pieces of text, no cache that grows

@@ -1,0 +1,29 @@
+"""The information of tokens, whatever the chunks that they are read in."""
+
+import numpy as np
+import pytest
+from texts import information, scorer, text
+
+from zoo.compression import scorer as module
+from zoo.errors import UserError
+
+
+@pytest.mark.parametrize("model", ["mamba", "transformer", "rwkv7"])
+def test_the_information_is_minus_log_p_in_any_chunks_and_a_prefix_is_read_once(model, monkeypatch):
+    scored, tokens = scorer(model), [*text(0, 1).encode()]
+    expected = information(scored, [], tokens)
+    for chunk in (7, 4096):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        start = scored.start()
+        np.testing.assert_allclose(scored.information(start, tokens), expected, rtol=1e-8)
+        prefix = scored.read(start, tokens[:50])
+        for _ in range(2):  # a prefix is no place that a reading moves on
+            found = scored.information(prefix, tokens[50:])
+            np.testing.assert_allclose(found, expected[50:], rtol=1e-8)
+
+
+def test_a_scorer_that_cannot_read_so_far_is_refused_in_one_line():
+    scored = scorer("learned")
+    with pytest.raises(UserError, match=r"by=: reads at most 64 tokens, and here are") as error:
+        scored.information(scored.start(), [1] * 100)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,1 @@
+"""Prompt compression: which tokens of a text another model need not read."""

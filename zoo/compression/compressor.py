@@ -1,0 +1,66 @@
+"""Compression of the prompts that tasks have a model read, under the options compress.*."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoo.compression.prompt import compressed, prompt_of
+from zoo.compression.scorer import Scorer
+from zoo.config.schema.eval import Compress
+from zoo.data.tokenizers import Tokenizer
+from zoo.model.language_model import load_language_model
+
+
+@dataclass
+class Compressor:
+    """Shortens prompts in the tokens of the model that reads them.
+
+    Attributes:
+        scorer: of the method; None for one that reads nothing.
+        reader: the reading model's tokenizer.
+        read, given: tokens that prompts were left with, and had.
+    """
+
+    config: Compress
+    scorer: Scorer | None
+    reader: Tokenizer
+    read: int = 0
+    given: int = 0
+    _known: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)
+
+    def __call__(self, tokens: Sequence[int], question: Sequence[int] = ()) -> list[int]:
+        """The tokens of a prompt that are left, a question's behind them.
+
+        Args:
+            tokens: of the prompt, without the question.
+            question: of what is asked for in the end. The methods may shorten it.
+        """
+        key = (tuple(map(int, tokens)), tuple(map(int, question)))
+        if key not in self._known:
+            self._known = {key: self._shortened(*key)}  # a task asks for one several times
+        kept = self._known[key]
+        self.read, self.given = self.read + len(kept), self.given + len(tokens) + len(question)
+        return kept
+
+    def _shortened(self, tokens: Sequence[int], question: Sequence[int]) -> list[int]:
+        assert self.config.method is not None
+        text, asked = ("".join(self.reader.decode(part)) for part in (tokens, question))
+        tokenizer = self.scorer.tokenizer if self.scorer else self.reader
+        prompt = prompt_of(text, tokenizer, question=asked)
+        kept = compressed(self.config.method.load(), self.scorer, prompt, rate=self.config.rate)
+        if tokenizer.name == self.reader.name:
+            return prompt.tokens(kept)
+        return self.reader.tokens(prompt.text(kept))
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What a row says of the prompts since the last one."""
+        read, given, self.read, self.given = self.read, self.given, 0, 0
+        return {"prompt_tokens_read": read, "prompt_tokens_given": given}
+
+
+@functools.lru_cache(maxsize=1)
+def scorer_of(path: str, device: str) -> Scorer:
+    """The run or the checkpoint that scores, opened once for all runs that are measured."""
+    return Scorer(load_language_model(path, device=device), "compress.by")

@@ -1,0 +1,88 @@
+"""A language model that says how much each token of a text tells: I(x_t) = -log p(x_t | x_<t).
+
+It reads the text once, a chunk at a time, from a state: a recurrent model in constant memory, at
+any length. What was read is a `Prefix`, from which several continuations may be scored.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from zoo.errors import refuse
+from zoo.model.arithmetic import arithmetic
+from zoo.model.backbone import BackboneState
+from zoo.model.language_model import LanguageModel
+from zoo.ops.dtypes import wide_dtype
+
+CHUNK, MAX_LOGITS = 2048, 2**24  # tokens that are read at a time, and numbers of their logits
+
+
+class Prefix(NamedTuple):
+    """A text that was read: the state after it, and the logits of what may follow."""
+
+    state: BackboneState
+    logits: Float[Tensor, " v"]
+
+
+class Scorer:
+    """A causal model as the scorer of a compression.
+
+    Args:
+        model: a run's or a checkpoint's.
+        option: what names it, for a refusal.
+    """
+
+    def __init__(self, model: LanguageModel, option: str = "by") -> None:
+        self.model, self.option, self.tokenizer = model, option, model.tokenizer
+        if not model.backbone.causal:
+            rule = "reads its text both ways, so it gives no token a probability after those before"
+            refuse(option, type(model.backbone.sublayers()[0]).__name__, rule, "Use a causal model")
+
+    def start(self) -> Prefix:
+        """The empty text: the token that ends a document, as every text begins after one."""
+        empty = self.model.backbone.empty_state(1)
+        return self.read(Prefix(empty, torch.empty(0)), [self.tokenizer.end])
+
+    def read(self, prefix: Prefix, tokens: Sequence[int]) -> Prefix:
+        """The prefix with these tokens after it."""
+        for chunk in self._chunks(tokens):
+            logits, state = self._forward(prefix, chunk)
+            prefix = Prefix(state, logits[-1].clone())
+        return prefix
+
+    def information(self, prefix: Prefix, tokens: Sequence[int]) -> Float[np.ndarray, " t"]:
+        """I(x_t), in nats, of each token after the prefix and those before it.
+
+        Raises:
+            UserError: the model cannot read so many tokens.
+        """
+        found = [np.zeros(0)]
+        for chunk in self._chunks(tokens):
+            logits, state = self._forward(prefix, chunk)
+            ahead = torch.cat([prefix.logits[None], logits[:-1]])
+            wide = ahead.to(wide_dtype(ahead)).log_softmax(-1)
+            at = torch.tensor(chunk, device=wide.device)
+            found.append(-wide.gather(-1, at[:, None])[:, 0].double().cpu().numpy())
+            prefix = Prefix(state, logits[-1])
+        return np.concatenate(found)
+
+    def _forward(
+        self, prefix: Prefix, tokens: Sequence[int]
+    ) -> tuple[Float[Tensor, "t v"], BackboneState]:
+        model, most = self.model.backbone, self.model.backbone.max_length
+        after = prefix.state.tokens_seen + len(tokens)
+        if most is not None and after > most:
+            rule = f"reads at most {most:,} tokens, and here are {after:,} or more"
+            refuse(self.option, "", rule, "Score by a model without such a limit")
+        batch = torch.tensor([tokens], device=self.model.device)
+        with arithmetic(model, self.model.precision, self.model.device):
+            logits, state = model(batch, prefix.state)
+        return logits[0], state
+
+    def _chunks(self, tokens: Sequence[int]) -> list[list[int]]:
+        size = max(1, min(CHUNK, MAX_LOGITS // self.model.backbone.vocab_size))
+        return [[*tokens[at : at + size]] for at in range(0, len(tokens), size)]
