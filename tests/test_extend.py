@@ -473,3 +473,26 @@ def test_an_option_of_an_extension_acts_or_is_refused(name, option, tiny):
             return
         accepted += found is not None
     assert not accepted, f"extension.{option} changes nothing under extension={name}"
+
+
+@pytest.mark.parametrize("name", ["dynamic_ntk", "dynamic_yarn"])
+def test_a_scaling_by_the_length_may_change_at_every_token(name, tiny):
+    """Row t is attention under the frequencies of a text of t + 1 tokens: s = l / L."""
+    mixer = extend(tiny("transformer"), extension(name, "extension.step=1"), TRAINED).sublayers()[0]
+    x = torch.randn(1, 3 * TRAINED, mixer.q_proj.in_features, dtype=torch.float64)
+    rows = []
+    for t in range(x.shape[1]):
+        static = tiny("transformer")
+        if t >= TRAINED:
+            factor = f"extension.factor={(t + 1) / TRAINED}"
+            extend(static, extension(name.removeprefix("dynamic_"), factor), TRAINED)
+        rows.append(static.sublayers()[0](x[:, : t + 1])[:, -1:])
+    expected = torch.cat(rows, 1)
+    torch.testing.assert_close(mixer(x), expected, rtol=1e-8, atol=1e-9)
+    one, state = mixer(x[:, :21], mixer.empty_state(1))
+    two, _ = mixer(x[:, 21:], state)
+    torch.testing.assert_close(torch.cat([one, two], 1), expected, rtol=1e-8, atol=1e-9)
+    for other in ("pi", "dca"):
+        with pytest.raises(UserError, match=r"extension\.step=1: extension=") as error:
+            extend(tiny("transformer"), extension(other, "extension.step=1"), TRAINED)
+        assert "\n" not in str(error.value)

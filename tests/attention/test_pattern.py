@@ -63,6 +63,10 @@ def by_rerope(i, j, window=4):
     return min(i - j, window)
 
 
+def by_leaky_rerope(i, j, window=4, leak=0.25):
+    return i - j if i - j < window else window + leak * (i - j - window)
+
+
 def by_parallel(i, j, window=6, windows=4):
     """Windows side by side at 0 .. window - 1, the task behind them."""
     context = window * windows
@@ -88,6 +92,10 @@ CASES = {
     "lm_infinite": (LMInfinite(scaling, original_length=5, sinks=2), by_lm_infinite),
     "self_extend": (SelfExtend(scaling, original_length=8, group=3, window=4), by_self_extend),
     "rerope": (ReRoPE(scaling, original_length=8, window=4), by_rerope),
+    "leaky_rerope": (
+        ReRoPE(scaling, original_length=8, window=4, leak=0.25),
+        by_leaky_rerope,
+    ),
     "pcw": (ParallelWindows(scaling, original_length=8, windows=4), by_parallel),
     "structured": (
         ParallelWindows(scaling, original_length=8, windows=4, rescaled=True),

@@ -11,7 +11,8 @@ from zoo.cli.listing import KINDS
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 LINKED = ("models", "extensions", "recipes", "compressions")
-WITHOUT_PAPER = {"none", "window", "learned", "lstm", "ntk", "dynamic_ntk", "rerope", "llama3"}
+WITHOUT_PAPER = {"none", "window", "learned", "lstm", "ntk", "dynamic_ntk", "llama3"}
+WITHOUT_PAPER |= {"rerope", "leaky_rerope"}
 
 
 def test_the_readme_is_up_to_date():

@@ -122,3 +122,52 @@ def test_impossible_settings_are_refused_in_one_line(kind, options, told):
     with pytest.raises(ValueError, match=told) as caught:
         kind(width=WIDTH, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("beyond", ["clamped", "periodic"])
+def test_cosformer_goes_on_beyond_its_reference_length_in_any_chunks(beyond):
+    """s_ij = relu(q_i) . relu(k_j) cos(pi (p_i - p_j) / 2M) of the places that the form gives."""
+    M = 5
+    mixer, x = built(CosFormer, heads=2, reference_length=M, beyond=beyond)
+    q, k, v = (heads(p(x), 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    places = torch.tensor([min(i, M) if beyond == "clamped" else i % M for i in range(T)]).double()
+    scores = torch.einsum("bihd,bjhd->bhij", q.relu(), k.relu())
+    scores = scores * torch.cos(math.pi * (places[:, None] - places) / (2 * M))
+    assert (scores > -1e-12).all()
+    weights = scores.tril() / scores.tril().sum(-1, keepdim=True).clamp(min=1e-6)
+    y = mixer.o_proj(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(-2))
+    torch.testing.assert_close(mixer(x), y)
+    one, state = mixer(x[:, :7], mixer.empty_state(2))
+    two, _ = mixer(x[:, 7:], state)
+    torch.testing.assert_close(torch.cat([one, two], 1), y)
+    within = CosFormer(width=WIDTH, heads=2, reference_length=M).double()
+    within.load_state_dict(mixer.state_dict())
+    torch.testing.assert_close(within(x[:, :M]), y[:, :M])
+
+
+def test_mamba2_with_groups_has_their_own_maps_and_norm():
+    mixer, x = built(Mamba2, heads=4, head_width=8, state_size=3, groups=2)
+    z, u, dt = mixer.in_proj(x).split([32, 32 + 12, 4], -1)
+    padded = F.pad(u, (0, 0, 3, 0))
+    taps = torch.stack([padded[:, i : i + T] for i in range(4)], -1)
+    u = F.silu((taps * mixer.conv_weight).sum(-1) + mixer.conv_bias)
+    values, Bs, Cs = u.split([32, 6, 6], -1)
+    values, Bs, Cs = heads(values, 4), heads(Bs, 2), heads(Cs, 2)
+    dt = torch.log1p(torch.exp(dt + mixer.dt_bias))
+    outs = torch.zeros(2, T, 4, 8, dtype=torch.float64)
+    for head in range(4):
+        h = torch.zeros(2, 8, 3, dtype=torch.float64)
+        for t in range(T):
+            decay = torch.exp(-mixer.A_log[head].exp() * dt[:, t, head])[:, None, None]
+            step = dt[:, t, head, None, None] * values[:, t, head, :, None]
+            h = decay * h + step * Bs[:, t, None, head // 2]
+            outs[:, t, head] = (h * Cs[:, t, None, head // 2]).sum(-1)
+            outs[:, t, head] += mixer.D[head] * values[:, t, head]
+    y = outs.flatten(-2) * F.silu(z)
+    y = torch.cat([root_mean_square(y[..., :16]), root_mean_square(y[..., 16:])], -1)
+    torch.testing.assert_close(mixer(x), mixer.out_proj(y * mixer.norm.weight))
+    one, state = mixer(x[:, :5], mixer.empty_state(2))
+    two, _ = mixer(x[:, 5:], state)
+    torch.testing.assert_close(torch.cat([one, two], 1), mixer(x))
+    with pytest.raises(ValueError, match="groups=3: must divide heads=4"):
+        Mamba2(width=WIDTH, heads=4, groups=3)

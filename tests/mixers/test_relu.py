@@ -15,7 +15,13 @@ WIDTH, HEADS, D = 16, 4, 4
 VARIANTS = [
     {"kernel": kernel, "normalise": normalise, "positions": positions, "gated": gated}
     for kernel in ("relu", "squared_relu")
-    for normalise, gated in (("length", False), ("sum", False), ("rms", False), ("rms", True))
+    for normalise, gated in (
+        ("length", False),
+        ("sum", False),
+        ("rms", False),
+        ("rms", True),
+        ("root", False),
+    )
     for positions in (Rope, ALiBi, NoPositions)
 ]
 
@@ -59,6 +65,8 @@ def dense(mixer: ReLUAttention, x: torch.Tensor, causal: bool) -> torch.Tensor:
             weights = weights**2 if mixer.kernel == "squared_relu" else weights
             if mixer.normalise == "length":
                 weights = weights / seen
+            if mixer.normalise == "root":
+                weights = weights / math.sqrt(seen / 2)
             if mixer.normalise == "sum":
                 weights = weights / weights.sum(-1, keepdim=True).clamp(min=EPS)
             heads.append((weights[..., None] * v[:, :seen, h]).sum(1))
@@ -128,7 +136,7 @@ def test_after_a_window_is_carried_queries_divide_by_the_keys_that_are_left():
     [
         ({"heads": 3}, "heads=3: must divide width=16"),
         ({"kernel": "gelu"}, "kernel=gelu: must be relu or squared_relu. Did you mean 'relu'"),
-        ({"normalise": "softmax"}, "normalise=softmax: must be length, sum or rms"),
+        ({"normalise": "softmax"}, "normalise=softmax: must be length, sum, rms or root"),
         ({"gated": True}, "gated=true: acts with normalise=rms, here it is length"),
         ({"positions": ALiBi, "causal": False}, "causal attention alone"),
         ({"positions": T5}, "positions=t5: must be rope, alibi or none"),

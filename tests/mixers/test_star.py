@@ -133,3 +133,18 @@ def test_wrong_arguments_are_refused_in_one_line(options, message):
     with pytest.raises(ValueError, match=message) as error:
         Star(**{"width": WIDTH, "heads": HEADS, **options})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_satellites_may_have_the_papers_norm_after_a_relu(causal):
+    torch.manual_seed(0)
+    made = {"width": WIDTH, "heads": HEADS, "block": BLOCK, "causal": causal}
+    plain, normed = Star(**made).double(), Star(**made, satellite_norm=True).double()
+    normed.load_state_dict(
+        plain.state_dict() | normed.satellite_norm.state_dict(prefix="satellite_norm.")
+    )
+    x = tokens(14)
+    out = F.relu(plain(x))
+    centred = out - out.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(normed(x), expected, **EXACT)

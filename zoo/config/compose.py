@@ -110,7 +110,7 @@ def _swept_values(override: Override) -> list[str]:
 
 def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
     """What the YAML files and single-valued options make, names and values as they were given."""
-    also = [*groups(program), "extension.composition"]
+    also = [*groups(program), "extension.composition", "extension.step"]
     if program == "train":
         also += [f"model.{key}" for key, f in Model.model_fields.items() if not f.is_required()]
     if {"resume", "finetune"} & {override.key_or_group for override in overrides}:

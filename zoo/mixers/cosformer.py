@@ -8,14 +8,20 @@ The cosine of a difference splits, so s_ij is a product of [q' cos a_i, q' sin a
 [k' cos a_j, k' sin a_j] with a_i = pi i / 2M (eq. 10): linear attention with twice the channels.
 
 M, `reference_length`, bounds the distance: at distance M the weight is 0, and beyond it would be
-negative, so M is also `max_length`. The authors' program takes M from the text at hand, which lets
-outputs depend on the length to come; here it is fixed. The paper's locality comes with M equal to
-the training length; a larger M flattens the cosine over the trained distances in exchange for the
-right to read on. The state is the sums of both halves, in float32, and the tokens read.
+negative. The authors' program takes M from the text at hand, which lets outputs depend on the
+length to come; here it is fixed, the paper's locality comes with M equal to the training length,
+and `beyond` says what the place i of a token from M on counts as:
+
+    refuse      nothing: M is the most tokens that are read
+    clamped     M: later tokens weigh alike, more than early ones, of which the first weighs 0
+    periodic    i mod M: the cosine is of the difference of two places in their stretches of M
+
+In each the weights stay as they are within M, and at least 0. The state is the sums of both halves,
+in float32, and the tokens read.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -40,7 +46,8 @@ class CosFormer(MultiHead):
     Args:
         width: channels of the input and the output.
         heads: heads, which must divide the width.
-        reference_length: M, the most tokens that can be read.
+        reference_length: M.
+        beyond: refuse, clamped or periodic, what places from M on count as.
         backend: of zoo.ops.linear_attention.
         causal: False for the bidirectional form.
         layer, layers: this layer's index and the number of layers.
@@ -52,13 +59,15 @@ class CosFormer(MultiHead):
         width: int,
         heads: Positive,
         reference_length: Positive,
+        beyond: Literal["refuse", "clamped", "periodic"] = "refuse",
         backend: str = "auto",
         causal: bool = True,
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__(width, heads, causal=causal, backend=backend)
-        self.max_length = self.reference_length = reference_length
+        self.reference_length, self.beyond = reference_length, beyond
+        self.max_length = reference_length if beyond == "refuse" else None
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
     def forward(
@@ -66,7 +75,7 @@ class CosFormer(MultiHead):
     ) -> MixerOutput:
         start = state.tokens_seen if state else 0
         end = start + x.shape[1]
-        if end > self.reference_length:
+        if self.max_length is not None and end > self.max_length:
             raise ValueError(
                 f"cosformer reads at most {self.max_length} tokens and was given {end}"
             )
@@ -84,6 +93,10 @@ class CosFormer(MultiHead):
         """[x cos a, x sin a] with a = pi i / 2M at positions start, start + 1, ..."""
         wide = wide_dtype(self.o_proj.weight)
         i = torch.arange(start, start + x.shape[1], device=x.device, dtype=torch.float64)
+        if self.beyond == "clamped":
+            i = i.clamp(max=self.reference_length)
+        elif self.beyond == "periodic":
+            i = i % self.reference_length
         a = (math.pi / 2 / self.reference_length * i)[:, None, None]
         return torch.cat([x * a.cos().to(wide), x * a.sin().to(wide)], -1)
 

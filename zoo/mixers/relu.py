@@ -8,7 +8,10 @@
 `normalise` is N_t: `length`, the number of keys that t sees (the paper's L^-1; there L is the whole
 sequence, which a causal model cannot know); `sum`, sum_j f(s_tj); `rms`, the root mean square of
 the unnormalised output over all heads, times a learned gain g (ReLA: Zhang 2021, section 3.2):
-g o / RMS(o), and where `gated` times sigmoid(w o). A query whose scores are all negative reads 0.
+g o / RMS(o), and where `gated` times sigmoid(w o); `root`, sqrt(n/2) of the n keys that t sees,
+which keeps the variance of the values, as half of the scores are positive (Shen 2023, arXiv
+2302.06461; without the losses that regularise its weights). A query whose scores are all negative
+reads 0.
 
 Under positions=alibi the bias joins the score before f, which makes of it a horizon: key j counts
 only while q_t.k_j / sqrt(head_width) > slope (t - j), and not at all beyond. The state is as
@@ -42,7 +45,7 @@ class ReLUAttention(MultiHead):
         width: channels of the input and the output.
         heads: heads, which must divide the width.
         kernel: relu or squared_relu, f.
-        normalise: N_t: length, sum or rms.
+        normalise: N_t: length, sum, rms or root.
         gated: with normalise=rms, times sigmoid(w o).
         positions: rope, alibi or none.
         rope_base: base of the rotary frequencies.
@@ -59,7 +62,7 @@ class ReLUAttention(MultiHead):
         width: int,
         heads: Positive,
         kernel: Literal["relu", "squared_relu"] = "relu",
-        normalise: Literal["length", "sum", "rms"] = "length",
+        normalise: Literal["length", "sum", "rms", "root"] = "length",
         gated: bool = False,
         positions: Callable[..., Any] = Rope,
         backend: str = "auto",
@@ -109,11 +112,13 @@ class ReLUAttention(MultiHead):
             return (
                 self.norm(o) if self.gate is None else self.norm(o) * torch.sigmoid(self.gate * o)
             )
-        if not self.causal:
-            return o / k.shape[1]
-        return (
-            o / torch.arange(k.shape[1] - q.shape[1] + 1, k.shape[1] + 1, device=o.device)[:, None]
-        )
+        seen: int | Tensor = k.shape[1]
+        if self.causal:
+            first = k.shape[1] - q.shape[1] + 1
+            seen = torch.arange(first, k.shape[1] + 1, device=o.device)[:, None]
+        if self.normalise == "length":
+            return o / seen
+        return o / (torch.as_tensor(seen, device=o.device).to(o.dtype) / 2).sqrt()
 
     def empty_state(self, batch: int) -> KeyValues:
         weight = self.k_proj.weight

@@ -21,9 +21,10 @@ each block to the next. So what lies back more than `layers` tokens is seen only
 complete, up to c tokens late, and from farther than the last block only as far as one vector of the
 layer's width carried it.
 
-Departures: satellites have no LN(ReLU(.)) of their own, as the block's norm, residual sum and
-feed-forward stand there; a learned vector for each place in the list (before, own, after, e, s) is
-added to the keys, instead of positions added to e, which would end with the trained length.
+Departures: satellites have an LN(ReLU(.)) of their own with `satellite_norm` alone, as the block's
+norm, residual sum and feed-forward stand there; a learned vector for each place in the list
+(before, own, after, e, s) is added to the keys, instead of positions added to e, which would end
+with the trained length.
 """
 
 from typing import Any, ClassVar, NamedTuple
@@ -71,6 +72,7 @@ class Star(MultiHead):
         width: channels of the input and the output (d).
         heads: heads, which must divide the width.
         block: tokens until the relay moves on (c); for the causal form.
+        satellite_norm: h_i <- LN(ReLU(MultiAtt(..))), as the paper's algorithm 1.
         backend: of zoo.ops.attention.
         causal: False for the published form.
         layer, layers: this layer's index and the number of layers.
@@ -84,6 +86,7 @@ class Star(MultiHead):
         width: int,
         heads: Positive,
         block: Positive = 32,
+        satellite_norm: bool = False,
         backend: str = "auto",
         causal: bool = True,
         layer: int = 0,
@@ -99,6 +102,7 @@ class Star(MultiHead):
         self.relay_q, self.relay_k, self.relay_v = (linear(width, width) for _ in range(3))
         self.relay_o = linear(width, width)
         self.relay_norm = nn.LayerNorm(width)
+        self.satellite_norm = nn.LayerNorm(width) if satellite_norm else None
         if causal:
             self.first_relay = nn.Parameter(torch.randn(width))
 
@@ -124,6 +128,8 @@ class Star(MultiHead):
         visible = self._visible(x, first=last is None)
         out, _ = attend_per_key(q, keys, values, bias=bias, visible=visible)
         y = self.o_proj(out.flatten(-2))
+        if self.satellite_norm is not None:
+            y = self.satellite_norm(F.relu(y))
         if state is None:
             return y
         return y, StarState(relay, k[:, -1:], v[:, -1:], start + x.shape[1])

@@ -52,6 +52,9 @@ def extend(model: Backbone, extension: Extension, seq_len: int) -> Backbone:
     schemes = position_schemes(model)
     check_applies(extension, {declared_by(scheme) for scheme in schemes})
     check_composition(extension, model.stages)
+    if extension.step is not None and (extension.scaling is None or _is_trained(extension)):
+        rule = f"extension={extension.name} has no scaling that changes in steps"
+        refuse("extension.step", extension.step, rule, "Leave it out.")
     length = original_length(extension, model.stages, seq_len)
     own = extension.model_copy(update={"original_length": length})
     stages = (*model.stages, (own, seq_len))
@@ -234,6 +237,11 @@ def _scaled(rope: Rope, extension: Extension, under: Frequencies | None) -> Freq
 
     within = _built(scaled, "scaling", length)
     own = "length" in takes and within != _built(scaled, "scaling", 2 * length)
+    if extension.step is not None:
+        if not own:
+            rule = f"extension={extension.name} does not depend on the length of the text"
+            refuse("extension.step", extension.step, rule, "Leave it out.")
+        length = extension.step
     if under is not None and under.bucket is not None:
         return Frequencies(scaled, math.gcd(under.bucket, length) if own else under.bucket)
     return Frequencies(scaled, length) if own else Frequencies(lambda _: within, None)

@@ -56,7 +56,9 @@ class Size(Section):
 class Extension(Section):
     """How a model reads beyond the length of the windows it is trained on."""
 
-    unwritten: ClassVar[Mapping[str, Any]] = {"positions": None, "composition": "replace"}
+    unwritten: ClassVar[Mapping[str, Any]] = {
+        **{"positions": None, "composition": "replace", "step": None},
+    }
     name: Name
     factor: Annotated[Number, Field(ge=1, le=2**20)] = Field(
         description="times the trained length, for scaling"
@@ -74,6 +76,11 @@ class Extension(Section):
         description="of a scaling with the one that the run was tuned under: replace (of the "
         "model's own frequencies, times the original length) or on_top (of the scaled ones, times "
         "the length that they were tuned at)",
+    )
+    step: Positive | None = Field(
+        default=None,
+        description="tokens after which a scaling by the length changes; 1: at every token; null: "
+        "the original length",
     )
 
 
