@@ -39,7 +39,7 @@ compare: .venv/ready  ## train three models at 512 bytes, measure them to 16384,
 
 BOOKS ?= books
 CLAIMS := experiment=claims data=text data.path=$(BOOKS)
-ASKED := task=perplexity task.perplexity.units=4 task.perplexity.lengths=[512,1k,2k,4k,8k,16k]
+MEASURED := task=perplexity task.perplexity.units=4 task.perplexity.lengths=[512,1k,2k,4k,8k,16k]
 
 claims: .venv/ready  ## judge published claims on BOOKS=<folder of books>: 40 minutes
 	$(RUN) train.py -m $(CLAIMS)
@@ -47,8 +47,8 @@ claims: .venv/ready  ## judge published claims on BOOKS=<folder of books>: 40 mi
 	  $(RUN) train.py finetune=$$run extension=pi extension.factor=8 runs=runs/claims_tuned \
 	    batch_tokens=16k trainer.max_steps=100 optim.lr=3e-4 optim.warmup_steps=10 || exit; done
 	for extension in dca streaming_llm window 'pi extension.factor=8' 'ntk extension.factor=8'; do \
-	  $(RUN) eval.py run='runs/claims/transformer-*' $(ASKED) extension=$$extension || exit; done
-	$(RUN) eval.py run='runs/claims*/*' $(ASKED)
+	  $(RUN) eval.py run='runs/claims/transformer-*' $(MEASURED) extension=$$extension || exit; done
+	$(RUN) eval.py run='runs/claims*/*' $(MEASURED)
 
 READ := task=length_extension task.perplexity.protocols=[half_tail] \
   task.perplexity.lengths=[128,256,512,1k,2k] task.passkey.lengths=[128,256,512,1k,2k]

@@ -126,7 +126,7 @@ ONCE void store_strided(Real *to, Vec v, Int stride, Int count) {
 
 /* 2^(a b), or exp(a b) for b scaled by log2 e.
  *
- * Adding 1.5 * 2^(mantissa bits) rounds y = a b to the nearest integer, which then stands in the
+ * Adding 1.5 * 2^(mantissa bits) rounds y = a b to the nearest integer, which is then in the
  * low bits and goes straight to the exponent. The rest f lies in [-1/2, 1/2], where
  *     2^f = 1 + f P(f)
  * with constant term exactly 1, and P fitted so that (2^f - 1) / f has the least relative error:

@@ -65,8 +65,8 @@ def refusals_have_their_form(monkeypatch):
 
     def seen(error: BaseException) -> str:
         of_the_system = isinstance(error.__cause__, OSError)  # "<file>: No space left on device"
-        told = isinstance(error, UserError) and not of_the_system
-        if told and not FORM.fullmatch(one_line(error)):
+        by_a_user = isinstance(error, UserError) and not of_the_system
+        if by_a_user and not FORM.fullmatch(one_line(error)):
             wrong.append(one_line(error))
         return one_line(error)
 

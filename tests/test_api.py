@@ -180,27 +180,27 @@ def test_every_argument_is_honoured_or_refused_in_one_line(here, monkeypatch):
             path = value[0] if isinstance(value, list) and value else value
             try:
                 call(value)
-                told = None
+                message = None
             except UserError as error:
-                told = str(error)
+                message = str(error)
             except Exception as error:
                 wrong.append(f"{who}: {type(error).__name__}: {error}")
                 continue
             right = any(type(value) is type(one) and value == one for one in allowed)
-            if told is None and not right:
+            if message is None and not right:
                 wrong.append(f"{who} is accepted")
-            if told is not None and not (
-                told.startswith((f"{name}=", str(path)[:60] or "."))
-                and re.fullmatch(r".*?: (must .*|.*\. .*)\.", told)
+            if message is not None and not (
+                message.startswith((f"{name}=", str(path)[:60] or "."))
+                and re.fullmatch(r".*?: (must .*|.*\. .*)\.", message)
             ):
-                wrong.append(f"{who}: {told}")
+                wrong.append(f"{who}: {message}")
             if (
-                told is not None
+                message is not None
                 and right
-                and told.startswith(f"{name}=")
-                and "must be text" in told
+                and message.startswith(f"{name}=")
+                and "must be text" in message
             ):
-                wrong.append(f"{who} is refused: {told}")
+                wrong.append(f"{who} is refused: {message}")
     assert not wrong, "\n".join(wrong)
 
 

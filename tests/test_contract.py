@@ -21,6 +21,50 @@ TRAINED = 256  # tokens, the training length of the fixture `tiny`
 CHUNK = 64  # the largest chunk any op works in at these sizes
 LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7]
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
+WHERE = "The contract is in zoo/mixers/base.py, counter-examples in tests/test_contract_breaks.py."
+
+
+def same(found: torch.Tensor, wanted: torch.Tensor, promise: str, look: str, **close) -> None:
+    """Assert that two tensors (b, t, ...) agree; else say which promise is broken, and where.
+
+    Args:
+        promise: what differs from what, such as "reading in chunks [5, 2] differs from reading
+            whole".
+        look: what to look at in the mixer.
+        close: the tolerances; `EXACT` by default.
+    """
+    close = close or EXACT
+    kinds = [f"{x.dtype} of shape {tuple(x.shape)}" for x in (found, wanted)]
+    assert kinds[0] == kinds[1], f"{promise}: {kinds[0]} instead of {kinds[1]}. {look} {WHERE}"
+    if torch.allclose(found, wanted, **close):
+        return
+    apart = (found - wanted).detach().abs()
+    wrong = ~torch.isclose(found, wanted, **close)
+    by = float(apart[wrong].nan_to_num(nan=torch.inf).max())
+    token = int(wrong.nonzero()[:, 1].min()) if wrong.dim() > 1 else None
+    at = "" if token is None else f", first at token {token}"
+    pytest.fail(f"{promise} by {by:.2g}{at}. {look} {WHERE}", pytrace=False)
+
+
+# Where to look, by what is broken.
+SHAPES = "`forward` takes (b, t, width) and returns the same shape in the same dtype."
+FINITE = "Compute exponents and norms in `wide_dtype`, and subtract the maximum first."
+IDLE = "Check that `forward` uses it, and that it does not start where its gradient vanishes."
+FUTURE = "Output t may depend on inputs <= t alone: check masks, shifts, pooling and statistics."
+STATE = "Check what `forward` reads from the state (positions too) and returns as the next one."
+GRADIENT = "Check that the state is not detached between chunks."
+PAIR = "`forward` returns (y, state) exactly when it is given a state, otherwise y."
+UNCHANGED = "A state is read, never written: build a new one, and do not assign into its tensors."
+ROWS = "Check reductions and reshapes over the batch, dimension 0."
+SIZE = "Check `state_bytes`, `empty_state` and `recurrent`."
+CUT = "See `truncate_state`: detach the state and shorten what grows."
+LOOSER = {"rtol": 1e-8, "atol": 1e-9}
+
+
+def holds(kept: bool | torch.Tensor, promise: str, look: str) -> None:
+    """Assert a promise; else say that it is broken and where to look."""
+    if not bool(kept):
+        pytest.fail(f"{promise}. {look} {WHERE}", pytrace=False)
 
 
 @pytest.fixture
@@ -89,20 +133,35 @@ def splits(length: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_logits_have_the_shape_and_dtype_asked_for(model, length):
+def test_logits_have_the_shape_and_dtype_requested(model, length):
     length = readable(model, length)
     logits = model(random_tokens(model, length))
-    assert logits.shape == (2, length, VOCABULARY)
-    assert logits.dtype == torch.float64
-    assert logits.isfinite().all()
+    shape = (2, length, VOCABULARY)
+    holds(logits.shape == shape, f"logits have shape {tuple(logits.shape)}, not {shape}", SHAPES)
+    holds(logits.dtype == torch.float64, f"a float64 model gives {logits.dtype}", SHAPES)
+    holds(logits.isfinite().all(), f"logits of {length} random tokens are not finite", FINITE)
+    narrow = model.float()
+    for half in narrow.sublayers():
+        x = torch.randn(2, length, model.width)
+        y, name = half(x), type(half).__name__
+        holds(
+            y.shape == x.shape, f"{name} returns shape {tuple(y.shape)} for {(*x.shape,)}", SHAPES
+        )
+        holds(y.dtype == x.dtype, f"{name} returns {y.dtype} for inputs of {x.dtype}", SHAPES)
 
 
 def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(model):
     model.loss(random_tokens(model, 1 + max(49, model.min_window))).backward()
+    check_gradients(model)
+
+
+def check_gradients(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().sum() > 0, name
+        grad = parameter.grad
+        holds(grad is not None, f"the loss does not depend on parameter {name}", IDLE)
+        assert grad is not None
+        holds(grad.isfinite().all(), f"the gradient of parameter {name} is not finite", FINITE)
+        holds(grad.abs().sum() > 0, f"the gradient of parameter {name} is zero", IDLE)
 
 
 def test_activations_computed_again_give_the_same_gradients(model):
@@ -112,7 +171,10 @@ def test_activations_computed_again_give_the_same_gradients(model):
         model.checkpoint_activations = again
         return torch.autograd.grad(model.loss(tokens), list(model.parameters()))
 
-    torch.testing.assert_close(gradients(True), gradients(False), **EXACT)
+    names = [name for name, _ in model.named_parameters()]
+    for name, found, wanted in zip(names, gradients(True), gradients(False), strict=True):
+        promise = f"with checkpoint_activations the gradient of {name} differs"
+        same(found, wanted, promise, "`forward` must give the same when it runs again.")
 
 
 @pytest.mark.parametrize("cut", [1, 17, CHUNK - 1, CHUNK])
@@ -122,13 +184,16 @@ def test_the_future_cannot_change_the_past(model, cut):
     tokens = random_tokens(model, length)
     changed = tokens.clone()
     changed[:, cut:] = (changed[:, cut:] + 1) % VOCABULARY
-    torch.testing.assert_close(model(changed)[:, :cut], model(tokens)[:, :cut], **EXACT)
+    promise = f"changing tokens from {cut} on changes outputs before"
+    same(model(changed)[:, :cut], model(tokens)[:, :cut], promise, FUTURE)
 
     logits, embedded = with_embeddings(model, tokens)
     weights = torch.randn(2, cut, VOCABULARY, dtype=logits.dtype)
     (grad,) = torch.autograd.grad((logits[:, :cut] * weights).sum(), embedded)
-    assert (grad[:, cut:].abs() <= rounding(model, tokens) * grad.abs().max()).all()
-    assert (grad[:, :cut] != 0).any()
+    leak = grad[:, cut:].abs().max() / grad.abs().max()
+    promise = f"outputs before token {cut} have a gradient from later tokens ({leak:.2g} of all)"
+    holds(leak <= rounding(model, tokens), promise, FUTURE)
+    holds((grad[:, :cut] != 0).any(), f"outputs before token {cut} depend on no token", IDLE)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -136,7 +201,8 @@ def test_a_prefix_gives_the_prefix_of_the_outputs(model, length):
     whole = readable(model, LENGTHS[-1])
     tokens = random_tokens(model, whole)
     length = min(length, whole)
-    torch.testing.assert_close(model(tokens[:, :length]), model(tokens)[:, :length], **EXACT)
+    promise = f"the first {length} tokens alone and as a prefix of {whole} give outputs that differ"
+    same(model(tokens[:, :length]), model(tokens)[:, :length], promise, FUTURE)
 
 
 @pytest.mark.parametrize("length", LENGTHS[1:])
@@ -152,50 +218,75 @@ def test_any_chunking_gives_the_whole(model, length):
         score = (logits * weights).sum() + sum(x.sin().sum() for x in leaves)
         return logits, leaves, torch.autograd.grad(score, list(model.parameters()))
 
-    torch.testing.assert_close(run([length])[0], model(tokens), **EXACT)
     expected = run([length])
+    same(expected[0], model(tokens), "reading with an empty state differs from without", STATE)
+    names = [name for name, _ in model.named_parameters()]
     for sizes in splits(length):
-        for found, wanted in zip(run(sizes), expected, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9)
+        how = "token by token" if set(sizes) == {1} else f"in chunks {sizes}"
+        logits, leaves, gradients = run(sizes)
+        whole = "differs from reading whole"
+        same(logits, expected[0], f"reading {how} {whole}", STATE, **LOOSER)
+        counts = len(leaves), len(expected[1])
+        holds(counts[0] == counts[1], f"reading {how} leaves {counts[0]} tensors as state", STATE)
+        for number, (found, wanted) in enumerate(zip(leaves, expected[1], strict=True)):
+            promise = f"reading {how} leaves a state (its tensor {number}) that differs"
+            same(found, wanted, promise, STATE, **LOOSER)
+        for name, found, wanted in zip(names, gradients, expected[2], strict=True):
+            promise = f"the gradient of {name} after reading {how} {whole}"
+            same(found, wanted, promise, GRADIENT, **LOOSER)
 
 
 def test_a_state_comes_back_exactly_when_one_is_given(model):
+    for half in model.sublayers():
+        name = type(half).__name__
+        x = torch.randn(2, 5, model.width, dtype=torch.float64)
+        alone, pair = half(x), half(x, half.empty_state(2))
+        holds(isinstance(alone, torch.Tensor), f"{name} returns a state when none is given", PAIR)
+        holds(isinstance(pair, tuple), f"{name} returns no state when one is given", PAIR)
+        same(pair[0], alone, f"{name} with an empty state differs from without", STATE)
+        before = [x.clone() for x in tree_leaves(pair[1]) if isinstance(x, torch.Tensor)]
+        later = x.flip(1)
+        first, again = half(later, pair[1])[0], half(later, pair[1])[0]
+        after = [x for x in tree_leaves(pair[1]) if isinstance(x, torch.Tensor)]
+        for one, other in zip(after, before, strict=True):
+            same(one, other, f"{name} changes the state it is given", UNCHANGED)
+        same(again, first, f"{name} reads differently from the same state a second time", UNCHANGED)
     tokens = random_tokens(model, 5)
     assert isinstance(model(tokens), torch.Tensor)
     logits, state = model(tokens, model.empty_state(2))
     assert isinstance(logits, torch.Tensor)
     assert state.tokens_seen == 5
-    for half in model.sublayers():
-        x = torch.randn(2, 5, model.width, dtype=torch.float64)
-        assert isinstance(half(x), torch.Tensor)
-        y, _ = half(x, half.empty_state(2))
-        torch.testing.assert_close(y, half(x), **EXACT)
 
 
 def test_rows_of_a_batch_do_not_mix(model):
     tokens = random_tokens(model, 40, batch=3)
     logits = model(tokens)
     order = torch.tensor([2, 0, 1])
-    torch.testing.assert_close(model(tokens[order]), logits[order], **EXACT)
-    torch.testing.assert_close(model(tokens[1:2]), logits[1:2], **EXACT)
+    same(model(tokens[order]), logits[order], "rows in another order give other outputs", ROWS)
+    same(model(tokens[1:2]), logits[1:2], "a row alone and in a batch gives outputs apart", ROWS)
     out, embedded = with_embeddings(model, tokens)
     (grad,) = torch.autograd.grad(out[0].square().sum(), embedded)
-    assert (grad[1:].abs() <= rounding(model, tokens) * grad.abs().max()).all()
-    assert (grad[0] != 0).any()
+    leak = grad[1:].abs().max() / grad.abs().max()
+    promise = f"a row's outputs have a gradient from other rows ({leak:.2g} of all)"
+    holds(leak <= rounding(model, tokens), promise, ROWS)
+    holds((grad[0] != 0).any(), "a row's outputs do not depend on the row", IDLE)
 
 
 def test_eight_times_the_training_length_is_read_or_refused_by_number(model):
     length, limit = 8 * TRAINED, model.max_length
     if limit is None or limit >= length:
-        assert model(random_tokens(model, length)).isfinite().all()
+        finite = model(random_tokens(model, length)).isfinite().all()
+        rule = f"at {length} tokens, eight times the training length, outputs are not finite"
+        holds(finite, rule, f"{FINITE} A mixer that cannot read so far sets `max_length`.")
     if limit is not None:
-        assert limit >= TRAINED
+        rule = f"max_length={limit} is below the training length of {TRAINED} tokens"
+        holds(limit >= TRAINED, rule, "Derive it from the training length.")
         too_many = torch.zeros(1, 1, dtype=torch.long).expand(1, limit + 1)
-        told = rf"at most {limit} tokens and was given {limit + 1}"
-        with pytest.raises(ValueError, match=told):
+        message = rf"at most {limit} tokens and was given {limit + 1}"
+        with pytest.raises(ValueError, match=message):
             model(too_many)
         _, state = model(too_many[:, :1], model.empty_state(1))
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             model(too_many[:, :1], state._replace(tokens_seen=limit))
 
 
@@ -205,14 +296,19 @@ def test_the_state_holds_the_bytes_it_declares(model, tokens_read, batch):
     state = model.empty_state(batch)
     if tokens_read:
         _, state = model(random_tokens(model, tokens_read, batch=batch), state)
-    assert count_bytes(state) == model.state_bytes(tokens_read, batch)
+    held, declared = count_bytes(state), model.state_bytes(tokens_read, batch)
+    after = f"after {tokens_read} tokens in {batch} rows"
+    rule = f"the state holds {held} bytes {after}, and state_bytes declares {declared}"
+    holds(held == declared, rule, SIZE)
     if model.recurrent:
-        assert model.state_bytes(10**6) == model.state_bytes(10**5)
+        fixed = model.state_bytes(10**6) == model.state_bytes(10**5)
+        holds(fixed, "the declared state grows with the tokens of a recurrent mixer", SIZE)
     elif tokens_read:
-        assert model.state_bytes(2 * tokens_read) > model.state_bytes(tokens_read)
+        grows = model.state_bytes(2 * tokens_read) > model.state_bytes(tokens_read)
+        holds(grows, "the declared state does not grow, and `recurrent` is False", SIZE)
 
 
-# A norm stands before every mixer, so its inputs are at most sqrt(width) times the norm's gain:
+# A norm precedes every mixer, so its inputs are at most sqrt(width) times the norm's gain:
 # 8 at size tiny, 32 at large. A hundred in every channel is well beyond.
 @pytest.mark.parametrize("size", [0.0, 1e-4, 1.0, 1e2])
 def test_bfloat16_autocast_stays_finite_under_extreme_inputs(model, size):
@@ -224,12 +320,18 @@ def test_bfloat16_autocast_stays_finite_under_extreme_inputs(model, size):
             y, state = half(x, state)
             y, _ = half(x, state)
         y.float().square().mean().backward()
-        assert y.isfinite().all()
+        of = f"{type(half).__name__} in bfloat16, at inputs of size {size:g}"
+        holds(y.isfinite().all(), f"the output of {of}, is not finite", FINITE)
         assert x.grad is not None
-        assert x.grad.isfinite().all()
-        for parameter in half.parameters():
-            assert parameter.grad is not None
-            assert parameter.grad.isfinite().all()
+        holds(x.grad.isfinite().all(), f"the input's gradient of {of}, is not finite", FINITE)
+        check_finite(half, of)
+
+
+def check_finite(half: nn.Module, of: str) -> None:
+    for name, parameter in half.named_parameters():
+        grad = parameter.grad
+        finite = grad is not None and grad.isfinite().all()
+        holds(finite, f"the gradient of {name} of {of}, is not finite", FINITE)
 
 
 def test_state_carried_between_windows_is_out_of_the_graph_and_bounded(model):
@@ -239,8 +341,11 @@ def test_state_carried_between_windows_is_out_of_the_graph_and_bounded(model):
         _, state = model(random_tokens(model, window, seed=start), state)
         state = model.truncate_state(state, window)
         tensors = [x for x in tree_leaves(state) if isinstance(x, torch.Tensor)]
-        assert not any(x.requires_grad for x in tensors)
-        assert count_bytes(state) <= model.state_bytes(window, 2)
+        attached = any(x.requires_grad for x in tensors)
+        holds(not attached, "truncate_state leaves the state in the graph", CUT)
+        held, most = count_bytes(state), model.state_bytes(window, 2)
+        rule = f"truncate_state leaves {held} bytes for windows of {window} tokens, not {most}"
+        holds(held <= most, rule, CUT)
     assert state.tokens_seen == 4 * window
 
 
@@ -259,10 +364,12 @@ def test_it_overfits_one_batch(model):
     model = model.float()
     batch = random_tokens(model, 33, batch=4)
     start = float(model.loss(batch).detach())
-    assert train(model, iter(lambda: batch, None), 80, 1e-2) < 0.2 * start
+    end = train(model, iter(lambda: batch, None), 80, 1e-2)
+    rule = f"80 steps on one batch bring the loss from {start:.2f} to {end:.2f}, not below a fifth"
+    holds(end < 0.2 * start, rule, "Check that outputs depend on inputs, and the initialisation.")
 
 
-def fresh_noise(model: Backbone, seed: int):
+def fresh_noise(seed: int):
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield torch.randint(VOCABULARY, (16, 49), generator=generator)
@@ -270,15 +377,17 @@ def fresh_noise(model: Backbone, seed: int):
 
 def canary(model: Backbone) -> float:
     """Loss on fresh uniform noise after training on uniform noise, less ln V, in nats."""
-    train(model, fresh_noise(model, 1), 60)
+    train(model, fresh_noise(1), 60)
     with torch.no_grad():
-        test = fresh_noise(model, 2)
+        test = fresh_noise(2)
         return sum(float(model.loss(next(test))) for _ in range(8)) / 8 - math.log(VOCABULARY)
 
 
 def test_the_canary_lives_no_one_predicts_noise(model):
     """Less than ln V on unpredictable tokens means that the model sees the future."""
-    assert canary(model.float()) > -0.005
+    gain = canary(model.float())
+    rule = f"noise is predicted {-gain:.3g} nats better than by guessing"
+    holds(gain > -0.005, rule, FUTURE)
 
 
 @pytest.fixture(params=ENCODERS)
@@ -294,10 +403,7 @@ def test_an_encoder_reads_both_ways_and_every_parameter_learns(encoder):
     assert (grad[:, 21] != 0).any()
     assert (grad[:, 19] != 0).any()
     logits.square().sum().backward()
-    for name, parameter in encoder.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().sum() > 0, name
+    check_gradients(encoder)
 
 
 def test_an_encoders_activations_computed_again_give_the_same_gradients(encoder):

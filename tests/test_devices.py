@@ -13,7 +13,7 @@ from zoo.runs.identity import identity, run_name
 
 @pytest.fixture
 def on_cuda(monkeypatch):
-    """A machine with eight CUDA devices, as far as anyone asks."""
+    """A machine with eight CUDA devices, as far as PyTorch reports."""
     monkeypatch.setattr(hardware, "_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
 
@@ -41,7 +41,7 @@ def test_on_cuda_a_run_takes_bfloat16(on_cuda):
 
 
 @pytest.mark.parametrize("words", [["trainer.accelerator=cpu"], ["trainer.precision=32-true"]])
-def test_what_is_asked_for_is_kept_on_cuda(on_cuda, words):
+def test_what_is_requested_is_kept_on_cuda(on_cuda, words):
     assert compose("train", ["size=tiny", *words]).trainer.precision == "32-true"
 
 

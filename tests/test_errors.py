@@ -18,6 +18,7 @@ INSIDE = {
 # Calls whose line is not written in place, by file: each passes on one that has the form.
 PASSED_ON: dict[str, int] = {
     "zoo/cli/chat.py": 1,  # the configuration's, under the program's short names
+    "zoo/cli/compress.py": 2,  # the configuration's and a method's, under the program's short names
     "zoo/config/validate.py": 1,  # made of pydantic's error
     "zoo/data/store.py": 1,  # a tokenizer's, with the document it fails on
     "zoo/data/synthetic.py": 1,  # a task's, whose length is seq_len to the user
@@ -59,7 +60,7 @@ def test_user_errors_are_written_in_their_form():
     assert wrong == {}, "use zoo.errors.refuse or refuse_path"
 
 
-def test_arguments_that_any_part_refuses_are_told_in_the_same_form():
+def test_arguments_that_any_part_refuses_are_reported_in_the_same_form():
     """Whoever builds them puts the option's path in front."""
     wrong = {}
     for file in sorted(ROOT.glob("zoo/**/*.py")):
@@ -118,5 +119,5 @@ def test_names_are_chosen_from_a_list_or_refused_with_the_nearest():
     assert choose("model.kernel", "relu", ["relu", "gelu"]) == "relu"
     with pytest.raises(UserError) as error:
         choose("model.kernel", "rleu", ["relu", "gelu"])
-    told = "model.kernel=rleu: unknown kernel. Did you mean 'relu'? Use one of: relu, gelu."
-    assert str(error.value) == told
+    message = "model.kernel=rleu: unknown kernel. Did you mean 'relu'? Use one of: relu, gelu."
+    assert str(error.value) == message

@@ -137,7 +137,7 @@ def test_settings_that_do_not_go_together_are_refused(tiny):
 
 
 def dense(mixer, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Causal attention over tokens that stand at `at` (b, t), every score formed on its own."""
+    """Causal attention over tokens at positions `at` (b, t), every score formed on its own."""
     q, k, v = (
         p(x).unflatten(-1, (mixer.heads, -1)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
     )
@@ -157,7 +157,7 @@ def dense(mixer, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model", ["transformer", "alibi"])
-def test_a_training_windows_tokens_stand_where_they_are_placed(model, tiny):
+def test_a_training_windows_tokens_are_where_they_are_placed(model, tiny):
     mixer = tiny(model).sublayers()[0]
     x = torch.randn(2, 9, mixer.q_proj.in_features, dtype=torch.float64)
     at = torch.stack([torch.randperm(999)[:9].sort().values for _ in range(2)])
@@ -232,7 +232,7 @@ def test_a_learned_sink_is_one_more_key_at_no_distance(window, tiny):
         SoftmaxAttention(width=8, heads=2, positions=ALiBi, sink=True)
 
 
-def test_placed_tokens_are_turned_by_the_scaled_frequencies(tiny):
+def test_placed_tokens_are_rotated_by_the_scaled_frequencies(tiny):
     words = ["finetune=x", "extension=pose", "extension.factor=4"]
     model = extend(tiny("transformer"), compose("train", words).extension, TRAINED)
     mixer, at = model.sublayers()[0], torch.tensor([[0, 1, 2, 40, 41, 63]])
@@ -245,8 +245,8 @@ def test_a_window_that_carries_few_keys_sees_these_under_a_scaling_too(tiny):
     x = torch.randn(2, 40, mixer.q_proj.in_features, dtype=torch.float64)
     _, state = mixer(x[:, :28], mixer.empty_state(2))
     found, _ = mixer(x[:, 28:], mixer.truncate_state(state, 16))
-    seen = dense(mixer, x[:, 12:], torch.arange(12, 40)[None] / 4)
-    torch.testing.assert_close(found, seen[:, 16:])
+    reference = dense(mixer, x[:, 12:], torch.arange(12, 40)[None] / 4)
+    torch.testing.assert_close(found, reference[:, 16:])
 
 
 @pytest.mark.parametrize("model", ["transformer", "alibi", "sinusoidal", "learned", "mamba"])
@@ -281,7 +281,7 @@ def test_trained_frequencies_learn_and_read_alike_in_any_chunks(tiny):
         extend(tiny("transformer"), extension("dca", "extension.scaling=clex"), TRAINED)
 
 
-def test_what_tells_where_tokens_stand_is_refused_where_it_cannot(tiny):
+def test_what_gives_tokens_their_positions_is_refused_where_it_cannot(tiny):
     words = ["finetune=x", "seq_len=16", "extension.factor=4"]
     pose = compose("train", [*words, "extension=pose", "extension.original_length=16"]).extension
     with pytest.raises(
@@ -295,21 +295,21 @@ def test_what_tells_where_tokens_stand_is_refused_where_it_cannot(tiny):
         UserError, match=r"to 1024, and the model has 256. Use model.positions.max_length=1024"
     ):
         extend(tiny("learned"), randomised, 256)
-    for more, told in {
+    for more, message in {
         "extension=pi": "acts on a trained model",
         "extension=pose": "acts on a trained model",
         "extension=randomised state_passing=carry": "state_passing=none",
         "extension=randomised objective=masked": "objective=causal",
         "extension=pose extension.attention=null extension.positions.rows=3": "positions.chunks",
     }.items():
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             compose("train", ["extension.factor=4", *more.split()])
     with pytest.raises(UserError, match="extension=pose: is a way to train"):
         compose("eval", ["run=x", "extension=pose", "extension.factor=4"])
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     {
         "streaming_llm window=-3": "window=-3: must be from 1 to 16, within the trained length.",
         "streaming_llm window=8 sinks=9": "sinks=9: must be from 0 to 7, less than window=8.",
@@ -321,23 +321,23 @@ def test_what_tells_where_tokens_stand_is_refused_where_it_cannot(tiny):
         "dca far_position=16": "far_position=16: must be from chunk=12 to 15, less than the tr",
     }.items(),
 )
-def test_a_pattern_that_cannot_be_is_told_by_the_option_as_it_is_typed(words, told, tiny):
+def test_a_pattern_that_cannot_be_is_reported_by_the_option_as_it_is_typed(words, message, tiny):
     name, *options = words.split()
-    asked = [f"extension.attention.{option}" for option in options]
+    requested = [f"extension.attention.{option}" for option in options]
     with pytest.raises(UserError) as caught:
         extend(
             tiny("transformer"),
-            compose("eval", ["run=x", f"extension={name}", *asked]).extension,
+            compose("eval", ["run=x", f"extension={name}", *requested]).extension,
             TRAINED,
         )
-    assert str(caught.value).startswith(f"extension.attention.{told}")
+    assert str(caught.value).startswith(f"extension.attention.{message}")
 
 
 REMAPS = [name for name, tree in extensions().items() if tree["attention"]]
 
 
 def refusal(tree, model) -> str | None:
-    """What is told of an extension's settings; None where they are accepted."""
+    """The message on an extension's settings; None where they are accepted."""
     try:
         extend(model, Extension.model_validate(tree), TRAINED)
     except ValidationError as error:  # a value of the wrong type
@@ -355,22 +355,22 @@ def test_every_setting_of_a_pattern_is_accepted_or_named_in_its_refusal(remap, t
     assert options
     for option, value in itertools.product(options, given):
         attention = {**tree["attention"], option: value}
-        told = refusal({**tree, "attention": attention}, tiny("transformer"))
-        if told is not None:
-            named = re.fullmatch(r"extension\.attention\.(\w+)=(\S+): must [^\n]*", told)
-            assert named, told
+        message = refusal({**tree, "attention": attention}, tiny("transformer"))
+        if message is not None:
+            named = re.fullmatch(r"extension\.attention\.(\w+)=(\S+): must [^\n]*", message)
+            assert named, message
             assert named[1] in options
             assert named[1] != option or named[2] == shown(value)
 
 
-def test_a_trained_length_too_short_for_a_pattern_is_told_by_its_option(tiny):
+def test_a_trained_length_too_short_for_a_pattern_is_reported_by_its_option(tiny):
     tree = extensions()["dca"]
     with pytest.raises(UserError, match=r"^extension\.original_length=1: must be >= 2"):
         extend(tiny("transformer"), Extension.model_validate(tree), 1)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     {
         "extension=dcaa": "Did you mean 'dca'?",
         "extension=pi": "extension.factor=: must be given (times the trained length, for scaling).",
@@ -380,13 +380,13 @@ def test_a_trained_length_too_short_for_a_pattern_is_told_by_its_option(tiny):
         "extension=yarn extension.factor=2 extension.original_length=0": "original_length=0",
     }.items(),
 )
-def test_a_mistake_in_an_extension_is_one_clear_line(words, told):
-    with pytest.raises(UserError, match=re.escape(told)) as caught:
+def test_a_mistake_in_an_extension_is_one_clear_line(words, message):
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         compose("eval", ["run=x", *words.split()])
     assert "\n" not in str(caught.value)
 
 
-def test_what_applies_is_told_alike_by_a_configuration_and_by_its_model():
+def test_what_applies_is_reported_alike_by_a_configuration_and_by_its_model():
     for name in choices("model"):
         words = [f"model={name}", "size=tiny", "match=none", "size.layers=3"]
         config = compose("train", words)  # as many layers as the hybrid's pattern has
@@ -404,8 +404,8 @@ def test_scores_have_both_halves_of_deepseeks_temperature(tiny, mscale, all_dim)
     extend(model, extension.extension, 256)
     mixer = model.sublayers()[0]
     _, magnitude = mixer.positions.pattern.scaling(256)
-    turned = temperature(factor, mscale) / temperature(factor, all_dim)
-    assert magnitude**2 == pytest.approx(turned**2 * temperature(factor, all_dim) ** 2)
+    rotated = temperature(factor, mscale) / temperature(factor, all_dim)
+    assert magnitude**2 == pytest.approx(rotated**2 * temperature(factor, all_dim) ** 2)
 
 
 CANDIDATES = [1, 2, 3, 5, 7, 12, 0.5, True, False, [1.5] * 16]
@@ -437,13 +437,13 @@ def composed_extension(name: str) -> dict:
 def outcome(name: str, tree: dict, given: list[str], tiny) -> tuple[float, float] | None:
     """Sums over a model's logits under an extension and its training positions; None: refused."""
     try:
-        asked = validate(Extension, tree)
-        check_extension(asked, given)
-        model = extend(tiny(MODELS.get(name, "transformer")), asked, TRAINED)
+        requested = validate(Extension, tree)
+        check_extension(requested, given)
+        model = extend(tiny(MODELS.get(name, "transformer")), requested, TRAINED)
         torch.manual_seed(0)
         for parameter in model.frequencies.parameters() if model.frequencies else ():
             torch.nn.init.normal_(parameter, std=0.3)
-        draw = places(asked, TRAINED)
+        draw = places(requested, TRAINED)
         drawn = draw(2, TRAINED, torch.Generator().manual_seed(0)) if draw else torch.zeros(0)
         with torch.no_grad():
             logits = model(tokens(6 * TRAINED))

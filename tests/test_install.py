@@ -28,9 +28,11 @@ OF_CUDA = re.compile(r"(nvidia-|cuda-|triton\b)")
 def uv() -> str:
     """The resolver's program, once a registry has answered it."""
     found = pytest.importorskip("uv").find_uv_bin()
-    asked = run(found, "pip", "compile", "--refresh", "--no-deps", "-", stdin="setuptools")
-    if asked.returncode:
-        pytest.skip(f"no package registry answers: {asked.stderr.strip().splitlines()[-1].strip()}")
+    answer = run(found, "pip", "compile", "--refresh", "--no-deps", "-", stdin="setuptools")
+    if answer.returncode:
+        pytest.skip(
+            f"no package registry answers: {answer.stderr.strip().splitlines()[-1].strip()}"
+        )
     return found
 
 
@@ -89,7 +91,7 @@ def test_the_pins_resolve_with_wheels_alone(uv, tmp_path, platform, python):
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_the_pins_resolve_beside_the_cpu_build_of_pytorch(uv, tmp_path, python):
-    """Whose wheel, from PyTorch's own index, asks for the same less what is of CUDA."""
+    """Whose wheel, from PyTorch's own index, requires the same less what is of CUDA."""
     needs = [need for need in importlib.metadata.requires("torch") or () if "extra ==" not in need]
     of_cpu = [need for need in needs if not OF_CUDA.match(need)]
     found = resolved(uv, PLATFORMS["Linux x86-64"], python, {"torch": of_cpu}, tmp_path)
@@ -109,6 +111,6 @@ def test_every_pin_is_needed_and_nothing_needed_is_unpinned(uv, tmp_path):
 def test_a_registry_that_does_not_answer_costs_seconds(monkeypatch):
     found = pytest.importorskip("uv").find_uv_bin()
     monkeypatch.setenv("UV_DEFAULT_INDEX", "http://127.0.0.1:9/simple")
-    asked = run(found, "pip", "compile", "--refresh", "--no-deps", "-", stdin="setuptools")
-    assert asked.returncode
-    assert "error sending request" in asked.stderr
+    answer = run(found, "pip", "compile", "--refresh", "--no-deps", "-", stdin="setuptools")
+    assert answer.returncode
+    assert "error sending request" in answer.stderr

@@ -1,4 +1,4 @@
-"""What only Unix has is asked for where it is, and nothing depends on a system's own encoding."""
+"""What only Unix has is used where it is, and nothing depends on a system's own encoding."""
 
 import ast
 import subprocess

@@ -59,8 +59,8 @@ def test_a_wheel_carries_every_module_source_and_choice(installed):
 def test_the_programs_run_away_from_the_checkout(installed, tmp_path):
     words = ["-m", "zoo", "train", "model=mamba", "size=tiny", "--cfg", "job"]
     assert "state_size: 16" in run(tmp_path, *words, PYTHONPATH=str(installed))
-    told = run(tmp_path, "-m", "zoo", "doctor", PYTHONPATH=str(installed))
-    assert "selective_scan" in told
+    output = run(tmp_path, "-m", "zoo", "doctor", PYTHONPATH=str(installed))
+    assert "selective_scan" in output
     where = "from zoo.ops.runtime.build import kernels_folder as f; print(f())"
     found = run(tmp_path, "-c", where, PYTHONPATH=str(installed))
     assert Path(found.strip()) == (installed / "zoo/_kernels").resolve()

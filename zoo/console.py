@@ -1,4 +1,4 @@
-"""What the programs tell their user, a line at a time."""
+"""What the programs print for their user, a line at a time."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What a machine's devices are asked to do where a run does not say it: precision, TF32, how many.
+"""What a machine's devices do where a run does not say it: precision, TF32, how many.
 
 Nothing heavy is imported where there is no NVIDIA driver.
 """
@@ -46,7 +46,7 @@ def check_accelerator(accelerator: Any) -> None:
 
 
 def check_deterministic(accelerator: Any, deterministic: Any) -> None:
-    """Raise UserError where deterministic algorithms are asked for that PyTorch has not got."""
+    """Raise UserError where deterministic algorithms are required that PyTorch has not got."""
     if deterministic is True and on_cuda(accelerator):
         refuse(
             "trainer.deterministic",
@@ -57,7 +57,7 @@ def check_deterministic(accelerator: Any, deterministic: Any) -> None:
 
 
 def prepare(device_type: str) -> str | None:
-    """Let float32 matrix products on CUDA use TF32; returns the line to tell, None elsewhere."""
+    """Let float32 matrix products on CUDA use TF32; returns the line to print, None elsewhere."""
     if device_type != "cuda":
         return None
     import torch

@@ -1,4 +1,4 @@
-"""Errors told in one line. The bottom of the import order: anything may import this.
+"""Errors of one line. The bottom of the import order: anything may import this.
 
 A user's mistake reads `<option>=<value>: <rule>. <what to do>.` Call `refuse`, or `refuse_path`
 for a file or folder, instead of writing that line by hand: they put the parts together.
@@ -18,11 +18,11 @@ FORM = re.compile(r"(?!unknown )\S.*?: (must \S.*|\S.*?[^.]\. [A-Z].*)\.")
 
 
 class UserError(ValueError):
-    """A mistake in the input, told in one line; the programs print it and exit with code 2."""
+    """A mistake in the input, in one line; the programs print it and exit with code 2."""
 
 
 class RunError(RuntimeError):
-    """Why a run cannot go on, told in one line; the programs print it and exit with code 1."""
+    """Why a run cannot go on, in one line; the programs print it and exit with code 1."""
 
 
 class NoStateError(TypeError):
@@ -48,11 +48,11 @@ def refuse_path(path: Path | str, rule: str, advice: str = "") -> NoReturn:
     raise UserError(sentence(str(path), rule, advice))
 
 
-def sentence(subject: str, rule: str, advice: str = "") -> str:
-    """The line `<subject>: <rule>. <advice>.`, for errors that are recorded rather than raised."""
+def sentence(setting: str, rule: str, advice: str = "") -> str:
+    """The line `<setting>: <rule>. <advice>.`, for errors that are recorded rather than raised."""
     rule, advice = rule.removesuffix("."), advice.removesuffix(".")
     assert advice or rule.startswith("must "), f"what to do about {rule!r}?"
-    return f"{subject}: {rule}." + (f" {advice}." if advice else "")
+    return f"{setting}: {rule}." + (f" {advice}." if advice else "")
 
 
 def below(path: str, error: ValueError) -> UserError:
@@ -80,7 +80,7 @@ def nearest(name: str, allowed: Iterable[str]) -> str | None:
 
 
 def refuse_unknown(
-    subject: str, kind: str, name: object, allowed: Iterable[str], guess: str | None = None
+    setting: str, kind: str, name: object, allowed: Iterable[str], guess: str | None = None
 ) -> NoReturn:
     """Raise the `UserError` for a name that is none of `allowed`, with the nearest of them.
 
@@ -89,7 +89,7 @@ def refuse_unknown(
     allowed = list(allowed)
     guess = nearest(str(name), allowed) if guess is None else guess
     hint = f"Did you mean {guess!r}? " if guess else ""
-    raise UserError(sentence(subject, f"unknown {kind}", f"{hint}Use one of: {', '.join(allowed)}"))
+    raise UserError(sentence(setting, f"unknown {kind}", f"{hint}Use one of: {', '.join(allowed)}"))
 
 
 def choose(option: str, name: str, allowed: Iterable[str], kind: str | None = None) -> str:

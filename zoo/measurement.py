@@ -110,12 +110,12 @@ def not_finite(declaration: Declaration, row: Mapping[str, Any]) -> list[str]:
 
 
 def lacking(declaration: Declaration, row: Mapping[str, Any]) -> list[str]:
-    """The declared fields that a row does not have at all; one that is None was not told."""
+    """The declared fields that a row does not have at all; one that is None was not measured."""
     return [one.field for one in declaration.quantities if one.of(row) and one.field not in row]
 
 
 def panel(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that tell apart the rows of a task at one length: its quantities' `where`."""
+    """The fields that distinguish the rows of a task at one length: its quantities' `where`."""
     found = declared(row)
     wheres = [name for one in found.quantities for name in one.where] if found else []
     names = sorted({"protocol", "phase", *wheres})  # those two of rows that declare nothing, too
@@ -130,7 +130,7 @@ def question(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def replaces(later: Mapping[str, Any], earlier: Mapping[str, Any]) -> bool:
     """Whether a row measured again what an earlier one had measured; a field that the earlier one
-    lacks, being of an older kind, tells nothing apart."""
+    lacks, being of an older kind, distinguishes nothing."""
     same = {name: later.get(name) for name in READ_BY} | question(later)
     return all(earlier.get(name, value) == value for name, value in same.items())
 

@@ -70,8 +70,8 @@ def run_steps(
                 record["steps"][step.name] = {"status": "no time left", "seconds": 0.0}
             else:
                 say(f"--- {step.name}")
-                told, found = run_step(step, Path(work), min(step.limit, left), rehearse)
-                record["steps"][step.name] = told
+                outcome, found = run_step(step, Path(work), min(step.limit, left), rehearse)
+                record["steps"][step.name] = outcome
                 record[step.name] = found
             _write(out, record)
     return record
@@ -100,17 +100,20 @@ def run_step(
             code = None
         finally:
             with_children(process)
-    told: dict[str, Any] = {"status": status(code), "seconds": round(time.monotonic() - began, 1)}
+    outcome: dict[str, Any] = {
+        "status": status(code),
+        "seconds": round(time.monotonic() - began, 1),
+    }
     lines = [line for line in errors.read_text("utf-8", "replace").splitlines() if line.strip()]
-    if told["status"] != "right":
+    if outcome["status"] != "right":
         ended = f"no answer in {limit:.0f} s" if code is None else f"exit code {code}"
-        told["reason"] = lines[-1] if lines and code is not None else ended
-        told["stderr"] = lines[-20:]
-        say(f"{told['status']}: {step.name}: {told['reason']}")
+        outcome["reason"] = lines[-1] if lines and code is not None else ended
+        outcome["stderr"] = lines[-20:]
+        say(f"{outcome['status']}: {step.name}: {outcome['reason']}")
     try:
-        return told, json.loads(part.read_text(encoding="utf-8"))
+        return outcome, json.loads(part.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return told, {}
+        return outcome, {}
 
 
 def status(code: int | None) -> str:
@@ -140,9 +143,11 @@ def say(text: str) -> None:
 def summary(record: dict[str, Any]) -> list[str]:
     """A line for each step: how it came out, how long it took, what was wrong."""
     lines = []
-    for name, told in record["steps"].items():
-        why = told.get("reason", "")
-        lines.append(f"{told['status']:<13}{told['seconds']:6.1f} s  {name}{why and ': '}{why}")
+    for name, outcome in record["steps"].items():
+        why = outcome.get("reason", "")
+        lines.append(
+            f"{outcome['status']:<13}{outcome['seconds']:6.1f} s  {name}{why and ': '}{why}"
+        )
         for case, found in record.get(name, {}).items():
             if isinstance(found, dict) and "error" in found:
                 lines.append(f"{'':<24}{case}: {found['error']}")
@@ -157,7 +162,7 @@ def _size(error: float) -> float:
 
 
 def exit_code(record: dict[str, Any]) -> int:
-    found = {told["status"] for told in record["steps"].values()}
+    found = {outcome["status"] for outcome in record["steps"].values()}
     return 0 if found <= {"right", "left out"} else 1
 
 
@@ -206,8 +211,9 @@ def table(record: dict[str, Any]) -> list[str]:
             continue
         ours = row["native"]
         rivals = [
-            f"{told} " + ", ".join(f"{row[key][way] / ours[way]:.1f}x ({way})" for way in row[key])
-            for key, told in AGAINST.items()
+            f"{outcome} "
+            + ", ".join(f"{row[key][way] / ours[way]:.1f}x ({way})" for way in row[key])
+            for key, outcome in AGAINST.items()
             if key in row
         ]
         shown = " | ".join(f"{ours[way]:.2f} ms" for way in ("forward", "backward"))

@@ -156,7 +156,7 @@ def aft_window(k, v, w, older=None, past_k=None, past_v=None, backend="auto"):
 
     Not their maximum: where two keys share it, which of them has its gradient is anyone's choice.
     """
-    state = None if older is None else aft.Window(older, past_k, past_v)
+    state = None if older is None else aft.AFTWindow(older, past_k, past_v)
     y, after = aft.aft_window(k, v, w, state, backend)
     p, q, o = after.older.unbind(1)
     return y, torch.stack([p, q], 1) * o.exp()[:, None]
@@ -591,8 +591,8 @@ def decode(record: dict) -> bool:
         lengths = "task.speed.lengths=[1024]" if DEVICE == "cuda" else "task.speed.lengths=[64]"
         report = f"report={folder / model}.html"
         device = f"device={DEVICE}"
-        asked = [f"run={folder}/{model}*", "task=speed", lengths, report, device, "logger=none"]
-        code = code or measure.main(asked)
+        given = [f"run={folder}/{model}*", "task=speed", lengths, report, device, "logger=none"]
+        code = code or measure.main(given)
         rows = [
             json.loads(line)
             for path in folder.glob(f"{model}*/results.jsonl")

@@ -65,7 +65,7 @@ def growth(name: str, lengths: list[int], rounds: int) -> dict:
 
     step(256)
     before, peaks = memory("VmRSS"), {}
-    for length in sorted(lengths):  # the first turn warms up and tells the memory
+    for length in sorted(lengths):  # the first turn warms up and measures the memory
         step(length)
         peaks[length] = memory("VmHWM") - before
     times = [

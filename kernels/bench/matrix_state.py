@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from record import processor, record
 
-from zoo.ops import delta_rule, linear_attention
+from zoo.ops import delta_rule, delta_rule_chunked, linear_attention
 from zoo.ops.runtime.allocator import tune_allocator
 
 HEADS, HEAD = 2, 64
@@ -85,7 +85,7 @@ def seconds(
 
 
 def with_chunk(chunk: int, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    module = delta_rule if "a" in tensors else linear_attention
+    module = delta_rule_chunked if "a" in tensors else linear_attention
     kept, module.CHUNK_TOKENS = module.CHUNK_TOKENS, chunk
     try:
         return output(tensors, "torch")

@@ -23,7 +23,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its model and number of cores, as Linux tells; else the architecture."""
+    """Its model and number of cores, as Linux reports them; else the architecture."""
     with suppress(OSError):
         fields = [x.partition(":") for x in Path("/proc/cpuinfo").read_text().splitlines()]
         names = [value.strip() for key, _, value in fields if key.strip() == "model name"]

@@ -1,4 +1,4 @@
-"""Selective scan, convolution, norm, turns, merges: ours, in C and in PyTorch, and public forms.
+"""Selective scan, convolution, norm, rotations, merges: in C, in PyTorch, and public forms.
 
     python kernels/bench/selective_scan.py [--lengths 8192 65536] [--rounds 3] [--runs 3]
         [--json FILE]

@@ -152,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 10) gradients(Arguments a)
     for (int i = (p.count - 1) / SEGMENT * SEGMENT; i >= 0; i -= SEGMENT) {
         const int count = p.count - i;
         const Tokens decay({a.a, p, i}, count, 1.0f), dh({a.dh, a, p, i}, count, 0.0f);
-        const Tokens h({a.h, a, p, i}, count - 1, 0.0f); /* the token before's stands one earlier */
+        const Tokens h({a.h, a, p, i}, count - 1, 0.0f); /* the token before's is one earlier */
         const float first = p.start + i ? widen(Column(a.h, a, p, i - 1)[0])
                                         : outermost(a, a.state, p.b, p.channel);
         const Column da(a.da, a, p, i), du(a.du, a, p, i);

@@ -1,4 +1,4 @@
-/* Rotary turns of the heads of every token; README.md derives them. */
+/* Rotary positions of the heads of every token; README.md derives them. */
 #include "../common.h"
 
 enum { TOKENS = 128 };

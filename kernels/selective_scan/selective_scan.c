@@ -72,7 +72,7 @@ INLINE void aim(Chunk *k, Rows a, Int b, Int start, Int c) {
 INLINE void fetch(const Chunk *k, Int t) { __builtin_prefetch(k->next + t * k->next_row, 0, 2); }
 
 /* h <- exp(step A) h + u B over the chunk, for the `many` state indices from i on; y += C h, and
- * decays and states to the tape, where they are wanted. */
+ * decays and states to the tape, where they are needed. */
 INLINE void sweep(Chunk *k, Int i, int many, Vec *state, const Vec *rate, int output, Tape *tape,
                   Range range) {
     Vec h[MANY], A2[MANY], decay[MANY];

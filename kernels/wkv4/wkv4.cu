@@ -66,14 +66,14 @@ __device__ __forceinline__ State before(const Place &p, const Arguments &a) {
 
 __device__ __forceinline__ float power(float exponent) { return exp2f(exponent * LOG2E); }
 
-/* s fades by `fade` and takes in later.p, later.q at exponent later.o: what multiplies the two. One
+/* s decays by e^-decay and takes in later.p, later.q at exponent later.o: what multiplies the two. One
  * of a and b is 1. */
 struct Joined {
     float a, b;
     bool won; /* the new maximum is the later one's */
 };
-__device__ __forceinline__ Joined join(State &s, float fade, State later) {
-    const float step = fade - s.low, aged = s.o - step;
+__device__ __forceinline__ Joined join(State &s, float decay, State later) {
+    const float step = decay - s.low, aged = s.o - step;
     const bool won = later.o > aged;
     const float next = won ? later.o : aged, fall = (s.o - next) - step;
     const float e = power(won ? fall - later.low : (later.o - next) - fall + later.low);
@@ -91,7 +91,7 @@ __device__ __forceinline__ Read read(const State &s, float k, float u) {
     return {d < 0 ? 1.0f : e, d < 0 ? e : 1.0f};
 }
 
-/* SEGMENT tokens from `first` of the chunk on; those past its end weigh nothing and fade nothing. */
+/* SEGMENT tokens from `first` of the chunk on; those past its end weigh nothing and decay nothing. */
 template <int SEGMENT> struct Tokens {
     float k[SEGMENT], v[SEGMENT];
     __device__ __forceinline__ Tokens(const Arguments &a, const Place &p, int first) {

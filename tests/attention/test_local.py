@@ -55,7 +55,7 @@ def test_relative_is_the_dense_formula(tokens, past, first):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 50])
-def test_relative_around_tells_before_from_after(tokens):
+def test_relative_around_distinguishes_before_from_after(tokens):
     size, clip = 9, 3
     q, k, v, labels = inputs(tokens, 0, 2 * clip + 1)
     apart = torch.arange(tokens)[:, None] - torch.arange(tokens)

@@ -69,5 +69,5 @@ def test_it_is_listed_compared_and_drawn(found):
     assert found["row"] == expected[::-1]
 
 
-def test_a_setting_it_refuses_is_told_as_it_is_typed(found):
+def test_a_setting_it_refuses_is_reported_as_it_is_typed(found):
     assert found["refused"] == "extension.attention.shrink=0.5: must be >= 1."

@@ -121,7 +121,7 @@ def matrix(rule, tokens: int) -> torch.Tensor:
 
 
 def dense(q, k, v, apart: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    """softmax over seen keys of (R_{M_ij} q_i) . k_j / sqrt(d), every score turned on its own.
+    """softmax over seen keys of (R_{M_ij} q_i) . k_j / sqrt(d), every score rotated on its own.
 
     Key j counts times_ij times.
     """
@@ -170,8 +170,8 @@ def test_outputs_and_gradients_equal_dense_attention_with_these_distances(case, 
     weights = torch.randn_like(out)
     grads = torch.autograd.grad((out * weights).sum(), inputs)
     wanted = torch.autograd.grad((expected * weights).sum(), inputs)
-    for grad, want in zip(grads, wanted, strict=True):
-        torch.testing.assert_close(grad, want, rtol=1e-8, atol=1e-9)
+    for grad, expected in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-8, atol=1e-9)
 
 
 def test_an_attention_factor_multiplies_all_scores_by_its_square(case, monkeypatch):
@@ -187,14 +187,17 @@ def test_any_chunking_sees_the_same_and_keeps_as_much_as_declared(case, sizes):
     found, _ = case
     q, k, v = random_inputs(40)
     whole = found(q, k, v, 0)
-    kept_k, kept_v, start, outs = k[:, :0], v[:, :0], 0, []
+    cached_k, cached_v, start, outs = k[:, :0], v[:, :0], 0, []
     for size in sizes:
         now = slice(start, start + size)
-        kept_k, kept_v = torch.cat([kept_k, k[:, now]], 1), torch.cat([kept_v, v[:, now]], 1)
-        outs.append(found(q[:, now], kept_k, kept_v, start))
+        cached_k, cached_v = (
+            torch.cat([cached_k, k[:, now]], 1),
+            torch.cat([cached_v, v[:, now]], 1),
+        )
+        outs.append(found(q[:, now], cached_k, cached_v, start))
         start += size
-        kept_k, kept_v = found.keep(kept_k, kept_v)
-        assert kept_k.shape[1] == found.kept(start)
+        cached_k, cached_v = found.evict(cached_k, cached_v)
+        assert cached_k.shape[1] == found.cached(start)
     torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-9, atol=1e-10)
 
 
@@ -203,14 +206,14 @@ def test_keys_that_are_gone_are_not_seen_and_others_stay_where_they_are(case, go
     """As after a training window that left keys behind; sinks stay."""
     found, rule = case
     q, k, v = random_inputs(40)
-    seen = matrix(rule, 40)
-    seen[:, found.sinks : found.sinks + gone] = torch.nan
+    visible = matrix(rule, 40)
+    visible[:, found.sinks : found.sinks + gone] = torch.nan
     times = torch.ones(40, 40).double()
     if found is CASES["structured"][0]:
         times = matrix(counted, 40).nan_to_num(1)
-    kept = [torch.cat([x[:, : found.sinks], x[:, found.sinks + gone :]], 1) for x in (k, v)]
-    out = found(q[:, 25:], *kept, 25)
-    torch.testing.assert_close(out, dense(q, k, v, seen, times)[:, 25:], rtol=1e-9, atol=1e-10)
+    cached = [torch.cat([x[:, : found.sinks], x[:, found.sinks + gone :]], 1) for x in (k, v)]
+    out = found(q[:, 25:], *cached, 25)
+    torch.testing.assert_close(out, dense(q, k, v, visible, times)[:, 25:], rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["dual_chunk", "streaming_llm", "lm_infinite", "self_extend"])
@@ -281,21 +284,21 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("told", BROKEN)
-def test_a_pattern_that_breaks_a_rule_is_neither_computed_nor_drawn(told):
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_pattern_that_breaks_a_rule_is_neither_computed_nor_drawn(message):
     class Broken(AttentionPattern):
         def views(self, rows):
-            return BROKEN[told](rows)
+            return BROKEN[message](rows)
 
     found = Broken(scaling)
-    found.sinks = 2 if "sinks" in told else 0
+    found.sinks = 2 if "sinks" in message else 0
     for use in (lambda: distances(found, 5), lambda: found(*random_inputs(5), 0)):
-        with pytest.raises(ValueError, match=re.escape(f"Broken: {told}")):
+        with pytest.raises(ValueError, match=re.escape(f"Broken: {message}")):
             use()
 
 
 @pytest.mark.parametrize(
-    ("build", "told"),
+    ("build", "message"),
     [
         (lambda: DualChunk(scaling, original_length=10, chunk=10), "chunk=10: must be from 1 to 9"),
         (lambda: DualChunk(scaling, original_length=10, chunk=6, local=5), "local=5: must be from"),
@@ -311,7 +314,7 @@ def test_a_pattern_that_breaks_a_rule_is_neither_computed_nor_drawn(told):
         (lambda: ParallelWindows(scaling, original_length=8, windows=2, window=8), "window=8: mus"),
     ],
 )
-def test_impossible_settings_are_refused_in_one_line(build, told):
-    with pytest.raises(ValueError, match=told) as caught:
+def test_impossible_settings_are_refused_in_one_line(build, message):
+    with pytest.raises(ValueError, match=message) as caught:
         build()
     assert "\n" not in str(caught.value)

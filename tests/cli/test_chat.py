@@ -34,7 +34,7 @@ def test_each_line_is_added_to_the_text(run, monkeypatch, capsys):
     assert "text 23, state " in said.err
 
 
-def test_what_modules_tell_waits_for_the_end_of_a_text(capsys):
+def test_what_modules_log_waits_for_the_end_of_a_text(capsys):
     log_plainly()
     with held_back():
         logging.getLogger("zoo").info("attend runs on its native backend")

@@ -153,23 +153,23 @@ SPELLED_OUT = ("hybrid", "model.pattern", "model.positions")  # as blocks
 
 
 def taken_otherwise(words: list[str], config: TrainConfig, before: TrainConfig) -> list[str]:
-    """What a configuration has that its line did not ask for, and the other way round.
+    """What a configuration has that its line did not set, and the other way round.
 
     `before` is that of the same line with the model, size and logger alone.
     """
     with composing("train"):
-        asked = {o.key_or_group: o.value() for o in parse(words)}
+        requested = {o.key_or_group: o.value() for o in parse(words)}
     is_now, was = flat(plain(config)), flat(plain(before))
     wrong = []
-    for key, value in asked.items():
+    for key, value in requested.items():
         path = re.sub(r"^model\.(?=mixer|feed_forward)", "model.blocks.0.", key)
         if path not in is_now or value is None or key in (*GROUPS, *SPELLED_OUT):
             continue
         meant, held = read_sizes(value), is_now[path]
         if isinstance(held, bool) != isinstance(meant, bool) or held not in (meant, str(meant)):
             wrong.append(f"{key}={value} was taken as {held!r}")
-    may_change = [path for key in asked for path in (key, *FOLLOWS.get(key.split(".")[0], ()))]
-    may_change += [path for key in asked for path in FOLLOWS.get(key, ())]
+    may_change = [path for key in requested for path in (key, *FOLLOWS.get(key.split(".")[0], ()))]
+    may_change += [path for key in requested for path in FOLLOWS.get(key, ())]
     for path in {*is_now, *was}:
         if is_now.get(path) != was.get(path) and not within(path, may_change):
             wrong.append(f"{path} became {is_now.get(path)!r}")
@@ -210,7 +210,7 @@ def test_500_command_lines_in_one_process_are_refused_or_rehearsed(tmp_path, mon
             default = [word for word in words if word.startswith(chosen)]
             default += [] if named(words) else ["size=tiny", "logger=none"]
             other = taken_otherwise(words, trained[-1], compose("train", default))
-            wrong += [(words, told) for told in other]
+            wrong += [(words, message) for message in other]
     assert wrong == []
     assert other_form == []
     assert refused > 250

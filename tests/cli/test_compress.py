@@ -51,7 +51,7 @@ def test_a_file_is_shortened_and_what_was_dropped_is_shown(here, capfd):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     {
         b"": "file=case.txt: is empty. Give a longer text.",
         b"x": "file=case.txt: has 1 token, and one must be left. Give a longer text.",
@@ -59,7 +59,7 @@ def test_a_file_is_shortened_and_what_was_dropped_is_shown(here, capfd):
         b"text\0text": "file=case.txt: must be text, and this has bytes of zero.",
     }.items(),
 )
-def test_what_is_no_text_or_too_short_is_refused_in_one_line(content, told, here, capfd):
+def test_what_is_no_text_or_too_short_is_refused_in_one_line(content, message, here, capfd):
     Path("case.txt").write_bytes(content)
     for method in choices("compress"):
         if method == "none":
@@ -68,12 +68,12 @@ def test_what_is_no_text_or_too_short_is_refused_in_one_line(content, told, here
         words = ["file=case.txt", *by, f"method={method}", "rate=0.5", "to=never.txt"]
         assert main(words) == 2
         (line,) = capfd.readouterr().err.splitlines()
-        assert told in line
+        assert message in line
         assert not Path("never.txt").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     {
         "by=runs/scorer rate=0.5": "file=: must be given",
         "file=text.txt by=runs/scorer": "rate=: must be given, or tokens=, and not both.",
@@ -90,10 +90,10 @@ def test_what_is_no_text_or_too_short_is_refused_in_one_line(content, told, here
         "file=text.txt by=runs/scorer rate=0.5 to=gone/x.txt": "to=gone/x.txt: must be in a folder",
     }.items(),
 )
-def test_a_mistake_is_refused_in_one_line(words, told, here, capfd):
+def test_a_mistake_is_refused_in_one_line(words, message, here, capfd):
     assert main(words.split()) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert told in line
+    assert message in line
 
 
 def measure(run: str, *words: str) -> tuple[int, list[dict]]:
@@ -137,7 +137,7 @@ def test_a_task_without_a_prompt_says_so_and_settings_of_nothing_are_refused(her
     shorter = ["compress=truncation", "compress.rate=0.5"]
     assert measure("reader", "task=speed", *shorter)[0] == 2
     assert "has no prompt that compress=truncation could shorten" in capfd.readouterr().err
-    for words, told in {
+    for words, message in {
         "compress.rate=0.5": "compress.rate=0.5: compress=none has no settings.",
         "compress=llmlingua compress.rate=0.5": "compress.by=: must be given",
         "compress=llmlingua compress.rate=0.5 compress.by=runs/gone": "compress.by=runs/gone: must",
@@ -145,7 +145,7 @@ def test_a_task_without_a_prompt_says_so_and_settings_of_nothing_are_refused(her
         "compress=truncation compress.rate=2": "compress.rate=2: must be",
     }.items():
         assert measure("reader", "task=passkey", *words.split())[0] == 2
-        assert told in capfd.readouterr().err
+        assert message in capfd.readouterr().err
 
 
 @pytest.mark.slow

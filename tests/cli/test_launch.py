@@ -167,7 +167,7 @@ REFUSED = {
 }
 
 
-# Not yet told as <option>=<value>: <rule>. <what to do>.
+# Not yet written as <option>=<value>: <rule>. <what to do>.
 OTHER_FORM = ("resume=/nowhere", "resume=empty", "data=text", "data=text data.path=/nowhere")
 OTHER_FORM += ("data=text data.path=empty", "data=text data.path=binary", "runs=/proc/zoo")
 
@@ -191,7 +191,7 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_written(words, comma
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     {
         "": "run=: must be given (run folder, or a pattern",
         "run=/nowhere/*": "run=/nowhere/*: no run folder matches",
@@ -210,11 +210,11 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_written(words, comma
         "run=x report=.": "it is a folder. Name a file in it",
     }.items(),
 )
-def test_eval_refuses_alike(words, told, command, tmp_path):
+def test_eval_refuses_alike(words, message, command, tmp_path):
     code, out, error = command("eval", *words.split())
     assert (code, out, error.count("\n")) == (2, "", 1)
     assert error.startswith("eval.py: ")
-    assert told in error
+    assert message in error
     assert not written(tmp_path)
 
 
@@ -251,7 +251,7 @@ def test_resume_takes_no_option_that_makes_it_another_run(command, tmp_path):
     assert "optim.lr, seed cannot change" in error
 
 
-def test_the_meaning_of_a_size_is_told_once(command):
+def test_the_meaning_of_a_size_is_reported_once(command):
     code, out, error = command("train", "--cfg", "job", "seq_len=64k", "trainer.max_steps=2**7")
     assert code == 0
     assert error == "seq_len=64k means 65536\ntrainer.max_steps=2**7 means 128\n"

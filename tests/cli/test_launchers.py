@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FEW = ["size=tiny", "logger=none", "seq_len=32", "batch_size=2", "trainer.max_steps=2"]
-FEW += ["valid_windows=2", "optim.warmup_steps=1", "threads=1"]
+SHORT = ["size=tiny", "logger=none", "seq_len=32", "batch_size=2", "trainer.max_steps=2"]
+SHORT += ["valid_windows=2", "optim.warmup_steps=1", "threads=1"]
 
 pytestmark = pytest.mark.slow
 
 
 def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "train.py"), "-m", "seed=0,1", *words, *FEW]
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "seed=0,1", *words, *SHORT]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -46,10 +46,10 @@ def test_submitit_says_each_job_and_where_its_logs_are(tmp_path):
     done = sweep(tmp_path, "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10")
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
-    told = [re.fullmatch(r"job (\d+): logs in (runs/\.sweeps/\S+)", line) for line in lines[:-3]]
-    assert len(told) == 2
+    matches = [re.fullmatch(r"job (\d+): logs in (runs/\.sweeps/\S+)", line) for line in lines[:-3]]
+    assert len(matches) == 2
     said = []
-    for match in told:
+    for match in matches:
         assert match
         assert match[2].endswith(match[1])
         said += [log.read_text() for log in (tmp_path / match[2]).glob("*_log.err")]

@@ -23,12 +23,12 @@ def test_every_yaml_begins_with_one_line_that_says_what_it_is(file):
 
 
 def test_every_choice_is_listed_with_its_line():
-    told = listing()
+    output = listing()
     for kind, group in KINDS.items():
-        assert f"{kind}: {'zoo recipe ' if kind == 'recipes' else f'{group}='}<name>" in told
+        assert f"{kind}: {'zoo recipe ' if kind == 'recipes' else f'{group}='}<name>" in output
         for file in ROOT.glob(f"configs/{group}/*.yaml"):
             assert any(
-                line.split(maxsplit=1) == [file.stem, summary(file)] for line in told.splitlines()
+                line.split(maxsplit=1) == [file.stem, summary(file)] for line in output.splitlines()
             )
     assert "mamba2" not in listing(["tasks"])
     with pytest.raises(UserError, match=r"^--list=modles: unknown kind. Did you mean 'models'\?"):

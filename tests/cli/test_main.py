@@ -18,7 +18,7 @@ def test_the_package_explains_its_programs(flag, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     {
         "tran": "zoo tran: unknown program. Did you mean 'train'? Use one of: train, tune, ",
         "": "zoo: unknown program. Use one of: train, tune, study, recipe, eval, compress, chat, ",
@@ -27,11 +27,11 @@ def test_the_package_explains_its_programs(flag, capsys):
         "train --list=models": "--list=models: unknown flag. See --help.",
     }.items(),
 )
-def test_a_mistake_is_one_line_with_exit_code_2(words, told, capsys):
+def test_a_mistake_is_one_line_with_exit_code_2(words, message, capsys):
     assert main(words.split()) == 2
     out, error = capsys.readouterr()
     assert not out
-    assert told in error
+    assert message in error
     assert error.count("\n") == 1
 
 

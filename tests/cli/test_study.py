@@ -41,8 +41,8 @@ def train(arm: Tuned, rate: float, seed: int, step: int, **other) -> None:
 
 
 def test_all_is_left_at_first_and_no_time_is_known(arms):
-    told = "2 of 2 arms left (lstm, nope), at most 480 steps"
-    assert left(arms) == told  # two rates and another seed, 80 steps each
+    expected = "2 of 2 arms left (lstm, nope), at most 480 steps"
+    assert left(arms) == expected  # two rates and another seed, 80 steps each
 
 
 def test_what_was_trained_and_pruned_is_not_left(arms):

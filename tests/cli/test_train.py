@@ -159,9 +159,9 @@ def test_a_full_disk_on_the_way_is_one_line(train):
 
     code, error = train(learner=learner)
     assert code == 2
-    told = "runs/x/checkpoints/last.ckpt: No space left on device"
-    assert error.splitlines()[1:] == [f"train.py: {told}"]
-    assert only_run().info["reason"] == told
+    message = "runs/x/checkpoints/last.ckpt: No space left on device"
+    assert error.splitlines()[1:] == [f"train.py: {message}"]
+    assert only_run().info["reason"] == message
 
 
 def test_a_failing_arm_does_not_stop_the_sweep(train, tmp_path):
@@ -232,7 +232,7 @@ def test_weights_that_other_code_made_are_not_already_trained(train, monkeypatch
     assert train("name=mine", "changed_code=accept", learner=refuse)[0] == 0  # nothing to train
 
 
-def test_a_run_goes_on_under_other_code_only_when_told_and_says_so(train, monkeypatch):
+def test_a_run_goes_on_under_other_code_only_when_accepted_and_says_so(train, monkeypatch):
     train("name=mine", learner=stop_after_7)
     before = only_run().info["sources"]
     edit_code(monkeypatch, **{"zoo/model/backbone.py": "changed"})

@@ -28,7 +28,7 @@ def loss(config: TrainConfig, step: int) -> float:
 
 
 class Trains:
-    """In place of training: a folder and its metrics, and a list of what was asked for."""
+    """In place of training: a folder and its metrics, and a list of what was requested."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[str, float, int, int, int]] = []
@@ -132,8 +132,8 @@ def test_a_first_seed_that_misleads_is_overruled_by_the_mean_of_two(trains, tmp_
     trained = {key[:3] for key in trains.steps if key[-1] == STEPS}
     assert ("lstm", 2e-3, 2) in trained
     assert ("lstm", 4e-3, 2) not in trained
-    told = capfd.readouterr().err
-    assert "best of 4 rates is 0.002; chosen by the mean of two seeds (then 0.004)" in told
+    output = capfd.readouterr().err
+    assert "best of 4 rates is 0.002; chosen by the mean of two seeds (then 0.004)" in output
 
 
 @pytest.mark.parametrize(
@@ -146,9 +146,9 @@ def test_a_best_rate_on_the_edge_gets_a_neighbour_beyond_it(
     monkeypatch.setitem(BEST, "lstm", best)
     assert program.main(words(tmp_path, "lstm")) == 0
     assert {rate for _, rate, *_ in trains.steps} == {1e-3, 2e-3, 4e-3, 8e-3, tried}
-    told = capfd.readouterr().err
-    assert f"is the best and at the edge of the grid: trying {tried:g} too" in told
-    assert (f"best of 5 rates is {best:g}, the edge of the grid" in told) == edge
+    output = capfd.readouterr().err
+    assert f"is the best and at the edge of the grid: trying {tried:g} too" in output
+    assert (f"best of 5 rates is {best:g}, the edge of the grid" in output) == edge
     before = list(trains.steps)
     program.main(words(tmp_path, "lstm"))
     assert trains.steps == before

@@ -111,10 +111,10 @@ def test_longllmlingua_ranks_by_the_question_and_keeps_what_it_makes_likelier(se
     def of(numbers):
         return [tokens[n] for n in numbers]
 
-    asked = of(whole.question)
+    question = of(whole.question)
     restriction = [*b" We can get the answer to this question in the given documents."]
     relevance = [
-        -information(scored, of(d), [*asked, *restriction]).mean() for d in whole.demonstrations
+        -information(scored, of(d), [*question, *restriction]).mean() for d in whole.demonstrations
     ]
     kept = longllmlingua.compress(scored, whole, len(tokens) // 2, segment=20)
     places = [next(k for k, d in enumerate(whole.demonstrations) if n in d) for n in kept
@@ -127,7 +127,7 @@ def test_longllmlingua_ranks_by_the_question_and_keeps_what_it_makes_likelier(se
     own = [*whole.demonstrations[order[0]]][:20]
     before = of([n for n in kept if n in whole.instruction])
     contrast = information(scored, before, of(own)) - information(
-        scored, [*asked, *before], of(own)
+        scored, [*question, *before], of(own)
     )
     left = [n in kept for n in own]
     assert min(contrast[i] for i in range(20) if left[i]) > max(

@@ -34,7 +34,7 @@ from zoo.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 HUGE = 10**30
-FEW = (0, -1, 1, HUGE, 10**12, math.nan, "text", None, True)  # a model is built for each
+ODD_VALUES = (0, -1, 1, HUGE, 10**12, math.nan, "text", None, True)  # a model is built for each
 VALUES = (0, -1, 1, HUGE, -HUGE, 10**12, 0.5, 1e308, math.nan, math.inf, "text", "", None, True, [])
 SIZE = {"width": 32, "layers": 2}
 
@@ -59,19 +59,19 @@ def changed(tree: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     return tree
 
 
-def outcome(attempt: Callable[[], str], named: str) -> str:
+def outcome(call: Callable[[], str], named: str) -> str:
     """What is wrong with an attempt; "" where it was refused as it should be or went well.
 
     A refusal is a ValueError (UserError is one, and pydantic's) of one line with `named` in it.
     """
     try:
-        return attempt()
+        return call()
     except ValueError as error:
-        told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        if "\n" in told:
-            return f"is refused in several lines: {told}"
-        named_at_all = named in told or "run folder" in told  # a folder that is not there
-        return "" if named_at_all else f"is refused without its name: {told}"
+        message = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        if "\n" in message:
+            return f"is refused in several lines: {message}"
+        named_at_all = named in message or "run folder" in message  # a folder that is not there
+        return "" if named_at_all else f"is refused without its name: {message}"
     except Exception as error:
         return f"is a traceback: {error!r}"
 
@@ -90,11 +90,11 @@ def walk(check: Callable[..., BaseModel], tree: dict[str, Any], paths: Iterable[
     """Whatever is wrong with any value at any of the paths."""
     wrong = []
     for path, value in itertools.product(paths, VALUES):
-        told = outcome(
+        message = outcome(
             lambda p=path, v=value: holds(check(changed(tree, p, v), [p]), p, v),
             path.rpartition(".")[2],
         )
-        wrong += [f"{path}={value!r} {told}"] if told else []
+        wrong += [f"{path}={value!r} {message}"] if message else []
     return wrong
 
 
@@ -144,12 +144,14 @@ def test_every_argument_of_every_mixer_is_refused_or_reads_finite_text(causal):
         if not causal and ("causal" not in takes or not reads_both_ways(name)):
             continue
         place = {**SIZE, "layer": 1} if causal else {**SIZE, "layer": 1, "causal": False}
-        for argument, value in itertools.product(target_parameters(part["_target_"]) or [], FEW):
+        for argument, value in itertools.product(
+            target_parameters(part["_target_"]) or [], ODD_VALUES
+        ):
             cases += 1
-            told = outcome(
+            message = outcome(
                 lambda p={**part, argument: value}, w=place: reads_finite(p, w), argument
             )
-            wrong += [f"{name}: {slot}.{argument}={value!r} {told}"] if told else []
+            wrong += [f"{name}: {slot}.{argument}={value!r} {message}"] if message else []
     assert wrong == []
     assert cases > 500
 
@@ -160,7 +162,7 @@ def reads_finite(tree: dict[str, Any], place: dict[str, Any]) -> str:
     try:
         with torch.device("meta"):
             size = sum(p.numel() for p in part.load()(**place).parameters())
-    except (RuntimeError, TypeError) as error:  # more than a tensor can be: told by the rehearsal
+    except (RuntimeError, TypeError) as error:  # more than a tensor can be: the rehearsal says so
         return "" if "overflow" in str(error).lower() else str(error)
     if size > 200_000:
         return ""
@@ -231,10 +233,10 @@ def test_every_argument_of_every_extension_is_refused_or_reads_finite_text():
     tokens, wrong = torch.randint(32, (1, 40)), []
 
     def reads(tree: dict[str, Any], kind: str) -> str:
-        asked = validate(Extension, tree)
-        if asked.positions is not None:
+        requested = validate(Extension, tree)
+        if requested.positions is not None:
             return ""  # a way to train
-        model = extend(copy.deepcopy(models[kind]), asked, 16)
+        model = extend(copy.deepcopy(models[kind]), requested, 16)
         with torch.no_grad():
             return "" if model(tokens).isfinite().all() else "gives logits that are not finite"
 
@@ -245,6 +247,6 @@ def test_every_argument_of_every_extension_is_refused_or_reads_finite_text():
     for (name, path), value in itertools.product(extension_options(trees), VALUES):
         kind = "alibi" if name == "alibi_interpolation" else "transformer"
         tree = changed(trees[name], path, value)
-        told = outcome(lambda t=tree, k=kind: reads(t, k), "")
-        wrong += [f"extension={name} {path}={value!r} {told}"] if told else []
+        message = outcome(lambda t=tree, k=kind: reads(t, k), "")
+        wrong += [f"extension={name} {path}={value!r} {message}"] if message else []
     assert wrong == []

@@ -1,4 +1,4 @@
-"""Names that were renamed: stored runs and rows are read, a command line is told the new one."""
+"""Renamed names: stored runs and rows are read, a command line is refused with the new one."""
 
 import importlib
 from pathlib import Path
@@ -139,7 +139,7 @@ def test_rows_of_another_task_keep_their_fields(renamed):
         "extension.attention._target_=zoo.attention.dca.Dual": "zoo.attention.dual_chunk.DualChunk",
     }.items(),
 )
-def test_an_old_name_on_a_command_line_is_told_the_new_one(renamed, option, new):
+def test_an_old_name_on_a_command_line_is_refused_with_the_new_one(renamed, option, new):
     base = [word for word in EXTENDED if word.partition("=")[0] != option.partition("=")[0]]
     with pytest.raises(UserError) as refused:
         compose("train", [*base, option])

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.strategies import DDPStrategy
 
-from zoo.config.compose import compose
+from zoo.config.compose import compose, compose_tree, composing, parse
 from zoo.config.schema.train import TrainConfig
 from zoo.config.schema.trainer import Trainer
 from zoo.config.stored import as_now
@@ -28,11 +28,26 @@ def test_each_argument_is_carried_through_owned_or_refused_and_nothing_twice():
     assert sorted(decided) == sorted(ARGUMENTS)
 
 
+@pytest.fixture(scope="module")
+def tree() -> dict:
+    """What `python train.py` composes, before it is checked."""
+    with composing("train"):
+        return compose_tree("train", [])
+
+
 @pytest.mark.parametrize("value", ["0", "1", "-1", "true", "null", "-inf", "1k", "foo", "[1]"])
-def test_the_others_are_refused_by_name_whatever_their_value(value):
+def test_the_others_are_refused_by_name_whatever_their_value(value, tree):
     for name in {*TRAINER_OWNED, *TRAINER_REFUSED}:
+        (override,) = parse([f"trainer.{name}={value}"])
+        changed = tree | {"trainer": tree["trainer"] | {name: override.value()}}
         with pytest.raises(UserError, match=rf"^trainer\.{name}=.*\. Leave it out\.$"):
-            compose("train", [f"trainer.{name}={value}"])
+            validate(TrainConfig, changed)
+
+
+@pytest.mark.parametrize("name", sorted({*TRAINER_OWNED, *TRAINER_REFUSED}))
+def test_the_others_are_refused_on_a_command_line(name):
+    with pytest.raises(UserError, match=rf"^trainer\.{name}=1: .*\. Leave it out\.$"):
+        compose("train", [f"trainer.{name}=1"])
 
 
 def test_an_argument_that_nobody_decided_is_refused(monkeypatch):

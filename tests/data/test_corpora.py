@@ -90,7 +90,7 @@ def test_folders_within_folders_are_read(flat, tmp_path):
 
 
 @given(sizes=st.lists(st.integers(1, 4000), min_size=3, max_size=40), held_out=st.integers(0, 9000))
-def test_splits_are_whole_disjoint_and_as_large_as_asked(tmp_path_factory, sizes, held_out):
+def test_splits_are_whole_disjoint_and_as_large_as_requested(tmp_path_factory, sizes, held_out):
     root = tmp_path_factory.mktemp("files")
     for i, size in enumerate(sizes):
         (root / f"{i}").write_bytes(b"x" * size)
@@ -406,7 +406,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(flat, tmp_path):
     refused(spec, r"bad\.json: is no tokenizers JSON", tmp_path / "cache", early=False)
 
 
-def test_a_missing_tokenizers_package_is_told(flat, tmp_path, words, monkeypatch):
+def test_a_missing_tokenizers_package_is_reported(flat, tmp_path, words, monkeypatch):
     missing(monkeypatch, "tokenizers")
     refused(text(flat, tokenizer=words), "pip install tokenizers", tmp_path / "cache")
 

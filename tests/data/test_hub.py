@@ -1,4 +1,4 @@
-"""Data sets by the package datasets: their splits or ours, and no network that is not asked for."""
+"""Data sets by the package datasets: their splits or ours, and no network that is not requested."""
 
 import contextlib
 import importlib.machinery
@@ -22,18 +22,18 @@ def spec(dataset, **changes) -> dict:
 
 @pytest.fixture
 def library(monkeypatch):
-    """A stand-in for datasets: `splits` are those of every data set; what was loaded in `asked`."""
+    """A stand-in for datasets: `splits` of every data set; what was loaded in `requested`."""
     module = types.ModuleType("datasets")
     module.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
-    module.asked, module.splits = [], {"train": [{"text": text} for text in TEXTS]}
+    module.requested, module.splits = [], {"train": [{"text": text} for text in TEXTS]}
 
     def load_dataset(name, streaming):
         assert streaming
-        module.asked.append(name)
+        module.requested.append(name)
         return module.splits
 
     def load_from_disk(folder):
-        module.asked.append(f"disk {folder}")
+        module.requested.append(f"disk {folder}")
         return module.splits if len(module.splits) > 1 else module.splits["train"]
 
     module.load_dataset, module.load_from_disk = load_dataset, load_from_disk
@@ -46,7 +46,7 @@ def library(monkeypatch):
 @pytest.fixture
 def no_network(monkeypatch):
     def fail(url, timeout):
-        raise AssertionError("the network was asked")
+        raise AssertionError("the network was used")
 
     monkeypatch.setattr("urllib.request.urlopen", fail)
 
@@ -66,10 +66,10 @@ def test_a_folder_is_read_without_a_network_and_split_by_content(
     corpus = open_corpus(spec(folder), tmp_path / "cache")
     found = [d for split in ("train", "valid", "test") for d in documents(corpus, split)]
     assert sorted(found) == sorted(TEXTS)
-    assert set(library.asked) == {f"disk {folder}" if saved else str(folder)}
-    count = len(library.asked)
+    assert set(library.requested) == {f"disk {folder}" if saved else str(folder)}
+    count = len(library.requested)
     again = open_corpus(spec(folder), tmp_path / "cache")
-    assert (again.fingerprint, len(library.asked)) == (corpus.fingerprint, count)
+    assert (again.fingerprint, len(library.requested)) == (corpus.fingerprint, count)
 
 
 def test_its_own_three_splits_are_ours(library, no_network, tmp_path):
@@ -90,31 +90,31 @@ def test_its_own_splits_share_no_document(library, no_network, tmp_path):
     assert holding == ["valid"]
 
 
-def test_a_name_on_the_hub_asks_for_the_network_first(library, tmp_path, monkeypatch):
-    asked = []
+def test_a_name_on_the_hub_needs_the_network_first(library, tmp_path, monkeypatch):
+    requested = []
 
     def answer(url, timeout):
-        asked.append(url)
+        requested.append(url)
         return contextlib.nullcontext()
 
     monkeypatch.setattr("urllib.request.urlopen", answer)
     check_source(spec("someone/books", cache=str(tmp_path)))
-    assert asked == ["https://huggingface.co/api/datasets/someone/books"]
+    assert requested == ["https://huggingface.co/api/datasets/someone/books"]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"data=hf: streams from the network, but HF_HUB_OFFLINE"):
         check_source(spec("someone/books", cache=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"dataset": None}, r"data\.dataset=null: must be a folder or the name"),
         ({"field": "body"}, r"data\.field=body: .* train:0 has no such field\. Use one of: text"),
         ({"documents": 0}, r"data\.documents=0: must be a positive number or null"),
     ],
 )
-def test_what_cannot_be_read_is_refused(library, no_network, tmp_path, changes, told):
-    with pytest.raises(UserError, match=told):
+def test_what_cannot_be_read_is_refused(library, no_network, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
         open_corpus(spec(tmp_path) | changes, tmp_path / "cache")
 
 
@@ -128,8 +128,8 @@ def test_a_data_set_that_breaks_off_is_one_line(library, no_network, tmp_path):
             return rows()
 
     library.splits = {"train": Broken()}
-    told = r"reading train failed: RuntimeError: connection reset\. Try again"
-    with pytest.raises(UserError, match=told):
+    message = r"reading train failed: RuntimeError: connection reset\. Try again"
+    with pytest.raises(UserError, match=message):
         open_corpus(spec(tmp_path), tmp_path / "cache")
 
 

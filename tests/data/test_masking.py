@@ -1,4 +1,4 @@
-"""Masked tokens: the published shares, and nothing shown differently where nothing is asked."""
+"""Masked tokens: the published shares, and nothing shown differently where nothing is predicted."""
 
 import numpy as np
 from hypothesis import given

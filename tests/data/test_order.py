@@ -25,7 +25,7 @@ def shapes(draw: st.DrawFn) -> Shape:
 
 
 @given(shapes(), st.booleans(), st.randoms())
-def test_any_step_can_be_asked_at_any_time(shape: Shape, contiguous, rng: random.Random):
+def test_any_step_can_be_drawn_at_any_time(shape: Shape, contiguous, rng: random.Random):
     steps = list(range(40))
     expected = {step: window_starts(*shape, step, contiguous).tolist() for step in steps}
     rng.shuffle(steps)

@@ -1,4 +1,4 @@
-"""Passkeys in training windows and prompts: where the words stand, and that seeds decide all."""
+"""Passkeys in training windows and prompts: where the words are, and that seeds decide all."""
 
 import re
 from pathlib import Path
@@ -38,7 +38,7 @@ def planted(share: float, size: int = 600, rows: int = 40, step: int = 0) -> lis
     return [text(row) for row in Passkeys(share, encode_bytes).plant(windows, seeds)]
 
 
-def test_a_window_states_its_key_once_and_asks_for_it_to_the_end():
+def test_a_window_states_its_key_once_and_queries_it_to_the_end():
     windows = planted(1.0)
     for window in windows:
         key = re.search(SENTENCE, window)[1]
@@ -78,15 +78,15 @@ def test_a_prompt_ends_with_the_question_and_hides_the_key_at_its_depth(size, de
 
 
 def test_a_text_too_short_for_a_key_is_refused_in_one_line():
-    for ask in (
+    for call in (
         lambda: passkey_prompt(FILLER[:30], "4071", 0.5, encode_bytes),
         lambda: planted(0.1, size=30),
     ):
         with pytest.raises(
             UserError, match=r"^length=30: must be at least \d+ tokens, to hold"
-        ) as told:
-            ask()
-        assert "\n" not in str(told.value)
+        ) as message:
+            call()
+        assert "\n" not in str(message.value)
 
 
 def test_keys_are_uniform_over_the_digits():

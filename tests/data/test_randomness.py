@@ -77,7 +77,7 @@ def test_places_differ_between_rows_steps_and_seeds(name, store):
         assert (rows.diff() > 0).all()
         assert rows.max() < 8 * TOKENS
     assert max(int(rows.max()) for rows in drawn) > 6 * TOKENS  # they fill what they are to fill
-    if name == "pose":  # where the second half stands, row by row and nothing else
+    if name == "pose":  # where the second half is, row by row and nothing else
         assert ((rows.diff(dim=1) != 1).sum(1) <= 1).all()
         assert len({int(row[-1]) for rows in drawn for row in rows}) > ROWS
 
@@ -126,17 +126,17 @@ def test_which_windows_hold_a_key_differs_between_rows_and_steps(store):
     assert (holds.sum(1) < ROWS).sum() > 15
 
 
-def test_prompts_ask_for_keys_of_their_own_and_a_seed_for_others():
-    asked = [_keys(0, index, 5) for index in range(40)]
-    assert len({keys[0] for keys in asked}) > 36
-    assert all(len(set(keys)) == 5 for keys in asked)
-    assert asked == [_keys(0, index, 5) for index in range(40)]
-    assert not {tuple(keys) for keys in asked} & {tuple(_keys(1, i, 5)) for i in range(40)}
-    assert END not in "".join(asked[0])
+def test_prompts_query_keys_of_their_own_and_a_seed_for_others():
+    queried = [_keys(0, index, 5) for index in range(40)]
+    assert len({keys[0] for keys in queried}) > 36
+    assert all(len(set(keys)) == 5 for keys in queried)
+    assert queried == [_keys(0, index, 5) for index in range(40)]
+    assert not {tuple(keys) for keys in queried} & {tuple(_keys(1, i, 5)) for i in range(40)}
+    assert END not in "".join(queried[0])
 
 
 def windows_of(corpus: Corpus, *words: str) -> list[torch.Tensor]:
-    """What a run's data module reads in its first three steps, as it stands in training."""
+    """What a run's data module reads in its first three steps, as in training."""
     config = train_config(f"seq_len={TOKENS}", f"batch_size={ROWS}", "match=none", *words)
     module = Windows(corpus, config)
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
@@ -190,7 +190,7 @@ def test_validation_masks_differ_between_rows(store):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_layers_of_an_architecture_are_told_their_place(name):
+def test_layers_of_an_architecture_get_their_place(name):
     """Initialisations depend on the depth: a model of four layers is not one layer four times."""
     from zoo.model.build import build_model
 
@@ -217,7 +217,7 @@ def test_layers_of_an_architecture_are_told_their_place(name):
 
 @pytest.mark.parametrize("n_hat", [0, 5])
 def test_longrope_in_a_model_keeps_its_first_positions_as_they_were(n_hat, tiny):
-    """The option reaches the layers: keys before n_hat turn as trained, the others rescaled."""
+    """The option reaches the layers: keys before n_hat rotate as trained, the others rescaled."""
     factors = [1.0 + 0.25 * i for i in range(16)]
     words = ["finetune=runs/x", "extension=longrope", "extension.factor=4"]
     words += [f"extension.scaling.long_factors={factors}".replace(" ", "")]

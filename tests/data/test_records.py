@@ -109,8 +109,8 @@ def test_a_record_that_is_no_document_is_refused_in_one_line(tmp_path, line, lat
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_no_path_is_refused(kind, tmp_path):
-    told = rf"data\.path=null: must be a folder with \.{kind} files"
-    with pytest.raises(UserError, match=told):
+    message = rf"data\.path=null: must be a folder with \.{kind} files"
+    with pytest.raises(UserError, match=message):
         check_source(spec(None, kind))
     with pytest.raises(UserError, match=rf"has no \.{kind} file"):
         check_source(spec(tmp_path, kind))
@@ -125,14 +125,14 @@ def test_parquet_without_its_package_is_refused(tmp_path, monkeypatch):
 
 def test_parquet_is_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
     """By a stand-in for pyarrow, which need not be installed."""
-    asked = {}
+    requested = {}
 
     class ParquetFile:
         def __init__(self, file):
             self.schema_arrow = types.SimpleNamespace(names=["id", "text"])
 
         def iter_batches(self, batch_size, columns):
-            asked.update(batch_size=batch_size, columns=columns)
+            requested.update(batch_size=batch_size, columns=columns)
             for start in range(0, len(TEXTS), batch_size):
                 rows = [{"text": text} for text in TEXTS[start : start + batch_size]]
                 yield types.SimpleNamespace(to_pylist=lambda rows=rows: rows)
@@ -143,7 +143,7 @@ def test_parquet_is_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", module)
     (tmp_path / "a.parquet").write_bytes(b"")
     corpus = open_corpus(spec(tmp_path, "parquet"), tmp_path / "cache")
-    assert asked == {"batch_size": 7, "columns": ["text"]}
+    assert requested == {"batch_size": 7, "columns": ["text"]}
     assert sorted(d for split in SPLITS for d in documents(corpus, split)) == sorted(TEXTS)
     monkeypatch.setattr(ParquetFile, "iter_batches", lambda *_, **__: 1 / 0)
     with pytest.raises(UserError, match=r"a\.parquet: cannot be read \(division by zero\)"):

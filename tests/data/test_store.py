@@ -87,7 +87,7 @@ def alter(file: Path) -> None:
     "file", ["tokens.bin", "offsets.npy", "bytes.bin", "documents.json", "meta.json"]
 )
 @pytest.mark.parametrize("damage", [shorten, alter, Path.unlink])
-def test_damage_is_told_and_mended(folder, file, damage):
+def test_damage_is_reported_and_mended(folder, file, damage):
     if file == "meta.json" and damage is shorten:
         (folder / "a" / file).write_text("{")
     else:
@@ -101,14 +101,14 @@ def test_damage_is_told_and_mended(folder, file, damage):
     assert sorted(path.name for path in folder.parent.iterdir()) == ["corpus", "corpus.lock"]
 
 
-def test_truncation_is_told_without_a_hash(folder):
+def test_truncation_is_reported_without_a_hash(folder):
     shorten(folder / "a" / "tokens.bin")
     with pytest.raises(StoreError, match="is truncated"):
         TokenStore.open(folder / "a", verify=False)
 
 
 @pytest.mark.parametrize("field", ["source_bytes", "tokens", "dtype", "tokenizer", "source"])
-def test_an_altered_figure_beside_the_tokens_is_told(folder, field):
+def test_an_altered_figure_beside_the_tokens_is_reported(folder, field):
     meta = folder / "a" / "meta.json"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {field: 7}))
     with pytest.raises(StoreError, match="was altered"):
@@ -116,7 +116,7 @@ def test_an_altered_figure_beside_the_tokens_is_told(folder, field):
 
 
 @pytest.mark.parametrize("text", ["[]", "7", '"a"', "null", "{}", "[" * 100_000, "\0", "\udcff"])
-def test_a_record_of_another_kind_is_told(folder, text):
+def test_a_record_of_another_kind_is_reported(folder, text):
     (folder / "a" / "meta.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(StoreError, match="is damaged"):
         TokenStore.open(folder / "a")
@@ -171,7 +171,7 @@ def test_a_split_without_documents_is_refused(tmp_path):
         write_store(tmp_path / "valid", [], encode)
 
 
-def test_a_cache_that_cannot_be_written_is_told(tmp_path):
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="the token store cannot be written"):
         opened(tmp_path / "file" / "corpus")

@@ -100,7 +100,7 @@ def test_labels_are_what_the_definition_says(name):
         assert found == globals()[f"read_{name}"](tokens, **SETTINGS[name])
 
 
-def test_every_key_is_asked_once_for_its_last_value():
+def test_every_key_is_queried_once_for_its_last_value():
     examples, settings = generate("mqar"), SETTINGS["mqar"]
     stated = 2 * (settings["pairs"] + settings["rewritten"])
     changed = 0
@@ -108,10 +108,10 @@ def test_every_key_is_asked_once_for_its_last_value():
         pairs = list(zip(tokens[0:stated:2], tokens[1:stated:2], strict=True))
         meaning = dict(pairs)
         changed += sum(meaning[key] != value for key, value in pairs)
-        asked = {i: label for i, label in enumerate(labels) if label != NO_LABEL}
-        assert sorted(tokens[i] for i in asked) == sorted(meaning)
-        assert all(i >= stated and i % 2 == 0 for i in asked)
-        assert all(meaning[tokens[i]] == label for i, label in asked.items())
+        queried = {i: label for i, label in enumerate(labels) if label != NO_LABEL}
+        assert sorted(tokens[i] for i in queried) == sorted(meaning)
+        assert all(i >= stated and i % 2 == 0 for i in queried)
+        assert all(meaning[tokens[i]] == label for i, label in queried.items())
         assert all(1 <= key < 10 <= value for key, value in pairs)
     assert changed > 64  # nearly two in every row: a rewritten key has lost its first value
 

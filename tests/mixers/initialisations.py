@@ -4,7 +4,7 @@ Written from the papers and the authors' programs that the mixers' docstrings na
 code: `of_class[path](module, layer, layers)` gives a law for every parameter of that class,
 its children's included. An outer class's word goes before that of a part (a norm, say). Where a
 paper starts a matrix at zero, so that others would have no gradient at first, the mixers depart as
-their docstrings say, and the departure stands here.
+their docstrings say, and the departure is written here.
 
     linear maps     N(0, 1 / inputs); the last of a branch divided by sqrt(2 layers) (GPT-2, section
                     2.3: N residual branches add up to unit variance), in Mamba by sqrt(layers)
@@ -36,7 +36,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Through:
-    """`law` holds for what `function` makes of the parameter; the function's name tells it."""
+    """`law` holds for what `function` makes of the parameter; named by the function."""
 
     function: Callable[[Tensor], Tensor]
     law: Uniform

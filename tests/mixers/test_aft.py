@@ -40,7 +40,7 @@ def biases(mixer: AFT, t: int) -> torch.Tensor:
 
 
 def formula(mixer: AFT, x: torch.Tensor) -> torch.Tensor:
-    """Equation 2 of the paper with a causal mask, as it stands."""
+    """Equation 2 of the paper with a causal mask, literally."""
     w = biases(mixer, x.shape[1])
     w = w.repeat_interleave(WIDTH // len(w), 0).permute(1, 2, 0)
     weights = torch.exp(mixer.k_proj(x)[:, None] + w)
@@ -183,7 +183,7 @@ def test_every_variant_is_reached_from_the_command_line(variant, tiny):
         ({"variant": "local", "max_length": 9, "rank": 0}, "rank=0"),
     ],
 )
-def test_wrong_arguments_are_told_in_one_line(options, line):
+def test_wrong_arguments_are_reported_in_one_line(options, line):
     with pytest.raises(ValueError, match=line) as error:
         AFT(width=WIDTH, **options)
     assert "\n" not in str(error.value)

@@ -63,7 +63,7 @@ def test_every_argument_of_every_mixer_declares_its_domain():
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     {
         "model=mamba model.mixer.state_size=0": "model.mixer.state_size=0: must be an integer "
         ">= 1. The default is 16.",
@@ -73,14 +73,14 @@ def test_every_argument_of_every_mixer_declares_its_domain():
         "hidden_width=0: must be an integer >= 1 or null. The default is null.",
     }.items(),
 )
-def test_a_bad_value_is_named_as_its_option_before_anything_is_built(words, told):
+def test_a_bad_value_is_named_as_its_option_before_anything_is_built(words, message):
     with pytest.raises(UserError) as error:
         train_config(*words.split())
-    assert str(error.value) == told
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     {
         "model=deltanet size.heads=3": "size.heads=3",
         "model=mamba size.heads=3": "size.heads=3",
@@ -90,11 +90,11 @@ def test_a_bad_value_is_named_as_its_option_before_anything_is_built(words, told
         "max_length=null: variant=full learns a weight for each position.",
     }.items(),
 )
-def test_arguments_that_do_not_go_together_are_named_as_their_option(words, told):
+def test_arguments_that_do_not_go_together_are_named_as_their_option(words, message):
     config = train_config("size=tiny", *words.split())
     with pytest.raises(UserError) as error:
         build_model(config, vocab_size=32)
-    assert str(error.value).startswith(told)
+    assert str(error.value).startswith(message)
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ def by_hand(mixer: DeltaNet, x: torch.Tensor) -> torch.Tensor:
     head, S, rows = WIDTH // HEADS, torch.zeros(HEADS, WIDTH // HEADS, WIDTH // HEADS), []
     S = S.double()
     for t in range(len(x)):
-        seen = [projected[t - 3 + i] * taps[:, i] for i in range(4) if t - 3 + i >= 0]
-        u = sum(seen)
+        products = [projected[t - 3 + i] * taps[:, i] for i in range(4) if t - 3 + i >= 0]
+        u = sum(products)
         u = u / (1 + torch.exp(-u))
         q, k, v = (part.view(HEADS, head) for part in u.split(WIDTH))
         q, k = (part / part.square().sum(-1, keepdim=True).sqrt() for part in (q, k))
@@ -70,7 +70,7 @@ def test_backends_agree(mixer, backend):
 
 
 def test_what_is_not_overwritten_stays(mixer):
-    """Empty tokens have no key: once the convolution has let go of the last word, S stands."""
+    """Empty tokens have no key: once the convolution has let go of the last word, S is constant."""
     _, state = mixer(torch.randn(1, 5, WIDTH, dtype=torch.float64), mixer.empty_state(1))
     empty = torch.zeros(1, 203, WIDTH, dtype=torch.float64)
     _, state = mixer(empty[:, :3], state)

@@ -66,19 +66,19 @@ def one_by_one(mixers: list[ETC], x: torch.Tensor, causal: bool) -> torch.Tensor
     g = torch.zeros(count, WIDTH, dtype=x.dtype)
     for mixer in mixers:
         g = g + mixer.first_global
-        seen, moved = normed(mixer, g), []
+        read, moved = normed(mixer, g), []
         for j in range(count):
             keys = [
-                (seen[i], mixer.g2g[clipped(j - i, causal)])
+                (read[i], mixer.g2g[clipped(j - i, causal)])
                 for i in range(count)
                 if i <= j or not causal
             ]
             for m in range(t):
                 if m // BLOCK == j or not causal:
                     keys.append((x[m], mixer.g2l[0 if m // BLOCK == j else 1]))
-            moved.append(g[j] + attend_one(mixer, seen[j], keys))
+            moved.append(g[j] + attend_one(mixer, read[j], keys))
         g = torch.stack(moved) if moved else g
-        seen, outs = normed(mixer, g), []
+        read, outs = normed(mixer, g), []
         for m in range(t):
             keys = [
                 (x[n], mixer.l2l[clipped(m - n, causal)])
@@ -87,9 +87,9 @@ def one_by_one(mixers: list[ETC], x: torch.Tensor, causal: bool) -> torch.Tensor
             ]
             for j in range(count):
                 if causal and j < m // BLOCK:
-                    keys.append((seen[j], mixer.l2g[0]))
+                    keys.append((read[j], mixer.l2g[0]))
                 elif not causal:
-                    keys.append((seen[j], mixer.l2g[0 if m // BLOCK == j else 1]))
+                    keys.append((read[j], mixer.l2g[0 if m // BLOCK == j else 1]))
             outs.append(x[m] + attend_one(mixer, x[m], keys))
         x = torch.stack(outs)
     return x

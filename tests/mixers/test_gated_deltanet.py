@@ -36,8 +36,8 @@ def by_hand(mixer: GatedDeltaNet, x: torch.Tensor) -> torch.Tensor:
         for h in range(HEADS):
             q_h, k_h = (y.view(HEADS, KEY)[h] for y in (q, k))
             q_h, k_h, v_h = q_h / q_h.norm(), k_h / k_h.norm(), v.view(HEADS, VALUE)[h]
-            kept = alpha[h] * (torch.eye(KEY).double() - beta[h] * torch.outer(k_h, k_h))
-            states[h] = states[h] @ kept + beta[h] * torch.outer(v_h, k_h)
+            decayed = alpha[h] * (torch.eye(KEY).double() - beta[h] * torch.outer(k_h, k_h))
+            states[h] = states[h] @ decayed + beta[h] * torch.outer(v_h, k_h)
             o = states[h] @ q_h
             outs.append(o / (o.square().mean() + 1e-5).sqrt() * mixer.norm.weight * gate[h])
         rows.append(mixer.o_proj.weight @ torch.cat(outs))

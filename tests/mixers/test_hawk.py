@@ -125,7 +125,7 @@ def test_decays_near_one_lose_no_digits_and_their_gradient_is_finite():
         ({"gate_blocks": 3, "conv_width": 9}, "conv_width=9: must be an integer from 2 to 8"),
     ],
 )
-def test_wrong_arguments_are_told_in_one_line(options, line):
+def test_wrong_arguments_are_reported_in_one_line(options, line):
     with pytest.raises(ValueError, match=line) as error:
         Hawk(width=WIDTH, **options)
     assert "\n" not in str(error.value)

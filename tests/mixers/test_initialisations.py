@@ -130,12 +130,12 @@ def test_every_parameter_starts_as_published(words):
         return {key for key, found in drawn.items() if sum(map(len, found)) < SAMPLES}
 
     seed = 0
-    while few := lacking():
+    while too_few := lacking():
         seed += 1
-        assert seed < 1000, f"not drawn again by the mixer alone: {few}"
+        assert seed < 1000, f"not drawn again by the mixer alone: {too_few}"
         for mixer, layer, layers in draw_more(config, model, seed):
             for name, (law, where) in laws(mixer, layer, layers).items():
-                if (where, law) in few:
+                if (where, law) in too_few:
                     note(law, where, mixer.get_parameter(name).detach())
     for (where, law), found in drawn.items():
         check(torch.cat(found), law, where)
@@ -200,8 +200,8 @@ def test_weight_decay_takes_matrices_and_spares_those_that_zero_is_wrong_for(wor
     config, model = built(words)
     learner = Learner(model=model, optim=config.optim, max_steps=1, seq_len=256)
     (optimizer,), _ = learner.configure_optimizers()
-    decayed, kept = optimizer.param_groups
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (config.optim.weight_decay, 0.0)
+    decayed, undecayed = optimizer.param_groups
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (config.optim.weight_decay, 0.0)
     spared = set()
     for name, module in model.named_modules():
         spared |= {f"{name}.{own}" for own in NOT_DECAYED.get(path(module), ())}
@@ -209,5 +209,5 @@ def test_weight_decay_takes_matrices_and_spares_those_that_zero_is_wrong_for(wor
     found = {names[id(p)] for p in decayed["params"]}
     wanted = {name for name, p in model.named_parameters() if p.ndim >= 2} - spared
     assert found == wanted
-    assert {names[id(p)] for p in kept["params"]} == set(names.values()) - wanted
-    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+    assert {names[id(p)] for p in undecayed["params"]} == set(names.values()) - wanted
+    assert len(decayed["params"]) + len(undecayed["params"]) == len(names)

@@ -104,7 +104,7 @@ def test_mamba2_is_its_recurrence():
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "told"),
+    ("kind", "options", "message"),
     [
         (RetNet, {"heads": 3}, "heads=3: must divide width=16"),
         (RetNet, {"heads": 2, "value_factor": 0}, "value_factor=0"),
@@ -118,8 +118,8 @@ def test_mamba2_is_its_recurrence():
         (Mamba2, {"conv_width": 9}, "conv_width=9"),
     ],
 )
-def test_impossible_settings_are_refused_in_one_line(kind, options, told):
-    with pytest.raises(ValueError, match=told) as caught:
+def test_impossible_settings_are_refused_in_one_line(kind, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
         kind(width=WIDTH, **options)
     assert "\n" not in str(caught.value)
 
@@ -130,9 +130,11 @@ def test_cosformer_goes_on_beyond_its_reference_length_in_any_chunks(beyond):
     M = 5
     mixer, x = built(CosFormer, heads=2, reference_length=M, beyond=beyond)
     q, k, v = (heads(p(x), 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
-    places = torch.tensor([min(i, M) if beyond == "clamped" else i % M for i in range(T)]).double()
+    positions_read = torch.tensor(
+        [min(i, M) if beyond == "clamped" else i % M for i in range(T)]
+    ).double()
     scores = torch.einsum("bihd,bjhd->bhij", q.relu(), k.relu())
-    scores = scores * torch.cos(math.pi * (places[:, None] - places) / (2 * M))
+    scores = scores * torch.cos(math.pi * (positions_read[:, None] - positions_read) / (2 * M))
     assert (scores > -1e-12).all()
     weights = scores.tril() / scores.tril().sum(-1, keepdim=True).clamp(min=1e-6)
     y = mixer.o_proj(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(-2))

@@ -43,13 +43,13 @@ def counts(branches, t: int) -> torch.Tensor:
     return found
 
 
-def dense(mixer: LongNet, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+def dense(mixer: LongNet, x: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     q, k, v = (
         (x @ p.weight.T).unflatten(-1, (HEADS, D))
         for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
     )
     q, k = (apply_rope(x, inverse_frequencies(q.shape[-1])) for x in (q, k))
-    weights = seen * torch.exp(torch.einsum("bihd,bjhd->bhij", q, k) / D**0.5)
+    weights = pairs * torch.exp(torch.einsum("bihd,bjhd->bhij", q, k) / D**0.5)
     out = torch.einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdim=True), v)
     return out.flatten(-2) @ mixer.o_proj.weight.T
 
@@ -59,9 +59,9 @@ def dense(mixer: LongNet, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 71])
 def test_it_is_a_softmax_over_the_branches_keys(branches, dedup, length):
     mixer, x = build(branches, dedup=dedup), tokens(length)
-    seen = counts(branches, length)
+    pairs = counts(branches, length)
     found = mixer(x)
-    expected = dense(mixer, x, (seen > 0).double() if dedup else seen)
+    expected = dense(mixer, x, (pairs > 0).double() if dedup else pairs)
     torch.testing.assert_close(found, expected, **EXACT)
     leaves = [x, *mixer.parameters()]
     torch.testing.assert_close(

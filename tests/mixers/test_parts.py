@@ -17,11 +17,11 @@ def test_a_cache_grown_in_place_is_the_tokens_behind_one_another(mode):
 
 
 def test_two_texts_that_go_on_from_one_cache_do_not_meet():
-    shared = grow(torch.empty(1, 0, 1, 2), torch.zeros(1, 4, 1, 2))
-    one, other = grow(shared, torch.ones(1, 1, 1, 2)), grow(shared, 2 * torch.ones(1, 1, 1, 2))
+    common = grow(torch.empty(1, 0, 1, 2), torch.zeros(1, 4, 1, 2))
+    one, other = grow(common, torch.ones(1, 1, 1, 2)), grow(common, 2 * torch.ones(1, 1, 1, 2))
     assert one[0, 4].eq(1).all()
     assert other[0, 4].eq(2).all()
-    assert shared.shape[1] == 4
+    assert common.shape[1] == 4
 
 
 def test_a_token_is_written_without_copying_the_past():

@@ -55,21 +55,21 @@ def dense(mixer: ReLUAttention, x: torch.Tensor, causal: bool) -> torch.Tensor:
         q, k = (apply_rope(y, inverse_frequencies(D)) for y in (q, k))
     rows = []
     for t in range(x.shape[1]):
-        seen = t + 1 if causal else x.shape[1]
+        visible = t + 1 if causal else x.shape[1]
         heads = []
         for h in range(HEADS):
-            scores = (k[:, :seen, h] @ q[:, t, h, :, None]).squeeze(-1) / math.sqrt(D)
+            scores = (k[:, :visible, h] @ q[:, t, h, :, None]).squeeze(-1) / math.sqrt(D)
             if isinstance(mixer.positions, ALiBi):
-                scores = scores - slopes(HEADS)[h] * (t - torch.arange(seen))
+                scores = scores - slopes(HEADS)[h] * (t - torch.arange(visible))
             weights = torch.where(scores > 0, scores, 0)
             weights = weights**2 if mixer.kernel == "squared_relu" else weights
             if mixer.normalise == "length":
-                weights = weights / seen
+                weights = weights / visible
             if mixer.normalise == "root":
-                weights = weights / math.sqrt(seen / 2)
+                weights = weights / math.sqrt(visible / 2)
             if mixer.normalise == "sum":
                 weights = weights / weights.sum(-1, keepdim=True).clamp(min=EPS)
-            heads.append((weights[..., None] * v[:, :seen, h]).sum(1))
+            heads.append((weights[..., None] * v[:, :visible, h]).sum(1))
         rows.append(torch.cat(heads, -1))
     o = torch.stack(rows, 1)
     if mixer.normalise == "rms":

@@ -28,7 +28,7 @@ def blend(x: Tensor, share: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("t", [1, 2, 41])
 def test_time_mixing_is_the_papers_sum_over_all_tokens(t):
-    """Section 3.1 as it stands: quadratic, without a maximum."""
+    """Section 3.1 literally: quadratic, without a maximum."""
     mixer, x = random_parameters(RWKV4(width=WIDTH)), torch.randn(2, t, WIDTH).double()
     r = mixer.r_proj(blend(x, mixer.mix_r))
     k = mixer.k_proj(blend(x, mixer.mix_k))

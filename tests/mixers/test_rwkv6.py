@@ -91,7 +91,7 @@ def test_the_fastest_forgetting_stays_finite():
         ({"heads": 3, "decay_rank": -1}, "decay_rank=-1: must be an integer >= 1"),
     ],
 )
-def test_wrong_arguments_are_told_in_one_line(options, line):
+def test_wrong_arguments_are_reported_in_one_line(options, line):
     with pytest.raises(ValueError, match=line) as error:
         RWKV6(width=WIDTH, **options)
     assert "\n" not in str(error.value)

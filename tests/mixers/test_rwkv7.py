@@ -100,7 +100,7 @@ def test_layers_above_the_first_read_its_values_and_send_gradients_back(layers):
 
 
 @pytest.mark.parametrize("cross_layer", [None, {}])
-def test_a_layer_that_stands_alone_keeps_its_own_values(layers, cross_layer):
+def test_a_layer_that_is_alone_keeps_its_own_values(layers, cross_layer):
     x = torch.randn(1, 5, WIDTH, dtype=torch.float64)
     y = layers[1](x, cross_layer=cross_layer)
     wanted, _ = by_hand(layers[1], x[0].numpy(), None)
@@ -112,7 +112,7 @@ def test_a_layer_that_stands_alone_keeps_its_own_values(layers, cross_layer):
 
 @pytest.mark.parametrize("first", [RWKV7, "other"])
 def test_recomputed_activations_give_the_same_gradients(first):
-    """Also where the first layer of this kind stands above one of another kind."""
+    """Also where the first layer of this kind is above one of another kind."""
 
     def build(checkpoint):
         torch.manual_seed(0)

@@ -58,7 +58,7 @@ def test_match_counts_the_convolutions_parameters(architecture, tiny):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     {
         "model.short_conv=1": "model.short_conv=1: must be greater than or equal to 2.",
         "model.short_conv=9": "model.short_conv=9: must be less than or equal to 8.",
@@ -66,10 +66,10 @@ def test_match_counts_the_convolutions_parameters(architecture, tiny):
         "tokens alone. Leave it out, or use objective=causal.",
     }.items(),
 )
-def test_what_it_cannot_do_is_refused(words, told):
+def test_what_it_cannot_do_is_refused(words, message):
     with pytest.raises(UserError) as error:
         train_config(*words.split())
-    assert str(error.value) == told
+    assert str(error.value) == message
 
 
 def test_a_hybrids_layers_all_have_it():

@@ -45,7 +45,7 @@ def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def by_heads(mixer: Soft, x: torch.Tensor):
-    """Unturned queries, queries where they stand, and values, (b, h, t, d) each."""
+    """Queries before rotation, rotated queries, and values, (b, h, t, d) each."""
     q, v = ((x @ p.weight.T).unflatten(-1, (HEADS, D)) for p in (mixer.q_proj, mixer.v_proj))
     return (y.transpose(1, 2) for y in (q, placed(mixer, q, torch.arange(x.shape[1])), v))
 
@@ -56,15 +56,15 @@ def placed(mixer: Soft, x: torch.Tensor, positions: torch.Tensor) -> torch.Tenso
 
 
 def landmark(mixer: Soft, q: torch.Tensor, block: int) -> torch.Tensor:
-    """(b, h, 1, d): of the unturned queries (b, h, block, d) of one block."""
+    """(b, h, 1, d): of the queries before rotation (b, h, block, d) of one block."""
     raw = F.gelu(mixer.norm(q.flatten(-2) @ mixer.convolution.weight.T))
     middle = torch.tensor([block * BLOCK + (BLOCK - 1) / 2])
     return placed(mixer, raw[:, None], middle)[:, 0, :, None]
 
 
-def finished(mixer: Soft, sums: torch.Tensor, weights: torch.Tensor, seen: torch.Tensor):
+def finished(mixer: Soft, sums: torch.Tensor, weights: torch.Tensor, visible: torch.Tensor):
     """y of the sums (b, h, t, d), the sums of their weights (b, h, t, 1) and numbers of keys."""
-    divisor = {"none": torch.ones(()), "length": seen[:, None], "sum": weights.clamp(min=1)}
+    divisor = {"none": torch.ones(()), "length": visible[:, None], "sum": weights.clamp(min=1)}
     o = (sums / divisor[mixer.normalise]).transpose(1, 2).flatten(-2)
     return o @ mixer.o_proj.weight.T
 
@@ -110,10 +110,10 @@ def token_by_token(mixer: Soft, x: torch.Tensor) -> torch.Tensor:
             before = held
             held = [*held, landmark(mixer, raw[:, :, own], t // BLOCK)][-mixer.landmarks :]
             new = torch.cat(held, 2)
-            told = kernel(new, q[:, :, own]) @ v[:, :, own]
+            weighted = kernel(new, q[:, :, own]) @ v[:, :, own]
             if before:
-                told = told + kernel(new, torch.cat(before, 2)) @ c
-            c = torch.linalg.inv(kernel(new, new) + mixer.epsilon * torch.eye(len(held))) @ told
+                weighted = weighted + kernel(new, torch.cat(before, 2)) @ c
+            c = torch.linalg.inv(kernel(new, new) + mixer.epsilon * torch.eye(len(held))) @ weighted
     o = torch.cat(outs, 2)
     return finished(mixer, o[..., :-1], o[..., -1:], torch.arange(1.0, 1 + x.shape[1]))
 
@@ -121,7 +121,7 @@ def token_by_token(mixer: Soft, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("variant", VARIANTS, ids=name)
 @pytest.mark.parametrize("length", [1, BLOCK, BLOCK + 1, 6 * BLOCK + 3])
 def test_the_landmark_form_is_its_recurrence(variant, length, monkeypatch):
-    monkeypatch.setattr("zoo.mixers.soft.PIECE", 2)
+    monkeypatch.setattr("zoo.mixers.soft.CHECKPOINTED_BLOCKS", 2)
     mixer, x = build(form="landmarks", **variant), tokens(length)
     torch.testing.assert_close(mixer(x), token_by_token(mixer, x), rtol=1e-8, atol=1e-9)
 
@@ -156,7 +156,7 @@ def test_what_was_read_does_not_grow_by_being_projected():
 @pytest.mark.parametrize("form", ["exact", "landmarks"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=name)
 def test_any_chunking_gives_the_whole(form, variant, monkeypatch):
-    monkeypatch.setattr("zoo.mixers.soft.PIECE", 2)
+    monkeypatch.setattr("zoo.mixers.soft.CHECKPOINTED_BLOCKS", 2)
     mixer, x = build(form=form, **variant), tokens(27)
 
     def run(sizes):
@@ -174,10 +174,10 @@ def test_any_chunking_gives_the_whole(form, variant, monkeypatch):
 
 
 def test_the_landmark_state_never_grows_and_the_exact_one_does():
-    fixed, growing = build(form="landmarks"), build(form="exact")
-    assert fixed.recurrent
+    bounded, growing = build(form="landmarks"), build(form="exact")
+    assert bounded.recurrent
     assert not growing.recurrent
-    assert fixed.state_bytes(1) == fixed.state_bytes(10**6)
+    assert bounded.state_bytes(1) == bounded.state_bytes(10**6)
     assert growing.state_bytes(200) == 2 * growing.state_bytes(100)
 
 
@@ -208,13 +208,13 @@ def test_newtons_iteration_finds_the_inverse_and_its_gradient(count):
     )
 
 
-def test_the_residual_tells_an_inverse_from_none():
+def test_the_residual_distinguishes_an_inverse_from_none():
     x = tokens(19)
-    for iterations, near in ((20, True), (2, False)):
+    for iterations, converged in ((20, True), (2, False)):
         mixer = build(causal=False, iterations=iterations)
         assert mixer.residual is None
         mixer(x)
-        assert (float(mixer.residual) < 1e-6) == near
+        assert (float(mixer.residual) < 1e-6) == converged
     collapsed = build(causal=False)
     with torch.no_grad():
         collapsed.norm.weight.zero_()  # every landmark is the same

@@ -72,6 +72,6 @@ def test_it_is_trained_measured_reported_and_kept_to_the_contract(tmp_path):
     assert all(row["status"] == "ok" for row in rows)
     assert {row["model"] for row in rows} == {NAME}
     assert NAME in (folder / "report.html").read_text()
-    told = python("-m", "pytest", "tests/test_contract.py", f"--model={NAME}", "-p", "no:xdist")
-    assert "failed" not in told
-    assert int(told.split(" passed")[0].split()[-1]) > 30
+    output = python("-m", "pytest", "tests/test_contract.py", f"--model={NAME}", "-p", "no:xdist")
+    assert "failed" not in output
+    assert int(output.split(" passed")[0].split()[-1]) > 30

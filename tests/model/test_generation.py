@@ -83,16 +83,16 @@ def test_writing_ends_before_the_end_token():
 @pytest.mark.parametrize("top_p", [0.2, 0.5, 0.9, 1.0])
 def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_it(top_p):
     logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
-    kept = Sampling(temperature=0.7, top_p=top_p).probabilities(logits)
-    plain = (logits.double() / 0.7).softmax(-1)
-    order, total, expected = plain.argsort(descending=True), 0.0, torch.zeros(50).double()
+    truncated = Sampling(temperature=0.7, top_p=top_p).probabilities(logits)
+    whole = (logits.double() / 0.7).softmax(-1)
+    order, total, expected = whole.argsort(descending=True), 0.0, torch.zeros(50).double()
     for token in order.tolist():
         if total >= top_p:
             break
-        expected[token] = plain[token]
-        total += float(plain[token])
-    torch.testing.assert_close(kept, expected / expected.sum())
-    assert kept.sum() == pytest.approx(1)
+        expected[token] = whole[token]
+        total += float(whole[token])
+    torch.testing.assert_close(truncated, expected / expected.sum())
+    assert truncated.sum() == pytest.approx(1)
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():

@@ -4,12 +4,12 @@ The `.txt` files beside this one hold them, one a paragraph:
 
     what is wrong
     file
-    - what stands there once
-    + what stands there instead
+    - what is there once
+    + what is there instead
     ? the tests that must fail, as words of pytest
 
 `python tests/mutants/mutants.py [word ...]` tries those whose name, path and file here hold all of
-the words, each in a copy of the package, and tells which no test has seen.
+the words, each in a copy of the package, and prints which no test has seen.
 """
 
 import functools
@@ -82,7 +82,7 @@ def copy() -> Iterator[Path]:
 def run(mutant: Mutant, place: Path) -> tuple[int, str]:
     """pytest's exit code on the mutant's tests in that copy, and what it printed.
 
-    1 is a mistake seen; 0 is one that survived; any other that its tests could not tell.
+    1 is a mistake seen; 0 is one that survived; any other that its tests could not judge.
     """
     file = place / mutant.file
     whole = file.read_text(encoding="utf-8")
@@ -145,12 +145,12 @@ def main(words: list[str]) -> int:
         for mutant in mutants:
             began = time.monotonic()
             code, output = run(mutant, place)
-            told = {1: "seen", 0: "SURVIVED"}.get(code, f"CANNOT TELL ({code})")
+            verdict = {1: "seen", 0: "SURVIVED"}.get(code, f"UNDECIDED ({code})")
             if (clean := without(mutant.tests))[0]:
-                code, output, told = -1, clean[1], f"FAILS WITHOUT IT ({clean[0]})"
+                code, output, verdict = -1, clean[1], f"FAILS WITHOUT IT ({clean[0]})"
             left += code != 1
             last = "" if code == 1 else "\n" + "\n".join(output.splitlines()[-12:])
-            sys.stdout.write(f"{told:10} {time.monotonic() - began:4.0f} s  {mutant}{last}\n")
+            sys.stdout.write(f"{verdict:10} {time.monotonic() - began:4.0f} s  {mutant}{last}\n")
             sys.stdout.flush()
     sys.stdout.write(f"{left} not seen\n")
     return left > 0

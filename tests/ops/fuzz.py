@@ -53,8 +53,8 @@ class Draw:
 
     def size(self, *more: int, zero: bool = True) -> int:
         """Mostly small; `more` are sizes at which something begins anew."""
-        near = [m + i for m in more for i in (-1, 0, 1)]
-        pool = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, *near, *near]
+        around = [m + i for m in more for i in (-1, 0, 1)]
+        pool = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, *around, *around]
         return self.random.choice(pool + [0] * zero)
 
     def batch(self) -> int:
@@ -71,7 +71,7 @@ class Draw:
         """The leaf of a tensor, and a form of it in memory; what lies around it is NaN."""
         forms: list[Layout] = [_dense, _dense, _offset, _spread, _among_others]
         if tensor.dim() >= 2:
-            forms += [_turned, functools.partial(_cut, step=2), _reversed_twice]
+            forms += [_transposed, functools.partial(_cut, step=2), _reversed_twice]
             axis = self.random.randrange(tensor.dim())
             if tensor.shape[axis] > 1:
                 return (
@@ -116,7 +116,7 @@ def _among_others(a: Tensor) -> Tensor:
     return torch.cat([wall, a, wall], -1)[..., 2 : 2 + a.shape[-1]]
 
 
-def _turned(a: Tensor) -> Tensor:
+def _transposed(a: Tensor) -> Tensor:
     return a.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
@@ -132,7 +132,7 @@ def _reversed_twice(a: Tensor) -> Tensor:
 
 
 def averages(op: Callable) -> Callable:
-    """`op` with its state told by what it stands for: the average, and how much it weighs.
+    """`op` with its state given as what it represents: the average, and how much it weighs.
 
     Where two weights are the largest, the gradient of the state's own numbers is anyone's choice.
     """
@@ -187,17 +187,17 @@ def examine(name: str, seed: int, share: float = 0.3) -> None:
     `share` of the calls has NaN or infinities in it, which must show where they do by the
     definition, and nowhere else; gradients are then compared in the rows without any.
     """
-    chosen, (case, narrow) = random.Random(seed), cases()[name]
-    draw = Draw(seed, chosen.choice([torch.float32, torch.float64, *narrow]))
+    rng, (case, narrow) = random.Random(seed), cases()[name]
+    draw = Draw(seed, rng.choice([torch.float32, torch.float64, *narrow]))
     call = case(draw)
-    spoilt = chosen.random() < share
+    spoilt = rng.random() < share
     if spoilt:
         leaves = [leaf for leaf, _ in call.tensors]
         draw.spoil([x for i, x in enumerate(leaves) if i not in call.unspoilt])
         call = call._replace(spoilt=True)
-    with_gradients = call.gradients and chosen.random() < 0.7
+    with_gradients = call.gradients and rng.random() < 0.7
     threads = torch.get_num_threads()
-    torch.set_num_threads(chosen.choice([1, 1, 2, 3]))
+    torch.set_num_threads(rng.choice([1, 1, 2, 3]))
     try:
         found = results(call, "native", seed, with_gradients)
     finally:
@@ -237,13 +237,13 @@ def results(
         returned = call.run(backend, *given)
     if not gradients:
         return list(returned)
-    chosen, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in returned]
     weights = [w.bfloat16().to(x.dtype) for w, x in zip(weights, returned, strict=True)]
     used = (
         range(len(returned))
         if call.spoilt
-        else chosen.sample(range(len(returned)), chosen.randint(1, len(returned)))
+        else rng.sample(range(len(returned)), rng.randint(1, len(returned)))
     )
     grads = torch.autograd.grad(
         [returned[i] for i in used], leaves, [weights[i] for i in used], allow_unused=True
@@ -256,7 +256,7 @@ def difference(
     value: Tensor, wanted: Tensor, defined: Tensor, dtype: torch.dtype, terms: float = 0
 ) -> str | None:
     """What is wrong with `value`, or None; `terms` is the size of what cancels in it."""
-    # What is beyond the narrower type's range but not float64's may be told either way.
+    # What is beyond the narrower type's range but not float64's may come out either way.
     flawed = value.isfinite() != wanted.isfinite()
     flawed &= value.isfinite() != defined.isfinite()
     if flawed.any():

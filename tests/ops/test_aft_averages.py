@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoo.errors import UserError
 from zoo.ops import aft_kernel as module
-from zoo.ops.aft import Window, aft, aft_window
+from zoo.ops.aft import AFTWindow, aft, aft_window
 from zoo.ops.aft_full import aft_full
 from zoo.ops.runtime import cuda
 from zoo.ops.wkv4 import empty_average
@@ -41,10 +41,10 @@ def spread(w: Tensor, t: int, n: int) -> Tensor:
     rows = []
     for i, w_t in enumerate(w.unbind()):
         end = n - t + i + 1
-        near = w_t[:, :end].flip(1)
+        inside = w_t[:, :end].flip(1)
         zeros = w_t.new_zeros
-        before, after = zeros(len(w_t), end - near.shape[1]), zeros(len(w_t), n - end)
-        rows.append(torch.cat([before, near, after], 1))
+        before, after = zeros(len(w_t), end - inside.shape[1]), zeros(len(w_t), n - end)
+        rows.append(torch.cat([before, inside, after], 1))
     return torch.stack(rows)
 
 
@@ -61,8 +61,8 @@ def arguments(
     return {k: x.to(dtype).requires_grad_() for k, x in values.items()}
 
 
-def run(args: dict, backend: str) -> tuple[Tensor, Window]:
-    state = Window(args["older"], args["past_k"], args["past_v"])
+def run(args: dict, backend: str) -> tuple[Tensor, AFTWindow]:
+    state = AFTWindow(args["older"], args["past_k"], args["past_v"])
     return aft_window(args["k"], args["v"], args["w"], state, backend)
 
 
@@ -71,7 +71,7 @@ def everything(args: dict, backend: str) -> dict[str, Tensor]:
     return gradients(*run(args, backend), args)
 
 
-def gradients(y: Tensor, state: Window, args: dict) -> dict[str, Tensor]:
+def gradients(y: Tensor, state: AFTWindow, args: dict) -> dict[str, Tensor]:
     torch.manual_seed(1)
     outputs = [y, *state]
     weights = [torch.randn(a.shape, dtype=torch.float64).to(a.dtype) for a in outputs]
@@ -161,7 +161,7 @@ def test_chunks_with_the_state_carried_are_the_whole(backend, rows):
         backend = "auto"  # which has no kernel for biases that differ by token
     args = arguments(75, 3, 12, 11, rows=rows)
     wanted = everything(args, backend)
-    ys, state = [], Window(args["older"], args["past_k"], args["past_v"])
+    ys, state = [], AFTWindow(args["older"], args["past_k"], args["past_v"])
     sizes = [1, 2, 33, 39]
     ws = args["w"].split(sizes) if rows > 1 else [args["w"]] * 4
     for k, v, w in zip(args["k"].split(sizes, 1), args["v"].split(sizes, 1), ws, strict=True):
@@ -251,7 +251,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="do not fit"):
         aft_full(k, v, torch.zeros(6, 2), torch.zeros(5, 2))
     with pytest.raises(ValueError, match="3 keys before those of a window of 3"):
-        aft_window(k, v, w, Window(empty_average(k, 2, 6), k[:, :3], v[:, :3]))
+        aft_window(k, v, w, AFTWindow(empty_average(k, 2, 6), k[:, :3], v[:, :3]))
     with pytest.raises(UserError, match="does not take these inputs"):
         aft_window(k, v, torch.zeros(5, 2, 3), backend="native")
 
@@ -334,7 +334,7 @@ def test_the_emulator_notices(mistake, monkeypatch, poisoned):
 
 
 @emulator.needed
-@pytest.mark.skipif(sys.platform != "linux", reason="wants 17 GB of address space for nothing")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs 17 GB of address space for nothing")
 @pytest.mark.parametrize("change", [None, ("t * row", "(int)t * (int)row")])
 def test_cuda_reads_rows_further_apart_than_32_bits_count(change, monkeypatch):
     """Token 1 lies 2^32 + 64 elements after token 0; nobody touches what is between.
@@ -383,7 +383,7 @@ def random_aft_call(draw: fuzz.Draw) -> fuzz.Call:
     ]
 
     def run(backend, k, v, w, *state):
-        y, after = aft_window(k, v, w, Window(*state), backend)
+        y, after = aft_window(k, v, w, AFTWindow(*state), backend)
         return y, after.older
 
     # The largest of the weights w scales all of a head: a NaN among them is that of them all.

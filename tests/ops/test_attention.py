@@ -97,16 +97,16 @@ def test_heads_of_queries_may_share_one_of_keys(backend, tokens, masked):
 
 
 def test_one_token_reads_shared_keys_without_repeating_them(monkeypatch):
-    seen, fused = [], attention._fused
+    shapes, fused = [], attention._fused
 
     def watched(kernel, q, k, v, *more):
-        seen.append(tuple(k.shape))
+        shapes.append(tuple(k.shape))
         return fused(kernel, q, k, v, *more)
 
     monkeypatch.setitem(attention._FORMS, "flash", partial(watched, attention._CPU))
     q, k = torch.randn(1, 1, 4, D), torch.randn(1, 40, 2, D)
     attend([Part(q, k, k)], backend="flash")
-    assert seen == [(1, 2, 40, D)]
+    assert shapes == [(1, 2, 40, D)]
 
 
 def test_the_merge_does_not_depend_on_the_order_of_the_parts():

@@ -42,18 +42,19 @@ def test_it_is_the_definition_with_every_gradient(n, chunk):
             torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("wants", [(True, False), (False, True), (False, False)])
-def test_only_what_is_asked_for_gets_a_gradient(wants):
+@pytest.mark.parametrize("required", [(True, False), (False, True), (False, False)])
+def test_only_what_is_requested_gets_a_gradient(required):
     x, weight, targets = drawn(9)
     parts = [
-        part.detach().requires_grad_(want) for part, want in zip((x, weight), wants, strict=True)
+        part.detach().requires_grad_(require)
+        for part, require in zip((x, weight), required, strict=True)
     ]
     found = summed_cross_entropy(*parts, targets, IGNORED, 4)
     torch.testing.assert_close(found, definition(x, weight, targets))
-    assert found.requires_grad == any(wants)
-    if any(wants):
+    assert found.requires_grad == any(required)
+    if any(required):
         found.backward()
-    assert [part.grad is not None for part in parts] == [*wants]
+    assert [part.grad is not None for part in parts] == [*required]
 
 
 def test_strided_rows_and_no_label_at_all():
@@ -108,18 +109,18 @@ def test_a_models_losses_are_the_same_in_chunks(loss, monkeypatch):
     torch.manual_seed(0)
     model = build_model(config, vocab_size=50)[0].double()
     tokens = torch.randint(50, (3, 33))
-    chosen = torch.rand(3, 33) < 0.3
-    labels = torch.where(chosen, tokens, NO_LABEL)
+    masked = torch.rand(3, 33) < 0.3
+    labels = torch.where(masked, tokens, NO_LABEL)
     given = {
         "loss": (tokens,),
         "labels_loss": (tokens, labels),
-        "masked_loss": (tokens, tokens, chosen),
+        "masked_loss": (tokens, tokens, masked),
     }
     logits = model(tokens)
     expected = {
         "loss": F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()),
-        "labels_loss": F.cross_entropy(logits[chosen], tokens[chosen]),
-        "masked_loss": F.cross_entropy(logits[chosen], tokens[chosen]),
+        "labels_loss": F.cross_entropy(logits[masked], tokens[masked]),
+        "masked_loss": F.cross_entropy(logits[masked], tokens[masked]),
     }[loss]
     wanted = torch.autograd.grad(expected, [*model.parameters()], allow_unused=True)
     monkeypatch.setattr(cross_entropy, "HELD", 50 * 5)

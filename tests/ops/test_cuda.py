@@ -99,18 +99,18 @@ def test_the_target_is_the_newest_that_the_device_runs():
 
 @pytest.fixture
 def compiled(tmp_path, monkeypatch) -> list:
-    """An empty cache, and a compiler that notes what it was asked for."""
-    asked = []
+    """An empty cache, and a compiler that notes what was requested."""
+    requested = []
 
     def compile_source(source, defines, target, extra=()):
-        asked.append((source, defines, target, *extra))
+        requested.append((source, defines, target, *extra))
         return nvrtc.Binary(b"image of " + target.encode(), "")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(nvrtc, "compile_source", compile_source)
     monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: "13.0")
     build.cache_folder.cache_clear()
-    yield asked
+    yield requested
     build.cache_folder.cache_clear()
 
 
@@ -119,8 +119,8 @@ def test_a_binary_is_kept_and_replaced_when_damaged(compiled, tmp_path, monkeypa
     for _ in range(2):
         assert nvrtc.binary(SCAN, defines, "sm_90") == b"image of sm_90"
     assert len(compiled) == 1
-    (kept,) = (tmp_path / "zoo").glob("*.cubin")
-    kept.write_bytes(b"image of sm_91")
+    (stored,) = (tmp_path / "zoo").glob("*.cubin")
+    stored.write_bytes(b"image of sm_91")
     assert nvrtc.binary(SCAN, defines, "sm_90") == b"image of sm_90"
     assert len(compiled) == 2
     nvrtc.binary(SCAN, defines, "sm_80")

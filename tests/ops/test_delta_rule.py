@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import UserError
-from zoo.ops import delta_rule as module
+from zoo.ops import delta_rule_chunked as module
 from zoo.ops.delta_rule import delta_rule, diagonal_plus_rank_one, unit_length
 
 BACKENDS = ["reference", "torch"]

@@ -16,7 +16,7 @@ from zoo.ops.runtime.native_op import every_kernel
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
 SOURCES = sorted(str(path.relative_to(KERNELS)) for path in KERNELS.glob("*/*.c"))
-FEW, MANY, SANITIZED = 30, 500, 60  # calls of an op
+SEEDS, MORE_SEEDS, SANITIZED = 30, 500, 60  # calls of an op
 NO_OP = {"bench/wkv4_steps.cu"}  # for comparison alone
 
 
@@ -38,19 +38,19 @@ def test_every_kernel_has_an_op_and_random_calls():
 @pytest.fixture
 def called(monkeypatch) -> set[tuple[str, str]]:
     """The functions of kernels called so far."""
-    seen, run = set(), CpuKernel.run
+    called, run = set(), CpuKernel.run
 
     def watched(kernel, function, *arguments, **tensors):
-        seen.add((kernel.source, function))
+        called.add((kernel.source, function))
         return run(kernel, function, *arguments, **tensors)
 
     monkeypatch.setattr(CpuKernel, "run", watched)
-    return seen
+    return called
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_random_calls_give_what_the_definition_gives(source, poisoned, called):
-    for seed in range(FEW):
+    for seed in range(SEEDS):
         fuzz.examine(Path(source).parent.name, seed)
     assert functions(source) == {function for of, function in called if of == source}
 
@@ -58,7 +58,7 @@ def test_random_calls_give_what_the_definition_gives(source, poisoned, called):
 @pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 def test_many_random_calls_give_what_the_definition_gives(source, poisoned):
-    for seed in range(FEW, FEW + MANY):
+    for seed in range(SEEDS, SEEDS + MORE_SEEDS):
         fuzz.examine(Path(source).parent.name, seed)
 
 

@@ -1,4 +1,4 @@
-"""The script that a GPU's owner runs works but for the GPU: here the CPU stands in for it."""
+"""The script that a GPU's owner runs works but for the GPU: here the CPU takes its place."""
 
 import ast
 import importlib.util
@@ -63,7 +63,7 @@ SMALL = {
 }
 
 
-def test_every_op_is_checked_and_what_is_wrong_is_told(on_cpu, monkeypatch):
+def test_every_op_is_checked_and_what_is_wrong_is_reported(on_cpu, monkeypatch):
     record = {}
     torch.manual_seed(0)
     assert on_cpu.check(record), record
@@ -81,21 +81,21 @@ def test_every_op_is_checked_and_what_is_wrong_is_told(on_cpu, monkeypatch):
         assert not any(row["right"] for row in record.values())
 
 
-def test_an_op_that_raises_is_told_and_the_others_are_checked(on_cpu, monkeypatch):
+def test_an_op_that_raises_is_reported_and_the_others_are_checked(on_cpu, monkeypatch):
     def broken(*args, **inputs):
         raise RuntimeError("an illegal memory access\nwas encountered")
 
     monkeypatch.setitem(on_cpu.OPS, "wkv4", (broken, on_cpu.OPS["wkv4"][1]))
     record = {}
     assert not on_cpu.check(record)
-    told = "RuntimeError: an illegal memory access was encountered"
+    outcome = "RuntimeError: an illegal memory access was encountered"
     failed = {case: row for case, row in record.items() if not row.get("right")}
     assert {case.split()[0] for case in failed} == {"wkv4"}
-    assert {row["error"] for row in failed.values()} == {told}
+    assert {row["error"] for row in failed.values()} == {outcome}
     assert len(record) == 3 * sum(map(len, SMALL.values()))
     times = {}
     assert not on_cpu.time_ops(times, "wkv4")
-    assert times == {"wkv4 b=1 t=5": {"error": told}}
+    assert times == {"wkv4 b=1 t=5": {"error": outcome}}
 
 
 def test_a_library_is_left_out_where_it_is_missing(on_cpu, monkeypatch):
@@ -144,10 +144,10 @@ def test_times_become_readmes_table(script, on_cpu):
 
 def test_a_training_step_keeps_its_figures_before_the_audit(on_cpu, monkeypatch, tmp_path):
     """The audit may be ended with the step."""
-    kept = []
+    saved = []
 
     def audit(*_):
-        kept.append(json.loads((tmp_path / "found.json").read_text()))
+        saved.append(json.loads((tmp_path / "found.json").read_text()))
         raise TimeoutError
 
     def train(_):
@@ -168,8 +168,8 @@ def test_a_training_step_keeps_its_figures_before_the_audit(on_cpu, monkeypatch,
     monkeypatch.setattr(on_cpu, "OUT", tmp_path / "found.json")
     with pytest.raises(TimeoutError):
         on_cpu.run("train mamba 32-true", on_cpu.RECORD)
-    assert kept[0]["steps"] == [{"step": "1", "loss": "5.5"}]
-    assert kept[0]["parameters"] == 7
+    assert saved[0]["steps"] == [{"step": "1", "loss": "5.5"}]
+    assert saved[0]["parameters"] == 7
     assert fit.audit_trained is audit
 
 
@@ -201,7 +201,7 @@ def test_a_step_that_fails_or_hangs_costs_its_own_time_alone(script, monkeypatch
     began = time.monotonic()
     record = script.run_steps(steps, out)
     assert time.monotonic() - began < 30
-    assert {name: told["status"] for name, told in record["steps"].items()} == {
+    assert {name: outcome["status"] for name, outcome in record["steps"].items()} == {
         "fails": "failed",
         "is wrong": "wrong",
         "lacks a package": "left out",
@@ -245,8 +245,10 @@ def test_the_steps_come_in_the_order_of_what_matters(script):
 @pytest.mark.slow
 def test_the_whole_order_runs_on_the_cpu(script, tmp_path):
     record = script.run_steps(script.STEPS, tmp_path / "record.json", budget=1200, rehearse=True)
-    wrong = {name: told for name, told in record["steps"].items() if told["status"] != "right"}
-    assert {told["status"] for told in wrong.values()} <= {"left out"}, wrong
+    wrong = {
+        name: outcome for name, outcome in record["steps"].items() if outcome["status"] != "right"
+    }
+    assert {outcome["status"] for outcome in wrong.values()} <= {"left out"}, wrong
     assert {name.partition(" ")[0] for name in wrong} <= {"sanitizer", "library"}
     assert record["resume"]["killed_with"] == -9
 

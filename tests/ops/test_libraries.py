@@ -18,7 +18,7 @@ from zoo.mixers.mamba import Mamba
 from zoo.mixers.retnet import RetNet
 from zoo.mixers.rwkv6 import RWKV6
 from zoo.ops import causal_conv as causal_conv_module
-from zoo.ops import delta_rule as delta_rule_module
+from zoo.ops import delta_rule_chunked
 from zoo.ops import selective_scan as selective_scan_module
 from zoo.ops.attention import Part, attend
 from zoo.ops.causal_conv import causal_conv
@@ -64,8 +64,8 @@ def selective_scan_fn(
         assert a is None or (a.shape == shape and a.dtype == torch.float32 and a.stride(-1) == 1)
     assert delta_softplus
     assert return_last_state
-    turned = [None if a is None else a.mT for a in (u, delta, B, C, z)]
-    x, dt, B, C, z = turned
+    transposed = [None if a is None else a.mT for a in (u, delta, B, C, z)]
+    x, dt, B, C, z = transposed
     y, last = selective_scan(x, dt, A, B, C, D, z, delta_bias, backend="reference")
     return y.mT, ForgetsState.apply(last)
 
@@ -222,7 +222,7 @@ def stand_ins(monkeypatch):
 
 
 def draw(dtype, **shapes) -> dict[str, torch.Tensor]:
-    """Leaves that lie as no library wants them: no two numbers of theirs are neighbours."""
+    """Leaves that lie as no library accepts them: no two numbers of theirs are neighbours."""
     torch.manual_seed(0)
     drawn = {}
     for name, shape in shapes.items():
@@ -284,11 +284,11 @@ def test_a_library_gives_the_reference_and_all_its_gradients(stand_ins, case):
         assert error <= 2**-8  # bfloat16 rounds by half of that
 
 
-@pytest.mark.parametrize("seen", ["all", "causal", "masked"])
+@pytest.mark.parametrize("pattern", ["all", "causal", "masked"])
 @pytest.mark.parametrize("value_width", [8, 16])
-def test_attention_in_parts_by_xformers(stand_ins, seen, value_width):
+def test_attention_in_parts_by_xformers(stand_ins, pattern, value_width):
     """Merged parts, of which one may show a query nothing: gradients flow through every lse."""
-    n = 9 if seen == "causal" else 13
+    n = 9 if pattern == "causal" else 13
     shapes = {"q": (2, 9, 3, 16), "k": (2, n, 3, 16), "v": (2, n, 3, value_width)}
     mask = torch.rand(9, n, generator=torch.Generator().manual_seed(2)) < 0.5
     mask[4] = False
@@ -296,7 +296,7 @@ def test_attention_in_parts_by_xformers(stand_ins, seen, value_width):
     for backend in ("xformers", "reference"):
         torch.manual_seed(0)
         given = {name: torch.randn(shape).requires_grad_() for name, shape in shapes.items()}
-        part = Part(**given, causal=seen == "causal", mask=mask if seen == "masked" else None)
+        part = Part(**given, causal=pattern == "causal", mask=mask if pattern == "masked" else None)
         out, lse = attend([part], backend=backend)
         more = {"k": torch.randn(2, 5, 3, 16), "v": torch.randn(2, 5, 3, value_width)}
         both, _ = attend([part, Part(given["q"], **more)], backend=backend)
@@ -309,8 +309,8 @@ def test_attention_in_parts_by_xformers(stand_ins, seen, value_width):
 
 def loss_of(*tensors):
     torch.manual_seed(1)
-    seen = [a.masked_fill(a == -torch.inf, 0.0) for a in tensors]
-    return sum((a * torch.randn(a.shape)).sum() for a in seen)
+    pattern = [a.masked_fill(a == -torch.inf, 0.0) for a in tensors]
+    return sum((a * torch.randn(a.shape)).sum() for a in pattern)
 
 
 def test_what_a_library_cannot_carry_is_refused(stand_ins):
@@ -334,7 +334,7 @@ def test_what_a_library_cannot_carry_is_refused(stand_ins):
             op(**given, backend=backend)
 
 
-def test_a_library_that_is_not_there_is_told_and_how_to_get_it(monkeypatch):
+def test_a_library_that_is_not_there_is_reported_and_how_to_get_it(monkeypatch):
     for name, package in libraries.PACKAGES.items():
         monkeypatch.setitem(sys.modules, name, None)  # makes an import fail
         with pytest.raises(UserError, match=f"{name} is not available: .*pip install {package}"):
@@ -349,7 +349,7 @@ def test_a_library_that_is_not_there_is_told_and_how_to_get_it(monkeypatch):
 def test_auto_takes_ours_even_without_a_compiler(stand_ins, monkeypatch):
     for kernel in (selective_scan_module.KERNEL, causal_conv_module.KERNEL):
         monkeypatch.setattr(kernel, "usable", lambda: "no compiler")
-    for module in (selective_scan_module, delta_rule_module):  # the first use of it imports a lot
+    for module in (selective_scan_module, delta_rule_chunked):  # the first use of it imports a lot
         monkeypatch.setattr(module, "checkpoint", lambda form, *given, **_: form(*given))
     dispatch.reset()
     for case in ("scan", "conv", "linear", "delta"):

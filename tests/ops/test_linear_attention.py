@@ -11,14 +11,14 @@ DECAYS = ["none", "head", "token", "channel"]
 B, H, K, V = 2, 3, 4, 5
 
 
-def inputs(t: int, decay: str, *, bonus=False, normalise=False, shared=False, size=1.0, seed=0):
+def inputs(t: int, decay: str, *, bonus=False, normalise=False, one_head=False, size=1.0, seed=0):
     """q, k, v, log_decay, bonus, S, z: float64 leaves, None where there is none."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    heads = 1 if shared else H
+    heads = 1 if one_head else H
     q, k, v, S = draw(B, t, heads, K), draw(B, t, heads, K), draw(B, t, H, V), draw(B, H, K, V)
     if normalise:
         q, k = q.abs(), k.abs()
@@ -57,7 +57,7 @@ def test_chunks_are_the_loop(decay, t):
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize(
     "variant",
-    [{"bonus": True}, {"shared": True}, {"normalise": True}, {"bonus": True, "shared": True}],
+    [{"bonus": True}, {"one_head": True}, {"normalise": True}, {"bonus": True, "one_head": True}],
 )
 def test_every_variant_is_the_loop(decay, variant):
     same(inputs(CHUNK_TOKENS + 9, decay, **variant), variant.get("normalise", False))
@@ -136,7 +136,7 @@ def test_normalised_it_is_an_average_of_the_values_however_small_the_weights(bac
 
 @pytest.mark.mistyped
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"q": torch.zeros(2, 5, 2, 4)}, r"q is \(2, 5, 2, 4\)"),
         ({"k": torch.zeros(2, 4, 3, 4)}, r"k is \(2, 4, 3, 4\)"),
@@ -144,11 +144,11 @@ def test_normalised_it_is_an_average_of_the_values_however_small_the_weights(bac
         ({"v": torch.zeros(2, 0, 3, 5)}, "no tokens"),
     ],
 )
-def test_shapes_that_do_not_fit_are_named(change, told):
+def test_shapes_that_do_not_fit_are_named(change, message):
     sound = {
         "q": torch.zeros(2, 5, 3, 4),
         "k": torch.zeros(2, 5, 3, 4),
         "v": torch.zeros(2, 5, 3, 5),
     }
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         linear_attention(**{**sound, **change})

@@ -231,7 +231,7 @@ def test_cuda_is_the_reference(shape, dtype, kind, reverse, monkeypatch, poisone
 
 @emulator.needed
 @pytest.mark.parametrize("t", [64, 65])
-def test_cuda_with_nothing_asked_of_the_state(t, monkeypatch, poisoned):
+def test_cuda_with_nothing_required_of_the_state(t, monkeypatch, poisoned):
     emulator.install(monkeypatch)
     a, u, state = (x.detach() for x in arguments(1, t, 3, dtype=torch.float32).values())
     h, _ = module._forward_cuda(a, u, state)
@@ -269,7 +269,7 @@ def test_the_emulator_notices(mistake, monkeypatch, poisoned):
 
 
 @emulator.needed
-@pytest.mark.skipif(sys.platform != "linux", reason="wants 17 GB of address space for nothing")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs 17 GB of address space for nothing")
 @pytest.mark.parametrize("change", [None, ("token * row", "token * (int)row")])
 def test_cuda_reads_rows_further_apart_than_32_bits_count(change, monkeypatch):
     """Token 1 lies 2^32 + 64 elements after token 0; nobody touches what is between.

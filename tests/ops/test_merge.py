@@ -22,7 +22,7 @@ def parts(shape: tuple[int, ...], count: int) -> tuple[list[Tensor], list[Tensor
     return scores, [torch.randn(*s.shape, shape[3]).double() for s in scores]
 
 
-def seen(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def attend_to(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return (scores.softmax(-1)[..., None] * values).sum(-2), scores.logsumexp(-1)
 
 
@@ -39,15 +39,15 @@ def gradients(results: tuple[Tensor, Tensor], leaves: list[Tensor], of: slice) -
 def test_parts_make_one_softmax(backend, count, shape, of):
     scores, values = parts(shape, count)
     leaves = [x.requires_grad_() for x in (*scores, *values)]
-    found = merge([seen(*part) for part in zip(scores, values, strict=True)], backend)
-    wanted = seen(torch.cat(scores, -1), torch.cat(values, -2))
+    found = merge([attend_to(*part) for part in zip(scores, values, strict=True)], backend)
+    wanted = attend_to(torch.cat(scores, -1), torch.cat(values, -2))
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     grads = gradients(found, leaves, of), gradients(wanted, leaves, of)
     torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
 
 
 def test_single_precision_is_as_good_as_its_rounding():
-    exact = [seen(*part) for part in zip(*parts((2, 50, 3, 20), 2), strict=True)]
+    exact = [attend_to(*part) for part in zip(*parts((2, 50, 3, 20), 2), strict=True)]
     leaves = [x.detach().requires_grad_() for pair in exact for x in pair]
     wanted = merge([(leaves[0], leaves[1]), (leaves[2], leaves[3])], "torch")
     singles = [x.detach().float().requires_grad_() for x in leaves]

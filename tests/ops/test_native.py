@@ -29,15 +29,15 @@ ROOT = Path(__file__).resolve().parents[2]
 def cache(tmp_path, monkeypatch) -> Iterator[Path]:
     """A process that has not built anything yet, with an empty cache."""
 
-    def forget():
+    def reset_backends():
         for function in (build.load, build.compiler, build.cache_folder, KERNEL.usable):
             function.cache_clear()
         dispatch._used.clear()
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    forget()
+    reset_backends()
     yield tmp_path / "cache" / "zoo"
-    forget()
+    reset_backends()
 
 
 def convolve(backend: str):
@@ -181,11 +181,11 @@ def test_other_source_is_another_library(cache, monkeypatch, tmp_path):
 
 
 def test_a_backend_is_named_once_and_only_if_it_runs(cache, caplog):
-    asked = []
-    available = {"best": lambda: asked.append(1) or "it rains", "good": True, "other": False}
+    requested = []
+    available = {"best": lambda: requested.append(1) or "it rains", "good": True, "other": False}
     with caplog.at_level(logging.INFO, "zoo"):
         assert dispatch.select_backend("op", "good", available) == "good"
-        assert not asked  # who wants another need not wait for it
+        assert not requested  # another op need not wait for it
         assert dispatch.select_backend("op", "auto", available) == "good"
     assert caplog.messages == ["op runs on its good backend"]
     with pytest.raises(UserError, match="it rains"):
@@ -210,17 +210,17 @@ def test_an_op_is_watched_by_whatever_acts_on_operators():
         assert not can_bypass_dispatcher(fake.from_tensor(plain))
     with torch.inference_mode():
         assert can_bypass_dispatcher(plain, learned)
-    seen = []
+    bypassed = []
 
     def look(x):
-        seen.append(can_bypass_dispatcher(x, plain))
+        bypassed.append(can_bypass_dispatcher(x, plain))
         return x.sum()
 
     torch.vmap(look)(torch.ones(3, 2))
     torch.func.grad(look)(plain)
     torch.jit.trace(look, (plain,), check_trace=False)
     torch.compile(look, fullgraph=True, backend="eager")(plain)
-    assert seen == [False] * 4
+    assert bypassed == [False] * 4
 
 
 def test_a_kernel_refuses_what_it_has_no_place_for():
@@ -240,7 +240,7 @@ WRONG = {
 @pytest.mark.mistyped
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("name", fuzz.cases())
-def test_a_wrong_call_is_told_before_any_kernel_runs(name, wrong):
+def test_a_wrong_call_is_reported_before_any_kernel_runs(name, wrong):
     """Whichever of its tensors it is."""
     change, error, message = WRONG[wrong]
     draw = fuzz.Draw(2, torch.float32)
@@ -266,7 +266,7 @@ def test_more_states_than_a_kernel_has_room_for_are_refused_or_done_in_pytorch(s
 
 
 @pytest.mark.parametrize("threads", [100_000, 10**9])
-def test_no_kernel_asks_for_more_threads_than_a_system_has(monkeypatch, threads):
+def test_no_kernel_needs_more_threads_than_a_system_has(monkeypatch, threads):
     """In a process of its own: a system that refuses a thread ends it."""
     script = f"""
 import torch

@@ -1,4 +1,4 @@
-"""The turn is its formula: every backend, its gradient, any shape and slice."""
+"""The rotation is its formula: every backend, its gradient, any shape and slice."""
 
 import math
 
@@ -59,9 +59,9 @@ def test_it_reads_slices_where_they_lie_and_leaves_nothing_unwritten(poisoned):
         whole[:, 3:, :, 2:18],
         whole.transpose(1, 2)[:, :, 3:],
     ):
-        few = (cos[: x.shape[1]], sin[: x.shape[1]])
-        found = everything(x, *few, "native")
-        assert_close(found, everything(x.clone(), *few, "reference"), 1e-15)
+        shorter = (cos[: x.shape[1]], sin[: x.shape[1]])
+        found = everything(x, *shorter, "native")
+        assert_close(found, everything(x.clone(), *shorter, "reference"), 1e-15)
 
 
 def test_operator_checks():

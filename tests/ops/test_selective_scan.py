@@ -315,7 +315,7 @@ def test_the_emulator_notices(mistake, monkeypatch, poisoned):
 
 
 @emulator.needed
-@pytest.mark.skipif(sys.platform != "linux", reason="wants 17 GB of address space for nothing")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs 17 GB of address space for nothing")
 @pytest.mark.parametrize("change", [None, ("t * row", "(int)t * (int)row")])
 def test_cuda_reads_rows_further_apart_than_32_bits_count(change, monkeypatch):
     """Token 1 lies 2^32 + 64 elements after token 0; nobody touches what is between.

@@ -86,7 +86,7 @@ def test_any_decay_is_exact(backend, rate):
 @pytest.mark.parametrize("rate", [1e-4, 0.1, 10.0])
 @pytest.mark.parametrize(("backend", "tolerance"), [("torch", 3e-5), ("native", 2e-6)])
 def test_float32_is_right_to_rounding(backend, tolerance, rate):
-    """Slow channels too: their exponent falls a thousand times by less than it can tell."""
+    """Slow channels too: their exponent falls a thousand times by less than it can represent."""
     wanted = everything(arguments(1, 1500, 16, rate=rate), "reference")
     args = arguments(1, 1500, 16, rate=rate, dtype=torch.float32)
     assert_close(everything(args, backend), wanted, tolerance)
@@ -253,7 +253,7 @@ def test_cuda_is_the_reference(shape, dtype, size, rate, reverse, monkeypatch, p
 
 
 @emulator.needed
-def test_cuda_from_nothing_and_with_nothing_asked_of_the_state(monkeypatch, poisoned):
+def test_cuda_from_nothing_and_with_nothing_required_of_the_state(monkeypatch, poisoned):
     emulator.install(monkeypatch)
     inputs = [a.detach() for a in arguments(1, 70, 3, dtype=torch.float32).values()]
     inputs[4] = empty_average(inputs[0], 1, 3)
@@ -300,7 +300,7 @@ def test_the_emulator_notices(mistake, monkeypatch, poisoned):
 
 
 @emulator.needed
-@pytest.mark.skipif(sys.platform != "linux", reason="wants 17 GB of address space for nothing")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs 17 GB of address space for nothing")
 @pytest.mark.parametrize("change", [None, ("t * row", "(int)t * (int)row")])
 def test_cuda_reads_rows_further_apart_than_32_bits_count(change, monkeypatch):
     """Token 1 lies 2^32 + 64 elements after token 0; nobody touches what is between.

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from zoo.positions.clex import CLEX, inference_t, stretched, training_positions, training_t
+from zoo.positions.clex import CLEX, stretched
 from zoo.positions.rope import apply_rope, inverse_frequencies
 from zoo.positions.scaling import ntk_aware
 
@@ -68,9 +68,9 @@ def test_frequencies_follow_the_parameters():
 def test_scores_train_the_field():
     model = trained()
     x = torch.randn(1, 6, 1, 16)
-    at = training_positions(6, 6, 4, torch.Generator().manual_seed(0))
-    turned = apply_rope(x, model(4.0), positions=at)
-    torch.einsum("bihd,bjhd->ij", turned, turned)[0].square().sum().backward()
+    at = stretched(1, 6, 24, torch.Generator().manual_seed(0))
+    rotated = apply_rope(x, model(4.0), positions=at)
+    torch.einsum("bihd,bjhd->ij", rotated, rotated)[0].square().sum().backward()
     for weight in model.parameters():
         assert weight.grad is not None
         assert weight.grad.isfinite().all()
@@ -98,37 +98,7 @@ def test_precision_of_the_model_does_not_reach_the_equation():
     torch.testing.assert_close(half(4).log(), model(4).log(), rtol=1e-2, atol=1e-2)
 
 
-def test_t_at_inference_is_the_lengths_ceiling_up_to_the_largest_trained():
-    lengths = [1, 512, 513, 1024, 1025, 10**6]
-    assert [inference_t(n, 512, 16) for n in lengths] == [1, 1, 2, 2, 3, 16]
-
-
-def test_t_in_training_covers_one_to_the_largest():
-    draws = torch.Generator().manual_seed(0)
-    whole = {training_t(4, draws, whole=True) for _ in range(200)}
-    assert whole == {1.0, 2.0, 3.0, 4.0}
-    some = [training_t(4, draws) for _ in range(1000)]
-    assert min(some) >= 1
-    assert max(some) <= 4
-    assert sum(some) / 1000 == pytest.approx(2.5, abs=0.1)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "window", "t"), [(16, 16, 4), (16, 16, 1), (64, 16, 3), (8, 16, 2.7), (3, 16, 1.5)]
-)
-def test_training_positions_increase_from_0_to_the_end_of_the_longer_text(tokens, window, t):
-    for seed in range(50):
-        at = training_positions(tokens, window, t, torch.Generator().manual_seed(seed))
-        assert at.shape == (tokens,)
-        assert at[0] == 0
-        assert (at.diff() > 0).all()
-        assert t * window - 1 <= at[-1] + 1 <= t * window + 1
-        assert at[-1] < t * window
-    again = training_positions(tokens, window, t, torch.Generator().manual_seed(49))
-    assert torch.equal(at, again)
-
-
-def test_windows_of_a_step_stand_in_one_text_of_any_length_up_to_the_longest():
+def test_windows_of_a_step_lie_in_one_text_of_any_length_up_to_the_longest():
     draws, lengths = torch.Generator().manual_seed(0), set()
     for _ in range(300):
         at = stretched(3, 8, 16, draws)
@@ -140,9 +110,9 @@ def test_windows_of_a_step_stand_in_one_text_of_any_length_up_to_the_longest():
     assert lengths == {*range(8, 17)}
 
 
-def test_with_t_1_tokens_stand_where_they_always_stood():
+def test_with_t_1_tokens_are_where_they_always_were():
     generator = torch.Generator().manual_seed(0)
-    assert training_positions(16, 16, 1, generator).tolist() == list(range(16))
+    assert stretched(2, 16, 16, generator).tolist() == 2 * [list(range(16))]
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,11 @@ def test_it_depends_on_the_seed_alone_and_goes_on_as_the_unbroken_one():
 
 
 def test_every_genome_keeps_the_order_the_grid_and_the_bounds():
-    seen: list[Rescale] = []
-    for _ in Search(STARTS, most=10.0).run(lambda g: seen.append(g) or loss(g), 10):
+    measured: list[Rescale] = []
+    for _ in Search(STARTS, most=10.0).run(lambda g: measured.append(g) or loss(g), 10):
         pass
-    assert len(seen) == len(set(seen)) > 64 + 10 * 16  # none is measured twice
-    for genome in seen:
+    assert len(measured) == len(set(measured)) > 64 + 10 * 16  # none is measured twice
+    for genome in measured:
         assert list(genome.factors) == sorted(genome.factors)
         assert genome.factors[0] >= 1
         assert genome.factors[-1] <= 10

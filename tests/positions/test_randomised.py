@@ -56,16 +56,16 @@ def test_positions_are_a_function_of_the_generator_alone():
 
 def test_of_two_chunks_the_first_is_any_of_the_shorter_half():
     draws = seeded()
-    seen = Counter(chunk_lengths(9, 2, draws)[0] for _ in range(1000))
-    assert set(seen) == {1, 2, 3, 4, 5}
-    assert min(seen.values()) > 150
+    drawn = Counter(chunk_lengths(9, 2, draws)[0] for _ in range(1000))
+    assert set(drawn) == {1, 2, 3, 4, 5}
+    assert min(drawn.values()) > 150
 
 
 def test_a_chunk_moves_by_anything_that_fits():
     draws = seeded()
-    seen = Counter(int(skip([4, 4], 12, draws)[-1]) - 7 for _ in range(1000))
-    assert set(seen) == {0, 1, 2, 3, 4}
-    assert min(seen.values()) > 150
+    drawn = Counter(int(skip([4, 4], 12, draws)[-1]) - 7 for _ in range(1000))
+    assert set(drawn) == {0, 1, 2, 3, 4}
+    assert min(drawn.values()) > 150
 
 
 def test_every_position_of_the_longer_text_is_met():

@@ -49,12 +49,14 @@ def test_scores_depend_on_the_distance_alone_even_a_million_tokens_in(start):
     theta = inverse_frequencies(32)
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 40, 1, 32, generator=generator)
-    near = torch.einsum("bihd,bjhd->ij", apply_rope(q, theta), apply_rope(k, theta))
-    far = torch.einsum("bihd,bjhd->ij", apply_rope(q, theta, start), apply_rope(k, theta, start))
-    torch.testing.assert_close(far, near, rtol=0, atol=1e-5)
+    at_start = torch.einsum("bihd,bjhd->ij", apply_rope(q, theta), apply_rope(k, theta))
+    shifted = torch.einsum(
+        "bihd,bjhd->ij", apply_rope(q, theta, start), apply_rope(k, theta, start)
+    )
+    torch.testing.assert_close(shifted, at_start, rtol=0, atol=1e-5)
 
 
-def test_chunks_of_a_sequence_are_turned_as_the_whole_is():
+def test_chunks_of_a_sequence_are_rotated_as_the_whole_is():
     theta = inverse_frequencies(8)
     x = torch.randn(2, 11, 1, 8)
     pieces = [apply_rope(x[:, a:b], theta, a) for a, b in [(0, 4), (4, 5), (5, 11)]]
@@ -66,9 +68,9 @@ def test_layouts_differ_by_a_permutation_of_the_channels():
     theta = inverse_frequencies(12)
     x = torch.randn(2, 7, 3, 12, dtype=torch.float64)
     regroup = torch.arange(12).view(6, 2).T.flatten()
-    halves = apply_rope(x[..., regroup], theta, 5)
+    half_split = apply_rope(x[..., regroup], theta, 5)
     wanted = apply_rope(x, theta, 5, interleaved=True)[..., regroup]
-    torch.testing.assert_close(halves, wanted, rtol=0, atol=1e-15)
+    torch.testing.assert_close(half_split, wanted, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -86,13 +88,13 @@ def test_the_attention_factor_multiplies_scores_by_its_square():
     q, k = torch.randn(2, 1, 6, 2, 8, dtype=torch.float64)
 
     def scores(factor: float) -> torch.Tensor:
-        turned = (apply_rope(x, theta, 3, attention_factor=factor) for x in (q, k))
-        return torch.einsum("bihd,bjhd->bhij", *turned)
+        rotated = (apply_rope(x, theta, 3, attention_factor=factor) for x in (q, k))
+        return torch.einsum("bihd,bjhd->bhij", *rotated)
 
     torch.testing.assert_close(scores(1.277259), 1.277259**2 * scores(1.0), rtol=1e-12, atol=1e-12)
 
 
-def test_explicit_positions_are_where_the_tokens_stand():
+def test_explicit_positions_are_where_the_tokens_are():
     theta = inverse_frequencies(16)
     x = torch.randn(2, 9, 2, 16)
     assert torch.equal(apply_rope(x, theta, positions=torch.arange(4, 13)), apply_rope(x, theta, 4))
@@ -107,9 +109,9 @@ def test_positions_between_whole_ones_keep_their_fraction():
     theta = inverse_frequencies(2)  # theta_0 = 1
     x = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(1, 3, 1, 2)
     at = torch.tensor([0.25, 1.5, 2**20 + 0.03125], dtype=torch.float64)
-    turned = apply_rope(x, theta, positions=at)[0, :, 0]
+    rotated = apply_rope(x, theta, positions=at)[0, :, 0]
     expected = [[math.cos(m), math.sin(m)] for m in at.tolist()]
-    torch.testing.assert_close(turned, torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(rotated, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_a_million_tokens_in_angles_are_those_of_exact_arithmetic():
@@ -117,13 +119,13 @@ def test_a_million_tokens_in_angles_are_those_of_exact_arithmetic():
     m = 2**20
     theta = inverse_frequencies(64)
     x = torch.eye(64, dtype=torch.float64)[:32].view(1, 1, 32, 64)  # one head per pair
-    turned = apply_rope(x, theta, m)[0, 0]
+    rotated = apply_rope(x, theta, m)[0, 0]
     for i, f in enumerate(theta):
         high, low = (m - 1001) * f, 1001 * f
         cos = math.cos(high) * math.cos(low) - math.sin(high) * math.sin(low)
-        assert turned[i, i].item() == pytest.approx(cos, abs=1e-9)
+        assert rotated[i, i].item() == pytest.approx(cos, abs=1e-9)
     single = apply_rope(x.float(), theta, m)
-    torch.testing.assert_close(single.double(), turned[None, None], rtol=0, atol=6e-8)
+    torch.testing.assert_close(single.double(), rotated[None, None], rtol=0, atol=6e-8)
 
 
 @pytest.mark.parametrize(
@@ -146,8 +148,8 @@ def test_a_tensor_of_frequencies_gets_its_gradient():
     x = torch.randn(2, 5, 1, 6, dtype=torch.float64)
     theta = torch.tensor(inverse_frequencies(6), dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda f: apply_rope(x, f, 3, attention_factor=1.2), theta)
-    fixed = apply_rope(x, inverse_frequencies(6), 3)
-    torch.testing.assert_close(apply_rope(x, theta, 3), fixed, rtol=0, atol=1e-15)
+    by_default = apply_rope(x, inverse_frequencies(6), 3)
+    torch.testing.assert_close(apply_rope(x, theta, 3), by_default, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("tokens", [1, 33])
@@ -178,10 +180,10 @@ TABLE = functools.partial(
 def test_as_many_tables_are_kept_as_the_memory_for_them_holds(monkeypatch):
     _tables.clear()
     apart = [2 * torch.arange(start, start + 16) for start in range(40)]  # not consecutive
-    kept = [TABLE(positions=at) for at in apart]
+    tables = [TABLE(positions=at) for at in apart]
     again = [TABLE(positions=at) for at in apart]
-    assert all(a[0] is b[0] for a, b in zip(kept, again, strict=True))
-    monkeypatch.setattr(rope, "MAX_BYTES", 3 * 2 * kept[0][0].nbytes)
+    assert all(a[0] is b[0] for a, b in zip(tables, again, strict=True))
+    monkeypatch.setattr(rope, "MAX_BYTES", 3 * 2 * tables[0][0].nbytes)
     TABLE(positions=2 * torch.arange(99, 115))
     assert len(_tables) == 3
     _tables.clear()
@@ -189,7 +191,7 @@ def test_as_many_tables_are_kept_as_the_memory_for_them_holds(monkeypatch):
 
 def test_consecutive_positions_are_rows_of_one_table_that_grows():
     _tables.clear()
-    for token in range(1000):  # as decoding asks, one after another
+    for token in range(1000):  # as in decoding, one after another
         TABLE(positions=range(token, token + 1))
         TABLE(positions=torch.arange(token + 1))
     assert len(_tables) == 1
@@ -229,7 +231,7 @@ def test_a_cached_table_has_the_values_of_each_position_alone(positions, dtype):
     _tables.clear()
 
 
-def test_a_table_too_large_to_grow_is_cached_as_asked_for(monkeypatch):
+def test_a_table_too_large_to_grow_is_cached_as_requested(monkeypatch):
     _tables.clear()
     monkeypatch.setattr(rope, "MAX_GROWN", 2 * 512 * 4 * 4)  # 512 positions of four float32 pairs
     TABLE(positions=range(510, 512))

@@ -174,8 +174,8 @@ def test_llama3_keeps_divides_and_blends_by_wavelength():
     for got, f in zip(inv_freq, theta, strict=True):
         turns = 8192 * f / (2 * math.pi)
         smooth = (turns - 1) / 3
-        want = f if turns > 4 else f / 8 if turns < 1 else (1 - smooth) * f / 8 + smooth * f
-        assert got == pytest.approx(want, rel=1e-12)
+        expected = f if turns > 4 else f / 8 if turns < 1 else (1 - smooth) * f / 8 + smooth * f
+        assert got == pytest.approx(expected, rel=1e-12)
     assert inv_freq[28] == theta[28]
     assert inv_freq[32] == pytest.approx(0.00052485, abs=1e-8)
     assert inv_freq[35] == theta[35] / 8

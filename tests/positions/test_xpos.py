@@ -54,14 +54,14 @@ def test_scores_fade_pair_by_pair_with_the_distance(past, tokens):
 def test_layouts_differ_by_a_permutation_of_the_channels():
     q, k = torch.randn(2, 1, 9, 2, 12, dtype=torch.float64)
     regroup = torch.arange(12).view(6, 2).T.flatten()
-    halves = apply_xpos_decay(q[..., regroup], k[..., regroup], 0)
+    half_split = apply_xpos_decay(q[..., regroup], k[..., regroup], 0)
     pairs = apply_xpos_decay(q, k, 0, interleaved=True)
-    for half, pair in zip(halves, pairs, strict=True):
+    for half, pair in zip(half_split, pairs, strict=True):
         assert torch.equal(half, pair[..., regroup])
 
 
 def test_parts_of_the_keys_merge_to_the_whole():
-    """Every part has a centre of its own, so keys can be kept turned and faded at use."""
+    """Every part has a centre of its own, so keys can be cached rotated and decayed at use."""
     theta, block = inverse_frequencies(8), 6
     q, k, v = torch.randn(3, 1, 2 * block, 2, 8, dtype=torch.float64)
     q, k = apply_rope(q, theta), apply_rope(k, theta)
@@ -78,10 +78,10 @@ def test_parts_of_the_keys_merge_to_the_whole():
 def test_nothing_overflows_at_any_length(dtype):
     """A fixed centre leaves float32 at 36k tokens; the last query here sees a key 2^20 before."""
     q = torch.randn(1, 4, 1, 8, dtype=dtype)
-    far = torch.randn(1, 2**20, 1, 8, dtype=dtype)
-    faded_q, faded_k = apply_xpos_decay(q, far, 2**20)
+    late_k = torch.randn(1, 2**20, 1, 8, dtype=dtype)
+    faded_q, faded_k = apply_xpos_decay(q, late_k, 2**20)
     assert faded_q.abs().amax() <= q.abs().amax()
-    assert faded_k.abs().amax() <= far.abs().amax()
+    assert faded_k.abs().amax() <= late_k.abs().amax()
     scores = torch.einsum("bihd,bjhd->ij", faded_q, faded_k)
     assert scores.isfinite().all()
     assert not scores[:, 0].any()  # a million tokens off it has faded away
@@ -108,7 +108,7 @@ def test_what_would_overflow_is_refused():
         zetas(8, gamma=0)
 
 
-def seen(i: int, j: int) -> bool:
+def visible(i: int, j: int) -> bool:
     """By the paper's rule: of two neighbouring blocks, and not later."""
     return j <= i and i // BLOCK - j // BLOCK <= 1
 
@@ -117,7 +117,7 @@ def seen(i: int, j: int) -> bool:
 @pytest.mark.parametrize("steps", [3, 512])
 def test_xpos_is_the_dense_formula_over_a_block_and_the_one_before(tokens, steps):
     q, k, v = leaves = inputs(tokens)
-    mask = torch.tensor([[seen(i, j) for j in range(tokens)] for i in range(tokens)])
+    mask = torch.tensor([[visible(i, j) for j in range(tokens)] for i in range(tokens)])
     assert torch.equal(~distances(blockwise(steps), tokens).isnan(), mask)
     apart = (torch.arange(tokens)[:, None] - torch.arange(tokens)).double()
     scores = torch.zeros(2, 3, tokens, tokens, dtype=torch.float64)
@@ -134,11 +134,13 @@ def test_xpos_is_the_dense_formula_over_a_block_and_the_one_before(tokens, steps
 @pytest.mark.parametrize("cuts", [[33], [1, 2, 7, 20, 33], [11, 12, 33], [3, 9, 33]])
 def test_any_chunks_are_read_as_one_block_after_the_other(cuts):
     q, k, v = leaves = inputs(33)
-    kept, outs, start = (k[:, :0], v[:, :0]), [], 0
+    cached, outs, start = (k[:, :0], v[:, :0]), [], 0
     for end in cuts:
-        kept = [torch.cat([old, x[:, start:end]], 1) for old, x in zip(kept, (k, v), strict=True)]
-        outs.append(blockwise(512)(q[:, start:end], *kept, start))
-        kept, start = blockwise(512).keep(*kept), end
+        cached = [
+            torch.cat([old, x[:, start:end]], 1) for old, x in zip(cached, (k, v), strict=True)
+        ]
+        outs.append(blockwise(512)(q[:, start:end], *cached, start))
+        cached, start = blockwise(512).evict(*cached), end
     assert_same(torch.cat(outs, 1), AttentionPattern.__call__(blockwise(512), q, k, v, 0), leaves)
 
 

@@ -384,14 +384,16 @@ def test_files_outside_the_folder_are_not_read(tmp_path):
 
 
 @pytest.mark.parametrize(("case", "tied"), [("llama", False), ("mamba", True)])
-def test_a_head_is_tied_where_its_family_ties_it_unless_told_otherwise(case, tied, tmp_path):
+def test_a_head_is_tied_where_its_family_ties_it_unless_its_config_says_otherwise(
+    case, tied, tmp_path
+):
     save(tmp_path, case)
     altered(tmp_path, tie_word_embeddings="absent")
     words = describe(read_json(tmp_path / "config.json")).words
     assert f"model.tied={str(tied).lower()}" in words
 
 
-def test_weights_that_changed_are_told(tmp_path):
+def test_weights_that_changed_are_reported(tmp_path):
     save(tmp_path, "llama")
     recorded = identify(tmp_path)
     (tmp_path / "model.safetensors").touch()

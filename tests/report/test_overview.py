@@ -7,7 +7,7 @@ from synthetic import experiment, identity, run_records, score_row, with_declara
 
 from zoo.report.charts import styles, themed
 from zoo.report.figures import drawn
-from zoo.report.overview import MOST, Overview, draw, overview
+from zoo.report.overview import MAX_ARMS, Overview, draw, overview
 from zoo.report.page import render
 from zoo.report.pictures import pictures
 from zoo.report.rows import gather
@@ -24,7 +24,7 @@ def overview_of(rows: list[dict]) -> Overview:
     return whole
 
 
-def test_quality_recall_state_and_speed_stand_side_by_side():
+def test_quality_recall_state_and_speed_are_side_by_side():
     rows = experiment()
     rows += [passkeys("mamba", length, 0.9) for length in (512, 16384)]
     panels = {panel.name: panel for panel in overview_of(rows).panels}
@@ -83,7 +83,7 @@ def test_any_number_of_arms_fits_and_the_best_are_drawn(count):
     rows = experiment(arms)
     whole = overview_of(rows)
     best = sorted(arms, key=lambda arm: arms[arm][0])
-    assert whole.arms == best[:MOST]
+    assert whole.arms == best[:MAX_ARMS]
     assert ("of 90 arms are drawn" in whole.about) == (count == 90)
     results = gather(rows, run_records(rows))
     assert all(arm in styles(results, drawn(results)) for arm in whole.arms)

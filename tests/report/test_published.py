@@ -1,4 +1,4 @@
-"""Published tables come back as they were packed, and stand only beside what they compare with."""
+"""Published tables come back as packed, and are shown only beside what they compare with."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_what_all_rows_share_is_written_once(table):
     assert table.read_text().count('"fingerprint"') == 1
 
 
-def test_a_run_of_the_same_kind_stands_beside_all_published_ones(table):
+def test_a_run_of_the_same_kind_is_shown_beside_all_published_ones(table):
     theirs, runs, said = published.beside(rows("mine", parameters=1004))
     assert {row["arm"] for row in theirs} == {"mamba (published)", "lstm (published)"}
     assert {each["run"] for each in runs} == {row["run"] for row in theirs}

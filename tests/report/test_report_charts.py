@@ -1,4 +1,4 @@
-"""Drawing: every arm told from every other, round ticks, names that do not overlap."""
+"""Drawing: every arm distinct from every other, round ticks, names that do not overlap."""
 
 import json
 import math
@@ -129,7 +129,7 @@ def test_names_beside_the_lines_have_room_for_a_line_of_text_each(arms):
         assert max(at) <= spec["height"] + 1e-6
 
 
-def test_figures_draw_no_more_arms_than_can_be_told_apart_and_say_so(tmp_path):
+def test_figures_draw_no_more_arms_than_can_be_distinguished_and_say_so(tmp_path):
     rows = [score_row(f"a{i}", n, 4.0 - i / 99) for i in range(90) for n in (512, 1024)]
     results = gather(rows, [])
     best = [f"a{i}" for i in range(90 - DISTINCT, 90)]

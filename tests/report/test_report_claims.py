@@ -111,7 +111,7 @@ def test_one_missed_comparison_is_enough_and_a_missing_one_too_many():
     assert judge(gather([one for one in rows if one["arm"] != "xpos"], [])) == []
 
 
-def test_below_is_above_turned_round():
+def test_below_is_above_mirrored():
     results = rotary(3.0, 3.0)
     for side, verdict in (("above", "holds"), ("below", "does not hold")):
         each = Comparison(Score("transformer", 4), side, Score("transformer", 1))

@@ -17,7 +17,7 @@ EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
 
 
 class Page(HTMLParser):
-    """Everything on a page a test asks for."""
+    """Everything on a page that a test reads."""
 
     def __init__(self, text: str):
         super().__init__()

@@ -58,7 +58,7 @@ def test_accuracy_is_drawn_on_the_axis_of_the_scores_and_zero_is_seen():
     assert chance["mark"]["type"] == "rule"
 
 
-def test_page_terminal_and_limits_tell_what_was_found():
+def test_page_terminal_and_limits_say_what_was_found():
     results = gather(ROWS, [])
     page, text = render(results, styles(results)), as_text(results)
     assert "Passkeys found against test length" in page
@@ -70,7 +70,7 @@ def test_page_terminal_and_limits_tell_what_was_found():
     assert any(hidden in line for line in limits(gather(ROWS[:6], [])))
 
 
-def test_one_model_under_many_methods_is_told_apart_alike_in_both_panels():
+def test_one_model_under_many_methods_is_distinguished_alike_in_both_panels():
     ways = [f"transformer + {i}" for i in range(2 * len(COLORS))]
     rows = [
         row(way, length, number, model="transformer")

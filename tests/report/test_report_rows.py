@@ -130,7 +130,7 @@ def test_different_trainings_are_never_averaged():
 
 
 def test_a_name_is_lengthened_only_by_what_is_needed():
-    """Tokens go with the length here, so the length alone tells the two apart."""
+    """Tokens go with the length here, so the length alone distinguishes the two."""
     rows = [
         score_row("mamba", 512, 1.0, train_length=512, train_tokens=1000),
         score_row("mamba", 512, 1.0, train_length=1024, train_tokens=2000),
@@ -208,14 +208,14 @@ def test_any_other_option_of_training_makes_another_arm(name, word):
     assert gather(rows, runs).arms == ["mamba"]
 
 
-def test_many_differences_are_told_by_a_hash():
+def test_many_differences_are_reported_by_a_hash():
     pairs = [trained_with(i, **{f"optim.o{k}": i for k in range(9)}) for i in (0, 1)]
     one, two = gather(*zip(*pairs, strict=True)).arms
     assert one != two
     assert one.startswith("mamba · 9 options ")
 
 
-def test_settings_of_one_last_name_are_told_apart_by_the_whole():
+def test_settings_of_one_last_name_are_distinguished_by_the_whole():
     pairs = [trained_with(i, **{"a.x": i, "b.x": i}) for i in (0, 1)]
     assert gather(*zip(*pairs, strict=True)).arms[0] == "mamba · a.x 0 · b.x 0"
 
@@ -234,13 +234,13 @@ def test_settings_of_one_last_name_are_told_apart_by_the_whole():
     ],
 )
 def test_answers_to_different_questions_are_never_averaged(task, name):
-    def asked(value, seed):
+    def measured(value, seed):
         row = score_row("mamba", 512, 2.0, seed=seed, task=task, accuracy=0.5) | {name: value}
         return row | ({"question": ["length", name]} if task == "newest" else {})
 
-    one, two = gather([asked(3, 0), asked(5, 1)], []).arms
+    one, two = gather([measured(3, 0), measured(5, 1)], []).arms
     assert (one, two) == (f"mamba · {name} 3", f"mamba · {name} 5")
-    assert gather([asked(3, 0), asked(3, 1)], []).arms == ["mamba"]
+    assert gather([measured(3, 0), measured(3, 1)], []).arms == ["mamba"]
 
 
 def test_a_shorter_length_of_another_question_does_not_split_an_arm():
@@ -248,7 +248,7 @@ def test_a_shorter_length_of_another_question_does_not_split_an_arm():
     assert gather(rows, []).arms == ["mamba"]
 
 
-def test_what_was_requested_is_told_from_what_is_beside_it():
+def test_what_was_requested_is_distinguished_from_what_is_beside_it():
     rows = [score_row("mamba", 512, 2.0), score_row("transformer", 512, 2.0, requested=False)]
     results = gather(rows, [])
     assert [results.requested(label) for label in results.arms] == [True, False]

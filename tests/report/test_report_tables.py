@@ -94,7 +94,7 @@ def table_of(rows, **how):
     return tables.grid(results, cells, "scores", score, min, tied)
 
 
-def test_the_best_is_marked_and_what_it_cannot_be_told_from():
+def test_the_best_is_marked_and_what_it_cannot_be_distinguished_from():
     text = [1.0, 2.0, 3.0]  # how hard the stretches are: no interval of a score is narrow
     units = {"transformer": [1.01, 1.99, 3.01], "mamba": text, "rwkv": [1.1, 2.09, 3.11]}
     rows = [
@@ -153,7 +153,7 @@ def test_the_text_table_numbers_its_reasons():
     assert "≥ 16,384" in text
 
 
-def test_the_text_tells_changes_and_differences_with_their_intervals():
+def test_the_text_states_changes_and_differences_with_their_intervals():
     rows = [score_row(arm, 512, bits) for arm, bits in (("transformer", 2.0), ("mamba", 1.9))]
     rows.append(score_row("mamba", 1024, 1.8))
     rows += [score_row("transformer", 1024, 2.5, status="failed", reason="out of luck")]
@@ -182,7 +182,7 @@ def test_a_new_task_that_yields_lengths_and_values_is_shown_in_the_terminal_and_
     assert "Needles: value." in render(results, styles(results))
 
 
-def test_chance_stands_beside_an_accuracy():
+def test_chance_is_shown_beside_an_accuracy():
     row = {"task": "accuracy", "length": 64, "accuracy": 0.5, "chance": 0.0625}
     text = as_text(gather([identity("mamba") | row], []))
     assert text.splitlines()[0] == "Accuracy. Chance: 0.0625."
@@ -218,7 +218,7 @@ def test_a_quantity_of_some_rows_is_the_mean_of_these_alone():
     assert [cell.text for cell in table.rows[0][1:]] == ["1", "9"]
 
 
-def test_arms_of_several_seeds_are_told_apart_by_the_interval_over_them():
+def test_arms_of_several_seeds_are_distinguished_by_the_interval_over_them():
     quantity = {"field": "value", "name": "score", "better": "lower"}
     about = {"task": "scores", "declares": {"title": "T", "about": "", "quantities": [quantity]}}
     rows = [
@@ -326,10 +326,10 @@ def test_no_failure_is_no_table():
     assert failures(gather(rows, run_records(rows))) is None
 
 
-def test_a_stream_alone_is_told_in_the_terminal_too():
+def test_a_stream_alone_is_reported_in_the_terminal_too():
     row = {"task": "stream", "status": "ok", "length": 2**20, "tokens_per_second": 20000.0}
-    told = {**row, "arm": "mamba", "model": "mamba", "peak_bytes": None, "state_bytes": 131936}
-    text = as_text(gather([told], []))
+    known = {**row, "arm": "mamba", "model": "mamba", "peak_bytes": None, "state_bytes": 131936}
+    text = as_text(gather([known], []))
     assert "1,048,576" in text
     assert "mamba" in text
     assert "no score" not in text

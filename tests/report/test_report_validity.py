@@ -116,17 +116,17 @@ def test_a_score_without_an_audit_is_shown_as_not_audited_and_never_ranked(field
     assert not any("mamba" in name for name in by_length(rows, records)[512])
 
 
-def test_how_far_the_audit_read_is_told_of_every_arm():
+def test_how_far_the_audit_read_is_reported_of_every_arm():
     short = {"audited": {"float32": 80}}
     rows = [score_row("big", n, 2.0, **short) for n in LENGTHS]
     rows += [score_row("mamba", n, 2.1) for n in LENGTHS]
     results = gather(rows, run_records(rows))
     unseen = "A leak that shows only beyond would not be seen."
     assert banners(results)[0] == f"Audited for leaks to 80 of 16,384 tokens only: big. {unseen}"
-    told = (
+    message = (
         f"The audit for leaks reads 4,096 of the 16,384 tokens that are measured (mamba). {unseen}"
     )
-    assert told in limits(results)
+    assert message in limits(results)
     table = budgets(results)
     column = [head[0] for head in table.head].index("audited for leaks to")
     assert [row[column].text for row in table.rows] == ["80", "4,096"]
@@ -190,13 +190,13 @@ def test_headlines_are_about_architectures():
     for lr in (0.003, 0.01):
         again = [row | {"lr": lr, "run": f"{row['run']}-{lr}"} for row in experiment()]
         rows += [row for row in again if row["model"] == "mamba"]
-    told = {tile.title.split(" ")[0]: tile for tile in tiles(gather(rows, run_records(rows)))}
-    assert told["Fastest"].arm.startswith("mamba · lr")
-    assert "mamba" not in told["Fastest"].detail.replace("of 3 arms of mamba", "")
-    assert told["Fastest"].detail.startswith("then transformer, ")
-    assert "the best of 3 arms of mamba" in told["Fastest"].detail
-    assert "mamba" not in told["Best"].detail.replace("of 3 arms of mamba", "")
-    assert told["Longest"].arm.count("mamba") == 1
+    tile_of = {tile.title.split(" ")[0]: tile for tile in tiles(gather(rows, run_records(rows)))}
+    assert tile_of["Fastest"].arm.startswith("mamba · lr")
+    assert "mamba" not in tile_of["Fastest"].detail.replace("of 3 arms of mamba", "")
+    assert tile_of["Fastest"].detail.startswith("then transformer, ")
+    assert "the best of 3 arms of mamba" in tile_of["Fastest"].detail
+    assert "mamba" not in tile_of["Best"].detail.replace("of 3 arms of mamba", "")
+    assert tile_of["Longest"].arm.count("mamba") == 1
 
 
 def test_one_architecture_is_best_and_fastest_of_nothing():
@@ -213,7 +213,7 @@ def test_arms_scored_on_different_texts_are_not_ranked():
     assert 'class="best"' not in render(results, styles(results))
 
 
-def test_untuned_rates_and_one_seed_stand_at_the_top():
+def test_untuned_rates_and_one_seed_are_at_the_top():
     said = banners(gather(experiment(), []))
     assert any(line.startswith("Untuned learning rates: one was tried for") for line in said)
     assert any(line.startswith("One seed only") for line in said)
@@ -257,11 +257,13 @@ def test_answers_that_are_no_better_than_guesses_are_said_to_be():
     assert not any("guessing" in line for line in banners(gather(rows, run_records(rows))))
 
 
-def test_other_settings_of_a_task_at_one_length_are_told():
-    asked = {"question": ["count", "length"]}
-    rows = answers("lstm", {64: 0.9}, count=100, **asked)
-    rows += answers("mamba", {64: 0.9}, count=400, **asked)
-    told = [line for line in banners(gather(rows, run_records(rows))) if "rows differ" in line]
-    assert told == ["The accuracy rows differ in count: 100, 400."]
-    rows = [row | {"count": row["length"]} for row in answers("lstm", {64: 0.9, 512: 0.9}, **asked)]
+def test_other_settings_of_a_task_at_one_length_are_reported():
+    question = {"question": ["count", "length"]}
+    rows = answers("lstm", {64: 0.9}, count=100, **question)
+    rows += answers("mamba", {64: 0.9}, count=400, **question)
+    lines = [line for line in banners(gather(rows, run_records(rows))) if "rows differ" in line]
+    assert lines == ["The accuracy rows differ in count: 100, 400."]
+    rows = [
+        row | {"count": row["length"]} for row in answers("lstm", {64: 0.9, 512: 0.9}, **question)
+    ]
     assert not any("rows differ" in line for line in banners(gather(rows, run_records(rows))))

@@ -34,7 +34,7 @@ def test_without_a_key_rows_are_mirrored_offline_and_that_is_said(
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("it asked"))
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("it read the keyboard"))
     with caplog.at_level(logging.WARNING, "zoo"):
         folder = mirror(rows, [], tmp_path / "mirror", "online")
     assert folder.is_relative_to(tmp_path / "mirror")

@@ -105,7 +105,7 @@ def test_a_real_kill_at_any_moment_leaves_a_readable_folder(folder):
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_a_full_disk_is_told_and_leaves_what_was_there(folder, monkeypatch, failing):
+def test_a_full_disk_is_reported_and_leaves_what_was_there(folder, monkeypatch, failing):
     before = files_below(folder.path), folder.info
     monkeypatch.setattr(zoo.runs.files.os, failing, full_disk)
     with pytest.raises(UserError, match=r"run\.json: cannot be written \(No space"):
@@ -133,8 +133,8 @@ def test_an_error_that_is_not_the_disks_passes_and_leaves_no_draft(folder):
 
 def test_only_one_process_trains_in_a_folder(folder):
     with folder.lock():
-        told = f"already being trained by process {os.getpid()}"
-        with pytest.raises(UserError, match=told), folder.lock():
+        message = f"already being trained by process {os.getpid()}"
+        with pytest.raises(UserError, match=message), folder.lock():
             pass
     with folder.lock():
         pass
@@ -289,7 +289,7 @@ def test_a_record_that_is_none_is_one_line(folder, name, content):
     assert len(str(caught.value)) < 600
 
 
-def test_another_value_in_the_configuration_is_told(folder, config):
+def test_another_value_in_the_configuration_is_reported(folder, config):
     file = folder.path / "config.yaml"
     file.write_text(file.read_text().replace("seed: 0", "seed: 1"))
     with pytest.raises(UserError, match=r"config\.yaml: was altered since the run began") as caught:
@@ -299,7 +299,7 @@ def test_another_value_in_the_configuration_is_told(folder, config):
     assert RunFolder.open(folder.path).config.seed == 1
 
 
-def test_another_value_in_the_record_is_told(folder, caplog):
+def test_another_value_in_the_record_is_reported(folder, caplog):
     folder.update(step=100)
     RunFolder.open(folder.path)
     assert not caplog.text
@@ -309,7 +309,7 @@ def test_another_value_in_the_record_is_told(folder, caplog):
     assert "run.json was altered since it was written" in caplog.text
 
 
-def test_another_runs_files_are_told(tmp_path, config):
+def test_another_runs_files_are_reported(tmp_path, config):
     one, other = (
         RunFolder.create(tmp_path / name, config, {"id": name * 12}) for name in ("a", "b")
     )
@@ -326,7 +326,7 @@ def test_another_runs_files_are_told(tmp_path, config):
         RunFolder.open(one.path)
 
 
-def test_a_flipped_bit_in_every_byte_of_a_sealed_checkpoint_is_told(tmp_path):
+def test_a_flipped_bit_in_every_byte_of_a_sealed_checkpoint_is_reported(tmp_path):
     path = tmp_path / "step=00000003.ckpt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", bytes(40))

@@ -1,4 +1,4 @@
-"""A run whose text, base, weights or code is no longer what it was: followed, or told."""
+"""A run whose text, base, weights or code is no longer what it was: followed, or reported."""
 
 import contextlib
 import io

@@ -156,7 +156,7 @@ def relocated(closure, package: Path):
     return lambda _, __, roots: closure(package, package.parent / "kernels", roots)
 
 
-def test_one_name_tells_every_code_that_made_a_runs_weights():
+def test_one_name_covers_every_code_that_made_a_runs_weights():
     assert trained_by({}) is None  # older than the record
     assert trained_by({"sources": "a"}) == "a"
     assert trained_by({"sources": "a", "base": {"sources": "a"}}) == "a"

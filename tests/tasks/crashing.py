@@ -35,7 +35,7 @@ def main(folder: Path, words: list[str]) -> int:
     corpus = text_corpus(text_store(random_text(2000)))
     driver.load = lambda folder, device: (Killed if folder.name == "killed" else Remembers)(5)
     driver.open_data = lambda data, seq_len: corpus
-    driver._tell_code = broken
+    driver._report_code = broken
     folders = [RunFolder.open(path) for path in sorted(folder.iterdir()) if path.is_dir()]
     config = compose("eval", words)
     for _ in range(2):  # drawing a report leaves a process that can be forked

@@ -24,7 +24,7 @@ class Remembers(Backbone):
     causal, recurrent, max_length, positions, extended = True, True, None, None, None
 
     def __init__(self, memory: int):
-        nn.Module.__init__(self)  # a backbone to whoever asks, with layers of its own
+        nn.Module.__init__(self)  # a backbone to isinstance, with layers of its own
         self.memory, self.vocab_size, self.read = memory, VOCABULARY, 0
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(97, VOCABULARY, generator=generator, dtype=torch.float64)

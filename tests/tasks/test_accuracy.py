@@ -86,19 +86,19 @@ def test_places_without_labels_are_not_counted():
     assert row["chance"] == 0.25
 
 
-def test_the_same_examples_are_asked_of_every_model():
-    asked = []
+def test_the_same_examples_are_given_to_every_model():
+    requested = []
 
     class Notes(Tracks):
         def forward(self, tokens, state=None):
-            asked.append(tokens)
+            requested.append(tokens)
             return super().forward(tokens, state)
 
     rows_of(Notes(), lengths=[16], examples=4)
     rows_of(Notes(span=2), lengths=[16], examples=4)
     rows_of(Notes(), lengths=[16], examples=4, seed=1)
-    assert torch.equal(asked[0], asked[1])
-    assert not torch.equal(asked[0], asked[2])
+    assert torch.equal(requested[0], requested[1])
+    assert not torch.equal(requested[0], requested[2])
 
 
 def test_a_model_of_text_has_no_accuracy_and_one_of_a_task_no_perplexity():

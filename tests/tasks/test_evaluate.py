@@ -232,7 +232,7 @@ def test_an_extension_that_does_not_apply_stops_one_run_and_keeps_its_row_among_
         assert "extension=dca: acts on positions=rope" in row["reason"]
 
 
-def test_the_report_has_the_same_questions_under_every_extension_asked_before(
+def test_the_report_has_the_same_questions_under_every_extension_measured_before(
     model, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(zoo.tasks.evaluate, "write_report", lambda rows, *_: json.dumps(rows))
@@ -252,7 +252,7 @@ def test_the_report_has_the_same_questions_under_every_extension_asked_before(
     ]
 
 
-def test_the_report_has_the_latest_answers_of_tasks_that_were_not_asked_now(model, tmp_path):
+def test_the_report_has_the_latest_answers_of_tasks_that_were_not_measured_now(model, tmp_path):
     folder = run_folder(tmp_path / "a")
     run_eval([folder], "task.perplexity.units=2", "task.perplexity.lengths=[32,64,128]")
     _, scores, _ = run_eval([folder])
@@ -314,12 +314,12 @@ def test_answers_under_other_settings_of_a_task_are_kept_and_reused(model, tmp_p
     folder = run_folder(tmp_path / "a")
     settings = [["task.passkey.candidates=3"], ["task.passkey.candidates=5"], []]
     settings += [["task.passkey.depths=2"], ["task.passkey.repeats=3"], ["task.passkey.seed=1"]]
-    asked = ["task=passkey", "task.passkey.lengths=[128]", "task.passkey.repeats=2"]
+    requested = ["task=passkey", "task.passkey.lengths=[128]", "task.passkey.repeats=2"]
     generator = torch.Generator().manual_seed(1)
     model.logits = torch.nn.Parameter(torch.randn(97, 256, generator=generator).double())
 
     def said() -> list[str]:
-        every = [dict(w.split("=") for w in (*asked, *words)) for words in settings]
+        every = [dict(w.split("=") for w in (*requested, *words)) for words in settings]
         return [run_eval([folder], *("=".join(w) for w in own.items()))[1] for own in every]
 
     first = said()
@@ -459,10 +459,10 @@ def test_a_leak_that_a_longer_audit_finds_withdraws_the_shorter_lengths(tmp_path
 def test_a_longer_measurement_is_audited_further_but_no_further_than_can_be(
     model, tmp_path, monkeypatch
 ):
-    asked, most = [], 10**6
+    requested, most = [], 10**6
 
     def audit(held, text, *, lengths, autocast):
-        asked.append(lengths)
+        requested.append(lengths)
         read = tuple(min(n, most) for n in lengths)
         return Audit(ok=True, lengths=read, tokens={"float64": max(read)})
 
@@ -470,12 +470,12 @@ def test_a_longer_measurement_is_audited_further_but_no_further_than_can_be(
     leaks = Leaks(make_context(Remembers(5), tmp_path, text_store(random_text(2000))))
     for n in (64, 64, 128, 32, 10**5):
         leaks.check([{"length": n}])
-    assert asked == [(32, 64), (32, 128), (32, 4096)]
-    asked.clear()
+    assert requested == [(32, 64), (32, 128), (32, 4096)]
+    requested.clear()
     most, leaks = 80, Leaks(leaks.context)
     for n in (64, 128, 256, 512):
         leaks.check([{"length": n}])
-    assert asked == [(32, 64), (32, 128)]
+    assert requested == [(32, 64), (32, 128)]
     assert leaks.audited == {"float64": 80}
 
 
@@ -530,7 +530,7 @@ def test_progress_says_how_fast_and_how_long():
     assert stream.getvalue().endswith("s left\n")
 
 
-def test_published_results_of_the_same_data_stand_beside_a_run(model, tmp_path, monkeypatch):
+def test_published_results_of_the_same_data_are_shown_beside_a_run(model, tmp_path, monkeypatch):
     theirs, mine = run_folder(tmp_path / "theirs"), run_folder(tmp_path / "mine")
     monkeypatch.setattr(published, "FOLDER", tmp_path / "published")
     with pytest.raises(UserError, match="against=published: no published table has the data"):

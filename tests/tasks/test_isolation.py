@@ -86,7 +86,7 @@ def test_what_was_found_before_the_crash_is_kept_in_order(at, tmp_path):
     assert sum(len(folder.rows()) for folder in folders) == 2
 
 
-def test_what_cannot_begin_is_told_at_once(tmp_path):
+def test_what_cannot_begin_is_reported_at_once(tmp_path):
     def prepare():
         raise UserError("device=foo: is not available here. Use device=auto.")
 

@@ -54,10 +54,10 @@ def test_a_value_is_refused_in_one_line_or_measured_as_it_says(task, option, tmp
             given = task(**{**SMALL[task], option: value})
             given.check()
         except UserError as error:
-            told = str(error)
-            assert told.startswith(f"task.{name_of(task)}.{option}="), told
-            assert ": must be " in told, told
-            assert "\n" not in told, told
+            message = str(error)
+            assert message.startswith(f"task.{name_of(task)}.{option}="), message
+            assert ": must be " in message, message
+            assert "\n" not in message, message
         else:
             assert value in (1, None) or (option == "seed" and value == 0)
             assert getattr(given, option) == value

@@ -109,7 +109,7 @@ def test_blocks_score_the_same_tokens_at_every_length_that_divides_the_longest(s
     assert len({round(row["nll_sum"], 9) for row in rows}) == 1
 
 
-def test_an_encoder_is_asked_for_the_same_hidden_tokens_at_every_length(store, tmp_path):
+def test_an_encoder_predicts_the_same_hidden_tokens_at_every_length(store, tmp_path):
     model = BothSides()
     context = make_context(model, tmp_path, store)
     rows = list(measure(Perplexity, context, lengths=[64, 192], units=UNITS, stride=STRIDE))
@@ -122,8 +122,8 @@ def test_an_encoder_is_asked_for_the_same_hidden_tokens_at_every_length(store, t
             for start in range(0, 192, row["length"]):
                 window = slice(start, start + row["length"])
                 logits = model(torch.from_numpy(shown[window])[None])[0].log_softmax(-1)
-                asked = np.flatnonzero(chosen[window])
-                wanted.append(-logits.numpy()[asked, stretch[window][asked]])
+                predicted = np.flatnonzero(chosen[window])
+                wanted.append(-logits.numpy()[predicted, stretch[window][predicted]])
         nats = np.concatenate(wanted)
         assert row["count"] == len(nats)
         assert row["nll_sum"] == pytest.approx(nats.sum(), rel=1e-12)
@@ -133,13 +133,13 @@ def test_an_encoder_is_asked_for_the_same_hidden_tokens_at_every_length(store, t
 
 
 def test_a_protocol_and_an_objective_that_do_not_match_are_not_applicable(store, tmp_path):
-    for model, protocol, told in (
+    for model, protocol, message in (
         (BothSides(), "half_tail", "both ways, which masked measures"),
         (Remembers(1), "masked", "behind, which half_tail | blocks"),
     ):
         context = make_context(model, tmp_path, store)
         (row,) = measure(Perplexity, context, lengths=[64], protocols=[protocol])
-        assert (row["status"], told in row["reason"]) == ("not_applicable", True)
+        assert (row["status"], message in row["reason"]) == ("not_applicable", True)
         assert model.read == 0
 
 
@@ -203,7 +203,7 @@ def test_bits_are_per_byte_of_the_scored_text_itself(tmp_path):
         assert row["uniform_bits"] == pytest.approx(math.log2(16) * row["count"] / row["bytes"])
 
 
-def test_one_document_has_one_score_whatever_stands_beside_it(tmp_path):
+def test_one_document_has_one_score_whatever_is_shown_beside_it(tmp_path):
     model, generator = Remembers(memory=5), np.random.default_rng(0)
     text, sizes = random_text(64), generator.integers(1, 9, 64).astype(np.uint16)
     scores = []
@@ -218,7 +218,7 @@ def test_one_document_has_one_score_whatever_stands_beside_it(tmp_path):
     assert scores[0] == scores[1] == scores[2]
 
 
-def test_a_perplexity_beyond_all_numbers_is_none_and_its_bits_are_told(store, tmp_path):
+def test_a_perplexity_beyond_all_numbers_is_none_and_its_bits_are_reported(store, tmp_path):
     model = Remembers(memory=5)
     model.logits *= 1e4
     row = next(measure(Perplexity, make_context(model, tmp_path, store), lengths=[32]))
@@ -302,13 +302,13 @@ def test_text_that_is_too_short_leaves_a_reason_at_every_length(store, tmp_path)
 def test_what_is_known_is_not_measured_again(store, tmp_path):
     model, task = Remembers(1), Perplexity(lengths=[32, 96], units=2, stride=STRIDE)
     context = make_context(model, tmp_path, store)
-    asked = [*task.questions(context)]
-    wanted = [q for q in asked if q["protocol"] == "half_tail" and q["length"] == 32]
+    predicted = [*task.questions(context)]
+    wanted = [q for q in predicted if q["protocol"] == "half_tail" and q["length"] == 32]
     rows = list(task.rows(context, wanted))
     assert [(row["protocol"], row["length"]) for row in rows] == [("half_tail", 32)]
     assert model.read == 2 * 32 * 3
     identity = {"unit", "units", "documents", "stride", "split"}
-    assert all(identity <= question.keys() for question in asked)
+    assert all(identity <= question.keys() for question in predicted)
     assert task.settings == {"task.perplexity.overlap": 2}
 
 

@@ -1,4 +1,4 @@
-"""Passkey retrieval: who remembers the key is right, who forgot it guesses, all are asked alike."""
+"""Passkey retrieval: who remembers the key is right, who forgot it guesses, on the same prompts."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ SMALL = {"depths": 5, "repeats": 4, "candidates": 3}
 
 
 class Finder(Backbone):
-    """Writes what followed `STATEMENT`, where it stood in the last `memory` tokens."""
+    """Writes what followed `STATEMENT`, where it was in the last `memory` tokens."""
 
     recurrent, max_length, vocab_size = True, None, 256
 
@@ -44,9 +44,9 @@ class Finder(Backbone):
         )
 
     def next(self, text: bytes) -> int | None:
-        stated, asked = text.find(STATEMENT.encode()), text.rfind(QUESTION.encode())
-        written = len(text) - asked - len(QUESTION)
-        if min(stated, asked) < 0 or written >= DIGITS:
+        stated, question = text.find(STATEMENT.encode()), text.rfind(QUESTION.encode())
+        written = len(text) - question - len(QUESTION)
+        if min(stated, question) < 0 or written >= DIGITS:
             return None
         return text[stated + len(STATEMENT) + written] ^ (written == self.slip)
 
@@ -120,7 +120,7 @@ def test_answers_from_the_state_are_those_of_reading_everything_again(name, tmp_
     assert found[:, 1].tolist() == [True, False] * 8
 
 
-def test_what_cannot_be_asked_keeps_its_row_with_the_reason(tmp_path):
+def test_what_cannot_be_measured_keeps_its_row_with_the_reason(tmp_path):
     config = train_config(
         "model=learned", "size=tiny", "seq_len=200", "model.positions.max_length=200"
     )

@@ -80,7 +80,7 @@ def test_a_peak_is_what_the_call_took_each_time(store, tmp_path):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("architecture", ["transformer", "mamba"])
-def test_a_row_tells_the_bytes_of_the_state(architecture, precision, tiny, store, tmp_path):
+def test_a_row_has_the_bytes_of_the_state(architecture, precision, tiny, store, tmp_path):
     model = tiny(architecture, dtype=torch.float32).eval()
     context = make_context(model, tmp_path, store, precision=precision)
     rows = list(measure(Speed, context, lengths=[16, 64], decode_tokens=2, repeats=1))

@@ -16,8 +16,8 @@ from zoo.tasks.memory import held_bytes
 from zoo.tasks.stream import Stream
 
 MIB = 2**20
-tells_growth = pytest.mark.skipif(
-    held_bytes(torch.device("cpu")) is None, reason="this system does not tell a process's size"
+shows_growth = pytest.mark.skipif(
+    held_bytes(torch.device("cpu")) is None, reason="this system does not report a process's size"
 )
 
 
@@ -39,7 +39,7 @@ def test_a_text_that_ends_is_read_again(tmp_path):
     assert row["nll_sum"] == pytest.approx(model.costs(np.tile(text, 3)[:251]).sum())
 
 
-@tells_growth
+@shows_growth
 def test_a_long_stream_takes_constant_memory(tmp_path):
     model = ByPosition(lambda position: 1 + 1 / position)
     context = make_context(model, tmp_path, text_store(np.zeros(50_000)))
@@ -51,7 +51,7 @@ def test_a_long_stream_takes_constant_memory(tmp_path):
     assert row["tokens_per_second"] > 0
 
 
-@tells_growth
+@shows_growth
 def test_memory_that_is_lost_on_the_way_is_seen(tmp_path):
     class Leaks(Remembers):
         lost: list = []  # noqa: RUF012

@@ -46,7 +46,7 @@ def refuse(config, folder, until=None) -> None:
 
 
 def steps(config, folder, until=None) -> None:
-    """Ends at the end of a step, once asked to."""
+    """Ends at the end of a step, once requested."""
     stop = stopping.current()
     with stop.deferred():
         print("training", flush=True)  # noqa: T201

@@ -1,4 +1,4 @@
-"""Whole runs: a model trained short, given another reach by further training, and measured."""
+"""Whole runs: a model trained short, given a longer context by further training, and measured."""
 
 import csv
 import json
@@ -28,7 +28,12 @@ from zoo.tasks.context import EvalContext
 from zoo.training import fit
 
 L = 16
-FEW = ["trainer.max_steps=3", "batch_tokens=128", "valid_windows=2", "trainer.log_every_n_steps=1"]
+SHORT = [
+    "trainer.max_steps=3",
+    "batch_tokens=128",
+    "valid_windows=2",
+    "trainer.log_every_n_steps=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +44,7 @@ def trained(tmp_path_factory) -> Path:
     words = ["size=tiny", f"seq_len={L}", "data=text", f"data.path={place}/text", "logger=none"]
     words += [f"data.cache={place}/cache", f"runs={place}/runs", "name=base", "seed=3"]
     words += ["match=none"]
-    config = train_config(*words, *FEW)
+    config = train_config(*words, *SHORT)
     fit.train(config, claim(config))
     return place
 
@@ -69,7 +74,7 @@ def first_loss(folder: RunFolder) -> float:
 )
 def test_a_run_is_tuned_under_an_extension_and_measured_as_it_was_tuned(name, window, program):
     extension = [f"extension={name}", "extension.factor=4"]
-    code, error = program("train", "finetune=runs/base", *extension, f"name={name}", *FEW)
+    code, error = program("train", "finetune=runs/base", *extension, f"name={name}", *SHORT)
     assert code == 0, error
     folder, base = RunFolder.open(f"runs/{name}"), RunFolder.open("runs/base")
     assert folder.config.seq_len == window
@@ -170,7 +175,7 @@ def test_longrope_is_searched_for_a_run_used_by_it_tuned_and_searched_again(prog
 
     code, error = program("eval", "run=runs/base", *measure, *extension)
     assert code == 0, error
-    code, error = program("train", "finetune=runs/base", *extension, "name=long", *FEW)
+    code, error = program("train", "finetune=runs/base", *extension, "name=long", *SHORT)
     assert code == 0, error
     scaling = RunFolder.open("runs/long").config.extension.scaling
     assert scaling.options["long_factors"] == found["found"]["long_factors"]
@@ -195,7 +200,7 @@ def test_positions_are_randomised_from_the_start_too():
     assert 1800 < found.max() < 2048
 
 
-def test_a_leak_is_told_where_it_is_trained_and_is_never_scored(program, monkeypatch):
+def test_a_leak_is_reported_where_it_is_trained_and_is_never_scored(program, monkeypatch):
     """A feed-forward that reads the next token by mistake."""
     honest = SwiGLU.forward
 
@@ -204,7 +209,7 @@ def test_a_leak_is_told_where_it_is_trained_and_is_never_scored(program, monkeyp
         return found
 
     words = ["size=tiny", f"seq_len={L}", "data=text", f"data.path={Path('text').resolve()}"]
-    words += ["data.cache=cache", "match=none", "name=leaky", *FEW]
+    words += ["data.cache=cache", "match=none", "name=leaky", *SHORT]
     monkeypatch.setattr(SwiGLU, "forward", peeks)
     for _ in range(2):  # trained, and found trained
         code, error = program("train", *words)

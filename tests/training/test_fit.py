@@ -146,7 +146,7 @@ def test_an_encoder_learns_what_was_masked(text):
     assert logged[-1] < math.log(256) - 1
 
 
-def test_an_encoder_is_asked_only_for_what_was_chosen(tiny):
+def test_an_encoder_predicts_only_what_was_chosen(tiny):
     model = tiny("transformer", "objective=masked")
     shown = torch.randint(32, (2, 20))
     tokens, chosen = shown.clone(), torch.zeros(2, 20, dtype=torch.bool)
@@ -157,8 +157,8 @@ def test_an_encoder_is_asked_only_for_what_was_chosen(tiny):
     torch.testing.assert_close(loss, expected)
 
 
-def test_run_json_tells_what_a_comparison_needs(text):
-    folder = run_here(text, "trainer.max_steps=2", "name=told", "model=mamba")
+def test_run_json_holds_what_a_comparison_needs(text):
+    folder = run_here(text, "trainer.max_steps=2", "name=said", "model=mamba")
     info = json.loads((folder.path / "run.json").read_text())
     assert info["status"] == "done"
     assert info["flops_per_token"] > 2 * info["parameters"] * 0.5

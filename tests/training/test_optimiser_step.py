@@ -133,7 +133,7 @@ def model_of(config: TrainConfig) -> Backbone:
 
 
 def losses_by_hand(model: Backbone, text: Path, kind: str) -> Iterator[Tensor]:
-    """Of one step after another, whose gradients are taken before the next is asked for."""
+    """Of one step after another, whose gradients are taken before the next is computed."""
     state = None
     for step in count():
         tokens = windows(text, step, kind == "carry")

@@ -1,4 +1,4 @@
-"""Runs that go wrong, stop early or go on: what their records say, and what they were told."""
+"""Runs that go wrong, stop early or go on: what their records say, and what they print."""
 
 import csv
 import json
@@ -115,16 +115,16 @@ def test_the_time_left_does_not_wrap_at_a_day(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["trainer.devices=3", "batch_size=4"], "trainer.devices=3: must divide the 4 windows"),
         (["trainer.accumulate_grad_batches=5"], "trainer.accumulate_grad_batches=5: must divide"),
         (["trainer.devices=4", "trainer.accumulate_grad_batches=8"], "trainer.devices=4 trainer"),
     ],
 )
-def test_a_step_that_cannot_be_shared_equally_is_refused(words, told):
+def test_a_step_that_cannot_be_shared_equally_is_refused(words, message):
     from zoo.errors import UserError
     from zoo.training.partition import check_partition
 
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         check_partition(train_config("size=tiny", *words))

@@ -39,7 +39,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_a_run_that_cannot_be_is_told_in_one_line(words, monkeypatch):
+def test_a_run_that_cannot_be_is_reported_in_one_line(words, monkeypatch):
     monkeypatch.setattr(zoo.training.rehearse, "machine_memory", lambda: 32 * GB)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.mps, "is_available", lambda: False)
@@ -49,14 +49,14 @@ def test_a_run_that_cannot_be_is_told_in_one_line(words, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("asked", ["gpu", "cuda", "mps"])
-def test_a_machine_without_an_accelerator_says_so(asked, monkeypatch):
+@pytest.mark.parametrize("requested", ["gpu", "cuda", "mps"])
+def test_a_machine_without_an_accelerator_says_so(requested, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.mps, "is_available", lambda: False)
     with pytest.raises(
-        UserError, match=f"^trainer.accelerator={asked}: this machine has none. Use"
+        UserError, match=f"^trainer.accelerator={requested}: this machine has none. Use"
     ):
-        rehearse(train_config("size=tiny", f"trainer.accelerator={asked}"))
+        rehearse(train_config("size=tiny", f"trainer.accelerator={requested}"))
 
 
 @pytest.mark.parametrize("devices", ["3", "[0,2]"])
@@ -75,13 +75,13 @@ def test_a_hybrid_of_seven_to_one_trains_attention_at_a_size_that_holds_it():
 
 
 @pytest.mark.parametrize("name", ["transformer", "mamba", "rwkv7", "hybrid"])
-def test_the_memory_told_is_what_a_step_saves(name, monkeypatch):
+def test_the_memory_reported_is_what_a_step_saves(name, monkeypatch):
     """Against tensors counted in the whole model at the whole window."""
     config = train_config(f"model={name}", "size=tiny", "seq_len=512", "batch_size=4")
     model, knobs = build_model(config, 256)
     saved = zoo.training.rehearse._saved_bytes(model, 4, 512)
-    told = 4 * zoo.training.rehearse._activations_per_row(config, 256, knobs)
-    assert told == pytest.approx(saved, rel=0.05)
+    estimate = 4 * zoo.training.rehearse._activations_per_row(config, 256, knobs)
+    assert estimate == pytest.approx(saved, rel=0.05)
 
 
 def test_memory_a_little_short_is_refused_and_enough_is_not(monkeypatch):

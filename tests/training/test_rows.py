@@ -32,7 +32,7 @@ def test_rows_of_windows_are_read_apart(architecture, tiny):
 
 
 @pytest.mark.parametrize("architecture", ENCODERS)
-def test_masked_rows_count_by_what_is_asked_of_them(architecture, tiny):
+def test_masked_rows_count_by_what_is_predicted(architecture, tiny):
     model = tiny(architecture, "objective=masked")
     tokens = torch.randint(31, (ROWS, TOKENS))
     masked = mask_windows(tokens.numpy(), 31, [(0, 3, row) for row in range(ROWS)])

@@ -27,7 +27,12 @@ from zoo.runs.folder import RunFolder
 from zoo.training import fit
 
 L, PAIRS = 16, 16  # tokens of the base's windows; rotary pairs of a head at size tiny
-FEW = ["trainer.max_steps=2", "batch_tokens=256", "valid_windows=2", "trainer.log_every_n_steps=1"]
+SHORT = [
+    "trainer.max_steps=2",
+    "batch_tokens=256",
+    "valid_windows=2",
+    "trainer.log_every_n_steps=1",
+]
 LAMBDAS = [1 + 0.2 * pair for pair in range(PAIRS)]
 MORE = {
     "longrope": [f"extension.scaling.long_factors={LAMBDAS}"],
@@ -123,9 +128,9 @@ def test_the_angles_of_every_two_scalings_are_those_of_their_composition(first, 
                 theta, m = scaled_by_hand(first, base, 4.0, L, length)
                 window = 4 * L
             expected, own = scaled_by_hand(second, theta, s, window, length)
-            told = f"{first}, then {second} {composition} at {length}"
-            np.testing.assert_allclose(found, expected, rtol=1e-12, err_msg=told)
-            assert factor == pytest.approx(m * own, rel=1e-12), told
+            message = f"{first}, then {second} {composition} at {length}"
+            np.testing.assert_allclose(found, expected, rtol=1e-12, err_msg=message)
+            assert factor == pytest.approx(m * own, rel=1e-12), message
 
 
 def test_three_stages_compose_from_the_left_and_a_replacement_forgets_what_was_before(tiny):
@@ -226,16 +231,16 @@ def test_every_pair_of_extensions_composes_or_is_refused_for_a_true_reason(first
         try:
             extend(ran, two, 2 * L if two.positions else 4 * L)
         except UserError as error:
-            told = str(error)
-            assert "\n" not in told
-            assert any(reason in told for reason in REASONS), told
-            if "chooses positions" in told:
+            message = str(error)
+            assert "\n" not in message
+            assert any(reason in message for reason in REASONS), message
+            if "chooses positions" in message:
                 assert one.attention
                 assert two.positions
-            if "two scalings" in told:
+            if "two scalings" in message:
                 assert composition == "on_top"
                 assert not (one.scaling and two.scaling)
-            if "depend on the length" in told:
+            if "depend on the length" in message:
                 assert {first, second} & {"dynamic_ntk", "dynamic_yarn", "clex", "longrope"}
             continue
         if (
@@ -253,7 +258,7 @@ def trained(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("work")
     data = ["data=text", f"data.path={write_text(place)}", f"data.cache={place / 'cache'}"]
     size = ["size=tiny", "match=none", f"seq_len={L}", "logger=none", "name=base"]
-    config = train_config(*data, *size, f"runs={place}/runs", *FEW)
+    config = train_config(*data, *size, f"runs={place}/runs", *SHORT)
     fit.train(config, claim(config))
     return place
 
@@ -286,10 +291,10 @@ def measured(program, run: str, *options: str) -> set[str]:
 
 
 def test_a_chain_of_stages_is_trained_resumed_and_measured_and_its_label_says_it(program):
-    code, error = program("train", "finetune=runs/base", *words("pi", 4), "name=one", *FEW)
+    code, error = program("train", "finetune=runs/base", *words("pi", 4), "name=one", *SHORT)
     assert code == 0, error
     stage = ["finetune=runs/one", *words("yarn", 2, "on_top"), "name=two"]
-    code, error = program("train", *stage, *FEW)
+    code, error = program("train", *stage, *SHORT)
     assert code == 0, error
     two = RunFolder.open("runs/two")
     assert two.config.seq_len == 8 * L
@@ -316,9 +321,9 @@ def test_a_chain_of_stages_is_trained_resumed_and_measured_and_its_label_says_it
 
 
 def test_a_stage_that_replaces_has_the_bases_length_and_one_on_top_the_tuned_one(program):
-    code, error = program("train", "finetune=runs/base", *words("yarn", 2), "name=y2", *FEW)
+    code, error = program("train", "finetune=runs/base", *words("yarn", 2), "name=y2", *SHORT)
     assert code == 0, error
-    code, error = program("train", "finetune=runs/y2", *words("yarn", 4), "name=y4", *FEW)
+    code, error = program("train", "finetune=runs/y2", *words("yarn", 4), "name=y4", *SHORT)
     assert code == 0, error
     y4 = RunFolder.open("runs/y4").config
     assert (y4.seq_len, y4.extension.original_length) == (4 * L, L)
@@ -329,7 +334,7 @@ def test_a_stage_that_replaces_has_the_bases_length_and_one_on_top_the_tuned_one
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     {
         f"eval run=runs/base {PI} {ON_TOP}": f"{ON_TOP}: is of two scalings, and the model was "
         "trained under none.",
@@ -345,18 +350,18 @@ def test_a_stage_that_replaces_has_the_bases_length_and_one_on_top_the_tuned_one
         "two scalings, and the run was trained under none.",
     }.items(),
 )
-def test_a_composition_of_nothing_is_refused_in_one_line(options, told, program):
+def test_a_composition_of_nothing_is_refused_in_one_line(options, message, program):
     name, *rest = options.split()
     code, error = program(name, *rest)
     assert code == 2
-    assert told in error
+    assert message in error
 
 
 def test_a_tuned_run_is_searched_again_on_top_of_what_it_was_tuned_under(program):
     search = ["population=4", "mutations=2", "crossovers=2", "parents=3", "texts=2"]
     search = [f"task.longrope.{word}" for word in (*search, "generations=1", "factor=2")]
     search += ["task=longrope", "report=null"]
-    code, error = program("train", "finetune=runs/base", *words("pi", 2), "name=p2", *FEW)
+    code, error = program("train", "finetune=runs/base", *words("pi", 2), "name=p2", *SHORT)
     assert code == 0, error
     code, error = program("eval", "run=runs/p2", *search, "task.longrope.composition=on_top")
     assert code == 0, error
@@ -383,10 +388,10 @@ def test_a_tuned_run_is_searched_again_on_top_of_what_it_was_tuned_under(program
 def test_a_stage_may_widen_a_window_of_attention(program, trained):
     write = ["model=longformer", "model.mixer.window=4", "size=tiny", "match=none", "data=text"]
     write += [f"data.path={trained}/text", f"data.cache={trained}/cache", f"seq_len={L}"]
-    code, error = program("train", *write, "name=narrow", *FEW)
+    code, error = program("train", *write, "name=narrow", *SHORT)
     assert code == 0, error
     wider = ["finetune=runs/narrow", "model.mixer.window=8", f"seq_len={2 * L}", "name=wide"]
-    code, error = program("train", *wider, *FEW)
+    code, error = program("train", *wider, *SHORT)
     assert code == 0, error
     config = RunFolder.open("runs/wide").config
     assert [block.mixer.options["window"] for block in config.model.blocks] == [8]
@@ -397,12 +402,12 @@ def test_a_stage_may_widen_a_window_of_attention(program, trained):
 @pytest.mark.slow  # half an hour
 @pytest.mark.parametrize("first", NAMES)
 def test_every_pair_of_stages_trains_resumes_and_is_measured_or_is_refused(first, program):
-    code, error = program("train", "finetune=runs/base", *words(first), f"name={first}", *FEW)
+    code, error = program("train", "finetune=runs/base", *words(first), f"name={first}", *SHORT)
     assert code == 0, error
     for second, composition in itertools.product(NAMES, ("replace", "on_top")):
         name = f"{first}-{second}-{composition}"
         two = words(second, 2, composition)
-        code, error = program("train", f"finetune=runs/{first}", *two, f"name={name}", *FEW)
+        code, error = program("train", f"finetune=runs/{first}", *two, f"name={name}", *SHORT)
         if code == 0:
             code, error = program("train", f"resume=runs/{name}", "trainer.max_steps=3")
             assert code == 0, error

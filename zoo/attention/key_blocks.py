@@ -82,7 +82,7 @@ class KeyIndex(NamedTuple):
 class RotationCache:
     """Tokens rotated to the positions that maps give, computed once for each map.
 
-    Maps are told apart by `==`: methods of one pattern and `constant` compare by what they do.
+    Maps are compared by `==`: methods of one pattern and `constant` compare by what they do.
     """
 
     def __init__(self, x: Float[Tensor, "b n h d"], positions: Int[Tensor, " n"]) -> None:

@@ -106,14 +106,14 @@ class AttentionPattern:
         queries, stored = range(start, start + q.shape[1]), slice(self.sinks or None)
         index = KeyIndex(self.sinks, queries.stop - k.shape[1], k.shape[1])
         keys = RotationCache(k[:, stored], index.positions()[stored])
-        near = [(queries, self._near(q, k, v, start, backend))] if self.nearest else []
+        nearest = [(queries, self._attend_nearest(q, k, v, start, backend))] if self.nearest else []
         outs, length, scaled = [], None, None
         for block, key_blocks in self.plan(queries, index):
             if scaled is None or length != self._length(block):
                 length = self._length(block)
                 scaled = self.scaling(length)
             rotated = RotationCache(_cut(q, queries, block), _positions(block)).use(scaled)
-            results = [*near]
+            results = [*nearest]
             if always:
                 parts = [part._replace(q=_cut(part.q, queries, block)) for part in always]
                 results.append((block, attend(parts, backend=backend)))
@@ -151,7 +151,7 @@ class AttentionPattern:
         q_rows, k_slots = self.scored(q_rows, k_slots, rows.start - view.keys.start)
         return Part(q_rows, k_slots, v[:, slots], view.causal, times=view.times)
 
-    def _near(self, q: Tensor, k: Tensor, v: Tensor, start: int, backend: str) -> Partial:
+    def _attend_nearest(self, q: Tensor, k: Tensor, v: Tensor, start: int, backend: str) -> Partial:
         """Attend to the nearest keys; where keys were dropped the sinks are not among them."""
         assert self.nearest is not None
         if start + q.shape[1] > k.shape[1]:
@@ -170,14 +170,14 @@ class AttentionPattern:
         """
         return q, k
 
-    def keep(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def evict(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Evict the keys and values that no later query attends to."""
         if self.recent is None or k.shape[1] <= self.sinks + self.recent:
             return k, v
         last = k.shape[1] - self.recent
         return tuple(torch.cat([x[:, : self.sinks], x[:, last:]], 1) for x in (k, v))  # type: ignore
 
-    def kept(self, tokens: int) -> int:
+    def cached(self, tokens: int) -> int:
         """The number of keys cached after so many tokens."""
         return tokens if self.recent is None else min(tokens, self.sinks + self.recent)
 
@@ -217,20 +217,20 @@ def distances(pattern: AttentionPattern, tokens: int) -> Float[Tensor, "n n"]:
     NaN where it does not. The key blocks are those of the computation (`AttentionPattern.plan`).
     Raises ValueError where these break their rules or a query attends to a key twice.
     """
-    seen = torch.full((tokens, tokens), torch.nan, dtype=torch.float64)
+    grid = torch.full((tokens, tokens), torch.nan, dtype=torch.float64)
     at = torch.arange(tokens)
     if pattern.nearest:
         apart = at[:, None] - at
-        near = (apart >= 0) & (apart < pattern.nearest)
-        seen[near] = apart[near].double()
+        nearest_keys = (apart >= 0) & (apart < pattern.nearest)
+        grid[nearest_keys] = apart[nearest_keys].double()
     for block, key_blocks in pattern.plan(range(tokens), KeyIndex(pattern.sinks, 0, tokens)):
         for view in key_blocks:
             rows, keys = (slice(x.start, x.stop) for x in (view.rows or block, view.keys))
             apart = view.queries_at(at[rows])[:, None] - view.keys_at(at[keys]).double()
-            cells = seen[rows, keys]
+            cells = grid[rows, keys]
             sees = torch.ones_like(cells, dtype=torch.bool)
             sees = sees.tril() if view.causal else sees
             if (sees & ~cells.isnan()).any():
                 raise ValueError(f"{type(pattern).__name__}: a query attends to a key twice")
             cells[sees] = apart.expand_as(cells)[sees]
-    return seen
+    return grid

@@ -85,9 +85,9 @@ def _band(q: Tensor, k: Tensor, v: Tensor, size: int, backend: str) -> list[tupl
         n, missing = queries.shape[1], max(more - first, 0)
         read = slice(first - more + missing, first + n * block + size - 1)
         padding = (missing, max(first + n * block - tokens, 0))
-        seen = (_padded(x[:, read], *padding).unfold(1, keys, block) for x in (k, v))
-        seen_k, seen_v = (x.permute(0, 1, 4, 2, 3).flatten(0, 1) for x in seen)
-        part = Part(queries.flatten(0, 1), seen_k, seen_v, mask=mask)
+        spans = (_padded(x[:, read], *padding).unfold(1, keys, block) for x in (k, v))
+        spans_k, spans_v = (x.permute(0, 1, 4, 2, 3).flatten(0, 1) for x in spans)
+        part = Part(queries.flatten(0, 1), spans_k, spans_v, mask=mask)
         partial = attend([part], backend=backend)
         out, lse = (x.unflatten(0, (-1, n)).flatten(1, 2)[:, : tokens - first] for x in partial)
         results.append((out, lse))
@@ -168,10 +168,10 @@ def by_dilation(
 def in_window(
     queries: Int[Tensor, " t"], keys: Int[Tensor, " n"], size: int, dilation: int = 1
 ) -> Bool[Tensor, "t n"]:
-    """Tell whether each key is in each query's window, by their positions in the text."""
+    """Whether each key is in each query's window, by their positions in the text."""
     distance = queries[:, None] - keys
-    near = (distance >= 0) & (distance < size * dilation)
-    return near if dilation == 1 else near & (distance % dilation == 0)
+    inside = (distance >= 0) & (distance < size * dilation)
+    return inside if dilation == 1 else inside & (distance % dilation == 0)
 
 
 def last_tokens(x: Float[Tensor, "b n h d"], most: int) -> Float[Tensor, "b m h d"]:

@@ -74,7 +74,7 @@ def compose_arms(
     given = [o.key_or_group for o in overrides if not o.is_hydra_override()]
     configs = [check(compose_tree(program, arm), given) for arm in arms]
     _check_distinct(arms, configs)
-    _tell_sizes(arms, configs)
+    _print_sizes(arms, configs)
     return arms, configs
 
 
@@ -121,17 +121,17 @@ def _check_distinct(arms: list[list[Override]], configs: list[Any]) -> None:
             seen.add(name)
 
 
-def _tell_sizes(arms: list[list[Override]], configs: list[Any]) -> None:
+def _print_sizes(arms: list[list[Override]], configs: list[Any]) -> None:
     """Say what 64k and 2**16 were taken for."""
-    told = {}
+    notes = {}
     for arm, config in zip(arms, configs, strict=True):
         values = dict(leaves(plain(config)))
         for override in arm:
             key, given = override.key_or_group, override.value()
             meant = read_sizes(given)
             if meant != given and values.get(key, meant) == meant:
-                told[f"{key}={given} means {meant}"] = None
-    for line in told:
+                notes[f"{key}={given} means {meant}"] = None
+    for line in notes:
         say(line)
 
 

@@ -1,6 +1,6 @@
 """`python -m zoo.cli.catalogue README.md`: rewrites README's tables of what can be chosen.
 
-A table stands between `<!-- catalogue: models -->` and `<!-- end -->`. Its rows come from the
+A table is written between `<!-- catalogue: models -->` and `<!-- end -->`. Its rows come from the
 headers of the YAML files: the sentence on the first line, and the entries `Source`, `Time` and
 `State` where there are any; those of `families` from zoo.pretrained.families. An `arXiv <id>`
 becomes the link of the authors and year before it.

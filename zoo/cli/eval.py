@@ -66,7 +66,7 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
 
 
 def job(config: EvalConfig, arm: Arm | None) -> int:
-    """Measure the runs one after another; the exit code tells whether every one could be.
+    """Measure the runs one after another; the exit code says whether every one could be.
 
     One that crashes the process it is measured in does not stop the others, where one can be forked
     from this.

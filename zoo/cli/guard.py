@@ -16,7 +16,7 @@ from zoo.runs.stopping import STOPPED, handled
 
 
 class _Lines(logging.Handler):
-    """What the modules tell, in the program's own plain lines."""
+    """What the modules log, as the program's own plain lines."""
 
     held: list[str] | None = None  # while another text is written
 
@@ -30,7 +30,7 @@ class _Lines(logging.Handler):
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Say what modules tell only after the block, which writes a text that it would cut."""
+    """Print what modules log only after the block, which writes a text that it would cut."""
     found = [one for one in logging.getLogger("zoo").handlers if isinstance(one, _Lines)]
     held: list[str] = []
     for handler in found:
@@ -45,7 +45,7 @@ def held_back() -> Iterator[None]:
 
 
 def guarded(program: str, work: Callable[[], int]) -> int:
-    """The exit code of `work`; what the user can mend and a stop are told in one line.
+    """The exit code of `work`; what the user can mend and a stop are printed in one line.
 
     `program` begins that line; "" where the error names what was called.
     """

@@ -119,8 +119,8 @@ def _task_options() -> Iterator[str]:
 def _wrapped(head: str, text: str, column: int) -> list[str]:
     """Lines with `head` on the left and `text` from a column on."""
     first = f"{head:<{column - 2}}  "
-    told = textwrap.wrap(text, WIDTH - column, break_on_hyphens=False) or [""]
-    return [(first + told[0]).rstrip(), *(" " * column + line for line in told[1:])]
+    lines = textwrap.wrap(text, WIDTH - column, break_on_hyphens=False) or [""]
+    return [(first + lines[0]).rstrip(), *(" " * column + line for line in lines[1:])]
 
 
 def _option(key: str, value: Any) -> str:

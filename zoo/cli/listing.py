@@ -45,6 +45,6 @@ def listing(kinds: Sequence[str] = ()) -> str:
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    """Print what `argv` asks for."""
+    """Print what `argv` names."""
     sys.stdout.write(listing(argv))
     return 0

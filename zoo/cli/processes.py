@@ -39,7 +39,9 @@ def load(module: str) -> None:
     be forked."""
     global _imported
     fresh = "torch" not in sys.modules
-    if fresh:  # ask the driver's library which devices there are: CUDA itself cannot be forked
+    if (
+        fresh
+    ):  # read from the driver's library which devices there are: CUDA itself cannot be forked
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     importlib.import_module(module)
     if fresh:
@@ -65,7 +67,7 @@ def _native_threads() -> int:
 def run(target: Callable[..., object], *args: Any, count: int = 1) -> None:
     """Call `target(*args)` in each of `count` processes, and wait for them.
 
-    They are told their rank as torchrun tells it, in LOCAL_RANK, WORLD_SIZE and so on. A stop is
+    They get their rank as torchrun passes it, in LOCAL_RANK, WORLD_SIZE and so on. A stop is
     handed on to them. Raises what the first to fail raised, with its traceback; RunError for one
     that crashed; KeyboardInterrupt where they were stopped.
     """
@@ -94,8 +96,8 @@ def run(target: Callable[..., object], *args: Any, count: int = 1) -> None:
             for end in ends:
                 end.close()
     if stop.requested:
-        told = [str(error) for error in failures if isinstance(error, KeyboardInterrupt)]
-        by = (told or ["stopped by SIGTERM in the midst of a step"])[0]
+        message = [str(error) for error in failures if isinstance(error, KeyboardInterrupt)]
+        by = (message or ["stopped by SIGTERM in the midst of a step"])[0]
         raise KeyboardInterrupt(by.replace("SIGTERM", stop.requested))
     if failures:
         raise min(failures, key=_rank_of_blame)
@@ -169,13 +171,13 @@ def _follow(children: list[Any], ends: list[Connection]) -> list[BaseException]:
     while alive:
         for rank in _ready(alive, children, ends):
             ended = children[rank].exitcode is not None  # before what it said last is read
-            for told in _messages(ends[rank]):
-                if told == PATIENCE:
+            for message in _messages(ends[rank]):
+                if message == PATIENCE:
                     deadline = math.inf
                     continue
                 silent.discard(rank)
-                if told is not None:
-                    failures.append(told)
+                if message is not None:
+                    failures.append(message)
             if ended:
                 alive.remove(rank)
                 if rank in silent and children[rank].exitcode:

@@ -85,7 +85,7 @@ def _announced(runs: Path) -> Iterator[None]:
     pattern, done = ".sweeps/*/.submitit/*", threading.Event()
     known = {*runs.glob(pattern)}
 
-    def tell() -> None:
+    def report() -> None:
         for job in sorted({*runs.glob(pattern)} - known):
             known.add(job)
             if "%" in job.name:  # the pattern of names, as a folder
@@ -94,7 +94,7 @@ def _announced(runs: Path) -> Iterator[None]:
 
     def watch() -> None:
         while not done.wait(1):
-            tell()
+            report()
 
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()
@@ -103,7 +103,7 @@ def _announced(runs: Path) -> Iterator[None]:
     finally:
         done.set()
         watching.join()
-        tell()
+        report()
 
 
 def for_hydra(program: str, override: Override, params: dict[str, str]) -> str:
@@ -134,7 +134,7 @@ def _arm(
         say(_label(words))
         run_arm(arm, work)
         if arm.failed:
-            say("failed")  # why is told once, when all are done
+            say("failed")  # why is printed once, when all are done
     finally:
         label("")
     return arm

@@ -11,7 +11,7 @@ from zoo.cli.launch import launch
 from zoo.config.applicability import check_applies, position_schemes
 from zoo.config.effects import check_effects, check_names, notes
 from zoo.config.resolve import resolve
-from zoo.config.schedule import tell_continuation
+from zoo.config.schedule import describe_continuation
 from zoo.config.schema.train import TrainConfig
 from zoo.config.validate import validate
 from zoo.console import say
@@ -98,7 +98,7 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
     if info["status"] == "done" and info["step"] >= config.trainer.max_steps:
         say(f"already trained: {folder} (fresh=true trains again)")
     else:
-        told = tell_continuation(folder.config, config, step_of(last))
+        message = describe_continuation(folder.config, config, step_of(last))
         training, stop = folder.training(keep=arm is not None), current()
         ended, recorded = stop.on_forced_end(folder.record_stop), recording_changes(folder, config)
         with training, ended, recorded, stop.as_interrupt():
@@ -108,8 +108,8 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
             start = f"from {last.name}" if last else f"for {config.trainer.max_steps} steps"
             for note in () if last else notes(config):
                 say(note)
-            if told:
-                say(told)
+            if message:
+                say(message)
             say(f"{folder}: training {config.model.name} {start}")
             if arm or process_count(config) > 1:
                 fit_apart(config, folder, process_count(config), arm.until if arm else None)
@@ -122,20 +122,20 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
 
 
 def check_code(config: TrainConfig, folder: RunFolder) -> None:
-    """Refuse a run whose code changed since it was trained, unless told to accept that."""
+    """Refuse a run whose code changed since it was trained, unless that is accepted."""
     files = changed_code(folder, config)
     if files is None and folder.info["step"]:
         say(f"{folder}: what code trained it is not known (it is older than that record)")
     if not files:
         return
-    told = f"was trained by other code ({', '.join(files[:3])}"
-    told += f" and {len(files) - 3} more" * (len(files) > 3) + " changed since)"
+    message = f"was trained by other code ({', '.join(files[:3])}"
+    message += f" and {len(files) - 3} more" * (len(files) > 3) + " changed since)"
     if config.changed_code == "refuse":
         advice = (
             "Use fresh=true to train a new run beside it, or changed_code=accept to go on with it"
         )
-        refuse_path(str(folder), told, advice)
-    say(f"{folder} {told}, which changed_code=accept allows")
+        refuse_path(str(folder), message, advice)
+    say(f"{folder} {message}, which changed_code=accept allows")
 
 
 def _is_trained(config: TrainConfig) -> bool:
@@ -169,7 +169,7 @@ def fit(config: TrainConfig, folder: RunFolder) -> None:
 
 
 def fit_apart(config: TrainConfig, folder: RunFolder, count: int, until: int | None = None) -> None:
-    """Train in as many processes, beside this one: one that crashes is told of, here.
+    """Train in as many processes, beside this one: one that crashes is reported here.
 
     One alone trains in this process where it cannot be forked.
     """

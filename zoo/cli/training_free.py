@@ -21,7 +21,7 @@ def training_free(factor: str) -> Iterator[list[str]]:
 
     Raises UserError for a factor that no extension takes.
     """
-    compose("eval", ["run=none", "extension=pi", f"extension.factor={factor}"])  # a bad one is told
+    compose("eval", ["run=none", "extension=pi", f"extension.factor={factor}"])  # refuses a bad one
     train = compose("train", ["model=transformer", "size=tiny", f"seq_len={TRAINED}", "match=none"])
     for name in sorted(choices("extension"), key=lambda name: (name == "none", name)):
         for options in ([f"extension={name}"], [f"extension={name}", f"extension.factor={factor}"]):

@@ -182,11 +182,11 @@ def compete(arm: Tuned, rate: float, study: Any, optuna: Any) -> None:
         arm.reached[rate] = rung
         trial.report(loss, rung)
         if rung < steps and trial.should_prune():
-            outcome.failed = told = f"pruned at step {rung} of {steps}"
+            outcome.failed = message = f"pruned at step {rung} of {steps}"
             folder = RunFolder(Path(outcome.folder or ""))
             if folder.info["step"] <= rung:  # no second seed needed it since
-                folder.update(reason=told, pruned=True)
-            say(f"lr={rate:g}: {told}, validation loss {loss:.4f}")
+                folder.update(reason=message, pruned=True)
+            say(f"lr={rate:g}: {message}, validation loss {loss:.4f}")
             break
     if loss is None:
         study.tell(trial, state=optuna.trial.TrialState.FAIL)

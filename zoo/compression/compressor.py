@@ -34,20 +34,20 @@ class Compressor:
 
         Args:
             tokens: of the prompt, without the question.
-            question: of what is asked for in the end. The methods may shorten it.
+            question: what the text is read for, at its end. The methods may shorten it.
         """
         key = (tuple(map(int, tokens)), tuple(map(int, question)))
         if key not in self._known:
-            self._known = {key: self._shortened(*key)}  # a task asks for one several times
+            self._known = {key: self._shortened(*key)}  # a task takes one several times
         kept = self._known[key]
         self.read, self.given = self.read + len(kept), self.given + len(tokens) + len(question)
         return kept
 
     def _shortened(self, tokens: Sequence[int], question: Sequence[int]) -> list[int]:
         assert self.config.method is not None
-        text, asked = ("".join(self.reader.decode(part)) for part in (tokens, question))
+        text, question_text = ("".join(self.reader.decode(part)) for part in (tokens, question))
         tokenizer = self.scorer.tokenizer if self.scorer else self.reader
-        prompt = prompt_of(text, tokenizer, question=asked)
+        prompt = prompt_of(text, tokenizer, question=question_text)
         kept = compressed(self.config.method.load(), self.scorer, prompt, rate=self.config.rate)
         if tokenizer.name == self.reader.name:
             return prompt.tokens(kept)

@@ -27,7 +27,7 @@ from zoo.compression.scorer import Prefix, Scorer
 SEGMENT = 200  # tokens: the authors' program; the paper has 100
 
 
-class Part(NamedTuple):
+class PromptPart(NamedTuple):
     """Pieces of a prompt that share a budget, in tokens."""
 
     numbers: Sequence[int]
@@ -58,8 +58,12 @@ def compress(
     rates = instruction_rate, question_rate
     chosen, ins, dems, que = budgets(budget, lengths, rates, perplexity, sizes, granularity)
     inside = [number for one in chosen for number in prompt.demonstrations[one]]
-    parts = [Part(prompt.instruction, ins), Part(inside, dems), Part(prompt.question, que)]
-    return by_token(prompt, parts, segment, Perplexity(scorer))
+    parts = [
+        PromptPart(prompt.instruction, ins),
+        PromptPart(inside, dems),
+        PromptPart(prompt.question, que),
+    ]
+    return by_token(prompt, parts, segment, TokenInformation(scorer))
 
 
 def budgets(
@@ -96,7 +100,7 @@ def budgets(
     return sorted(chosen), ins, min(dems, total), que
 
 
-class Perplexity:
+class TokenInformation:
     """p(s_j,i) given what was kept and the segment before it."""
 
     def __init__(self, scorer: Scorer) -> None:
@@ -112,8 +116,10 @@ class Perplexity:
             self.prefix: Prefix = self.scorer.read(self.prefix, tokens)
 
 
-def by_token(prompt: Prompt, parts: Sequence[Part], segment: int, measure: Perplexity) -> list[int]:
-    """Keep the tokens of every part that tell most, segment by segment; in the parts' order."""
+def by_token(
+    prompt: Prompt, parts: Sequence[PromptPart], segment: int, measure: TokenInformation
+) -> list[int]:
+    """Keep the tokens of every part with most information, by segments; in the parts' order."""
     kept: list[int] = []
     for numbers, budget in parts:
         length, before, taken = max(prompt.size(numbers), 1), 0, 0
@@ -143,7 +149,7 @@ def _segments(prompt: Prompt, numbers: Sequence[int], tokens: int) -> list[list[
 def _highest(
     prompt: Prompt, numbers: Sequence[int], nats: Float[np.ndarray, " t"], quota: int
 ) -> list[int]:
-    """The pieces of a segment that tell most, up to `quota` tokens, in order."""
+    """The pieces of a segment that carry most, up to `quota` tokens, in order."""
     sizes = [prompt.size([number]) for number in numbers]
     edges = np.cumsum([0, *sizes])
     scores = np.add.reduceat(nats, edges[:-1])

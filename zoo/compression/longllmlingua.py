@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from zoo.compression.llmlingua import SEGMENT, Part, Perplexity, budgets, by_token
+from zoo.compression.llmlingua import SEGMENT, PromptPart, TokenInformation, budgets, by_token
 from zoo.compression.prompt import Prompt
 from zoo.compression.scorer import Scorer
 from zoo.errors import refuse
@@ -35,7 +35,7 @@ def compress(
     granularity: float = 2.0,
     spread: float = 0.3,
 ) -> list[int]:
-    """Keep `budget` tokens of a prompt, the documents that its question asks for first.
+    """Keep `budget` tokens of a prompt, the documents that its question is about first.
 
     Args:
         segment, instruction_rate, question_rate, granularity: as of LLMLingua.
@@ -55,18 +55,18 @@ def compress(
     ranked = sorted(chosen, key=lambda one: (-relevance[one], one))
     shares = document_rates([sizes[one] for one in ranked], dems, spread)
     documents = [
-        Part(prompt.demonstrations[one], share * sizes[one])
+        PromptPart(prompt.demonstrations[one], share * sizes[one])
         for one, share in zip(ranked, shares, strict=True)
     ]
-    parts = [Part(prompt.instruction, ins), *documents, Part(prompt.question, que)]
+    parts = [PromptPart(prompt.instruction, ins), *documents, PromptPart(prompt.question, que)]
     return by_token(prompt, parts, segment, Contrast(scorer, prompt.tokens(prompt.question)))
 
 
 def relevance_of(scorer: Scorer, prompt: Prompt, document: Sequence[int]) -> float:
     """r_k: the mean log p of the question and the restriction after a document."""
-    asked = [*prompt.tokens(prompt.question), *scorer.tokenizer.tokens(RESTRICTION)]
+    conditioned = [*prompt.tokens(prompt.question), *scorer.tokenizer.tokens(RESTRICTION)]
     prefix = scorer.read(scorer.start(), prompt.tokens(document))
-    return -float(scorer.information(prefix, asked).mean())
+    return -float(scorer.information(prefix, conditioned).mean())
 
 
 def document_rates(sizes: Sequence[int], budget: float, spread: float) -> list[float]:
@@ -84,17 +84,17 @@ def document_rates(sizes: Sequence[int], budget: float, spread: float) -> list[f
     return np.clip(bent + high, 0, 1).tolist()
 
 
-class Contrast(Perplexity):
+class Contrast(TokenInformation):
     """How much likelier the question makes each token."""
 
     def __init__(self, scorer: Scorer, question: Sequence[int]) -> None:
         super().__init__(scorer)
-        self.asked = Perplexity(scorer)
-        self.asked.keep(question)
+        self.conditioned = TokenInformation(scorer)
+        self.conditioned.keep(question)
 
     def of(self, tokens: Sequence[int]) -> Float[np.ndarray, " t"]:
-        return super().of(tokens) - self.asked.of(tokens)
+        return super().of(tokens) - self.conditioned.of(tokens)
 
     def keep(self, tokens: Sequence[int]) -> None:
         super().keep(tokens)
-        self.asked.keep(tokens)
+        self.conditioned.keep(tokens)

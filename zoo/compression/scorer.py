@@ -1,4 +1,4 @@
-"""A language model that says how much each token of a text tells: I(x_t) = -log p(x_t | x_<t).
+"""A language model that gives the information of each token of a text: I(x_t) = -log p(x_t | x_<t).
 
 It reads the text once, a chunk at a time, from a state: a recurrent model in constant memory, at
 any length. What was read is a `Prefix`, from which several continuations may be scored.

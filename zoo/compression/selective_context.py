@@ -1,4 +1,4 @@
-"""Selective Context: drop the units of a text that tell least (Li 2023, sections 3.1-3.3, arXiv
+"""Selective Context: drop a text's units of least information (Li 2023, sections 3.1-3.3, arXiv
 2310.06201).
 
     I(x_t)      -log p(x_t | x_<t), equation 1, here given the whole text before
@@ -23,7 +23,7 @@ from zoo.errors import choose
 def compress(
     scorer: Scorer, prompt: Prompt, budget: int, *, unit: str = "phrase", form: str = "sum"
 ) -> list[int]:
-    """Keep the units of a prompt's demonstrations that tell most; the rest of it stays.
+    """Keep the units of a prompt's demonstrations with most information; the rest of it stays.
 
     Args:
         budget: tokens to keep, met within half a unit.

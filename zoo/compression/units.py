@@ -1,6 +1,6 @@
 """Lexical units of a text: tokens, words, phrases and sentences, by a plain splitter.
 
-The authors of Selective Context take noun phrases of spaCy's parser. Here a phrase is what stands
+The authors of Selective Context take noun phrases of spaCy's parser. Here a phrase is what is
 between two punctuation marks or function words, each unit with the white space before it.
 """
 
@@ -13,7 +13,7 @@ from zoo.errors import choose
 
 KINDS = ("token", "word", "phrase", "sentence")
 WORD = re.compile(r"\s*\S+|\s+$")
-CLOSING = "\"')\\]\u201d\u2019"  # what may stand between a mark and the white space after it
+CLOSING = "\"')\\]\u201d\u2019"  # what may be between a mark and the white space after it
 SENTENCE_END = re.compile(f"[.!?][{CLOSING}]*$")
 PHRASE_END = re.compile(f"[.,;:!?)\\]\u201d\u2013\u2014][{CLOSING}]*$")
 FUNCTION_WORDS = """

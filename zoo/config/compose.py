@@ -27,7 +27,7 @@ from zoo.config.resolve import resolve
 from zoo.config.schema.eval import EvalConfig as EvalConfig
 from zoo.config.schema.model import Model
 from zoo.config.schema.optim import Optim as Optim
-from zoo.config.schema.sections import Part as Part
+from zoo.config.schema.sections import Component as Component
 from zoo.config.schema.train import TrainConfig as TrainConfig
 from zoo.config.schemes import scheme
 from zoo.config.stored import refuse_renamed
@@ -131,8 +131,8 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
                     OmegaConf.update(tree, key, value, force_add=True)
         container: Any = OmegaConf.to_container(tree, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        told = str(error).splitlines()[0].removesuffix(".")
-        refuse_path(" ".join(_words(overrides)), told, "See --help for the options")
+        message = str(error).splitlines()[0].removesuffix(".")
+        refuse_path(" ".join(_words(overrides)), message, "See --help for the options")
     for path, value in leaves(container):
         if value == "???":
             field, owner = None, SCHEMAS[program]
@@ -178,7 +178,7 @@ def check_key(key: str, tree: DictConfig, also: Sequence[str]) -> None:
     """Refuse an option that neither the YAML files nor the code they configure know."""
     known = [*also, *_paths(OmegaConf.to_container(tree))]
     if key in known or key in [f"trainer.{name}" for name in (*TRAINER_OWNED, *TRAINER_REFUSED)]:
-        return  # the schema tells what to use instead
+        return  # the schema says what to use instead
     parent = key.rpartition(".")[0]
     while parent and parent not in known:
         parent = parent.rpartition(".")[0]

@@ -58,7 +58,7 @@ Count = Annotated[int, Range(1, MAX_COUNT)]
 Lengths = Annotated[Sequence[Annotated[int, Range(1, MAX_LENGTH)]], Several]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 
-LARGEST = 10**15  # of an integer: beyond, sizes overflow before memory is asked for
+LARGEST = 10**15  # of an integer: beyond, sizes overflow before memory is allocated
 NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 NAMES[Path] = "a path"
 LISTS = (Sequence, list, tuple)
@@ -111,7 +111,7 @@ def refusal(value: Any, kind: Any, default: Any = ...) -> tuple[str, str]:
     huge = isinstance(value, int) and abs(value) >= LARGEST
     rule = f"must be {in_words(kind)}{' of at most 15 digits' if huge else ''}"
     guess = nearest(str(value), _choices(kind))
-    known = default is not ... and not callable(default)  # as the source tells it
+    known = default is not ... and not callable(default)  # as in the source
     advice = f"The default is {shown(default)}" if known else ""
     hint = f"Did you mean {guess!r}? " if guess and advice else ""
     return rule, hint + advice

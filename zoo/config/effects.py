@@ -1,7 +1,7 @@
 """Refuses options that would do nothing, or would run one thing under the name of another.
 
 The schema knows what each value may be; what an option does beside the others, and whether it was
-asked for or is a default, is told here. Nothing heavy is imported.
+given or is a default, is decided here. Nothing heavy is imported.
 """
 
 import functools
@@ -198,16 +198,16 @@ def _heeds_original_length(extension: Extension) -> bool:
 
 def notes(config: TrainConfig) -> list[str]:
     """What defaults come to in this run, where it is not what they say."""
-    window, told = config.seq_len, []
+    window, lines = config.seq_len, []
     if config.batch_size * window != config.batch_tokens:
-        told.append(
+        lines.append(
             f"batch_size={config.batch_size}: {config.batch_size * window} tokens per step "
             f"(windows of {window}; batch_tokens={config.batch_tokens})"
         )
     warmup, steps = config.optim.warmup_steps, config.trainer.max_steps
     if warmup > steps:
-        told.append(
+        lines.append(
             f"optim.warmup_steps={warmup} is longer than the run of {steps} steps: the learning "
             f"rate ends at {config.optim.lr * steps / warmup:.2g}"
         )
-    return told
+    return lines

@@ -13,7 +13,7 @@ CONFIGS = shipped("configs")
 
 @functools.cache
 def groups(program: str) -> dict[str, str | None]:
-    """The program's groups and the choice each has unless told otherwise."""
+    """The program's groups and the choice each has by default."""
     entries = yaml.safe_load((CONFIGS / f"{program}.yaml").read_text(encoding="utf-8"))["defaults"]
     pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
     return {group: choice for group, choice in pairs if not group.startswith("override ")}
@@ -31,7 +31,7 @@ def completed(name: str, model: dict[str, Any]) -> dict[str, Any]:
     """A model's section with the keys that its YAML leaves out.
 
     Its name is the file's, its feed-forward a SwiGLU, `match=params` sizes that (or the layers,
-    where there is none), and no short convolution stands before its mixer.
+    where there is none), and no short convolution precedes its mixer.
     """
     whole = {"name": name, "short_conv": None, **model}
     if "mixer" in model:

@@ -27,7 +27,7 @@ def is_target(text: str) -> bool:
 def parameters(file: Path, name: str) -> dict[str, Argument] | None:
     """The arguments of function or class `name` in `file`.
 
-    None where its source does not tell.
+    None where its source does not say.
     """
     _, node = _defined(file, name)
     return _own(node) if (node := _constructor(node)) and not node.args.kwarg else None
@@ -104,7 +104,7 @@ def _constant(value: ast.expr | None) -> Any:
         return ...
 
 
-# Set by the backbone, by the objective (a causal model must not be asked to look ahead), by what
+# Set by the backbone, by the objective (a causal model must not look ahead), by what
 # extends a trained model, by what draws a task's examples and by what shortens prompts.
 PLACED = (
     *("width", "layer", "layers", "causal"),
@@ -122,14 +122,14 @@ def target_parameters(target: str) -> list[str] | None:
 
 
 def constructor_parameters(target: str) -> list[str] | None:
-    """All that the zoo's `target` takes; None where its source does not tell."""
+    """All that the zoo's `target` takes; None where its source does not say."""
     found = arguments(target)
     return None if found is None else list(found)
 
 
 @functools.cache
 def arguments(target: str) -> dict[str, Argument] | None:
-    """All arguments of the zoo's `target` by name; None where its source does not tell.
+    """All arguments of the zoo's `target` by name; None where its source does not say.
 
     A class without a constructor of its own has its base's, and one that passes on `**kwargs`
     takes what its base takes as well. A dataclass takes its fields.

@@ -57,7 +57,7 @@ def continued(before: TrainConfig, after: dict[str, Any], step: int, given: Sequ
             optim |= {"continued_at": step, "continued_from": rate}
 
 
-def tell_continuation(before: TrainConfig, after: TrainConfig, step: int) -> str | None:
+def describe_continuation(before: TrainConfig, after: TrainConfig, step: int) -> str | None:
     """How the learning rate goes on in a run given more steps; None where it was not."""
     if after.trainer.max_steps <= before.trainer.max_steps or not step:
         return None
@@ -68,12 +68,12 @@ def tell_continuation(before: TrainConfig, after: TrainConfig, step: int) -> str
     if math.isclose(rates[0], rates[1], rel_tol=1e-3) and after.optim.continuation == "cosine":
         return None
     kind, last = after.optim.continuation, after.trainer.max_steps
-    told = f"learning rate: {rates[0]:.3g} at step {step}, "
+    message = f"learning rate: {rates[0]:.3g} at step {step}, "
     if kind == "constant":
-        return f"{told}kept to step {last} (optim.continuation=constant)"
+        return f"{message}kept to step {last} (optim.continuation=constant)"
     if kind == "rewarm":
-        return f"{told}warmed up again and down to step {last} (optim.continuation=rewarm)"
+        return f"{message}warmed up again and down to step {last} (optim.continuation=rewarm)"
     return (
-        f"{told}goes on at {rates[1]:.3g}, as in a run of {last} steps from its start; "
+        f"{message}goes on at {rates[1]:.3g}, as in a run of {last} steps from its start; "
         "optim.continuation=constant keeps it, optim.continuation=rewarm warms it up again"
     )

@@ -7,7 +7,7 @@ renamed thing gets one line here, and then
     as_before              hashes that name runs and measurements stay what they were
     positions_as_now, ..   the same for position schemes, which were words and are parts
     weights_as_now         weights of before are loaded under today's names
-    refuse_renamed         a command line that uses an old name is told the new one
+    refuse_renamed         refuses an old name on a command line with the new one
 
 Where something was renamed twice, both lines name today's name, the oldest name first.
 """
@@ -103,8 +103,8 @@ def row_as_now(row: Mapping[str, Any]) -> dict[str, Any]:
         if old.startswith(prefix)
     }
     row = {fields.get(name, name): value for name, value in row.items()}
-    if isinstance(asked := row.get("question"), list):
-        row["question"] = [fields.get(name, name) for name in asked]
+    if isinstance(names := row.get("question"), list):
+        row["question"] = [fields.get(name, name) for name in names]
     if isinstance(options := row.get("extension_options"), dict):
         row["extension_options"] = {
             _path(f"extension.{name}").removeprefix("extension."): TARGETS.get(str(value), value)
@@ -149,7 +149,7 @@ class Names(NamedTuple):
     arguments: Mapping[str, Mapping[str, str]]
 
     def read(self, node: Any, path: str = "") -> Any:
-        """The tree `node`, which stands at the dotted `path`, with every name replaced."""
+        """The tree `node`, which is at the dotted `path`, with every name replaced."""
         if isinstance(node, list):
             return [self.read(item, path) for item in node]
         if not isinstance(node, dict):

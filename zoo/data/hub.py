@@ -113,14 +113,16 @@ def require_hub(name: str, dataset: str) -> None:
     url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/api/datasets/{dataset}"
     outcome: list[str] = []
 
-    def ask() -> None:
+    def resolve() -> None:
         try:
             with urlopen(url, timeout=PATIENCE):
                 outcome.append("")
         except (OSError, ValueError) as error:
             outcome.append(str(error))
 
-    probe = threading.Thread(target=ask, daemon=True)  # name resolution has no timeout of its own
+    probe = threading.Thread(
+        target=resolve, daemon=True
+    )  # name resolution has no timeout of its own
     probe.start()
     probe.join(PATIENCE)
     if outcome != [""]:

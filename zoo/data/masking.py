@@ -12,7 +12,7 @@ MASKED, RANDOM = 0.8, 0.1  # of those: shown as the mask token, as any other tok
 def mask_tokens(
     tokens: Int[np.ndarray, " t"], vocab_size: int, key: Sequence[int]
 ) -> tuple[Int[np.ndarray, " t"], Bool[np.ndarray, " t"]]:
-    """What the model is shown, and where it is asked; the mask token is `vocab_size`.
+    """What the model is shown, and where it predicts; the mask token is `vocab_size`.
 
     At least one token is chosen, so that a loss over them exists. `key` seeds the choice.
     """

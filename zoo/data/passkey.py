@@ -1,13 +1,13 @@
-"""Passkeys: a key stated somewhere in a text and asked for at its end (Mohtashami & Jaggi 2023,
+"""Passkeys: a key stated somewhere in a text and queried at its end (Mohtashami & Jaggi 2023,
 "Landmark Attention", section 4.2), so made that small models learn to find it.
 
-The filler is the corpus's own text, of which the sentences overwrite what stood in their place. A
+The filler is the corpus's own text, of which the sentences overwrite what was in their place. A
 key has few digits and before it a sign that is rare in text: what is to follow the last such sign
 is what followed an earlier one. With _ for the text:
 
     ____________________ The pass key is ~4071. ____________________ Pass key? ~4071. ____________
 
-`passkey_prompt` ends where the key is to follow. A training window is asked up to `TIMES` times, at
+`passkey_prompt` ends where the key is to follow. A training window has up to `TIMES` questions, at
 growing distances from the statement, so that it gives several examples to learn from.
 """
 
@@ -22,7 +22,7 @@ from zoo.errors import refuse
 
 DIGITS = 4
 STATEMENT, QUESTION, END = "\nThe pass key is ~", "\nPass key? ~", ".\n"
-TIMES = 8  # that a training window asks
+TIMES = 8  # questions of a training window
 STREAM = 0x9A55  # sets these random numbers apart from others of the same (seed, step, row)
 
 
@@ -44,33 +44,33 @@ class Passkeys(NamedTuple):
             generator = np.random.default_rng([*seed, STREAM])
             chosen, depth = generator.random(2)
             key = random_key(generator)
-            stated, asked = (
+            stated, question = (
                 np.concatenate([tokens(part, self.encode) for part in (words, key, END)])
                 for words in (STATEMENT, QUESTION)
             )
-            start = place(len(window), len(stated), len(asked), depth)
+            start = place(len(window), len(stated), len(question), depth)
             if chosen < self.share:
                 after = start + len(stated)
                 window[start:after] = stated
-                times = min(TIMES, (len(window) - after) // len(asked))
+                times = min(TIMES, (len(window) - after) // len(question))
                 for end in after + (len(window) - after) * np.arange(1, times + 1) // times:
-                    window[end - len(asked) : end] = asked
+                    window[end - len(question) : end] = question
         return planted
 
 
 def passkey_prompt(
     filler: Int[np.ndarray, " t"], key: str, depth: float, encode: Encode
 ) -> Int[np.ndarray, " t"]:
-    """The filler with the key stated at `depth`, 0 (at once) to 1 (last), and asked for at the end.
+    """The filler with the key stated at `depth`, 0 (at once) to 1 (last), and queried at the end.
 
     Raises UserError where it has no room for both.
     """
     stated = np.concatenate([tokens(part, encode) for part in (STATEMENT, key, END)])
-    asked = tokens(QUESTION, encode)
-    start = place(len(filler), len(stated), len(asked), depth)
+    question = tokens(QUESTION, encode)
+    start = place(len(filler), len(stated), len(question), depth)
     prompt = filler.copy()
     prompt[start : start + len(stated)] = stated
-    prompt[len(prompt) - len(asked) :] = asked
+    prompt[len(prompt) - len(question) :] = question
     return prompt
 
 
@@ -88,10 +88,10 @@ def tokens(text: str, encode: Encode) -> Int[np.ndarray, " t"]:
     return np.array(encode(text.encode())[:-1], dtype=np.int64)
 
 
-def place(size: int, stated: int, asked: int, depth: float) -> int:
+def place(size: int, stated: int, question: int, depth: float) -> int:
     """Where the statement starts in a text of `size` tokens that ends with the question."""
-    room = size - stated - asked
+    room = size - stated - question
     if room < 0:
-        rule = f"must be at least {stated + asked} tokens, to hold a passkey and its question"
+        rule = f"must be at least {stated + question} tokens, to hold a passkey and its question"
         refuse("length", size, rule)
     return round(depth * room)

@@ -1,6 +1,6 @@
 """Synthetic tasks: sequences with labels, which show in minutes what an architecture can compute.
 
-Each task is a function (generator, rows, length, its own settings) -> `Examples`. A label stands at
+Each task is a function (generator, rows, length, its own settings) -> `Examples`. A label is at
 the token from whose output it is to be predicted; loss and accuracy are taken there alone. Symbols
 are 0, 1, 2 ...; `length` counts every token of a row, so that a model trained on short rows is
 tested on long ones of the same task.
@@ -9,7 +9,7 @@ tested on long ones of the same task.
     word_problem        the product so far in a finite group: state tracking beyond parity
     recall              the value that a key had before, for every repeated key (in-context recall)
     mqar                key-value pairs first, then the keys again, far apart (associative recall)
-    selective_copying   a few symbols scattered among blanks, asked for in order
+    selective_copying   a few symbols scattered among blanks, to be written in order
     copying             a string and the same string again
     induction           what followed the one earlier occurrence of a marker
     k_hop               induction applied k times
@@ -52,7 +52,7 @@ def check_task(name: str, task: Task, length: int) -> Examples:
 
 
 def parity(generator: np.random.Generator, rows: int, length: int) -> Examples:
-    """Ask at every bit for the sum of the bits so far, modulo 2 (Deletang 2023, arXiv 2207.02098).
+    """Label every bit with the sum of the bits so far, modulo 2 (Deletang 2023, arXiv 2207.02098).
 
     tokens   1  1  1  0  0  0  0  0  0  1  1  1
     labels   1  0  1  1  1  1  1  1  1  0  1  0
@@ -64,7 +64,7 @@ def parity(generator: np.random.Generator, rows: int, length: int) -> Examples:
 def word_problem(
     generator: np.random.Generator, rows: int, length: int, *, group: str = "S3"
 ) -> Examples:
-    """Ask at every element of a group for the product so far (Merrill 2024, arXiv 2404.08819).
+    """Label every element of a group with the product so far (Merrill 2024, arXiv 2404.08819).
 
     `group` is Z2 .. Z9 (cyclic), S3 .. S5 (symmetric) or A4, A5 (alternating); a product with the
     next element on the left. S5 and A5 are not solvable: their word problem is complete for NC1,
@@ -84,9 +84,9 @@ def word_problem(
 def recall(
     generator: np.random.Generator, rows: int, length: int, *, keys: int = 16, values: int = 16
 ) -> Examples:
-    """Ask at every key seen before for its value; pairs follow each other to the end.
+    """Label every key seen before with its value; pairs follow each other to the end.
 
-    In-context recall of MAD (Poli 2024, arXiv 2403.17844, section 3.1), every repeated key asked.
+    In-context recall of MAD (Poli 2024, arXiv 2403.17844, section 3.1), every repeated key queried.
     Keys are 0 .. keys - 1, values the symbols after them; a row draws what each key means.
 
     tokens   2  3  1  3  1  3  0  3  0  3  0  3    keys=3, values=3
@@ -95,14 +95,14 @@ def recall(
     _require(length >= 4 and length % 2 == 0, "length", length, "even, at least 4")
     _require(keys >= 2, "keys", keys, "at least 2")
     _require(values >= 2, "values", values, "at least 2")
-    asked = generator.integers(keys, size=(rows, length // 2))
+    queried = generator.integers(keys, size=(rows, length // 2))
     meaning = generator.integers(keys, keys + values, size=(rows, keys))
-    answers = np.take_along_axis(meaning, asked, 1)
-    known = np.zeros_like(asked, dtype=bool)
+    answers = np.take_along_axis(meaning, queried, 1)
+    known = np.zeros_like(queried, dtype=bool)
     for key in range(keys):
-        at = asked == key
+        at = queried == key
         known |= at & (at.cumsum(1) > 1)
-    tokens = np.stack([asked, answers], -1).reshape(rows, length)
+    tokens = np.stack([queried, answers], -1).reshape(rows, length)
     labels = np.full_like(tokens, NO_LABEL)
     labels[:, ::2] = np.where(known, answers, NO_LABEL)
     return Examples(tokens, labels, keys + values, values)
@@ -118,7 +118,7 @@ def mqar(
     rewritten: int = 0,
     power: float = 0.01,
 ) -> Examples:
-    """State key-value pairs, then ask every key once: multi-query associative recall.
+    """State key-value pairs, then query every key once: multi-query associative recall.
 
     Arora 2023 (Zoology, arXiv 2312.04927, section 4). Keys are 1 .. symbols/2 - 1, values the upper
     half of the symbols. A query is at an even place after the pairs, its gap g drawn with
@@ -156,7 +156,7 @@ def mqar(
 def selective_copying(
     generator: np.random.Generator, rows: int, length: int, *, symbols: int = 8, copied: int = 4
 ) -> Examples:
-    """Scatter `copied` symbols among blanks, then ask for them in order, a marker for each.
+    """Scatter `copied` symbols among blanks, then request them in order, a marker for each.
 
     Gu & Dao 2023 (Mamba, arXiv 2312.00752, section 4.1.1). The blank is `symbols`, the marker
     `symbols` + 1; a row ends with its markers.
@@ -180,10 +180,10 @@ def selective_copying(
 def copying(
     generator: np.random.Generator, rows: int, length: int, *, symbols: int = 26
 ) -> Examples:
-    """Ask for a random string a second time, symbol by symbol (Jelassi 2024, arXiv 2402.01032).
+    """Request a random string a second time, symbol by symbol (Jelassi 2024, arXiv 2402.01032).
 
     A row is n random symbols, the separator `symbols` and the first n - 1 of them again, where
-    n = length / 2; the last n outputs are asked for the string.
+    n = length / 2; the last n outputs are to be the string.
 
     tokens  22 16 13  7  8  1 26 22 16 13  7  8
     labels   .  .  .  .  .  . 22 16 13  7  8  1
@@ -200,7 +200,7 @@ def copying(
 def induction(
     generator: np.random.Generator, rows: int, length: int, *, symbols: int = 16
 ) -> Examples:
-    """Ask at the last token, a marker, for what followed the one marker before it.
+    """Label the last token, a marker, with what followed the one marker before it.
 
     Gu & Dao 2023 (Mamba, arXiv 2312.00752, section 4.1.2). The marker is `symbols`.
 
@@ -220,10 +220,10 @@ def induction(
 def k_hop(
     generator: np.random.Generator, rows: int, length: int, *, symbols: int = 4, hops: int = 2
 ) -> Examples:
-    """Ask at every token for the symbol that `hops` steps of induction lead to.
+    """Label every token with the symbol that `hops` steps of induction lead to.
 
     One step goes from place i to the place after the last earlier occurrence of token i
-    (Sanford 2024, arXiv 2402.09268, section 4.1). Where there is none nothing is asked.
+    (Sanford 2024, arXiv 2402.09268, section 4.1). Where there is none there is no label.
 
     tokens   3  2  2  1  1  0  0  0  0  3  2  3
     labels   .  .  2  .  1  .  0  0  0  .  .  1

@@ -1,4 +1,4 @@
-"""From a document's bytes to its tokens: bytes by default, a local `tokenizers` JSON when asked."""
+"""From a document's bytes to its tokens: bytes by default, or a local `tokenizers` JSON."""
 
 import codecs
 import hashlib
@@ -43,7 +43,7 @@ def open_tokenizer(choice: str, end_token: int | None = None) -> Tokenizer:
     """ "bytes" (token = byte, 0 ends a document) or the path of a `tokenizers` JSON file.
 
     Each document ends with `end_token`, one of the file's own; without it the vocabulary gets one
-    more token, the highest. The truncation and padding the file may ask for are switched off.
+    more token, the highest. The truncation and padding the file may set are switched off.
     Raises UserError as `check_tokenizer` does, and where the file is no tokeniser or has no such
     token.
     """

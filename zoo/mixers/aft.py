@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, MixerOutput, State, compute_dtype, linear, residual_gain
 from zoo.mixers.parts import append, head_width
-from zoo.ops.aft import Window, absorb, aft, aft_window
+from zoo.ops.aft import AFTWindow, absorb, aft, aft_window
 from zoo.ops.aft_full import aft_full
 from zoo.ops.wkv4 import empty_average
 
@@ -38,7 +38,7 @@ FACTOR_STD = 0.01  # of u and v at first: w near 0
 
 
 class AFTState(NamedTuple):
-    older: Float[Tensor, "b 3 d"]  # the average of what stands no longer in k and v
+    older: Float[Tensor, "b 3 d"]  # the average of what is no longer in k and v
     k: Float[Tensor, "b n d"]
     v: Float[Tensor, "b n d"]
     tokens_seen: int
@@ -72,7 +72,7 @@ class AFT(Mixer):
         layers: int = 1,
     ) -> None:
         super().__init__()
-        self.variant, self.width, self.backend, self.window, self.kept = (
+        self.variant, self.width, self.backend, self.window, self.cached = (
             variant,
             width,
             backend,
@@ -82,7 +82,7 @@ class AFT(Mixer):
         self.min_window = 2  # of one token the average is the token, whatever its weight
         self.recurrent = variant != "full"
         if variant in ("conv", "local"):
-            self.kept = window - 1
+            self.cached = window - 1
         if variant == "conv":
             heads = max(1, width // 4) if heads is None else heads
             head_width(width, heads)
@@ -117,26 +117,26 @@ class AFT(Mixer):
         y = self.o_proj(torch.sigmoid(q) * average)
         return y if state is None else (y, AFTState(after.older, after.k, after.v, end))
 
-    def _simple(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, Window]:
+    def _simple(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, AFTWindow]:
         y, older = aft(k, v, state=state.older, backend=self.backend)
-        return y, Window(older, state.k, state.v)
+        return y, AFTWindow(older, state.k, state.v)
 
-    def _conv(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, Window]:
+    def _conv(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, AFTWindow]:
         standard = F.layer_norm(self.taps, self.taps.shape[-1:])
         w = self.gamma[:, None] * standard + self.beta[:, None]
-        return aft_window(k, v, w[None], Window(*state[:3]), self.backend)
+        return aft_window(k, v, w[None], AFTWindow(*state[:3]), self.backend)
 
-    def _local(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, Window]:
+    def _local(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, AFTWindow]:
         start, end = state.tokens_seen, state.tokens_seen + k.shape[1]
-        near = F.pad(self.v, (0, 0, self.kept, 0))[start : end + self.kept]
-        w = torch.einsum("tr,trs->ts", self.u[start:end], near.unfold(0, self.window, 1)).flip(1)
-        return aft_window(k, v, w[:, None], Window(*state[:3]))
+        weights = F.pad(self.v, (0, 0, self.cached, 0))[start : end + self.cached]
+        w = torch.einsum("tr,trs->ts", self.u[start:end], weights.unfold(0, self.window, 1)).flip(1)
+        return aft_window(k, v, w[:, None], AFTWindow(*state[:3]))
 
-    def _full(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, Window]:
+    def _full(self, k: Tensor, v: Tensor, state: AFTState) -> tuple[Tensor, AFTWindow]:
         start, end = state.tokens_seen, state.tokens_seen + k.shape[1]
         k, v = append(state.k, k), append(state.v, v)
         y = aft_full(k, v, self.u[start:end], self.v[end - k.shape[1] : end])
-        return y, Window(state.older, k, v)
+        return y, AFTWindow(state.older, k, v)
 
     def empty_state(self, batch: int) -> AFTState:
         weight = self.k_proj.weight
@@ -145,8 +145,8 @@ class AFT(Mixer):
 
     def state_bytes(self, tokens: int, batch: int = 1) -> int:
         older, k = self.empty_state(batch)[:2]
-        kept = min(tokens, self.kept) if self.recurrent else tokens
-        return older.nbytes + 2 * batch * kept * self.width * k.element_size()
+        cached = min(tokens, self.cached) if self.recurrent else tokens
+        return older.nbytes + 2 * batch * cached * self.width * k.element_size()
 
     def truncate_state(self, state: State, window: int) -> State:
         """The last `window` keys and values; where there is an average, it takes in the others."""

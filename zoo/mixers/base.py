@@ -112,7 +112,7 @@ def count_bytes(state: State) -> int:
 
 
 def refuse_state(state: State) -> None:
-    """Raise ValueError where a bidirectional mixer is asked to read chunk by chunk."""
+    """Raise ValueError where a bidirectional mixer has to read chunk by chunk."""
     if state is not None:
         raise ValueError("a bidirectional mixer reads a whole sequence at once: it keeps no state")
 

@@ -123,8 +123,8 @@ class ETC(MultiHead):
         _, g_k, g_v = self.qkv(self.global_norm(g))
         new = [g_k + self.l2g[0].to(g_k.dtype), g_v]
         before = state.globals_out if state else (new[0][:, :0], new[1][:, :0])
-        near = relative_window(q, k, v, self.l2l, self.window + 1, backend=self.backend)
-        y = self._out(merge([near, *self._completed(q, before, new, start)]))
+        local = relative_window(q, k, v, self.l2l, self.window + 1, backend=self.backend)
+        y = self._out(merge([local, *self._completed(q, before, new, start)]))
         if state is None:
             return y
         outer = tuple(append(a, b) for a, b in zip(before, new, strict=True))
@@ -221,8 +221,8 @@ class ETC(MultiHead):
         g = g + self._out(merge([among, *self._two_labels(g_q, k, v, self.g2l, own)]))
         self._leave(g, cross_layer)
         _, g_k, g_v = self.qkv(self.global_norm(g))
-        near = relative_window_around(q, k, v, self.l2l, self.window + 1, backend=self.backend)
-        return self._out(merge([near, *self._two_labels(q, g_k, g_v, self.l2g, own.mT)]))
+        local = relative_window_around(q, k, v, self.l2l, self.window + 1, backend=self.backend)
+        return self._out(merge([local, *self._two_labels(q, g_k, g_v, self.l2g, own.mT)]))
 
     def _two_labels(
         self, q: Tensor, k: Tensor, v: Tensor, labels: Tensor, own: Bool[Tensor, "q k"]

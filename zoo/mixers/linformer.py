@@ -14,13 +14,13 @@ completed block of `block` tokens is compressed to `slots` by the same E and F (
 query sees the slots of the blocks before its own and, exactly, the keys of its own block up to
 itself, in one softmax. What that costs: of what lies before its block a query sees r/c of the
 numbers, at the first token of a block of everything; and time and state still grow with the
-tokens, by slots / block. In return there is no longest text. Under positions=rope keys are turned
-inside a block (from its start, as only differences count) and slots, compressed unturned, are
+tokens, by slots / block. In return there is no longest text. Under positions=rope keys are rotated
+inside a block (from its start, as only differences count) and slots, compressed unrotated, are
 biased by -slope_h per block of distance (ALiBi); under none neither is.
 
 E and F are drawn so that a slot of a full text or block has the variance of a key (the paper's
 proof has 1/rank, whose scores would grow with the length). The state is all slots so far and the
-keys (unturned) and values of the block that is being read.
+keys (unrotated) and values of the block that is being read.
 """
 
 from collections.abc import Callable, Iterator
@@ -150,9 +150,9 @@ class Linformer(MultiHead):
         outs = []
         segments = list(self._segments(start, q.shape[1]))
         pieces = zip(*(x.split([*map(len, segments)], 1) for x in (q, *local)), strict=True)
-        for rows, (queries, *near) in zip(segments, pieces, strict=True):
-            far = self._remote(rows, queries, slot_k, slot_v)
-            outs.append(merge([(near[0], near[1]), far])[0] if far else near[0])
+        for rows, (queries, *own) in zip(segments, pieces, strict=True):
+            remote = self._remote(rows, queries, slot_k, slot_v)
+            outs.append(merge([(own[0], own[1]), remote])[0] if remote else own[0])
         return torch.cat(outs, 1), LinformerState(
             slot_k, slot_v, k[:, done:], v[:, done:], tokens_seen
         )

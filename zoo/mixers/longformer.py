@@ -17,7 +17,7 @@ here. A single one would see itself alone and its q_g, k_g could not learn; ther
 
 Departures: rotary positions (or `none`), where the paper has learned or sinusoidal ones; no biases.
 
-The state is the last w r keys and values, r the largest dilation, turned to their positions, and
+The state is the last w r keys and values, r the largest dilation, rotated to their positions, and
 those of the global tokens.
 """
 
@@ -153,8 +153,11 @@ class Longformer(MultiHead):
     def _marked(self, x: Tensor, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, ...]:
         """k and v of the global tokens in x; k_g and v_g of what these see."""
         left = max(0, self.global_tokens - start)
-        seen = x[:, :left] if self.causal else x
-        k_g, v_g = self._rotated(self.k_global(seen), start), self.by_head(self.v_global(seen))
+        readable = x[:, :left] if self.causal else x
+        k_g, v_g = (
+            self._rotated(self.k_global(readable), start),
+            self.by_head(self.v_global(readable)),
+        )
         return k[:, :left], v[:, :left], k_g, v_g
 
     def _with_globals(
@@ -169,8 +172,8 @@ class Longformer(MultiHead):
         outside = torch.stack([~self._sees(rows, keys, r) for r in self.dilations])
         if self.causal:
             outside = outside & past
-        far = attend([Part(q, k, v, mask=outside[None])], backend=self.backend)
-        out, _ = merge([local, far])
+        distant = attend([Part(q, k, v, mask=outside[None])], backend=self.backend)
+        out, _ = merge([local, distant])
         if not left:
             return out
         q_g = self._rotated(self.q_global(x[:, :left]), start)

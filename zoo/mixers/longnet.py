@@ -136,8 +136,8 @@ class LongNet(MultiHead):
         rest = min(segment - first, q.shape[1]) if first else 0  # of a segment already begun
         pieces = []
         if rest:
-            seen = torch.cat([last_tokens(held, first), kv[:, :rest]], 1)
-            pieces.append(self._segment(q[:, :rest], seen, first, below))
+            keys_values = torch.cat([last_tokens(held, first), kv[:, :rest]], 1)
+            pieces.append(self._segment(q[:, :rest], keys_values, first, below))
         if count := q.shape[1] - rest:
             size = min(segment, count)
             q, kv = (
@@ -181,11 +181,11 @@ class LongNet(MultiHead):
     def truncate_state(self, state: State, window: int) -> State:
         """The rows of the last `window` tokens."""
         branches, tokens_seen = super().truncate_state(state, window)
-        kept = (
+        cached = (
             last_tokens(held, -(-window // r))
             for held, (_, r) in zip(branches, self.branches, strict=True)
         )
-        return LongNetState(tuple(kept), tokens_seen)
+        return LongNetState(tuple(cached), tokens_seen)
 
 
 def _rows(x: Float[Tensor, "b t h d"], start: int, r: int) -> Float[Tensor, "b rows h d"]:

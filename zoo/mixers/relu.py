@@ -15,7 +15,7 @@ reads 0.
 
 Under positions=alibi the bias joins the score before f, which makes of it a horizon: key j counts
 only while q_t.k_j / sqrt(head_width) > slope (t - j), and not at all beyond. The state is as
-softmax attention's: every key, turned on arrival, and every value.
+softmax attention's: every key, rotated on arrival, and every value.
 """
 
 from collections.abc import Callable
@@ -112,13 +112,13 @@ class ReLUAttention(MultiHead):
             return (
                 self.norm(o) if self.gate is None else self.norm(o) * torch.sigmoid(self.gate * o)
             )
-        seen: int | Tensor = k.shape[1]
+        visible: int | Tensor = k.shape[1]
         if self.causal:
             first = k.shape[1] - q.shape[1] + 1
-            seen = torch.arange(first, k.shape[1] + 1, device=o.device)[:, None]
+            visible = torch.arange(first, k.shape[1] + 1, device=o.device)[:, None]
         if self.normalise == "length":
-            return o / seen
-        return o / (torch.as_tensor(seen, device=o.device).to(o.dtype) / 2).sqrt()
+            return o / visible
+        return o / (torch.as_tensor(visible, device=o.device).to(o.dtype) / 2).sqrt()
 
     def empty_state(self, batch: int) -> KeyValues:
         weight = self.k_proj.weight

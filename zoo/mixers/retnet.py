@@ -1,6 +1,6 @@
 """Retention, the token mixing of RetNet (Sun 2023, section 2).
 
-    q, k        W_q x, W_k x, turned by rotary positions; scores scaled by 1 / sqrt(head width)
+    q, k        W_q x, W_k x, rotated by their positions; scores scaled by 1 / sqrt(head width)
     gamma_h     1 - 2^(-5 - h), the decay of head h: fixed, its own for each head   (eq. 8)
     S_n         gamma S_{n-1} + k_n^T v_n                                              (eq. 6)
     y           W_o (silu(W_g x) * norm(q_n S_n)), the norm over each head             (eq. 8)

@@ -50,7 +50,7 @@ class ChannelState(NamedTuple):
 
 
 def depth(layer: int, layers: int) -> tuple[float, float]:
-    """How deep a layer stands: from 0 to 1, and from 1 to almost 0."""
+    """How deep a layer is: from 0 to 1, and from 1 to almost 0."""
     return layer / max(layers - 1, 1), 1 - layer / layers
 
 
@@ -89,7 +89,7 @@ class RWKV4(Mixer):
         layer, layers: this layer's index and the number of layers.
     """
 
-    min_window = 3  # w first tells when a token stands two before another
+    min_window = 3  # w first matters to a token two after another
 
     def __init__(
         self, *, width: int, backend: str = "auto", layer: int = 0, layers: int = 1
@@ -140,8 +140,8 @@ class ChannelMixing(Mixer):
     ) -> None:
         super().__init__()
         self.width, hidden = width, 4 * width if hidden_width is None else hidden_width
-        shares = mixes(width, depth(layer, layers)[1])
-        self.mix_k, self.mix_r = nn.Parameter(shares), nn.Parameter(shares.clone())
+        mix = mixes(width, depth(layer, layers)[1])
+        self.mix_k, self.mix_r = nn.Parameter(mix), nn.Parameter(mix.clone())
         self.k_proj = linear(width, hidden)
         self.v_proj = linear(hidden, width, gain=residual_gain(layers))
         self.r_proj = linear(width, width, gain=SMALL)

@@ -2,7 +2,7 @@
 Recurrence", section 4): the state is a matrix per head, its decay depends on the token.
 
     ddlerp_n    x_t + (x_{t-1} - x_t) * (lambda_n + tanh(x^mu A_n) B_n), the blend of a token and
-                the one before it for n = w, k, v, r, g, itself told by the blend x^mu =
+                the one before it for n = w, k, v, r, g, itself computed from the blend x^mu =
                 x_t + (x_{t-1} - x_t) * mu
     r, k, v, g  W_r x^r, W_k x^k, W_v x^v, W_g x^g
     w_t         exp(-exp(lambda_d + tanh(x^w A_d) B_d)), the decay of each key channel
@@ -57,7 +57,7 @@ class RWKV6(Mixer):
         layer, layers: this layer's index and the number of layers.
     """
 
-    min_window = 3  # w first tells when a token stands two before another
+    min_window = 3  # w first matters to a token two after another
 
     def __init__(
         self,
@@ -115,8 +115,8 @@ class RWKV6(Mixer):
         """ddlerp for w, k, v, r and g."""
         back = shifted(x, last) - x
         low = torch.tanh(torch.einsum("btd,dnr->nbtr", x + back * self.mix_x, self.mix_down))
-        shares = self.mix[:, None, None] + torch.einsum("nbtr,nrd->nbtd", low, self.mix_up)
-        return (x + back * shares).unbind(0)
+        blends = self.mix[:, None, None] + torch.einsum("nbtr,nrd->nbtd", low, self.mix_up)
+        return (x + back * blends).unbind(0)
 
     def empty_state(self, batch: int) -> RWKV6State:
         weight = self.k_proj.weight

@@ -8,7 +8,7 @@
     A, P        k(Q~, Q~), k(Q~, q)
 
 Bidirectional (`causal=False`), as published: S = P^T A^+ P (eq. 8), read as P^T (A^+ (P v)), with
-(A + epsilon I)^-1 for A^+ by Newton's iteration (algorithm 1). `residual` then tells how far the
+(A + epsilon I)^-1 for A^+ by Newton's iteration (algorithm 1). `residual` then says how far the
 last inverse was from one. The paper keeps 49 landmarks by choosing the stride for the image; here
 there is one per `block` tokens. Left out: the published code's convolution on v.
 
@@ -23,15 +23,15 @@ Causal `form`:
                     (A' + epsilon I) c' = k(Q~', q_block) v_block + k(Q~', Q~) c
                 a ridge regression, which never lengthens f: states do not grow by themselves. Time
                 O(t), state fixed. What it costs: a token is known only by what the landmarks since
-                tell of it, and is forgotten as they move away.
+                know of it, and is forgotten as they move away.
 
 As published nothing divides the sum, whose size grows with the tokens that are alike, and the
 default keeps it so: it trains, and S_ii = 1 keeps a token's own value in sight. `normalise`:
 `none`; `sum` divides by the sum of the weights, at least S_ii = 1; `length` by the number of
 visible keys, beside which S_ii starves: it trained worst of the three in both forms.
 
-Under positions=rope queries are turned, which leaves S_ii = 1 and makes S_ij depend on i - j; a
-landmark, made of unturned queries, stands in the middle of its block.
+Under positions=rope queries are rotated, which leaves S_ii = 1 and makes S_ij depend on i - j; a
+landmark, made of queries before rotation, is in the middle of its block.
 """
 
 from collections.abc import Callable
@@ -61,13 +61,15 @@ from zoo.positions.base import build_positions
 from zoo.positions.none import NoPositions
 from zoo.positions.rope import Rope
 
-PIECE = 64  # blocks whose landmarks' matrices are held at once; recomputed in the backward pass
+CHECKPOINTED_BLOCKS = (
+    64  # blocks whose landmarks' matrices are held at once; recomputed in the backward pass
+)
 
 
 class Landmarks(NamedTuple):
-    landmarks: Float[Tensor, "b m h d"]  # turned; the latest last, zeros where there is none yet
+    landmarks: Float[Tensor, "b m h d"]  # rotated; the latest last, zeros where there is none yet
     c: Float[Tensor, "b h m e"]
-    q: Float[Tensor, "b block h d"]  # of the block being read, unturned; zeros where unread
+    q: Float[Tensor, "b block h d"]  # of the block being read, unrotated; zeros where unread
     v: Float[Tensor, "b block h d"]
     tokens_seen: int
 
@@ -168,34 +170,34 @@ class Soft(Mixer):
 
     def _by_landmarks(self, q: Tensor, v: Tensor, state: Landmarks | None):
         state = state or self._no_landmarks(len(q))
-        fresh, (seen, block) = q.shape[1], (state.tokens_seen, self.block)
-        filled = seen % block
+        fresh, (tokens_before, block) = q.shape[1], (state.tokens_seen, self.block)
+        filled = tokens_before % block
         q = torch.cat([state.q[:, :filled].to(q.dtype), q], 1)
         v = torch.cat([state.v[:, :filled].to(v.dtype), v], 1)
         blocks, rest = divmod(q.shape[1], block)
-        done, first = blocks * block, seen // block
-        at, values = self.positions.rotate(q, seen - filled), self._values(v)
+        done, first = blocks * block, tokens_before // block
+        at, values = self.positions.rotate(q, tokens_before - filled), self._values(v)
 
         o = self._within_blocks(at, values)[:, filled:]
         every = torch.cat([state.landmarks, self._landmarks(q[:, :done], first)], 1)
         joined = first + torch.arange(1, blocks + 1, device=o.device)
         present = torch.arange(self.landmarks, device=o.device) >= self.landmarks - joined[:, None]
-        c, far = state.c, []
+        c, outputs = state.c, []
         if blocks:
             whole = (x[:, :done].unflatten(1, (-1, block)).transpose(2, 3) for x in (at, values))
             around = every.unfold(1, self.landmarks + 1, 1).movedim(-1, 3)  # its own the last
-            pieces = (x.split(PIECE, 1) for x in (*whole, around))
-            for *piece, there in zip(*pieces, present.split(PIECE), strict=True):
-                read, c = checkpoint(self._advance, *piece, there, c, use_reentrant=False)
-                far.append(read)
+            groups = (x.split(CHECKPOINTED_BLOCKS, 1) for x in (*whole, around))
+            for *group, there in zip(*groups, present.split(CHECKPOINTED_BLOCKS), strict=True):
+                read, c = checkpoint(self._advance, *group, there, c, use_reentrant=False)
+                outputs.append(read)
         held = every[:, -self.landmarks :]
         if rest:
-            far.append(self._read(at[:, done:], held, c))
-        o = o + torch.cat(far, 1)[:, filled:]
+            outputs.append(self._read(at[:, done:], held, c))
+        o = o + torch.cat(outputs, 1)[:, filled:]
 
         q, v = (F.pad(x[:, done:], (0, 0, 0, 0, 0, block - rest)) for x in (q, v))
-        visible = torch.arange(seen + 1, seen + fresh + 1, device=o.device)
-        return o, visible, Landmarks(held, c, q, v, seen + fresh)
+        visible = torch.arange(tokens_before + 1, tokens_before + fresh + 1, device=o.device)
+        return o, visible, Landmarks(held, c, q, v, tokens_before + fresh)
 
     def _within_blocks(self, q: Tensor, v: Tensor) -> Tensor:
         """The exact sums of each token over those before it in its own block."""
@@ -216,15 +218,15 @@ class Soft(Mixer):
         """What each of n blocks reads from the landmarks before it, and c after the last.
 
         `around` are, for each block, the m landmarks before it and its own; all but the first are
-        those after it, and `present` tells which of these there are. c is 0 for the others.
+        those after it, and `present` says which of these there are. c is 0 for the others.
         """
         there = present[:, None, :, None].to(c.dtype)
         with torch.autocast(c.device.type, enabled=False):
             apart, heard = (gaussian(around, x, self.scale) for x in (around, q))
             A = self._ridge(apart[..., 1:, 1:] * there * there.mT)
-            told = torch.cat([heard[..., 1:, :] @ v.to(c.dtype), apart[..., 1:, :-1]], -1)
-            told = torch.cholesky_solve(told * there, torch.linalg.cholesky(A))
-            gains, moves = told.split([v.shape[-1], told.shape[-2]], -1)
+            solved = torch.cat([heard[..., 1:, :] @ v.to(c.dtype), apart[..., 1:, :-1]], -1)
+            solved = torch.cholesky_solve(solved * there, torch.linalg.cholesky(A))
+            gains, moves = solved.split([v.shape[-1], solved.shape[-2]], -1)
             cs = []
             for gain, move in zip(gains.unbind(1), moves.unbind(1), strict=True):
                 cs.append(c)
@@ -239,12 +241,12 @@ class Soft(Mixer):
             return (weights @ c).transpose(1, 2)
 
     def _landmarks(self, q: Tensor, first: int) -> Float[Tensor, "b n h d"]:
-        """One per whole block of unturned queries, which is block `first` of the text or after."""
+        """One per whole block of unrotated queries, which is block `first` of the text or after."""
         blocks = q.unflatten(1, (-1, self.block)).transpose(2, 3).flatten(-2)
         wide = wide_dtype(q)
         landmarks = F.gelu(self.norm(self.convolution(blocks))).to(wide)
-        places = torch.arange(first, first + blocks.shape[1], device=q.device) + 0.5
-        return self.positions.rotate(landmarks, places * self.block - 0.5)
+        blocks_at = torch.arange(first, first + blocks.shape[1], device=q.device) + 0.5
+        return self.positions.rotate(landmarks, blocks_at * self.block - 0.5)
 
     def _ridge(self, A: Tensor) -> Tensor:
         return A + self.epsilon * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)

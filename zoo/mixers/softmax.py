@@ -177,8 +177,8 @@ class SoftmaxAttention(Mixer):
 
     def truncate_state(self, state: State, window: int) -> State:
         """The last `window` keys, as in Transformer-XL (Dai 2019, section 3.2); sinks stay."""
-        k, v, seen = super().truncate_state(state, window)
-        return KeyValues(*self.positions.truncate(k, v, window), seen)
+        k, v, tokens_seen = super().truncate_state(state, window)
+        return KeyValues(*self.positions.truncate(k, v, window), tokens_seen)
 
 
 def _normalised(norm: RMSNorm, x: Float[Tensor, "b t h d"]) -> Float[Tensor, "b t h d"]:

@@ -22,7 +22,7 @@ complete, up to c tokens late, and from farther than the last block only as far 
 layer's width carried it.
 
 Departures: satellites have an LN(ReLU(.)) of their own with `satellite_norm` alone, as the block's
-norm, residual sum and feed-forward stand there; a learned vector for each place in the list
+norm, residual sum and feed-forward are there; a learned vector for each place in the list
 (before, own, after, e, s) is added to the keys, instead of positions added to e, which would end
 with the trained length.
 """
@@ -179,7 +179,7 @@ class Star(MultiHead):
     def _relays(
         self, x: Float[Tensor, "b t d"], start: int, relay: Relay | None
     ) -> tuple[Float[Tensor, "b blocks d"], Relay]:
-        """The relay that the tokens of each block read, and where its recurrence stands after x."""
+        """The relay that the tokens of each block read, and the state of its recurrence after x."""
         wide = wide_dtype(x)
         if relay is None:
             first = self.by_head(self.first_relay.expand(len(x), -1))

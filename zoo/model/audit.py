@@ -5,7 +5,7 @@ two lengths, with the state and without, the outputs of the last layer are compa
 those of reading the text alone:
 
     future   later tokens are changed, from several places on: predictions before them must stay
-    rows     other rows stand in the batch: predictions must stay
+    rows     other rows are in the batch: predictions must stay
     prefix   less text follows: predictions of what is left must stay
     again    the text is read a second time, after others: what was read before must not show
     chunks   the text is read in uneven chunks, many of one token, which shows nothing of what

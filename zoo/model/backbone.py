@@ -203,7 +203,7 @@ class Backbone(nn.Module):
     ) -> Any:
         """Logits (b, t, vocabulary), or (logits, state) exactly when a state is given.
 
-        `positions`, (b, t) and rising, are where the tokens of a training window stand instead of
+        `positions`, (b, t) and rising, are where the tokens of a training window are instead of
         at 0, 1, 2 ..; layers find them in `cross_layer`. Raises ValueError where the tokens seen
         would exceed `max_length`.
         """
@@ -265,7 +265,7 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Mean negative log-likelihood (nats) of each label given the tokens up to its own place.
 
-        Where a label is `NO_LABEL` nothing is asked; 0 where nothing is asked at all, as may be in
+        Where a label is `NO_LABEL` nothing is predicted; 0 where nothing is at all, as may be in
         one of the micro-batches that share a step.
         """
         x, _ = self.hidden(tokens, positions=positions)

@@ -15,7 +15,7 @@ from torch import nn
 
 from zoo.config.introspect import constructor_parameters
 from zoo.config.schema.model import Size
-from zoo.config.schema.sections import Part
+from zoo.config.schema.sections import Component
 from zoo.config.schema.train import TrainConfig
 from zoo.errors import UserError, below, refuse, refuse_path
 from zoo.mixers.base import Mixer
@@ -28,7 +28,7 @@ STEPS = (16, 8, 4, 2, 1)  # widths are multiples of the first of these that meet
 
 
 def build_model(config: TrainConfig, vocab_size: int) -> tuple[Backbone, dict[str, int]]:
-    """The configured model, and the knobs that `match` turned: {"layers": 7, ...}.
+    """The configured model, and the settings that `match` found: {"layers": 7, ...}.
 
     Raises UserError where an architecture refuses an argument, or where no setting of the knobs
     meets the reference within 1 %.
@@ -41,10 +41,10 @@ def build_model(config: TrainConfig, vocab_size: int) -> tuple[Backbone, dict[st
     except UserError:
         raise
     except (TypeError, ValueError) as error:  # such as sizes larger than a tensor can be
-        told = _reason(error)
-        if told.startswith("heads="):  # of the transformer that match=params sizes to
-            raise below("size", ValueError(told)) from error
-        refuse("model", config.model.name, told, "Change its options or the size")
+        message = _reason(error)
+        if message.startswith("heads="):  # of the transformer that match=params sizes to
+            raise below("size", ValueError(message)) from error
+        refuse("model", config.model.name, message, "Change its options or the size")
     _check_window(model, config.model.name, config.seq_len)
     if config.objective == "causal" and not model.causal:
         kinds = sorted({type(layer).__name__ for layer in model.sublayers() if not layer.causal})
@@ -56,9 +56,9 @@ def build_model(config: TrainConfig, vocab_size: int) -> tuple[Backbone, dict[st
 
 
 def _reason(error: Exception) -> str:
-    told = str(error).splitlines()[0]
-    overflow = "Overflow when unpacking" in told
-    return "its sizes are larger than a tensor can be" if overflow else told
+    message = str(error).splitlines()[0]
+    overflow = "Overflow when unpacking" in message
+    return "its sizes are larger than a tensor can be" if overflow else message
 
 
 def _check_window(model: Backbone, name: str, window: int) -> None:
@@ -105,7 +105,7 @@ def assemble(config: TrainConfig, vocab_size: int, knobs: Mapping[str, int]) -> 
 
 
 def _constructor(
-    config: TrainConfig, slot: str, part: Part, knobs: Mapping[str, int]
+    config: TrainConfig, slot: str, part: Component, knobs: Mapping[str, int]
 ) -> Callable[..., Any]:
     """The part's class with its arguments and those knobs of its slot that it takes.
 
@@ -123,12 +123,12 @@ def _constructor(
         try:
             return cls(**widths, **place)
         except (TypeError, ValueError) as error:
-            told = _reason(error)
-            if not (name := re.match(r"([\w.]+)=", told)):
+            message = _reason(error)
+            if not (name := re.match(r"([\w.]+)=", message)):
                 raise
             given = part.options.get(name[1])
             owner = "size" if name[1] == "heads" and given == config.size.heads else f"model.{slot}"
-            raise below(owner, ValueError(told)) from error
+            raise below(owner, ValueError(message)) from error
 
     return constructed
 

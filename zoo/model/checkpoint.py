@@ -87,10 +87,10 @@ def last_checkpoint(folder: RunFolder) -> tuple[Path | None, dict[str, Any]]:
             if type(state.get("global_step")) is not int:
                 raise ValueError("it holds no step")
         except Exception as error:  # torch has no class of its own for what it cannot read
-            told = one_line(error)[:120]
+            message = one_line(error)[:120]
             if isinstance(error, pickle.UnpicklingError):
-                told = "it holds more than tensors and plain containers, or no pickle"
-            unread = f"{whole.path.name} cannot be read ({told})"
+                message = "it holds more than tensors and plain containers, or no pickle"
+            unread = f"{whole.path.name} cannot be read ({message})"
             log.warning("%s: %s: passed over", folder, unread)
             reject(whole.path)
             continue

@@ -94,7 +94,7 @@ def from_transformers(weights: Mapping[str, Tensor], heads: int | None = None) -
 
     Args:
         weights: those of a family that zoo.pretrained.families knows.
-        heads: of the attention, which GPT-NeoX's weights do not tell.
+        heads: of the attention, which GPT-NeoX's weights do not say.
 
     Raises UserError for a tensor that is in no table. Weights whose head is not their embedding are
     refused by a Backbone that is tied, as it is by default. What is not in the weights the model

@@ -125,10 +125,10 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 def _write_weights(file: Path, weights: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    stored, seen = {}, set()
+    stored, addresses = {}, set()
     for name, one in weights.items():  # safetensors takes no tensor twice, as layers may share one
-        stored[name] = one.clone() if one.data_ptr() in seen else one.contiguous()
-        seen.add(one.data_ptr())
+        stored[name] = one.clone() if one.data_ptr() in addresses else one.contiguous()
+        addresses.add(one.data_ptr())
     save_file(stored, file, {"format": "pt"})
 
 

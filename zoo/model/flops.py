@@ -15,7 +15,7 @@ def forward_flops(model: Backbone, tokens: int) -> float:
     quadratic its cost per token is a + b * tokens.
     """
     long = min(tokens, FLOP_PROBE)
-    # Without gradients of their own: the counter hooks any input that seems to want one.
+    # Without gradients of their own: the counter hooks any input that seems to need one.
     weights = {name: p.detach() for name, p in model.named_parameters()}
 
     def per_token(length: int) -> float:

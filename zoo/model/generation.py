@@ -105,7 +105,7 @@ class Writer:
         return count_bytes(self.state)
 
     def read(self, tokens: Sequence[int]) -> None:
-        """Add tokens to the text; they are read when the next token is asked for.
+        """Add tokens to the text; they are read when the next token is requested.
 
         Raises UserError for a token that the model does not have, and where the text becomes longer
         than it can read.
@@ -182,10 +182,10 @@ def until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
             if waiting[: min(places)]:
                 yield waiting[: min(places)]
             return
-        kept = max((_overlap(waiting, word) for word in stop), default=0)
-        if sure := waiting[: len(waiting) - kept]:
+        held_back = max((_overlap(waiting, word) for word in stop), default=0)
+        if sure := waiting[: len(waiting) - held_back]:
             yield sure
-        waiting = waiting[len(waiting) - kept :]
+        waiting = waiting[len(waiting) - held_back :]
     if waiting:
         yield waiting
 

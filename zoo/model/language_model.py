@@ -33,7 +33,7 @@ from zoo.ops.dtypes import wide_dtype
 from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.runs.folder import RunFolder
 
-TOKENS = 128  # that `generate` writes unless told otherwise
+TOKENS = 128  # that `generate` writes by default
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ def aft(
     return wkv4(k, v, none, none, state, backend)
 
 
-class Window(NamedTuple):
+class AFTWindow(NamedTuple):
     """Holds `wkv4`'s running average of older tokens, and the last s - 1 keys and values."""
 
     older: Float[Tensor, "b 3 d"]
@@ -61,9 +61,9 @@ def aft_window(
     k: Float[Tensor, "b t d"],
     v: Float[Tensor, "b t d"],
     w: Float[Tensor, "#t h s"],
-    state: Window | None = None,
+    state: AFTWindow | None = None,
     backend: str = "auto",
-) -> tuple[Float[Tensor, "b t d"], Window]:
+) -> tuple[Float[Tensor, "b t d"], AFTWindow]:
     """Average v by e^{k + w}; w[t, h, i] is for the token i before t in the channels of head h.
 
     Beyond s tokens w is 0. One w for all t is AFT-conv. The state's average is float32 or better;
@@ -88,11 +88,11 @@ def aft_window(
     else:
         keys = torch.cat([state.k.to(k.dtype), k], 1)
         values, older = torch.cat([state.v.to(v.dtype), v], 1), state.older
-    kept = max(0, keys.shape[1] - (s - 1))
+    cached_from = max(0, keys.shape[1] - (s - 1))
     form = {"native": _native, "torch": _torch, "reference": _reference}[name]
     with torch.autocast(k.device.type, enabled=False):
         y, older = form(keys.to(row), values.to(row), w.to(wide), older.to(wide), t)
-    return y.to(v.dtype), Window(older, keys[:, kept:], values[:, kept:])
+    return y.to(v.dtype), AFTWindow(older, keys[:, cached_from:], values[:, cached_from:])
 
 
 def absorb(
@@ -116,14 +116,14 @@ def _reference(k, v, w, older, t: int) -> tuple[Tensor, Tensor]:
     ):
         first = max(0, end - s)
         older, gone = absorb(older, k[:, gone:first], v[:, gone:first]), first
-        near = w_t[:, : end - first].flip(1).t().repeat_interleave(channels, 1)
-        exponents = k[:, first:end] + near
+        weights = w_t[:, : end - first].flip(1).t().repeat_interleave(channels, 1)
+        exponents = k[:, first:end] + weights
         top = torch.maximum(older[:, 2], exponents.amax(1))
         past, e = torch.exp(older[:, 2] - top), torch.exp(exponents - top[:, None])
         numerator = past * older[:, 0] + (e * v[:, first:end]).sum(1)
         ys.append(numerator / (past * older[:, 1] + e.sum(1)))
-    kept = max(gone, k.shape[1] - (s - 1))
-    return torch.stack(ys, 1), absorb(older, k[:, gone:kept], v[:, gone:kept])
+    cached_from = max(gone, k.shape[1] - (s - 1))
+    return torch.stack(ys, 1), absorb(older, k[:, gone:cached_from], v[:, gone:cached_from])
 
 
 def _torch(k, v, w, older, t: int) -> tuple[Tensor, Tensor]:
@@ -132,8 +132,8 @@ def _torch(k, v, w, older, t: int) -> tuple[Tensor, Tensor]:
     A block alone has all tokens of the window before it.
     """
     (_, n, d), s = k.shape, w.shape[-1]
-    kept = max(0, n - (s - 1))
-    last = absorb(older, k[:, :kept], v[:, :kept])
+    cached_from = max(0, n - (s - 1))
+    last = absorb(older, k[:, :cached_from], v[:, :cached_from])
     size = min(next_power_of_two(max(s - 1, MIN_BLOCK)), next_power_of_two(t))
     blocks = ceil_div(t, size)
     before = size if blocks > 1 else n - t

@@ -132,8 +132,8 @@ def _backward_cuda(dy, dlast, k, v, m, saved) -> tuple[Tensor, ...]:
     _launch("reads", t=t, s=s, parts=walks, **tensors, dm=dm)
     _launch("compose_back", t=t, s=s, parts=0, **tensors, dstate=dstate)
     _launch("gradients", t=t, s=s, parts=chunks, **tensors, dk=dk, dv=dv)
-    near, beyond = dm.sum((0, 1)).split([s, len(weights) - s])
-    return dk, dv, torch.cat([near, beyond.sum(0, keepdim=True)]), dstate
+    inside, beyond = dm.sum((0, 1)).split([s, len(weights) - s])
+    return dk, dv, torch.cat([inside, beyond.sum(0, keepdim=True)]), dstate
 
 
 WINDOW = NativeOp(

@@ -4,7 +4,7 @@ Attention over any set of keys gives a partial result: the output `o` and the lo
 denominator `lse`. Partial results over disjoint sets of keys merge exactly (`zoo.ops.merge`), and
 the gradient flows through both. Every softmax mixer is a list of `Part`s.
 
-Backends of one part: `reference` (the formula, as it stands), `torch` (the formula in tiles of
+Backends of one part: `reference` (the formula, literally), `torch` (the formula in tiles of
 queries, recomputed in the backward pass: any device, any mask, memory linear in the tokens),
 `flash` (PyTorch's fused CPU kernel under a gradient that accepts d lse), `native` (CPU kernels for
 one query and for a handful of keys, where no gradient is wanted) and, by name only, `xformers`

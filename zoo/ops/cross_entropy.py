@@ -66,9 +66,9 @@ class _Chunked(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignored: int, size: int
     ) -> Tensor:
-        wants_x, wants_weight = ctx.needs_input_grad[:2]
-        dx = torch.empty_like(x) if wants_x else None
-        dweight = torch.zeros_like(weight) if wants_weight else None
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        dx = torch.empty_like(x) if needs_x else None
+        dweight = torch.zeros_like(weight) if needs_weight else None
         total = []
         for start in range(0, len(x), size):
             rows, wanted = x[start : start + size], targets[start : start + size]
@@ -76,9 +76,9 @@ class _Chunked(torch.autograd.Function):
             log_p = logits.to(wide_dtype(logits)).log_softmax(-1)
             total.append(F.nll_loss(log_p, wanted, ignore_index=ignored, reduction="sum"))
             p = log_p.exp()
-            asked = wanted != ignored
-            p[asked.nonzero()[:, 0], wanted[asked]] -= 1
-            p = (p * asked[:, None]).to(logits.dtype)
+            scored = wanted != ignored
+            p[scored.nonzero()[:, 0], wanted[scored]] -= 1
+            p = (p * scored[:, None]).to(logits.dtype)
             if dx is not None:
                 dx[start : start + size] = p @ weight.to(p.dtype)
             if dweight is not None:

@@ -45,9 +45,9 @@ def causal_sums(w: Tensor, k: Tensor, v: Tensor) -> Sums:
         return Sums(torch.stack([(e * v[..., None, :, :]).sum(-2), e.sum(-2)], -2), top)
     half = n // 2
     corners = torch.stack([w[..., :half, :half], w[..., half:, half:]], -3)
-    halves = [x.unflatten(-2, (2, half)) for x in (k, v)]
-    sums, top = causal_sums(corners, *halves)
-    below = dense_sums(w[..., half:, :half], *(x[..., 0, :, :] for x in halves))
+    two = [x.unflatten(-2, (2, half)) for x in (k, v)]
+    sums, top = causal_sums(corners, *two)
+    below = dense_sums(w[..., half:, :half], *(x[..., 0, :, :] for x in two))
     second = merge([Sums(sums[..., 1, :, :, :], top[..., 1, :, :]), below])
     return Sums(
         torch.cat([sums[..., 0, :, :, :], second.sums], -3),

@@ -9,7 +9,7 @@
 Nothing is normalised across keys, so results over disjoint sets of keys simply add. The Gaussian is
 f = exp on the same products once q and k carry their norms in two more channels.
 
-Backends: `reference` (the formula, as it stands) and `torch` (the formula in tiles of queries by
+Backends: `reference` (the formula, literally) and `torch` (the formula in tiles of queries by
 keys, skipping those wholly in the future, recomputed in the backward pass: memory linear in t).
 """
 
@@ -116,10 +116,10 @@ def _tiles(queries: int, keys: int, causal: bool) -> Iterator[tuple[slice, slice
     """Yield the tiles of queries by keys in which some query sees some key."""
     for row in range(0, queries, TILE):
         rows = slice(row, min(row + TILE, queries))
-        seen = keys - queries + rows.stop if causal else keys
+        visible = keys - queries + rows.stop if causal else keys
         width = TILE * TILE // (rows.stop - row)
-        for col in range(0, seen, width):
-            yield rows, slice(col, min(col + width, seen))
+        for col in range(0, visible, width):
+            yield rows, slice(col, min(col + width, visible))
 
 
 class _Tiled(torch.autograd.Function):

@@ -156,13 +156,13 @@ def _segment(q, k, v, w, bonus, S) -> tuple[Tensor, Tensor]:
     q, k, v = (_chunked(a, size) for a in (q, k, v))  # (b, h, n, c, .)
     w = None if w is None else _chunked(w, size)
     if w is None:
-        scores, reads, writes, kept = _without_decay(q, k, v, bonus)
+        scores, reads, writes, carried = _without_decay(q, k, v, bonus)
     elif w.shape[-1] == 1:
-        scores, reads, writes, kept = _decay_by_head(q, k, w, bonus)
+        scores, reads, writes, carried = _decay_by_head(q, k, w, bonus)
     else:
-        scores, reads, writes, kept = _decay_by_channel(q, k, w, bonus)
+        scores, reads, writes, carried = _decay_by_channel(q, k, w, bonus)
     added = (writes.mT @ v).transpose(1, 2)  # (b, n, h, k, v), what each chunk writes
-    after = linear_scan(kept.transpose(1, 2)[..., None].expand_as(added[..., :1]), added, S)
+    after = linear_scan(carried.transpose(1, 2)[..., None].expand_as(added[..., :1]), added, S)
     before = torch.cat([S[:, None], after[:, :-1]], 1).transpose(1, 2)
     y = scores @ v + reads @ before
     return y.transpose(1, 2).transpose(2, 3).flatten(1, 2)[:, :t], after[:, -1]
@@ -208,11 +208,11 @@ def _decay_by_channel(q, k, w, bonus):
     while blocks[0].shape[-3] > 1:
         pairs = [a.unflatten(-3, (-1, 2)).unbind(-3) for a in blocks]
         (s0, s1), (reads0, reads1), (writes0, writes1), (decay0, decay1) = pairs
-        earlier = torch.cat([s0, torch.zeros_like(s0)], -1)
+        first = torch.cat([s0, torch.zeros_like(s0)], -1)
         later = torch.cat([reads1 @ writes0.mT, s1], -1)
         reads = torch.cat([reads0, decay0 * reads1], -2)
         writes = torch.cat([decay1 * writes0, writes1], -2)
-        blocks = [torch.cat([earlier, later], -2), reads, writes, decay0 * decay1]
+        blocks = [torch.cat([first, later], -2), reads, writes, decay0 * decay1]
     scores, reads, writes, decay = (a.squeeze(-3) for a in blocks)
     return scores, reads, writes, decay.squeeze(-2)
 

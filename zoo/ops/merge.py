@@ -64,13 +64,13 @@ def _formula(results: Sequence[Partial]) -> Partial:
     top = top.masked_fill(top == -torch.inf, 0.0)  # no part sees a key: all weights become 0
     weights = torch.exp(lses - top)
     total = weights.sum(0)
-    seen = total != 0
-    total = total.masked_fill(~seen, 1.0)
+    visible = total != 0
+    total = total.masked_fill(~visible, 1.0)
     (first, *others), share = results, (weights / total).unsqueeze(-1)
     out = share[0] * first[0]
     for weight, (o, _) in zip(share[1:], others, strict=True):
         out = torch.addcmul(out, weight, o.to(out.dtype))
-    lse = (top + torch.log(total)).masked_fill(~seen, -torch.inf)
+    lse = (top + torch.log(total)).masked_fill(~visible, -torch.inf)
     return out.to(results[0][0].dtype), lse
 
 

@@ -28,7 +28,7 @@ MAX_KEYS = 16  # lanes of the widest register there is
 
 
 def accepts(q: Tensor, k: Tensor, v: Tensor) -> Available:
-    """Tell `select_backend` whether the kernel reads these, in `attend`'s shapes."""
+    """For `select_backend`: whether the kernel reads these, in `attend`'s shapes."""
     if k.shape[1] > MAX_KEYS or not KERNEL.accepts(q, k, v) or not can_bypass_dispatcher(q, k, v):
         return False
     return lambda: _room(q, k) is True if KERNEL.usable() is True else KERNEL.usable()

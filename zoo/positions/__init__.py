@@ -1,1 +1,1 @@
-"""How a token knows where it stands."""
+"""How a token knows its position."""

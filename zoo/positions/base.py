@@ -51,7 +51,7 @@ class EmbeddedPositions(PositionScheme):
 
     embedded: ClassVar[bool] = True
     placeable: ClassVar[bool] = True
-    max_length: int | None = None  # positions there are; None: as many as are asked for
+    max_length: int | None = None  # positions there are; None: as many as are read
 
     def forward(
         self, x: Float[Tensor, "b t d"], start: int = 0, positions: Tensor | None = None
@@ -133,11 +133,11 @@ class Positions(PositionScheme):
 
     def cached(self, tokens: int) -> int:
         """Return how many keys are cached after so many tokens."""
-        return self.pattern.kept(tokens) if self.pattern else tokens
+        return self.pattern.cached(tokens) if self.pattern else tokens
 
     def evict(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values that later queries may see."""
-        return self.pattern.keep(k, v) if self.pattern else (k, v)
+        return self.pattern.evict(k, v) if self.pattern else (k, v)
 
     def truncate(self, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
         """Return the cache that passes on to the next training window of so many tokens."""

@@ -11,10 +11,10 @@ untrained CLEX is NTK_t to the last bit. Runge-Kutta 4 solves the rest, in equal
 tau = ln(2t-1), which are short in t where the frequencies move fastest; in float64 and on the CPU,
 as the problem is too small to be worth an accelerator's kernels.
 
-`Continuous` is what a model reads by, `stretched` where its training windows stand. Departures from
+`Continuous` is what a model reads by, `stretched` where its training windows are. Departures from
 the authors' program: the frequencies follow the parameters and are never cached,
 NTK_t has the model's own base, training positions span t L and never fall, and queries carry no
-log(length) factor. Keys must be cached before they are turned.
+log(length) factor. Keys must be cached before they are rotated.
 """
 
 import math
@@ -100,26 +100,14 @@ class Continuous(nn.Module):
         if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
             return self.field(t), 1.0
         up, down = (w.detach().cpu().double().numpy().tobytes() for w in weights)
-        if (t, up, down) not in self.solved:  # every layer and token of a text asks for the same
+        if (t, up, down) not in self.solved:  # the same for every layer and token of a text
             self.solved = dict([*self.solved.items()][-31:])
             self.solved[t, up, down] = self.field(t)
         return self.solved[t, up, down], 1.0
 
 
-def inference_t(length: int, original_length: int, t_max: int) -> int:
-    """ceil(length / L), from 1 to `t_max`: the text is read at positions 0 .. length - 1."""
-    return min(max(math.ceil(length / original_length), 1), t_max)
-
-
-def training_t(t_max: float, generator: Generator, *, whole: bool = False) -> float:
-    """t of one training step, uniform in 1 .. t_max; the authors' program draws `whole` ones."""
-    if whole:
-        return float(torch.randint(1, int(t_max) + 1, (), generator=generator))
-    return 1 + (t_max - 1) * torch.rand((), generator=generator, dtype=torch.float64).item()
-
-
 def stretched(rows: int, tokens: int, max_length: int, generator: Generator, /) -> Tensor:
-    """Where the windows of a step stand, all in a text of the same length, drawn up to L'.
+    """The positions of the windows of a step, all in a text of the same length, drawn up to L'.
 
     A text of n tokens is one of t = n / L: t is as continuous as positions are whole.
     """
@@ -127,16 +115,3 @@ def stretched(rows: int, tokens: int, max_length: int, generator: Generator, /) 
     between = [randomised(tokens - 2, text - 2, generator) + 1 for _ in range(rows)]
     ends = torch.tensor([[0], [text - 1]]).expand(2, rows)[..., None]
     return torch.cat([ends[0], torch.stack(between), ends[1]], 1)
-
-
-def training_positions(
-    tokens: int, original_length: int, t: float, generator: Generator
-) -> Float[Tensor, " t"]:
-    """Where `tokens` tokens stand in a text of t L: at its ends and at random between.
-
-    A window n longer than L is sampled on a grid of n t positions and scaled back by n / L.
-    """
-    scale = max(tokens / original_length, 1.0)
-    last = math.floor(max(tokens, original_length) * t) - 1
-    between = randomised(tokens - 2, last - 1, generator) + 1
-    return torch.cat([torch.tensor([0]), between, torch.tensor([last])]).double() / scale

@@ -1,7 +1,7 @@
 """LongRoPE's search for the rescale factors of a model (Ding 2024, section 3.2, algorithm 1).
 
-    lambda_i    pair i turns at theta_i / lambda_i; between 1 and `most`, never falling with i
-    n_hat       the first positions, which turn as they were trained to
+    lambda_i    pair i rotates at theta_i / lambda_i; between 1 and `most`, never falling with i
+    n_hat       the first positions, whose angles stay as trained
     population  at first PI, NTK and YaRN, with mutations of these to its full number
     generation  mutations and crossovers of the best, the `parents`; the best of all are kept
 

@@ -1,4 +1,4 @@
-"""No positions: the causal mask alone tells the order (Haviv 2022, arXiv 2203.16634; Kazemnejad
+"""No positions: the causal mask alone gives the order (Haviv 2022, arXiv 2203.16634; Kazemnejad
 2023, NoPE, arXiv 2305.19466), or positions added at the embedding do."""
 
 from zoo.positions.base import Positions

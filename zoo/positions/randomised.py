@@ -1,6 +1,6 @@
 """Positions of a longer text for a short training window; strictly increasing, from 0 to L' - 1.
 
-A model trained on `tokens` tokens that stand at such positions has met the distances of a text of
+A model trained on `tokens` tokens at such positions has met the distances of a text of
 `max_length` = L' tokens, at the cost of its own. Every function is one of its generator alone.
 `scattered` and `skipped` place the windows of a training step: what `positions:` of an extension
 names, (rows, tokens, L', generator) and its own options -> (rows, tokens).

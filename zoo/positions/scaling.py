@@ -126,13 +126,13 @@ def ntk_by_parts(
         refuse("truncate", truncate, "rounds the ends of ramp=code alone", "Leave it out.")
     choose("mix", mix, ["arith", "harmonic"])
     s, window = _at_least_one(factor), _window(original_length)
-    plain, theta = theta is None, _theta(theta, width, base)
+    rotary, theta = theta is None, _theta(theta, width, base)
     if choose("ramp", ramp, ["paper", "code"]) == "paper":
         rotations = [window * f / (2 * math.pi) for f in theta]
         gamma = [_clamp((r - beta_slow) / (beta_fast - beta_slow)) for r in rotations]
     else:
         turns = beta_fast, beta_slow
-        if plain:
+        if rotary:
             first, last = (_pair_with_rotations(r, width, base, window) for r in turns)
         else:
             first, last = (_between_pairs(r * 2 * math.pi / window, theta) for r in turns)
@@ -276,15 +276,15 @@ class KeepFirst:
     """Frequencies by position: `plain` at the first `n_hat`, `inv_freq` from there on."""
 
     inv_freq: "tuple[float, ...] | KeepFirst"
-    plain: "tuple[float, ...] | KeepFirst"
+    unscaled: "tuple[float, ...] | KeepFirst"
     n_hat: int
 
     def __call__(self, positions: Tensor) -> Float[Tensor, "*t half"]:
-        scaled, plain = (
+        scaled, unscaled = (
             f(positions) if isinstance(f, KeepFirst) else torch.tensor(f, dtype=torch.float64)
-            for f in (self.inv_freq, self.plain)
+            for f in (self.inv_freq, self.unscaled)
         )
-        return torch.where(positions.cpu()[..., None] < self.n_hat, plain, scaled)
+        return torch.where(positions.cpu()[..., None] < self.n_hat, unscaled, scaled)
 
 
 def on_top(
@@ -300,7 +300,7 @@ def on_top(
     theta, attention_factor = below
     if isinstance(theta, KeepFirst):
         later, factor = on_top(scaling, (theta.inv_freq, attention_factor))
-        first, _ = on_top(scaling, (theta.plain, attention_factor))
+        first, _ = on_top(scaling, (theta.unscaled, attention_factor))
         return KeepFirst(later, first, theta.n_hat), factor
     found, factor = scaling(theta=theta)
     return found, attention_factor * factor

@@ -45,9 +45,11 @@ def bucket(
     side = buckets // 2 if bidirectional else buckets
     exact = _exact_distances(buckets, max_distance, bidirectional)
     apart = distance.abs() if bidirectional else distance.clamp(min=0)
-    shared = torch.log(apart.double().clamp(min=exact) / exact) / math.log(max_distance / exact)
-    far = (exact + shared * (side - exact)).long().clamp(max=side - 1)
-    found = torch.where(apart < exact, apart, far)
+    log_fraction = torch.log(apart.double().clamp(min=exact) / exact) / math.log(
+        max_distance / exact
+    )
+    logarithmic = (exact + log_fraction * (side - exact)).long().clamp(max=side - 1)
+    found = torch.where(apart < exact, apart, logarithmic)
     return found + side * (distance < 0) if bidirectional else found
 
 
@@ -142,14 +144,14 @@ def t5_attention(
     first, outs = k.shape[1] - q.shape[1], []
     for rows in q.split(TILE, 1):
         last = first + rows.shape[1]
-        near = max(first - bias.max_distance + 1, 0)  # keys before it share the last bucket
-        at = torch.arange(near, last, device=q.device)
-        stand = at[first - near :]
-        near_k, near_v = (repeat_heads(x[:, near:last], q.shape[2]) for x in (k, v))
-        args = (rows, near_k, near_v, bias(stand, at), stand[:, None] >= at)
+        nearest = max(first - bias.max_distance + 1, 0)  # keys before it share the last bucket
+        at = torch.arange(nearest, last, device=q.device)
+        own = at[first - nearest :]
+        nearest_k, nearest_v = (repeat_heads(x[:, nearest:last], q.shape[2]) for x in (k, v))
+        args = (rows, nearest_k, nearest_v, bias(own, at), own[:, None] >= at)
         results = [checkpoint(_formula, *args, use_reentrant=False)]
-        if near:
-            out, lse = attend([Part(rows, k[:, :near], v[:, :near])], backend=backend)
+        if nearest:
+            out, lse = attend([Part(rows, k[:, :nearest], v[:, :nearest])], backend=backend)
             results.append((out, lse + bias.weight[-1]))
         outs.append(merge(results)[0])
         first = last

@@ -28,7 +28,7 @@ def check_checkpoint(checkpoint: Path, tokenizer: str | None = None) -> None:
 
 
 def read_checkpoint(checkpoint: Path, tokenizers: Path | None) -> tuple[Description, Path | None]:
-    """The model's description, and the file of its tokenizer; None where that is not asked for.
+    """The model's description, and the file of its tokenizer; None where that is not requested.
 
     Args:
         checkpoint: a folder, or a GGUF file.
@@ -36,7 +36,7 @@ def read_checkpoint(checkpoint: Path, tokenizers: Path | None) -> tuple[Descript
             contents; None where another tokenizer is used.
 
     Raises:
-        UserError: where there is no checkpoint, it has no tokenizer, or it asks for what the zoo
+        UserError: where there is no checkpoint, it has no tokenizer, or it needs what the zoo
             does not compute.
     """
     if not checkpoint.is_file():

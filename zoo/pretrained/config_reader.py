@@ -40,7 +40,7 @@ class Reader:
         return value
 
     def only(self, key: str, *allowed: Any) -> None:
-        """Refuse a key whose value asks for what the zoo does not compute."""
+        """Refuse a key whose value needs what the zoo does not compute."""
         value = self.get(key)
         if value is not None and value not in allowed:
             raise unsupported(key, value)

@@ -2,7 +2,7 @@
 
 A family is a table: which keys are read, which must have the one value that the zoo computes, and
 which say nothing about the mathematics. A key in none of them is refused by name, so that nothing a
-checkpoint asks for is ever ignored. The first line of a
+checkpoint needs is ever ignored. The first line of a
 family's function is its row in README's table.
 """
 

@@ -116,10 +116,10 @@ def _unequal_settings(results: Results) -> list[str]:
     for task in results.tasks:
         places: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
         for row in results.where(task=task, status="ok"):
-            asked, place = question(row), {"length": row.get("length"), **panel(row)}
-            for name in asked.keys() - place.keys():
-                if not missing(asked[name]):
-                    places[str(place)][name].add(plain(asked[name]))
+            fields, place = question(row), {"length": row.get("length"), **panel(row)}
+            for name in fields.keys() - place.keys():
+                if not missing(fields[name]):
+                    places[str(place)][name].add(plain(fields[name]))
         differing: dict[str, set[str]] = defaultdict(set)
         for settings in places.values():
             for name, values in settings.items():

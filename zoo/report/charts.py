@@ -1,6 +1,6 @@
 """Drawing: lines as a Vega-Lite specification, in one look for every figure.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart; symbol and dash repeat the
+Colours are Okabe and Ito's, which colour-blind readers distinguish; symbol and dash repeat the
 distinction. Everything else is `currentColor`, so that the page's theme, light or dark, decides.
 """
 
@@ -29,7 +29,7 @@ SYMBOLS = (  # SVG paths in a square from -1 to 1
     "M0,1.1L1.1,-0.9H-1.1Z",
     "M-0.4,-1.1H0.4V-0.4H1.1V0.4H0.4V1.1H-0.4V0.4H-1.1V-0.4H-0.4Z",
 )
-DISTINCT = len(COLORS) * len(DASHES)  # arms that can be told apart
+DISTINCT = len(COLORS) * len(DASHES)  # arms that can be distinguished
 DOT: dict[str, Any] = {"filled": True, "size": 56, "opacity": 1}
 NAME = 17  # pixels that a name beside a line needs
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
@@ -196,7 +196,7 @@ def _names(ends: Sequence[Spec], up: alt.Y, coding: Mapping[str, Any], ink: str)
 def grid(
     values: Sequence[Spec], arms: Sequence[str], x: Axis, *, about: str = "", ink: str
 ) -> Drawing:
-    """A cell per arm and length, for more arms than lines could tell apart.
+    """A cell per arm and length, for more arms than lines could distinguish.
 
     `values` have arm, x, text, and `shade` from 0 (as at the training length) to 1, or None.
     """

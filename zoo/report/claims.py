@@ -3,9 +3,9 @@
 A claim is a list of comparisons. In each the score of an arm at a length, less `share` times
 another's, must lie below or above 0 on the same tokens: of every seed, with its whole 95% interval
 over the stretches of text. (An interval over two or three seeds is wider than anything it could
-tell; that the others repeat what one shows is asked instead.) A claim holds where all do, does not
-hold where one lies wholly on the other side for every seed, and is otherwise not shown, for a
-reason that is told: fewer than two seeds, seeds that disagree, an interval that holds 0. It is
+distinguish; that the others repeat what one shows is required.) A claim holds where all do, does
+not hold where one lies wholly on the other side for every seed, and is otherwise not shown, for a
+reason that is given: fewer than two seeds, seeds that disagree, an interval that holds 0. It is
 judged where all it compares was measured.
 """
 

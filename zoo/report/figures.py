@@ -43,7 +43,7 @@ def number(value: float) -> str:
 
 
 def drawn(results: Results) -> list[str]:
-    """The arms that figures show: all, or of more than can be told apart the best at the longest
+    """The arms that figures show: all, or of more than can be distinguished the best at the longest
     length."""
     if len(results.arms) <= DISTINCT:
         return results.arms
@@ -84,7 +84,7 @@ def trained(results: Results) -> tuple[int, ...]:
 def by_length(
     results: Results, cells: Cells, name: str, text: Callable[[float], str]
 ) -> list[Spec]:
-    """The points of a figure over length, with what the tip tells."""
+    """The points of a figure over length, with what the tip shows."""
     points = []
     for label, mine in cells.items():
         for length, cell in mine.items():

@@ -1,4 +1,4 @@
-"""The results in a few words: which architecture is best at what, as far as the rows can tell.
+"""The results in a few words: which architecture is best at what, as far as the rows show it.
 
 A headline compares architectures, each by its best arm, and none that leaks or has not learned.
 """
@@ -83,7 +83,7 @@ def _best(
     kinds: Mapping[str, str],
     tied: Tied | None = None,
 ) -> Tile | None:
-    """The best architecture of a column, what it cannot be told from, how many have no result.
+    """The best architecture of a column, what does not differ from it, how many have no result.
 
     Each architecture is as good as its best arm. Of one alone, which is best of nothing, the second
     title is used.
@@ -101,7 +101,7 @@ def _best(
     who = next(label for label, value in values.items() if value == top)
     others = [label for label in values if label != who]
     close = [label for label in others if tied and tied(label, who, length)]
-    detail = [f"not told apart from {names(close)}"] if close else []
+    detail = [f"not distinguished from {names(close)}"] if close else []
     if others and not close:
         second = next(label for label in others if values[label] == best(values[o] for o in others))
         detail = [f"then {second}, {text(values[second])}"]
@@ -134,7 +134,7 @@ def _longest_context(results: Results, cells: Cells, kinds: Mapping[str, str]) -
     if len(who) > 2:
         detail += f": {names(who)}"
     if close:
-        detail += f"; not told apart from {names(close)}"
+        detail += f"; not distinguished from {names(close)}"
     title = "Longest effective context" if len(first) > 1 else "Effective context"
     return Tile(title, arms, f"{contexts[who[0]]}{contexts[who[0]].ends} tokens", detail)
 

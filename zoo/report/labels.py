@@ -30,7 +30,7 @@ MAX_CHARACTERS = 24  # of a value that a label shows; of more, a hash
 
 
 def lengthen(rows: Sequence[Row], runs: Sequence[Row]) -> None:
-    """Tell apart by their labels the rows that are not one arm's, setting by setting."""
+    """Distinguish by their labels the rows that are not one arm's, setting by setting."""
     trained = {run.get("run"): run.get("settings") or {} for run in runs}
     for field, word in (*TRAINING.items(), *READ_BY.items()):
         _split(rows, functools.partial(_named, field=field, word=word))

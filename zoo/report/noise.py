@@ -3,7 +3,7 @@
 What two arms differ by is a result only where it is more. The standard deviation over seeds is
 pooled over all arms with several; of two means of k seeds the difference then exceeds
 t sqrt(2 / k) times it once in 20 (Student's t, two-sided, with the pooled degrees of freedom).
-The floor is told for arms of several seeds; a difference of fewer is held against a higher one.
+The floor is given for arms of several seeds; a difference of fewer is held against a higher one.
 """
 
 import math

@@ -23,7 +23,7 @@ from zoo.report.tables import costs, lengths_of, shown_quantities
 from zoo.report.validity import LEAKS, NOT_AUDITED
 from zoo.report.words import FORMS, caption, score, share, short, size
 
-MOST = 20  # arms: as many rows as stand above the fold
+MAX_ARMS = 20  # arms: as many rows as fit above the fold
 ROW = 21  # pixels of an arm
 PANEL = 190  # pixels across, of a PNG
 NARROW = 4  # ticks that a panel has room for
@@ -74,13 +74,13 @@ def overview(results: Results) -> Overview | None:
     without = excluded(results, tested)
     learned = [arm for arm in results.arms if arm not in without]
     learned.sort(key=lambda arm: [_rank(panel, arm) for panel in tested])
-    shown = learned[:MOST]
-    words = {arm: without[arm] for arm in [*without][: MOST - len(shown) or 3]}
+    shown = learned[:MAX_ARMS]
+    words = {arm: without[arm] for arm in [*without][: MAX_ARMS - len(shown) or 3]}
     return Overview(panels, [*shown, *words], words, len(results.arms))
 
 
 def excluded(results: Results, tested: Sequence[Panel]) -> dict[str, str]:
-    """Arm -> why it is not drawn: it leaks, was not audited, or has not learned what was asked."""
+    """Arm -> why it is not drawn: it leaks, was not audited, or has not learned the task."""
     found: dict[str, str] = {}
     unlearned = dead(results)
     for arm in results.arms:
@@ -97,7 +97,7 @@ def excluded(results: Results, tested: Sequence[Panel]) -> dict[str, str]:
 
 
 def _at_chance(panel: Panel, arm: str) -> bool:
-    """Whether an arm is no better than guessing: where it was trained, or wherever it was asked."""
+    """Whether an arm is no better than guessing where it was trained, or wherever measured."""
     if arm not in panel.values:
         return True
     home, far = panel.values[arm]

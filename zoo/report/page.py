@@ -43,7 +43,7 @@ APART = ("perplexity", "stream")  # tasks with a part of their own
 
 
 @dataclass(frozen=True)
-class Block:
+class FigureBlock:
     """A figure and the table of the same numbers; either may be missing."""
 
     name: str
@@ -52,17 +52,17 @@ class Block:
     spec: Spec | None
     table: tables.Table | None
     arms: list[str]  # drawn
-    more: tuple["Block", ...] = ()
+    more: tuple["FigureBlock", ...] = ()
 
 
 @dataclass(frozen=True)
-class Part:
+class TaskSection:
     """What the page shows of one task: a heading, a sentence or two, figures and tables."""
 
     name: str
     title: str
     about: str
-    blocks: list[Block]
+    blocks: list[FigureBlock]
     tables: list[tables.Table]
     texts: list[tuple[str, str]]  # arm, and what it wrote
 
@@ -184,18 +184,18 @@ def facts(results: Results) -> list[str]:
     return said
 
 
-def overview_blocks(results: Results, look: Mapping[str, Style]) -> list[Block]:
+def overview_blocks(results: Results, look: Mapping[str, Style]) -> list[FigureBlock]:
     """The panels of the picture above the fold; the first names the arms."""
     whole = overview(results)
     found = []
     for i, panel in enumerate(whole.panels if whole else ()):
         assert whole is not None
         spec = themed(draw(panel, whole, look, named=i == 0))
-        found.append(Block(f"overview-{panel.name}", "", whole.about, spec, None, whole.arms))
+        found.append(FigureBlock(f"overview-{panel.name}", "", whole.about, spec, None, whole.arms))
     return found
 
 
-def score_blocks(results: Results, look: Mapping[str, Style]) -> list[Block]:
+def score_blocks(results: Results, look: Mapping[str, Style]) -> list[FigureBlock]:
     """Bits per byte by length, once per protocol."""
     blocks = []
     for protocol, words in PROTOCOLS.items():
@@ -209,7 +209,7 @@ def score_blocks(results: Results, look: Mapping[str, Style]) -> list[Block]:
     return [block for block in blocks if block.table]
 
 
-def _compared(results: Results, protocol: str, look: Mapping[str, Style]) -> Iterator[Block]:
+def _compared(results: Results, protocol: str, look: Mapping[str, Style]) -> Iterator[FigureBlock]:
     """What the scores differ by: against an arm's own training length, against the reference."""
     if protocol in SAME_TOKENS:
         title = "Change of bits per byte against the arm's own at its training length."
@@ -219,19 +219,19 @@ def _compared(results: Results, protocol: str, look: Mapping[str, Style]) -> Ite
     title = f"Bits per byte less those of {results.reference} on the same text."
     apart, noise = results.differences(protocol), score_noise(results, protocol)
     table = tables.grid(results, apart, title, signed, noise=noise)
-    yield Block(f"differences-{protocol}", title, "", None, table, [])
+    yield FigureBlock(f"differences-{protocol}", title, "", None, table, [])
 
 
-def task_part(results: Results, task: str, look: Mapping[str, Style]) -> Part:
+def task_part(results: Results, task: str, look: Mapping[str, Style]) -> TaskSection:
     """What any task has measured: figures by length and tables."""
     said = results.tasks[task]
     figures = task_figures(results, task)
     blocks = [_block(figure, look=look, named=True, height=240) for figure in figures]
     shown = tables.task_tables(results, task) if tables.shown_quantities(results, task) else []
-    return Part(task, said.title, said.about, blocks, shown, tables.written(results, task))
+    return TaskSection(task, said.title, said.about, blocks, shown, tables.written(results, task))
 
 
-def stream_part(results: Results, look: Mapping[str, Style]) -> Part | None:
+def stream_part(results: Results, look: Mapping[str, Style]) -> TaskSection | None:
     """One long text, by position."""
     if "stream" not in results.tasks:
         return None
@@ -239,7 +239,7 @@ def stream_part(results: Results, look: Mapping[str, Style]) -> Part | None:
     return replace(part, blocks=[_block(positions(results, "stream"), look=look)])
 
 
-def cost_blocks(results: Results, look: Mapping[str, Style]) -> list[Block]:
+def cost_blocks(results: Results, look: Mapping[str, Style]) -> list[FigureBlock]:
     """Speed and memory by length."""
     blocks = []
     for task, quantity in tables.costs(results):
@@ -258,12 +258,12 @@ def _block(
     *,
     look: Mapping[str, Style],
     **how: Any,
-) -> Block:
+) -> FigureBlock:
     """A figure as it goes on the page, as wide as its box and in the theme's colours."""
     chart = figure.draw(look, **how)
     spec = themed(chart) if chart else None
     arms = list(dict.fromkeys(p["arm"] for p in figure.points if p["arm"] in look))
-    return Block(figure.name, title, figure.about, spec, table, arms)
+    return FigureBlock(figure.name, title, figure.about, spec, table, arms)
 
 
 def _write(path: Path, content: bytes) -> None:

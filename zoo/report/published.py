@@ -26,7 +26,7 @@ RECORD = (  # what is kept of a run's record: no path, no host, no list of files
     *("sources", "versions", "device", "threads", "train_length"),
 )
 LOCAL = ("check", "positions_file", "requested")  # fields of a row that mean something at home only
-# Published rows stand beside others where they agree in these.
+# Published rows are shown beside others where they agree in these.
 COMPARABLE = {
     "train_tokens": "training tokens",
     "train_length": "training length",
@@ -100,10 +100,10 @@ def beside(rows: Sequence[Row]) -> tuple[list[Row], list[Row], list[str]]:
     Also, for every table, what its budget differs in, in words.
     """
     found_rows, found_runs, said = [], [], []
-    asked = {(row.get("task"), row.get("fingerprint")) for row in rows if row["status"] == "ok"}
+    measured = {(row.get("task"), row.get("fingerprint")) for row in rows if row["status"] == "ok"}
     for path in sorted(FOLDER.glob("*.json")):
         theirs, runs = unpack(read(path.stem))
-        theirs = [row for row in theirs if (row.get("task"), row.get("fingerprint")) in asked]
+        theirs = [row for row in theirs if (row.get("task"), row.get("fingerprint")) in measured]
         if not theirs:
             continue
         data = {(row.get("task"), row.get("fingerprint")) for row in theirs}

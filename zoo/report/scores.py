@@ -72,7 +72,7 @@ def bigram(results: Results, protocol: str | None = None) -> float | None:
 
 
 def ties(results: Results, protocol: str) -> Tied:
-    """Tells whether two arms cannot be told apart at a length.
+    """Whether two arms cannot be distinguished at a length.
 
     That is so where the interval of their difference holds 0, or, of arms that were not scored on
     the same text, where the intervals of their scores overlap.

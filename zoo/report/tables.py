@@ -85,7 +85,7 @@ def quantity_table(results: Results, task: str, quantity: Quantity) -> Table | N
 
 
 def overlapping(cells: Cells) -> Tied:
-    """Tells whether the intervals of two arms at a length overlap."""
+    """Whether the intervals of two arms at a length overlap."""
 
     def tied(label: str, other: str, length: int) -> bool:
         one, two = cells[label][length], cells[other][length]
@@ -142,7 +142,7 @@ def grid(
     sure: Callable[[Cell], str] = plus_minus,
     noise: Mapping[int, Floor] | None = None,
 ) -> Table | None:
-    """Arms down, lengths across: the best of a column marked, and what it cannot be told from.
+    """Arms down, lengths across: the best of a column marked, and what does not differ from it.
 
     Where a noise floor is given it is the last row; where no best is marked, values are differences
     between arms, and those below the floor are marked as noise.

@@ -43,7 +43,7 @@ def as_text(results: Results) -> str:
 
 
 def _failures_as_text(results: Results, said: str) -> list[str]:
-    """What has no result, with the reasons that the tables have not told."""
+    """What has no result, with the reasons that the tables do not show."""
     table = failures(results)
     lines = []
     for arm, what, why, run in table.rows if table else ():

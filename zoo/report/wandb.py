@@ -113,7 +113,7 @@ def by_length(rows: Rows, runs: Rows) -> dict[int, dict[str, float]]:
 
 
 def metric_name(task: str, quantity: Quantity, label: str) -> str:
-    """<task>/<field>/<what tells its rows apart>/<arm>."""
+    """<task>/<field>/<what distinguishes its rows>/<arm>."""
     return "/".join([task, quantity.field, *map(str, quantity.where.values()), label])
 
 

@@ -189,7 +189,7 @@ class _Source:
 
 @functools.lru_cache(maxsize=512)
 def _parsed(path: Path, changed: int, size: int) -> _Source:
-    del changed, size  # they tell a file that was written again
+    del changed, size  # they mark a file that was written again
     return _Source(path.read_text(encoding="utf-8"))
 
 

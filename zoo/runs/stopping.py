@@ -58,7 +58,7 @@ class Stop:
         """Raise KeyboardInterrupt if a stop was requested.
 
         Python drops an exception that a signal raises in a finaliser or in a callback of C code:
-        who begins something long asks again here.
+        who begins something long checks again here.
         """
         if self.requested is not None:
             raise KeyboardInterrupt(f"stopped by {self.requested}")

@@ -1,6 +1,6 @@
 """The driver: runs tasks over run folders, appends their rows to `results.jsonl` and reports.
 
-For each run and task it asks the task for its questions, finds those that the run's results already
+For each run and task it gets the task's questions, finds those that the run's results already
 answer, audits the model for leaks before the first of the others, and lets the task answer them.
 """
 
@@ -83,7 +83,7 @@ def evaluate(
 
     Returns 0, or 1 where a run or a measurement failed or nothing was measured. Raises UserError,
     before any model is opened, for settings or an extension that fit no run; and where no run can
-    be opened, or nothing that is asked can be measured for the only one.
+    be opened, or no question can be measured for the only one.
     """
     tasks = {name: part.load()() for name, part in config.task.items()}
     for task in tasks.values():
@@ -115,7 +115,7 @@ def evaluate(
         if len(folders) == 1 and len(found.rows) == len(found.refused):
             raise found.refused[0]
         rows += [*found.rows, *found.besides]
-        _tell_reasons(folder, found.rows)
+        _print_reasons(folder, found.rows)
     if len(errors) == len(folders):
         raise errors[0] if len(errors) == 1 else _none_opened(errors)
     apart(_report, config, rows, runs, say)  # the libraries that draw keep threads
@@ -169,7 +169,7 @@ def _none_opened(errors: Sequence[UserError]) -> UserError:
     return UserError(f"run: none of the {len(errors)} runs can be measured. The first: {first}.")
 
 
-def _tell_reasons(folder: RunFolder, rows: Sequence[Row]) -> None:
+def _print_reasons(folder: RunFolder, rows: Sequence[Row]) -> None:
     """Say at once why a run's measurements failed, each reason once."""
     without = [row for row in rows if row["status"] in ("failed", "unfinished", "leaks")]
     for reason in dict.fromkeys(in_words(row) for row in without):
@@ -217,7 +217,7 @@ class _Run:
         extension = Extension.model_validate(found)
         about = row_identity(extension, folder, device, config.weights)
         about |= compressed_identity(about, config.compress)
-        _tell_code(folder)
+        _report_code(folder)
         return cls(
             config.model_copy(update={"extension": extension}), folder, about, device, progress
         )
@@ -241,7 +241,7 @@ class _Run:
             problem = {} if opened.ok else opened.row
         if problem or opened is None:
             for name in tasks:
-                yield self._kept(self.about | {"task": name} | problem, leaks_only=True)
+                yield self._recorded(self.about | {"task": name} | problem, leaks_only=True)
             return
         leaks, left = Leaks(opened.value), [*tasks]
         for name, task in tasks.items():
@@ -267,9 +267,9 @@ class _Run:
                 self.refused.append(error)
                 yield named | failure_row(error)
             except LeakError as leak:
-                yield self._kept(named | failure_row(leak) | {"audited": leaks.audited})
+                yield self._recorded(named | failure_row(leak) | {"audited": leaks.audited})
             except Exception as error:
-                yield self._kept(named | failure_row(error))
+                yield self._recorded(named | failure_row(error))
 
     def _answer(
         self, task: Task, context: EvalContext, named: Row, leaks: Leaks, fresh: bool
@@ -298,14 +298,14 @@ class _Run:
             if row["status"] == "ok" and (names := not_finite(task.declares, row)):
                 row |= {"status": "failed", "reason": f"no finite number: {', '.join(names)}"}
             row |= {"question": sorted(question), "time": time_of_now()}
-            yield self._kept(row | {"declares": task.declares.plain(row)})
+            yield self._recorded(row | {"declares": task.declares.plain(row)})
         for row in map(leaks.judge, unaudited):
-            known.append(self._kept(row) if row["status"] == "ok" else row)
+            known.append(self._recorded(row) if row["status"] == "ok" else row)
         task_name = {"task": named["task"]}
         self.requested.extend(task_name | question for question in questions)
         yield from (row | {"declares": task.declares.plain(row)} for row in known)
 
-    def _kept(self, row: Row, leaks_only: bool = False) -> Row:
+    def _recorded(self, row: Row, leaks_only: bool = False) -> Row:
         """The row, appended to the run's results."""
         if row["status"] == "leaks" or not leaks_only:
             self.folder.append_row({"time": time_of_now(), **row})
@@ -363,7 +363,7 @@ def _not_done(info: Row) -> Row:
     return {"status": status, "reason": info.get("reason") or stopped}
 
 
-def _tell_code(folder: RunFolder) -> None:
+def _report_code(folder: RunFolder) -> None:
     """Say where a run was trained by other code than is here to measure it."""
     if files := changed_code(folder, folder.config):
         more = f" and {len(files) - 3} more" * (len(files) > 3)

@@ -13,7 +13,7 @@ from zoo.model.build import build_model
 from zoo.model.extend import extend
 from zoo.runs.folder import RunFolder
 
-VOCABULARY = 8  # no extension asks how many tokens there are
+VOCABULARY = 8  # no extension depends on it
 
 
 def check_extension(extension: Extension, folders: Iterable[RunFolder]) -> None:
@@ -29,7 +29,7 @@ def check_extension(extension: Extension, folders: Iterable[RunFolder]) -> None:
         try:
             config = RunFolder.open(folder.path).config
             found = with_found_factors(plain(extension), folder.path)
-        except UserError:  # damaged: told when it is opened
+        except UserError:  # damaged: reported when it is opened
             return
         tree = plain(config)
         alike = [tree[name] for name in ("model", "size", "match", "seq_len", "extension")]
@@ -49,7 +49,7 @@ def _refused(config: TrainConfig, extension: Extension) -> UserError | None:
         with torch.device("meta"):
             model, _ = build_model(config.model_copy(update={"match": "none"}), VOCABULARY)
         extend(model, config.extension, config.seq_len)
-    except Exception:  # a layer that computes while it is built, say: told when it is opened
+    except Exception:  # a layer that computes while it is built, say: reported when it is opened
         return None
     try:
         extend(model, extension, config.seq_len)

@@ -119,11 +119,11 @@ def _chain(stages: Stages) -> str:
     words = [_label(extension, stages[:number]) for number, (extension, _) in enumerate(stages)]
     if len(stages) == 1:
         return words[0]
-    told = []
+    chain = []
     for number, (extension, seq_len) in enumerate(stages):
         start = extension.original_length or seq_len
-        told.append(f"{words[number]} ({start} to {trained_length(extension, seq_len)})")
-    return ", then ".join(told)
+        chain.append(f"{words[number]} ({start} to {trained_length(extension, seq_len)})")
+    return ", then ".join(chain)
 
 
 def _label(extension: Extension, below: Stages = ()) -> str:

@@ -31,7 +31,7 @@ class Measured:
     """What came of one run."""
 
     record: Row
-    rows: list[Row] = field(default_factory=list)  # asked for now
+    rows: list[Row] = field(default_factory=list)  # requested now
     besides: list[Row] = field(default_factory=list)  # known of before
     refused: list[UserError] = field(default_factory=list)  # by tasks
     damage: UserError | None = None  # for which it could not be opened

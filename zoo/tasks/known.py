@@ -91,7 +91,7 @@ def _latest(answers: Sequence[Row]) -> list[Row]:
 
 
 def _place(row: Row) -> tuple[Any, ...]:
-    """Where a row stands among those of its run and task."""
+    """The place of a row among those of its run and task."""
     return row["extension_settings"], row.get("dtype"), row.get("length"), panel(row)
 
 

@@ -58,7 +58,7 @@ class Leaks:
 
 
 def is_leak(row: Mapping[str, Any], weights: Mapping[str, Any]) -> bool:
-    """Whether the row tells of a leak of these weights, a row's fields of who is measured."""
+    """Whether the row reports a leak of these weights, a row's fields of who is measured."""
     same = {name: value for name, value in weights.items() if name != "audit"}
     return row.get("status") == LEAKS and agrees(row, same)
 

@@ -125,7 +125,7 @@ class LongRope(Task):
 
 @dataclass
 class Problem:
-    """What is searched: the texts' length, where to start, and how a genome turns the keys."""
+    """What is searched: the texts' length, where to start, and how a genome rotates the keys."""
 
     ropes: list[Rope]
     length: int

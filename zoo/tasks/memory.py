@@ -36,7 +36,7 @@ def check_memory(option: str, needed: int, what: str) -> None:
 def peak_bytes(device: torch.device, call: Callable[[], object]) -> int | None:
     """Most bytes of tensors that `call` held at a time, beyond those from before it.
 
-    What a native kernel allocates by itself is not seen. None where the device does not tell.
+    What a native kernel allocates by itself is not seen. None where the device does not report it.
     """
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)

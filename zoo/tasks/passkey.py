@@ -1,6 +1,6 @@
 """Passkey retrieval by length and depth: does the model find what it read that far back?
 
-A prompt states a key of `DIGITS` digits at some depth of the corpus's own text and asks for it at
+A prompt states a key of `DIGITS` digits at some depth of the corpus's own text and queries it at
 its end (zoo.data.passkey; Mohtashami & Jaggi 2023). Two answers are counted:
 
     accuracy    forced choice: the key has a higher likelihood than each of `candidates` - 1 other
@@ -47,7 +47,7 @@ class Passkey(Task):
 
     declares = Declaration(
         title="Passkeys found",
-        about="A key of four digits is stated somewhere in a text and asked for at its end, with "
+        about="A key of four digits is stated somewhere in a text and queried at its end, with "
         "the same texts and keys for every model. A level score in bits per byte does not show "
         "this: a model may read on well and have forgotten the key.",
         quantities=(
@@ -99,9 +99,10 @@ class Passkey(Task):
         )
         rows = max(1, chunk_tokens(context, BATCH_TOKENS) // length)
         if context.compress:
-            asked = len(tokens(QUESTION, encode))
+            question_tokens = len(tokens(QUESTION, encode))
             shortened = (
-                context.compress(one[:-asked].tolist(), one[-asked:].tolist()) for one in prompts
+                context.compress(one[:-question_tokens].tolist(), one[-question_tokens:].tolist())
+                for one in prompts
             )
             prompts, rows = [np.array(one) for one in shortened], 1  # of unequal lengths
         context.progress.begin(f"passkey at {length}", len(prompts) * length)

@@ -35,7 +35,7 @@ class Speed(Task):
     `forward` reads `length` tokens in one call, after a first call that is not timed. `decode`
     reads a prompt of that length, `chunk` tokens at a time, then writes `decode_tokens` tokens one
     by one; its figures are those of the writing. `peak_bytes` is what the call, or the state and
-    the writing of a token, took beyond the model's weights; None where the device does not tell.
+    the writing of a token, took beyond the model's weights; None where the device has none.
     """
 
     declares = Declaration(

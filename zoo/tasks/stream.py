@@ -33,7 +33,7 @@ class Stream(Task):
     tenth, no less than the whole's where a token costs the same however much came before.
     `peak_bytes` is what the state and the reading of a chunk take beyond the model's weights,
     `growth_bytes` by how much the process grew after the first tenth of the text: near 0 where
-    memory is constant. Both are None where nothing tells.
+    memory is constant. Both are None where nothing reports it.
     """
 
     declares = Declaration(

@@ -1,7 +1,7 @@
-"""The base of every task: its settings, the questions it asks, how it answers, what it declares.
+"""The base of every task: its settings, its questions, how it answers, what it declares.
 
 A task is a dataclass of its settings in a module of its name, `zoo/tasks/<name>.py`, and a YAML
-file that sets them, `configs/task/<name>.yaml`. The driver (zoo.tasks.evaluate) asks for its
+file that sets them, `configs/task/<name>.yaml`. The driver (zoo.tasks.evaluate) gets its
 `questions`, leaves out those that the run's results already answer, and writes a row for each of
 the others. Reports draw the row from the task's `declares`, and know no task by name.
 """
@@ -32,7 +32,7 @@ class Task:
     declares: ClassVar[Declaration]
     # Whether `measure` reads what EvalContext.compress leaves of its prompts.
     compresses: ClassVar[bool] = False
-    # Settings that do not change an answer: which questions are asked, and how a text is cut.
+    # Settings that do not change an answer: which questions there are, and how a text is cut.
     unidentifying: ClassVar[tuple[str, ...]] = ("lengths", "chunk")
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class Task:
         """
 
     def questions(self, context: EvalContext) -> Iterable[Row]:
-        """The fields that tell one measurement from another, such as {"length": 512}, of each."""
+        """The fields that distinguish each measurement from others, such as {"length": 512}."""
         raise NotImplementedError
 
     def still_valid(self, context: EvalContext) -> bool:
@@ -82,7 +82,7 @@ class Task:
             yield question, run_guarded(partial(self.measure, context, question))
 
     def rows(self, context: EvalContext, wanted: Sequence[Row] | None = None) -> Iterator[Row]:
-        """One row for each question, by default for all: what was asked and what came out."""
+        """One row for each question, by default for all: the question and what came out."""
         wanted = [*self.questions(context)] if wanted is None else wanted
         for question, outcome in self.answers(context, wanted):
             yield question | outcome.row | (outcome.value or {})

@@ -32,7 +32,7 @@ def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> Run
         runs: the folder that holds the run folders.
 
     Raises:
-        UserError: where the checkpoint is not whole, is of no known family or asks for what the
+        UserError: where the checkpoint is not whole, is of no known family or needs what the
             zoo does not compute, where its tokenizer is missing, and where its weights changed
             since the run was made.
     """

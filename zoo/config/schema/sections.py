@@ -48,14 +48,14 @@ class OpenSection(Section):
         return dict(self.model_extra or {})
 
 
-class Part(OpenSection):
+class Component(OpenSection):
     """A constructor or function of the zoo and its arguments: `_target_` and whatever it takes."""
 
     home: ClassVar[str] = "zoo."
     target: str = Field(alias="_target_")
 
     @model_validator(mode="after")
-    def _known(self) -> "Part":
+    def _known(self) -> "Component":
         # A run folder may come from anywhere: it names what this package defines, nothing else.
         if not (is_target(self.target) and self.target.startswith(self.home)):
             refuse("_target_", self.target, f"must be in {self.home}*")
@@ -73,7 +73,7 @@ class Part(OpenSection):
         """What it names, its arguments bound; imports the module."""
         module, _, name = self.target.rpartition(".")
         options = {
-            key: Part.model_validate(value).load() if _is_part(value) else value
+            key: Component.model_validate(value).load() if _is_part(value) else value
             for key, value in self.options.items()
         }
         return functools.partial(getattr(importlib.import_module(module), name), **options)
@@ -83,25 +83,25 @@ def _is_part(value: Any) -> bool:
     return isinstance(value, dict) and "_target_" in value
 
 
-class MixerPart(Part):
+class MixerPart(Component):
     home: ClassVar[str] = "zoo.mixers."
 
 
-class TaskPart(Part):
+class TaskPart(Component):
     home: ClassVar[str] = "zoo.tasks."
 
 
-class PositionsPart(Part):
+class PositionsPart(Component):
     home: ClassVar[str] = "zoo.positions."
 
 
-class DataPart(Part):
+class DataPart(Component):
     home: ClassVar[str] = "zoo.data."
 
 
-class CompressionPart(Part):
+class CompressionPart(Component):
     home: ClassVar[str] = "zoo.compression."
 
 
-class AttentionPart(Part):
+class AttentionPart(Component):
     home: ClassVar[str] = "zoo.attention."

@@ -7,7 +7,7 @@ import platform
 def tune_allocator() -> str | None:
     """Let glibc keep freed memory instead of returning it to the system; once per process.
 
-    A training step frees large buffers and asks for them again, and the system hands out fresh
+    A training step frees large buffers and allocates them again, and the system hands out fresh
     pages slowly because it zeroes each. Returns the line to log, or None where there is no glibc.
     """
     if platform.libc_ver()[0] != "glibc":
@@ -16,7 +16,7 @@ def tune_allocator() -> str | None:
     trim_threshold, top_pad, mmap_threshold, mmap_max = -1, -2, -3, -4  # <malloc.h>
     gigabyte = 1 << 30
     # Older releases refuse a threshold of this size; they accept a limit of zero mappings.
-    kept = mallopt(mmap_threshold, gigabyte) or mallopt(mmap_max, 0)
-    if not (kept and mallopt(trim_threshold, 2 * gigabyte - 1) and mallopt(top_pad, 64 << 20)):
+    mapped = mallopt(mmap_threshold, gigabyte) or mallopt(mmap_max, 0)
+    if not (mapped and mallopt(trim_threshold, 2 * gigabyte - 1) and mallopt(top_pad, 64 << 20)):
         return None
     return "glibc keeps freed memory for reuse (mallopt)"

@@ -140,7 +140,7 @@ _temporary: list[tempfile.TemporaryDirectory] = []  # removed at exit
 def others_can_write(path: Path) -> str | None:
     """Return why another user may have written what is at `path`, or None.
 
-    Raises `OSError` where it cannot be told.
+    Raises `OSError` where it cannot be read.
     """
     if not hasattr(os, "getuid"):  # Windows, where the folder is the user's own
         return None

@@ -64,7 +64,7 @@ class CpuKernel:
         return True
 
     def accepts(self, *tensors: Tensor) -> Available:
-        """Tell `select_backend` whether the kernel reads these: all of one type, on the CPU."""
+        """For `select_backend`: whether the kernel reads these: all of one type, on the CPU."""
         kinds = {(tensor.device.type, tensor.dtype) for tensor in tensors}
         fits = kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
         return self.usable if fits else False

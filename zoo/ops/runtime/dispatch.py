@@ -46,8 +46,8 @@ def select_backend(op: str, requested: str, available: Mapping[str, Available]) 
             return name
         if usable:
             reasons.append(f"{name} is not available: {usable}")
-    told = "; ".join(reasons) or f"{requested} does not take these inputs"
-    refuse("backend", requested, f"{op} cannot run ({told})", "Use backend=auto")
+    message = "; ".join(reasons) or f"{requested} does not take these inputs"
+    refuse("backend", requested, f"{op} cannot run ({message})", "Use backend=auto")
 
 
 def used_backends() -> dict[str, str]:

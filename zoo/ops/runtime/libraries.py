@@ -1,7 +1,7 @@
 """Calls CUDA kernels of other libraries, where they are installed, through the ops' interfaces.
 
 `mamba_ssm` (Dao & Gu), `causal_conv1d` (Dao), `fla` (flash-linear-attention, Yang & Zhang) and
-`xformers` (Lefaudeux) are imported when asked for by name and never chosen by `auto`, which has a
+`xformers` (Lefaudeux) are imported when requested by name and never chosen by `auto`, which has a
 form of ours everywhere. What a library does not support is refused in one line. The adapters are
 written to the libraries' published sources and tested with stand-ins that check shapes, types and
 strides; none has been run against the real library on a GPU.
@@ -46,7 +46,7 @@ def installed(name: str) -> bool:
 
 
 def usable(name: str, tensor: Tensor, *refusals: tuple[bool, str]) -> Callable[[], bool | str]:
-    """Tell `select_backend` whether a library takes inputs on the device of `tensor`.
+    """For `select_backend`: whether a library takes inputs on the device of `tensor`.
 
     `refusals` are pairs: whether a call needs something, and why the library cannot do it.
     """
@@ -60,7 +60,7 @@ def _usable(name: str, device: torch.device, refusals: tuple[tuple[bool, str], .
         return f"{str(error).splitlines()[0]}; pip install {PACKAGES[name]}"
     if device.type not in DEVICES:
         return f"it takes CUDA tensors, not {device.type}"
-    return next((reason for asked, reason in refusals if asked), True)
+    return next((reason for unmet, reason in refusals if unmet), True)
 
 
 def _load(module: str, name: str) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 """Registers the kernels of an op as an operator of PyTorch, with its gradient.
 
-`NativeOp` is all that stands between an op's mathematics and its kernels: schema, fake tensors,
+`NativeOp` is all there is between an op's mathematics and its kernels: schema, fake tensors,
 autograd, CUDA, FLOP formula, which types are read, and the way past PyTorch's dispatcher.
 """
 
@@ -87,15 +87,15 @@ class NativeOp:
         self.backward_op = _operator(f"{name}_backward", gradient, self._backward, cuda is not None)
         inputs, outputs = [*self.signature.inputs], self.signature.outputs
         self._results = len(outputs) - self._saves
-        kept = [*gradient.inputs][self._results :]
+        saved = [*gradient.inputs][self._results :]
         # of the inputs followed by the outputs
-        self._kept = [(inputs + outputs).index(x) for x in kept if x in gradient.tensors]
-        self._numbers = [inputs.index(x) for x in kept if x not in gradient.tensors]
+        self._saved = [(inputs + outputs).index(x) for x in saved if x in gradient.tensors]
+        self._numbers = [inputs.index(x) for x in saved if x not in gradient.tensors]
         given = [f"d{name}" for name in inputs]
         self._gradients = [
             gradient.outputs.index(x) if x in gradient.outputs else None for x in given
         ]
-        self.op.register_autograd(self._differentiate, setup_context=self._keep)
+        self.op.register_autograd(self._differentiate, setup_context=self._save)
         if flops:
             self._count = flops
             register_flop_formula(getattr(torch.ops.zoo, name))(self._flops)
@@ -112,7 +112,7 @@ class NativeOp:
         return self.op(*inputs, save)[: self._results]
 
     def available(self, device: torch.device, dtype: torch.dtype, macros: Macros = ()) -> Available:
-        """Tell `select_backend` whether a kernel reads sequences of this type on this device."""
+        """For `select_backend`: whether a kernel reads sequences of this type on this device."""
         on_cpu, on_cuda = self.kernels
         if device.type == "cpu":
             return on_cpu.usable
@@ -120,11 +120,11 @@ class NativeOp:
             return False
         return partial(on_cuda.usable, device, dtype, macros)
 
-    def _keep(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    def _save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         """Save what the backward needs."""
         outputs = (output,) if isinstance(output, Tensor) else output
         values = (*inputs, *outputs)
-        ctx.save_for_backward(*[values[i] for i in self._kept])
+        ctx.save_for_backward(*[values[i] for i in self._saved])
         ctx.numbers = [inputs[i] for i in self._numbers]
         ctx.absent = [x is None for x in inputs]
         ctx.first = outputs[0].shape, outputs[0].dtype, outputs[0].device
