@@ -116,13 +116,12 @@ def test_dual_chunk_attention_composes_with_a_scaling(scaling, tiny):
     torch.testing.assert_close(torch.cat([one, two], 1), both(text), rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("model", ["mamba", "alibi", "nope", "learned"])
+@pytest.mark.parametrize("model", ["mamba", "t5", "nope", "learned"])
 def test_a_model_without_rotary_positions_is_refused_in_one_line(model, tiny):
-    with pytest.raises(UserError, match="extension=dca: acts on positions=rope") as caught:
+    with pytest.raises(UserError, match="extension=dca: acts on positions=alibi, rope") as caught:
         extend(tiny(model), extension("dca"), TRAINED)
     assert "\n" not in str(caught.value)
-    takes = "none, alibi_interpolation" if model == "alibi" else "none"
-    takes += ", or to train with randomised" if model in ("alibi", "learned") else ""
+    takes = "none, or to train with randomised" if model == "learned" else "none"
     assert str(caught.value).endswith(f". Use extension={takes}.")
     assert extend(tiny(model), extension("none"), TRAINED)
 
@@ -165,7 +164,7 @@ def test_a_training_windows_tokens_are_where_they_are_placed(model, tiny):
 
 
 def test_interpolated_slopes_are_positions_divided_also_past_a_state(tiny):
-    """And nothing but linear biases takes them, alone."""
+    """And nothing but linear biases takes them, alone or under a remap."""
     mixer = extend(tiny("alibi"), extension("alibi_interpolation"), TRAINED).sublayers()[0]
     x = torch.randn(2, 40, mixer.q_proj.in_features, dtype=torch.float64)
     expected = dense(mixer, x, torch.arange(40)[None] / 4)
@@ -177,9 +176,10 @@ def test_interpolated_slopes_are_positions_divided_also_past_a_state(tiny):
         extend(tiny("transformer"), extension("alibi_interpolation"), TRAINED)
     assert re.search(r"Use extension=none, (?!.*alibi).*dca", str(caught.value))
     more = ("extension.scaling=alibi_interpolation", "extension.factor=2")
-    with pytest.raises(UserError, match="act on no position scheme together"):
-        extend(tiny("alibi"), extension("dca", *more), TRAINED)
-    with pytest.raises(UserError, match="act on no position scheme together"):
+    both = extend(tiny("alibi"), extension("dca", *more), TRAINED).sublayers()[0].positions
+    assert both.slopes() == [slope / 2 for slope in slopes(2)]
+    assert both.pattern.chunk == 12
+    with pytest.raises(UserError, match="acts on positions=alibi, and this model has"):
         extend(tiny("transformer"), extension("dca", *more), TRAINED)
 
 

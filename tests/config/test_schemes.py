@@ -108,9 +108,7 @@ def test_a_scheme_in_a_folder_is_named_configured_built_and_judged():
         two, _ = model(tokens[:, 7:], state)
         torch.testing.assert_close(torch.cat([one, two], 1), model(tokens))
         extension = compose("eval", ["run=x", "extension=dca"]).extension
-        refused = (
-            r"extension=dca: acts on positions=rope, and this model has positions=kerple\. Use"
-        )
+        refused = r"dca: acts on positions=alibi, rope, and this model has positions=kerple\. Use"
         with pytest.raises(UserError, match=refused):
             check_applies(extension, position_schemes(config.model))
         with pytest.raises(UserError, match=refused):

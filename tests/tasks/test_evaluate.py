@@ -224,12 +224,12 @@ def test_an_extension_that_does_not_apply_stops_one_run_and_keeps_its_row_among_
 ):
     monkeypatch.setattr(zoo.tasks.evaluate, "write_report", lambda rows, *_: json.dumps(rows))
     folders = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b")]
-    with pytest.raises(UserError, match="extension=dca: acts on positions=rope"):
+    with pytest.raises(UserError, match="extension=dca: acts on positions=alibi, rope"):
         run_eval(folders[:1], "extension=dca")
     _, said, _ = run_eval(folders, "extension=dca", f"report={tmp_path}/report.html")
     for row in json.loads(said.splitlines()[0]):
         assert row["status"] == "not_applicable"
-        assert "extension=dca: acts on positions=rope" in row["reason"]
+        assert "extension=dca: acts on positions=alibi, rope" in row["reason"]
 
 
 def test_the_report_has_the_same_questions_under_every_extension_measured_before(

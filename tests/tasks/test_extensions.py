@@ -32,7 +32,7 @@ def test_one_run_that_it_fits_is_enough(tmp_path):
     short, long = run_folder(tmp_path / "a"), RunFolder.create(tmp_path / "b", longer, about)
     judge([short, long], *WIDE)
     judge([long], *WIDE)
-    with pytest.raises(UserError, match="extension=dca: acts on positions=rope"):
+    with pytest.raises(UserError, match="extension=dca: acts on positions=alibi, rope"):
         judge([run_folder(tmp_path / "c", "model=mamba")], "extension=dca")
     with pytest.raises(UserError, match=r"long_factors=null: must be searched for the model\."):
         judge([short, long], "extension=longrope", "extension.factor=4")

@@ -27,6 +27,7 @@ from zoo.attention.key_blocks import (
 from zoo.attention.window import last_tokens, window
 from zoo.errors import refuse
 from zoo.ops.attention import Part, attend
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.merge import Partial, merge
 from zoo.ops.runtime.sizes import ceil_div
 from zoo.positions.rope import apply_rope
@@ -122,6 +123,67 @@ class AttentionPattern:
                 results.append((view.rows or block, attend([part], backend=backend)))
             outs += _merged(block, results)
         return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+
+    def biased(
+        self,
+        q: Float[Tensor, "b t h d"],
+        k: Float[Tensor, "b n g d"],
+        v: Float[Tensor, "b n g e"],
+        start: int,
+        slopes: Sequence[float],
+        backend: str = "auto",
+    ) -> Float[Tensor, "b t h e"]:
+        """Attend as `__call__` does, by scores that lose a slope per token of distance and head.
+
+        The distances are those that rotated queries and keys would have (ALiBi: Press 2022).
+        """
+        queries = range(start, start + q.shape[1])
+        index = KeyIndex(self.sinks, queries.stop - k.shape[1], k.shape[1])
+        outs = []
+        for block, key_blocks in self.plan(queries, index):
+            results = []
+            if self.nearest:
+                first = max(block.start - self.nearest + 1, 0)
+                first = max(first, self.sinks + index.dropped) if index.dropped else first
+                near = KeyBlock(range(first, block.stop), identity, identity)
+                part = self._biased_part(near, block, q, k, v, queries, index, slopes)
+                results.append((block, window(*part[:3], self.nearest, backend=backend)))
+            for view in key_blocks:
+                part = self._biased_part(view, block, q, k, v, queries, index, slopes)
+                results.append((view.rows or block, attend([part], backend=backend)))
+            outs += _merged(block, results)
+        return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+
+    def _biased_part(
+        self,
+        view: KeyBlock,
+        block: range,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: range,
+        index: KeyIndex,
+        slopes: Sequence[float],
+    ) -> Part:
+        """The part of the softmax that a key block is, its bias two more channels of q and k.
+
+        These are in float32 or better, and count from the block's first query, as large positions
+        would lose the distance.
+        """
+        rows, slots, origin = view.rows or block, index.slots(view.keys), block.start
+        wide = wide_dtype(q)
+        q_rows, k_slots = _cut(q, queries, rows).to(wide), k[:, slots].to(wide)
+        q_at = view.queries_at(_positions(rows)).double() - origin
+        k_at = view.keys_at(_positions(view.keys)).double() - origin
+        at = [x.to(q.device, wide).reshape(1, -1, 1, 1) for x in (q_at, k_at)]
+        slope = torch.tensor(slopes, dtype=wide, device=q.device).reshape(1, 1, -1, 1)
+        scale = (q.shape[-1] + 2) ** 0.5  # which attention divides by
+        ones = [x[..., :1].new_ones(()).expand(*x.shape[:3], 1) for x in (q_rows, k_slots)]
+        q_more = torch.cat([slope * ones[0], -slope * at[0] * ones[0]], -1)
+        k_more = torch.cat([at[1] * ones[1], ones[1]], -1)
+        q_all = torch.cat([q_rows * q.shape[-1] ** -0.5, q_more], -1) * scale
+        k_all = torch.cat([k_slots, k_more], -1)
+        return Part(q_all, k_all, v[:, slots].to(wide), view.causal, times=view.times)
 
     def _length(self, block: range) -> int:
         """The length of text whose frequencies a block of queries uses; 0: any."""

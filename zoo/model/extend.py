@@ -68,8 +68,12 @@ def extend(model: Backbone, extension: Extension, seq_len: int) -> Backbone:
             continue
         if isinstance(scheme, Rope):
             scheme.pattern = _pattern(scheme, model, stages, acting)
-        else:
+            continue
+        assert isinstance(scheme, Positions)
+        if any(stages[n][0].scaling for n in acting):
             _scale(scheme, [stages[n][0] for n in acting])
+        if any(stages[n][0].attention for n in acting):
+            scheme.pattern = _remap(Frequencies(lambda _: ((), 1.0), None), stages, acting)
     if not any(map(_is_trained, scalings(stages))):
         model.frequencies = None
     model.stages = stages
@@ -174,9 +178,8 @@ def _built(make: Callable[..., Any], slot: str, *args: Any, **given: Any) -> Any
         refuse_path(f"extension.{slot}", str(error).splitlines()[0], "Correct its options")
 
 
-def _scale(scheme: PositionScheme, stages: Sequence[Extension]) -> None:
+def _scale(scheme: Positions, stages: Sequence[Extension]) -> None:
     """Put a scheme without frequencies under its own scaling."""
-    assert isinstance(scheme, Positions)
     scaled = [extension for extension in stages if extension.scaling is not None]
     last, factor = scaled[-1], 1.0
     assert last.scaling is not None
@@ -263,10 +266,15 @@ def _pattern(
     rope: Rope, model: Backbone, stages: Stages, acting: Sequence[int]
 ) -> AttentionPattern:
     """Return the last remap of the stages that act, over the frequencies of them all."""
-    scaling, bucket = frequencies(rope, model, [stages[n] for n in acting])
-    last = max((n for n in acting if stages[n][0].attention), default=None)
-    if last is None:
-        return AttentionPattern(scaling, bucket=bucket)
+    found = frequencies(rope, model, [stages[n] for n in acting])
+    if not any(stages[n][0].attention for n in acting):
+        return AttentionPattern(found.scaling, bucket=found.bucket)
+    return _remap(found, stages, acting)
+
+
+def _remap(found: Frequencies, stages: Stages, acting: Sequence[int]) -> AttentionPattern:
+    """Return the last remap of the stages that act, over these frequencies."""
+    (scaling, bucket), last = found, max(n for n in acting if stages[n][0].attention)
     extension, before = stages[last][0], stages[:last]
     assert extension.attention is not None
     length = extension.original_length

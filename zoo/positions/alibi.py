@@ -72,6 +72,7 @@ class ALiBi(Positions):
 
     one_sided: ClassVar[bool] = True
     takes_sink: ClassVar[bool] = False
+    takes_pattern: ClassVar[bool] = True
     placeable: ClassVar[bool] = True
     scaled_by: ClassVar[tuple[str, ...]] = ("zoo.positions.alibi",)
 
@@ -93,6 +94,8 @@ class ALiBi(Positions):
         backend: str = "auto",
     ) -> Tensor:
         at, end, outs = placed_positions(self, cross_layer), k.shape[1] - q.shape[1], []
+        if self.pattern is not None and at is None:
+            return self.pattern.biased(q, k, v, start, self.slopes(), backend).to(v.dtype)
         for rows in q.split(CHUNK, 1):
             past, end = end, end + rows.shape[1]
             keys_at = None if at is None else at[:, :end]
