@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.strategies import DDPStrategy
 
-from zoo.config.compose import compose, compose_tree, composing, parse
+from zoo.config.compose import compose, composing, parse
 from zoo.config.schema.train import TrainConfig
 from zoo.config.schema.trainer import Trainer
 from zoo.config.stored import as_now
@@ -30,15 +30,16 @@ def test_each_argument_is_carried_through_owned_or_refused_and_nothing_twice():
 
 @pytest.fixture(scope="module")
 def tree() -> dict:
-    """What `python train.py` composes, before it is checked."""
-    with composing("train"):
-        return compose_tree("train", [])
+    """What `python train.py` composes."""
+    return plain(compose("train", []))
 
 
 @pytest.mark.parametrize("value", ["0", "1", "-1", "true", "null", "-inf", "1k", "foo", "[1]"])
 def test_the_others_are_refused_by_name_whatever_their_value(value, tree):
-    for name in {*TRAINER_OWNED, *TRAINER_REFUSED}:
-        (override,) = parse([f"trainer.{name}={value}"])
+    names = sorted({*TRAINER_OWNED, *TRAINER_REFUSED})
+    with composing("train"):
+        overrides = parse([f"trainer.{name}={value}" for name in names])
+    for name, override in zip(names, overrides, strict=True):
         changed = tree | {"trainer": tree["trainer"] | {name: override.value()}}
         with pytest.raises(UserError, match=rf"^trainer\.{name}=.*\. Leave it out\.$"):
             validate(TrainConfig, changed)
