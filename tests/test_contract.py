@@ -24,13 +24,16 @@ EXACT = {"rtol": 1e-9, "atol": 1e-10}
 WHERE = "The contract is in zoo/mixers/base.py, counter-examples in tests/test_contract_breaks.py."
 
 
-def same(found: torch.Tensor, wanted: torch.Tensor, promise: str, look: str, **close) -> None:
-    """Assert that two tensors (b, t, ...) agree; else say which promise is broken, and where.
+def same(
+    found: torch.Tensor, wanted: torch.Tensor, promise: str, look: str, by_token=True, **close
+) -> None:
+    """Assert that two tensors agree; else say which promise is broken, and where.
 
     Args:
         promise: what differs from what, such as "reading in chunks [5, 2] differs from reading
             whole".
         look: what to look at in the mixer.
+        by_token: whether the tensors are (b, t, ...), so that the first token can be named.
         close: the tolerances; `EXACT` by default.
     """
     close = close or EXACT
@@ -41,8 +44,7 @@ def same(found: torch.Tensor, wanted: torch.Tensor, promise: str, look: str, **c
     apart = (found - wanted).detach().abs()
     wrong = ~torch.isclose(found, wanted, **close)
     by = float(apart[wrong].nan_to_num(nan=torch.inf).max())
-    token = int(wrong.nonzero()[:, 1].min()) if wrong.dim() > 1 else None
-    at = "" if token is None else f", first at token {token}"
+    at = f", first at token {int(wrong.nonzero()[:, 1].min())}" if by_token else ""
     pytest.fail(f"{promise} by {by:.2g}{at}. {look} {WHERE}", pytrace=False)
 
 
@@ -174,7 +176,8 @@ def test_activations_computed_again_give_the_same_gradients(model):
     names = [name for name, _ in model.named_parameters()]
     for name, found, wanted in zip(names, gradients(True), gradients(False), strict=True):
         promise = f"with checkpoint_activations the gradient of {name} differs"
-        same(found, wanted, promise, "`forward` must give the same when it runs again.")
+        look = "`forward` must give the same when it runs again."
+        same(found, wanted, promise, look, by_token=False)
 
 
 @pytest.mark.parametrize("cut", [1, 17, CHUNK - 1, CHUNK])
@@ -230,10 +233,10 @@ def test_any_chunking_gives_the_whole(model, length):
         holds(counts[0] == counts[1], f"reading {how} leaves {counts[0]} tensors as state", STATE)
         for number, (found, wanted) in enumerate(zip(leaves, expected[1], strict=True)):
             promise = f"reading {how} leaves a state (its tensor {number}) that differs"
-            same(found, wanted, promise, STATE, **LOOSER)
+            same(found, wanted, promise, STATE, by_token=False, **LOOSER)
         for name, found, wanted in zip(names, gradients, expected[2], strict=True):
             promise = f"the gradient of {name} after reading {how} {whole}"
-            same(found, wanted, promise, GRADIENT, **LOOSER)
+            same(found, wanted, promise, GRADIENT, by_token=False, **LOOSER)
 
 
 def test_a_state_comes_back_exactly_when_one_is_given(model):
@@ -249,7 +252,7 @@ def test_a_state_comes_back_exactly_when_one_is_given(model):
         first, again = half(later, pair[1])[0], half(later, pair[1])[0]
         after = [x for x in tree_leaves(pair[1]) if isinstance(x, torch.Tensor)]
         for one, other in zip(after, before, strict=True):
-            same(one, other, f"{name} changes the state it is given", UNCHANGED)
+            same(one, other, f"{name} changes the state it is given", UNCHANGED, by_token=False)
         same(again, first, f"{name} reads differently from the same state a second time", UNCHANGED)
     tokens = random_tokens(model, 5)
     assert isinstance(model(tokens), torch.Tensor)
