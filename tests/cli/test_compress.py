@@ -150,7 +150,7 @@ def test_a_task_without_a_prompt_says_so_and_settings_of_nothing_are_refused(her
 
 @pytest.mark.slow
 def test_64k_tokens_are_compressed_under_30_seconds_in_constant_memory(tmp_path, capfd):
-    """By a recurrent scorer of size small, on two cores; time as the processor's own."""
+    """By a recurrent scorer of size small; time as the processor's own."""
     from building import write_text
 
     from zoo.cli.train import main as train
@@ -163,7 +163,7 @@ def test_64k_tokens_are_compressed_under_30_seconds_in_constant_memory(tmp_path,
         "valid_windows=1",
         "logger=none",
     ]
-    place = ["name=scorer", f"runs={tmp_path}/runs", "model=mamba", "size=small"]
+    place = ["name=scorer", f"runs={tmp_path}/runs", "model=rwkv4", "size=small"]
     assert train([*data, *few, *place]) == 0
     whole = (TEXT * 200)[:65536]
     peaks = []
@@ -174,5 +174,5 @@ def test_64k_tokens_are_compressed_under_30_seconds_in_constant_memory(tmp_path,
         assert main([*words, f"to={tmp_path}/short.txt"]) == 0
         spent = time.process_time() - began
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    assert spent < 60  # both cores
+    assert spent < 30
     assert peaks[1] - peaks[0] < 64 * 1024  # KiB: pieces of text, no cache that grows

@@ -27,3 +27,12 @@ def test_a_scorer_that_cannot_read_so_far_is_refused_in_one_line():
     with pytest.raises(UserError, match=r"by=: reads at most 64 tokens, and here are") as error:
         scored.information(scored.start(), [1] * 100)
     assert "\n" not in str(error.value)
+
+
+def test_texts_that_are_read_side_by_side_have_the_information_they_have_alone(monkeypatch):
+    scored = scorer()
+    texts = [[*text(seed, 1, words).encode()] for seed, words in enumerate((1, 9, 3, 9, 20))]
+    expected = [information(scored, [], one).mean() for one in texts]
+    for chunk in (64, 300, 4096):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        np.testing.assert_allclose(scored.means(texts), expected, rtol=1e-8)

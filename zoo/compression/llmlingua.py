@@ -51,8 +51,7 @@ def compress(
         instruction_rate, question_rate: tau_ins and tau_que.
         granularity: k, how many times the demonstrations' budget whole ones may fill.
     """
-    perplexity = [scorer.information(scorer.start(), prompt.tokens(one)).mean()
-                  for one in prompt.demonstrations]  # fmt: skip
+    perplexity = scorer.means([prompt.tokens(one) for one in prompt.demonstrations])
     sizes = [prompt.size(one) for one in prompt.demonstrations]
     lengths = prompt.size(prompt.instruction), prompt.size(prompt.question)
     rates = instruction_rate, question_rate

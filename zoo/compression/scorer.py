@@ -70,19 +70,56 @@ class Scorer:
             prefix = Prefix(state, logits[-1])
         return np.concatenate(found)
 
+    def means(self, texts: Sequence[Sequence[int]]) -> list[float]:
+        """The mean information of each text's tokens, every text by itself, none of them empty.
+
+        Texts of like lengths are read side by side, padded behind, where nothing looks.
+        """
+        order = sorted(range(len(texts)), key=lambda one: len(texts[one]))
+        found = [0.0] * len(texts)
+        while order:
+            count = max(1, self._most() // (len(texts[order[-1]]) + 1))
+            batch, order = order[-count:], order[:-count]
+            if len(batch) == 1:
+                (one,) = batch
+                found[one] = float(self.information(self.start(), texts[one]).mean())
+                continue
+            longest = len(texts[batch[-1]])
+            self._check(longest + 1)
+            rows = [
+                [*texts[one], *[self.tokenizer.end] * (longest - len(texts[one]))] for one in batch
+            ]
+            read = torch.tensor([[self.tokenizer.end, *row[:-1]] for row in rows])
+            wanted = torch.tensor(rows, device=self.model.device)
+            model = self.model.backbone
+            with arithmetic(model, self.model.precision, self.model.device):
+                logits = model(read.to(self.model.device))
+            wide = logits.to(wide_dtype(logits)).log_softmax(-1)
+            nats = -wide.gather(-1, wanted[..., None])[..., 0].double().cpu()
+            for row, one in enumerate(batch):
+                found[one] = float(nats[row, : len(texts[one])].mean())
+        return found
+
+    def _most(self) -> int:
+        """How many tokens are read at a time."""
+        return max(1, min(CHUNK, MAX_LOGITS // self.model.backbone.vocab_size))
+
+    def _check(self, tokens: int) -> None:
+        most = self.model.backbone.max_length
+        if most is not None and tokens > most:
+            rule = f"reads at most {most:,} tokens, and here are {tokens:,} or more"
+            refuse(self.option, "", rule, "Score by a model without such a limit")
+
     def _forward(
         self, prefix: Prefix, tokens: Sequence[int]
     ) -> tuple[Float[Tensor, "t v"], BackboneState]:
-        model, most = self.model.backbone, self.model.backbone.max_length
-        after = prefix.state.tokens_seen + len(tokens)
-        if most is not None and after > most:
-            rule = f"reads at most {most:,} tokens, and here are {after:,} or more"
-            refuse(self.option, "", rule, "Score by a model without such a limit")
+        model = self.model.backbone
+        self._check(prefix.state.tokens_seen + len(tokens))
         batch = torch.tensor([tokens], device=self.model.device)
         with arithmetic(model, self.model.precision, self.model.device):
             logits, state = model(batch, prefix.state)
         return logits[0], state
 
     def _chunks(self, tokens: Sequence[int]) -> list[list[int]]:
-        size = max(1, min(CHUNK, MAX_LOGITS // self.model.backbone.vocab_size))
+        size = self._most()
         return [[*tokens[at : at + size]] for at in range(0, len(tokens), size)]
