@@ -14,7 +14,7 @@ from zoo.config import applicability
 from zoo.config.compose import compose
 from zoo.config.effects import check_extension
 from zoo.config.groups import choices, extensions
-from zoo.config.introspect import target_parameters
+from zoo.config.introspect import constructor_parameters, target_parameters
 from zoo.config.schema.model import Extension
 from zoo.config.validate import plain, validate
 from zoo.errors import UserError, shown
@@ -429,7 +429,9 @@ def composed_extension(name: str) -> dict:
     """The tree of an extension by a factor of 3, or 1 where it has no scaling of its own."""
     tree = extensions()[name]
     words = [f"extension={name}", *MORE.get(name, [])]
-    words += ["extension.factor=3"] if tree["scaling"] or tree.get("positions") else []
+    own = tree["scaling"] if isinstance(tree["scaling"], dict) else {}
+    scaled = own and "factor" in (constructor_parameters(own["_target_"]) or [])
+    words += ["extension.factor=3"] if scaled or tree.get("positions") else []
     program = ["train", "finetune=x"] if tree.get("positions") else ["eval", "run=x"]
     return plain(compose(program[0], [*program[1:], *words]).extension)
 

@@ -12,6 +12,7 @@ from zoo.positions.rope import apply_rope, inverse_frequencies
 from zoo.positions.scaling import (
     KeepFirst,
     current_factor,
+    dropped,
     dynamic_ntk,
     dynamic_yarn,
     linear,
@@ -213,6 +214,12 @@ def test_factor_one_is_the_identity(scale):
     inv_freq, factor = scaled(scale, **given, **EVERY[scale])
     assert inv_freq == pytest.approx(THETA, rel=1e-15)
     assert factor == 1
+
+
+def test_dropped_positions_leave_every_token_where_it_is():
+    inv_freq, factor = dropped(width=64)
+    x = torch.randn(1, 20, 2, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(apply_rope(x, inv_freq, 2**20, attention_factor=factor), x)
 
 
 @pytest.mark.parametrize("scale", EVERY)

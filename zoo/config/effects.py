@@ -153,14 +153,14 @@ def check_extension(extension: Extension, given: Sequence[str], longer: bool = F
         value = getattr(extension, settings[0].partition(".")[2], None)
         advice = "Choose an extension, such as extension=yarn"
         refuse(settings[0], value, "extension=none has no settings", advice)
-    if "extension.original_length" in given and not _heeds_original_length(extension):
+    if "extension.original_length" in given and not _heeds("original_length", extension):
         rule = f"extension={name} does not depend on the trained length"
         refuse("extension.original_length", extension.original_length, rule, "Leave it out.")
     scaling = extension.scaling.options if extension.scaling else {}
     if "extension.scaling.mscale_all_dim" in given and scaling.get("mscale_all_dim"):
         option, rule = "extension.scaling.mscale_all_dim", "acts on channels that are not rotated"
         refuse(option, scaling["mscale_all_dim"], f"{rule}, and here all are", "Use mscale.")
-    acts = extension.scaling is not None or extension.positions is not None
+    acts = _heeds("factor", extension)
     if "extension.factor" in given and not acts and extension.factor != 1 and not longer:
         refuse(
             "extension.factor",
@@ -189,11 +189,11 @@ def check_compression(compress: Compress, given: Sequence[str]) -> None:
         refuse("compress.by", compress.by, "must be the run that scores", advice)
 
 
-def _heeds_original_length(extension: Extension) -> bool:
-    """Whether one of its parts is made for the trained length; training positions always are."""
+def _heeds(argument: str, extension: Extension) -> bool:
+    """Whether one of its parts takes the argument; training positions take all."""
     parts = [part for part in (extension.scaling, extension.attention) if part is not None]
     takes = [constructor_parameters(part.target) or [] for part in parts]
-    return extension.positions is not None or any("original_length" in names for names in takes)
+    return extension.positions is not None or any(argument in names for names in takes)
 
 
 def notes(config: TrainConfig) -> list[str]:

@@ -67,6 +67,18 @@ def ntk_aware(
     return tuple(f * s ** (-2 * i / (width - 2)) for i, f in enumerate(theta)), 1.0
 
 
+def dropped(
+    *,
+    width: int,
+    base: float = 10000.0,
+) -> Scaled:
+    """Turn no pair (DroPE, Gelberg 2025, arXiv 2512.12167): attention without positions.
+
+    The model is tuned for a short while without the rotation that it was trained with.
+    """
+    return (0.0,) * len(inverse_frequencies(width, base)), 1.0
+
+
 def current_factor(length: int | None, original_length: int | None, factor: float = 1.0) -> float:
     """Return 1 up to L; above, l/L (YaRN, section 3.3), or f l/L - (f - 1) with a `factor` f."""
     if length is None:
