@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo compare study claims length-extension real test shapes lint constraints bench gpu-check clean
+.PHONY: help env demo compare study mqar-state claims no-position scalings length-extension real test shapes lint constraints bench gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -33,6 +33,24 @@ demo: .venv/ready  ## train four models to track the parity of bits, measure the
 study: .venv/ready-dev  ## tune and train the experiments one after another; goes on where it stopped
 	$(RUN) -m zoo study
 
+# Widths at which a state has as many bytes as deltanet's, within 10 % (tests/config/test_experiments.py).
+define STATE_ARMS
+model=deltanet
+model=gated_deltanet model.mixer.head_width=22
+model=rwkv7 size.width=72
+model=retnet size.width=72 size.heads=4
+model=gla size.width=72 size.heads=1
+model=mamba model.mixer.inner_width=136
+model=mamba2 model.mixer.heads=2 model.mixer.head_width=16
+model=transformer_conv
+endef
+export STATE_ARMS
+
+mqar-state: .venv/ready-dev  ## recall at equal state: tune and train eight arms, measure them, an hour
+	echo "$$STATE_ARMS" | while read -r options; do \
+	  $(RUN) -m zoo tune experiment=mqar_state $$options </dev/null || exit; done
+	$(RUN) eval.py run='runs/mqar_state/*' task=accuracy logger=none threads=1
+
 compare: .venv/ready  ## train three models at 512 bytes, measure them to 16384, write report.html
 	$(RUN) train.py -m experiment=compare
 	$(RUN) eval.py run='runs/compare/*'
@@ -49,6 +67,28 @@ claims: .venv/ready  ## judge published claims on BOOKS=<folder of books>: 40 mi
 	for extension in dca streaming_llm window 'pi extension.factor=8' 'ntk extension.factor=8'; do \
 	  $(RUN) eval.py run='runs/claims/transformer-*' $(MEASURED) extension=$$extension || exit; done
 	$(RUN) eval.py run='runs/claims*/*' $(MEASURED)
+
+TUNE := trainer.max_steps=100 batch_tokens=16k optim.lr=3e-4 optim.warmup_steps=10
+
+no-position: .venv/ready  ## drop the positions of rotary models, tune them without, on BOOKS=<folder of books>
+	$(RUN) train.py -m experiment=no_position data=text data.path=$(BOOKS)
+	for run in runs/no_position/transformer-*; do for extension in drope none; do \
+	  $(RUN) train.py finetune=$$run extension=$$extension runs=runs/no_position_tuned logger=none \
+	    threads=1 trainer.max_steps=400 optim.lr=1e-3 optim.warmup_steps=20 || exit; done; done
+	$(RUN) eval.py run='runs/no_position/transformer-*' $(MEASURED) extension=drope
+	$(RUN) eval.py run='runs/no_position*/*' $(MEASURED)
+
+scalings: .venv/ready  ## one rotary model under every scaling, untuned and tuned, on BOOKS=<folder of books>
+	$(RUN) train.py -m experiment=scalings data=text data.path=$(BOOKS)
+	for run in runs/scalings/transformer-*; do \
+	  for extension in pi ntk yarn pose clex; do \
+	    $(RUN) train.py finetune=$$run extension=$$extension extension.factor=8 logger=none \
+	      runs=runs/scalings_tuned $(TUNE) || exit; done; \
+	  $(RUN) eval.py run=$$run task=longrope task.longrope.factor=8 || exit; done
+	for extension in dynamic_ntk pi ntk yarn longrope; do \
+	  factor=$$(test $$extension = dynamic_ntk || echo extension.factor=8); \
+	  $(RUN) eval.py run='runs/scalings/*' $(MEASURED) extension=$$extension $$factor || exit; done
+	$(RUN) eval.py run='runs/scalings*/*' $(MEASURED)
 
 READ := task=length_extension task.perplexity.protocols=[half_tail] \
   task.perplexity.lengths=[128,256,512,1k,2k] task.passkey.lengths=[128,256,512,1k,2k]

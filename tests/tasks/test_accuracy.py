@@ -101,6 +101,15 @@ def test_the_same_examples_are_given_to_every_model():
     assert not torch.equal(requested[0], requested[2])
 
 
+def test_held_out_seeds_of_the_generator_rank_models_alike():
+    spans = [8, 16, 32, 64]  # each model remembers twice as far as the one before
+    ranks = []
+    for seed in (0, 1, 2):
+        found = [rows_of(Tracks(span), lengths=[64], seed=seed)[0]["accuracy"] for span in spans]
+        ranks.append(sorted(spans, key=lambda span, found=found: found[spans.index(span)]))
+    assert ranks == [spans] * 3
+
+
 def test_a_model_of_text_has_no_accuracy_and_one_of_a_task_no_perplexity():
     from zoo.tasks.perplexity import Perplexity
 
