@@ -151,7 +151,7 @@ def test_a_report_of_claims_lists_all_and_counts_them():
     assert waits[1].text == "no rows yet"
     assert "waits for rows of experiment=selective_copying; " in waits[2].text
     assert "still to be written" not in waits[2].text
-    assert "experiment=scalings (an experiment that is still to be written)" in rows["3"][2].text
+    assert "experiment=many_shot (an experiment that is still to be written)" in rows["13"][2].text
 
 
 def test_a_rule_is_read_as_it_is_written():
@@ -164,3 +164,62 @@ def test_a_rule_is_read_as_it_is_written():
     for wrong in ("a at 4 L", "a at 4 L over b at L", "a below b"):
         with pytest.raises(ValueError, match="no comparison"):
             comparison(wrong)
+
+
+def copied(arm: str, times: int, right: float, seed: int) -> dict:
+    """A row of task=accuracy."""
+    about = {"arm": arm, "model": arm, "run": f"{arm}-{seed}", "seed": seed, "task": "accuracy"}
+    about |= {"train_length": L, "length": times * L, "status": "ok", "audited": {}}
+    about |= {"data": "selective_copying"}
+    return about | {"accuracy": right, "interval": [right - 0.05, right + 0.05]}
+
+
+@pytest.mark.parametrize(
+    ("mamba", "verdict"),
+    [
+        ((0.9, 0.8), "holds"),
+        ((0.2, 0.2), "does not hold"),
+        ((0.9, 0.2), "not shown at this scale"),  # the seeds disagree
+        ((0.9, 0.48), "not shown at this scale"),  # an interval reaches the other's
+    ],
+)
+def test_accuracies_are_compared_seed_by_seed_by_the_nearer_ends_of_their_intervals(mamba, verdict):
+    arms = {"mamba": mamba, "gated_deltanet": (1.0, 1.0), "retnet": (0.4, 0.4)}
+    arms["transformer"] = (0.3, 0.3)
+    rows = [copied(a, 4, right, seed) for a, own in arms.items() for seed, right in enumerate(own)]
+    (found,) = judge(gather(rows, []))
+    assert (found.claim.number, found.verdict) == (15, verdict)
+    assert "mamba accuracy at 4 L above retnet accuracy at 4 L" in as_text(gather(rows, []))
+    other = [{**one, "data": "mqar"} for one in rows]
+    assert not judge(gather(other, []))  # another task's accuracy is no evidence
+
+
+def test_arms_are_distinguished_by_the_states_they_were_trained_with():
+    bits = {("none", 1): 2.0, ("none", 16): 2.4, ("carry", 1): 2.0, ("carry", 16): 2.0}
+    rows = [
+        row("deltanet", times, value + 1e-4 * seed, seed)
+        | {"state_passing": states, "run": f"{states}-{seed}"}
+        for (states, times), value in bits.items()
+        for seed in (0, 1)
+    ]
+    (found,) = judge(gather(rows, []))
+    assert (found.claim.number, found.verdict) == (16, "holds")
+
+
+def test_numbers_of_two_kinds_are_no_comparison():
+    with pytest.raises(ValueError, match="no comparison: accuracy with bits per byte"):
+        comparison("a accuracy at 4 L above b at L")
+
+
+def test_an_arm_whose_accuracy_is_a_guess_decides_nothing():
+    where = {("mamba", 1): 0.07, ("mamba", 256): 0.07, ("transformer", 4): 0.01}
+    rows = [
+        copied(arm, times, right, seed) | {"chance": 0.06, "data": "induction"}
+        for (arm, times), right in where.items()
+        for seed in (0, 1)
+    ]
+    fast = {"data": "induction", "task": "speed", "phase": "forward", "tokens_per_second": 9.0}
+    rows += [copied("mamba", times, 0, seed) | fast for times in (1, 16) for seed in (0, 1)]
+    (found,) = judge(gather(rows, []))
+    assert (found.claim.number, found.verdict) == (14, "not shown at this scale")
+    assert "mamba has not learned" in found.why

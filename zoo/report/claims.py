@@ -2,17 +2,19 @@
 
 A claim is a list of comparisons. In each the score of an arm at a length, less `share` times
 another's, must lie below or above 0 on the same tokens: of every seed, with its whole 95% interval
-over the stretches of text. (An interval over two or three seeds is wider than anything it could
-distinguish; that the others repeat what one shows is required.) A claim holds where all do, does
-not hold where one lies wholly on the other side for every seed, and is otherwise not shown, for a
-reason that is given: fewer than two seeds, seeds that disagree, an interval that holds 0. It is
-judged where all it compares was measured.
+over the stretches of text. Other numbers than bits per byte (`MEASURES`) are compared seed by seed
+as well, the nearer ends of their intervals with each other; one without interval counts as it is,
+and a speed holds for this machine. (An interval over two or three seeds is wider than anything it
+could distinguish; that the others repeat what one shows is required.) A claim holds where all do,
+does not hold where one lies wholly on the other side for every seed, and is otherwise not shown,
+for a reason that is given: fewer than two seeds, seeds that disagree, an interval that holds 0. It
+is judged where all it compares was measured.
 """
 
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import yaml
@@ -20,6 +22,7 @@ import yaml
 from zoo.paths import shipped
 from zoo.report.rows import Cell, Results, Row, contrast
 from zoo.report.scores import dead
+from zoo.report.statistics import finite
 from zoo.report.tables import Table, Td
 from zoo.report.words import PLUS_MINUS, signed
 
@@ -32,7 +35,18 @@ ORDER: list[Verdict] = ["does not hold", "not shown at this scale", "holds"]  # 
 COUNTED = {HOLDS: "hold", FAILS: "do not hold", OPEN: "not shown at this scale"}
 
 SEEDS = 2  # at least
-SCORE = re.compile(r"(?P<arm>.+?) at (?:(?P<times>\d+) )?L(?P<blocks> \(blocks\))?")
+BITS = "bits per byte"
+MEASURES: dict[str, Row] = {  # as a rule names it -> its rows; the field that they have it in
+    BITS: {"task": "perplexity", "field": "bits_per_byte"},
+    "accuracy": {"task": "accuracy", "field": "accuracy", "interval": "interval"},
+    "passkeys": {"task": "passkey", "field": "accuracy", "interval": "interval"},
+    "speed": {"task": "speed", "field": "tokens_per_second", "phase": "forward"},
+    "state": {"task": "speed", "field": "state_bytes", "phase": "decode"},
+}
+SCORE = re.compile(
+    rf"(?P<arm>.+?)(?: \(states (?P<states>none|carry)\))?(?: (?P<what>{'|'.join(MEASURES)}))?"
+    r" at (?:(?P<times>\d+) )?L(?P<blocks> \(blocks\))?"
+)
 RULE = re.compile(
     r"(?P<one>.+ at .*?L(?: \(blocks\))?) (?P<side>above|below) (?:(?P<share>[\d.]+) times )?"
     r"(?P<other>.+)"
@@ -41,22 +55,34 @@ RULE = re.compile(
 
 @dataclass(frozen=True)
 class Score:
-    """Bits per byte of an arm, by its name, on tests of `times` training lengths."""
+    """What an arm, by its name, scores on tests of `times` training lengths."""
 
     arm: str
     times: int
     protocol: str = "half_tail"
+    what: str = BITS  # of MEASURES
+    states: str | None = None  # state_passing in its training; None: whichever it had
 
     def __str__(self) -> str:
+        states = f" (states {self.states})" if self.states else ""
+        what = "" if self.what == BITS else f" {self.what}"
         where = "L" if self.times == 1 else f"{self.times} L"
-        return f"{self.arm} at {where}" + (" (blocks)" if self.protocol == "blocks" else "")
+        blocks = " (blocks)" if self.protocol == "blocks" else ""
+        return f"{self.arm}{states}{what} at {where}{blocks}"
 
     def rows(self, results: Results) -> list[Row]:
         """Its rows, one per seed; L is the training length of the reference arm."""
         length = (results.train_length() or 0) * self.times
-        return results.where(
-            task="perplexity", arm=self.arm, protocol=self.protocol, length=length, status="ok"
-        )
+        which = {k: v for k, v in MEASURES[self.what].items() if k not in ("field", "interval")}
+        which |= {"protocol": self.protocol} if self.what == BITS else {}
+        which |= {"state_passing": self.states} if self.states else {}
+        return results.where(arm=self.arm, length=length, status="ok", **which)
+
+    def ends(self, row: Row) -> tuple[float, float, float]:
+        """The row's value, and its interval where it has one."""
+        known = MEASURES[self.what]
+        low, high = row.get(known.get("interval", "")) or 2 * [row[known["field"]]]
+        return row[known["field"]], low, high
 
 
 @dataclass(frozen=True)
@@ -74,9 +100,23 @@ class Comparison:
 
     def cells(self, results: Results) -> list[Cell]:
         """The difference with its interval, of every seed that was measured."""
-        others = self.other.rows(results)
-        found = (contrast([row], others, self.share) for row in self.score.rows(results))
+        rows, others = self.score.rows(results), self.other.rows(results)
+        if self.score.what == BITS:
+            found = [contrast([row], others, self.share) for row in rows]
+        else:
+            found = [
+                self._apart(row, other)
+                for row in rows
+                for other in others
+                if row.get("seed") == other.get("seed")
+            ]
         return [cell for cell in found if cell.value is not None]
+
+    def _apart(self, row: Row, other: Row) -> Cell:
+        """The difference of two numbers that were not measured on the same tokens."""
+        value, low, high = self.score.ends(row)
+        less, least, most = (self.share * end for end in self.other.ends(other))
+        return Cell(value - less, low - most, high - least, 1, 1, "")
 
     def verdict(self, cells: Sequence[Cell]) -> Verdict:
         """The verdict of this comparison alone."""
@@ -110,6 +150,14 @@ class Claim:
     rows: str = ""  # the experiment whose runs it is judged on
     rule: str = ""  # in words, where there are no comparisons
     mind: str = ""  # what would change our mind
+    where: tuple[tuple[str, str], ...] = ()  # fields of the rows that it is judged on, {"data": ..}
+
+    def part(self, results: Results) -> Results:
+        """The rows that it is judged on, as results of their own."""
+        if not self.where:
+            return results
+        rows = [r for r in results.rows if all(r.get(name) == one for name, one in self.where)]
+        return replace(results, rows=rows, reference=rows[0]["label"] if rows else None)
 
 
 @dataclass(frozen=True)
@@ -124,10 +172,11 @@ def judge(results: Results) -> list[Judged]:
     """The claims that the rows can decide, in their order."""
     judged = []
     for claim in published():
-        cells = tuple(each.cells(results) for each in claim.comparisons)
+        part = claim.part(results)
+        cells = tuple(each.cells(part) for each in claim.comparisons)
         if not cells or not all(cells):
             continue
-        if problem := _problem(results, claim):
+        if problem := _problem(part, claim):
             judged.append(Judged(claim, OPEN, problem, cells))
             continue
         pairs = zip(claim.comparisons, cells, strict=True)
@@ -148,7 +197,15 @@ def _problem(results: Results, claim: Claim) -> str:
             return f"{score.arm} was measured in {len(labels)} settings, which may not be mixed"
         if why := next((without[label] for label in labels if label in without), None):
             return f"{score.arm} has not learned: {why}"
+        if score.times == 1 and rows and all(_at_chance(score, row) for row in rows):
+            return f"{score.arm} has not learned: its {score.what} is what a guess would have"
     return ""
+
+
+def _at_chance(score: Score, row: Row) -> bool:
+    """Whether a row's interval reaches down to what guessing gives."""
+    chance = row.get("chance")
+    return finite(chance) and score.ends(row)[1] <= chance
 
 
 def _seeds(count: int) -> str:
@@ -162,7 +219,7 @@ def published() -> tuple[Claim, ...]:
     for file in sorted((shipped("configs") / "claims").glob("*.yaml")):
         for one in yaml.safe_load(file.read_text(encoding="utf-8")):
             rules = tuple(map(comparison, one.get("holds_if", ())))
-            words = (one.get("rule", ""), one["mind"])
+            words = (one.get("rule", ""), one["mind"], tuple(one.get("where", {}).items()))
             if bool(rules) == bool(words[0]):
                 raise ValueError(f"claim {one['number']} must have either holds_if or rule")
             found.append(
@@ -177,9 +234,10 @@ def comparison(rule: str) -> Comparison:
     if match is None:
         raise ValueError(f"{rule!r} is no comparison such as 'a at 4 L above 1.05 times b at L'")
     one, side, share, other = match["one"], match["side"], match["share"], match["other"]
-    return Comparison(
-        _score(one), "above" if side == "above" else "below", _score(other), float(share or 1)
-    )
+    first, second = _score(one), _score(other)
+    if first.what != second.what:
+        raise ValueError(f"{rule!r} is no comparison: {first.what} with {second.what}")
+    return Comparison(first, "above" if side == "above" else "below", second, float(share or 1))
 
 
 def _score(words: str) -> Score:
@@ -187,7 +245,8 @@ def _score(words: str) -> Score:
     if match is None:
         raise ValueError(f"{words!r} is no comparison's score, such as 'mamba at 4 L'")
     protocol = "blocks" if match["blocks"] else "half_tail"
-    return Score(match["arm"], int(match["times"] or 1), protocol)
+    what, states = match["what"] or BITS, match["states"]
+    return Score(match["arm"], int(match["times"] or 1), protocol, what, states)
 
 
 def claims_table(results: Results) -> Table | None:
