@@ -77,6 +77,7 @@ def test_every_figure_has_its_specification_and_words_for_it(page):
         *(
             "scores-half_tail",
             "changes-half_tail",
+            "gains-half_tail",
             "scores-blocks",
             "positions-perplexity",
             "positions-stream",

@@ -148,6 +148,7 @@ def test_the_text_table_numbers_its_reasons():
         *("2.170", "2.060", "1.950"),
         *["(1)"] * 5,
         "512",
+        DASH,
     ]
     assert "(1) n/a: learned positions end at 512" in text
     assert "≥ 16,384" in text

@@ -10,7 +10,7 @@ from zoo.report.axes import Axis
 from zoo.report.charts import DISTINCT, Drawing, Spec, Style, grid, lines
 from zoo.report.noise import noise_words
 from zoo.report.rows import Cell, Cells, Results
-from zoo.report.scores import PROTOCOLS, bigram, headline
+from zoo.report.scores import NEAR, PROTOCOLS, bigram, context_gains, headline
 from zoo.report.tables import costs, lengths_of, shown_quantities
 from zoo.report.words import DASH, FORMS, caption, score, share, short, signed, size, times
 
@@ -133,6 +133,24 @@ def changes(results: Results, protocol: str) -> Lines:
         Axis(y, lambda value: f"{value:+.3g}" if value else "0", signed=True),
         "Change of bits per byte against the arm's own at its training length, one line per arm.",
         trained(results),
+    )
+
+
+def gains(results: Results, protocol: str) -> Lines:
+    """What each arm gains from the distant past: bits per byte saved on the same tokens."""
+    cells = context_gains(results, protocol)
+    return Lines(
+        f"gains-{protocol}",
+        by_length(results, cells, "gain in bits per byte", signed),
+        lengths(results, "test length in tokens, and in training lengths"),
+        Axis(
+            f"gain from context beyond {short(NEAR)} tokens, bits per byte (higher is better)",
+            lambda value: f"{value:+.3g}" if value else "0",
+            signed=True,
+            also=(0.0,),
+        ),
+        f"Bits per byte saved where more than {NEAR:,} tokens are read, one line per arm.",
+        level=0.0 if cells else None,
     )
 
 

@@ -22,6 +22,7 @@ from zoo.report.figures import (
     changes,
     drawn,
     drawn_words,
+    gains,
     length_extension,
     quantity_figure,
     scores,
@@ -32,8 +33,27 @@ from zoo.report.noise import noise_floors, score_noise
 from zoo.report.overview import draw, overview
 from zoo.report.pictures import pictures
 from zoo.report.positions import MIN_TOKENS, positions
+from zoo.report.retrieval import (
+    BOUGHT,
+    FORGETS,
+    HIDDEN,
+    both_figure,
+    both_table,
+    changes_of_both,
+    depth_maps,
+    state_figure,
+)
 from zoo.report.rows import Results, gather
-from zoo.report.scores import EXPLAINED, PROTOCOLS, SAME_TOKENS, SHARE, contexts, ties
+from zoo.report.scores import (
+    EXPLAINED,
+    NEAR,
+    PROTOCOLS,
+    SAME_TOKENS,
+    SHARE,
+    context_gains,
+    contexts,
+    ties,
+)
 from zoo.report.sensitivity import rates_table
 from zoo.report.text import as_text
 from zoo.report.validity import blind_guess
@@ -141,6 +161,11 @@ def render(
         partly=drawn_words(results),
         pictures=pictures,
         pair=[figure(lines, height=360) for lines in length_extension(results)],
+        hidden=[figure(lines) for lines in (both_figure(results), state_figure(results))],
+        both=both_table(results),
+        forgets=FORGETS,
+        hidden_title=HIDDEN if changes_of_both(results) else BOUGHT,
+        maps=map_blocks(results, look),
         scores=score_blocks(results, look),
         explained={f"scores-{name}": words for name, words in EXPLAINED.items()},
         claims=claims_table(results),
@@ -195,6 +220,14 @@ def overview_blocks(results: Results, look: Mapping[str, Style]) -> list[FigureB
     return found
 
 
+def map_blocks(results: Results, look: Mapping[str, Style]) -> list[FigureBlock]:
+    """Passkeys by length and depth, a map for each arm."""
+    return [
+        FigureBlock(f"depths-{i}", label, str(drawing.description), themed(drawing), None, [label])
+        for i, (label, drawing) in enumerate(depth_maps(results, look))
+    ]
+
+
 def score_blocks(results: Results, look: Mapping[str, Style]) -> list[FigureBlock]:
     """Bits per byte by length, once per protocol."""
     blocks = []
@@ -216,6 +249,9 @@ def _compared(results: Results, protocol: str, look: Mapping[str, Style]) -> Ite
         table = tables.grid(results, results.changes(protocol), title, signed)
         figure = changes(results, protocol)
         yield _block(figure, title, table, look=look, named=True, height=240)
+        title = f"Gain from context: bits per byte saved against reading {NEAR:,} tokens."
+        table = tables.grid(results, context_gains(results, protocol), title, signed, max)
+        yield _block(gains(results, protocol), title, table, look=look, named=True, height=240)
     title = f"Bits per byte less those of {results.reference} on the same text."
     apart, noise = results.differences(protocol), score_noise(results, protocol)
     table = tables.grid(results, apart, title, signed, noise=noise)

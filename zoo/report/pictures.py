@@ -14,6 +14,7 @@ from zoo.report.figures import (
     changes,
     cost_figures,
     drawn_words,
+    gains,
     length_extension,
     scores,
     table,
@@ -21,6 +22,16 @@ from zoo.report.figures import (
 )
 from zoo.report.headlines import heading
 from zoo.report.overview import overview, overview_picture
+from zoo.report.retrieval import (
+    BOUGHT,
+    FORGETS,
+    HIDDEN,
+    both_figure,
+    changes_of_both,
+    forgetting,
+    retrieval_picture,
+    state_figure,
+)
 from zoo.report.rows import Results
 from zoo.report.scores import PROTOCOLS, SAME_TOKENS, headline
 
@@ -46,6 +57,15 @@ def pictures(results: Results, look: Mapping[str, Style]) -> dict[str, bytes]:
         if task != "perplexity":
             figures = task_figures(results, task)
             found[task] = _panels(figures, look, said.title, [headed.lower(), *part])
+    said = ["by length, and by depth from the start of the text (0%) to its end", *part]
+    title = alt.Title("Passkeys found", subtitle=[line for line in said if line], **TITLE)
+    found["depths"] = retrieval_picture(results, look, title)
+    figures, words = [both_figure(results), state_figure(results)], part
+    if figures[0].points:
+        named = ", ".join(forgetting(changes_of_both(results))) or "no arm"
+        words = [f"{FORGETS}: {named}", *part]
+    headed = HIDDEN if figures[0].points else BOUGHT
+    found["hidden"] = _panels(figures, look, headed, words)
     found["speed"] = _panels(cost_figures(results), look, "Speed and memory", part)
     return {
         f"{name}.png": vl_convert.vegalite_to_png(themed(chart, INK, PAPER, padding=20), scale=2)
@@ -75,6 +95,8 @@ def _scores(results: Results, look: Mapping[str, Style]) -> alt.TopLevelMixin | 
         below := changes(results, protocol).draw(look, height=200, **how)
     ):
         panels.append(below)
+    if gained := gains(results, protocol).draw(look, height=200, **how):
+        panels.append(gained)
     return alt.vconcat(*panels, spacing=26)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import takewhile
 
-from zoo.report.rows import Cell, Results, contrast, in_words
+from zoo.report.rows import Cell, Cells, Results, contrast, in_words
 from zoo.report.statistics import finite
 from zoo.report.tables import Table, Td, Tied, overlapping
 from zoo.report.validity import LEAKS, unlearned
@@ -31,6 +31,7 @@ EXPLAINED = {
 # A length's score and another's are of the same tokens.
 SAME_TOKENS = ("half_tail", "stride_tail", "masked")
 ALIKE = 1.1  # the most by which levels differ that are drawn as one
+NEAR = 1024  # tokens: what a text of this length does not show is the distant past
 SHARE = 0.05  # effective context: how much worse than at the training length still counts
 
 
@@ -113,6 +114,29 @@ def effective_context(excess: dict[int, Cell], train: int | None) -> EffectiveCo
     return EffectiveContext(
         point, last("high"), last("low"), after is None, after.reason if after else ""
     )
+
+
+def context_gains(results: Results, protocol: str) -> Cells:
+    """Bits per byte that each arm saves on the same tokens where it reads more than `NEAR` tokens.
+
+    A score that stays level beyond the training length has a gain of 0: the model does not use what
+    it reads there. Empty where `NEAR` or nothing beyond it was measured, and of protocols that do
+    not score the same tokens at every length. An arm that has not learned has no gain.
+    """
+    if protocol not in SAME_TOKENS:
+        return {}
+    places, without = results.places("perplexity", protocol=protocol), dead(results)
+    return {
+        label: {
+            length: Cell(reason=f"has not learned: {without[label]}")
+            if label in without
+            else contrast(mine[NEAR], rows)
+            for length, rows in mine.items()
+            if length > NEAR
+        }
+        for label, mine in places.items()
+        if NEAR in mine and max(mine) > NEAR
+    }
 
 
 def dead(results: Results) -> dict[str, str]:

@@ -5,12 +5,21 @@ import textwrap
 from zoo.report.caveats import failures
 from zoo.report.claims import counted, evidence, judge
 from zoo.report.noise import NOISE_FLOOR, Floor, is_noise, noise_floors, score_noise
+from zoo.report.retrieval import both_table
 from zoo.report.rows import Cell, Results
-from zoo.report.scores import PROTOCOLS, SAME_TOKENS, dead, effective_contexts, headline
+from zoo.report.scores import (
+    NEAR,
+    PROTOCOLS,
+    SAME_TOKENS,
+    context_gains,
+    dead,
+    effective_contexts,
+    headline,
+)
 from zoo.report.sensitivity import rates_table
 from zoo.report.tables import Table, costs, quantity_table, shown_quantities, task_tables, written
 from zoo.report.validity import LEAKS
-from zoo.report.words import DASH, PLUS_MINUS, score, signed, times
+from zoo.report.words import DASH, PLUS_MINUS, score, short, signed, times
 
 IS_NOISE = " ~"  # after a difference below the noise floor
 IS_NOISE_EXPLAINED = f"{IS_NOISE.strip()} below the noise floor: seeds of one arm differ by as much"
@@ -26,7 +35,7 @@ def as_text(results: Results) -> str:
         for table in task_tables(results, task)
     ]
     tables += [table for shown in costs(results) if (table := quantity_table(results, *shown))]
-    tables += [table] if (table := rates_table(results)) else []
+    tables += [table for table in (both_table(results), rates_table(results)) if table]
     reasons: list[str] = []  # each is printed once, below the first table with it
     said = _scores_as_text(results, reasons)
     said += [_table_as_text(results, table, reasons) for table in tables]
@@ -85,13 +94,16 @@ def _scores_as_text(results: Results, reasons: list[str]) -> list[str]:
             return "not learned" if label in without else "unknown"
         return f"{own}{own.ends}"
 
-    lines = [[*heads[0], "effective"], [*heads[1], "context"]]
+    gained = context_gains(results, protocol)
+    gain_heads = ["gain from", f"{short(NEAR)} to {short(lengths[-1])}"] if gained else []
+    lines = [[*heads[0], "effective", *gain_heads[:1]], [*heads[1], "context", *gain_heads[1:]]]
     for label, mine in cells.items():
-        lines.append([_marked(results, label), *map(shown, mine.values()), known(label)])
+        gain = [_signed(gained[label][lengths[-1]])] if gained else []
+        lines.append([_marked(results, label), *map(shown, mine.values()), known(label), *gain])
     noise = noise_floors(cells)
     if noise:
         floors = (score(noise[n].value) if n in noise else DASH for n in lengths)
-        lines.append([NOISE_FLOOR, *floors, ""])
+        lines.append([NOISE_FLOOR, *floors, "", *([""] if gained else [])])
     title = f"bits per byte by test length, lower is better ({PROTOCOLS[protocol].lower()})"
     notes = [f"({i}) {why}" for i, why in enumerate(reasons, 1)]
     if widest := max(cell.half for cell in every):

@@ -1,0 +1,56 @@
+"""Gain from context: what a score that stays level hides."""
+
+import pytest
+from synthetic import experiment, run_records, score_row
+
+from zoo.report.charts import styles
+from zoo.report.page import render
+from zoo.report.rows import gather
+from zoo.report.scores import context_gains
+from zoo.report.text import as_text
+
+
+def learning(*, bigram: float = 4.0) -> list[dict]:
+    """Two arms of three seeds: one gains 0.2 bits from 1k to 16k, the other is level."""
+    return [
+        score_row(arm, n, bits + 0.1 * seed, seed=seed, run=f"{arm}-{seed}", bigram_bits=bigram)
+        for arm, at in (
+            ("transformer", {512: 2.2, 1024: 2.0, 16384: 1.8}),
+            ("mamba", {1024: 2.0, 16384: 2.0}),
+        )
+        for n, bits in at.items()
+        for seed in range(3)
+    ]
+
+
+def test_the_gain_is_what_the_same_tokens_cost_less_with_a_longer_past():
+    rows = learning()
+    gains = context_gains(gather(rows, run_records(rows)), "half_tail")
+    assert gains["transformer"][16384].value == pytest.approx(0.2)
+    assert gains["mamba"][16384].value == pytest.approx(0, abs=1e-12)
+    assert gains["mamba"].keys() == {16384}
+    assert gains["mamba"][16384].seeds == 3
+
+
+def test_an_arm_that_has_not_learned_has_no_gain():
+    rows = learning(bigram=1.5)
+    cell = context_gains(gather(rows, run_records(rows)), "half_tail")["mamba"][16384]
+    assert cell.value is None
+    assert cell.reason.startswith("has not learned")
+
+
+def test_no_gain_where_lengths_score_other_tokens_or_none_is_long_enough():
+    rows = [row | {"protocol": "blocks"} for row in learning()]
+    assert not context_gains(gather(rows, run_records(rows)), "blocks")
+    short = [row for row in learning() if row["length"] <= 1024]
+    assert not context_gains(gather(short, run_records(short)), "half_tail")
+    assert "gain from" not in as_text(gather(short, run_records(short)))
+
+
+def test_the_gain_is_a_column_of_the_terminal_and_a_figure_with_a_table_on_the_page():
+    rows = experiment(seeds=2)
+    results = gather(rows, run_records(rows))
+    text, page = as_text(results), render(results, styles(results))
+    assert "1k to 16k" in text.splitlines()[2]
+    assert 'data-figure="gains-half_tail"' in page
+    assert "Gain from context: bits per byte saved against reading 1,024 tokens." in page
