@@ -83,9 +83,10 @@ def train_on_text(folder: Path, *words: str) -> None:
     assert main([*data, *size, *words]) == 0
 
 
-def write_byte_level(checkpoint: Path, *merges: tuple[str, str]) -> None:
-    """A byte-level tokenizer.json with `merges`, and the token <|end|> behind them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def write_byte_level(checkpoint: Path, *merges: tuple[str, str], begins: bool = False) -> None:
+    """A byte-level tokenizer.json with `merges`, and the token <|end|> behind them, which is put
+    before every text with `begins`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -93,6 +94,10 @@ def write_byte_level(checkpoint: Path, *merges: tuple[str, str]) -> None:
     tokenizer.add_special_tokens(["<|end|>"])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if begins:
+        special = [("<|end|>", len(tokens))]
+        template = processors.TemplateProcessing("<|end|> $A", "<|end|> $A $B", special)
+        tokenizer.post_processor = template
     tokenizer.save(str(checkpoint / "tokenizer.json"))
 
 
@@ -107,3 +112,26 @@ def write_checkpoint(folder: RunFolder, name: str) -> Path:
 def files_below(path: Path) -> list[str]:
     """The files in a folder, relative to it."""
     return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+
+
+def write_harness_task(folder: Path) -> None:
+    """A task of the harness in local files alone: which number follows."""
+    rows = [
+        {"text": f"{i} and then {i * i % 97}, {i + 1} and then", "choices": [" 5,", " 36,"]}
+        for i in range(12)
+    ]
+    file = folder / "squares.jsonl"
+    file.write_text(
+        "".join(json.dumps(row | {"label": i % 2}) + "\n" for i, row in enumerate(rows))
+    )
+    (folder / "squares.yaml").write_text(f"""
+task: squares
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_target: label
+doc_to_choice: "{{{{choices}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+""")

@@ -3,13 +3,21 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from building import write_byte_level, write_text
+from torch.nn.functional import cross_entropy
 
 from zoo.cli.eval import main
+from zoo.config.schema.train import TrainConfig
+from zoo.data.loader import evaluation_bytes, evaluation_text, train_loader
+from zoo.model.export import export
+from zoo.model.language_model import load_language_model
 from zoo.runs.folder import RunFolder
+from zoo.training.windows import Windows, open_data, validation
 
 transformers = pytest.importorskip("transformers")
 SLOPES = ["extension=alibi_interpolation", "extension.factor=2"]
@@ -138,3 +146,99 @@ def test_what_cannot_be_measured_is_refused_in_one_line(change, said, words, tmp
     lines = capsys.readouterr().err.strip().splitlines()
     assert said in lines[-1]
     assert not list((tmp_path / "runs").glob("*/results.jsonl"))
+
+
+@pytest.fixture
+def beginning(checkpoint, tmp_path) -> Path:
+    """The checkpoint with a tokenizer that puts a token before every text."""
+    place = tmp_path / "beginning"
+    shutil.copytree(checkpoint, place)
+    write_byte_level(place, ("t", "h"), begins=True)
+    return place
+
+
+def nll_of_windows(checkpoint: Path, windows: np.ndarray) -> float:
+    """What `transformers` has for the tokens of windows but their first, in nats."""
+    model = transformers.LlamaForCausalLM.from_pretrained(checkpoint).eval()
+    tokens = torch.from_numpy(windows)
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits.double()
+    return float(cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
+
+
+def test_every_window_begins_as_the_tokenizer_begins_a_text(words, beginning, tmp_path):
+    """And covers the same bytes: only what the first tokens are predicted from is another."""
+    assert main([f"checkpoint={beginning}", *words[1:]]) == 0
+    folder, rows = measured(tmp_path)
+    assert folder.config.data.options["bos_token"] == 257
+    (row,) = [row for row in rows if (row["protocol"], row["length"]) == ("blocks", 32)]
+    corpus = open_data(folder.config.data, 32)
+    stretches = evaluation_text(corpus.test, 64, 2, "whole")
+    windows = np.concatenate([stretches[:, at : at + 33] for at in (0, 32)])
+    plain = nll_of_windows(beginning, windows)
+    windows[:, 0] = 257
+    assert row["nll_sum"] == pytest.approx(nll_of_windows(beginning, windows), abs=1e-3)
+    assert abs(row["nll_sum"] - plain) > 0.01
+    assert row["count"] == windows[:, 1:].size
+    sizes = evaluation_bytes(corpus.test, 64, 2, "whole")
+    assert row["bytes"] == sizes[:, 1:].sum()
+
+
+def test_training_windows_and_prompts_begin_so_too(words, beginning, tmp_path):
+    assert main([f"checkpoint={beginning}", *words[1:]]) == 0
+    folder, _ = measured(tmp_path)
+    corpus = open_data(folder.config.data, 32)
+    shape = {"seq_len": 32, "batch_size": 4, "seed": 0, "start_step": 0, "steps": 2}
+    for contiguous in (False, True):
+        loader = train_loader(corpus.train, **shape, contiguous=contiguous, bos=257)
+        plain = train_loader(corpus.train, **shape, contiguous=contiguous)
+        for found, without in zip(loader, plain, strict=True):
+            restart = found["restart"]
+            assert (found["tokens"][restart, 0] == 257).all()
+            assert torch.equal(found["tokens"][:, 1:], without["tokens"][:, 1:])
+            assert torch.equal(found["tokens"][~restart], without["tokens"][~restart])
+    assert (validation(corpus, folder.config)["tokens"][:, 0] == 257).all()
+    assert next(iter(windows_of(corpus, folder.config)))["tokens"][:, 0].tolist() == [257] * 2
+    model = load_language_model(folder.path)
+    assert model.encode("and then")[0] == 257
+    assert model.writer("and").last_tokens == [257, *model.tokenizer.tokens("and")]
+    assert model.writer("").last_tokens == [257]
+    theirs = transformers.LlamaForCausalLM.from_pretrained(beginning).eval()
+    prompt = torch.tensor([model.encode("and then")])
+    expected = theirs.generate(prompt, max_new_tokens=9, do_sample=False, pad_token_id=0)
+    written = model.generate("and then", tokens=9)
+    assert written == model.decode([x for x in expected[0, prompt.shape[1] :] if x != 257])
+
+
+def windows_of(corpus, config: TrainConfig) -> Windows:
+    """A run's training windows, two a step."""
+    windows = Windows(corpus, config.model_copy(update={"batch_size": 2}))
+    step = {"global_step": 0, "max_steps": 1, "global_rank": 0, "world_size": 1}
+    windows.trainer = SimpleNamespace(**step, accumulate_grad_batches=1)
+    return windows
+
+
+def test_passkeys_prompts_begin_so_and_are_no_longer(words, beginning, tmp_path, monkeypatch):
+    """A passkey is asked of as many tokens as its length says, the first of which begins it."""
+    import zoo.tasks.passkey as passkey
+
+    seen = []
+    answer = passkey._answer
+    monkeypatch.setattr(passkey, "_answer", lambda *args: seen.append(args[1]) or answer(*args))
+    options = ["task=passkey", "task.passkey.lengths=[128]", "task.passkey.repeats=1"]
+    place = [word for word in words[1:] if not word.startswith("task")]
+    assert main([f"checkpoint={beginning}", *place, *options]) == 0
+    assert (seen[0][:, 0] == 257).all()
+    assert seen[0].shape[1] == 128 - passkey.DIGITS
+
+
+def test_an_export_begins_texts_as_its_run_does(words, beginning, checkpoint, tmp_path):
+    for place in (beginning, checkpoint):
+        runs = [f"runs={tmp_path / place.name}", *[w for w in words[1:] if "runs=" not in w]]
+        assert main([f"checkpoint={place}", *runs]) == 0
+        (run,) = (path.parent for path in (tmp_path / place.name).glob("*/run.json"))
+        to = tmp_path / f"{place.name} out"
+        export(RunFolder.open(run), to)
+        theirs = transformers.AutoTokenizer.from_pretrained(to)
+        assert theirs.encode("and then") == load_language_model(run).encode("and then")
+        assert theirs.encode("and then") == load_language_model(to).encode("and then")

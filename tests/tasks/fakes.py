@@ -30,6 +30,7 @@ class Remembers(Backbone):
         logits = torch.randn(97, VOCABULARY, generator=generator, dtype=torch.float64)
         self.logits = nn.Parameter(logits, requires_grad=False)
         self.weights = torch.arange(memory, 0, -1)
+        self.head = nn.Identity()  # of what `hidden` gives
 
     def forward(self, tokens: Tensor, state: BackboneState | None = None):
         batch, count = tokens.shape
@@ -41,6 +42,10 @@ class Remembers(Backbone):
         if state is None:
             return logits
         return logits, BackboneState((seen[:, -self.memory :],), before.tokens_seen + count)  # type: ignore
+
+    def hidden(self, tokens: Tensor, state: BackboneState | None = None, positions: None = None):
+        found = self(tokens, state)
+        return (found, None) if state is None else found
 
     def sublayers(self) -> list[Mixer]:
         return []

@@ -13,6 +13,7 @@ from zoo.model.backbone import Backbone, BackboneState
 from zoo.model.build import build_model
 from zoo.report.statistics import wilson
 from zoo.tasks.passkey import Passkey, _answer, _keys
+from zoo.tasks.speed import Speed
 
 SMALL = {"depths": 5, "repeats": 4, "candidates": 3}
 
@@ -26,8 +27,12 @@ class Finder(Backbone):
         """`slip`: the place in the key of a digit that it gets wrong, by one."""
         nn.Module.__init__(self)
         self.memory, self.slip, self.prompts = memory, slip, []
+        self.head = nn.Identity()
 
     def forward(self, tokens, state):
+        return self.hidden(tokens, state)
+
+    def hidden(self, tokens, state):
         seen = torch.cat([state.blocks[0], tokens], 1)
         logits = torch.zeros(*tokens.shape, 256, dtype=torch.float64)
         for row, history in enumerate(seen.tolist()):
@@ -73,6 +78,20 @@ def test_a_key_is_found_exactly_where_it_is_remembered(tmp_path):
     assert (row["correct"], row["count"], row["accuracy"], row["exact"]) == (8, 20, 0.4, 0.4)
     assert row["interval"] == wilson(8, 20)
     assert (row["chance"], row["exact_chance"], row["digits"]) == (1 / 3, 1e-4, 4)
+
+
+@pytest.mark.parametrize("task", [Passkey, Speed])
+def test_a_prompt_is_read_without_the_logits_of_its_tokens(task, tmp_path, monkeypatch):
+    """Over a large vocabulary they would take more time and memory than all layers."""
+    model = build_model(train_config("model=mamba", "size=tiny"), vocab_size=256)[0]
+    seen = []
+    head = model.head.forward
+    monkeypatch.setattr(model.head, "forward", lambda x: seen.append(x.shape[1]) or head(x))
+    options = SMALL if task is Passkey else {"decode_tokens": 2, "repeats": 1}
+    rows = measure(task, context(model, tmp_path), lengths=[400], **options)
+    assert {row["status"] for row in rows if row.get("phase") != "forward"} == {"ok"}
+    assert sorted({*seen} - {64, 400}) in ([1], [1, 3])  # without those of speed's forward pass
+    assert seen.count(400) == (2 if task is Speed else 0)
 
 
 def test_one_wrong_digit_is_no_exact_answer(tmp_path):

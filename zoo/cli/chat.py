@@ -27,7 +27,7 @@ options
   seed=0            of the random numbers
   stop=null         [text, ..] before which writing ends
   device=auto       auto, cpu, mps, cuda, cuda:1 ...
-  weights=null      int8 or int4 to quantize them
+  weights=null      stored, float32, bfloat16, float16, int8 or int4
   extension=none    and extension.factor=8 and the like, as for eval.py
 
 An empty line lets the model write on. Ctrl-D ends.
@@ -71,7 +71,7 @@ def chat(words: Sequence[str]) -> int:
         if writer is None:
             writer = model.writer(line)
         elif line.strip("\n"):
-            writer.read(model.encode(line))
+            writer.read(model.tokenizer.tokens(line))
         writer.check_length(how.tokens)
         before, began = writer.written, perf_counter()
         with held_back():

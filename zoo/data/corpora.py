@@ -16,7 +16,7 @@ from zoo.data.files import SPLITS
 from zoo.data.passkey import Passkeys
 from zoo.data.sources import Source, find_source, store_folder
 from zoo.data.store import TokenStore, open_or_build, write_store
-from zoo.data.tokenizers import Tokenizer, open_tokenizer
+from zoo.data.tokenizers import Tokenizer, tokenizer_of
 from zoo.errors import choose
 
 SCORED_TOKENS = 2**20  # of a split that the bigram model is scored on
@@ -103,7 +103,7 @@ def open_corpus(spec: Mapping[str, Any], cache: str | Path) -> Corpus:
     are damaged. Raises UserError, one line, where the source is missing, unreadable or no text.
     """
     documents = choose("data.eval_documents", spec["eval_documents"], ("whole", "joined"))
-    tokenizer = open_tokenizer(spec["tokenizer"], spec.get("end_token"))
+    tokenizer = tokenizer_of(spec)
     source = find_source(spec)
     train, valid, test = open_or_build(
         store_folder(spec, cache),

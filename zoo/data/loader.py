@@ -40,8 +40,9 @@ class Steps(Dataset):
         masked: int | None,
         draw_positions: DrawPositions | None,
         passkeys: Passkeys | None,
+        bos: int | None,
     ) -> None:
-        self.draw_positions = draw_positions
+        self.draw_positions, self.bos = draw_positions, bos
         self.store, self.contiguous, self.masked = store, contiguous, masked
         self.passkeys = passkeys
         self.shape = len(store), seq_len, batch_size, seed
@@ -68,6 +69,8 @@ class Steps(Dataset):
         windows, more = _windows(self.store, starts, seq_len), {}
         if self.passkeys:
             windows = self.passkeys.plant(windows, mine)
+        if self.bos is not None:
+            windows[restart[rows]] = begun(windows[restart[rows]], self.bos)
         if self.draw_positions:
             more["positions"] = step_positions(
                 self.draw_positions, batch_size, seq_len, seed, step
@@ -116,6 +119,7 @@ def train_loader(
     masked: int | None = None,
     draw_positions: DrawPositions | None = None,
     passkeys: Passkeys | None = None,
+    bos: int | None = None,
 ) -> DataLoader:
     """The batches of `steps` optimiser steps from `start_step` on, in the order of `order`.
 
@@ -127,8 +131,9 @@ def train_loader(
     reads: "shown" int64 and "chosen" bool, (b, seq_len) each, see `masking`, and "weight", the
     tokens chosen over their mean in all of the step's batches. `draw_positions` adds "positions",
     (b, seq_len), drawn by a generator of (seed, step) for all rows; `passkeys` puts keys into some
-    windows, see `passkey`. Raises UserError where the text is too short, a window has no room for a
-    key or the batch cannot be shared equally.
+    windows, see `passkey`; windows whose state begins anew begin with the token `bos`. Raises
+    UserError where the text is too short, a window has no room for a key or the batch cannot be
+    shared equally.
     """
     if batch_size % (world * micro_batches):
         rule = f"must be a multiple of {world} processes times {micro_batches} micro-batches"
@@ -147,19 +152,37 @@ def train_loader(
         masked=masked,
         draw_positions=draw_positions,
         passkeys=passkeys,
+        bos=bos,
     )
     pin = torch.cuda.is_available()
     return DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin)
 
 
+def begun(windows: np.ndarray, bos: int | None) -> np.ndarray:
+    """Windows (..., t) whose first token, which nothing predicts, is the one that begins a text.
+
+    They are as long as before, so that a model reads no more than it was trained on. As they are
+    for None.
+    """
+    if bos is None:
+        return windows
+    windows = windows.copy()
+    windows[..., 0] = bos
+    return windows
+
+
 def valid_batch(
-    store: TokenStore, seq_len: int, count: int, masked: int | None = None
+    store: TokenStore,
+    seq_len: int,
+    count: int,
+    masked: int | None = None,
+    bos: int | None = None,
 ) -> dict[str, Tensor]:
     """One batch of `count` fixed windows spread evenly over the split, without overlap.
 
     Fewer than `count` where the split does not hold so many; UserError where it holds none.
     """
-    windows = _windows(store, _spread(store, seq_len + 1, count), seq_len)
+    windows = begun(_windows(store, _spread(store, seq_len + 1, count), seq_len), bos)
     return _batch(windows, masked, [(row,) for row in range(len(windows))])
 
 

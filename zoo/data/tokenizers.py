@@ -6,16 +6,17 @@ import importlib
 import importlib.util
 import itertools
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from zoo.errors import refuse
 
 BYTES = "bytes"
 
 Encode = Callable[[bytes], array]
-Decode = Callable[[Iterable[int]], Iterator[str]]
+Decode = Callable[..., Iterator[str]]  # (tokens, before=())
+CONTEXT = 16  # tokens before a text that its first character may depend on
 
 
 class Tokenizer(NamedTuple):
@@ -23,7 +24,8 @@ class Tokenizer(NamedTuple):
 
     `encode_checked` gives them with the number of bytes of each (None: one each), and raises
     ValueError where the document does not come back from them as it was. `decode` gives the text of
-    tokens in pieces, while they come: a character waits until its last byte is there.
+    tokens in pieces, while they come: a character waits until its last byte is there. `before` are
+    tokens that they follow, for tokenizers that write a word's space only behind another word.
     """
 
     name: str  # "bytes", or the file's name and the hash of its contents
@@ -32,6 +34,15 @@ class Tokenizer(NamedTuple):
     encode: Encode  # to unsigned 1, 2 or 4 byte integers
     encode_checked: Callable[[bytes], array | tuple[array, array]]
     decode: Decode
+    bos: int | None = None  # the token that begins a text, for models trained with one
+
+    def start(self, text: str) -> list[int]:
+        """The tokens of a text that is read from its beginning: `bos`, if any, and its own."""
+        return ([] if self.bos is None else [self.bos]) + self.tokens(text)
+
+    def prompt(self, text: str) -> list[int]:
+        """The tokens of `start`; of an empty text at least the one that begins a document."""
+        return self.start(text) or [self.end]
 
     def tokens(self, text: str) -> list[int]:
         """The text's tokens, without the one that ends a document; lone surrogates are U+FFFD."""
@@ -39,32 +50,33 @@ class Tokenizer(NamedTuple):
         return self.encode(whole.encode()).tolist()[:-1]
 
 
-def open_tokenizer(choice: str, end_token: int | None = None) -> Tokenizer:
+def open_tokenizer(
+    choice: str, end_token: int | None = None, bos_token: int | None = None
+) -> Tokenizer:
     """ "bytes" (token = byte, 0 ends a document) or the path of a `tokenizers` JSON file.
 
     Each document ends with `end_token`, one of the file's own; without it the vocabulary gets one
-    more token, the highest. The truncation and padding the file may set are switched off.
+    more token, the highest. What a model reads from its beginning begins with `bos_token`, if
+    given. The truncation, padding and special tokens the file may set are switched off.
     Raises UserError as `check_tokenizer` does, and where the file is no tokeniser or has no such
     token.
     """
     if choice == BYTES:
-        if end_token is not None:
-            refuse("data.end_token", end_token, "bytes end a document with 0", "Leave it out")
+        for name, value in (("end_token", end_token), ("bos_token", bos_token)):
+            if value is not None:
+                rule = "bytes end a document with 0, and begin none"
+                refuse(f"data.{name}", value, rule, "Leave it out")
         return BYTE_TOKENIZER
     name = identify_tokenizer(choice)
-    try:
-        model = importlib.import_module("tokenizers").Tokenizer.from_file(choice)
-    except Exception as error:  # the library raises bare Exception
-        message = " ".join(str(error).split()).removesuffix(".")
-        rule = f"is no tokenizers JSON file ({message})"
-        refuse("data.tokenizer", choice, rule, f"Name another file, or use {BYTES}")
-    model.no_truncation()
-    model.no_padding()
+    model = _opened(choice)
     end = size = max(model.get_vocab(with_added_tokens=True).values()) + 1
+    for option, token in (("end_token", end_token), ("bos_token", bos_token)):
+        if token is not None and not 0 <= token < size:
+            refuse(f"data.{option}", token, f"must be a token of {choice}, 0 to {size - 1}")
     if end_token is not None:
-        if not 0 <= end_token < size:
-            refuse("data.end_token", end_token, f"must be a token of {choice}, 0 to {size - 1}")
         name, end = f"{name}, {end_token} ends", end_token
+    if bos_token is not None:
+        name = f"{name}, {bos_token} begins"
     code = "H" if max(size, end + 1) <= 2**16 else "I"
 
     def encode(document: bytes) -> array:
@@ -79,9 +91,11 @@ def open_tokenizer(choice: str, end_token: int | None = None) -> Tokenizer:
         sizes = bytes_by_token(text, encoding.offsets)
         return array(code, [*encoding.ids, end]), array("H", sizes)
 
-    def decode(tokens: Iterable[int]) -> Iterator[str]:
-        stream = importlib.import_module("tokenizers.decoders").DecodeStream(ids=None)
-        came, given = [], ""
+    def decode(tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+        context = [*before][-CONTEXT:]
+        stream = importlib.import_module("tokenizers.decoders").DecodeStream(ids=context or None)
+        came = context
+        given = model.decode(context, skip_special_tokens=False)
         for token in tokens:
             came.append(token)
             if piece := stream.step(model, token):
@@ -90,7 +104,47 @@ def open_tokenizer(choice: str, end_token: int | None = None) -> Tokenizer:
         if rest := model.decode(came, skip_special_tokens=False)[len(given) :]:
             yield rest  # of a character that was not finished
 
-    return Tokenizer(name, max(size, end + 1), end, encode, encode_checked, decode)
+    return Tokenizer(name, max(size, end + 1), end, encode, encode_checked, decode, bos_token)
+
+
+def tokenizer_of(options: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a data configuration (configs/data). Raises as `open_tokenizer` does."""
+    more = (options.get(name) for name in ("end_token", "bos_token"))
+    return open_tokenizer(options["tokenizer"], *more)
+
+
+def _opened(choice: str) -> Any:
+    """The `tokenizers` model of a file. UserError where it is none."""
+    try:
+        model = importlib.import_module("tokenizers").Tokenizer.from_file(choice)
+    except Exception as error:  # the library raises bare Exception
+        message = " ".join(str(error).split()).removesuffix(".")
+        rule = f"is no tokenizers JSON file ({message})"
+        refuse("data.tokenizer", choice, rule, f"Name another file, or use {BYTES}")
+    model.no_truncation()
+    model.no_padding()
+    return model
+
+
+def bos_of(choice: str) -> int | None:
+    """The token that a `tokenizers` JSON file puts before a text; None where it puts none.
+
+    Read from its post-processor, as `transformers` 5 does, whatever add_bos_token says beside it.
+    What it puts behind a text is left out: a text that is written on has no end.
+
+    Raises:
+        UserError: where it puts several, or the file is no tokenizer.
+    """
+    identify_tokenizer(choice)
+    model = _opened(choice)
+    plain = model.encode("a", add_special_tokens=False).ids
+    whole = model.encode("a", add_special_tokens=True).ids
+    places = range(len(whole) - len(plain) + 1)
+    found = next((i for i in places if whole[i : i + len(plain)] == plain), 0)
+    if found > 1:
+        rule = f"puts {found} tokens before a text, and one or none is supported"
+        refuse("data.tokenizer", choice, rule, "Use another checkpoint")
+    return whole[0] if found else None
 
 
 def bytes_by_token(text: str, spans: Sequence[tuple[int, int]]) -> list[int]:
@@ -137,7 +191,8 @@ def encode_bytes(document: bytes) -> array:
     return array("B", document + b"\0")
 
 
-def decode_bytes(tokens: Iterable[int]) -> Iterator[str]:
+def decode_bytes(tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+    del before
     return codecs.iterdecode((bytes([token]) for token in tokens), "utf-8", errors="replace")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zoo.config.schema.train import TrainConfig
 from zoo.config.validate import plain
-from zoo.data.tokenizers import BYTES, open_tokenizer
+from zoo.data.tokenizers import BYTES, tokenizer_of
 from zoo.errors import refuse, refuse_path
 from zoo.model.backbone import Backbone
 from zoo.model.checkpoint import load
@@ -139,7 +139,7 @@ def _write_tokenizer(folder: Path, config: TrainConfig, vocabulary: int) -> tupl
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     choice, end = config.data.options["tokenizer"], config.data.options.get("end_token")
-    ours = open_tokenizer(choice, end)
+    ours = tokenizer_of(config.data.options)
     if choice == BYTES:
         alphabet = {letter: byte for byte, letter in _letters().items()}
         tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
@@ -155,10 +155,26 @@ def _write_tokenizer(folder: Path, config: TrainConfig, vocabulary: int) -> tupl
             tokenizer.add_special_tokens([END])
             if tokenizer.token_to_id(END) != ours.end:
                 refuse_path(choice, "has gaps among its tokens", "Use format=zoo")
+        tokenizer.post_processor = _template(tokenizer, ours.bos)  # texts begin as in training
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings["add_bos_token"] = ours.bos is not None
+    for name, token in (("bos_token", ours.bos), ("eos_token", ours.end)):
+        if token is not None and choice != BYTES:  # where a byte is no token of its own
+            settings[name] = tokenizer.id_to_token(token)
     _write_json(folder / "tokenizer_config.json", settings)
     return ours.end, about
+
+
+def _template(tokenizer: Any, bos: int | None) -> Any:
+    """The post-processor that puts the token `bos` before a text, or nothing."""
+    from tokenizers.processors import TemplateProcessing
+
+    if bos is None:
+        return TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    token = tokenizer.id_to_token(bos)
+    parts = {"single": [token, "$A"], "pair": [token, "$A", "$B"]}
+    return TemplateProcessing(**parts, special_tokens=[(token, bos)])
 
 
 def _letters() -> dict[int, str]:

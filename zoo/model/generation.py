@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from zoo.config.domains import Range, Seed, check
-from zoo.data.tokenizers import Tokenizer
+from zoo.data.tokenizers import CONTEXT, Tokenizer
 from zoo.errors import refuse
 from zoo.mixers.base import count_bytes
 from zoo.model.arithmetic import arithmetic
@@ -91,8 +91,14 @@ class Writer:
         self.device = next(model.parameters()).device
         self.state: BackboneState = model.empty_state(1)
         self._unread: list[int] = []
+        self._last: list[int] = []  # tokens of the text, of which its last are needed
         self._logits: Tensor | None = None  # after what was read
         self.written = 0  # tokens drawn so far, ends of documents apart
+
+    @property
+    def last_tokens(self) -> list[int]:
+        """The last tokens of the text, on which the next characters may depend."""
+        return self._last
 
     @property
     def tokens(self) -> int:
@@ -115,6 +121,7 @@ class Writer:
             refuse("tokens", bad[0], f"must be from 0 to {size - 1}, the model's tokens")
         self.check_length(len(tokens))
         self._unread += map(int, tokens)
+        self._last = [*self._last, *map(int, tokens)][-CONTEXT:]
 
     def check_length(self, more: int) -> None:
         """Refuse a text that would be longer by `more` tokens than the model can read."""
@@ -153,6 +160,7 @@ class Writer:
                 raise ArithmeticError("the model's outputs are not finite numbers")
             token = draw(logits)
             self._unread.append(token)
+            self._last = [*self._last, token][-CONTEXT:]
             if token == end:
                 return
             self.written += 1
@@ -166,7 +174,8 @@ def write_text(
 
     A document's end ends it, and so does the first of the `stop` texts, which is left out.
     """
-    return until(tokenizer.decode(writer.write(count, sampling, tokenizer.end)), stop)
+    written = writer.write(count, sampling, tokenizer.end)
+    return until(tokenizer.decode(written, writer.last_tokens), stop)
 
 
 def until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from zoo.config.schema.data import Data
 from zoo.config.schema.model import Extension
 from zoo.config.schema.train import TrainConfig
 from zoo.config.validate import plain
-from zoo.data.tokenizers import Tokenizer, open_tokenizer
+from zoo.data.tokenizers import Tokenizer, bos_of, open_tokenizer, tokenizer_of
 from zoo.errors import refuse, refuse_path
 from zoo.model.arithmetic import arithmetic
 from zoo.model.backbone import Backbone
@@ -28,7 +28,7 @@ from zoo.model.device import pick_device
 from zoo.model.extend import extend
 from zoo.model.generation import Sampling, Writer, write_text
 from zoo.model.pretrained import load_pretrained, pretrained_config
-from zoo.model.quantization import Bits, quantize
+from zoo.model.weights import Weights, choose_weights, loaded_in, quantize_as
 from zoo.ops.dtypes import wide_dtype
 from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.runs.folder import RunFolder
@@ -58,9 +58,10 @@ class LanguageModel:
         return next(self.backbone.parameters()).device
 
     def encode(self, text: str) -> list[int]:
-        """The text's tokens, without the one that ends a document."""
+        """The text's tokens as the model reads it: with the one that begins a text, if it was
+        trained with one, and without the one that ends a document."""
         check("text", text, str)
-        return self.tokenizer.tokens(text)
+        return self.tokenizer.start(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -131,9 +132,12 @@ class LanguageModel:
         return write_text(writer, self.tokenizer, tokens, sampling, words)
 
     def writer(self, prompt: str | Sequence[int] = "") -> Writer:
-        """A text that begins with a prompt; an empty one begins a document."""
+        """A text that begins with a prompt; an empty one begins a document.
+
+        Tokens are read as they are; a text begins as `encode` begins it.
+        """
         writer = Writer(self.backbone, self.precision)
-        writer.read(self._tokens("prompt", prompt) or [self.tokenizer.end])
+        writer.read(self._tokens("prompt", prompt) or self.tokenizer.prompt(""))
         return writer
 
     def _tokens(self, name: str, given: Any, kind: Any = str | Sequence[int]) -> list[int]:
@@ -158,7 +162,7 @@ def load_language_model(
         words: options of the extension as eval.py takes them: "extension=yarn",
             "extension.factor=8".
         device: auto (an accelerator where there is one), cpu, cuda, cuda:1, mps.
-        weights: int8 or int4 to quantize them (zoo.model.quantization); None: as they are.
+        weights: the form in which they are kept, see zoo.model.weights.
 
     Raises:
         UserError: where nothing there can be opened, an option is wrong, the extension does not act
@@ -166,7 +170,7 @@ def load_language_model(
     """
     check("path", path, str | Path)
     check("device", device, str, "auto")
-    check("weights", weights, Bits | None, None)
+    check("weights", weights, Weights | None, None)
     for word in words:
         check("words", word, str)
         if not word.startswith(("extension=", "extension.")):
@@ -180,18 +184,19 @@ def load_language_model(
         folder = RunFolder.open(place)
         config = folder.config
         tokenizer = _tokenizer_of(config.data)
-        backbone = load(folder, where)
+        kept = choose_weights(chosen.weights, config, where)
+        backbone = load(folder, where, loaded_in(kept))
         extension = Extension.model_validate(with_found_factors(plain(extension), place))
     elif os.path.isfile(place) or os.path.isfile(place / "config.json"):
         config, tokenizer = _read(place)
-        backbone = load_pretrained(config).to(where).eval().requires_grad_(False)
+        kept = choose_weights(chosen.weights, config, where)
+        backbone = load_pretrained(config, loaded_in(kept))
+        backbone = backbone.to(where).eval().requires_grad_(False)
     else:
         refuse_path(place, "is no run and no checkpoint", "Give a run folder, such as runs/<name>")
     extend(backbone, extension, config.seq_len)
-    if chosen.weights:
-        quantize(backbone, chosen.weights)
     return LanguageModel(
-        backbone=backbone,
+        backbone=quantize_as(backbone, kept),
         tokenizer=tokenizer,
         train_length=config.seq_len,
         precision=config.trainer.precision,
@@ -202,7 +207,7 @@ def _read(checkpoint: Path) -> tuple[TrainConfig, Tokenizer]:
     """The configuration and the tokenizer of a checkpoint, without a text to measure it on."""
     with TemporaryDirectory() as folder:
         described, file = read_checkpoint(checkpoint, Path(folder))
-        tokenizer = open_tokenizer(str(file), described.end_token)
+        tokenizer = open_tokenizer(str(file), described.end_token, bos_of(str(file)))
     data = plain(compose("train").data)
     return pretrained_config(described, checkpoint, data, Path("runs")), tokenizer
 
@@ -210,4 +215,4 @@ def _read(checkpoint: Path) -> tuple[TrainConfig, Tokenizer]:
 def _tokenizer_of(data: Data) -> Tokenizer:
     if data.task is not None:
         refuse("data", data.name, "is a task and no text", "Open a run that was trained on text")
-    return open_tokenizer(data.options["tokenizer"], data.options.get("end_token"))
+    return tokenizer_of(data.options)

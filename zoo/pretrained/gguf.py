@@ -155,6 +155,8 @@ class GGUFFile:
         )
         merges = [pair.split(" ") for pair in self._field("tokenizer.ggml.merges")]
         special = [i for i, kind in enumerate(types) if kind in SPECIAL]
+        bos = self._field("tokenizer.ggml.bos_token_id")
+        bos = bos if self._field("tokenizer.ggml.add_bos_token", False) else None
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         added = [{"id": i, "content": tokens[i], "special": True, **flags} for i in special]
         model = {
@@ -167,11 +169,24 @@ class GGUFFile:
                 "version": "1.0",
                 "added_tokens": added,
                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
+                "post_processor": None if bos is None else _before(tokens[bos], bos),
                 "decoder": BYTE_LEVEL,
                 "model": model,
             },
             ensure_ascii=False,
         )
+
+
+def _before(token: str, number: int) -> dict[str, Any]:
+    """The post-processor that puts a token before every text."""
+    special = {"SpecialToken": {"id": token, "type_id": 0}}
+    one, other = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, one],
+        "pair": [special, one, other],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+    }
 
 
 def _halves_apart(weight: "Tensor", heads: int) -> "Tensor":

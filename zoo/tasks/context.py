@@ -23,6 +23,7 @@ from torch import Tensor
 from zoo.compression.compressor import Compressor
 from zoo.data.corpora import Corpus
 from zoo.data.examples import SyntheticData
+from zoo.data.loader import begun
 from zoo.data.store import TokenStore
 from zoo.errors import NoStateError, UserError, sentence
 from zoo.mixers.base import count_bytes
@@ -72,6 +73,11 @@ class EvalContext:
         return self.data
 
     @property
+    def bos(self) -> int | None:
+        """The token that begins every text that the model reads, if it was trained with one."""
+        return None if isinstance(self.data, SyntheticData) else self.data.tokenizer.bos
+
+    @property
     def store(self) -> TokenStore:
         return getattr(self.corpus, self.split)
 
@@ -94,10 +100,13 @@ def score(
 ) -> tuple[Float[np.ndarray, "b t"], BackboneState]:
     """Nats (float64) of tokens 1.. given those before and the state; and the state after them.
 
-    Reads `chunk` tokens at a time. Raises RuntimeError where the state is not as large as declared,
+    Reads `chunk` tokens at a time; the first of an empty state is the one that begins a text, where
+    the model was trained with one. Raises RuntimeError where the state is not as large as declared,
     ArithmeticError where the model gives no finite numbers.
     """
     model, parts = context.model, []
+    fresh = state is None or not state.tokens_seen
+    tokens = begun(tokens, context.bos) if fresh else tokens
     text = torch.as_tensor(tokens, dtype=torch.int64)
     after = state or model.empty_state(len(text))
     for start in range(0, text.shape[1] - 1, chunk):

@@ -75,7 +75,8 @@ class Generate(Task):
         try:
             given = tokenizer.tokens(self.prompt)
             given = context.compress(given) if context.compress and given else given
-            writer.read(given or [tokenizer.end])
+            start = [] if tokenizer.bos is None else [tokenizer.bos]
+            writer.read([*start, *given] or [tokenizer.end])
             writer.check_length(self.tokens)
         except UserError as error:
             raise NotApplicableError(str(below("task.generate", error))) from None

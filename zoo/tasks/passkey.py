@@ -16,17 +16,18 @@ What is low at every length was not learned: train with `data.passkey=`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, cast
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
 from zoo.config.domains import Count, Lengths, Range, Seed
-from zoo.data.loader import evaluation_text
+from zoo.data.loader import begun, evaluation_text
 from zoo.data.passkey import DIGITS, QUESTION, passkey_prompt, prompt_tokens, random_key, tokens
 from zoo.errors import refuse
 from zoo.measurement import Declaration, Quantity
+from zoo.model.backbone import BackboneState
 from zoo.report.statistics import wilson
 from zoo.tasks.context import EvalContext, Row, check_length, check_state, chunk_tokens, nats
 from zoo.tasks.memory import check_memory
@@ -104,7 +105,8 @@ class Passkey(Task):
                 context.compress(one[:-question_tokens].tolist(), one[-question_tokens:].tolist())
                 for one in prompts
             )
-            prompts, rows = [np.array(one) for one in shortened], 1  # of unequal lengths
+            prompts = [begun(np.array(one), context.bos) for one in shortened]
+            rows = 1  # their lengths differ
         context.progress.begin(f"passkey at {length}", len(prompts) * length)
         right = []
         with context.arithmetic():
@@ -140,14 +142,16 @@ class Passkey(Task):
     ) -> list[Int[np.ndarray, " t"]]:
         """The prompts of one length, without the key's digits at the end."""
         depths, encode = np.linspace(0, 1, self.depths), context.corpus.tokenizer.encode
-        least = max(prompt_tokens(key, encode) for key, *_ in keys) + DIGITS
+        start = np.array([] if context.bos is None else [context.bos], np.int64)
+        least = max(prompt_tokens(key, encode) for key, *_ in keys) + DIGITS + len(start)
         if length < least:
             rule = f"must be at least {least}, the tokens of a passkey and its question"
             refuse("task.passkey.lengths", length, rule)
         prompts = []
         for i, (key, *_) in enumerate(keys):
             filler = text[i // len(depths) % len(text)][-(length - DIGITS) :]
-            prompts.append(passkey_prompt(filler, key, depths[i % len(depths)], encode))
+            prompt = passkey_prompt(filler[len(start) :], key, depths[i % len(depths)], encode)
+            prompts.append(np.append(start, prompt))
         return prompts
 
 
@@ -168,13 +172,14 @@ def _answer(
 ) -> Bool[np.ndarray, "b 2"]:
     """Whether each prompt's first answer is the likeliest, and is what greedy decoding writes."""
     model, text = context.model, torch.from_numpy(prompts)
-    logits, state = None, model.empty_state(len(text))
-    for piece in text.split(chunk_tokens(context, chunk), 1):
-        logits, state = model(piece.to(context.device), state)
+    x, state = None, model.empty_state(len(text))
+    for piece in text.split(chunk, 1):
+        x, after = model.hidden(piece.to(context.device), state)
+        state = cast(BackboneState, after)
         context.progress.advance(piece.numel())
     check_state(model, state, len(text))
-    assert logits is not None, "a prompt has tokens"
-    last = logits[:, -1:]
+    assert x is not None, "a prompt has tokens"
+    last = model.head(x[:, -1:])  # of a whole prompt they would take more than its reading
     longest = max(len(answer) for several in answers for answer in several)
     padded = np.full((len(answers), len(answers[0]), longest), PAD)
     for row, several in enumerate(answers):

@@ -4,12 +4,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from zoo.config.domains import Count, Lengths
 from zoo.measurement import Declaration, Quantity
+from zoo.model.backbone import BackboneState
 from zoo.tasks.context import (
     EvalContext,
     NotApplicableError,
@@ -17,7 +19,6 @@ from zoo.tasks.context import (
     Row,
     check_length,
     check_state,
-    chunk_tokens,
     run_guarded,
 )
 from zoo.tasks.memory import check_memory, peak_bytes
@@ -95,7 +96,7 @@ class Speed(Task):
         tokens = _random_tokens(context, length)
         if phase == "forward":
             return _forward(context, self.repeats, tokens)
-        return _decode(context, self.decode_tokens, chunk_tokens(context, self.chunk), tokens)
+        return _decode(context, self.decode_tokens, self.chunk, tokens)
 
 
 def _forward(context: EvalContext, repeats: int, tokens: Tensor) -> Row:
@@ -117,12 +118,13 @@ def _decode(context: EvalContext, steps: int, chunk: int, tokens: Tensor) -> Row
         raise NotApplicableError("a model that reads both ways does not write token by token")
     check_length(model, length + steps)
     with context.arithmetic():
-        logits, state, times = None, model.empty_state(1), []
+        x, state, times = None, model.empty_state(1), []
         for piece in tokens.split(chunk, 1):
-            logits, state = model(piece, state)
+            x, after = model.hidden(piece, state)
+            state = cast(BackboneState, after)
             context.progress.advance(piece.shape[1])
-        assert logits is not None, "a prompt has tokens"
-        held, token = check_state(model, state), logits[:, -1:].argmax(-1)
+        assert x is not None, "a prompt has tokens"
+        held, token = check_state(model, state), model.head(x[:, -1:]).argmax(-1)
         writing = peak_bytes(context.device, lambda: model(token, state))
         for _ in range(steps):
             began = _now(context.device)

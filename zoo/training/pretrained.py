@@ -7,6 +7,7 @@ from typing import Any
 
 from zoo.console import say
 from zoo.data.corpora import Corpus
+from zoo.data.tokenizers import BYTES, bos_of
 from zoo.errors import refuse
 from zoo.model.build import count_parameters
 from zoo.model.flops import forward_flops
@@ -29,6 +30,7 @@ def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> Run
     Args:
         checkpoint: a folder of `transformers` (config.json and safetensors), or a GGUF file.
         data: a data section, as configs/data has it. Without `tokenizer` the checkpoint's is used.
+            Texts begin with the token that the tokenizer puts before them, if any.
         runs: the folder that holds the run folders.
 
     Raises:
@@ -40,6 +42,8 @@ def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> Run
     described, tokenizer = read_checkpoint(checkpoint, runs / ".tokenizers" if own else None)
     if own:
         section |= {"tokenizer": str(tokenizer), "end_token": described.end_token}
+    if section["tokenizer"] != BYTES:
+        section["bos_token"] = bos_of(section["tokenizer"])
     config = pretrained_config(described, checkpoint, section, runs)
     text = open_data(config.data, config.seq_len)
     assert isinstance(text, Corpus)

@@ -12,7 +12,7 @@ from zoo.config.schema.train import TrainConfig
 from zoo.data.corpora import Corpus, open_corpus
 from zoo.data.examples import SyntheticData, example_loader, open_synthetic
 from zoo.data.loader import train_loader, valid_batch
-from zoo.data.tokenizers import open_tokenizer
+from zoo.data.tokenizers import tokenizer_of
 from zoo.model.extend import places
 
 
@@ -27,7 +27,7 @@ def vocabulary(data: Data, seq_len: int) -> int:
     """The size of a run's vocabulary, without opening its text."""
     if data.task is not None:
         return open_synthetic(data.name, data.task.load(), seq_len).vocab_size
-    return open_tokenizer(data.options["tokenizer"], data.options.get("end_token")).vocab_size
+    return tokenizer_of(data.options).vocab_size
 
 
 def validation(data: Corpus | SyntheticData, config: TrainConfig) -> dict[str, Tensor]:
@@ -35,7 +35,8 @@ def validation(data: Corpus | SyntheticData, config: TrainConfig) -> dict[str, T
     if isinstance(data, SyntheticData):
         return data.batch("valid", 0, 0, config.valid_windows, config.seq_len)
     masked = data.vocab_size if config.objective == "masked" else None
-    return valid_batch(data.valid, config.seq_len, config.valid_windows, masked)
+    bos = data.tokenizer.bos
+    return valid_batch(data.valid, config.seq_len, config.valid_windows, masked, bos)
 
 
 class Windows(lightning.LightningDataModule):
@@ -71,5 +72,6 @@ class Windows(lightning.LightningDataModule):
             contiguous=config.state_passing == "carry",
             masked=self.data.vocab_size if config.objective == "masked" else None,
             passkeys=self.data.passkeys,
+            bos=self.data.tokenizer.bos,
         )
         return iter(loader)

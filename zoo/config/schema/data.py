@@ -11,7 +11,9 @@ from zoo.errors import refuse
 
 
 class Data(OpenSection):
-    unwritten: ClassVar[Mapping[str, Any]] = {"passkey": 0.0, "task": None, "end_token": None}
+    unwritten: ClassVar[Mapping[str, Any]] = {
+        **{"passkey": 0.0, "task": None, "end_token": None, "bos_token": None}
+    }
     name: Name
     task: DataPart | None = Field(default=None, description="a synthetic task instead of text")
     passkey: Fraction = Field(
