@@ -54,7 +54,7 @@ PERPLEXITY = ["task.perplexity.lengths=[32,64]", "task.perplexity.units=4"]
 def model(monkeypatch) -> Remembers:
     """What every run's checkpoint holds."""
     model = Remembers(memory=5)
-    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, device: model)
+    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, *_: model)
     monkeypatch.setattr(zoo.tasks.evaluate, "open_data", lambda data, seq_len: CORPUS)
     return model
 
@@ -145,7 +145,7 @@ def test_a_failure_is_tried_again(model, tmp_path, monkeypatch):
     (reason,) = {row["reason"] for row in rows}
     assert re.fullmatch(r"ZeroDivisionError: division by zero \(zoo/tasks/\w+.py:\d+\)", reason)
     monkeypatch.undo()
-    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, device: model)
+    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, *_: model)
     monkeypatch.setattr(zoo.tasks.evaluate, "open_data", lambda data, seq_len: CORPUS)
     code, _, rows = run_eval([folder])
     assert code == 0
@@ -155,7 +155,7 @@ def test_a_failure_is_tried_again(model, tmp_path, monkeypatch):
 def test_runs_that_cannot_be_measured_keep_their_place_and_the_others_go_on(
     model, tmp_path, monkeypatch
 ):
-    def load(folder, device):
+    def load(folder, *_):
         if folder.name == "gone":
             raise UserError(f"{folder.name}: has no checkpoint yet. Train it first.")
         return model
@@ -363,7 +363,7 @@ class ReadsAhead(Remembers):
 
 def test_a_model_that_leaks_is_never_scored_and_says_why(tmp_path, monkeypatch):
     held = {"good": Remembers(memory=5), "leaky": ReadsAhead(memory=5)}
-    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, device: held[folder.name])
+    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, *_: held[folder.name])
     monkeypatch.setattr(zoo.tasks.evaluate, "open_data", lambda data, seq_len: CORPUS)
     folders = [
         run_folder(tmp_path / "good", "model=alibi"),
@@ -395,7 +395,7 @@ def test_scores_from_before_the_leak_was_seen_are_not_shown(model, tmp_path, mon
         old.append_row(
             {k: v for k, v in row.items() if k not in ("audit", "audited")} | {"run": "b"}
         )
-    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, device: ReadsAhead(memory=5))
+    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, *_: ReadsAhead(memory=5))
     code, said, _ = run_eval([old])
     assert code == 1
     assert f"{rows[0]['bits_per_byte']:.3f}" not in said
@@ -442,7 +442,7 @@ class ReadsFarAhead(Remembers):
 
 
 def test_a_leak_that_a_longer_audit_finds_withdraws_the_shorter_lengths(tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, device: ReadsFarAhead(memory=5))
+    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, *_: ReadsFarAhead(memory=5))
     monkeypatch.setattr(zoo.tasks.evaluate, "open_data", lambda data, seq_len: CORPUS)
     folder = run_folder(tmp_path / "a")
     assert run_eval([folder])[0] == 0

@@ -14,7 +14,7 @@ from zoo.report.wandb import by_length
 from zoo.report.wandb_report import report_blocks
 
 model = Remembers(memory=5)
-zoo.tasks.evaluate.load = lambda folder, device: model
+zoo.tasks.evaluate.load = lambda folder, *_: model
 zoo.tasks.evaluate.open_data = lambda data, seq_len: driver.CORPUS
 here = Path(sys.argv[1])
 folders = [driver.run_folder(here / "a"), driver.run_folder(here / "b", "model=mamba")]

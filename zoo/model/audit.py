@@ -18,6 +18,7 @@ all operations amounts to (u is the unit roundoff, half of eps):
     arithmetic   u       disturbance         leaves room for the rounding of
     float64      2^-53   2^-36               2^17 operations in a row
     float32      2^-24   2^-14               2^10
+    float16      2^-11   2^-4                2^7
     bfloat16     2^-9    2^-2                2^7
 
 and what the predictions change by then bounds what they may. A leak is compared where it shows
@@ -42,7 +43,10 @@ from zoo.errors import NoStateError
 from zoo.model.backbone import Backbone
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16}  # by Lightning's name for the precision
-DISTURBANCE = {torch.float64: 2.0**-36, torch.float32: 2.0**-14, torch.bfloat16: 2.0**-2}
+DISTURBANCE = {
+    **{torch.float64: 2.0**-36, torch.float32: 2.0**-14},
+    **{torch.float16: 2.0**-4, torch.bfloat16: 2.0**-2},
+}
 PROBE = 2.0**-30  # a disturbance far below the rounding of float32, far above that of float64
 LONGEST = 8192  # tokens of the longer length, so that an audit takes seconds
 SHARP = 2048  # tokens read in float64

@@ -21,14 +21,17 @@ log = logging.getLogger("zoo")
 REPLACE = "Put back the files as they were, or train a new run with fresh=true"
 
 
-def load(folder: RunFolder, device: torch.device | str = "cpu") -> Backbone:
+def load(
+    folder: RunFolder, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Backbone:
     """The model of a run, with the weights of its last good checkpoint, ready to measure.
 
-    UserError where there is none, or where it is of another model than config.yaml's.
+    Weights are kept in `dtype`. UserError where there is none, or where it is of another model than
+    config.yaml's.
     """
     if folder.config.checkpoint:
         check_unchanged(Path(folder.config.checkpoint), folder.info["checkpoint"])
-        return load_pretrained(folder.config).to(device).eval().requires_grad_(False)
+        return load_pretrained(folder.config, dtype).to(device).eval().requires_grad_(False)
     path, state = _a_checkpoint(folder)
     vocabulary = state["state_dict"].get("model.embedding.weight")
     if not isinstance(vocabulary, Tensor) or vocabulary.ndim != 2:
@@ -36,7 +39,9 @@ def load(folder: RunFolder, device: torch.device | str = "cpu") -> Backbone:
     model, _ = build_model(folder.config, vocabulary.shape[0])
     extend_as_trained(model, folder.config)
     load_weights(model, state, folder)
-    return model.to(device).eval().requires_grad_(False)
+    if dtype != torch.float32:
+        model.rounding = dtype
+    return model.to(device, dtype).eval().requires_grad_(False)
 
 
 def load_weights(model: Backbone, state: dict[str, Any], folder: RunFolder) -> None:
@@ -53,8 +58,7 @@ def load_weights(model: Backbone, state: dict[str, Any], folder: RunFolder) -> N
 def trained_weights(folder: RunFolder) -> dict[str, Tensor]:
     """The model's weights in a run's last good checkpoint. UserError where it has none."""
     if folder.config.checkpoint:
-        weights = pretrained_weights(folder.config)
-        return {name: tensor.float() for name, tensor in weights.items()}
+        return pretrained_weights(folder.config)
     return _weights(_a_checkpoint(folder)[1])
 
 

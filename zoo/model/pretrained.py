@@ -4,7 +4,7 @@ A run that was made of a checkpoint (`config.checkpoint`) keeps no copy of its w
 folder or GGUF file, and `run.json` holds what identifies the files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from zoo.model.convert import from_transformers
 from zoo.model.extend import extend
 from zoo.pretrained.families import Description
 from zoo.pretrained.gguf import GGUFFile
-from zoo.pretrained.weights import digest_files, open_weights, weight_files
+from zoo.pretrained.weights import digest_files, open_weights, stored_dtype, weight_files
 
 
 def checkpoint_files(checkpoint: Path) -> list[Path]:
@@ -64,25 +64,32 @@ def _stamps(files: list[Path]) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def pretrained_weights(config: TrainConfig) -> dict[str, Tensor]:
-    """The tensors of a run's checkpoint under the zoo's names, mapped from its files where they can
-    be."""
+def pretrained_weights(
+    config: TrainConfig, dtype: torch.dtype | None = torch.float32
+) -> dict[str, Tensor]:
+    """The tensors of a run's checkpoint under the zoo's names, in `dtype` (None: as they are
+    stored), mapped from its files where they can be."""
     assert config.checkpoint is not None
     checkpoint = Path(config.checkpoint)
-    gguf = checkpoint.is_file()
-    stored = GGUFFile(checkpoint).weights() if gguf else open_weights(checkpoint)
+    if checkpoint.is_file():
+        stored = {name: one.to(dtype) for name, one in GGUFFile(checkpoint).weights().items()}
+    else:
+        stored = open_weights(checkpoint, dtype)
     return from_transformers(stored, config.size.heads)
 
 
-def load_pretrained(config: TrainConfig) -> Backbone:
-    """The model that a run was made of, its weights in float32, on the CPU.
+def load_pretrained(config: TrainConfig, dtype: torch.dtype | None = torch.float32) -> Backbone:
+    """The model that a run was made of, on the CPU.
 
-    Weights that are stored in float32 are not copied: parameters are views of the mapped files.
+    Weights that are stored in `dtype` are not copied: parameters are views of the mapped files.
+    With None all are kept in the one dtype that most are stored in.
     Raises UserError where the weights do not fit the model that config.json describes.
     """
     assert config.checkpoint is not None
     checkpoint = Path(config.checkpoint)
-    weights = {name: tensor.float() for name, tensor in pretrained_weights(config).items()}
+    if dtype is None:
+        dtype = getattr(torch, dtype_on_disk(checkpoint))
+    weights = pretrained_weights(config, dtype)
     if "embedding.weight" not in weights:
         refuse("checkpoint", str(checkpoint), "has no embedding", "Give a whole checkpoint")
     with torch.device("meta"):
@@ -95,6 +102,8 @@ def load_pretrained(config: TrainConfig) -> Backbone:
     model.load_state_dict(weights, strict=False, assign=True)
     if config.model.tied:
         model.head.weight = model.embedding.weight
+    if dtype in (torch.bfloat16, torch.float16):
+        model.rounding = dtype
     extend(model, config.extension, config.seq_len)
     return model
 
@@ -114,10 +123,43 @@ def pretrained_config(
     if scaled:
         tree["extension"] = plain(compose("eval", ["run=x", *scaled]))["extension"]
     name = described.family
+    if described.layers is not None:
+        tree["model"]["blocks"] = _blocks_by_layer(described)
     size = {**tree["size"], "name": "checkpoint"}
     model = {**tree["model"], "name": name}
     more = {"data": dict(data), "size": size, "model": model, "runs": str(runs)}
     return validate(TrainConfig, {**tree, **more, "checkpoint": str(checkpoint)})
+
+
+def _blocks_by_layer(described: Description) -> list[Any]:
+    """The block of every layer, of a checkpoint whose layers differ."""
+    kinds: dict[tuple[str, ...], Any] = {}
+    for layer in map(tuple, described.layers or ()):
+        if layer not in kinds:
+            common = [word for word in described.words if not word.startswith("extension")]
+            kinds[layer] = plain(compose("train", _merged([*common, *layer])))["model"]["blocks"][0]
+    return [kinds[tuple(layer)] for layer in described.layers or ()]
+
+
+def _merged(words: Sequence[str]) -> list[str]:
+    """Options of which each is given once, the later value counting; where a later word changes
+    the architecture, the earlier ones' mixer and positions do not go with it."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name == "model" and found.get("model") not in (None, value):
+            of_other = ("model.mixer", "model.positions")
+            found = {key: one for key, one in found.items() if not key.startswith(of_other)}
+        if name == "model.positions":
+            found = {key: one for key, one in found.items() if not key.startswith(name)}
+        found[name] = value
+    return [f"{name}={value}" for name, value in found.items()]
+
+
+def dtype_on_disk(checkpoint: Path) -> str:
+    """The dtype of a checkpoint's weights by PyTorch's name; that of a GGUF file is float32, into
+    which it is restored."""
+    return "float32" if checkpoint.is_file() else stored_dtype(checkpoint)
 
 
 def misfit(model: Backbone, weights: Mapping[str, Tensor]) -> str | None:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from zoo.errors import UserError, refuse
 
 if TYPE_CHECKING:  # torch takes seconds, and what is refused is refused at once
+    import torch
     from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 WHOLE = "Download the whole checkpoint again"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -62,10 +64,34 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"checkpoint={folder}: no {SINGLE} and no {INDEX}. Give a checkpoint's folder.")
 
 
-def open_weights(folder: Path) -> "dict[str, Tensor]":
-    """Every tensor of a checkpoint folder by its name, mapped from the files, in their own dtype.
+def stored_dtype(folder: Path) -> str:
+    """The dtype of most of a checkpoint's numbers by PyTorch's name: "bfloat16". Reads headers.
 
     Raises UserError where a file is missing or damaged.
+    """
+    counts: dict[str, int] = {}
+    for path in weight_files(folder):
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            parts = [one for name, one in header.items() if name != "__metadata__"]
+            for one in parts:
+                begin, end = one["data_offsets"]
+                counts[one["dtype"]] = counts.get(one["dtype"], 0) + end - begin
+        except (OSError, ValueError, LookupError, TypeError, MemoryError, OverflowError):
+            refuse("checkpoint", folder, f"{path.name} is damaged (its header)", WHOLE)
+    most = max(counts, key=lambda one: counts[one], default="F32")
+    if most not in DTYPES:
+        rule = f"its weights are {most}, and {', '.join(DTYPES)} are read"
+        refuse("checkpoint", folder, rule, "Use a checkpoint in one of these")
+    return DTYPES[most]
+
+
+def open_weights(folder: Path, dtype: "torch.dtype | None" = None) -> "dict[str, Tensor]":
+    """Every tensor of a checkpoint folder by its name, in `dtype`.
+
+    Those that are stored in it are mapped from the files, the others are converted one by one; with
+    None all are mapped, in their own dtype. Raises UserError where a file is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -73,7 +99,8 @@ def open_weights(folder: Path) -> "dict[str, Tensor]":
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as opened:
-                tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (no mapping)
+                for name in opened.keys():  # noqa: SIM118 (no mapping)
+                    tensors[name] = opened.get_tensor(name).to(dtype)
         except (SafetensorError, OSError, ValueError) as error:
             line = str(error).splitlines()[0]
             refuse("checkpoint", folder, f"{file.name} is damaged ({line})", WHOLE)

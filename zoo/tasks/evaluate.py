@@ -24,7 +24,7 @@ from zoo.measurement import agrees, lacking, not_finite
 from zoo.model.checkpoint import load
 from zoo.model.device import pick_device
 from zoo.model.extend import extend
-from zoo.model.quantization import quantize
+from zoo.model.weights import BITS, choose_weights, loaded_in, quantize_as
 from zoo.report import published, write_report
 from zoo.report.page import pictures_folder, terminal
 from zoo.report.rows import gather, in_words
@@ -215,11 +215,13 @@ class _Run:
         folder = RunFolder.open(folder.path)
         found = with_found_factors(plain(config.extension), folder.path)  # what a search has left
         extension = Extension.model_validate(found)
-        about = row_identity(extension, folder, device, config.weights)
+        weights = choose_weights(config.weights, folder.config, device)
+        about = row_identity(extension, folder, device, weights)
         about |= compressed_identity(about, config.compress)
         _report_code(folder)
         return cls(
-            config.model_copy(update={"extension": extension}), folder, about, device, progress
+            config.model_copy(update={"extension": extension, "weights": weights}),
+            *(folder, about, device, progress),
         )
 
     def record(self) -> Row:
@@ -254,10 +256,9 @@ class _Run:
                 )
                 yield named | failure_row(error)
                 continue
-            code = measured_by(
-                *(self.folder.config, name, extended, bool(self.config.weights)),
-                compress.method is not None,
-            )
+            quantized = self.config.weights in BITS
+            shortens = compress.method is not None
+            code = measured_by(self.folder.config, name, extended, quantized, shortens)
             named |= {"measured_by": code}
             yield Begun(named, [*left])
             left.remove(name)
@@ -327,14 +328,14 @@ class _Run:
                 f"{data.fingerprint[:8]}, the run's is {known}). Say where that text is now: "
                 "data.path=<folder>."
             )
-        model = load(self.folder, self.device)
+        weights = self.config.weights or "float32"
+        model = load(self.folder, self.device, loaded_in(weights))
         self.about.update(weights_of(self.folder))
         try:
             extend(model, config.extension, trained.seq_len)
         except UserError as error:
             raise NotApplicableError(str(error)) from None
-        if config.weights:
-            quantize(model, config.weights)
+        quantize_as(model, weights)
         compress = None
         if config.compress.method and isinstance(data, Corpus):
             by = config.compress.by

@@ -30,9 +30,12 @@ UNSHAPED = (  # options that leave a run's weights as they are; the text is know
 
 
 def row_identity(
-    extension: Extension, folder: RunFolder, device: torch.device, weights: str | None = None
+    extension: Extension, folder: RunFolder, device: torch.device, weights: str = "float32"
 ) -> Row:
-    """The fields every row of a run shares: what was trained, how, and what measures it."""
+    """The fields every row of a run shares: what was trained, how, and what measures it.
+
+    `weights` is the form in which they are kept (zoo.model.weights).
+    """
     trained, info = folder.config, folder.info
     name = trained.model.name
     stages = stages_of(trained)
@@ -63,7 +66,7 @@ def row_identity(
         "sources": trained_by(info),
         "commit": info.get("commit"),
         "device": device_name(device),
-        "dtype": weights or str(dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch.") if weights == "float32" else weights,
         "threads": torch.get_num_threads(),
         "audit": None,  # of a model that leaks, the reason
     }

@@ -53,8 +53,10 @@ class EvalConfig(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
         description="auto, cpu, mps, cuda, cuda:1 ..."
     )
-    weights: Literal["int8", "int4"] | None = Field(
-        default=None, description="int8 or int4: quantize the weights; null: as they are"
+    weights: Literal["stored", "float32", "bfloat16", "float16", "int8", "int4"] | None = Field(
+        default=None,
+        description="dtype of the weights; stored: the checkpoint's; int8 or int4: quantized; "
+        "null: float32 on a CPU, else as stored",
     )
     threads: Threads | None = Field(description="CPU threads; null: all cores")
     report: Path | None = Field(description="HTML file to write the report to; null: none")
