@@ -39,6 +39,7 @@ OPTIONAL = {
     "optuna",
     "safetensors",
     "gguf",
+    "lm_eval",
 }
 
 
