@@ -5,14 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from zoo.cli import processes
 from zoo.cli.arms import Arm
 from zoo.cli.launch import launch
 from zoo.config.applicability import check_applies, position_schemes
 from zoo.config.effects import check_effects, check_names, notes
+from zoo.config.groups import CONFIGS
 from zoo.config.resolve import resolve
 from zoo.config.schedule import describe_continuation
 from zoo.config.schema.train import TrainConfig
+from zoo.config.tree import within
 from zoo.config.validate import validate
 from zoo.console import say
 from zoo.data.sources import check_source
@@ -35,6 +39,7 @@ Examples
   python train.py model=mamba seq_len=65536
   python train.py -m model=transformer,mamba seed=0,1   every combination, one after another
   python train.py resume=<run folder>                   continue a run
+  python train.py finetune=<run or pretrained checkpoint> extension=yarn extension.factor=4
 """
 
 
@@ -44,7 +49,7 @@ def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
     if tree["resume"]:
         config = resumed(tree, given)
     elif tree["finetune"]:
-        config = finetuned(resolve(tree), given)
+        config = finetuned(*_as_of_run(resolve(tree), given))
         check_applies(config.extension, position_schemes(config.model))
     else:
         config = validate(TrainConfig, resolve(tree))
@@ -67,6 +72,31 @@ def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
 
         check_task(config.data.name, config.data.task.load(), config.seq_len)
     return config
+
+
+def _as_of_run(tree: dict[str, Any], given: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The tree, where it fine-tunes a pretrained checkpoint, as one that fine-tunes its run.
+
+    The run is made here, on the text of data.*, unless it was before.
+    """
+    place = Path(str(tree["finetune"]))
+    if not place.is_file() and not (place / "config.json").is_file():
+        return tree, given
+    from zoo.pretrained.checkpoint import check_checkpoint
+
+    data = dict(tree["data"])
+    if "data" not in given and "data.path" in given:  # not of the default corpus, which has none
+        places = {key: data[key] for key in ("path", "cache") if f"data.{key}" in given}
+        data = {**yaml.safe_load((CONFIGS / "data" / "text.yaml").read_text("utf-8")), **places}
+    if "data.tokenizer" not in given:
+        data["tokenizer"] = None  # the checkpoint's own
+    check_checkpoint(place, data["tokenizer"])
+    check_source({**data, "tokenizer": data["tokenizer"] or "bytes"})
+    from zoo.training.pretrained import pretrained_run  # heavy: seconds
+
+    folder = pretrained_run(place, data, Path(tree["runs"]))
+    others = [key for key in given if not within(key, ("data",))]
+    return {**tree, "finetune": str(folder.path)}, others
 
 
 def job(config: TrainConfig, arm: Arm | None) -> int:

@@ -6,6 +6,7 @@ to names (a hybrid's pattern, where positions act) and the schema checks every v
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import lru_cache
 from typing import Any, Literal, overload
@@ -41,8 +42,10 @@ POSITIONS = ("model.positions", "model.mixer.positions")
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
 
 
-def composing(program: str) -> initialize_config_dir:
-    """The context in which Hydra knows the program's YAML files."""
+def composing(program: str) -> AbstractContextManager[Any]:
+    """The context in which Hydra knows the YAML files, those of all programs; may be nested."""
+    if GlobalHydra.instance().is_initialized():
+        return nullcontext()
     return initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=program)
 
 

@@ -52,7 +52,8 @@ class TrainConfig(Section):
     name: Name | None = Field(description="name of the run folder; null: made from the options")
     resume: Path | None = Field(description="run folder whose training to continue")
     finetune: Path | None = Field(
-        description="run folder whose model to train further, under extension=<name>"
+        description="run folder, or pretrained checkpoint, whose model to train further, under "
+        "extension=<name>"
     )
     checkpoint: Path | None = Field(
         default=None,

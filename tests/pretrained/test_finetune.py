@@ -1,0 +1,117 @@
+"""`train.py finetune=<checkpoint>`: every family, every extension: trained, resumed, measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from building import counting, write_byte_level
+from checkpoints import CASES, transformers
+
+from zoo.cli.eval import main as measure
+from zoo.cli.train import main as train
+from zoo.model.checkpoint import load
+from zoo.runs.folder import RunFolder
+
+VOCAB, LENGTH = 259, 64
+EXTENSIONS = ["none", "pi", "ntk", "yarn", "clex", "pose", "longrope"]
+FAMILIES = {  # the first case of each, and those whose rotary positions are their own
+    **{transformers_name: case for case, (transformers_name, _) in reversed(CASES.items())},
+    "llama, yarn": "llama, yarn",
+    "mistral, sliding": "mistral, sliding",
+}
+FEW = ["batch_tokens=256", "optim.warmup_steps=1", "logger=none", "valid_every=2"]
+FEW += ["valid_windows=2", "trainer.accelerator=cpu"]
+QUICK = [("Llama", "pi"), ("Llama", "clex"), ("Mamba", "pi"), ("llama, yarn", "none")]
+
+
+def write_checkpoint(folder: Path, case: str) -> Path:
+    """A tiny model of random weights with a tokenizer that begins texts, as `save` has it."""
+    family, options = CASES[case]
+    torch.manual_seed(0)
+    more = {"vocab_size": VOCAB, "eos_token_id": VOCAB - 1, "pad_token_id": 0}
+    config = getattr(transformers, f"{family}Config")(**(options | more))
+    name = family.removesuffix("Text")
+    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(folder)
+    write_byte_level(folder, ("t", "h"), ("e", "n"), begins=True)
+    return folder
+
+
+def acts_on(family: str, extension: str) -> bool:
+    """Whether the extension acts on the family: it has rotary attention without its own scaling."""
+    recurrent = ("Mamba", "Mamba2", "FalconMamba", "Rwkv", "RecurrentGemma")  # or local
+    own = family in ("llama, yarn", "mistral, sliding")
+    return extension == "none" or not (family in recurrent or own)
+
+
+@pytest.mark.parametrize(
+    ("family", "extension"),
+    [
+        pytest.param(
+            *(family, extension),
+            marks=[] if (family, extension) in QUICK else pytest.mark.slow,
+        )
+        for family in FAMILIES
+        for extension in EXTENSIONS
+    ],
+)
+def test_a_checkpoint_is_tuned_resumed_and_measured_or_the_line_says_why_not(
+    family, extension, tmp_path, capsys
+):
+    place = write_checkpoint(tmp_path / "model", FAMILIES[family])
+    (tmp_path / "text").mkdir()
+    for name, start in (("a", 0), ("b", 3000), ("c", 6000)):
+        (tmp_path / "text" / f"{name}.txt").write_text(counting(start, 400))
+    runs = [f"runs={tmp_path / 'runs'}", f"data.cache={tmp_path / 'cache'}"]
+    text = [f"data.path={tmp_path / 'text'}", *runs]
+    words = [f"extension={extension}"]
+    if extension != "none":
+        words += ["extension.factor=2"]
+    if extension == "longrope":
+        pairs = CASES[FAMILIES[family]][1].get("head_dim", 8) // 2
+        words += [f"extension.scaling.long_factors={[1.0 + i / pairs for i in range(pairs)]}"]
+    tune = [f"finetune={place}", *text, *words, *FEW, "name=tuned", "trainer.max_steps=2"]
+    code = train([word.replace(", ", ",") for word in tune])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    if not acts_on(family, extension):
+        assert code == 2
+        assert "extension" in said
+        assert not (tmp_path / "runs" / "tuned").exists()
+        return
+    assert code == 0, said
+    run = tmp_path / "runs" / "tuned"
+    assert train([f"resume={run}", "trainer.max_steps=3"]) == 0
+    folder = RunFolder.open(run)
+    assert (folder.info["status"], folder.info["step"]) == ("done", 3)
+    base = RunFolder.open(folder.config.finetune)
+    assert base.config.checkpoint == str(place)
+    assert folder.config.data.options["bos_token"] == base.config.data.options["bos_token"]
+    before, after = load(base), load(folder)
+    assert any(
+        not torch.equal(one, other)
+        for one, other in zip(before.parameters(), after.parameters(), strict=False)
+    )
+    lengths = f"task.perplexity.lengths=[{LENGTH},{2 * LENGTH}]"
+    options = ["task=perplexity", lengths, "task.perplexity.units=2", "logger=none", "report=null"]
+    assert measure([f"run={run}", *options]) == 0
+    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    assert {row["length"] for row in rows} == {LENGTH, 2 * LENGTH}
+    assert {row["status"] for row in rows} == {"ok"}
+
+
+def test_what_cannot_be_tuned_is_refused_in_one_line_before_anything_is_written(tmp_path, capsys):
+    place = write_checkpoint(tmp_path / "model", "llama")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text(counting(0, 900))
+    runs = [f"runs={tmp_path / 'runs'}", "logger=none"]
+    cases = {
+        "data.path": [f"finetune={place}", f"data.path={tmp_path / 'nowhere'}", *runs],
+        "finetune=": [f"finetune={tmp_path / 'nowhere'}", *runs],
+        "tokenizer": [f"finetune={place}", f"data.path={tmp_path / 'text'}", *runs],
+    }
+    (place / "tokenizer.json").rename(place / "other.json")
+    for said, words in cases.items():
+        assert train(words) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert said in lines[-1]
+        assert not (tmp_path / "runs").exists()
