@@ -8,159 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import CASES, LLAMA, PAIRS, SU, VOCAB, opened, save, scaled
 
 from zoo.errors import UserError
-from zoo.model.backbone import Backbone
-from zoo.model.pretrained import check_unchanged, identify, load_pretrained
-from zoo.pretrained.checkpoint import check_checkpoint
+from zoo.model.pretrained import check_unchanged, identify
+from zoo.pretrained.config_reader import SILENT
 from zoo.pretrained.families import describe
 from zoo.pretrained.rope_scaling import SCALINGS
 from zoo.pretrained.weights import open_weights, read_json
-from zoo.training.pretrained import pretrained_config
-
-transformers = pytest.importorskip("transformers")
-
-VOCAB = 96
-TEXT = {"name": "text", "path": "books", "tokenizer": "bytes", "cache": ".data"}
-TEXT |= {"eval_documents": "whole", "passkey": 0.0}
-LLAMA = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-MAMBA = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "state_size": 8,
-}
-NEOX = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
-RWKV = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "context_length": 64}
-
-
-def scaled(kind: str, **settings: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **settings}}
-
-
-PAIRS = [1.0 + i / 4 for i in range(4)]  # of heads of 8 channels
-SU = {"original_max_position_embeddings": 16, "short_factor": PAIRS, "long_factor": PAIRS}
-CASES = {
-    "llama": ("Llama", LLAMA),
-    "llama, all heads, untied": ("Llama", LLAMA | {"num_key_value_heads": 4}),
-    "llama, tied": ("Llama", LLAMA | {"tie_word_embeddings": True}),
-    "llama, another base": (
-        "Llama",
-        LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
-    ),
-    "llama, linear": (
-        "Llama",
-        LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
-    ),
-    "llama, llama3": ("Llama", LLAMA | {"rope_parameters": LLAMA3}),
-    "llama, yarn": ("Llama", LLAMA | {"rope_parameters": YARN}),
-    "mistral": ("Mistral", LLAMA | {"sliding_window": None}),
-    "mistral, sliding": ("Mistral", LLAMA | {"sliding_window": 17}),
-    "llama, yarn, attention factor": (
-        "Llama",
-        LLAMA | {"rope_parameters": YARN | {"attention_factor": 1.3, "truncate": False}},
-    ),
-    "llama, yarn, mscale": (
-        "Llama",
-        LLAMA | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.5}},
-    ),
-    "llama, yarn, mscale alone": ("Llama", LLAMA | {"rope_parameters": YARN | {"mscale": 0.7}}),
-    "llama, longrope of one set": ("Llama", LLAMA | scaled("longrope", factor=4.0, **SU)),
-    "llama, longrope, attention factor": (
-        "Llama",
-        LLAMA | scaled("longrope", factor=4.0, attention_factor=1.0, **SU),
-    ),
-    "llama, proportional": ("Llama", LLAMA | scaled("proportional", factor=2.0)),
-    "llama, biases and wide heads": (
-        "Llama",
-        LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 12},
-    ),
-    "qwen2": ("Qwen2", LLAMA),
-    "qwen2, tied": ("Qwen2", LLAMA | {"tie_word_embeddings": True}),
-    "qwen2, sliding": (
-        "Qwen2",
-        LLAMA | {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 0},
-    ),
-    "qwen3": ("Qwen3", LLAMA | {"head_dim": 16}),
-    "qwen3, tied, with biases": (
-        "Qwen3",
-        LLAMA | {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True},
-    ),
-    "gpt_neox": ("GPTNeoX", NEOX),
-    "gpt_neox, in turn, tied, without biases": (
-        "GPTNeoX",
-        NEOX
-        | {"use_parallel_residual": False, "tie_word_embeddings": True, "attention_bias": False},
-    ),
-    "gpt_neox, yarn": (
-        "GPTNeoX",
-        NEOX | {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}},
-    ),
-    "falcon_mamba": ("FalconMamba", MAMBA),
-    "mamba": ("Mamba", MAMBA),
-    "mamba, untied": ("Mamba", MAMBA | {"tie_word_embeddings": False, "time_step_rank": 3}),
-    "mamba2": (
-        "Mamba2",
-        MAMBA | {"num_heads": 4, "head_dim": 16, "n_groups": 1, "tie_word_embeddings": False},
-    ),
-    "mamba2, another epsilon": (
-        "Mamba2",
-        MAMBA | {"num_heads": 4, "head_dim": 16, "n_groups": 1, "layer_norm_epsilon": 0.1},
-    ),
-    "rwkv": ("Rwkv", RWKV),
-    "rwkv, tied": ("Rwkv", RWKV | {"tie_word_embeddings": True, "intermediate_size": 48}),
-}
-
-
-def save(folder: Path, case: str, **more) -> torch.nn.Module:
-    """A model of random weights, saved as `transformers` saves it."""
-    family, options = CASES[case]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**options)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    for name, weight in model.named_parameters():  # norms and biases start at one and zero
-        if weight.dim() == 1 and "dt_bias" not in name and "A_log" not in name:
-            weight.data += 0.1 * torch.randn_like(weight)
-    model.save_pretrained(folder, **more)
-    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
-    return model
-
-
-def opened(folder: Path) -> Backbone:
-    check_checkpoint(folder)
-    described = describe(read_json(folder / "config.json"))
-    config = pretrained_config(described, folder, TEXT, folder)
-    return load_pretrained(config).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -305,6 +160,54 @@ def test_every_key_of_every_family_is_read_or_known_to_be_silent(tmp_path):
         describe(config)
         with pytest.raises(UserError, match="new_key"):
             describe(config | {"new_key": 1})
+
+
+def others(value: Any) -> list[Any]:
+    """Values that a field might have instead, and that say something else."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int | float):
+        return [2 * value + 1]
+    if isinstance(value, str):
+        return ["another"]
+    if isinstance(value, list):
+        return [[*value[:-1], *others(value[-1])]] if value else [[1]]
+    if isinstance(value, dict):
+        changed = [value | {key: new} for key, one in value.items() for new in others(one)]
+        return [*changed, value | {"new_key": 1}]
+    return [3, True, "another"]  # of a field that is not set
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_field_of_a_config_is_honoured_or_refused_by_name(case, tmp_path):
+    """Whatever a field is changed to, another model is built or one line names the field; one that
+    changes nothing changes nothing in `transformers` either."""
+    theirs = save(tmp_path, case)
+    config = read_json(tmp_path / "config.json")
+    before = describe(config)
+    changes = [(key, new) for key in {*config} - SILENT for new in others(config[key])]
+    for key, value in changes:
+        try:
+            same = describe(config | {key: value}) == before
+        except UserError:
+            same = False
+        if same and (again := reopened(theirs, config | {key: value}, tmp_path)) is not None:
+            assert torch.equal(again, logits_of(theirs)), (key, value)
+
+
+def logits_of(theirs: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return theirs(torch.arange(40)[None], use_cache=False).logits
+
+
+def reopened(theirs: Any, config: dict[str, Any], folder: Path) -> torch.Tensor | None:
+    """The logits of the weights under another config.json; None where `transformers` refuses it."""
+    (folder / "config.json").write_text(json.dumps(config))
+    try:
+        again = type(theirs).from_pretrained(folder).eval()
+        return logits_of(again)
+    except ValueError:
+        return None
 
 
 def damage_missing_shard(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from building import ROOT
 
-SECONDS, SHARE = 5.0, 1.15  # from a warm cache; peak memory over the size of the weights
+SECONDS, SHARE = 5.0, 1.15  # of CPU, from a warm cache; peak memory over the weights' size
 WIDTH, HIDDEN, LAYERS, VOCAB = 1024, 4096, 15, 8192
 CODE = """
 import json, sys, time
@@ -29,11 +29,11 @@ for part in folder.glob("*.safetensors"):  # a warm cache
     with open(part, "rb") as file:
         while file.read(2**24):
             pass
-before, began = peak(), time.perf_counter()
+before, began = peak(), time.process_time()
 model = pretrained.load_pretrained(config, None if sys.argv[2] == "stored" else torch.float32)
 size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
 assert {str(weight.dtype) for weight in model.parameters()} == {sys.argv[3]}
-seconds = time.perf_counter() - began
+seconds = time.process_time() - began
 after = peak()
 print(json.dumps({"seconds": seconds, "bytes": (after - before) * 1024, "size": size}))
 """

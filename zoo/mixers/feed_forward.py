@@ -1,5 +1,9 @@
 """Feed-forward networks: the second half of a block, channel by channel."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -7,12 +11,18 @@ from torch import Tensor
 from zoo.config.domains import Positive
 from zoo.mixers.base import Mixer, MixerOutput, State, linear, residual_gain
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
 
 class SwiGLU(Mixer):
-    """y = W_down (silu(W_gate x) * W_up x)   (Shazeer 2020, GLU variants, eq. 6)
+    """y = W_down (f(W_gate x) * W_up x)   (Shazeer 2020, GLU variants, eqs. 5 and 6)
 
     `hidden_width` is 8/3 of the width unless given, so that it costs what a 4x MLP would; with
-    `bias` all three projections have one.
+    `bias` all three projections have one. f is the `activation`, silu or gelu by its tanh
+    approximation (GEGLU).
     """
 
     def __init__(
@@ -21,17 +31,19 @@ class SwiGLU(Mixer):
         width: int,
         hidden_width: Positive | None = None,
         bias: bool = False,
+        activation: Literal["silu", "gelu_tanh"] = "silu",
         layer: int = 0,
         layers: int = 1,
     ) -> None:
         super().__init__()
+        self.activation = activation
         hidden = round(8 * width / 3 / 8) * 8 if hidden_width is None else hidden_width
         self.gate_proj = linear(width, hidden, bias=bias)
         self.up_proj = linear(width, hidden, bias=bias)
         self.down_proj = linear(hidden, width, gain=residual_gain(layers), bias=bias)
 
     def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> MixerOutput:
-        y = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        y = self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
         return y if state is None else (y, state)
 
 

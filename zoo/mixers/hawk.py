@@ -10,12 +10,13 @@
 W_a and W_i are block-diagonal in `gate_blocks` blocks. Lambda here is that of appendix A's formula,
 minus the one of section 2.4 (there a = sigmoid(Lambda)); as published a^c starts uniform in [0.9,
 0.999], by softplus(Lambda) = -log(a^c) / c. The first token is scaled by sqrt(1 - a_1^2) as every
-other, as in the paper; the authors' code leaves it as it is. GELU is their tanh approximation.
+other, as in the paper; the authors' code leaves it as it is, and so does `first_token=whole`. GELU
+is their tanh approximation.
 
 The state is the last `conv_width - 1` inputs of the convolution and h, in float32.
 
     transformers RecurrentGemmaRecurrentBlock            here
-    linear_{x,y,out}                                     {x,gate,out}_proj, without biases
+    linear_{x,y,out}                                     {x,gate,out}_proj, with bias=true
     conv_1d.weight, (d, 1, w); conv_1d.bias              conv_weight, (d, w); conv_bias
     rg_lru.recurrent_param                               decay
     rg_lru.recurrent_gate_{weight,bias}                  decay_gate.{weight,bias}, bias (d,)
@@ -23,7 +24,7 @@ The state is the last `conv_width - 1` inputs of the convolution and h, in float
 """
 
 import math
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,7 @@ SLOW, FAST = 0.999, 0.9  # initial decays of an open recurrence gate: uniform be
 class HawkState(NamedTuple):
     conv: Float[Tensor, "b w c"]  # the convolution's last conv_width - 1 inputs
     h: Float[Tensor, "b c"]
+    tokens_seen: int = 0
 
 
 class BlockDiagonal(nn.Module):
@@ -82,6 +84,8 @@ class Hawk(Mixer):
         inner_width: channels of the recurrence (D_RNN); None for 4/3 of the width.
         gate_blocks: blocks of the gates' weights, which must divide `inner_width`.
         conv_width: tokens that the convolution sees, the present one included.
+        bias: of the three projections.
+        first_token: scaled, as every other, or whole.
         backend: of the recurrence and of the convolution.
         layer, layers: this layer's index and the number of layers.
     """
@@ -93,6 +97,8 @@ class Hawk(Mixer):
         inner_width: Positive | None = None,
         gate_blocks: Positive,
         conv_width: Annotated[int, Range(2, 8)] = 4,
+        bias: bool = False,
+        first_token: Literal["scaled", "whole"] = "scaled",
         backend: str = "auto",
         layer: int = 0,
         layers: int = 1,
@@ -104,14 +110,16 @@ class Hawk(Mixer):
         if inner % gate_blocks:
             raise ValueError(f"gate_blocks={gate_blocks}: must divide inner_width={inner}.")
         self.inner_width, self.conv_width, self.backend = inner, conv_width, backend
-        self.gate_proj, self.x_proj = linear(width, inner), linear(width, inner)
+        self.first_token = first_token
+        self.gate_proj = linear(width, inner, bias=bias)
+        self.x_proj = linear(width, inner, bias=bias)
         self.conv_weight = conv_weight(inner, conv_width)
         self.conv_bias = nn.Parameter(torch.zeros(inner))
         self.decay_gate = BlockDiagonal(inner, gate_blocks)
         self.input_gate = BlockDiagonal(inner, gate_blocks)
         rate = -torch.empty(inner).uniform_(FAST, SLOW).log() / C
         self.decay = nn.Parameter(rate.expm1().log())  # softplus(decay) = rate
-        self.out_proj = linear(inner, width, gain=residual_gain(layers))
+        self.out_proj = linear(inner, width, gain=residual_gain(layers), bias=bias)
 
     def forward(self, x: Float[Tensor, "b t d"], state: HawkState | None = None) -> MixerOutput:
         u, conv = causal_conv(
@@ -124,10 +132,13 @@ class Hawk(Mixer):
         )
         wide = wide_dtype(self.decay)
         a, scale = decay_and_scale(self.decay.to(wide), self.decay_gate(u).to(wide))
+        start = state.tokens_seen if state else 0
+        if self.first_token == "whole" and not start and x.shape[1]:
+            scale = torch.cat([torch.ones_like(scale[:, :1]), scale[:, 1:]], 1)
         u = scale * torch.sigmoid(self.input_gate(u).to(wide)) * u
         h, last = linear_recurrence(a, u, state.h if state else None, self.backend)
         y = self.out_proj(h.to(x.dtype) * F.gelu(self.gate_proj(x), approximate="tanh"))
-        return y if state is None else (y, HawkState(conv, last))
+        return y if state is None else (y, HawkState(conv, last, start + x.shape[1]))
 
     def empty_state(self, batch: int) -> HawkState:
         weight = self.x_proj.weight

@@ -16,6 +16,7 @@ sink, a token before the text: queries see it unrotated, the same from every pos
                     arXiv 2010.04245; with a learned weight per channel as in Qwen3)
     logit_scale     q = (s log n) q for a query of n keys, s learned per head from 0.43 on (SSMax,
                     Nakanishi 2025, arXiv 2501.19399); biases of positions are not scaled
+    score_scale     scores are c q k^T for this c instead of 1 / sqrt(head_width)
     output_gate     y = W_o (attention * sigmoid(W_g x)) (Qiu 2025, arXiv 2505.06708)
 """
 
@@ -28,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.config.domains import Range
+from zoo.errors import refuse
 from zoo.mixers.base import (
     CrossLayer,
     Mixer,
@@ -41,10 +43,11 @@ from zoo.mixers.base import (
 )
 from zoo.mixers.parts import KeyValues, grow, no_keys
 from zoo.ops.attention import Part
-from zoo.ops.rms_norm import RMSNorm
+from zoo.ops.rms_norm import OffsetRMSNorm, RMSNorm
 from zoo.positions.base import build_positions
 from zoo.positions.rope import Rope
 
+SET_NORM = "Set qk_norm=true, or leave it out"
 LOGIT_SCALE = 0.43  # initial s: that of the paper's figure 1
 
 
@@ -57,7 +60,9 @@ class SoftmaxAttention(Mixer):
         positions: the scheme, a class of zoo.positions with its options bound.
         sink: a learned key and value per head.
         qkv_bias, output_bias: biases of W_q, W_k and W_v, and of W_o.
-        qk_norm: queries and keys are normalised; `norm_eps` is added under the root.
+        qk_norm: queries and keys are normalised; `norm_eps` is added under the root, and the
+            weights are offsets from one with `norm_offset`.
+        score_scale: of the scores; None: 1 / sqrt(head_width).
         logit_scale: scores grow with the logarithm of the number of keys.
         output_gate: each channel is gated before W_o.
         backend: of zoo.ops.attention.
@@ -82,6 +87,8 @@ class SoftmaxAttention(Mixer):
         output_bias: bool = False,
         qk_norm: bool = False,
         norm_eps: Annotated[float, Range(1e-12, 1)] = 1e-6,
+        norm_offset: bool = False,
+        score_scale: Annotated[float, Range(above=0, most=2**20)] | None = None,
         logit_scale: bool = False,
         output_gate: bool = False,
         layer: int = 0,
@@ -110,8 +117,12 @@ class SoftmaxAttention(Mixer):
         self.k_proj = linear(width, narrow, bias=qkv_bias)
         self.v_proj = linear(width, narrow, bias=qkv_bias)
         self.o_proj = linear(inner, width, gain=residual_gain(layers), bias=output_bias)
-        self.q_norm = RMSNorm(self.head_width, norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(self.head_width, norm_eps) if qk_norm else None
+        if norm_offset and not qk_norm:
+            refuse("norm_offset", True, "needs qk_norm=true, whose weights it describes", SET_NORM)
+        norm = OffsetRMSNorm if norm_offset else RMSNorm
+        self.q_norm = norm(self.head_width, norm_eps) if qk_norm else None
+        self.k_norm = norm(self.head_width, norm_eps) if qk_norm else None
+        self.score_scale = score_scale
         self.logit_scale = nn.Parameter(torch.full((heads,), LOGIT_SCALE)) if logit_scale else None
         self.gate_proj = linear(width, inner) if output_gate else None
 
@@ -130,6 +141,8 @@ class SoftmaxAttention(Mixer):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = _normalised(self.q_norm, q), _normalised(self.k_norm, k)
+        if self.score_scale is not None:
+            q = q * (self.score_scale * self.head_width**0.5)
         if self.logit_scale is not None:
             q = q * self._scales(start, x.shape[1], q)
         sinks = self._sinks(q)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,13 +18,15 @@ from zoo.errors import NoStateError, refuse
 from zoo.mixers.base import CrossLayer, Mixer, State
 from zoo.mixers.short_conv import ShortConvolution
 from zoo.ops.cross_entropy import summed_cross_entropy
-from zoo.ops.rms_norm import RMSNorm
+from zoo.ops.dtypes import wide_dtype
+from zoo.ops.rms_norm import OffsetRMSNorm, RMSNorm
 from zoo.positions.base import EmbeddedPositions
 from zoo.positions.rope import by_row
 
 Norm = Callable[[int], nn.Module]  # width -> a normalisation over it
 NORMS: dict[str, Callable[..., nn.Module]] = {
     "rms_norm": RMSNorm,
+    "rms_norm_offset": OffsetRMSNorm,
     "layer_norm": nn.LayerNorm,  # with a bias
 }
 
@@ -41,7 +44,8 @@ class Block(nn.Module):
 
     Without the short convolution and the feed-forward where there is none. With `parallel_residual`
     both halves read the same x, x += mixer(norm_1(x)) + feed_forward(norm_2(x)) (GPT-J; Black 2022,
-    GPT-NeoX-20B, section 2.1, arXiv 2204.06745).
+    GPT-NeoX-20B, section 2.1, arXiv 2204.06745). With `post_norm` what a half adds is normalised
+    once more, x += norm'(mixer(norm(x))) (Gemma 2, section 2, arXiv 2408.00118).
     """
 
     def __init__(
@@ -53,10 +57,13 @@ class Block(nn.Module):
         norm: Norm,
         short_conv: int | None = None,
         parallel_residual: bool = False,
+        post_norm: bool = False,
     ) -> None:
         super().__init__()
         self.parallel_residual = parallel_residual
         self.mixer_norm = norm(width)
+        self.mixer_post_norm = norm(width) if post_norm else None
+        self.feed_forward_post_norm = norm(width) if post_norm and feed_forward else None
         self.short_conv = ShortConvolution(width=width, taps=short_conv) if short_conv else None
         self.mixer = mixer
         self.feed_forward_norm = norm(width) if feed_forward else None
@@ -72,11 +79,11 @@ class Block(nn.Module):
         if self.short_conv is not None:
             u, conv_state = _apply(self.short_conv, u, before.short_conv, cross_layer)
         y, mixer_state = _apply(self.mixer, u, before.mixer, cross_layer)
-        read, x = x, x + y
+        read, x = x, x + (self.mixer_post_norm(y) if self.mixer_post_norm else y)
         if self.feed_forward is not None and self.feed_forward_norm is not None:
             u = self.feed_forward_norm(read if self.parallel_residual else x)
             y, feed_forward_state = _apply(self.feed_forward, u, before.feed_forward, cross_layer)
-            x = x + y
+            x = x + (self.feed_forward_post_norm(y) if self.feed_forward_post_norm else y)
         if state is None:
             return x
         return x, BlockState(mixer_state, feed_forward_state, conv_state)
@@ -128,6 +135,18 @@ def _rename_weights(_model: "Backbone", weights: dict[str, Tensor], *_: Any) -> 
     weights_as_now(weights)
 
 
+class Head(nn.Linear):
+    """From what the last block left to logits, z or softcap tanh(z / softcap)."""
+
+    def __init__(self, width: int, vocab_size: int, softcap: float | None = None) -> None:
+        super().__init__(width, vocab_size, bias=False)
+        self.softcap = softcap
+
+    def forward(self, input: Float[Tensor, "... width"]) -> Float[Tensor, "... v"]:
+        logits = super().forward(input)
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
 class BackboneState(NamedTuple):
     blocks: tuple[BlockState, ...]
     tokens_seen: int
@@ -141,6 +160,8 @@ class Backbone(nn.Module):
     before the mixer reads (zoo.mixers.short_conv), or None for no such layer. `positions`, if
     given, is added at the embedding. The head is the embedding itself unless `tied=False`. `norm`
     is one of NORMS; with `embedding_norm` the embedded tokens are normalised too, as in RWKV.
+    Embedded tokens are multiplied by `embedding_scale`, and logits z are c tanh(z / c) for a
+    `logit_softcap` c, where these are given. `post_norm` is the blocks'.
     `checkpoint_activations` recomputes each block in the backward pass instead of keeping what it
     computed.
     """
@@ -162,11 +183,15 @@ class Backbone(nn.Module):
         norm_eps: float = 1e-6,
         embedding_norm: bool = False,
         parallel_residual: bool = False,
+        post_norm: bool = False,
+        embedding_scale: float | None = None,
+        logit_softcap: float | None = None,
         tied: bool = True,
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
         self.vocab_size, self.width = vocab_size, width
+        self.embedding_scale = embedding_scale
         self.checkpoint_activations = checkpoint_activations
         self.embedding = nn.Embedding(vocab_size, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -184,12 +209,13 @@ class Backbone(nn.Module):
                 norm=make_norm,
                 short_conv=short_convs[layer % len(short_convs)],
                 parallel_residual=parallel_residual,
+                post_norm=post_norm,
             )
             blocks.append(block)
         self.blocks = nn.ModuleList(blocks)
         self.norm = make_norm(width)
         self.frequencies: nn.Module | None = None  # trained ones, length -> (inv_freq, factor)
-        self.head = nn.Linear(width, vocab_size, bias=False)
+        self.head = Head(width, vocab_size, logit_softcap)
         if tied:
             self.head.weight = self.embedding.weight
         self.register_load_state_dict_pre_hook(_check_tied)
@@ -225,6 +251,8 @@ class Backbone(nn.Module):
         start = state.tokens_seen if state else 0
         self._check_length(start + tokens.shape[1])
         x = self.embedding(tokens)
+        if self.embedding_scale is not None:
+            x = x * self.embedding_scale
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         if self.positions is not None:
@@ -282,6 +310,10 @@ class Backbone(nn.Module):
 
     def _summed_nll(self, x: Float[Tensor, "... width"], targets: Int[Tensor, "..."]) -> Tensor:
         """Nats of the targets, summed; those that are `NO_LABEL` cost nothing."""
+        if self.head.softcap is not None:
+            logits = self.head(x.reshape(-1, self.width))
+            how = {"ignore_index": NO_LABEL, "reduction": "sum"}
+            return F.cross_entropy(logits.to(wide_dtype(logits)), targets.reshape(-1), **how)
         return summed_cross_entropy(
             x.reshape(-1, self.width), self.head.weight, targets.reshape(-1), NO_LABEL
         )

@@ -99,6 +99,9 @@ def assemble(config: TrainConfig, vocab_size: int, knobs: Mapping[str, int]) -> 
         norm_eps=model.norm_eps,
         embedding_norm=model.embedding_norm,
         parallel_residual=model.parallel_residual,
+        post_norm=model.post_norm,
+        embedding_scale=model.embedding_scale,
+        logit_softcap=model.logit_softcap,
         tied=model.tied,
         checkpoint_activations=config.checkpoint_activations,
     )

@@ -39,8 +39,6 @@ def load(
     model, _ = build_model(folder.config, vocabulary.shape[0])
     extend_as_trained(model, folder.config)
     load_weights(model, state, folder)
-    if dtype != torch.float32:
-        model.rounding = dtype
     return model.to(device, dtype).eval().requires_grad_(False)
 
 

@@ -4,6 +4,8 @@ One table for each layout of names serves both directions. A name stands for a m
 parameter, `*` for the number of a layer. Beside the names three things differ:
 
     conv1d.weight, conv_1d.weight     (c, 1, w) there, (c, w) here
+    Griffin's gate biases             (blocks, d / blocks) there, (d,) here
+    Phi-3's qkv_proj, gate_up_proj    rows behind one another there, a projection each here
     RWKV-4's time_mix_*               (1, 1, d) there, (d,) here
     GPT-NeoX's query_key_value        of every head its q, k and v there, three projections here
 
@@ -34,6 +36,39 @@ LLAMA: Names = {
         for name in ("gate_proj", "up_proj", "down_proj")
     },
     "model.norm": "norm",
+    "lm_head": "head",
+}
+PHI3: Names = {
+    **LLAMA,
+    "model.layers.*.self_attn.qkv_proj": "blocks.*.mixer.q+k+v_proj",
+    "model.layers.*.mlp.gate_up_proj": "blocks.*.feed_forward.gate+up_proj",
+}
+GEMMA2: Names = {  # Gemma 3 too
+    **LLAMA,
+    "model.layers.*.post_attention_layernorm": "blocks.*.mixer_post_norm",
+    "model.layers.*.pre_feedforward_layernorm": "blocks.*.feed_forward_norm",
+    "model.layers.*.post_feedforward_layernorm": "blocks.*.feed_forward_post_norm",
+}
+GRIFFIN: Names = {
+    "model.embed_tokens": "embedding",
+    "model.layers.*.temporal_pre_norm": "blocks.*.mixer_norm",
+    "model.layers.*.temporal_block": "blocks.*.mixer",
+    "model.layers.*.temporal_block.linear_x": "blocks.*.mixer.x_proj",
+    "model.layers.*.temporal_block.linear_y": "blocks.*.mixer.gate_proj",
+    "model.layers.*.temporal_block.linear_out": "blocks.*.mixer.out_proj",
+    "model.layers.*.temporal_block.conv_1d.weight": "blocks.*.mixer.conv_weight",
+    "model.layers.*.temporal_block.conv_1d.bias": "blocks.*.mixer.conv_bias",
+    "model.layers.*.temporal_block.rg_lru.recurrent_param": "blocks.*.mixer.decay",
+    **{
+        f"model.layers.*.temporal_block.rg_lru.{theirs}_gate_{part}": (
+            f"blocks.*.mixer.{ours}_gate.{part}"
+        )
+        for theirs, ours in (("recurrent", "decay"), ("input", "input"))
+        for part in ("weight", "bias")
+    },
+    "model.layers.*.channel_pre_norm": "blocks.*.feed_forward_norm",
+    "model.layers.*.mlp_block": "blocks.*.feed_forward",
+    "model.final_norm": "norm",
     "lm_head": "head",
 }
 GPT_NEOX: Names = {
@@ -78,11 +113,13 @@ RWKV4: Names = {
     "rwkv.ln_out": "norm",
     "head": "head",
 }
-LAYOUTS: dict[str, Names] = {  # by what all names but the head's begin with
+LAYOUTS: dict[str, Names] = {  # by what stands in the names of some weights, the first that does
     "gpt_neox.": GPT_NEOX,
     "backbone.": MAMBA,
     "rwkv.": RWKV4,
-    "model.": LLAMA,
+    ".qkv_proj.": PHI3,
+    ".pre_feedforward_layernorm.": GEMMA2,
+    ".temporal_block.": GRIFFIN,
 }
 OLDER = {"embed_out.weight": "lm_head.weight"}  # names before transformers 5
 # Buffers that older versions stored; they follow from the configuration.
@@ -103,8 +140,7 @@ def from_transformers(weights: Mapping[str, Tensor], heads: int | None = None) -
     if "embedding.weight" in weights:  # the zoo's own
         return {**weights, "head.weight": weights.get("head.weight", weights["embedding.weight"])}
     names = next(
-        (names for start, names in LAYOUTS.items() if any(w.startswith(start) for w in weights)),
-        LLAMA,
+        (names for part, names in LAYOUTS.items() if any(part in name for name in weights)), LLAMA
     )
     renamed: dict[str, Tensor] = {}
     for name, tensor in weights.items():
@@ -112,10 +148,13 @@ def from_transformers(weights: Mapping[str, Tensor], heads: int | None = None) -
             continue
         ours = _renamed(OLDER.get(name, name), names)
         if ours is None:
-            rule = "is no weight of a Llama, a GPT-NeoX, a Mamba or an RWKV-4"
+            rule = "is no weight of a family that the zoo reads"
             refuse_path(name, rule, "Convert one of these")
         if ".qkv_proj." in ours:
             renamed |= _split(ours, tensor, heads)
+        elif "+" in ours:
+            output = weights.get(name.replace("qkv_proj", "o_proj"), tensor)
+            renamed |= _rows(ours, tensor, output.shape[1])
         else:
             renamed[ours] = _layout_here(ours, tensor)
     if "head.weight" not in renamed and "embedding.weight" in renamed:
@@ -168,6 +207,8 @@ def _renamed(name: str, names: Names) -> str | None:
 def _layout_here(ours: str, tensor: Tensor) -> Tensor:
     if ours.endswith("conv_weight"):
         return tensor.squeeze(1)
+    if ours.endswith("_gate.bias"):
+        return tensor.flatten()
     return tensor.flatten() if re.search(r"\.mix_[kvr]$", ours) and tensor.dim() == 3 else tensor
 
 
@@ -186,6 +227,18 @@ def _split(ours: str, tensor: Tensor, heads: int | None) -> dict[str, Tensor]:
         ours.replace(".qkv_proj.", f".{one}_proj."): part.flatten(0, 1)
         for one, part in zip("qkv", parts, strict=True)
     }
+
+
+def _rows(ours: str, tensor: Tensor, first: int) -> dict[str, Tensor]:
+    """The projections whose rows stand behind one another: of queries, as many as `first`, keys and
+    values; or of gate and up, halves."""
+    stem, names, end = re.fullmatch(r"(.*\.)([\w+]+)(_proj\..*)", ours).groups()  # type: ignore[union-attr]
+    parts = names.split("+")
+    sizes = [first] * (len(parts) == 3)
+    rest = len(tensor) - sum(sizes)
+    sizes += [rest // 2, rest - rest // 2]
+    split = zip(parts, tensor.split(sizes), strict=True)
+    return {f"{stem}{part}{end}": rows for part, rows in split}
 
 
 def _fused(parts: list[Tensor], heads: int | None) -> Tensor:

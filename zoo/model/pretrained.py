@@ -102,8 +102,6 @@ def load_pretrained(config: TrainConfig, dtype: torch.dtype | None = torch.float
     model.load_state_dict(weights, strict=False, assign=True)
     if config.model.tied:
         model.head.weight = model.embedding.weight
-    if dtype in (torch.bfloat16, torch.float16):
-        model.rounding = dtype
     extend(model, config.extension, config.seq_len)
     return model
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.runtime.checks import check
 from zoo.ops.runtime.cpu import CpuKernel
 from zoo.ops.runtime.dispatch import select_backend
@@ -54,6 +55,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         return rms_norm(x, self.weight, self.eps)
+
+
+class OffsetRMSNorm(RMSNorm):
+    """RMSNorm whose weight is what is added to one, so that weight decay pulls to one (Gemma)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        wide = wide_dtype(x)
+        return rms_norm(x.to(wide), 1 + self.weight.to(wide), self.eps).to(x.dtype)
 
 
 def _forward(x, weight, eps: float) -> Tensor:

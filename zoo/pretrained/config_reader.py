@@ -7,6 +7,7 @@ from typing import Any
 from zoo.errors import UserError
 
 Config = Mapping[str, Any]
+Layers = tuple[list[str], list[list[str]]]  # words of all layers, and further ones of each
 
 # Keys about files, tokens, training or execution: none changes what the model computes.
 SILENT = {
@@ -15,6 +16,7 @@ SILENT = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
     *("attention_dropout", "hidden_dropout", "classifier_dropout"),
     *("initializer_range", "use_cache", "use_mambapy", "use_associative_scan", "is_decoder"),
+    *("resid_pdrop", "embd_pdrop", "w_init_variance_scale", "final_w_init_variance_scale"),
     *("rescale_prenorm_residual", "residual_in_fp32", "chunk_size", "rescale_every"),
     *("time_step_floor", "time_step_init_scheme", "time_step_max", "time_step_min"),
     "time_step_scale",
@@ -38,6 +40,10 @@ class Reader:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"config.json: {key}={value!r}: must be a number.")
         return value
+
+    def optional(self, key: str, default: Any = None) -> Any:
+        """A number, or what stands for one that is not given."""
+        return default if self.get(key) is None else self.number(key)
 
     def only(self, key: str, *allowed: Any) -> None:
         """Refuse a key whose value needs what the zoo does not compute."""

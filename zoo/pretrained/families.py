@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoo.errors import UserError, choose
-from zoo.pretrained.config_reader import Config, Reader, unsupported
-from zoo.pretrained.rope_scaling import rotary
+from zoo.pretrained import gemma, llama
+from zoo.pretrained.config_reader import Config, Layers, Reader
+from zoo.pretrained.llama import backbone
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Description:
     words: list[str]
     vocab_size: int
     end_token: int | None  # ends a document
+    layers: list[list[str]] | None = None  # further words of each layer, where layers differ
     own: dict[str, Any] | None = None  # sections of the zoo's configuration, of a model it exported
 
 
@@ -46,14 +48,16 @@ def describe(config: Config) -> Description:
         return _own(Reader(config))
     name = choose("model_type", config["model_type"], FAMILIES)
     reader = Reader(config)
-    words = FAMILIES[name](reader)
+    words, layers = FAMILIES[name](reader), None
+    if not isinstance(words, list):
+        words, layers = words
     words += _trained(reader, any(word.startswith("seq_len=") for word in words))
     vocab_size = reader.number("vocab_size")
     end = config.get("eos_token_id")
     if isinstance(end, list):
         end = end[0] if end else None
     reader.finish()
-    return Description(name, ["match=none", *words], vocab_size, end)
+    return Description(name, ["match=none", *words], vocab_size, end, layers)
 
 
 def _own(read: Reader) -> Description:
@@ -63,7 +67,7 @@ def _own(read: Reader) -> Description:
         raise UserError(f"config.json: zoo: must have {', '.join(OWN_SECTIONS)}.")
     vocab_size, words = read.number("vocab_size"), _trained(read, own_length=True)
     read.finish()
-    return Description("zoo", words, vocab_size, end, own)
+    return Description("zoo", words, vocab_size, end, own=own)
 
 
 def _trained(read: Reader, own_length: bool) -> list[str]:
@@ -74,120 +78,6 @@ def _trained(read: Reader, own_length: bool) -> list[str]:
     options = {"seq_len": "seq_len", "precision": "trainer.precision"}
     names = [name for name in found if not (own_length and name == "seq_len")]
     return [f"{options[name]}={found[name]}" for name in names]
-
-
-def _llama(read: Reader) -> list[str]:
-    """Llama 1 to 3 and its descendants under the same name."""
-    return [*_transformer(read), *_feed_forward_bias(read), *_biases(read, "qkv", "output")]
-
-
-def _mistral(read: Reader) -> list[str]:
-    """Mistral, with a sliding window in all layers or none."""
-    return _transformer(read)
-
-
-def _qwen2(read: Reader) -> list[str]:
-    """Qwen2 and Qwen2.5: biases of queries, keys and values."""
-    return [*_transformer(read), "model.mixer.qkv_bias=true"]
-
-
-def _qwen3(read: Reader) -> list[str]:
-    """Qwen3: normalised queries and keys, heads of any width."""
-    eps = read.number("rms_norm_eps")
-    norms = ["model.mixer.qk_norm=true", f"model.mixer.norm_eps={eps}"]
-    return [*_transformer(read), *norms, *_biases(read, "qkv", "output")]
-
-
-def _biases(read: Reader, *which: str) -> list[str]:
-    return [f"model.mixer.{one}_bias=true" for one in which if read.get("attention_bias", False)]
-
-
-def _feed_forward_bias(read: Reader) -> list[str]:
-    return ["model.feed_forward.bias=true"] if read.get("mlp_bias", False) else []
-
-
-def _transformer(read: Reader) -> list[str]:
-    """What the families that descend from Llama have in common."""
-    width, heads = read.number("hidden_size"), read.number("num_attention_heads")
-    read.only("hidden_act", "silu")
-    read.only("pretraining_tp", 1)
-    read.only("rope_interleaved", False)
-    read.only("partial_rotary_factor", 1.0)
-    head_width, length = read.get("head_dim"), read.number("max_position_embeddings")
-    words = [
-        "model=transformer",
-        f"model.mixer.kv_heads={read.get('num_key_value_heads', heads)}",
-        f"model.feed_forward.hidden_width={read.number('intermediate_size')}",
-        *_backbone(read, width, heads, "rms_norm_eps", False),
-        f"seq_len={length}",
-        *rotary(read, length),
-    ]
-    if head_width is not None and head_width * heads != width:
-        words += [f"model.mixer.head_width={head_width}"]
-    window = _window(read)
-    if window is not None and window < length:
-        if any(word.startswith("extension=") for word in words):
-            raise unsupported("sliding_window", window)
-        words += ["extension=window", f"extension.attention.window={window}"]
-    return words
-
-
-def _window(read: Reader) -> int | None:
-    """The sliding window of all layers; None without one."""
-    window, kinds = read.get("sliding_window"), read.get("layer_types", [])
-    slides = read.get("use_sliding_window", True)
-    first = read.get("max_window_layers", 0)  # before it, layers see all keys
-    if kinds:
-        if {*kinds} not in ({"full_attention"}, {"sliding_attention"}):
-            raise unsupported("layer_types", kinds)
-        slides = kinds[0] == "sliding_attention"
-    elif slides and window is not None and first >= read.number("num_hidden_layers"):
-        slides = False
-    elif slides and window is not None and first > 0:
-        raise unsupported("max_window_layers", first)
-    return window if slides else None
-
-
-def _gpt_neox(read: Reader) -> list[str]:
-    """GPT-NeoX and Pythia: parallel halves, a part of each head rotated, LayerNorm, biases."""
-    width, heads = read.number("hidden_size"), read.number("num_attention_heads")
-    length = read.number("max_position_embeddings")
-    read.only("hidden_act", "gelu")
-    parameters = dict(read.get("rope_parameters", {}))
-    share = parameters.pop("partial_rotary_factor", None) or read.get("rotary_pct", 0.25)
-    parallel = read.get("use_parallel_residual", True)
-    inner = Reader({**read.config, "rope_parameters": parameters}, read.read)
-    return [
-        "model=transformer",
-        "model.norm=layer_norm",
-        f"model.parallel_residual={'true' if parallel else 'false'}",
-        *[f"model.mixer.{which}_bias={_switch(read, 'attention_bias')}" for which in BIASES],
-        "model.feed_forward._target_=zoo.mixers.feed_forward.MLP",
-        f"model.feed_forward.hidden_width={read.number('intermediate_size')}",
-        *_backbone(read, width, heads, "layer_norm_eps", False),
-        f"seq_len={length}",
-        *rotary(inner, length, "rotary_emb_base"),
-        f"model.positions.partial_rotary_factor={float(share)}",
-    ]
-
-
-BIASES = ("qkv", "output")
-
-
-def _switch(read: Reader, key: str) -> str:
-    return "true" if read.get(key, True) else "false"
-
-
-def _backbone(read: Reader, width: int, heads: int, eps: str, tied: bool) -> list[str]:
-    """`tied` is what the family's config.json leaves out."""
-    tied = read.get("tie_word_embeddings", tied)
-    return [
-        f"size.width={width}",
-        f"size.layers={read.number('num_hidden_layers')}",
-        f"size.heads={heads}",
-        f"model.norm_eps={read.number(eps)}",
-        f"model.tied={'true' if tied else 'false'}",
-    ]
 
 
 def _mamba(read: Reader) -> list[str]:
@@ -205,7 +95,7 @@ def _mamba(read: Reader) -> list[str]:
         f"model.mixer.state_size={read.number('state_size')}",
         f"model.mixer.conv_width={read.number('conv_kernel')}",
         f"model.mixer.dt_rank={math.ceil(width / 16) if rank == 'auto' else rank}",
-        *_backbone(read, width, 1, "layer_norm_epsilon", True),
+        *backbone(read, width, 1, "layer_norm_epsilon", True),
     ]
 
 
@@ -226,7 +116,7 @@ def _rwkv(read: Reader) -> list[str]:
         "model.norm=layer_norm",
         "model.embedding_norm=true",
         f"model.feed_forward.hidden_width={read.get('intermediate_size', 4 * width)}",
-        *_backbone(read, width, 1, "layer_norm_epsilon", False),
+        *backbone(read, width, 1, "layer_norm_epsilon", False),
         f"seq_len={read.number('context_length')}",
     ]
 
@@ -251,16 +141,21 @@ def _mamba2(read: Reader) -> list[str]:
         f"model.mixer.state_size={read.number('state_size')}",
         f"model.mixer.conv_width={read.number('conv_kernel')}",
         f"model.mixer.norm_eps={read.number('layer_norm_epsilon')}",
-        *_backbone(read, width, 1, "layer_norm_epsilon", True),
+        *backbone(read, width, 1, "layer_norm_epsilon", True),
     ]
 
 
-FAMILIES: dict[str, Callable[[Reader], list[str]]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "gpt_neox": _gpt_neox,
+FAMILIES: dict[str, Callable[[Reader], list[str] | Layers]] = {
+    "llama": llama.llama,
+    "mistral": llama.mistral,
+    "qwen2": llama.qwen2,
+    "qwen3": llama.qwen3,
+    "phi3": llama.phi3,
+    "gemma": gemma.gemma,
+    "gemma2": gemma.gemma2,
+    "gemma3_text": gemma.gemma3,
+    "recurrent_gemma": gemma.recurrent_gemma,
+    "gpt_neox": llama.gpt_neox,
     "mamba": _mamba,
     "falcon_mamba": _falcon_mamba,
     "mamba2": _mamba2,

@@ -45,7 +45,7 @@ def rotary(read: Reader, length: int, base_key: str = "rope_theta") -> list[str]
         raise unsupported("rope_scaling.rope_type", kind)
     before = read.get("original_max_position_embeddings")
     if before is not None:
-        scaling.setdefault("original_max_position_embeddings", before)
+        scaling["original_max_position_embeddings"] = before  # counts before the one beside it
     return words + SCALINGS[kind](scaling, length)
 
 

@@ -22,13 +22,14 @@ Matched = Annotated[str, Field(pattern=r"^(layers|(mixer|feed_forward)\.[a-z]\w*
 class Model(Section):
     unwritten: ClassVar[Mapping[str, Any]] = {
         **{"norm": "rms_norm", "norm_eps": 1e-6, "embedding_norm": False},
-        **{"parallel_residual": False, "tied": True},
+        **{"parallel_residual": False, "post_norm": False, "tied": True},
+        **{"embedding_scale": None, "logit_softcap": None},
     }
     name: Name
     blocks: list[BlockConfig] = Field(min_length=1)  # repeated over the layers
     embedding_positions: PositionsPart | None
     match: list[Matched]  # what match=params may change, in this order
-    norm: Literal["rms_norm", "layer_norm"] = Field(
+    norm: Literal["rms_norm", "rms_norm_offset", "layer_norm"] = Field(
         default="rms_norm", description="normalisation before every half of a block and the head"
     )
     norm_eps: Annotated[Number, Field(gt=0, lt=1)] = Field(
@@ -39,6 +40,15 @@ class Model(Section):
     )
     parallel_residual: Switch = Field(
         default=False, description="true: mixer and feed-forward read the same input"
+    )
+    post_norm: Switch = Field(
+        default=False, description="true: what a half of a block adds is normalised too"
+    )
+    embedding_scale: Annotated[Number, Field(gt=0, le=2**20)] | None = Field(
+        default=None, description="of the embedded tokens; null: none"
+    )
+    logit_softcap: Annotated[Number, Field(gt=0, le=2**20)] | None = Field(
+        default=None, description="bound of the logits, approached as tanh; null: none"
     )
     tied: Switch = Field(default=True, description="true: the head is the embedding")
 

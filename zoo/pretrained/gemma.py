@@ -1,0 +1,136 @@
+"""The Gemma families: local and global attention, capped logits, and Griffin's recurrence.
+
+Each function translates a `config.json` into options of `train.py`; see zoo.pretrained.families.
+"""
+
+import struct
+
+from zoo.pretrained.config_reader import Layers, Reader, unsupported
+from zoo.pretrained.llama import backbone, biases, partial_rotary, transformer
+from zoo.pretrained.rope_scaling import rotary
+
+GELU_TANH = "gelu_pytorch_tanh"
+
+
+def gemma(read: Reader) -> list[str]:
+    """Gemma: GEGLU, scaled embeddings, norms whose weights are offsets from one."""
+    read.only("use_bidirectional_attention", False)
+    acts = [read.get(key) for key in ("hidden_act", "hidden_activation")]
+    if wrong := [act for act in acts if act not in (None, "gelu", GELU_TANH)]:
+        raise unsupported("hidden_act", wrong[0])  # gelu: a name of early checkpoints for the other
+    words = transformer(read, act=None, tied=True)
+    return [
+        *words,
+        *biases(read, "qkv", "output"),
+        "model.norm=rms_norm_offset",
+        "model.feed_forward.activation=gelu_tanh",
+        f"model.embedding_scale={read.number('hidden_size') ** 0.5}",
+    ]
+
+
+def gemma2(read: Reader) -> Layers:
+    """Gemma 2, without a cap on attention's scores: windows in every other layer, capped logits."""
+    read.only("attn_logit_softcapping")
+    cap = read.optional("final_logit_softcapping")
+    scale = read.optional("query_pre_attn_scalar", 256)
+    kinds = _local_layers(read, 2)
+    inner = Reader({**read.config, "sliding_window": None, "layer_types": None}, read.read)
+    words = [*gemma(inner), "model.post_norm=true", f"model.mixer.score_scale={scale**-0.5}"]
+    words += [] if cap is None else [f"model.logit_softcap={float(cap)}"]
+    base = next(word for word in words if word.startswith("model.positions.rope_base="))
+    local = [
+        "model.positions=local_rope",
+        f"model.positions.window={read.number('sliding_window')}",
+    ]
+    return words, [[*local, base] if is_local else [] for is_local in kinds]
+
+
+def gemma3(read: Reader) -> Layers:
+    """Gemma 3 (text): windows in five of six layers, of another rotary base; QK-norm."""
+    rope = dict(read.get("rope_parameters", {}))
+    local_rope = dict(rope.pop("sliding_attention", None) or {})
+    base = local_rope.pop("rope_theta", None) or read.optional("rope_local_base_freq", 10000.0)
+    kind = local_rope.pop("rope_type", None) or "default"
+    if kind != "default" or any(value is not None for value in local_rope.values()):
+        raise unsupported("rope_parameters.sliding_attention", {"rope_type": kind, **local_rope})
+    whole = rope.pop("full_attention", None)
+    if whole is None:
+        whole = rope
+    elif rope:
+        raise unsupported("rope_parameters", rope)
+    count = read.get("sliding_window_pattern") or read.get("_sliding_window_pattern") or 6
+    default = {"rope_theta": read.get("rope_theta", 1000000.0)}
+    config = {**read.config, "rope_parameters": {**default, **whole}, "rope_theta": None}
+    inner = Reader({**config, "_sliding_window_pattern": count}, read.read)
+    words, layers = gemma2(inner)
+    eps = read.number("rms_norm_eps")
+    norms = ["model.mixer.qk_norm=true", "model.mixer.norm_offset=true"]
+    local = [
+        [*words[:-1], f"model.positions.rope_base={float(base)}"] * bool(words) for words in layers
+    ]
+    return [*words, *norms, f"model.mixer.norm_eps={eps}"], local
+
+
+def _local_layers(read: Reader, every: int) -> list[bool]:
+    """Which layers see a window alone: all but each `every`-th, unless layer_types says it."""
+    count = read.number("num_hidden_layers")
+    every = read.get("_sliding_window_pattern", every)
+    kinds = read.get("layer_types") or [
+        "sliding_attention" if (i + 1) % every else "full_attention" for i in range(count)
+    ]
+    if len(kinds) != count or not {*kinds} <= {"sliding_attention", "full_attention"}:
+        raise unsupported("layer_types", kinds)
+    return [kind == "sliding_attention" for kind in kinds]
+
+
+def recurrent_gemma(read: Reader) -> Layers:
+    """RecurrentGemma (Griffin): RG-LRU layers and attention to a window in turn."""
+    width, heads = read.number("hidden_size"), read.number("num_attention_heads")
+    share, inner = partial_rotary(read, 0.5)
+    read.only("hidden_activation", GELU_TANH)
+    read.only("head_dim", width // heads)
+    scale = _bfloat16(width**0.5)  # as the model keeps it
+    words = [
+        "model=transformer",
+        "model.feed_forward.bias=true",
+        "model.feed_forward.activation=gelu_tanh",
+        f"model.feed_forward.hidden_width={read.number('intermediate_size') // 2}",
+        "model.norm=rms_norm_offset",
+        f"model.embedding_scale={scale}",
+        f"model.logit_softcap={float(read.optional('logits_soft_cap', 30.0))}",
+        *backbone(read, width, heads, "rms_norm_eps", True),
+        f"seq_len={GRIFFIN_LENGTH}",
+    ]
+    attention = [
+        f"model.mixer.kv_heads={read.get('num_key_value_heads', heads)}",
+        *biases(read, "qkv"),
+        "model.mixer.output_bias=true",
+        "model.positions=local_rope",
+        f"model.positions.window={read.number('attention_window_size')}",
+        *rotary(inner, GRIFFIN_LENGTH),
+        f"model.positions.partial_rotary_factor={share}",
+    ]
+    recurrent = [
+        "model=hawk",
+        f"model.mixer.inner_width={read.get('lru_width', width)}",
+        f"model.mixer.conv_width={read.number('conv1d_width')}",
+        "model.mixer.bias=true",
+        "model.mixer.first_token=whole",
+        *[word for word in words if word.startswith("model.feed_forward")],
+    ]
+    kinds = {"recurrent": recurrent, "attention": attention}
+    pattern = read.get("block_types", ["recurrent", "recurrent", "attention"])
+    if not pattern or not {*pattern} <= {*kinds}:
+        raise unsupported("block_types", pattern)
+    count = read.number("num_hidden_layers")
+    return words, [kinds[pattern[i % len(pattern)]] for i in range(count)]
+
+
+GRIFFIN_LENGTH = 8192  # tokens that it was trained on (Botev 2024, section 2, arXiv 2404.07839)
+
+
+def _bfloat16(value: float) -> float:
+    """The nearest number in bfloat16, ties to even."""
+    bits = int.from_bytes(struct.pack(">f", value), "big")
+    bits += 0x7FFF + (bits >> 16 & 1)
+    return struct.unpack(">f", (bits & 0xFFFF0000).to_bytes(4, "big"))[0]
