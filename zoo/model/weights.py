@@ -11,6 +11,7 @@ with are float32.
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -21,6 +22,7 @@ from zoo.model.quantization import quantize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BITS = ("int8", "int4")
+Weights = Literal["stored", "float32", "bfloat16", "float16", "int8", "int4"]
 
 log = logging.getLogger("zoo")
 

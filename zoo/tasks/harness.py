@@ -50,13 +50,13 @@ class Harness(Task):
         about="Tasks of lm-evaluation-harness: what it asks, and how it counts.",
         quantities=(),
     )
-    unidentifying = ("tasks", "include", "rows", "max_length")  # a question has its own
+    unidentifying = ("tasks", "include", "batch", "max_length")  # a question has its own
     tasks: Sequence[str] | None = None
     include: str | None = None
     shots: Annotated[int, Range(0, 1024)] | None = None
     limit: Count | None = None
     max_length: Count | None = None
-    rows: Count = 8
+    batch: Count = 8
 
     def check(self) -> None:
         if not self.tasks:
@@ -84,7 +84,7 @@ class Harness(Task):
         )
         name, evaluate = question["subtask"], imported().simple_evaluate
         found = evaluate(
-            model=harness_model(model, rows=self.rows, max_length=question["length"]),
+            model=harness_model(model, rows=self.batch, max_length=question["length"]),
             tasks=[name],
             task_manager=self._manager(),
             num_fewshot=self.shots,
