@@ -25,7 +25,7 @@ FOUND = {
 def test_a_row_has_every_measure_of_its_task_and_says_which_way_is_better():
     declares = _OfHarness(title="harness", about="", quantities=())
     one, two = ({"subtask": name} | _row(name, FOUND) for name in ("one", "two"))
-    assert (one["scores.acc"], one["count"], one["shots"]) == (0.5, 4, 2)
+    assert (one["scores.acc"], one["score"], one["count"], one["shots"]) == (0.5, 0.5, 4, 2)
     assert one["standard_errors"] == {"acc_stderr": 0.1}
     (quantity,) = declares.plain(one)["quantities"]
     assert quantity["name"] == "one, acc"

@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness, by the harness itself (zoo.model.lm_harness)."""
 
-import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -15,7 +15,8 @@ from zoo.tasks.task import Task
 
 
 class _OfHarness(Declaration):
-    """Which quantities a row has is known from the row: the harness's tasks have their own."""
+    """Which quantities a row has is known from the row: the harness's tasks have their own, of
+    which `score` is the first."""
 
     def plain(self, row: Mapping[str, Any]) -> dict[str, Any]:
         where = {"subtask": row["subtask"]} if "subtask" in row else {}
@@ -28,8 +29,7 @@ class _OfHarness(Declaration):
             )
             for name in row.get("measures", ())
         )
-        told = dataclasses.replace(self, quantities=mine)
-        return Declaration(title=told.title, about=told.about, quantities=mine).plain(row)
+        return Declaration(title=self.title, about=self.about, quantities=mine).plain(row)
 
 
 def _direction(higher: bool | None) -> Any:
@@ -48,7 +48,7 @@ class Harness(Task):
     declares = _OfHarness(
         title="lm-evaluation-harness",
         about="Tasks of lm-evaluation-harness: what it asks, and how it counts.",
-        quantities=(),
+        quantities=(Quantity(field="score", name="score", better=None),),
     )
     unidentifying = ("tasks", "include", "batch", "max_length")  # a question has its own
     tasks: Sequence[str] | None = None
@@ -111,7 +111,10 @@ def _row(name: str, found: Mapping[str, Any]) -> Row:
     }
     errors = {key: value for key, value in values.items() if "_stderr" in key}
     scores = {key: value for key, value in values.items() if key not in errors}
+    worst = [score for score in scores.values() if not math.isfinite(score)]
+    first = (worst or [*scores.values()])[:1]  # one that is no number fails the row
     return {
+        **({"score": float(first[0])} if first else {}),
         **{f"scores.{key}": float(value) for key, value in scores.items()},
         "measures": [*scores],
         "standard_errors": errors,
