@@ -19,6 +19,7 @@ PROGRAMS = {  # the module and what it does
     "compress": ("zoo.cli.compress", "shorten a text for another model, show what was dropped"),
     "chat": ("zoo.cli.chat", "write on with a trained model or a checkpoint, line by line"),
     "export": ("zoo.cli.export", "write a run's model as transformers or the zoo opens it"),
+    "paper": ("zoo.cli.paper", "measure a table of a paper, ours beside theirs"),
     "list": ("zoo.cli.listing", "list models, extensions, tasks, corpora and experiments"),
     "training-free": ("zoo.cli.training_free", "list the extensions that need no training"),
     "patterns": ("zoo.cli.patterns", "draw which tokens each query attends to"),
