@@ -109,8 +109,9 @@ def test_what_cannot_be_tuned_is_refused_in_one_line_before_anything_is_written(
         "finetune=": [f"finetune={tmp_path / 'nowhere'}", *runs],
         "tokenizer": [f"finetune={place}", f"data.path={tmp_path / 'text'}", *runs],
     }
-    (place / "tokenizer.json").rename(place / "other.json")
     for said, words in cases.items():
+        if said == "tokenizer":
+            (place / "tokenizer.json").unlink()
         assert train(words) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert said in lines[-1]

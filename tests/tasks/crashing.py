@@ -33,7 +33,7 @@ def main(folder: Path, words: list[str]) -> int:
         assert folder.name != "broken", "this cannot be"
 
     corpus = text_corpus(text_store(random_text(2000)))
-    driver.load = lambda folder, device: (Killed if folder.name == "killed" else Remembers)(5)
+    driver.load = lambda folder, *_: (Killed if folder.name == "killed" else Remembers)(5)
     driver.open_data = lambda data, seq_len: corpus
     driver._report_code = broken
     folders = [RunFolder.open(path) for path in sorted(folder.iterdir()) if path.is_dir()]

@@ -45,7 +45,6 @@ SLOW, FAST = 0.999, 0.9  # initial decays of an open recurrence gate: uniform be
 class HawkState(NamedTuple):
     conv: Float[Tensor, "b w c"]  # the convolution's last conv_width - 1 inputs
     h: Float[Tensor, "b c"]
-    tokens_seen: int = 0
 
 
 class BlockDiagonal(nn.Module):
@@ -74,6 +73,16 @@ def decay_and_scale(
     log_a = -C * F.softplus(decay) * torch.sigmoid(gate)
     left = -torch.expm1(2 * log_a)
     return torch.exp(log_a), left.clamp(min=torch.finfo(left.dtype).tiny).sqrt()
+
+
+def _first_whole(scale: Float[Tensor, "b t d"], state: HawkState | None) -> Float[Tensor, "b t d"]:
+    """The scales with ones for the token that a text begins with: before it h is zero."""
+    if state is None:
+        fresh = scale.new_ones(len(scale), 1, dtype=torch.bool)
+    else:
+        fresh = ~state.h.any(-1, keepdim=True)
+    first = torch.where(fresh[:, None], 1.0, scale[:, :1])
+    return torch.cat([first, scale[:, 1:]], 1)
 
 
 class Hawk(Mixer):
@@ -132,13 +141,12 @@ class Hawk(Mixer):
         )
         wide = wide_dtype(self.decay)
         a, scale = decay_and_scale(self.decay.to(wide), self.decay_gate(u).to(wide))
-        start = state.tokens_seen if state else 0
-        if self.first_token == "whole" and not start and x.shape[1]:
-            scale = torch.cat([torch.ones_like(scale[:, :1]), scale[:, 1:]], 1)
+        if self.first_token == "whole":
+            scale = _first_whole(scale, state)
         u = scale * torch.sigmoid(self.input_gate(u).to(wide)) * u
         h, last = linear_recurrence(a, u, state.h if state else None, self.backend)
         y = self.out_proj(h.to(x.dtype) * F.gelu(self.gate_proj(x), approximate="tanh"))
-        return y if state is None else (y, HawkState(conv, last, start + x.shape[1]))
+        return y if state is None else (y, HawkState(conv, last))
 
     def empty_state(self, batch: int) -> HawkState:
         weight = self.x_proj.weight

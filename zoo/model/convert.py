@@ -148,7 +148,7 @@ def from_transformers(weights: Mapping[str, Tensor], heads: int | None = None) -
             continue
         ours = _renamed(OLDER.get(name, name), names)
         if ours is None:
-            rule = "is no weight of a family that the zoo reads"
+            rule = "is no weight of a Llama, nor of another family that the zoo reads"
             refuse_path(name, rule, "Convert one of these")
         if ".qkv_proj." in ours:
             renamed |= _split(ours, tensor, heads)
