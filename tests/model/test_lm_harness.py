@@ -46,9 +46,9 @@ def requests(*arguments: tuple) -> list[SimpleNamespace]:
 
 def test_continuations_are_as_likely_as_for_transformers(both):
     ours, theirs = both
-    asked = requests(*[(context, rest) for context in CONTEXTS for rest in RESTS])
-    found, expected = (one.loglikelihood(asked, disable_tqdm=True) for one in both)
-    for request, one, other in zip(asked, found, expected, strict=True):
+    requested = requests(*[(context, rest) for context in CONTEXTS for rest in RESTS])
+    found, expected = (one.loglikelihood(requested, disable_tqdm=True) for one in both)
+    for request, one, other in zip(requested, found, expected, strict=True):
         assert one[0] == pytest.approx(other[0], abs=1e-4), request.args
         assert one[1] == other[1]
     assert ours.prefix_token_id == theirs.prefix_token_id == 258
@@ -56,8 +56,10 @@ def test_continuations_are_as_likely_as_for_transformers(both):
 
 def test_whole_texts_are_as_likely_as_for_transformers(both):
     """Also those longer than the model's windows."""
-    asked = requests(*[(counting(start, count),) for start, count in ((0, 1), (7, 9), (50, 40))])
-    found, expected = (one.loglikelihood_rolling(asked, disable_tqdm=True) for one in both)
+    requested = requests(
+        *[(counting(start, count),) for start, count in ((0, 1), (7, 9), (50, 40))]
+    )
+    found, expected = (one.loglikelihood_rolling(requested, disable_tqdm=True) for one in both)
     assert found == pytest.approx(expected, abs=1e-4 * 40)
     assert abs(found[2] - expected[2]) < 1e-3
 
@@ -66,8 +68,8 @@ def test_texts_are_written_as_by_transformers(both):
     settings = {"until": [","], "max_gen_toks": 12, "do_sample": False}
     longer = {"until": ["zzz"], "max_gen_toks": 15}
     prompts = ["1 and then", "3 and then", "12 and then 47, 13 and", "5"]
-    asked = requests(*[(prompt, how) for prompt in prompts for how in (settings, longer)])
-    found, expected = (one.generate_until(asked, disable_tqdm=True) for one in both)
+    requested = requests(*[(prompt, how) for prompt in prompts for how in (settings, longer)])
+    found, expected = (one.generate_until(requested, disable_tqdm=True) for one in both)
     assert found == expected
     assert any(found)
 

@@ -1,4 +1,4 @@
-"""Weights in the form that is asked for: what is kept, what it computes, what rows say of it."""
+"""Weights in the form that is requested: what is kept, what it computes, what rows say of it."""
 
 import json
 import logging
@@ -29,17 +29,17 @@ def test_a_checkpoint_in_half_precision_computes_as_transformers_in_it(case, dty
     """To what rounding leaves: as far from float32 as `transformers` is, at most three times."""
     theirs = save(tmp_path, case).to(dtype)
     theirs.save_pretrained(tmp_path)
-    kept, wide = opened(tmp_path, None), opened(tmp_path)
+    as_stored, wide = opened(tmp_path, None), opened(tmp_path)
     assert stored_dtype(tmp_path) == str(dtype).removeprefix("torch.")
-    assert {weight.dtype for weight in kept.parameters()} == {dtype}
+    assert {weight.dtype for weight in as_stored.parameters()} == {dtype}
     tokens = torch.randint(0, VOCAB, (2, 40))
     with torch.no_grad():
         expected, exact = theirs(tokens, use_cache=False).logits.float(), wide(tokens)
     off = (expected - exact).abs().amax()
-    assert (kept(tokens).float() - exact).abs().amax() <= 3 * off
-    state, parts = kept.empty_state(2), []
+    assert (as_stored(tokens).float() - exact).abs().amax() <= 3 * off
+    state, parts = as_stored.empty_state(2), []
     for part in tokens.split(17, 1):
-        logits, state = kept(part, state)
+        logits, state = as_stored(part, state)
         parts.append(logits.float())
     assert (torch.cat(parts, 1) - exact).abs().amax() <= 3 * off
 

@@ -20,8 +20,8 @@ FAMILIES = {  # the first case of each, and those whose rotary positions are the
     "llama, yarn": "llama, yarn",
     "mistral, sliding": "mistral, sliding",
 }
-FEW = ["batch_tokens=256", "optim.warmup_steps=1", "logger=none", "valid_every=2"]
-FEW += ["valid_windows=2", "trainer.accelerator=cpu"]
+SHORT = ["batch_tokens=256", "optim.warmup_steps=1", "logger=none", "valid_every=2"]
+SHORT += ["valid_windows=2", "trainer.accelerator=cpu"]
 QUICK = [("Llama", "pi"), ("Llama", "clex"), ("Mamba", "pi"), ("llama, yarn", "none")]
 
 
@@ -70,7 +70,7 @@ def test_a_checkpoint_is_tuned_resumed_and_measured_or_the_line_says_why_not(
     if extension == "longrope":
         pairs = CASES[FAMILIES[family]][1].get("head_dim", 8) // 2
         words += [f"extension.scaling.long_factors={[1.0 + i / pairs for i in range(pairs)]}"]
-    tune = [f"finetune={place}", *text, *words, *FEW, "name=tuned", "trainer.max_steps=2"]
+    tune = [f"finetune={place}", *text, *words, *SHORT, "name=tuned", "trainer.max_steps=2"]
     code = train([word.replace(", ", ",") for word in tune])
     said = capsys.readouterr().err.strip().splitlines()[-1]
     if not acts_on(family, extension):

@@ -219,7 +219,7 @@ def windows_of(corpus, config: TrainConfig) -> Windows:
 
 
 def test_passkeys_prompts_begin_so_and_are_no_longer(words, beginning, tmp_path, monkeypatch):
-    """A passkey is asked of as many tokens as its length says, the first of which begins it."""
+    """A passkey's prompt has as many tokens as its length says, the first of which begins it."""
     import zoo.tasks.passkey as passkey
 
     seen = []

@@ -1,4 +1,4 @@
-"""The papers' passkey: prompts fill their length, keys stand where they should, k_max by rule."""
+"""The papers' passkey: prompts fill their length, keys are where they should be, k_max by rule."""
 
 import re
 
@@ -64,7 +64,7 @@ def test_k_max_is_how_far_back_keys_are_found(tmp_path):
     assert row["distances"][-1] > 1200  # right behind the prompt's first sentences
 
 
-def test_yarns_keys_stand_at_random_places(tmp_path):
+def test_yarns_keys_are_at_random_places(tmp_path):
     options = {"lengths": [1500], "repeats": 10, "protocol": "yarn"}
     (row,) = measure(PublishedPasskey, context(10**6, tmp_path), **options)
     assert (row["exact"], row["count"]) == (1, 10)

@@ -49,14 +49,14 @@ def _paper(words: Sequence[str]) -> int:
     if not any(word.startswith("checkpoint=") for word in others):
         refuse("checkpoint", "", "must be given (a folder of transformers, or a .gguf file)")
     which = lengths[-1].partition("=")[2] if lengths else str(table["lengths"]).replace(" ", "")
-    asked = [*table["words"], f"{table['option']}={which}", "report=null", "logger=none"]
+    common = [*table["words"], f"{table['option']}={which}", "report=null", "logger=none"]
     lines, failed = [], False
     for row in table["rows"]:
         slot = row.get("run")
         if slot and slot not in runs:
             lines.append((row, None))
             continue
-        code, found = _measured(row, table, [*asked, *others], runs.get(slot))
+        code, found = _measured(row, table, [*common, *others], runs.get(slot))
         failed |= code != 0
         lines.append((row, found))
     say("\n".join(_table(table, lines)))

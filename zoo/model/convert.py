@@ -113,7 +113,7 @@ RWKV4: Names = {
     "rwkv.ln_out": "norm",
     "head": "head",
 }
-LAYOUTS: dict[str, Names] = {  # by what stands in the names of some weights, the first that does
+LAYOUTS: dict[str, Names] = {  # by a part of some weights' names, the first that is found
     "gpt_neox.": GPT_NEOX,
     "backbone.": MAMBA,
     "rwkv.": RWKV4,
@@ -230,7 +230,7 @@ def _split(ours: str, tensor: Tensor, heads: int | None) -> dict[str, Tensor]:
 
 
 def _rows(ours: str, tensor: Tensor, first: int) -> dict[str, Tensor]:
-    """The projections whose rows stand behind one another: of queries, as many as `first`, keys and
+    """The projections whose rows lie behind one another: of queries, as many as `first`, keys and
     values; or of gate and up, halves."""
     stem, names, end = re.fullmatch(r"(.*\.)([\w+]+)(_proj\..*)", ours).groups()  # type: ignore[union-attr]
     parts = names.split("+")

@@ -162,7 +162,7 @@ def load_language_model(
         words: options of the extension as eval.py takes them: "extension=yarn",
             "extension.factor=8".
         device: auto (an accelerator where there is one), cpu, cuda, cuda:1, mps.
-        weights: the form in which they are kept, see zoo.model.weights.
+        weights: the form of their numbers, see zoo.model.weights.
 
     Raises:
         UserError: where nothing there can be opened, an option is wrong, the extension does not act
@@ -184,19 +184,19 @@ def load_language_model(
         folder = RunFolder.open(place)
         config = folder.config
         tokenizer = _tokenizer_of(config.data)
-        kept = choose_weights(chosen.weights, config, where)
-        backbone = load(folder, where, loaded_in(kept))
+        form = choose_weights(chosen.weights, config, where)
+        backbone = load(folder, where, loaded_in(form))
         extension = Extension.model_validate(with_found_factors(plain(extension), place))
     elif os.path.isfile(place) or os.path.isfile(place / "config.json"):
         config, tokenizer = _read(place)
-        kept = choose_weights(chosen.weights, config, where)
-        backbone = load_pretrained(config, loaded_in(kept))
+        form = choose_weights(chosen.weights, config, where)
+        backbone = load_pretrained(config, loaded_in(form))
         backbone = backbone.to(where).eval().requires_grad_(False)
     else:
         refuse_path(place, "is no run and no checkpoint", "Give a run folder, such as runs/<name>")
     extend(backbone, extension, config.seq_len)
     return LanguageModel(
-        backbone=quantize_as(backbone, kept),
+        backbone=quantize_as(backbone, form),
         tokenizer=tokenizer,
         train_length=config.seq_len,
         precision=config.trainer.precision,

@@ -2,7 +2,7 @@
 lm-evaluation-harness), which scores continuations, whole texts and what is written.
 
 What is scored follows the harness's own model of `transformers` (`hf`): how a context and its
-continuation are cut into tokens, which token stands before an empty context, windows of
+continuation are cut into tokens, which token precedes an empty context, windows of
 `max_length` tokens over longer texts, contexts that are cut on the left. Here what requests begin
 with alike is read once (zoo.model.shared_prefixes).
 """
@@ -58,7 +58,7 @@ def harness_model(model: LanguageModel, *, rows: int = 8, max_length: int | None
 
 
 class _Answers:
-    """What lm_eval asks of a model, but for what its own base does."""
+    """What lm_eval calls of a model, but for what its own base does."""
 
     model: LanguageModel
     rows: int

@@ -43,7 +43,7 @@ class _Sums:
     def add(self, read: Read) -> None:
         """Score what was read of some sequences."""
         for row, member in enumerate(read.members):
-            whole, x = self.whole[member], read.x[0 if read.shared else row]
+            whole, x = self.whole[member], read.x[0 if read.common else row]
             low = max(self.first[member], read.start)
             high = min(len(whole) - 1, read.start + len(x))
             if low >= high:

@@ -40,14 +40,14 @@ class Node:
 class Read(NamedTuple):
     """Tokens that were read of some sequences, and what the head reads of them.
 
-    `x` (1, t, width) is the same for all members where `shared`; (members, t, width) otherwise,
+    `x` (1, t, width) is the same for all members where `common`; (members, t, width) otherwise,
     where rows of shorter sequences end in padding. `state` is that after them, of shared ones.
     """
 
     members: list[int]
     start: int
     x: Float[Tensor, "b t width"]
-    shared: bool
+    common: bool
 
 
 class Rest(NamedTuple):
@@ -61,30 +61,32 @@ class Rest(NamedTuple):
 def plan(sequences: Sequence[Tokens], least: int = LEAST) -> Node:
     """The tree of the sequences. Only stretches of `least` tokens and more are shared."""
     order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
-    shared = {later: _common(sequences[one], sequences[later]) for one, later in pairwise(order)}
-    return _node(sequences, order, 0, shared, least)
+    common = {
+        later: _common_length(sequences[one], sequences[later]) for one, later in pairwise(order)
+    }
+    return _node(sequences, order, 0, common, least)
 
 
 def _node(
     sequences: Sequence[Tokens],
     members: list[int],
     start: int,
-    shared: dict[int, int],
+    common: dict[int, int],
     least: int,
 ) -> Node:
-    """Of `members` in order; `shared`: the tokens that each has in common with the one before."""
-    stop = min((shared[i] for i in members[1:]), default=start)
+    """Of `members` in order; `common`: the tokens that each has in common with the one before."""
+    stop = min((common[i] for i in members[1:]), default=start)
     node = Node(start, stop, members)
     for _, same in groupby(members, key=lambda i: tuple(sequences[i][stop : stop + 1])):
         group = [*same]
-        if any(shared[i] - stop >= least for i in group[1:]):
-            node.children.append(_node(sequences, group, stop, shared, least))
+        if any(common[i] - stop >= least for i in group[1:]):
+            node.children.append(_node(sequences, group, stop, common, least))
         else:
             node.rest += group
     return node
 
 
-def _common(one: Tokens, other: Tokens) -> int:
+def _common_length(one: Tokens, other: Tokens) -> int:
     """Tokens that both begin with."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

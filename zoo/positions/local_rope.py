@@ -37,5 +37,5 @@ class LocalRope(Rope):
     ) -> None:
         more: Any = {"rope_base": rope_base, "partial_rotary_factor": partial_rotary_factor}
         super().__init__(heads, head_width, **more)
-        plain = self.inv_freq, 1.0
-        self.pattern = StreamingLLM(lambda _: plain, original_length=window, sinks=0)
+        unscaled = self.inv_freq, 1.0
+        self.pattern = StreamingLLM(lambda _: unscaled, original_length=window, sinks=0)

@@ -40,14 +40,14 @@ def _direction(higher: bool | None) -> Any:
 class Harness(Task):
     """One row for each of the harness's `tasks`, which may be groups, with its measures.
 
-    `include` is a folder of further task files. `shots` examples stand before each question, and
-    `limit` questions are asked. Contexts are cut on the left to `max_length` tokens with what
+    `include` is a folder of further task files. `shots` examples precede each question, and
+    each task has `limit` questions. Contexts are cut on the left to `max_length` tokens with what
     follows them. Nothing is fetched unless a task names a data set of the hub.
     """
 
     declares = _OfHarness(
         title="lm-evaluation-harness",
-        about="Tasks of lm-evaluation-harness: what it asks, and how it counts.",
+        about="Tasks of lm-evaluation-harness: its questions, and how it counts.",
         quantities=(Quantity(field="score", name="score", better=None),),
     )
     unidentifying = ("tasks", "include", "batch", "max_length")  # a question has its own

@@ -1,4 +1,4 @@
-"""Passkey retrieval as papers ask it: a key of five digits in a repeated filler, in plain words.
+"""Passkey retrieval as papers have it: a key of five digits in a repeated filler, in plain words.
 
 The prompt is that of Mohtashami & Jaggi 2023 (arXiv 2305.16300, section 4.2), which PI (Chen 2023,
 arXiv 2306.15595, section 3.3) and YaRN (Peng 2023, arXiv 2309.00071, section 4.3.2) use:
@@ -10,7 +10,7 @@ arXiv 2306.15595, section 3.3) and YaRN (Peng 2023, arXiv 2309.00071, section 4.
     What is the pass key? The pass key is
 
 As many fillers as fit make a prompt of at most a length's tokens with the answer, for any
-tokenizer. A prompt is answered where greedy writing begins with the key. Where keys stand:
+tokenizer. A prompt is answered where greedy writing begins with the key. Where keys are:
 
     pi      at `distances` distances k from the end, evenly over the length, `repeats` keys at each.
             k_max is the largest k so that at every smaller one, too, at least `success` of the keys
@@ -44,10 +44,10 @@ HEAD = (
 )
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 STATED = "The pass key is {key}. Remember it. {key} is the pass key."
-ASKED = "What is the pass key? The pass key is"
+QUERY = "What is the pass key? The pass key is"
 
 
-class Prompt(NamedTuple):
+class PasskeyPrompt(NamedTuple):
     """A prompt's tokens, its key, and the tokens from the key's statement to the end."""
 
     tokens: list[int]
@@ -62,7 +62,7 @@ class PublishedPasskey(Task):
     declares = Declaration(
         title="Passkeys found, as published",
         about="A key of five digits is stated once in a filler that says the same over and over, "
-        "and asked for at the end, in the words of the papers.",
+        "and queried at the end, in the words of the papers.",
         quantities=(
             Quantity(
                 field="exact",
@@ -137,7 +137,7 @@ class PublishedPasskey(Task):
             row["k_max"] = k_max(distances, shares, self.success)
         return row
 
-    def _groups(self, tokenizer: Tokenizer, most: int) -> list[list[Prompt]]:
+    def _groups(self, tokenizer: Tokenizer, most: int) -> list[list[PasskeyPrompt]]:
         """The prompts, those of one distance together, nearest first; each of its own key."""
         generator = np.random.default_rng(self.seed)
         counts = self.distances if self.protocol == "pi" else 1
@@ -152,7 +152,7 @@ class PublishedPasskey(Task):
         return groups
 
 
-def prompt(tokenizer: Tokenizer, key: str, share: float, most: int) -> Prompt:
+def prompt(tokenizer: Tokenizer, key: str, share: float, most: int) -> PasskeyPrompt:
     """A prompt of as many fillers as `most` tokens hold, `share` of them behind the key.
 
     Raises UserError where there is no room for the key and its question.
@@ -171,12 +171,12 @@ def prompt(tokenizer: Tokenizer, key: str, share: float, most: int) -> Prompt:
         behind = round(share * count)
         whole = _tokens(tokenizer, key, count - behind, behind)
     before = "\n".join([HEAD, *[FILLER] * (count - behind), ""])
-    return Prompt(whole, key, len(whole) - len(tokenizer.start(before)))
+    return PasskeyPrompt(whole, key, len(whole) - len(tokenizer.start(before)))
 
 
 def _tokens(tokenizer: Tokenizer, key: str, before: int, behind: int) -> list[int]:
     stated = STATED.format(key=key)
-    parts = [HEAD, *[FILLER] * before, stated, *[FILLER] * behind, ASKED]
+    parts = [HEAD, *[FILLER] * before, stated, *[FILLER] * behind, QUERY]
     return tokenizer.start("\n".join(parts))
 
 
