@@ -106,7 +106,7 @@ def test_what_cannot_be_tuned_is_refused_in_one_line_before_anything_is_written(
     runs = [f"runs={tmp_path / 'runs'}", "logger=none"]
     cases = {
         "data.path": [f"finetune={place}", f"data.path={tmp_path / 'nowhere'}", *runs],
-        "finetune=": [f"finetune={tmp_path / 'nowhere'}", *runs],
+        "no such run folder": [f"finetune={tmp_path / 'nowhere'}", *runs],
         "tokenizer": [f"finetune={place}", f"data.path={tmp_path / 'text'}", *runs],
     }
     for said, words in cases.items():
