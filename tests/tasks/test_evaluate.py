@@ -211,7 +211,7 @@ def test_settings_that_fit_no_run_stop_the_evaluation(model, tmp_path):
 def test_what_does_not_apply_to_the_only_run_is_refused_by_its_option(
     task, model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, device: BothSides())
+    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, *_: BothSides())
     with pytest.raises(UserError, match=f"^task={task}: does not apply to a ") as refused:
         run_eval(
             [run_folder(tmp_path / "a", "model=linformer", "objective=masked")], f"task={task}"
