@@ -56,6 +56,7 @@ FLAGS = {
     "-m, --multirun": "run every combination of values separated by commas",
     "--list [models ...]": "list every choice with one line about it",
     "--cfg job": "print the configuration and stop",
+    "--explain": "train.py: print what a run would cost and stop",
     "-sc install=bash": "install TAB completion (also zsh, fish)",
     "-h, --help": "print this text",
 }

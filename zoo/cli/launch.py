@@ -19,6 +19,7 @@ from zoo.cli.help import help_text
 from zoo.cli.sweep import for_hydra, sweep
 from zoo.config.compose import composing, parse
 from zoo.config.groups import CONFIGS
+from zoo.config.schema.train import TrainConfig
 from zoo.config.validate import plain
 from zoo.errors import refuse_path
 
@@ -45,6 +46,8 @@ def _launch(program: str, argv: list[str], usage: str, check: Check, job: Job) -
         finally:
             sys.argv = before
         return 0
+    if flags.explain and program != "train":
+        refuse_path("--explain", "says what a training run costs", "Use it with train.py")
     with composing(program):
         overrides = parse(flags.words)
         params = swept_by_experiment(program, overrides, flags.multirun)
@@ -52,10 +55,23 @@ def _launch(program: str, argv: list[str], usage: str, check: Check, job: Job) -
         if flags.cfg:
             sys.stdout.write("---\n".join(_yaml(config) for config in configs))
             return 0
+        if flags.explain:
+            _explain(program, configs)
+            return 0
         if len(arms) > 1 or flags.multirun:
             words = [for_hydra(program, override, params) for override in overrides]
             return sweep(program, words, arms, configs, check, job)
     return job(configs[0], None)
+
+
+def _explain(program: str, configs: Sequence[BaseModel]) -> None:
+    """Print what each run would cost."""
+    from zoo.cli.explain import explain  # torch
+
+    for place, config in enumerate(configs):
+        assert isinstance(config, TrainConfig)
+        sys.stdout.write("\n" * bool(place) + explain(config))
+        sys.stdout.flush()
 
 
 class _Flags(argparse.ArgumentParser):
@@ -71,6 +87,7 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument("-h", "--help", action="store_true")
     flags.add_argument("-m", "--multirun", action="store_true")
     flags.add_argument("-c", "--cfg", choices=["job", "hydra", "all"])
+    flags.add_argument("--explain", action="store_true")
     for tool in (["-sc", "--shell-completion"], ["--hydra-help"]):  # answered by Hydra
         flags.add_argument(*tool, action="store_true")
     flags.add_argument("-i", "--info", nargs="?", const="all")

@@ -1,0 +1,65 @@
+"""What a run is said to cost is what it costs."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from building import ROOT, train_config
+
+import zoo.cli.explain
+from zoo.cli.explain import PROBE, explain, peak_bytes, step_bytes
+from zoo.config.groups import choices
+from zoo.model.build import build_model, count_parameters
+
+CLOSE = 0.15  # of what is measured
+
+
+def ratio(name: str, rows: int, length: int) -> float:
+    """Predicted bytes of a step by those it takes."""
+    words = (f"model={name}", "size=tiny", f"seq_len={length}", "match=none")
+    model, _ = build_model(train_config(*words), 256)
+    return step_bytes(model, rows, length) / peak_bytes(model, rows, length)
+
+
+@pytest.mark.parametrize("name", ["transformer", "mamba", "retnet"])
+def test_memory_of_a_step_is_predicted_from_shorter_windows(name, monkeypatch):
+    monkeypatch.setattr(zoo.cli.explain, "PROBE", 512)
+    assert ratio(name, 3, 768) == pytest.approx(1, abs=CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [3 * PROBE // 2, 2 * PROBE])
+@pytest.mark.parametrize("name", sorted(choices("model")))
+def test_memory_of_a_step_of_every_architecture_is_predicted(name, length):
+    assert ratio(name, 1, length) == pytest.approx(1, abs=CLOSE)
+
+
+def test_the_numbers_are_those_of_the_run():
+    words = ("model=transformer", "size=tiny", "seq_len=64", "batch_size=8", "trainer.devices=2")
+    config = train_config(*words, "trainer.accelerator=cpu", "trainer.max_steps=10")
+    text = explain(config)
+    model, _ = build_model(config, 256)
+    count = count_parameters(model)
+    assert f"transformer, {count:,} parameters" in text
+    assert "512 tokens: 2 processes x 1 micro-batch x 4 windows of 64" in text
+    assert f"{4 * count / 1024:.0f} KiB a step by each process" in text  # 2 (n - 1) / n = 1
+    state = 2 * 64 * model.width * 4 * len(model.blocks) / 1024
+    assert f"{state:.0f} KiB after 64 tokens" in text
+    assert re.search(r"in all, \d+% of this machine's", text)
+
+
+def test_the_program_prints_it_and_writes_nothing(tmp_path):
+    words = [sys.executable, "train.py", "--explain", "-m", "model=mamba,rwkv4", "size=tiny"]
+    words += ["seq_len=64", f"runs={tmp_path / 'runs'}"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    models = re.findall(r"^model +(\w+), [\d,]+ parameters", done.stdout, re.MULTILINE)
+    assert models == ["mamba", "rwkv4"]
+    assert "profiler" not in done.stdout + done.stderr
+    assert not [*tmp_path.iterdir()]
+    done = subprocess.run([sys.executable, "eval.py", "--explain"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip().endswith(
+        "--explain: says what a training run costs. Use it with train.py."
+    )

@@ -1,0 +1,133 @@
+"""`train.py --explain`: what a run would cost, before anything is trained or written.
+
+Operations and memory are measured on short windows of the model itself and extrapolated to the
+run's: linearly in the window's length from the two longest ones, so that what grows with its square
+comes out too low. Memory is what PyTorch allocates; the system's allocator may add a tenth.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from zoo.config.schema.train import TrainConfig
+from zoo.model.backbone import Backbone
+from zoo.model.build import build_model, count_parameters
+from zoo.model.extend import extend_as_trained
+from zoo.model.flops import forward_flops
+from zoo.report.words import count, size
+from zoo.training.partition import micro_batches, process_count
+from zoo.training.rehearse import TRAINED_BYTES, machine_memory, rehearse
+from zoo.training.windows import vocabulary
+
+log = logging.getLogger("zoo")
+
+PROBE = 8192  # tokens of the longest window that is measured
+NUMBER = 4  # bytes of a weight or gradient in float32
+STATES = (1, 8, 64)  # training lengths after which the state is measured
+
+
+def explain(config: TrainConfig) -> str:
+    """The costs, a line each. Raises UserError where the run is not possible."""
+    rehearse(config)
+    vocab_size = vocabulary(config.data, config.seq_len) + (config.objective == "masked")
+    model, sized = build_model(config, vocab_size)
+    extend_as_trained(model, config)
+    log.setLevel(logging.ERROR)  # which kernels run is the run's to say
+    parameters, length = count_parameters(model), config.seq_len
+    processes, micro = process_count(config), micro_batches(config)
+    rows = config.batch_size // (processes * micro)
+    tokens, passes = config.batch_size * length, 4 if config.checkpoint_activations else 3
+    flops = forward_flops(model, length)
+    trained, activations = TRAINED_BYTES * parameters, step_bytes(model, rows, length)
+    whole = processes * (trained - NUMBER * parameters + activations)
+    knobs = ", ".join(f"{name}={value}" for name, value in sized.items())
+    steps = config.trainer.max_steps
+    lines = {
+        "model": f"{config.model.name}, {parameters:,} parameters" + (f" ({knobs})" * bool(knobs)),
+        "step": f"{tokens:,} tokens: {processes} process{'es' * (processes > 1)} x {micro} "
+        f"micro-batch{'es' * (micro > 1)} x {rows} window{'s' * (rows > 1)} of {length:,}",
+        "operations": f"{count(flops / 1e6)} MFLOP a token forward, "
+        f"{count(passes * flops * tokens / 1e9)} GFLOP a step, "
+        f"{count(passes * flops * tokens * steps / 1e12)} TFLOP in {steps:,} steps",
+        "memory": f"{size(trained)} for weights, gradients and moments, {size(activations)} at the "
+        f"peak of a step with its gradients; {size(whole)} in all{_of_machine(whole)}",
+        "state": _states(model, length),
+    }
+    if processes > 1:
+        sent = 2 * (processes - 1) / processes * NUMBER * parameters
+        lines["sent"] = f"{size(sent)} a step by each process, its share of the gradients"
+    width = max(map(len, lines)) + 2
+    return "".join(f"{name:<{width}}{text}\n" for name, text in lines.items())
+
+
+def _states(model: Backbone, length: int) -> str:
+    if not model.causal:
+        return "none: the model reads both ways"
+    after = [times * length for times in STATES]
+    after = [n for n in after if model.max_length is None or n <= model.max_length]
+    return ", ".join(f"{size(model.state_bytes(n))} after {n:,} tokens" for n in after)
+
+
+def _of_machine(needed: int) -> str:
+    memory = machine_memory()
+    return "" if memory is None else f", {needed / memory:.0%} of this machine's {size(memory)}"
+
+
+def step_bytes(model: Backbone, rows: int, length: int) -> int:
+    """Bytes allocated at the peak of a step over `rows` windows, its gradients among them.
+
+    Measured up to `PROBE` tokens of one and two windows, and extrapolated.
+    """
+    long = max(model.min_window, min(length, PROBE))
+    one = peak_bytes(model, 1, long)
+    more = peak_bytes(model, 2, long) - one if rows > 1 else 0
+    if length > long:
+        shorter = 3 * long // 4  # near: ops cut long texts otherwise than short ones
+        slope = (one - peak_bytes(model, 1, shorter)) / (long - shorter)
+        scale = 1 + slope * (length - long) / one
+        one, more = round(one * scale), round(more * scale)
+    return one + (rows - 1) * more
+
+
+def peak_bytes(model: Backbone, rows: int, length: int) -> int:
+    """Bytes that PyTorch holds at the peak of a forward and backward pass, beside the weights."""
+    tokens = torch.zeros(rows, length + 1, dtype=torch.long)
+    for _ in range(2):  # the first builds kernels and tables that stay
+        with (
+            _no_stderr(),
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured,
+        ):
+            if model.causal:
+                loss = model.loss(tokens)
+            else:
+                shown = tokens[:, 1:]
+                loss = model.masked_loss(shown, shown, torch.ones_like(shown, dtype=torch.bool))
+            loss.backward()
+        model.zero_grad(set_to_none=True)
+    held = most = 0
+    events = measured.profiler.kineto_results.events()  # type: ignore[union-attr]
+    memory = (e for e in events if e.name() == "[memory]")
+    changes = [(e.start_ns(), e.nbytes()) for e in memory]  # type: ignore[attr-defined]
+    for _, more in sorted(changes):
+        held += more
+        most = max(most, held)
+    return most
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Without what PyTorch's profiler writes there, past Python: that it begins and ends."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
