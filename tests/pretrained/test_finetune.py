@@ -22,7 +22,7 @@ FAMILIES = {  # the first case of each, and those whose rotary positions are the
 }
 SHORT = ["batch_tokens=256", "optim.warmup_steps=1", "logger=none", "valid_every=2"]
 SHORT += ["valid_windows=2", "trainer.accelerator=cpu"]
-QUICK = [("Llama", "pi"), ("Llama", "clex"), ("Mamba", "pi"), ("llama, yarn", "none")]
+QUICK = [("Llama", "clex"), ("Mamba", "pi"), ("llama, yarn", "pi"), ("mistral, sliding", "pi")]
 
 
 def write_checkpoint(folder: Path, case: str) -> Path:
@@ -38,10 +38,12 @@ def write_checkpoint(folder: Path, case: str) -> Path:
 
 
 def acts_on(family: str, extension: str) -> bool:
-    """Whether the extension acts on the family: it has rotary attention without its own scaling."""
+    """Whether the extension goes with the family: it has rotary attention, and what chooses
+    positions or follows the text's length goes with no window of its own."""
     recurrent = ("Mamba", "Mamba2", "FalconMamba", "Rwkv", "RecurrentGemma")  # or local
-    own = family in ("llama, yarn", "mistral, sliding")
-    return extension == "none" or not (family in recurrent or own)
+    if family == "mistral, sliding":
+        return extension in ("none", "pi", "ntk", "yarn")
+    return extension == "none" or family not in recurrent
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,8 @@ def test_a_checkpoint_is_tuned_resumed_and_measured_or_the_line_says_why_not(
     text = [f"data.path={tmp_path / 'text'}", *runs]
     words = [f"extension={extension}"]
     if extension != "none":
-        words += ["extension.factor=2"]
+        # of the length before the checkpoint's own scaling, a quarter of a window
+        words += [f"extension.factor={8 if family == 'llama, yarn' else 2}"]
     if extension == "longrope":
         pairs = CASES[FAMILIES[family]][1].get("head_dim", 8) // 2
         words += [f"extension.scaling.long_factors={[1.0 + i / pairs for i in range(pairs)]}"]
