@@ -5,11 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from building import train_on_text
 
 from zoo.cli import eval as eval_program
-from zoo.cli.compress import main
-from zoo.config.groups import choices
+from zoo.cli.compress import OPTIONS, OUTPUTS, main
+from zoo.config.groups import CONFIGS, choices
 from zoo.runs.folder import RunFolder
 
 TEXT = "The river moved in the dark. Nobody spoke, and the house was still.\n\n" * 8
@@ -88,12 +89,95 @@ def test_what_is_no_text_or_too_short_is_refused_in_one_line(content, message, h
         "file=text.txt by=runs/scorer rate=0.5 method=longllmlingua": "must have a question",
         "file=text.txt by=runs/scorer rate=0.5 method=selective_context method.unit=x": "unit=x",
         "file=text.txt by=runs/scorer rate=0.5 to=gone/x.txt": "to=gone/x.txt: must be in a folder",
+        "file=text.txt by=runs/scorer rate=0.5 method.question_rate=1": "there is no question",
+        "file=text.txt by=runs/scorer rate=0.5 method.instruction_rate=1": "there is no instr",
     }.items(),
 )
 def test_a_mistake_is_refused_in_one_line(words, message, here, capfd):
     assert main(words.split()) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert message in line
+
+
+GIVEN = {"rate": "0.2", "tokens": "50", "instruction": "Say it.", "question": "Who is it?"}
+GIVEN |= {"file": "other.txt", "by": "runs/reader", "method": "truncation", "device": "cuda:99"}
+GIVEN |= {name: f"{name}.out" for name in OUTPUTS}
+METHODS = [name for name in choices("compress") if name != "none"]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_option_acts_or_is_refused_by_name(method, option, here, monkeypatch, capfd):
+    place = here / f"{method}-{option}"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    (place / "runs").symlink_to(here / "runs")
+    (place / "text.txt").write_text(TEXT)
+    (place / "other.txt").write_text(TEXT[9:])
+    plain = {"file": "text.txt", "rate": "0.6", "method": method}
+    plain |= {"by": "runs/scorer"} if method != "truncation" else {}
+    plain |= {"question": "Who spoke?"} if method == "longllmlingua" else {}
+
+    def outcome(options: dict[str, str]) -> tuple[int, dict[str, str], str]:
+        code = main(["=".join(pair) for pair in options.items()])
+        files = {file.name: file.read_text() for file in place.glob("*.out")}
+        said = capfd.readouterr()
+        return code, files | {"terminal": said.out}, said.err
+
+    before = outcome(plain)
+    assert before[0] == 0
+    value = "llmlingua" if (option, method) == ("method", "truncation") else GIVEN[option]
+    code, files, said = outcome(plain | {option: value})
+    if code == 2:
+        assert f"{option}=" in said
+        assert said.count("\n") == 1
+    else:
+        assert (code, files) != before[:2]
+
+
+OF_METHODS = {  # each with what it needs to act
+    "segment": "20", "instruction_rate": "0.1 instruction=Say,in,one,line,who,spoke.",
+    "question_rate": "0.1 question=Who,spoke,in,the,dark?", "granularity": "1.0",
+    "spread": "0.9", "unit": "word", "form": "mean", "side": "middle",
+}  # fmt: skip
+
+
+def options_of_methods() -> list[tuple[str, str]]:
+    found = []
+    for name in METHODS:
+        tree = yaml.safe_load((CONFIGS / "compress" / f"{name}.yaml").read_text())["method"]
+        found += [(name, option) for option in tree if option != "_target_"]
+    return found
+
+
+@pytest.mark.parametrize(("method", "option"), options_of_methods())
+def test_every_option_of_a_method_acts(method, option, here, capfd):
+    value, *more = OF_METHODS[option].split()
+    words = ["file=text.txt", f"method={method}", "rate=0.45", *more]
+    words += ["by=runs/scorer"] * (method != "truncation")
+    if method == "longllmlingua" and option != "question_rate":
+        words.append("question=Who spoke?")
+    assert main(words) == 0
+    plain = capfd.readouterr().out
+    assert main([*words, f"method.{option}={value}"]) == 0
+    assert capfd.readouterr().out != plain
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_file_that_is_there_is_never_replaced(output, here, capfd):
+    words = ["file=text.txt", "rate=0.5", "method=truncation"]
+    Path("link.txt").unlink(missing_ok=True)
+    Path("link.txt").symlink_to("text.txt")
+    Path("mine.txt").write_text("mine")
+    for name in ("text.txt", "link.txt", "mine.txt", "runs"):
+        assert main([*words, f"{output}={name}"]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert f"{output}={name}: is there already. Name a new file, or remove it." in line
+    assert (Path("text.txt").read_text(), Path("mine.txt").read_text()) == (TEXT, "mine")
+    other = next(name for name in OUTPUTS if name != output)
+    assert main([*words, f"{output}=one.txt", f"{other}={here}/one.txt"]) == 2
+    assert "one.txt: is the file of " in capfd.readouterr().err
+    assert not Path("one.txt").exists()
 
 
 def measure(run: str, *words: str) -> tuple[int, list[dict]]:
@@ -171,7 +255,7 @@ def test_64k_tokens_are_compressed_under_30_seconds_in_constant_memory(tmp_path,
         (tmp_path / "text.txt").write_text(whole[:tokens])
         words = [f"file={tmp_path}/text.txt", f"by={tmp_path}/runs/scorer", "rate=0.25"]
         began = time.process_time()
-        assert main([*words, f"to={tmp_path}/short.txt"]) == 0
+        assert main([*words, f"to={tmp_path}/short-{tokens}.txt"]) == 0
         spent = time.process_time() - began
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert spent < 30

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zoo.cli.report import main
+from zoo.cli.report import OPTIONS, main
 from zoo.report import published
 
 
@@ -61,9 +61,10 @@ def test_an_unknown_table_is_refused_in_one_line(tmp_path, monkeypatch, capfd):
         ),
         (["run=none/*", "wandb=lab"], "wandb=lab: must be <entity>/<project>."),
         (["run=none/*"], "run=none/*: no run folder matches."),
-        (["rum=x"], "run"),
+        (["html=x.html"], "zoo report: html=x.html: unknown option."),
         (["state_tracking", "run=x"], "must be one table or run="),
-        (["report=a.html", "report=b.html"], "each option once"),
+        (["report=a.html", "report=b.html"], "Give each option once"),
+        (["run=a", "runs=gone"], "runs=gone: must be a folder that is there."),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_one_line(words, said, tmp_path, monkeypatch, capfd):
@@ -84,3 +85,24 @@ def test_what_run_folders_hold_is_drawn_without_measuring(tmp_path, monkeypatch,
     assert "lstm" in (tmp_path / "page.html").read_text()
     monkeypatch.setattr("zoo.tasks.known.all_known", lambda folders: ([], []))
     assert main(["run=runs/*"]) == 2
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("words", ["", "state_tracking", "run=a"])
+def test_every_option_acts_or_is_refused_by_name(words, option, tmp_path, monkeypatch, capfd):
+    table(tmp_path)
+    (tmp_path / "others").mkdir()
+    monkeypatch.setattr(published, "FOLDER", tmp_path)
+    monkeypatch.setattr("zoo.cli.report.find_runs", lambda *place: place)
+    monkeypatch.setattr("zoo.tasks.known.all_known", lambda place: ([{}], [str(place)]))
+    monkeypatch.setattr("zoo.report.write_report", lambda _, runs, page: f"{page} of {runs}")
+    monkeypatch.chdir(tmp_path)
+    value = {"run": "b", "report": "b.html", "wandb": "lab", "runs": "others"}[option]
+    given = [word for word in words.split() if not word.startswith(f"{option}=")]
+    assert main(words.split()) == 0
+    plain = capfd.readouterr().out
+    code, printed = main([*given, f"{option}={value}"]), capfd.readouterr()
+    if code:
+        assert f"{option}={value}: " in printed.err
+    else:
+        assert printed.out != plain

@@ -5,6 +5,7 @@ through, `marked=` the same as plain text, what was dropped in [- -].
 """
 
 import html
+import os
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -13,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from zoo.cli.guard import run_program
+from zoo.cli.guard import read_options, run_program
 from zoo.config.compose import compose
 from zoo.config.groups import CONFIGS, choices
 from zoo.config.sizes import read_sizes
 from zoo.console import say
-from zoo.errors import UserError, choose, refuse, refuse_path, refuse_unknown
+from zoo.errors import UserError, choose, refuse
 from zoo.runs.files import write_text
 
 USAGE = """zoo compress file=<text> by=<run or checkpoint> rate=<share> [option=value ...]
@@ -33,12 +34,12 @@ options
   method=llmlingua   selective_context, llmlingua, longllmlingua, truncation (without by=)
   method.<option>=   of the method, as configs/compress/<method>.yaml has them
   instruction=       text before the file's, and question= after it, with budgets of their own
-  to=                file for the text that is left; without it, the terminal
-  html=, marked=     files that show what was dropped
+  to=                new file for the text that is left; without it, the terminal
+  html=, marked=     new files that show what was dropped
   device=auto        auto, cpu, mps, cuda, cuda:1 ...
 """
-OPTIONS = ("file", "by", "rate", "tokens", "method", "instruction", "question", "to", "html")
-OPTIONS += ("marked", "device")
+OUTPUTS = ("to", "html", "marked")
+OPTIONS = ("file", "by", "rate", "tokens", "method", "instruction", "question", "device", *OUTPUTS)
 PAGE = """<!doctype html>
 <meta charset="utf-8">
 <title>{title}</title>
@@ -64,9 +65,7 @@ def compress(words: Sequence[str]) -> int:
     given, settings = _read(words)
     text = _text(given["file"])
     method, rate, tokens = _method(given, settings)
-    for name in ("to", "html", "marked"):
-        if name in given and not Path(given[name]).absolute().parent.is_dir():
-            refuse(name, given[name], "must be in a folder that is there", "Make that folder first")
+    _check_outputs(given)
     from zoo.compression.prompt import compressed, prompt_of  # heavy: seconds
     from zoo.compression.scorer import Scorer
     from zoo.data.tokenizers import open_tokenizer
@@ -116,21 +115,33 @@ def _html(text: str, kept: bool) -> str:
 
 def _read(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The options that are given, and those of the method as compress.method.<option>=<value>."""
-    given: dict[str, str] = {}
-    settings = []
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name.startswith("method.") and equals:
-            settings.append(f"compress.{word}")
-            continue
-        if name not in OPTIONS or not equals:
-            refuse_unknown(word, "option", name, OPTIONS)
-        if name in given:
-            refuse_path(word, f"{name} is given twice", "Give each option once")
-        given[name] = value
-    if not given.get("file"):
+    of_method = [word for word in words if word.startswith("method.")]
+    given = read_options([word for word in words if word not in of_method], OPTIONS)
+    if "file" not in given:
         refuse("file", "", "must be given", "See zoo compress --help")
-    return given, settings
+    for part in ("instruction", "question"):
+        for word in of_method:
+            name, _, value = word.partition("=")
+            if name == f"method.{part}_rate" and part not in given:
+                refuse(name, value, f"there is no {part}", f"Give {part}=, or leave it out")
+    return given, [f"compress.{word}" for word in of_method]
+
+
+def _check_outputs(given: dict[str, str]) -> None:
+    """Refuse an output that cannot be written, or would replace the input or any other file."""
+    written: dict[Path, str] = {}
+    for name in OUTPUTS:
+        if name not in given:
+            continue
+        file = Path(given[name]).absolute()
+        if not file.parent.is_dir():
+            refuse(name, given[name], "must be in a folder that is there", "Make that folder first")
+        if os.path.lexists(file):
+            refuse(name, given[name], "is there already", "Name a new file, or remove it")
+        file = file.parent.resolve() / file.name
+        if file in written:
+            refuse(name, given[name], f"is the file of {written[file]}= as well", "Name another")
+        written[file] = name
 
 
 def _method(given: dict[str, str], settings: list[str]) -> tuple[Any, float | None, int | None]:
@@ -144,6 +155,8 @@ def _method(given: dict[str, str], settings: list[str]) -> tuple[Any, float | No
     if needs != ("by" in given):
         rule = f"must be given for method={name}" if needs else f"method={name} scores nothing"
         refuse("by", given.get("by", ""), rule, "See zoo compress --help")
+    if "device" in given and not needs:
+        refuse("device", given["device"], f"method={name} runs no model", "Leave it out")
     by = [f"compress.by={given['by']}"] if needs else []
     words = ["run=x", f"compress={name}", f"compress.rate={given.get('rate', 0.5)}", *by, *settings]
     try:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from zoo.cli.guard import run_program
+from zoo.cli.guard import read_options, run_program
 from zoo.console import say
-from zoo.errors import refuse, refuse_path, refuse_unknown
+from zoo.errors import refuse
 
 USAGE = """zoo export run=<run folder> to=<new folder> [format=auto|transformers|zoo]
 write a model as safetensors with its config.json and tokenizer
@@ -23,16 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(words: Sequence[str]) -> int:
-    given: dict[str, str] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in OPTIONS or not equals:
-            refuse_unknown(word, "option", name, OPTIONS)
-        if name in given:
-            refuse_path(word, f"{name} is given twice", "Give each option once")
-        given[name] = value
+    given = read_options(words, OPTIONS)
     for name in ("run", "to"):
-        if not given.get(name):
+        if name not in given:
             refuse(name, "", "must be given", "See zoo export --help")
     from zoo.model.export import export  # heavy: seconds
     from zoo.runs.folder import RunFolder

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from zoo.console import say
-from zoo.errors import RunError, UserError
+from zoo.errors import RunError, UserError, refuse, refuse_path, refuse_unknown
 from zoo.runs.files import one_line
 from zoo.runs.stopping import STOPPED, handled
 
@@ -80,6 +80,21 @@ def run_program(
         sys.stdout.write(usage)
         return 0
     return guarded(program, lambda: work(words))
+
+
+def read_options(words: Sequence[str], allowed: Sequence[str]) -> dict[str, str]:
+    """The words `<option>=<value>` by option; UserError for an unknown, repeated or empty one."""
+    given: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in allowed or not equals:
+            refuse_unknown(word, "option", name, allowed)
+        if name in given:
+            refuse_path(word, f"{name} is given twice", "Give each option once")
+        if not value:
+            refuse(name, "", "is empty", "Give it a value, or leave it out")
+        given[name] = value
+    return given
 
 
 def log_plainly() -> None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo.cli.guard import run_program
-from zoo.errors import refuse, refuse_path, refuse_unknown
+from zoo.cli.guard import read_options, run_program
+from zoo.errors import refuse, refuse_path
 from zoo.report import published
 from zoo.runs.files import check_report
 from zoo.runs.find import find_runs
@@ -23,7 +23,7 @@ draw a report again from rows: nothing is trained or measured
   zoo report run='runs/recall/*' wandb=lab/lengths
                                   and as a report of W&B; needs a login and zoo[wandb-report]
 """
-OPTIONS = {"run": None, "report": "report.html", "wandb": None, "runs": "runs"}
+OPTIONS: dict[str, Any] = {"run": None, "report": "report.html", "wandb": None, "runs": "runs"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,17 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def draw(words: Sequence[str]) -> int:
     """Carry the command out; see the module."""
     names = [word for word in words if "=" not in word]
-    options: dict[str, Any] = dict(OPTIONS)
-    for name, _, value in (word.partition("=") for word in words if "=" in word):
-        if name not in OPTIONS:
-            refuse_unknown("zoo report", "option", name, OPTIONS)
-        options[name] = value
-    if len(names) + bool(options["run"]) > 1 or len(words) > len({w.split("=")[0] for w in words}):
-        refuse_path(" ".join(words), "must be one table or run=, and each option once")
-    if options["wandb"] and not options["run"]:
-        refuse("wandb", options["wandb"], "needs the runs to compare", "Give run=<pattern>")
-    if names or options["run"]:
-        return _write(names, options)
+    given = read_options([word for word in words if "=" in word], [*OPTIONS])
+    if len(names) + ("run" in given) > 1:
+        refuse_path(" ".join(words), "must be one table or run=")
+    for name in ("wandb", "runs"):
+        if name in given and "run" not in given:
+            refuse(name, given[name], "needs the runs to compare", "Give run=<pattern>")
+    if "runs" in given and not Path(given["runs"]).is_dir():
+        refuse("runs", given["runs"], "must be a folder that is there")
+    if names or "run" in given:
+        return _write(names, OPTIONS | given)
+    if "report" in given:
+        refuse("report", given["report"], "needs what to draw", "Give a table or run=<pattern>")
     for path in sorted(published.FOLDER.glob("*.json")):
         machine = published.read(path.stem)["machine"]
         sys.stdout.write(f"{path.stem:<20} zoo tune experiment={path.stem} ({machine})\n")
