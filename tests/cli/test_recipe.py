@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from building import write_text
 
-from zoo.cli.recipe import main, steps
+from zoo.cli.recipe import OF_RECIPE, main, steps
 from zoo.config.groups import choices
 from zoo.runs.folder import RunFolder
 
@@ -57,3 +57,35 @@ def test_a_recipe_that_is_none_is_refused_in_one_line(capfd):
         capfd.readouterr().err
         == "zoo recipe: no name: must be one recipe. See zoo recipe --help.\n"
     )
+
+
+@pytest.mark.parametrize("name", choices("recipe"))
+def test_a_recipe_says_first_how_many_stages_it_has_and_what_each_runs(name, monkeypatch, capfd):
+    began: list[list[str]] = []
+    for program in ("train", "eval"):
+        monkeypatch.setattr(f"zoo.cli.{program}.main", lambda words: began.append(words) or 3)
+    assert main([name, *SMALL, *search(name)]) == 3
+    found = steps(name, [*SMALL, *search(name)])
+    assert began == [found[0][1]]
+    lines = [f"zoo {program} {' '.join(words)}" for program, words in found]
+    listed = [f"  {number}. {line}" for number, line in enumerate(lines, 1)]
+    first = f"stage 1 of {len(found)}: {lines[0]}"
+    assert capfd.readouterr().err.splitlines() == [
+        f"{name} has {len(found)} stages:", *listed, first
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", choices("recipe"))
+def test_an_option_that_no_stage_takes_is_refused_before_the_first(name, monkeypatch, capfd):
+    for program in ("train", "eval"):
+        monkeypatch.setattr(f"zoo.cli.{program}.main", lambda _: pytest.fail("a stage began"))
+    owned = {f"{key}=x": "sets it in each of its stages. Leave it out." for key in OF_RECIPE}
+    unused = {"task.speed.lengths=[8]": f"no stage of {name} takes it. Leave it out."}
+    wrong = {"task.perplexity.lenths=[8]": "unknown option.", "siez=tiny": "unknown option."}
+    wrong |= {"seq_len=-1": "must be", "optim.lr=abc": "must be", "device": "must be one recipe"}
+    for word, said in (owned | unused | wrong).items():
+        assert main([name, word]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith("zoo recipe: ")
+        assert word.partition("=")[0] in line
+        assert said in line

@@ -11,7 +11,8 @@ trained twice, so that the same command goes on where it stopped. An option that
     logger, threads, runs                                           to every step
     any other                                                       to the steps of `zoo train`
 
-and takes the place of a step's own.
+and takes the place of a step's own. All steps are listed, and their options checked, before the
+first begins.
 """
 
 import importlib
@@ -20,12 +21,14 @@ from collections.abc import Sequence
 import yaml
 
 from zoo.cli.guard import run_program
+from zoo.config.compose import compose
 from zoo.config.groups import CONFIGS, choices
 from zoo.config.tree import within
 from zoo.console import say
-from zoo.errors import choose, refuse_path
+from zoo.errors import choose, refuse, refuse_path
 
 USAGE = """zoo recipe <name> [option=value ...]    carry out a published recipe of several stages
+the stages are listed first, and the same command goes on where it was stopped
 
   zoo recipe yarn_twice
   zoo recipe dca_over_pi size=tiny trainer.max_steps=20 data=text data.path=<folder of books>
@@ -35,6 +38,7 @@ recipes: {recipes}
 FIRST = ("model", "size", "match", "hybrid", "objective", "seed", "seq_len", "data")
 OF_EVAL = ("device", "report")
 OF_BOTH = ("logger", "threads", "runs")
+OF_RECIPE = ("name", "finetune", "resume", "run", "checkpoint", "task")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,12 +53,37 @@ def recipe(words: Sequence[str]) -> int:
     if len(named) != 1:
         refuse_path(" ".join(named) or "no name", "must be one recipe", "See zoo recipe --help")
     name = choose("recipe", named[0], choices("recipe"))
-    for program, step in steps(name, [word for word in words if "=" in word]):
-        say(f"zoo {program} {' '.join(step)}")
+    given = [word for word in words if "=" in word]
+    found = steps(name, given)
+    _check(name, found, given)
+    lines = [f"zoo {program} {' '.join(step)}" for program, step in found]
+    say(f"{name} has {len(found)} stages:")
+    for number, line in enumerate(lines, 1):
+        say(f"  {number}. {line}")
+    for number, (program, step) in enumerate(found, 1):
+        say(f"stage {number} of {len(found)}: {lines[number - 1]}")
         code = importlib.import_module(f"zoo.cli.{program}").main(step)
         if code:
             return code
     return 0
+
+
+def _check(name: str, found: Sequence[tuple[str, list[str]]], given: Sequence[str]) -> None:
+    """Refuse, before the first stage, an option that is none, or that the recipe has no use for."""
+    first = [word for word in found[0][1] if within(word.partition("=")[0], FIRST)]
+    for word in given:
+        key, _, value = word.partition("=")
+        if key in OF_RECIPE:
+            refuse(key, value, f"{name} sets it in each of its stages", "Leave it out")
+        if not any(word in step for _, step in found):
+            refuse(key, value, f"no stage of {name} takes it", "Leave it out")
+    for program, step in found:
+        keys = {word.partition("=")[0] for word in step}
+        of_model = [word for word in first if word.partition("=")[0] not in keys]
+        if program == "train":
+            compose("train", [*step, *of_model])
+        else:
+            compose("eval", step)
 
 
 def steps(name: str, given: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
