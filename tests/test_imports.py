@@ -105,3 +105,9 @@ def test_report_draws_without_the_models():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == "False"
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by name alone, and a second one ends the run of a whole suite."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

@@ -38,7 +38,8 @@ def test_sizes_are_read_in_lists_and_in_the_arguments_of_the_zoo():
 
 
 def test_arguments_are_read_from_the_source():
-    assert target_parameters("zoo.mixers.feed_forward.SwiGLU") == ["hidden_width", "bias"]
+    found = target_parameters("zoo.mixers.feed_forward.SwiGLU")
+    assert found == ["hidden_width", "bias", "activation"]
     with pytest.raises(UserError, match="there is no"):
         target_parameters("zoo.mixers.nowhere.Mixer")
 

@@ -87,6 +87,7 @@ def test_one_model_under_many_methods_is_distinguished_alike_in_both_panels():
     assert left[2]["data"]["values"] == []  # so many bands would cover one another
     names = {
         "bits_per_byte.png",
+        "hidden.png",
         "overview.png",
         "length_extension.png",
         "passkey.png",

@@ -215,6 +215,8 @@ REASONS = (
     "keeps a window of the text, so its scaling cannot depend on the length",
     "is of two scalings, and",
     "learns from the model's own frequencies on",
+    "scales the model's own frequencies alone",
+    "scales frequencies, and the model's were dropped",
     "would hide the trained frequencies of extension=clex from their gradient",
     "chooses positions, and the model was trained under a pattern of attention",
     "is trained on windows with positions of a longer text",
@@ -240,6 +242,10 @@ def test_every_pair_of_extensions_composes_or_is_refused_for_a_true_reason(first
             if "two scalings" in message:
                 assert composition == "on_top"
                 assert not (one.scaling and two.scaling)
+            if "were dropped" in message:
+                assert (first, composition) == ("drope", "on_top")
+            if "own frequencies alone" in message:
+                assert (second, composition) == ("drope", "on_top")
             if "depend on the length" in message:
                 assert {first, second} & {"dynamic_ntk", "dynamic_yarn", "clex", "longrope"}
             continue

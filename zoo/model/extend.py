@@ -231,6 +231,10 @@ def _scaled(rope: Rope, extension: Extension, under: Frequencies | None) -> Freq
     if under is not None and "theta" not in takes:
         rule = f"{part.target} scales the model's own frequencies alone (it takes no theta)"
         refuse("extension.composition", "on_top", rule, "Use extension.composition=replace.")
+    beneath = under.scaling(length)[0] if under is not None else None
+    if isinstance(beneath, Sequence) and not any(beneath):
+        rule = "scales frequencies, and the model's were dropped"
+        refuse("extension.composition", "on_top", rule, "Use extension.composition=replace.")
     channels = _of_all_channels(rope, extension)
 
     def scaled(tokens: int) -> Any:
