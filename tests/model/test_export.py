@@ -16,10 +16,12 @@ from zoo.config.schema.train import TrainConfig
 from zoo.config.validate import plain
 from zoo.errors import UserError
 from zoo.model import export as export_module
+from zoo.model.build import build_model
 from zoo.model.checkpoint import load
 from zoo.model.convert import from_transformers
 from zoo.model.export import export
 from zoo.model.pretrained import pretrained_config
+from zoo.model.transformers_config import foreign
 from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.runs.folder import RunFolder
 
@@ -64,7 +66,6 @@ def made(folder: Path, *words: str) -> RunFolder:
     """A run of random weights, as training leaves it."""
     from zoo.config.compose import compose
     from zoo.config.validate import validate
-    from zoo.model.build import build_model
 
     scaled = [word for word in words if word.startswith("extension")]
     config = train_config(
@@ -191,6 +192,24 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(words, form, 
     assert said in str(error.value)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_model_that_transformers_has_not_is_refused_for_what_differs(name):
+    config = train_config("size=tiny", "match=none", "seq_len=48", f"model={name}")
+    model, _ = build_model(config, 256)
+    found, mixer = foreign(model, config), model.blocks[0].named_sublayers()["mixer"]
+    others = {"sink": "sink of attention", "transformer_conv": "short_conv"}
+    others |= {"hybrid": "its layers differ", "mamba2": "two values of norm_eps"}
+    others |= {"rwkv4": "an RWKV-4 there has norm=layer_norm"}
+    others |= dict.fromkeys(("learned", "sinusoidal"), "positions at the embedding")
+    if name in ("transformer", "mamba"):
+        assert not isinstance(found, str)
+    elif type(mixer).__name__ == "SoftmaxAttention" and name not in others:
+        scheme = "none" if name == "nope" else name
+        assert found == f"positions={scheme}"
+    else:
+        assert found == others.get(name, type(mixer).__name__)
 
 
 def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from torch import nn
 
 from zoo.config.schema.model import Extension
 from zoo.config.schema.train import TrainConfig
+from zoo.config.schemes import short_name
 from zoo.config.stages import scalings
 from zoo.mixers.feed_forward import MLP, SwiGLU
 from zoo.mixers.mamba import Mamba
@@ -55,8 +56,14 @@ def _foreign(model: Backbone, config: TrainConfig) -> Foreign:
     norms = options.norm, options.embedding_norm
     if type(mixer) is SoftmaxAttention and isinstance(mixer.positions, Rope):
         return _attention(model, config, mixer, feed_forward, common)
+    if type(mixer) is SoftmaxAttention:
+        kind = type(mixer.positions)
+        raise _DiffersError(f"positions={short_name(f'{kind.__module__}.{kind.__name__}')}")
+    _require(type(mixer) in (RWKV4, Mamba, Mamba2), type(mixer).__name__)
     _require(not options.parallel_residual, "parallel_residual")
-    if type(mixer) is RWKV4 and type(feed_forward) is ChannelMixing:
+    if type(mixer) is RWKV4:
+        _require(type(feed_forward) is ChannelMixing, "its feed-forward")
+        assert isinstance(feed_forward, ChannelMixing)
         _require(norms == ("layer_norm", True), "an RWKV-4 there has norm=layer_norm")
         sizes = {
             "attention_hidden_size": model.width,
@@ -65,22 +72,23 @@ def _foreign(model: Backbone, config: TrainConfig) -> Foreign:
             "context_length": config.seq_len,
         }
         return Foreign("RwkvForCausalLM", "rwkv", common | sizes, convert.RWKV4)
-    _require(feed_forward is None and norms == ("rms_norm", False), "its blocks are not alike")
+    _require(feed_forward is None, "its feed-forward")
+    _require(not options.embedding_norm, "embedding_norm")
+    _require(options.norm == "rms_norm", f"norm={options.norm}")
     common |= {"layer_norm_epsilon": options.norm_eps}
     if type(mixer) is Mamba:
         return _mamba(mixer, common)
-    if type(mixer) is Mamba2:
-        _require(mixer.norm.eps == options.norm_eps, "two values of norm_eps")
-        sizes = {
-            "expand": _whole(mixer.heads * mixer.head_width, model.width),
-            "num_heads": mixer.heads,
-            "head_dim": mixer.head_width,
-            "n_groups": 1,
-            "state_size": mixer.state_size,
-            "conv_kernel": mixer.conv_width,
-        }
-        return Foreign("Mamba2ForCausalLM", "mamba2", common | sizes, convert.MAMBA)
-    raise _DiffersError(f"{type(mixer).__name__}")
+    assert type(mixer) is Mamba2
+    _require(mixer.norm.eps == options.norm_eps, "two values of norm_eps")
+    sizes = {
+        "expand": _whole(mixer.heads * mixer.head_width, model.width),
+        "num_heads": mixer.heads,
+        "head_dim": mixer.head_width,
+        "n_groups": 1,
+        "state_size": mixer.state_size,
+        "conv_kernel": mixer.conv_width,
+    }
+    return Foreign("Mamba2ForCausalLM", "mamba2", common | sizes, convert.MAMBA)
 
 
 def _mamba(mixer: Mamba, common: Mapping[str, Any]) -> Foreign:
