@@ -118,13 +118,14 @@ def test_a_bad_option_of_generate_is_refused_before_it_is_iterated(here, options
         model.logits([999])
 
 
+ZERO = "runs/\0x"  # no path, but a text
 ODD = [None, True, 0, -1, 2.5, math.nan, 10**30, "", "x", "x" * 5000, b"x", [], [None], ["x"], {}]
-ODD += [[-1], [2.5], [10**30], Path("nowhere")]
+ODD += [[-1], [2.5], [10**30], Path("nowhere"), ZERO]
 ALLOWED = {  # the odd values that mean something
-    "encode text": ["", "x", "x" * 5000],
-    "text": [[], "", "x", "x" * 5000],
-    "prompt": [[], "", "x", "x" * 5000],
-    "stop": [[], "x", "x" * 5000, ["x"]],
+    "encode text": ["", "x", "x" * 5000, ZERO],
+    "text": [[], "", "x", "x" * 5000, ZERO],
+    "prompt": [[], "", "x", "x" * 5000, ZERO],
+    "stop": [[], "x", "x" * 5000, ["x"], ZERO],
     "temperature": [0, 2.5],
     "decode tokens": [[]],
     "seed": [0],
@@ -136,7 +137,6 @@ ALLOWED = {  # the odd values that mean something
         "x" * 5000,
         Path("nowhere"),
     ],  # where the run is not looked for: it has a whole path
-    "rows pattern": [[]],
     "html": ["x", Path("nowhere")],
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 from zoo import report
 from zoo.config.domains import check
 from zoo.model.language_model import load_language_model as load
-from zoo.runs.files import check_report
+from zoo.runs.files import check_path, check_report
 from zoo.runs.find import find_runs
 from zoo.runs.folder import RunFolder
 from zoo.tasks.known import all_known, require_known
@@ -41,7 +41,8 @@ def write_report(
 
     Args:
         pattern, folder: as for `rows`.
-        html: the file to write; its pictures go into a folder of its name beside it.
+        html: the file to write; its pictures go into a folder of its name beside it. Folders above
+            it that are missing are made.
 
     Raises:
         UserError: where a pattern names no run, a run is damaged, nothing was measured, or the file
@@ -56,6 +57,7 @@ def write_report(
 def _found(pattern: Pattern, folder: str | Path) -> list[RunFolder]:
     check("pattern", pattern, Pattern)
     check("folder", folder, str | Path, "runs")
+    check_path("folder", str(folder))
     return find_runs(_words(pattern), str(folder), "pattern")
 
 

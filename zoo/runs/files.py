@@ -66,6 +66,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise refusal from error
 
 
+def check_path(option: str, path: str) -> None:
+    """Refuse what can be no path, as the value of `option`."""
+    if "\0" in path:
+        refuse(option, path, "must be a path, and this has a byte of zero")
+
+
 REPORT = b'<meta name="pictures"'  # every page that reports write has it
 
 
@@ -74,6 +80,7 @@ def check_report(option: str, path: str) -> None:
 
     A report of before may be replaced. Nothing is left behind.
     """
+    check_path(option, path)
     file, theirs = Path(path), False
     folder = next(parent for parent in file.absolute().parents if os.path.exists(parent))
     if os.path.isdir(file):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zoo.errors import refuse
+from zoo.runs.files import check_path
 from zoo.runs.folder import RunFolder
 
 
@@ -13,10 +14,14 @@ def find_runs(patterns: str | Sequence[str], runs: str, option: str = "run") -> 
     """The run folders that `patterns` name, as paths or within the folder `runs`.
 
     Folders found by a wildcard are not opened, so that a damaged one does not keep the others from
-    being measured. Raises UserError where a pattern names none, as the value of `option`.
+    being measured. Raises UserError where a pattern names none, or there is no pattern, as the
+    value of `option`.
     """
     found: dict[Path, RunFolder] = {}
+    if not patterns:
+        refuse(option, patterns, "names no run", "Give a folder or pattern like runs/*")
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        check_path(option, pattern)
         places = [pattern, os.path.join(runs, pattern)]
         if glob.has_magic(pattern):
             matches = [match for place in places for match in glob.glob(place, recursive=True)]
