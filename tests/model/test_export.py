@@ -12,18 +12,25 @@ from safetensors.torch import load_file
 import zoo
 from zoo.__main__ import main
 from zoo.cli.train import main as train
+from zoo.config.compose import compose
+from zoo.config.groups import extensions
 from zoo.config.schema.train import TrainConfig
-from zoo.config.validate import plain
+from zoo.config.stages import stages_of
+from zoo.config.validate import plain, validate
 from zoo.errors import UserError
 from zoo.model import export as export_module
+from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.checkpoint import load
 from zoo.model.convert import from_transformers
 from zoo.model.export import export
+from zoo.model.extend import extend_as_trained
 from zoo.model.pretrained import pretrained_config
 from zoo.model.transformers_config import foreign
 from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.runs.folder import RunFolder
+from zoo.runs.resume import finetuned
+from zoo.tasks.extensions import check_extension
 
 transformers = pytest.importorskip("transformers")
 
@@ -64,9 +71,6 @@ OWN = {  # what the zoo alone has
 
 def made(folder: Path, *words: str) -> RunFolder:
     """A run of random weights, as training leaves it."""
-    from zoo.config.compose import compose
-    from zoo.config.validate import validate
-
     scaled = [word for word in words if word.startswith("extension")]
     config = train_config(
         *("size=tiny", "match=none", "seq_len=48", f"runs={folder}"),
@@ -77,12 +81,17 @@ def made(folder: Path, *words: str) -> RunFolder:
         tree = {**plain(config), "finetune": str(folder)}
         tree["extension"] = plain(compose("eval", ["run=x", *scaled]).extension)
         config = validate(type(config), tree)
-    run = RunFolder.create(folder / "run", config, {"step": 1, "status": "done"})
     torch.manual_seed(0)
     model, _ = build_model(config, 256)
     for name, one in model.named_parameters():
         if one.dim() == 1 and "dt" not in name and "A_log" not in name:
             one.data += 0.1 * torch.randn_like(one)
+    return stored(folder / "run", config, model)
+
+
+def stored(path: Path, config: TrainConfig, model: Backbone) -> RunFolder:
+    """A run that is done, with these weights."""
+    run = RunFolder.create(path, config, {"step": 1, "status": "done"})
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     file = run.path / "checkpoints" / "step=1.ckpt"
     torch.save({"state_dict": state, "global_step": 1}, file)
@@ -133,6 +142,84 @@ def test_how_it_was_trained_is_read_again(form, tmp_path):
     tokens = torch.randint(0, 256, (1, 100))
     same = torch.allclose(model.backbone(tokens), load(run)(tokens), atol=1e-6, rtol=1e-6)
     assert same  # beyond the trained length too
+
+
+ROTARY = [name for name in extensions() if name not in ("none", "alibi_interpolation")]
+THEN = [("pi", "replace"), ("pi", "on_top"), ("dca", "replace"), ("none", "replace")]
+QUICK = ("yarn", "dca")
+
+
+def tuned(base: TrainConfig, *stages: tuple[str, str, int]) -> TrainConfig:
+    """The configuration of a run after these stages: an extension, its composition, its windows."""
+    trees = []
+    for name, composition, seq_len in stages:
+        words = ["run=x", f"extension={name}", f"extension.composition={composition}"]
+        words += ["extension.factor=2"] * (extensions()[name]["factor"] == "???")
+        words += LONGROPE[-1:] * (name == "longrope")
+        words += ["extension.attention.sinks=2"] * (name == "lm_infinite")
+        words[:1] = ["finetune=x"] if extensions()[name].get("positions") else words[:1]
+        composed = compose("train" if words[0] == "finetune=x" else "eval", words)
+        trees.append(
+            {"run": "a/before", "seq_len": seq_len, "extension": plain(composed.extension)}
+        )
+    *before, last = trees
+    last.pop("run")
+    return validate(TrainConfig, {**plain(base), **last, "stages": before, "finetune": "a/before"})
+
+
+@pytest.mark.parametrize(
+    "first",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ROTARY],
+)
+def test_every_chain_of_stages_is_exported_whole_or_refused(first, tmp_path):
+    """A run tuned under any extension and then under another is the same model in both forms."""
+    base, tokens = made(tmp_path), torch.randint(0, 256, (1, 100))
+    weights, exported = load(base).state_dict(), 0
+    for second, composition in THEN:
+        config = tuned(base.config, (first, "replace", 96), (second, composition, 120))
+        model, _ = build_model(config, 256)
+        try:
+            extend_as_trained(model, config)
+        except UserError:  # as is refused when it is to be tuned
+            continue
+        model.load_state_dict(weights, strict=False)
+        run = stored(tmp_path / f"{second} {composition}", config, model)
+        for form in ("zoo", "auto"):
+            to = run.path / form
+            try:
+                export(run, to, form)
+            except UserError as error:
+                message = str(error)
+                assert "its frequencies are trained" in message
+                assert first == "clex"
+                continue
+            again, exported = zoo.load(to, device="cpu"), exported + 1
+            expected = load(run)(tokens)
+            assert torch.allclose(again.backbone(tokens), expected, atol=1e-6, rtol=1e-6), to
+            if form == "zoo":
+                found = opened(to)
+                assert stages_of(found) == stages_of(config)
+                assert [stage.run for stage in found.stages] == ["before"]
+    assert exported
+
+
+def test_what_is_exported_of_a_chain_is_measured_as_the_run_is(tmp_path):
+    """eval.py judges an extension by all the stages, and fine-tuning goes on from them all."""
+    base = made(tmp_path)
+    config = tuned(base.config, ("yarn", "replace", 96), ("none", "replace", 96))
+    model = extend_as_trained(build_model(config, 256)[0], config)
+    run = stored(tmp_path / "chain", config, model)
+    check_extension(tuned(base.config, ("pi", "on_top", 96)).extension, [run])
+    export(run, tmp_path / "out")
+    copy = RunFolder.create(tmp_path / "copy", opened(tmp_path / "out"), {"status": "done"})
+    words = ["extension=pi", "extension.factor=2", "extension.composition=on_top"]
+    tree = plain(train_config("finetune=x", *words))
+    trees = [
+        finetuned({**tree, "finetune": str(folder.path)}, ["finetune", "extension"])
+        for folder in (run, copy)
+    ]
+    assert stages_of(trees[0]) == stages_of(trees[1])
+    assert [extension.name for extension, _ in stages_of(trees[1])] == ["yarn", "none", "pi"]
 
 
 def scaling(config: TrainConfig) -> tuple[str, float, int]:

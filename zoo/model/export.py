@@ -25,7 +25,7 @@ from zoo.model.backbone import Backbone
 from zoo.model.checkpoint import load
 from zoo.model.convert import to_transformers
 from zoo.model.transformers_config import Foreign, foreign
-from zoo.pretrained.families import OWN_SECTIONS, TRAINED
+from zoo.pretrained.families import OWN_SECTIONS, STAGES, TRAINED
 from zoo.runs.files import cannot_write
 from zoo.runs.folder import RunFolder
 
@@ -114,6 +114,8 @@ def _own(model: Backbone, config: TrainConfig) -> tuple[dict[str, Any], dict[str
     if config.model.tied:
         weights = {name: one for name, one in weights.items() if name != "head.weight"}
     own = {key: tree[key] for key in OWN_SECTIONS if key in tree}
+    if stages := tree.get(STAGES):  # their folders by name: where they lie is this machine's
+        own[STAGES] = [{**stage, "run": Path(stage["run"]).name} for stage in stages]
     return {"model_type": "zoo", "vocab_size": model.vocab_size, "zoo": own}, weights
 
 

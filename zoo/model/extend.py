@@ -202,15 +202,14 @@ class Frequencies(NamedTuple):
 def frequencies(rope: Rope, model: Backbone, stages: Stages) -> Frequencies:
     """Return the frequencies of a rotary layer after the stages, of which all act on it."""
     found = Frequencies(lambda _: (rope.inv_freq, 1.0), None)
-    for number, (extension, _) in enumerate(stages):
-        if extension.scaling is None:
-            continue
+    in_force = scalings(stages)
+    for number, extension in enumerate(in_force):
         if _is_trained(extension):
             assert model.frequencies is not None
             found = Frequencies(model.frequencies, extension.original_length)
         elif extension.composition == "replace":
             found = _scaled(rope, extension, None)
-        elif trained := [one.name for one in scalings(stages[:number]) if _is_trained(one)]:
+        elif trained := [one.name for one in in_force[:number] if _is_trained(one)]:
             rule = (
                 f"would hide the trained frequencies of extension={trained[0]} from their gradient"
             )

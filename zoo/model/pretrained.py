@@ -18,7 +18,7 @@ from zoo.errors import refuse
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.convert import from_transformers
-from zoo.model.extend import extend
+from zoo.model.extend import extend_as_trained
 from zoo.pretrained.families import Description
 from zoo.pretrained.gguf import GGUFFile
 from zoo.pretrained.weights import digest_files, open_weights, stored_dtype, weight_files
@@ -102,8 +102,7 @@ def load_pretrained(config: TrainConfig, dtype: torch.dtype | None = torch.float
     model.load_state_dict(weights, strict=False, assign=True)
     if config.model.tied:
         model.head.weight = model.embedding.weight
-    extend(model, config.extension, config.seq_len)
-    return model
+    return extend_as_trained(model, config)
 
 
 def pretrained_config(

@@ -31,6 +31,7 @@ class Description:
 
 TRAINED = "zoo_training"  # the key of an exported config.json for what no family's keys can say
 OWN_SECTIONS = ("model", "size", "match", "objective", "extension", "seq_len")
+STAGES = "stages"  # of a run that was tuned more than once, beside these sections
 
 
 def describe(config: Config) -> Description:
@@ -63,7 +64,7 @@ def describe(config: Config) -> Description:
 def _own(read: Reader) -> Description:
     """A model that the zoo exported in its own form."""
     own, end = read.get("zoo"), read.get("eos_token_id")
-    if not isinstance(own, dict) or {*own} != {*OWN_SECTIONS}:
+    if not isinstance(own, dict) or {*own} - {STAGES} != {*OWN_SECTIONS}:
         raise UserError(f"config.json: zoo: must have {', '.join(OWN_SECTIONS)}.")
     vocab_size, words = read.number("vocab_size"), _trained(read, own_length=True)
     read.finish()

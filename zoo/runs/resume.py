@@ -86,7 +86,7 @@ def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
         moved = {key.removeprefix("data."): tree["data"][key.removeprefix("data.")] for key in data}
         inherited["data"] = with_place(base["data"], moved)
     stages, inherited["stages"] = stages_of(before), base.get("stages", [])
-    if before.finetune or before.extension.name != "none":
+    if before.finetune or before.stages or before.extension.name != "none":
         own = {"run": str(folder), "seq_len": base["seq_len"], "extension": base["extension"]}
         inherited["stages"] = [*inherited["stages"], own]
     extension = with_found_factors(tree["extension"], folder.path)

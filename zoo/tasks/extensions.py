@@ -10,7 +10,7 @@ from zoo.config.schema.train import TrainConfig
 from zoo.config.validate import plain
 from zoo.errors import UserError
 from zoo.model.build import build_model
-from zoo.model.extend import extend
+from zoo.model.extend import extend, extend_as_trained
 from zoo.runs.folder import RunFolder
 
 VOCABULARY = 8  # no extension depends on it
@@ -32,7 +32,8 @@ def check_extension(extension: Extension, folders: Iterable[RunFolder]) -> None:
         except UserError:  # damaged: reported when it is opened
             return
         tree = plain(config)
-        alike = [tree[name] for name in ("model", "size", "match", "seq_len", "extension")]
+        sections = ("model", "size", "match", "seq_len", "extension", "stages")
+        alike = [tree.get(name) for name in sections]
         key = str([alike, found])
         if key not in judged:
             judged[key] = _refused(config, Extension.model_validate(found))
@@ -48,7 +49,7 @@ def _refused(config: TrainConfig, extension: Extension) -> UserError | None:
     try:
         with torch.device("meta"):
             model, _ = build_model(config.model_copy(update={"match": "none"}), VOCABULARY)
-        extend(model, config.extension, config.seq_len)
+        extend_as_trained(model, config)
     except Exception:  # a layer that computes while it is built, say: reported when it is opened
         return None
     try:
