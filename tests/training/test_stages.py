@@ -14,6 +14,7 @@ import pytest
 import torch
 from building import ROOT, train_config, write_text
 
+import zoo
 from zoo.config.compose import compose
 from zoo.config.groups import extensions
 from zoo.config.schema.model import Extension
@@ -389,6 +390,28 @@ def test_a_tuned_run_is_searched_again_on_top_of_what_it_was_tuned_under(program
     code, error = program("eval", "run=runs/p2", *search)  # in place of pi: from 2 L, as the base
     assert code == 0, error
     assert RunFolder.open("runs/p2").rows()[-1]["length"] == 2 * L
+
+
+@pytest.mark.parametrize("magnitude", ["su", "none"])
+@pytest.mark.parametrize("composition", ["replace", "on_top"])
+def test_the_refusal_names_the_search_and_the_search_the_options_that_read_it(
+    composition, magnitude, program, capfd
+):
+    name = f"read-{composition}-{magnitude}"
+    code, error = program("train", "finetune=runs/base", *words("pi", 2), f"name={name}", *SHORT)
+    assert code == 0, error
+    given = ["extension=longrope", "extension.factor=2", f"extension.composition={composition}"]
+    with pytest.raises(UserError) as error:
+        zoo.load(f"runs/{name}", *given, f"extension.scaling.magnitude={magnitude}", device="cpu")
+    advised = str(error.value).rpartition("Use python eval.py run=<run> ")[2].removesuffix(".")
+    small = ["population=2", "mutations=1", "crossovers=1", "parents=2", "texts=1"]
+    small = [f"task.longrope.{word}" for word in (*small, "generations=1")]
+    capfd.readouterr()
+    search = [f"run=runs/{name}", *advised.split(), *small, "report=null", "logger=none"]
+    assert import_module("zoo.cli.eval").main(search) == 0
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "reads under them" in line]
+    options = line.rpartition("; ")[2].removesuffix(" reads under them").split()
+    assert zoo.load(f"runs/{name}", *options, device="cpu").train_length == 2 * L
 
 
 def test_a_stage_may_widen_a_window_of_attention(program, trained):

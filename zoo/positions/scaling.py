@@ -264,7 +264,9 @@ def longrope(
             1.190238 for s = 32, L = 4096.
     """
     if long_factors is None:
-        advice = f"Use python eval.py run=<run> task=longrope task.longrope.factor={factor:g}."
+        advice = f"Use python eval.py run=<run> task=longrope task.longrope.factor={factor:g}"
+        advice += "" if theta is None else " task.longrope.composition=on_top"
+        advice += "" if magnitude == "su" else f" task.longrope.magnitude={magnitude}"
         refuse("long_factors", None, "must be searched for the model", advice)
     s, window = _at_least_one(factor), _window(original_length)
     short = length is not None and length <= window

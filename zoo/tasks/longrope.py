@@ -120,7 +120,15 @@ class LongRope(Task):
         settings = {"texts": len(text), "factor": self.factor, "magnitude": problem.magnitude}
         settings |= {**sizes, "most": most, "weights": _fingerprint(context), **self._composed()}
         _resume(search, self._file(context), settings)
-        return Prepared(search, problem, text, text_bytes, self._file(context))
+        words = self._read_by(problem.magnitude)
+        return Prepared(search, problem, text, text_bytes, self._file(context), words)
+
+    def _read_by(self, magnitude: str) -> str:
+        """The options under which eval.py, train.py and zoo.load read what was found."""
+        words = f"extension=longrope extension.factor={self.factor:g}"
+        if self.composition == "on_top":
+            words += " extension.composition=on_top"
+        return words if magnitude == "su" else f"{words} extension.scaling.magnitude={magnitude}"
 
 
 @dataclass
@@ -223,11 +231,12 @@ class Prepared(NamedTuple):
     text: Int[np.ndarray, "n t1"]
     text_bytes: int
     file: Path
+    read_by: str  # options of the extension
 
 
 def _search(context: EvalContext, prepared: Prepared, generations: int, chunk: int) -> Row:
     """Search to the end, saving as it goes; the row's figures."""
-    search, problem, text, text_bytes, file = prepared
+    search, problem, text, text_bytes, file, read_by = prepared
     tokens = len(text) * problem.length
 
     def loss(genome: Rescale) -> float:
@@ -259,9 +268,9 @@ def _search(context: EvalContext, prepared: Prepared, generations: int, chunk: i
     best, genome = search.scored[0]
     log.info(
         "longrope: %.4f bits per byte at %d tokens under n_hat=%d and factors %s; "
-        "extension=longrope extension.factor=%g reads under them",
+        "%s reads under them",
         *(best, problem.length, genome.n_hat),
-        *(" ".join(f"{factor:.2f}" for factor in genome.factors), problem.factor),
+        *(" ".join(f"{factor:.2f}" for factor in genome.factors), read_by),
     )
     return {"bits_per_byte": best, "best": state["best"], "n_hat": genome.n_hat} | {
         "factors": list(genome.factors),
