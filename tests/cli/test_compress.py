@@ -2,6 +2,8 @@
 
 import resource
 import time
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from zoo.cli import eval as eval_program
 from zoo.cli.compress import OPTIONS, OUTPUTS, main
 from zoo.config.groups import CONFIGS, choices
 from zoo.runs.folder import RunFolder
+from zoo.tasks.task import Task
 
 TEXT = "The river moved in the dark. Nobody spoke, and the house was still.\n\n" * 8
 
@@ -215,6 +218,33 @@ def test_prompts_are_compressed_under_tasks_and_extensions_in_rows_of_their_own(
                          "task.generate.tokens=4", *shorter)  # fmt: skip
     assert code == 0
     assert rows[-1]["prompt_tokens"] == 9
+
+
+def test_the_state_of_a_compressed_prompt_is_of_the_tokens_that_were_read(here):
+    """A row of every task that compresses: the keys and values of what is left of its prompt."""
+    more = {
+        "perplexity": ["lengths=[128]", "units=1", "stride=16"],
+        "passkey": ["lengths=[128]", "repeats=1"],
+        "generate": [f"prompt='{'The river moved on. ' * 6}'", "tokens=1"],
+    }
+    modules = [f"zoo.tasks.{name}" for name in choices("task")]
+    classes = [vars(import_module(name)) for name in modules if find_spec(name)]
+    tasks = [one for names in classes for one in names.values() if isinstance(one, type)]
+    compress = {one for one in tasks if issubclass(one, Task) and one.compresses}
+    assert {one.__name__.lower() for one in compress} == {*more}
+    for name, options in more.items():
+        words = [f"task={name}", *(f"task.{name}.{option}" for option in options)]
+        if name == "perplexity":
+            words.append("task.perplexity.protocols=[half_tail]")
+        found = []
+        for compression in ([], ["compress=truncation", "compress.rate=0.25"]):
+            code, rows = measure("reader", *words, *compression, "fresh=true")
+            assert code == 0, rows[-1]
+            found.append(rows[-1])
+        whole, short = (row["state_bytes"] for row in found)
+        read = found[1]["prompt_tokens_read"] / found[1]["prompt_tokens_given"]
+        scored = 0.5 if name == "perplexity" else 0  # half of the window is not compressed
+        assert short / whole == pytest.approx(scored + read * (1 - scored), abs=0.06), name
 
 
 def test_a_task_without_a_prompt_says_so_and_settings_of_nothing_are_refused(here, capfd):

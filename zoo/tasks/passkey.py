@@ -43,7 +43,7 @@ class Passkey(Task):
     """One row per length, with the counts at each depth: `depths` of them from 0 to 1.
 
     A length counts the tokens of prompt and answer. Each reads depths * repeats prompts, `chunk`
-    tokens at a time.
+    tokens at a time. The state is that of the longest that was read.
     """
 
     declares = Declaration(
@@ -98,7 +98,7 @@ class Passkey(Task):
             self._prompts(context, text, keys, length),
             context.corpus.tokenizer.encode,
         )
-        rows = max(1, chunk_tokens(context, BATCH_TOKENS) // length)
+        rows, held = max(1, chunk_tokens(context, BATCH_TOKENS) // length), length
         if context.compress:
             question_tokens = len(tokens(QUESTION, encode))
             shortened = (
@@ -107,6 +107,7 @@ class Passkey(Task):
             )
             prompts = [begun(np.array(one), context.bos) for one in shortened]
             rows = 1  # their lengths differ
+            held = max(map(len, prompts)) + DIGITS
         context.progress.begin(f"passkey at {length}", len(prompts) * length)
         right = []
         with context.arithmetic():
@@ -114,7 +115,7 @@ class Passkey(Task):
                 batch = slice(first, first + rows)
                 answers = [[tokens(name, encode) for name in names] for names in keys[batch]]
                 right.append(_answer(context, np.stack(prompts[batch]), answers, self.chunk))
-            state_bytes = context.model.state_bytes(length)
+            state_bytes = context.model.state_bytes(held)
         chosen, written = np.concatenate(right).reshape(-1, self.depths, 2).sum(0).T  # by depth
         return {
             "accuracy": chosen.sum() / count,

@@ -183,6 +183,7 @@ class Reading:
     guesses: dict[str, float]
     tallies: dict[int, list[tuple[Row, Tally]]] = field(default_factory=dict)  # by length
     done: set[Window] = field(default_factory=set)
+    held: int = 0  # tokens of the longest window as it was read: under compression fewer
 
     def add(self, question: Row, overlap: int | None) -> None:
         """Keep a tally for a question."""
@@ -202,13 +203,14 @@ class Reading:
         takers = self._takers(length)
         todo = self._windows(length)
         rows = max(1, chunk_tokens(context, BATCH_TOKENS) // length) if not context.compress else 1
+        self.held = 0 if context.compress else length
         context.progress.begin(f"perplexity at {length}", len(todo) * length)
         with context.arithmetic():
             for first in range(0, len(todo), rows):
                 batch = todo[first : first + rows]
                 costs, scored = self._costs(batch, length, chunk)
                 self._count(batch, length, costs, scored, takers)
-            return context.model.state_bytes(length) if self.hidden is None else None
+            return context.model.state_bytes(self.held) if self.hidden is None else None
 
     def _takers(self, length: int) -> list[Tally]:
         shorter = [n for n in self.tallies if n == length or (n < length and not self.hidden)]
@@ -248,6 +250,7 @@ class Reading:
         then = self.text[unit, at + scored.start + 1 : at + scored.stop + 1]
         whole = np.concatenate([left, then])[None]
         found, _ = score(context, whole, chunk=chunk_tokens(context, chunk))
+        self.held = max(self.held, found.shape[1])
         nll = np.zeros((1, length))
         nll[0, scored] = found[0, len(left) - 1 :]
         wanted = np.zeros((1, length), bool)
