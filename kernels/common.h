@@ -286,6 +286,21 @@ INLINE Vec row_sums(Vec *sums) { /* overwrites its argument */
     return sums[0];
 }
 
+/* Every lane of `many` vectors gets the sum, or the largest, of the vector's lanes. */
+#define ACROSS(i, w) (i ^ w)
+#define SPREAD_BY(w, v, with, many) \
+    if (LANES > w) ALL(m, many) v[m] = with(v[m], SHUFFLE(v[m], v[m], EACH_LANE(ACROSS, w)));
+#define SPREAD(v, with, many)     \
+    SPREAD_BY(8, v, with, many)   \
+    SPREAD_BY(4, v, with, many)   \
+    SPREAD_BY(2, v, with, many)   \
+    SPREAD_BY(1, v, with, many)
+INLINE Vec plus(Vec a, Vec b) { return a + b; }
+INLINE Real total(Vec v) { /* the sum of the lanes */
+    SPREAD((&v), plus, 1)
+    return v[0];
+}
+
 /* Denormals cost a hundred cycles each and mean nothing in a decaying state: flush them. */
 INLINE unsigned flush_denormals(void) {
 #ifdef __SSE__

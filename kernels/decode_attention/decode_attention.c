@@ -38,18 +38,8 @@ static void run(Sizes s, Arrays a, Work *work) {
     parallel_for(job.chunks < 64 ? 1 : threads, s.batch, merge_unit, &job);
 }
 
-/* The sum of all lanes, the largest of them. */
-#define ACROSS(i, w) (i ^ w)
-#define FOLDED(w, with) \
-    if (LANES > w) v = with(v, SHUFFLE(v, v, EACH_LANE(ACROSS, w)));
-#define FOLDED_ALL(with) FOLDED(8, with) FOLDED(4, with) FOLDED(2, with) FOLDED(1, with)
-INLINE Vec plus(Vec a, Vec b) { return a + b; }
-INLINE Real total(Vec v) {
-    FOLDED_ALL(plus)
-    return v[0];
-}
-INLINE Real largest(Vec v) { /* NaN does not count */
-    FOLDED_ALL(larger)
+INLINE Real largest(Vec v) { /* of the lanes; NaN does not count */
+    SPREAD((&v), larger, 1)
     return v[0];
 }
 INLINE Real exponential(Real below) {

@@ -73,18 +73,6 @@ INLINE Vec value(Ints four, Vec s, Vec z) { /* all 16 are computed once and look
 INLINE Vec value(Ints four, Vec s, Vec z) { return numbers((four << 28) >> 28) * s + z; }
 #endif
 
-/* The sum over the lanes. */
-#define ACROSS(i, w) (i ^ w)
-#define FOLDED(w) \
-    if (LANES > w) v += SHUFFLE(v, v, EACH_LANE(ACROSS, w));
-INLINE Real total(Vec v) {
-    FOLDED(8)
-    FOLDED(4)
-    FOLDED(2)
-    FOLDED(1)
-    return v[0];
-}
-
 /* Rows r .. r + many of outputs o .. o + some. */
 INLINE void int8_tile(const Job *j, Int r, Int o, int many, int some) {
     const Int k = j->s.inputs;

@@ -18,12 +18,6 @@ typedef struct {
 
 BY_SEGMENTS(s.heads * s.width)
 
-/* Every lane of each vector gets its largest, or the sum, of all. */
-#define ACROSS(i, w) (i ^ w)
-#define SPREAD(v, w, with) \
-    if (LANES > w) ALL(m, many) v[m] = with(v[m], SHUFFLE(v[m], v[m], EACH_LANE(ACROSS, w)))
-INLINE Vec plus(Vec a, Vec b) { return a + b; }
-
 /* The lse of scores that are infinite at most: the `top` of them, or NaN where some are NaN. */
 ONCE __attribute__((cold)) Real infinite(Vec scores, Real top) {
     for (int i = 0; i < LANES; i++)
@@ -42,17 +36,11 @@ INLINE void tokens(const Job *j, Int b, Int t, Int h, const Vec *keys, Mask ther
     for (Int c = 0; c < d; c++) ALL(m, many) scores[m] += q[m][c] * keys[c];
     ALL(m, many) scores[m] = choose(there, scores[m], splat(-INFINITY));
     ALL(m, many) top[m] = scores[m];
-    SPREAD(top, 8, larger);
-    SPREAD(top, 4, larger);
-    SPREAD(top, 2, larger);
-    SPREAD(top, 1, larger);
+    SPREAD(top, larger, many)
     ALL(m, many) below[m] = scores[m] - top[m];
     exp2_products(weights, splat((Real)LOG2E), below, many, ANY);
     ALL(m, many) sum[m] = weights[m] = choose(there, weights[m], splat(0));
-    SPREAD(sum, 8, plus);
-    SPREAD(sum, 4, plus);
-    SPREAD(sum, 2, plus);
-    SPREAD(sum, 1, plus);
+    SPREAD(sum, plus, many)
     ALL(m, many) {
         Real lse = top[m][0] + (sizeof(Real) == 8 ? log(sum[m][0]) : logf(sum[m][0]));
         row(a->lse, b, t + m)[h] = lse == lse ? lse : infinite(scores[m], top[m][0]);
