@@ -8,7 +8,7 @@ import pytest
 from building import ROOT, train_config
 
 import zoo.cli.explain
-from zoo.cli.explain import PROBE, explain, peak_bytes, step_bytes
+from zoo.cli.explain import PROBE, explain, peak, step_bytes
 from zoo.config.groups import choices
 from zoo.model.build import build_model, count_parameters
 
@@ -19,7 +19,7 @@ def ratio(name: str, rows: int, length: int) -> float:
     """Predicted bytes of a step by those it takes."""
     words = (f"model={name}", "size=tiny", f"seq_len={length}", "match=none")
     model, _ = build_model(train_config(*words), 256)
-    return step_bytes(model, rows, length) / peak_bytes(model, rows, length)
+    return step_bytes(model, rows, length) / peak(model, rows, length)
 
 
 @pytest.mark.parametrize("name", ["transformer", "mamba", "retnet"])

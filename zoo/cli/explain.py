@@ -6,13 +6,8 @@ comes out too low. Memory is what PyTorch allocates; the system's allocator may 
 """
 
 import logging
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from zoo.config.schema.train import TrainConfig
 from zoo.model.backbone import Backbone
@@ -20,6 +15,7 @@ from zoo.model.build import build_model, count_parameters
 from zoo.model.extend import extend_as_trained
 from zoo.model.flops import forward_flops
 from zoo.report.words import count, size
+from zoo.tasks.memory import peak_bytes
 from zoo.training.partition import micro_batches, process_count
 from zoo.training.rehearse import TRAINED_BYTES, machine_memory, rehearse
 from zoo.training.windows import vocabulary
@@ -37,13 +33,17 @@ def explain(config: TrainConfig) -> str:
     vocab_size = vocabulary(config.data, config.seq_len) + (config.objective == "masked")
     model, sized = build_model(config, vocab_size)
     extend_as_trained(model, config)
-    log.setLevel(logging.ERROR)  # which kernels run is the run's to say
     parameters, length = count_parameters(model), config.seq_len
     processes, micro = process_count(config), micro_batches(config)
     rows = config.batch_size // (processes * micro)
     tokens, passes = config.batch_size * length, 4 if config.checkpoint_activations else 3
-    flops = forward_flops(model, length)
-    trained, activations = TRAINED_BYTES * parameters, step_bytes(model, rows, length)
+    level = log.level
+    log.setLevel(logging.ERROR)  # which kernels run is the run's to say
+    try:
+        flops, activations = forward_flops(model, length), step_bytes(model, rows, length)
+    finally:
+        log.setLevel(level)
+    trained = TRAINED_BYTES * parameters
     whole = processes * (trained - NUMBER * parameters + activations)
     knobs = ", ".join(f"{name}={value}" for name, value in sized.items())
     steps = config.trainer.max_steps
@@ -84,50 +84,30 @@ def step_bytes(model: Backbone, rows: int, length: int) -> int:
     Measured up to `PROBE` tokens of one and two windows, and extrapolated.
     """
     long = max(model.min_window, min(length, PROBE))
-    one = peak_bytes(model, 1, long)
-    more = peak_bytes(model, 2, long) - one if rows > 1 else 0
+    one = peak(model, 1, long)
+    more = peak(model, 2, long) - one if rows > 1 else 0
     if length > long:
         shorter = 3 * long // 4  # near: ops cut long texts otherwise than short ones
-        slope = (one - peak_bytes(model, 1, shorter)) / (long - shorter)
+        slope = (one - peak(model, 1, shorter)) / (long - shorter)
         scale = 1 + slope * (length - long) / one
         one, more = round(one * scale), round(more * scale)
     return one + (rows - 1) * more
 
 
-def peak_bytes(model: Backbone, rows: int, length: int) -> int:
+def peak(model: Backbone, rows: int, length: int) -> int:
     """Bytes that PyTorch holds at the peak of a forward and backward pass, beside the weights."""
     tokens = torch.zeros(rows, length + 1, dtype=torch.long)
+
+    def step() -> None:
+        if model.causal:
+            loss = model.loss(tokens)
+        else:
+            shown = tokens[:, 1:]
+            loss = model.masked_loss(shown, shown, torch.ones_like(shown, dtype=torch.bool))
+        loss.backward()
+
     for _ in range(2):  # the first builds kernels and tables that stay
-        with (
-            _no_stderr(),
-            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured,
-        ):
-            if model.causal:
-                loss = model.loss(tokens)
-            else:
-                shown = tokens[:, 1:]
-                loss = model.masked_loss(shown, shown, torch.ones_like(shown, dtype=torch.bool))
-            loss.backward()
+        found = peak_bytes(tokens.device, step)
         model.zero_grad(set_to_none=True)
-    held = most = 0
-    events = measured.profiler.kineto_results.events()  # type: ignore[union-attr]
-    memory = (e for e in events if e.name() == "[memory]")
-    changes = [(e.start_ns(), e.nbytes()) for e in memory]  # type: ignore[attr-defined]
-    for _, more in sorted(changes):
-        held += more
-        most = max(most, held)
-    return most
-
-
-@contextmanager
-def _no_stderr() -> Iterator[None]:
-    """Without what PyTorch's profiler writes there, past Python: that it begins and ends."""
-    sys.stderr.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
+    assert found is not None  # it is on the CPU
+    return found
