@@ -3,13 +3,11 @@
 import csv
 import json
 import math
-import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from building import ROOT, train_config, write_text
+from building import train_config, write_text
 
 from zoo.config.compose import compose
 from zoo.config.longrope_factors import with_found_factors
@@ -47,21 +45,6 @@ def trained(tmp_path_factory) -> Path:
     config = train_config(*words, *SHORT)
     fit.train(config, claim(config))
     return place
-
-
-@pytest.fixture
-def program(trained, monkeypatch, capfd):
-    """program("train", *words) -> (exit code, last line of stderr), in that directory."""
-    monkeypatch.chdir(trained)
-    monkeypatch.setattr(sys, "argv", ["program"])
-    monkeypatch.syspath_prepend(ROOT)
-
-    def call(name: str, *words: str) -> tuple[int, str]:
-        capfd.readouterr()
-        code = import_module(f"zoo.cli.{name}").main([*words, "logger=none"])
-        return code, capfd.readouterr().err.splitlines()[-1]
-
-    return call
 
 
 def first_loss(folder: RunFolder) -> float:

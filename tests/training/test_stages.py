@@ -5,14 +5,13 @@ import itertools
 import json
 import math
 import random
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from building import ROOT, train_config, write_text
+from building import train_config, write_text
 
 import zoo
 from zoo.config.compose import compose
@@ -268,21 +267,6 @@ def trained(tmp_path_factory) -> Path:
     config = train_config(*data, *size, f"runs={place}/runs", *SHORT)
     fit.train(config, claim(config))
     return place
-
-
-@pytest.fixture
-def program(trained, monkeypatch, capfd):
-    """program("train", *words) -> (exit code, last line of stderr), in that directory."""
-    monkeypatch.chdir(trained)
-    monkeypatch.setattr(sys, "argv", ["program"])
-    monkeypatch.syspath_prepend(ROOT)
-
-    def call(name: str, *options: str) -> tuple[int, str]:
-        capfd.readouterr()
-        code = import_module(f"zoo.cli.{name}").main([*options, "logger=none"])
-        return code, (capfd.readouterr().err.splitlines() or [""])[-1]
-
-    return call
 
 
 def measured(program, run: str, *options: str) -> set[str]:
