@@ -87,6 +87,7 @@ def test_threads_do_not_change_a_bit():
     assert torch.equal(*results)
 
 
+@pytest.mark.mistyped
 def test_what_does_not_fit_is_refused():
     q, scale = parts("int4", 6, 64)
     with pytest.raises(ValueError, match=r"x is \(2, 63\), must be \(.., 64\)"):

@@ -6,6 +6,8 @@ import random
 import pytest
 from synthetic import experiment, identity, score_row
 
+from zoo.report.charts import styles
+from zoo.report.page import render
 from zoo.report.rows import gather
 from zoo.report.statistics import interval
 from zoo.report.text import as_text
@@ -255,6 +257,9 @@ def test_what_was_requested_is_distinguished_from_what_is_beside_it():
     assert "mamba *" in as_text(results)
     assert "transformer *" not in as_text(results)
     assert "* requested now" in as_text(results)
+    page = render(results, styles(results))
+    assert "<span>mamba</span><small>requested now</small>" in page
+    assert "<span>transformer</span><small>" not in page
     alone = gather(rows[:1], [])
     assert not alone.requested("mamba")
     assert "*" not in as_text(alone)

@@ -171,12 +171,19 @@ def grid(
                 row.append(_value(mine[length], text, kind, sure))
         table.rows.append(row)
     if noise:
-        floors = (noise.get(length) for length in lengths)
-        cells_of_noise = (
-            Td(text(one.value).lstrip("+"), one.source) if one else Td(DASH) for one in floors
-        )
-        table.rows.append([Td(NOISE_FLOOR), *cells_of_noise])
+        table.rows.append(_floors([noise.get(length) for length in lengths], text))
     return table
+
+
+def _floors(floors: list[Floor | None], text: Callable[[float], str]) -> list[Td]:
+    """The noise floor by length, and what it rests on: once where that is the same throughout."""
+    sources = {one.source for one in floors if one}
+    once = sources.pop() if len(sources) == 1 else ""
+    cells = (
+        Td(text(one.value).lstrip("+"), "" if once else one.source) if one else Td(DASH)
+        for one in floors
+    )
+    return [Td(NOISE_FLOOR, once), *cells]
 
 
 def winner(cells: Cells, length: int, best: Callable[[Iterable[float]], float]) -> str | None:

@@ -65,14 +65,15 @@ def plus_minus(cell: Cell) -> str:
 
 def from_to(cell: Cell) -> str:
     """The interval of a share, which is not symmetric."""
-    if cell.low is None or cell.high is None:
-        return ""
-    return f"{share(max(0.0, cell.low))}{DASH}{share(min(1.0, cell.high))}"
+    return ends(cell, lambda value: share(min(1.0, max(0.0, value))))
 
 
 def ends(cell: Cell, text: Callable[[float], str]) -> str:
-    """The interval as its two ends: a value of any kind need not be symmetric in it."""
-    if cell.low is None or cell.high is None:
+    """The interval as its two ends: a value of any kind need not be symmetric in it.
+
+    What is known exactly, as the bytes of a state, has none.
+    """
+    if cell.low is None or cell.high is None or cell.low == cell.high:
         return ""
     return f"{text(cell.low)}{DASH}{text(cell.high)}"
 
