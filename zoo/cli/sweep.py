@@ -11,10 +11,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from zoo.cli.arms import Arm, Check, Job, bare, run_arm
 from zoo.cli.guard import log_plainly
+from zoo.config.compose import compose_tree, composing, parse
 from zoo.config.groups import groups
 from zoo.config.schema.train import TrainConfig
 from zoo.console import label, say
@@ -114,9 +115,9 @@ def for_hydra(program: str, override: Override, params: dict[str, str]) -> str:
 
 
 def _arm(
-    program: str, count: int, common: set[str], check: Check, job: Job, composed: DictConfig
+    program: str, count: int, common: set[str], check: Check, job: Job, _composed: DictConfig
 ) -> Arm:
-    """One arm, wherever the launcher put it."""
+    """One arm, wherever the launcher put it; its options are composed as those of a single run."""
     words, number = list(HydraConfig.get().overrides.task), HydraConfig.get().job.num + 1
     given = [word.lstrip("+").partition("=")[0] for word in words]
     options = " ".join(word for word in map(bare, words) if word not in common)
@@ -126,7 +127,8 @@ def _arm(
 
     def work() -> int:
         HydraConfig.instance().cfg = None  # a further rank must not compose the sweep's own
-        tree: Any = OmegaConf.to_container(composed, resolve=True)
+        with composing(program):
+            tree = compose_tree(program, parse([word.lstrip("+") for word in words]))
         arm.seed = tree.get("seed")
         return job(check(tree, given), arm)
 

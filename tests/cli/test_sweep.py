@@ -1,0 +1,66 @@
+"""Sweeps: an arm is the run that its options make alone."""
+
+import shutil
+
+import pytest
+from building import ARCHITECTURES, ROOT, train_config
+
+from zoo.cli.arms import Arm
+from zoo.cli.launch import launch
+from zoo.config import compose, groups
+from zoo.config.schema.train import TrainConfig
+
+
+def swept(*words: str) -> list[TrainConfig]:
+    """The configurations with which a sweep over `words` starts its arms."""
+    from zoo.cli.train import check
+
+    started: list[TrainConfig] = []
+
+    def job(config: TrainConfig, _arm: Arm | None) -> int:
+        started.append(config)
+        return 0
+
+    assert launch("train", ["-m", *words], usage="", check=check, job=job) == 0
+    return started
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("in_empty_folder")
+@pytest.mark.parametrize(
+    ("option", "values", "beside"),
+    [
+        ("model", ARCHITECTURES, ["size=tiny", "seq_len=512"]),
+        ("model.positions", ["alibi", "none", "rope", "t5"], []),
+        ("hybrid", ["[mamba]", "[gla,transformer]"], []),
+        ("optim", groups.choices("optim"), []),
+        ("model.short_conv", ["null", "4"], ["model=aft"]),
+        ("seq_len", ["64", "1k"], ["model.positions=alibi", "match=none"]),
+    ],
+)
+def test_an_arm_of_a_sweep_is_the_run_that_its_options_make_alone(option, values, beside):
+    arms = swept(f"{option}={','.join(values)}", *beside)
+    alone = [train_config(f"{option}={value}", *beside) for value in values]
+    assert [arm.model_dump() for arm in arms] == [one.model_dump() for one in alone]
+
+
+@pytest.mark.usefixtures("in_empty_folder")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_a_models_yaml_leaves_out_a_sweep_completes_too(name, tmp_path, monkeypatch):
+    configs = tmp_path / "configs"
+    shutil.copytree(ROOT / "configs", configs)
+    for module in (compose, groups):
+        monkeypatch.setattr(module, "CONFIGS", configs)
+    section = groups.inherited(name)
+    if "mixer" not in section:
+        pytest.skip("a pattern of other models")
+    target = section["mixer"]["_target_"]
+    (configs / "model/smallest.yaml").write_text(f"mixer:\n  _target_: {target}\n")
+    words = ("size=tiny", "match=none")
+    (arm,) = swept("model=smallest", *words)
+    assert arm.model_dump() == train_config("model=smallest", *words).model_dump()
+    assert arm.model.name == "smallest"
