@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "paths", "devices", "measurement", "console", "locks"},
     {"config"},
     {"data", "report", "ops"},
-    {"runs"},
+    {"runs", "parallel"},
     {"positions", "attention", "pretrained"},
     {"mixers"},
     {"model"},

@@ -11,6 +11,7 @@ import zoo.cli.explain
 from zoo.cli.explain import PROBE, explain, peak, step_bytes
 from zoo.config.groups import choices
 from zoo.model.build import build_model, count_parameters
+from zoo.report.words import size
 
 CLOSE = 0.15  # of what is measured
 
@@ -47,6 +48,18 @@ def test_the_numbers_are_those_of_the_run():
     state = 2 * 64 * model.width * 4 * len(model.blocks) / 1024
     assert f"{state:.0f} KiB after 64 tokens" in text
     assert re.search(r"in all, \d+% of this machine's", text)
+
+
+def test_what_split_windows_send_is_that_of_the_busiest_process():
+    words = ("model=nope", "size=tiny", "seq_len=90", "batch_size=4", "trainer.accelerator=cpu")
+    text = explain(train_config(*words, "trainer.sequence_parallel=3", "trainer.devices=6"))
+    assert "6 processes x 1 micro-batch x 2 windows of 90, 3 processes to a window" in text
+    model, _ = build_model(train_config(*words), 256)
+    layers, width = len(model.blocks), model.width
+    keys = 4 * 2 * 2 * width * layers  # bytes of a token's keys and values in both windows
+    header = 3 * 64 * layers  # k, v and the number of tokens
+    sent = keys * (60 + 30) + header  # on to the last one, and the gradient to the first
+    assert f"up to {size(sent)} for states of split windows and their gradients" in text
 
 
 def test_the_program_prints_it_and_writes_nothing(tmp_path):

@@ -1,7 +1,8 @@
 """Train a grid of runs, each under several layouts, in one process that forks the ranks of all.
 
-`python grid.py '[kinds, layouts]'`, with {name: options} and (processes, micro-batches); what is
-imported is so once. A text of three splits lies in text/; runs/<name>-<processes>-<micro-batches>.
+`python grid.py '[kinds, layouts]'`, with {name: options} and (processes, micro-batches, processes
+to a window); what is imported is so once. A text of three splits lies in text/; runs are
+runs/<name>-<processes>-<micro-batches>-<processes to a window>.
 """
 
 import json
@@ -15,6 +16,7 @@ from zoo.cli import processes
 from zoo.cli import train as program
 from zoo.runs.folder import RunFolder
 
+Layout = tuple[int, int, int]
 STEPS, ROWS = 4, 4
 COMMON = [
     *("size=tiny", "data=text", "data.path=text", "logger=none", "match=none", "seq_len=32"),
@@ -25,12 +27,33 @@ COMMON = [
 ]
 
 
+def layouts_of(words: list[str], layouts: list[Layout]) -> list[Layout]:
+    """Those that go with the options: windows that depend on one another are not split."""
+    whole = {"state_passing=carry", "objective=masked"} & {*words}
+    return [tuple(layout) for layout in layouts if layout[2] == 1 or not whole]
+
+
+def goes_on(words: list[str]) -> bool:
+    """Whether runs of the kind are resumed as well."""
+    return bool({"state_passing=carry", "data=mqar"} & {*words})
+
+
+def run_name(kind: str, layout: Layout) -> str:
+    return "-".join(map(str, (kind, *layout)))
+
+
 def train(*words: str) -> None:
     code = program.main(list(words))
     assert code == 0, f"{words}: exit code {code}"
 
 
-def main(kinds: dict[str, list[str]], layouts: list[tuple[int, int]]) -> None:
+def given(processes: int, micro: int, ranks: int) -> list[str]:
+    """The options of a layout."""
+    words = [f"trainer.devices={processes}", f"trainer.accumulate_grad_batches={micro}"]
+    return [*words, f"trainer.sequence_parallel={ranks}"]
+
+
+def main(kinds: dict[str, list[str]], layouts: list[Layout]) -> None:
     processes.load("zoo.training.fit")
     assert processes.can_fork()
     train(*COMMON, "name=base", "-m")  # a sweep of one: in a process of its own
@@ -40,18 +63,17 @@ def main(kinds: dict[str, list[str]], layouts: list[tuple[int, int]]) -> None:
             own |= {"size", "match"}  # the base's
         if "data" in own:  # a task, which has no text
             own.add("data.path")
-        for ranks, micro in layouts:
-            given = f"trainer.devices={ranks}", f"trainer.accumulate_grad_batches={micro}"
-            common = [w for w in COMMON if w.partition("=")[0] not in own]
-            train(*common, f"name={kind}-{ranks}-{micro}", *given, *words, "-m")
-    for kind in kinds:  # half of a run in several processes goes on under another layout
-        for ranks, micro in layouts if "carry" in kind else ():
-            half = Path(f"runs/{kind}-half-{ranks}-{micro}")
-            shutil.copytree("runs/{}-{}-{}".format(kind, *layouts[1]), half)
+        common = [w for w in COMMON if w.partition("=")[0] not in own]
+        for layout in layouts_of(words, layouts):
+            train(*common, f"name={run_name(kind, layout)}", *given(*layout), *words, "-m")
+    for kind, words in kinds.items():  # half of a run goes on under another layout
+        those = layouts_of(words, layouts)
+        for layout in those if goes_on(words) else ():
+            half = Path(f"runs/{run_name(f'{kind}-half', layout)}")
+            shutil.copytree(f"runs/{run_name(kind, those[-1])}", half)
             (half / f"checkpoints/step={STEPS:08d}.ckpt").unlink()
             RunFolder.open(half).update(status="stopped", step=STEPS // 2)
-            given = f"trainer.devices={ranks}", f"trainer.accumulate_grad_batches={micro}"
-            train(f"resume={half}", *given, "-m")
+            train(f"resume={half}", *given(*layout), "-m")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from building import ARCHITECTURES, ENCODERS, ROOT, write_text
+from grid import Layout, goes_on, layouts_of, run_name
 
 from zoo.config.groups import extensions
 from zoo.runs.folder import RunFolder
 
-Layouts = list[tuple[int, int]]  # processes, micro-batches; the first is the plain run
+Layouts = list[Layout]  # processes, micro-batches, processes to a window; first the plain run
 KINDS = {
     "carry": ["model=hybrid", "model.pattern=[mamba,transformer]", "state_passing=carry"],
     "masked": ["objective=masked"],
@@ -26,24 +27,25 @@ KINDS = {
     "placed": ["finetune=runs/base", "extension=pose", "extension.scaling=dynamic_ntk"],
 }
 KINDS["placed"].append("extension.factor=4")
+KINDS["labels"] = ["data=mqar", "model=hybrid", "model.pattern=[mamba,transformer]", "seq_len=64"]
 
 
 def every_kind() -> Iterator[tuple[str, list[str]]]:
     """Every architecture under each objective and state passing; every way to place tokens
     and every task."""
-    for name in ARCHITECTURES:
-        for state in ("none", "carry") if name != "learned" else ("none",):  # it has an end
-            words = [f"model={name}", f"state_passing={state}", "seq_len=128"]
-            words += ["size.layers=3"] * (name == "hybrid")  # its pattern
-            yield f"{name}-{state}", words
-    for name in ENCODERS:
-        yield f"{name}-masked", [f"model={name}", "objective=masked", "seq_len=128"]
-    for name, tree in extensions().items():
+    for model in ARCHITECTURES:
+        for state in ("none", "carry") if model != "learned" else ("none",):  # it has an end
+            words = [f"model={model}", f"state_passing={state}", "seq_len=128"]
+            words += ["size.layers=3"] * (model == "hybrid")  # its pattern
+            yield f"{model}-{state}", words
+    for model in ENCODERS:
+        yield f"{model}-masked", [f"model={model}", "objective=masked", "seq_len=128"]
+    for extension, tree in extensions().items():
         if tree.get("positions"):
-            words = ["finetune=runs/base", f"extension={name}", "extension.factor=4"]
-            yield name, words
-            if name != "clex":
-                yield f"{name}-scaled", [*words, "extension.scaling=dynamic_yarn"]
+            words = ["finetune=runs/base", f"extension={extension}", "extension.factor=4"]
+            yield extension, words
+            if extension != "clex":
+                yield f"{extension}-scaled", [*words, "extension.scaling=dynamic_yarn"]
     for path in sorted((ROOT / "configs/data").glob("*.yaml")):
         if "\ntask:" in path.read_text():
             yield path.stem, [f"data={path.stem}", "seq_len=64"]
@@ -86,10 +88,11 @@ def check(folder: Path, kinds: dict[str, list[str]], layouts: Layouts) -> None:
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     found = []
-    for kind in kinds:
-        plain, *others = (RunFolder.open(folder / f"runs/{kind}-{r}-{m}") for r, m in layouts)
+    for kind, words in kinds.items():
+        names = [run_name(kind, layout) for layout in layouts_of(words, layouts)]
+        plain, *others = (RunFolder.open(folder / "runs" / one) for one in names)
         halves = [RunFolder.open(path) for path in (folder / "runs").glob(f"{kind}-half-*")]
-        assert len(halves) == ("carry" in kind) * len(layouts), kind
+        assert len(halves) == goes_on(words) * len(names), kind
         for other in [*others, *halves]:
             assert other.info["status"] == plain.info["status"] == "done"
             assert other.info["tokens_seen"] == plain.info["tokens_seen"]
@@ -98,14 +101,15 @@ def check(folder: Path, kinds: dict[str, list[str]], layouts: Layouts) -> None:
 
 
 def test_processes_and_micro_batches_train_what_one_does(tmp_path):
-    check(tmp_path, KINDS, [(1, 1), (2, 2)])
+    check(tmp_path, KINDS, [(1, 1, 1), (2, 2, 1), (2, 2, 2)])
 
 
 @pytest.mark.slow
 def test_any_number_of_either_trains_what_one_does(tmp_path):
-    check(tmp_path, KINDS, [(1, 1), (2, 2), (4, 1), (1, 4), (2, 1), (1, 2)])
+    whole = [(1, 1, 1), (2, 2, 1), (4, 1, 1), (1, 4, 1), (2, 1, 1), (1, 2, 1)]
+    check(tmp_path, KINDS, [*whole, (4, 1, 2), (4, 2, 4), (2, 1, 2), (3, 1, 3)])
 
 
 @pytest.mark.slow
 def test_every_architecture_trains_the_same_in_any_number_of_processes(tmp_path):
-    check(tmp_path, dict(every_kind()), [(1, 1), (2, 2)])
+    check(tmp_path, dict(every_kind()), [(1, 1, 1), (2, 2, 1), (2, 2, 2)])

@@ -120,6 +120,12 @@ def test_the_time_left_does_not_wrap_at_a_day(capsys, monkeypatch):
         (["trainer.devices=3", "batch_size=4"], "trainer.devices=3: must divide the 4 windows"),
         (["trainer.accumulate_grad_batches=5"], "trainer.accumulate_grad_batches=5: must divide"),
         (["trainer.devices=4", "trainer.accumulate_grad_batches=8"], "trainer.devices=4 trainer"),
+        (["trainer.devices=3", "trainer.sequence_parallel=2"], "sequence_parallel=2: must divide"),
+        (["trainer.sequence_parallel=1024"], "sequence_parallel=1024: must be at most seq_len=512"),
+        (
+            ["trainer.devices=12", "trainer.sequence_parallel=4", "batch_size=4"],
+            "trainer.devices=12 trainer.sequence_parallel=4: must divide the 4 windows",
+        ),
     ],
 )
 def test_a_step_that_cannot_be_shared_equally_is_refused(words, message):

@@ -10,6 +10,7 @@ from building import ROOT, train_config
 
 import zoo.training.rehearse
 from zoo.errors import UserError
+from zoo.mixers.mamba import Mamba
 from zoo.model.build import build_model
 from zoo.training.rehearse import machine_memory, rehearse
 
@@ -47,6 +48,19 @@ def test_a_run_that_cannot_be_is_reported_in_one_line(words, monkeypatch):
         rehearse(train_config(*words.split()))
     assert REFUSED[words] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_windows_of_a_mixer_without_a_state_are_not_split(monkeypatch):
+    monkeypatch.setattr(Mamba, "forward", lambda self, x: x)
+    rule = "trainer.sequence_parallel=2: Mamba keeps no state, so its windows cannot be split"
+    with pytest.raises(UserError, match=f"^{rule}. Leave it out.$"):
+        rehearse(train_config("model=mamba", "size=tiny", "trainer.sequence_parallel=2"))
+
+
+@pytest.mark.parametrize("words", ["objective=masked model=sima", "state_passing=carry"])
+def test_windows_that_depend_on_one_another_are_not_split(words):
+    with pytest.raises(UserError, match=r"^trainer\.sequence_parallel=2: splits separate windows"):
+        train_config("trainer.sequence_parallel=2", *words.split())
 
 
 @pytest.mark.parametrize("requested", ["gpu", "cuda", "mps"])

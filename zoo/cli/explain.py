@@ -12,11 +12,14 @@ import torch
 from zoo.config.schema.train import TrainConfig
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model, count_parameters
+from zoo.model.chunks import bytes_sent
 from zoo.model.extend import extend_as_trained
 from zoo.model.flops import forward_flops
+from zoo.ops.runtime.sizes import ceil_div
+from zoo.parallel.hand_over import Ranks
 from zoo.report.words import count, size
 from zoo.tasks.memory import peak_bytes
-from zoo.training.partition import micro_batches, process_count
+from zoo.training.partition import micro_batches, process_count, ranks_per_window
 from zoo.training.rehearse import TRAINED_BYTES, machine_memory, rehearse
 from zoo.training.windows import vocabulary
 
@@ -34,15 +37,17 @@ def explain(config: TrainConfig) -> str:
     model, sized = build_model(config, vocab_size)
     extend_as_trained(model, config)
     parameters, length = count_parameters(model), config.seq_len
-    processes, micro = process_count(config), micro_batches(config)
-    rows = config.batch_size // (processes * micro)
+    processes, micro, ranks = process_count(config), micro_batches(config), ranks_per_window(config)
+    rows, chunk = config.batch_size * ranks // (processes * micro), ceil_div(length, ranks)
     tokens, passes = config.batch_size * length, 4 if config.checkpoint_activations else 3
     level = log.level
     log.setLevel(logging.ERROR)  # which kernels run is the run's to say
     try:
-        flops, activations = forward_flops(model, length), step_bytes(model, rows, length)
+        flops, activations = forward_flops(model, length), step_bytes(model, rows, chunk)
     finally:
         log.setLevel(level)
+    if ranks > 1:
+        activations += 2 * model.state_bytes(length - chunk, rows)  # received, and its gradient
     trained = TRAINED_BYTES * parameters
     whole = processes * (trained - NUMBER * parameters + activations)
     knobs = ", ".join(f"{name}={value}" for name, value in sized.items())
@@ -50,7 +55,8 @@ def explain(config: TrainConfig) -> str:
     lines = {
         "model": f"{config.model.name}, {parameters:,} parameters" + (f" ({knobs})" * bool(knobs)),
         "step": f"{tokens:,} tokens: {processes} process{'es' * (processes > 1)} x {micro} "
-        f"micro-batch{'es' * (micro > 1)} x {rows} window{'s' * (rows > 1)} of {length:,}",
+        f"micro-batch{'es' * (micro > 1)} x {rows} window{'s' * (rows > 1)} of {length:,}"
+        f"{f', {ranks} processes to a window' * (ranks > 1)}",
         "operations": f"{count(flops / 1e6)} MFLOP a token forward, "
         f"{count(passes * flops * tokens / 1e9)} GFLOP a step, "
         f"{count(passes * flops * tokens * steps / 1e12)} TFLOP in {steps:,} steps",
@@ -61,6 +67,10 @@ def explain(config: TrainConfig) -> str:
     if processes > 1:
         sent = 2 * (processes - 1) / processes * NUMBER * parameters
         lines["sent"] = f"{size(sent)} a step by each process, its share of the gradients"
+    if ranks > 1:
+        places = [Ranks(ranks, index) for index in range(ranks)]
+        most = micro * max(bytes_sent(model, place, length, rows) for place in places)
+        lines["sent"] += f"; up to {size(most)} for states of split windows and their gradients"
     width = max(map(len, lines)) + 2
     return "".join(f"{name:<{width}}{text}\n" for name, text in lines.items())
 

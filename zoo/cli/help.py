@@ -31,7 +31,13 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             *("trainer.max_time", "trainer.log_every_n_steps", "trainer.enable_progress_bar"),
         ),
         "Hardware": (
-            *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.precision"),
+            *(
+                "trainer.accelerator",
+                "trainer.devices",
+                "trainer.strategy",
+                "trainer.sequence_parallel",
+                "trainer.precision",
+            ),
             *("trainer.deterministic", "trainer.benchmark", "trainer.detect_anomaly"),
             *("checkpoint_activations", "threads", "workers", "allocator"),
         ),

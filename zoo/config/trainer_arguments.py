@@ -7,6 +7,8 @@ from pathlib import Path
 from zoo.config.introspect import parameters
 from zoo.errors import refuse_path
 
+# Options of a run's trainer that Lightning's does not have.
+OWN_ARGUMENTS = ("sequence_parallel",)
 # Trainer arguments that are decided elsewhere, and where.
 TRAINER_OWNED = {
     "logger": "the option logger",
@@ -42,13 +44,14 @@ TRAINER_REFUSED = {
 
 @functools.cache
 def trainer_parameters() -> list[str]:
-    """What Lightning's Trainer takes, in the installed version, and nothing above decides.
+    """What a run's trainer takes: our own, and what Lightning's does in the installed version.
 
-    Read from its source, without importing it.
+    Without what is decided above. Read from its source, which is not imported.
     """
     spec = importlib.util.find_spec("lightning")
     if spec is None or not spec.submodule_search_locations:
         refuse_path("lightning", "is not installed", "Run `make env`, or pip install lightning")
     file = Path(spec.submodule_search_locations[0]) / "pytorch" / "trainer" / "trainer.py"
     decided = {*TRAINER_OWNED, *TRAINER_REFUSED}
-    return [name for name in parameters(file, "Trainer") or {} if name not in decided]
+    theirs = [name for name in parameters(file, "Trainer") or {} if name not in decided]
+    return [*theirs, *OWN_ARGUMENTS]

@@ -44,6 +44,7 @@ from zoo.mixers.base import (
 from zoo.mixers.parts import KeyValues, grow, no_keys
 from zoo.ops.attention import Part
 from zoo.ops.rms_norm import OffsetRMSNorm, RMSNorm
+from zoo.parallel.hand_over import publish
 from zoo.positions.base import build_positions
 from zoo.positions.rope import Rope
 
@@ -145,10 +146,12 @@ class SoftmaxAttention(Mixer):
             q = q * (self.score_scale * self.head_width**0.5)
         if self.logit_scale is not None:
             q = q * self._scales(start, x.shape[1], q)
-        sinks = self._sinks(q)
+        sinks, after = self._sinks(q), None
         q, k = self.positions.prepare(q, k, start, cross_layer)
         if state:
             k, v = grow(state.k, k), grow(state.v, v)
+            after = KeyValues(*self.positions.evict(k, v), start + x.shape[1])
+            publish(after)
         y = self.positions.attend(
             *(q, k, v, start, cross_layer), causal=self.causal, sinks=sinks, backend=self.backend
         )
@@ -156,9 +159,7 @@ class SoftmaxAttention(Mixer):
         if self.gate_proj is not None:
             y = y * self.gate_proj(x).sigmoid()
         y = self.o_proj(y)
-        if state is None:
-            return y
-        return y, KeyValues(*self.positions.evict(k, v), start + x.shape[1])
+        return (y, after) if state else y
 
     def _scales(self, start: int, tokens: int, q: Tensor) -> Float[Tensor, "#t h 1"]:
         """Return s log n of each query and head; n counts the keys that its scheme keeps."""

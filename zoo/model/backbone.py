@@ -20,6 +20,7 @@ from zoo.mixers.short_conv import ShortConvolution
 from zoo.ops.cross_entropy import summed_cross_entropy
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.rms_norm import OffsetRMSNorm, RMSNorm
+from zoo.parallel.hand_over import HandOver
 from zoo.positions.base import EmbeddedPositions
 from zoo.positions.rope import by_row
 
@@ -104,8 +105,11 @@ def _apply(
     more = {"cross_layer": cross_layer} if sublayer.uses_cross_layer else {}
     if state is None:
         return sublayer(x, **more), None
+    if isinstance(state, HandOver):
+        read = partial(_apply, sublayer, cross_layer=cross_layer)
+        return state.read(read, x, sublayer.empty_state(len(x))), ()
     found: Any = None
-    if _takes_state(type(sublayer).forward):
+    if takes_state(sublayer):
         found = sublayer(x, state, **more)
     if not isinstance(found, tuple) or len(found) != 2:
         raise NoStateError(
@@ -115,8 +119,13 @@ def _apply(
     return found
 
 
+def takes_state(sublayer: Mixer) -> bool:
+    """Whether it can read a text in chunks, as far as its signature says."""
+    return _named_state(type(sublayer).forward)
+
+
 @functools.cache
-def _takes_state(forward: Callable[..., Any]) -> bool:
+def _named_state(forward: Callable[..., Any]) -> bool:
     return "state" in inspect.signature(forward).parameters
 
 
@@ -230,8 +239,8 @@ class Backbone(nn.Module):
         """Logits (b, t, vocabulary), or (logits, state) exactly when a state is given.
 
         `positions`, (b, t) and rising, are where the tokens of a training window are instead of
-        at 0, 1, 2 ..; layers find them in `cross_layer`. Raises ValueError where the tokens seen
-        would exceed `max_length`.
+        at 0, 1, 2 ..; layers find them in `cross_layer`. With a state they are those of the text
+        from its first token on. Raises ValueError where the tokens seen would exceed `max_length`.
         """
         x, after = self.hidden(tokens, state, positions)
         logits = self.head(x)
@@ -255,13 +264,14 @@ class Backbone(nn.Module):
             x = x * self.embedding_scale
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        if self.positions is not None:
-            x = self.positions(x, start, positions)
-        after, cross_layer = [], {}
+        after, cross_layer, at = [], {}, None
         if positions is not None:
-            cross_layer["positions"] = positions
+            at = cross_layer["positions"] = positions[:, start : start + tokens.shape[1]]
+            cross_layer["lengths"] = positions.amax(1) + 1
             if self.frequencies is not None:  # once for all layers
-                cross_layer["inv_freq"], _ = by_row(self.frequencies, positions)
+                cross_layer["inv_freq"], _ = by_row(self.frequencies, cross_layer["lengths"])
+        if self.positions is not None:
+            x = self.positions(x, start, at)
         for index, block in enumerate(self.blocks):
             before = state.blocks[index] if state else None
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
@@ -290,13 +300,14 @@ class Backbone(nn.Module):
         tokens: Int[Tensor, "b t"],
         labels: Int[Tensor, "b t"],
         positions: Tensor | None = None,
+        state: BackboneState | None = None,
     ) -> Tensor:
         """Mean negative log-likelihood (nats) of each label given the tokens up to its own place.
 
         Where a label is `NO_LABEL` nothing is predicted; 0 where nothing is at all, as may be in
         one of the micro-batches that share a step.
         """
-        x, _ = self.hidden(tokens, positions=positions)
+        x, _ = self.hidden(tokens, state, positions)
         return self._summed_nll(x, labels) / (labels != NO_LABEL).sum().clamp(min=1)
 
     def masked_loss(

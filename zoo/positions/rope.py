@@ -152,15 +152,15 @@ def apply_rope(
 
 
 def by_row(
-    scaling: Callable[[int], tuple[Any, float]], positions: Int[Tensor, "b t"]
+    scaling: Callable[[int], tuple[Any, float]], row_lengths: Int[Tensor, " b"]
 ) -> tuple[Any, Any]:
-    """Return each row's frequencies and attention factor, for a text up to its last position.
+    """Return each row's frequencies and attention factor, for a text of its length.
 
     `scaling` maps a length in tokens to both. Rows of one length share what it returns; otherwise
     the results are tensors with a row for each, (b, 1, half) and (b, 1, 1, 1), so that no row
     depends on the rows beside it.
     """
-    lengths = (positions.amax(1) + 1).tolist()
+    lengths = row_lengths.tolist()
     found = {length: scaling(int(length)) for length in dict.fromkeys(lengths)}
     if len(found) == 1:
         return found[lengths[0]]
@@ -207,17 +207,15 @@ class Rope(Positions):
     ) -> tuple[Tensor, Tensor]:
         at = placed_positions(self, cross_layer)
         if at is not None:
-            inv_freq, factor = self._frequencies(at, cross_layer or {})
+            inv_freq, factor = self._frequencies(cross_layer or {})
             return apply_rope(q, inv_freq, at, factor), apply_rope(k, inv_freq, at, factor)
         return (q, k) if self.pattern else super().prepare(q, k, start)
 
-    def _frequencies(
-        self, at: Int[Tensor, "b t"], cross_layer: CrossLayer
-    ) -> tuple[Frequencies, Any]:
-        """Return those of a text up to its last position, and their attention factor."""
+    def _frequencies(self, cross_layer: CrossLayer) -> tuple[Frequencies, Any]:
+        """Return those of a training window's length, and their attention factor."""
         if "inv_freq" in cross_layer:  # trained ones, the same for all layers
             return cross_layer["inv_freq"], 1.0
         if self.pattern is None:
             return self.inv_freq, 1.0
         scaling = self.pattern.scaling
-        return by_row(scaling, at) if self.pattern.bucket else scaling(0)
+        return by_row(scaling, cross_layer["lengths"]) if self.pattern.bucket else scaling(0)

@@ -14,7 +14,11 @@ INCIDENTAL = (
     *("runs", "name", "resume", "fresh", "logger", "workers", "threads", "allocator"),
     "changed_code",
     *("trainer.devices", "trainer.accelerator", "trainer.strategy", "trainer.max_time"),
-    *("trainer.accumulate_grad_batches", "trainer.enable_progress_bar"),
+    *(
+        "trainer.sequence_parallel",
+        "trainer.accumulate_grad_batches",
+        "trainer.enable_progress_bar",
+    ),
     *("trainer.enable_model_summary", "trainer.log_every_n_steps", "trainer.profiler"),
 )
 

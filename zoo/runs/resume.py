@@ -17,7 +17,7 @@ from zoo.runs.folder import RunFolder
 RESUMABLE = (
     *("trainer.max_steps", "trainer.max_time", "logger", "workers", "threads"),
     *("trainer.devices", "trainer.accelerator", "trainer.strategy"),
-    *("trainer.accumulate_grad_batches", "optim.continuation"),
+    *("trainer.sequence_parallel", "trainer.accumulate_grad_batches", "optim.continuation"),
     *("data.path", "data.cache", "changed_code"),
 )
 WINDOW = "model.mixer.window"  # which a stage may widen: no weight depends on it

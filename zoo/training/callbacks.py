@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoo.console import say
 from zoo.data.synthetic import NO_LABEL
+from zoo.parallel.hand_over import Ranks
 from zoo.runs.checkpoints import seal
 from zoo.runs.files import replacing
 from zoo.runs.folder import RunFolder
@@ -145,8 +146,10 @@ class MetricsLogger(AtStepEnds):
     def _validate(self, trainer: lightning.Trainer, module: Any) -> float | None:
         """Mean loss over the fixed windows, in nats per token; None where a stop cut it short.
 
-        Processes take batches in turn; all add up the same numbers in the same order.
+        Processes take batches in turn, those of a window together; all add up the same numbers in
+        the same order.
         """
+        ranks: Ranks = module.ranks
         start = time.monotonic()
         batches = self._batches(module.model.vocab_size)
         sums = torch.zeros(len(batches) + 1, dtype=torch.float64)
@@ -156,9 +159,9 @@ class MetricsLogger(AtStepEnds):
                 if self.stop.requested:
                     sums[-1] = 1
                     break
-                if index % world_size() == rank():
+                if index % (world_size() // ranks.size) == rank() // ranks.size:
                     here = {name: x.to(module.device) for name, x in batch.items()}
-                    sums[index] = float(module.loss(here)) * _weight(batch)
+                    sums[index] = float(module.loss(here)) * _weight(batch) / ranks.size
         module.train()
         self._validating += time.monotonic() - start
         if world_size() > 1:

@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zoo.parallel.hand_over import Ranks
+
 
 def world_size() -> int:
     """The number of processes that train together."""
@@ -13,6 +15,12 @@ def world_size() -> int:
 def rank() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def ranks_of_window(count: int) -> Ranks:
+    """The `count` consecutive processes that read this one's windows together."""
+    index = rank() % count
+    return Ranks(count, index, rank() - index)
 
 
 def all_gather(value: Tensor) -> list[Tensor]:

@@ -31,7 +31,7 @@ from zoo.runs.folder import RunFolder
 from zoo.runs.stopping import current
 from zoo.training.callbacks import Checkpoints, MetricsLogger
 from zoo.training.learner import Learner, NonFiniteError
-from zoo.training.partition import micro_batches, process_count
+from zoo.training.partition import micro_batches, process_count, ranks_per_window
 from zoo.training.records import (
     audit_trained,
     check_data,
@@ -164,6 +164,7 @@ def _learner(config: TrainConfig, model: Backbone) -> Learner:
         state_passing=config.state_passing,
         micro_batches=micro_batches(config),
         rows=config.batch_size,
+        sequence_parallel=ranks_per_window(config),
     )
 
 
@@ -191,8 +192,9 @@ def _trainer(
     """Lightning's Trainer under the run's options. UserError where this machine lacks a device."""
     options = config.trainer.model_dump()
     options["max_steps"] = until or options["max_steps"]
+    options.pop("sequence_parallel", None)  # the learner's
     if options["devices"] == "auto":
-        options["devices"] = 1
+        options["devices"] = process_count(config)
     if process_count(config) > 1:  # parameters of a passed state have no gradient in the first step
         options["strategy"] = "ddp_find_unused_parameters_true"
     make = functools.partial(

@@ -10,9 +10,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zoo.config.schedule import learning_rate_factor
 from zoo.config.schema.optim import Optim
+from zoo.data.synthetic import NO_LABEL
 from zoo.errors import RunError, refuse_path
 from zoo.model.backbone import Backbone
-from zoo.training.distributed import all_gather, broadcast_text, rank, world_size
+from zoo.model.chunks import state_before
+from zoo.parallel.hand_over import Ranks
+from zoo.training.distributed import all_gather, broadcast_text, rank, ranks_of_window, world_size
 from zoo.training.optimisers import make_optimiser
 
 
@@ -29,6 +32,10 @@ class Learner(lightning.LightningModule):
     `state_passing="carry"` starts each window from the detached state after the row's previous
     window (truncated backpropagation through time, Williams & Peng 1990; for softmax attention
     Transformer-XL, arXiv 1901.02860), and from the empty state where the row's text begins anew.
+
+    With `sequence_parallel` processes to a window each reads its chunk of every window it is given
+    (zoo.parallel.hand_over), and its loss is its part of the mean, times their number: processes
+    are averaged.
     """
 
     def __init__(
@@ -41,8 +48,11 @@ class Learner(lightning.LightningModule):
         state_passing: str = "none",
         micro_batches: int = 1,
         rows: int | None = None,
+        sequence_parallel: int = 1,
     ) -> None:
         super().__init__()
+        self.sequence_parallel = sequence_parallel
+        self.ranks = Ranks(1, 0)  # this process's place among those of a window
         self.model, self.optim = model, optim
         self.max_steps, self.seq_len = max_steps, seq_len
         self.passes_state = state_passing == "carry"
@@ -50,7 +60,11 @@ class Learner(lightning.LightningModule):
         self.states: dict[int, Any] = {}  # micro-batch -> the state after its rows' last window
         self._losses: list[Tensor] = []  # of the step's micro-batches
 
+    def on_fit_start(self) -> None:
+        self.ranks = ranks_of_window(self.sequence_parallel)
+
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
+        self.ranks.finish()  # what the step before has sent
         tokens = self._tokens = batch["tokens"]
         if self.passes_state:
             micro = batch.get("micro", 0)
@@ -70,12 +84,25 @@ class Learner(lightning.LightningModule):
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """The mean loss over a batch, each window read from the empty state."""
+        if self.ranks.size > 1:
+            return self._chunk_loss(batch)
         if "labels" in batch:
             return self.model.labels_loss(batch["tokens"], batch["labels"], batch.get("positions"))
         if "chosen" in batch:
             tokens = batch["tokens"][:, :-1]
             return self.model.masked_loss(batch["shown"], tokens, batch["chosen"])
         return self.model.loss(batch["tokens"], positions=batch.get("positions"))
+
+    def _chunk_loss(self, batch: dict[str, Any]) -> Tensor:
+        """This rank's part of the mean loss, times the number of ranks."""
+        tokens, labels = batch["tokens"], batch.get("labels")
+        if labels is None:
+            tokens, labels = tokens[:, :-1], tokens[:, 1:]
+        chunk = self.ranks.chunk(tokens.shape[1])
+        state, own = state_before(self.model, self.ranks, chunk.start), labels[:, chunk]
+        mean = self.model.labels_loss(tokens[:, chunk], own, batch.get("positions"), state)
+        part = (own != NO_LABEL).sum() / (labels != NO_LABEL).sum().clamp(min=1)
+        return mean * part * self.ranks.size
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Clip to the configured norm. NonFiniteError before a bad gradient reaches the weights."""

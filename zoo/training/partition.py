@@ -9,11 +9,16 @@ from zoo.errors import UserError, refuse
 
 
 def process_count(config: TrainConfig) -> int:
-    """The number of processes, one for each device; `auto` is one device."""
+    """The number of processes, one for each device; `auto` is one for each chunk of a window."""
     devices = config.trainer.devices
     if isinstance(devices, list):
         return len(devices)
-    return int(devices) if str(devices).isdecimal() else 1
+    return int(devices) if str(devices).isdecimal() else ranks_per_window(config)
+
+
+def ranks_per_window(config: TrainConfig) -> int:
+    """The number of processes that read one window together."""
+    return config.trainer.sequence_parallel or 1
 
 
 def micro_batches(config: TrainConfig) -> int:
@@ -28,12 +33,22 @@ def micro_batches(config: TrainConfig) -> int:
 
 def check_partition(config: TrainConfig) -> None:
     """Refuse numbers of processes and micro-batches that do not divide a step's windows."""
-    processes, micro, windows = process_count(config), micro_batches(config), config.batch_size
+    count, micro, windows = process_count(config), micro_batches(config), config.batch_size
+    ranks = ranks_per_window(config)
+    if count % ranks:
+        rule = f"must divide the {count} processes of trainer.devices={config.trainer.devices}"
+        refuse("trainer.sequence_parallel", ranks, rule, "Leave trainer.devices out")
+    if ranks > config.seq_len:
+        rule = f"must be at most seq_len={config.seq_len}, a token for each process"
+        refuse("trainer.sequence_parallel", ranks, rule, "Use fewer")
+    processes = count // ranks
     if windows % (processes * micro) == 0:
         return
     options = []
     if processes > 1:
         options.append(f"trainer.devices={config.trainer.devices}")
+    if processes > 1 and ranks > 1:
+        options.append(f"trainer.sequence_parallel={ranks}")
     if micro > 1:
         options.append(f"trainer.accumulate_grad_batches={micro}")
     divisors = [n for n in range(1, min(windows, 4096) + 1) if windows % n == 0]

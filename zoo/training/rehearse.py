@@ -16,11 +16,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from zoo.config.schema.train import TrainConfig
 from zoo.config.schema.trainer import Trainer
 from zoo.errors import UserError, refuse
-from zoo.model.backbone import Backbone
+from zoo.model.backbone import Backbone, takes_state
 from zoo.model.build import assemble, build_model, count_parameters, refuse_pattern
 from zoo.model.extend import extend_as_trained
 from zoo.ops.runtime import dispatch
-from zoo.training.partition import micro_batches, process_count
+from zoo.training.partition import micro_batches, process_count, ranks_per_window
 from zoo.training.windows import vocabulary
 
 TRAINED_BYTES = 16  # per parameter in float32: itself, its gradient, AdamW's two moments
@@ -43,6 +43,8 @@ def rehearse(config: TrainConfig) -> None:
         # Here and not where models are built: runs that were trained so can still be opened.
         refuse_pattern(config, len(model.blocks))
     _check_length(config, model.max_length)
+    if ranks_per_window(config) > 1:
+        _check_chunks(config, model)
     if device == "cpu":
         _check_memory(config, vocab_size, knobs, count_parameters(model))
 
@@ -53,6 +55,15 @@ def _check_length(config: TrainConfig, most: int | None) -> None:
     if config.state_passing == "carry" and most is not None and passed > most:
         rule = f"each row reads on for {passed:,} tokens, and this model reads at most {most:,}"
         refuse("state_passing", "carry", rule, "Use state_passing=none")
+
+
+def _check_chunks(config: TrainConfig, model: Backbone) -> None:
+    """Refuse to split windows where a layer cannot read on from the state before its chunk."""
+    for layer in model.sublayers():
+        if not takes_state(layer):
+            rule = f"{type(layer).__name__} keeps no state, so its windows cannot be split"
+            ranks = config.trainer.sequence_parallel
+            refuse("trainer.sequence_parallel", ranks, rule, "Leave it out")
 
 
 def check_devices(trainer: Trainer) -> str:

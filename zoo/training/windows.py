@@ -14,6 +14,7 @@ from zoo.data.examples import SyntheticData, example_loader, open_synthetic
 from zoo.data.loader import train_loader, valid_batch
 from zoo.data.tokenizers import tokenizer_of
 from zoo.model.extend import places
+from zoo.training.partition import ranks_per_window
 
 
 def open_data(data: Data, seq_len: int) -> Corpus | SyntheticData:
@@ -52,14 +53,15 @@ class Windows(lightning.LightningDataModule):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         trainer, config = self.trainer, self.config
         assert trainer is not None
+        ranks = ranks_per_window(config)  # which read the same windows
         shape: dict[str, Any] = {
             "seq_len": config.seq_len,
             "batch_size": config.batch_size,
             "seed": config.seed,
             "start_step": trainer.global_step,
             "steps": trainer.max_steps - trainer.global_step,
-            "rank": trainer.global_rank,
-            "world": trainer.world_size,
+            "rank": trainer.global_rank // ranks,
+            "world": trainer.world_size // ranks,
             "micro_batches": trainer.accumulate_grad_batches,
             "workers": config.workers,
             "draw_positions": places(config.extension, config.seq_len),

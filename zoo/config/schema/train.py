@@ -109,6 +109,10 @@ class TrainConfig(Section):
             "none",
         ):
             refuse("data", self.data.name, "has separate examples with labels", SEPARATE)
+        ranks = self.trainer.sequence_parallel
+        if (ranks or 1) > 1 and (self.objective, self.state_passing) != ("causal", "none"):
+            rule = "splits separate windows of causal models"
+            refuse("trainer.sequence_parallel", ranks, rule, SEPARATE)
         if self.objective == "masked" and self.state_passing != "none":
             rule = "objective=masked reads separate windows"
             refuse("state_passing", self.state_passing, rule, "Use state_passing=none")

@@ -67,6 +67,9 @@ class Trainer(OpenSection):
     strategy: Literal["auto", "ddp"] | None = Field(
         default=None, description="auto or ddp: how several devices share a step"
     )
+    sequence_parallel: Positive | None = Field(
+        default=None, description="processes that read one window together, a chunk of it each"
+    )
     accumulate_grad_batches: Positive | None = Field(
         default=None, description="micro-batches that a step is read in, to save memory"
     )

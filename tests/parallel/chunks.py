@@ -1,0 +1,104 @@
+"""Reads windows split over ranks, and compares them with the whole windows."""
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from building import train_config
+from torch import Tensor
+
+from zoo.config.compose import compose
+from zoo.config.schema.model import Extension
+from zoo.config.schema.train import TrainConfig
+from zoo.model.backbone import Backbone
+from zoo.model.build import build_model
+from zoo.model.chunks import bytes_sent, state_before
+from zoo.model.extend import extend, places
+from zoo.parallel.hand_over import Ranks
+
+ROWS, VOCABULARY, TRAINED = 2, 32, 16
+
+
+class Case(NamedTuple):
+    model: TrainConfig
+    extension: Extension | None
+    lengths: list[int]
+
+
+@functools.cache
+def _config(*words: str) -> TrainConfig:
+    return train_config("size=tiny", "seq_len=256", "match=none", *words)
+
+
+def composed(model: list[str], extension: list[str], lengths: list[int]) -> Case:
+    """The configurations of a case: options of train.py, and those of an extension's program."""
+    program, *words = extension or ["train"]
+    return Case(_config(*model), compose(program, words).extension if words else None, lengths)
+
+
+def built(case: Case, length: int) -> tuple[Backbone, Tensor | None]:
+    """The model of a case, and the positions of its tokens where the extension draws them."""
+    torch.manual_seed(0)
+    model, positions = build_model(case.model, VOCABULARY)[0].double(), None
+    if case.extension is not None:
+        extend(model, case.extension, TRAINED).double()
+        if draw := places(case.extension.model_copy(update={"original_length": length}), length):
+            positions = draw(ROWS, length, torch.Generator().manual_seed(0))
+    return model, positions
+
+
+def differences(ranks: Ranks, case: Case, length: int) -> dict[str, float]:
+    """Of the outputs, the loss, every gradient and the bytes sent; in the first rank."""
+    model, positions = built(case, length)
+    model.checkpoint_activations = length % 2 == 1
+    tokens = torch.randint(VOCABULARY, (ROWS, length + 1))
+    before = ranks.bytes_sent
+    inputs, labels, chunk = tokens[:, :-1], tokens[:, 1:], ranks.chunk(length)
+    state = state_before(model, ranks, chunk.start)
+    mean = model.labels_loss(inputs[:, chunk], labels[:, chunk], positions, state)
+    (mean * (chunk.stop - chunk.start) / length).backward()
+    ranks.finish()
+    unexpected = torch.tensor(ranks.bytes_sent - before - bytes_sent(model, ranks, length, ROWS))
+    with torch.no_grad():
+        state = state_before(model, ranks, chunk.start)
+        own, _ = model.hidden(inputs[:, chunk], state, positions)
+    ranks.finish()
+    outputs = own.new_zeros((ROWS, length, model.width))
+    outputs[:, chunk] = own
+    summed = mean.detach() * (chunk.stop - chunk.start) / length
+    for x in (outputs, summed, unexpected.abs_()):
+        dist.all_reduce(x)
+    found = {}
+    for name, p in model.named_parameters():
+        found[name] = torch.zeros_like(p) if p.grad is None else p.grad
+        dist.all_reduce(found[name])
+    if ranks.index:
+        return {}
+    model.zero_grad()
+    whole = model.labels_loss(inputs, labels, positions)
+    whole.backward()
+    every, _ = model.hidden(inputs, positions=positions)
+    about = {"outputs": _apart(outputs, every), "loss": _apart(summed, whole)}
+    about["bytes"] = unexpected.item()
+    return about | {n: _apart(found[n], p.grad) for n, p in model.named_parameters()}
+
+
+def _apart(one: Tensor, other: Tensor | None) -> float:
+    other = torch.zeros_like(one) if other is None else other.detach()
+    return ((one - other).abs().max() / other.abs().max().clamp(min=1e-3)).item()
+
+
+def read_all(cases: dict[str, Case], report: Path) -> None:
+    """Write the differences of all cases to `report`."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    ranks, found = Ranks(dist.get_world_size(), dist.get_rank()), {}
+    for name, case in cases.items():
+        for length in case.lengths:
+            found[f"{name} {length}"] = differences(ranks, case, length)
+    if not ranks.index:
+        report.write_text(json.dumps(found))
+    dist.destroy_process_group()
