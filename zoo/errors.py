@@ -7,9 +7,12 @@ for a file or folder, instead of writing that line by hand: they put the parts t
 import difflib
 import json
 import re
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
+
+from zoo.paths import PACKAGE, ROOT
 
 LONGEST_VALUE = 100  # characters of a value that are shown
 # An option with its value, or a path; what is wrong; what to do. A rule that says what a value
@@ -101,3 +104,14 @@ def choose(option: str, name: str, allowed: Iterable[str], kind: str | None = No
     if name in allowed:
         return name
     refuse_unknown(f"{option}={name}", kind or option.rpartition(".")[2], name, allowed)
+
+
+def place_of(error: Exception) -> str:
+    """The innermost line of this package that raised an error: " (zoo/tasks/speed.py:31)".
+
+    Where that is the line which caught it, it says nothing and is left out.
+    """
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    files = [(Path(frame.filename).resolve(), frame.lineno) for frame in frames]
+    own = [(file, line) for file, line in files if file.is_relative_to(PACKAGE)]
+    return f" ({own[-1][0].relative_to(ROOT).as_posix()}:{own[-1][1]})" if own else ""

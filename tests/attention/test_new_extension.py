@@ -22,19 +22,19 @@ folder = driver.run_folder(here / "a")
 torch.manual_seed(0)
 zoo.tasks.evaluate.load = lambda *_: build_model(folder.config, vocab_size=16)[0].eval()
 zoo.tasks.evaluate.open_data = lambda data, seq_len: driver.CORPUS
-zoo.cli.training_free.choices = lambda _: ["leaky_rerope"]  # one of all, to be quick
+zoo.cli.training_free.choices = lambda _: ["slow_distances"]  # one of all, to be quick
 words = [f"report={here}/report.html", "logger=none"]
 driver.run_eval([folder], *words)
-code, said, rows = driver.run_eval([folder], *words, "extension=leaky_rerope")
+code, said, rows = driver.run_eval([folder], *words, "extension=slow_distances")
 refused = ""
 try:
-    driver.run_eval([folder], "extension=leaky_rerope", "extension.attention.shrink=0.5")
+    driver.run_eval([folder], "extension=slow_distances", "extension.attention.shrink=0.5")
 except UserError as error:
     refused = str(error)
 print(json.dumps({
     "code": code, "said": said, "rows": rows, "refused": refused,
     "listed": listing(["extensions"]), "training_free": list(training_free("8")),
-    "row": _distances(["extension=leaky_rerope"])[20, :21].tolist(),
+    "row": _distances(["extension=slow_distances"])[20, :21].tolist(),
 }))
 """
 
@@ -47,7 +47,7 @@ def found(tmp_path_factory) -> dict:
 
 def test_it_is_measured_and_its_rows_say_under_which_settings(found):
     assert found["code"] == 0
-    rows = [row for row in found["rows"] if row["extension"] == "leaky_rerope"]
+    rows = [row for row in found["rows"] if row["extension"] == "slow_distances"]
     assert {row["length"] for row in rows} == {32, 64}
     for row in rows:
         assert row["status"] == "ok"
@@ -57,12 +57,12 @@ def test_it_is_measured_and_its_rows_say_under_which_settings(found):
 def test_the_terminal_and_the_report_show_it_beside_the_model_alone(found):
     page = (found["folder"] / "report.html").read_text()
     for text in (found["said"], page):
-        assert "transformer + leaky_rerope" in text
+        assert "transformer + slow_distances" in text
 
 
 def test_it_is_listed_compared_and_drawn(found):
     assert "let farther ones grow slowly (Leaky ReRoPE)." in found["listed"]
-    assert ["extension=leaky_rerope"] in found["training_free"]  # make length-extension reads it
+    assert ["extension=slow_distances"] in found["training_free"]  # make length-extension reads it
     window, shrink = 12, 8  # half of the 24 tokens that the drawn model was trained on
     near, far = range(window), range(window, 21)
     expected = [*near, *(window + (apart - window) / shrink for apart in far)]

@@ -86,4 +86,9 @@ def test_seeds_that_agree_to_the_last_digit_have_the_interval_of_their_questions
 def test_a_mean_of_two_seeds_says_so():
     rows = noisy(2.0)
     results = gather(rows, run_records(rows))
+    page = render(results, styles(results))
+    assert "Two seeds each." in page  # once, where it holds for all
+    assert " 2 seeds</small>" not in page
+    third = score_row("mamba", 512, 4.05, seed=2, run="mamba-2")
+    results = gather([*rows, third], run_records([*rows, third]))
     assert " 2 seeds</small>" in render(results, styles(results))

@@ -198,9 +198,9 @@ def test_a_new_task_without_lengths_is_shown_by_its_numbers_and_its_failures():
     text = as_text(gather(rows, []))
     assert text.splitlines()[:4] == [
         "Recall.",
-        "arm    Found",
-        "mamba    0.5",
-        "rwkv     (1)",
+        "arm            Found",
+        "mamba  0.5 0.25\u20130.75",
+        "rwkv             (1)",
     ]
     assert "(1) failed: too long" in text
 

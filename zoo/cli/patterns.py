@@ -23,7 +23,7 @@ from torch import Tensor
 from zoo.attention.pattern import AttentionPattern, distances
 from zoo.config.compose import compose
 from zoo.config.groups import choices, extensions
-from zoo.errors import UserError
+from zoo.errors import UserError, refuse
 from zoo.mixers.base import Mixer
 from zoo.model.build import build_model
 from zoo.model.extend import extend, rotary_positions
@@ -61,7 +61,8 @@ def _distances(options: Sequence[str]) -> Grid:
     model, _ = build_model(train, vocab_size=8)
     extension = compose("eval", ["run=none", *options]).extension
     if extension.attention is None:
-        raise UserError(f"extension={extension.name}: remaps no distances. Choose another.")
+        rule = "leaves distances as they are (it scales frequencies, or trains), so none are drawn"
+        refuse("extension", extension.name, rule, "Choose one with a section `attention`")
     extend(model, extension, TRAINED)
     pattern = rotary_positions(model)[0].pattern
     assert pattern is not None

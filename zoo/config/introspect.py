@@ -48,7 +48,10 @@ def _defined(file: Path, name: str) -> tuple[ast.Module, ast.AST]:
 
 @functools.lru_cache(maxsize=256)
 def _parsed(file: Path, _changed: int, _size: int) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
+    try:
+        return ast.parse(file.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        refuse_path(f"{file}:{error.lineno}", f"{error.msg}", "Mend that line")
 
 
 def _constructor(node: ast.AST) -> ast.FunctionDef | None:

@@ -32,6 +32,7 @@ SYMBOLS = (  # SVG paths in a square from -1 to 1
 DISTINCT = len(COLORS) * len(DASHES)  # arms that can be distinguished
 DOT: dict[str, Any] = {"filled": True, "size": 56, "opacity": 1}
 NAME = 17  # pixels that a name beside a line needs
+NAME_LENGTH, HEAD = 34, 12  # characters of a name in a figure, and those before the cut of a longer
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
 
 
@@ -182,11 +183,25 @@ def _lines(
     ]
 
 
+def cut(name: str) -> str:
+    """A long name without its middle: what distinguishes arms is at its end."""
+    return (
+        name if len(name) <= NAME_LENGTH else f"{name[:HEAD]}\u2026{name[HEAD + 1 - NAME_LENGTH :]}"
+    )
+
+
+# The same for the names on an axis.
+CUT = (
+    f"length(datum.label) <= {NAME_LENGTH} ? datum.label : slice(datum.label, 0, {HEAD})"
+    f" + '\u2026' + slice(datum.label, {HEAD + 1 - NAME_LENGTH})"
+)
+
+
 def _names(ends: Sequence[Spec], up: alt.Y, coding: Mapping[str, Any], ink: str) -> list[alt.Chart]:
     """The arms' names at the right, each behind its symbol."""
     base = alt.Chart(alt.Data(values=list(ends))).encode(x=alt.value("width"), y=up)
     dot = base.mark_point(**DOT, xOffset=12)
-    text = base.mark_text(align="left", xOffset=21, color=ink, fontSize=12.5, limit=230)
+    text = base.mark_text(align="left", xOffset=21, color=ink, fontSize=12.5, limit=300)
     return [
         dot.encode(color=coding["color"], shape=coding["shape"]).properties(name="end"),
         text.encode(text="text:N").properties(name="ends"),
@@ -210,7 +225,7 @@ def grid(
         labelExpr=f"{words}[indexof({json.dumps(order)}, datum.value)]",
     )
     across = alt.X("x:O", axis=axis, sort=order)
-    up = alt.Y("arm:N", sort=list(arms), title=None, axis=alt.Axis(labelLimit=230))
+    up = alt.Y("arm:N", sort=list(arms), title=None, axis=alt.Axis(labelExpr=CUT, labelLimit=300))
     base = alt.Chart(alt.Data(values=list(values))).encode(across, up)
     shades = alt.Scale(domain=[0, 1], range=["#f4f4f2", COLORS[1]], interpolate="rgb")
     shade = alt.Color("shade:Q", legend=None, scale=shades)
@@ -238,7 +253,7 @@ def _ends(points: Sequence[Spec], arms: Sequence[str], scale: alt.Scale, height:
     names = []
     for arm, above in zip(order, at, strict=True):
         stop = last[arm]["x"]
-        text = arm if stop == end else f"{arm}, to {stop:,.0f}"
+        text = cut(arm) + ("" if stop == end else f", to {stop:,.0f}")
         names.append({"arm": arm, "text": text, "y": inverse(bottom + above / pixel)})
     return names
 

@@ -14,7 +14,7 @@ import altair as alt
 
 from zoo.measurement import Quantity
 from zoo.report.axes import Axis
-from zoo.report.charts import Drawing, Spec, Style
+from zoo.report.charts import CUT, Drawing, Spec, Style
 from zoo.report.figures import bits_axis, number
 from zoo.report.rows import Cell, Cells, Results
 from zoo.report.scores import bigram, dead, headline
@@ -211,7 +211,9 @@ def draw(
     axis.title, axis.orient, axis.labelSeparation = None, "bottom", 8
     if not points:
         axis.values = []
-    names = alt.Axis(ticks=False, domain=False, grid=True, labels=named, labelLimit=190)
+    names = alt.Axis(
+        ticks=False, domain=False, grid=True, labels=named, labelExpr=CUT, labelLimit=300
+    )
     order = list(whole.arms)
     up = alt.Y("arm:N", sort=order, title=None, scale=alt.Scale(domain=order), axis=names)
     across = alt.X("x:Q", scale=scale, axis=axis)

@@ -98,7 +98,8 @@ def both_table(results: Results) -> Table | None:
     if not changes or recall is None:
         return None
     title = f"Bits per byte against {recall[1].name}, from the training length on."
-    heads = [("arm", ""), ("to", "tokens"), ("bits per byte", "change"), ("found", "change")]
+    heads = [("arm", ""), ("to", "tokens"), ("bits per byte", "change")]
+    heads.append((recall[1].name, "change"))
     table, named = Table(title, [*heads, ("", "")]), forgetting(changes)
     for label, change in changes.items():
         assert change.bits.value is not None
@@ -115,11 +116,11 @@ def both_table(results: Results) -> Table | None:
 
 def points(change: float) -> str:
     """A change of a share, in points: -0.25 -> "-25 points"."""
-    return f"{100 * change:+.0f} points"
+    return f"{_tick(change)} points"
 
 
 def _tick(change: float) -> str:
-    return f"{100 * change:+.0f}" if change else "0"
+    return f"{100 * change:+.0f}" if abs(100 * change) >= 0.5 else "0"
 
 
 def both_figure(results: Results) -> Lines:

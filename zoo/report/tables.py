@@ -151,6 +151,9 @@ def grid(
         return None
     lengths = list(next(iter(cells.values())))
     head = [(f"{length:,}", times(length, results.train_length())) for length in lengths]
+    pairs = {cell.seeds == 2 for mine in cells.values() for cell in mine.values() if cell.seeds}
+    if pairs == {True}:
+        caption += " Two seeds each."
     table, noise = Table(caption, [("arm", ""), *head]), noise or {}
     first = {length: winner(cells, length, best) if best else None for length in lengths}
     for label, mine in cells.items():
@@ -168,7 +171,7 @@ def grid(
                     kind = "tie"
                 elif not best and is_noise(mine[length], noise.get(length)):
                     kind = NOISE
-                row.append(_value(mine[length], text, kind, sure))
+                row.append(_value(mine[length], text, kind, sure, says_two=False in pairs))
         table.rows.append(row)
     if noise:
         table.rows.append(_floors([noise.get(length) for length in lengths], text))
@@ -193,10 +196,16 @@ def winner(cells: Cells, length: int, best: Callable[[Iterable[float]], float]) 
     return column[best(values)] if len(values) > 1 else None
 
 
-def _value(cell: Cell, text: Callable[[float], str], kind: str, sure: Callable[[Cell], str]) -> Td:
+def _value(
+    cell: Cell,
+    text: Callable[[float], str],
+    kind: str,
+    sure: Callable[[Cell], str],
+    says_two: bool,
+) -> Td:
     assert cell.value is not None
     note = sure(cell)
-    if cell.seeds == 2:
+    if cell.seeds == 2 and says_two:
         note = f"{note} 2 seeds".strip()
     if cell.seeds < cell.tried:
         note = f"{note} {cell.seeds} of {cell.tried} seeds".strip()

@@ -23,21 +23,21 @@ from zoo.report.words import DASH, PLUS_MINUS, score, short, signed, times
 
 IS_NOISE = " ~"  # after a difference below the noise floor
 IS_NOISE_EXPLAINED = f"{IS_NOISE.strip()} below the noise floor: seeds of one arm differ by as much"
+MAX_WIDTH = 110  # characters of a line with intervals; a wider table is printed without
 MARK = " *"  # after the label of an arm that was requested, among others
 
 
 def as_text(results: Results) -> str:
     """The tables for a terminal: whatever was measured, the claims, and why what failed did."""
-    tables = [
-        table
-        for task in results.tasks
-        if task != "perplexity" and shown_quantities(results, task)
-        for table in task_tables(results, task)
-    ]
-    tables += [table for shown in costs(results) if (table := quantity_table(results, *shown))]
-    tables += [table for table in (both_table(results), rates_table(results)) if table]
+    current = {row["task"] for row in results.rows if row.get("requested", True)}
+    first = [task for task in results.tasks if task in current and "perplexity" not in current]
+    later = [task for task in results.tasks if task not in first]
     reasons: list[str] = []  # each is printed once, below the first table with it
-    said = _scores_as_text(results, reasons)
+    said = _tasks_as_text(results, first, reasons)
+    said += _scores_as_text(results, reasons)
+    said += _tasks_as_text(results, later, reasons)
+    tables = [table for shown in costs(results) if (table := quantity_table(results, *shown))]
+    tables += [table for table in (both_table(results), rates_table(results)) if table]
     said += [_table_as_text(results, table, reasons) for table in tables]
     said += [
         f"{results.tasks[task].title}, {label}\n{textwrap.indent(text, '    ')}"
@@ -49,6 +49,16 @@ def as_text(results: Results) -> str:
     if any(map(results.requested, results.arms)) and any(said):
         said.append(f"{MARK.strip()} requested now; the other arms were measured before")
     return "\n\n".join([*said, *_failures_as_text(results, "\n".join(said))])
+
+
+def _tasks_as_text(results: Results, tasks: list[str], reasons: list[str]) -> list[str]:
+    """The tables of tasks that have no part of their own."""
+    return [
+        _table_as_text(results, table, reasons)
+        for task in tasks
+        if task != "perplexity" and shown_quantities(results, task)
+        for table in task_tables(results, task)
+    ]
 
 
 def _failures_as_text(results: Results, said: str) -> list[str]:
@@ -145,18 +155,26 @@ def _marked(results: Results, label: str) -> str:
 
 
 def _table_as_text(results: Results, table: Table, reasons: list[str]) -> str:
-    lines = [[head for head, _ in table.head]]
+    """A table, each cell with its note (an interval, mostly) where the lines stay short enough."""
     whys = [cell.text for row in table.rows for cell in row if cell.kind in ("reason", LEAKS)]
     known = len(reasons)
     reasons += [why for why in dict.fromkeys(whys) if why not in reasons]
-    for arm, *cells in table.rows:
-        texts = []
-        for cell in cells:
-            why = f"({reasons.index(cell.text) + 1})" if cell.text in reasons else cell.text
-            texts += [why] * cell.span
-        lines.append([_marked(results, arm.text), *texts])
+
+    def aligned(noted: bool) -> list[str]:
+        lines = [[head for head, _ in table.head]]
+        for arm, *cells in table.rows:
+            texts = []
+            for cell in cells:
+                why = f"({reasons.index(cell.text) + 1})" if cell.text in reasons else cell.text
+                texts += [f"{why} {cell.note}" if noted and cell.note else why] * cell.span
+            lines.append([_marked(results, arm.text), *texts])
+        return _aligned(lines)
+
+    lines = aligned(noted=True)
+    if max(map(len, lines)) > MAX_WIDTH:
+        lines = aligned(noted=False)
     notes = [f"({i}) {why}" for i, why in enumerate(reasons[known:], known + 1)]
-    return "\n".join([table.caption, *_aligned(lines), *notes])
+    return "\n".join([table.caption, *lines, *notes])
 
 
 def _aligned(lines: list[list[str]]) -> list[str]:

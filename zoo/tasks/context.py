@@ -6,7 +6,6 @@ Position p is the number of tokens a prediction was made from, 1 .. length.
 """
 
 import math
-import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -25,12 +24,11 @@ from zoo.data.corpora import Corpus
 from zoo.data.examples import SyntheticData
 from zoo.data.loader import begun
 from zoo.data.store import TokenStore
-from zoo.errors import NoStateError, UserError, sentence
+from zoo.errors import NoStateError, UserError, place_of, sentence
 from zoo.mixers.base import count_bytes
 from zoo.model.arithmetic import arithmetic
 from zoo.model.backbone import Backbone, BackboneState
 from zoo.ops.dtypes import wide_dtype
-from zoo.paths import PACKAGE, ROOT
 from zoo.tasks.progress import Progress
 
 Row = dict[str, Any]
@@ -236,17 +234,6 @@ def failure_row(error: Exception) -> Row:
     status = "out_of_memory" if memory or "can't allocate memory" in line else "failed"
     place = place_of(error) if status == "failed" else ""
     return {"status": status, "reason": f"{type(error).__name__}: {line}".rstrip(": ") + place}
-
-
-def place_of(error: Exception) -> str:
-    """The innermost line of this package that raised an error: " (zoo/tasks/speed.py:31)".
-
-    Where that is the line which caught it, it says nothing and is left out.
-    """
-    frames = traceback.extract_tb(error.__traceback__)[1:]
-    files = [(Path(frame.filename).resolve(), frame.lineno) for frame in frames]
-    own = [(file, line) for file, line in files if file.is_relative_to(PACKAGE)]
-    return f" ({own[-1][0].relative_to(ROOT).as_posix()}:{own[-1][1]})" if own else ""
 
 
 def check_length(model: Backbone, length: int) -> None:

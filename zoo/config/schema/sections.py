@@ -3,6 +3,7 @@
 import functools
 import importlib
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, ClassVar
 
 from pydantic import (
@@ -17,7 +18,7 @@ from pydantic import (
 from zoo.config.introspect import check_types, is_target, target_parameters
 from zoo.config.schemes import scheme
 from zoo.config.sizes import read_sizes
-from zoo.errors import refuse, refuse_unknown, shown
+from zoo.errors import UserError, place_of, refuse, refuse_unknown, sentence, shown
 
 
 class Section(BaseModel):
@@ -70,13 +71,22 @@ class Component(OpenSection):
         return self
 
     def load(self) -> functools.partial[Any]:
-        """What it names, its arguments bound; imports the module."""
-        module, _, name = self.target.rpartition(".")
+        """What it names, its arguments bound. UserError where its module cannot be imported."""
+        name, found = self.target.rpartition(".")[2], module_of(self.target)
         options = {
             key: Component.model_validate(value).load() if _is_part(value) else value
             for key, value in self.options.items()
         }
-        return functools.partial(getattr(importlib.import_module(module), name), **options)
+        return functools.partial(getattr(found, name), **options)
+
+
+def module_of(target: str) -> ModuleType:
+    """Import the module of a target. UserError, with the line that fails, where it cannot be."""
+    try:
+        return importlib.import_module(target.rpartition(".")[0])
+    except Exception as error:
+        what = f"cannot be imported: {type(error).__name__}: {error}{place_of(error)}"
+        raise UserError(sentence(f"_target_={target}", what, "Mend that file")) from error
 
 
 def _is_part(value: Any) -> bool:
