@@ -17,7 +17,7 @@ from zoo.paths import PACKAGE, ROOT
 LONGEST_VALUE = 100  # characters of a value that are shown
 # An option with its value, or a path; what is wrong; what to do. A rule that says what a value
 # must be says what to do as well.
-FORM = re.compile(r"(?!unknown )\S.*?: (must \S.*|\S.*?[^.]\. [A-Z].*)\.")
+FORM = re.compile(r"(?!unknown )(?![^=]*: unknown option)\S.*?: (must \S.*|\S.*?[^.]\. [A-Z].*)\.")
 
 
 class UserError(ValueError):

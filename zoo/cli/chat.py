@@ -48,9 +48,10 @@ def chat(words: Sequence[str]) -> int:
     if len(places) != 1:
         refuse_path(" ".join(places) or "no place", "must be one run or checkpoint")
     options = [word for word in words if word not in places]
-    for name in (word.partition("=")[0] for word in options):
+    for word in options:
+        name = word.partition("=")[0]
         if name not in OPTIONS and not name.startswith("extension."):
-            refuse_unknown(name, "option", name, OPTIONS)
+            refuse_unknown(word, "option", name, OPTIONS)
     extension = [word for word in options if word.startswith("extension")]
     others = [word for word in options if word not in extension]
     others = [f"{TASK}{word}" if word.split("=")[0] in OF_TASK else word for word in others]

@@ -36,7 +36,7 @@ from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED, trainer
 from zoo.config.tree import leaves
 from zoo.config.validate import plain as plain
 from zoo.config.validate import validate as validate
-from zoo.errors import choose, nearest, refuse, refuse_path, refuse_unknown
+from zoo.errors import choose, nearest, refuse, refuse_path, refuse_unknown, shown
 
 POSITIONS = ("model.positions", "model.mixer.positions")
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
@@ -126,8 +126,8 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
         for override in overrides:
             if not _chooses_a_file(program, override):
                 refuse_renamed(override.key_or_group, override.value(), tree)
-                check_key(override.key_or_group, tree, also)
                 key, value = override.key_or_group, override.value()
+                check_key(key, value, tree, also)
                 if key in POSITIONS:  # another scheme, without the options of the one before
                     OmegaConf.update(tree, key, scheme(value, key), merge=False, force_add=True)
                 else:
@@ -177,7 +177,7 @@ def _chooses_a_file(program: str, override: Override) -> bool:
     return override.is_hydra_override() or override.key_or_group in groups(program)
 
 
-def check_key(key: str, tree: DictConfig, also: Sequence[str]) -> None:
+def check_key(key: str, value: Any, tree: DictConfig, also: Sequence[str]) -> None:
     """Refuse an option that neither the YAML files nor the code they configure know."""
     known = [*also, *_paths(OmegaConf.to_container(tree))]
     if key in known or key in [f"trainer.{name}" for name in (*TRAINER_OWNED, *TRAINER_REFUSED)]:
@@ -190,7 +190,8 @@ def check_key(key: str, tree: DictConfig, also: Sequence[str]) -> None:
     elsewhere = [path for path in known if path.rpartition(".")[2] == last]
     close = nearest(last, beside.values())
     guesses = [*elsewhere, *(path for path, name in beside.items() if name == close)]
-    refuse_unknown(key, "option", key, beside, guess=next(iter(guesses), ""))
+    setting = f"{key}={shown(value)}"
+    refuse_unknown(setting, "option", key, beside, guess=next(iter(guesses), ""))
 
 
 def _paths(node: Any, path: str = "") -> Iterator[str]:

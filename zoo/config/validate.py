@@ -35,7 +35,7 @@ def _explain(errors: list[ErrorDetails], schema: type[BaseModel]) -> str:
             field = getattr(parent, "model_fields", {}).get(key)
             parent = field.annotation if field else None
         names = list(getattr(parent, "model_fields", {}))
-        refuse_unknown(path, "option", error["loc"][-1], names)
+        refuse_unknown(f"{path}={shown(given)}", "option", error["loc"][-1], names)
     if error["type"] == "missing" and isinstance(error["loc"][-1], int):  # of a list
         lacking = [e for e in errors if e["loc"][:-1] == error["loc"][:-1]]
         count = len(given) + len(lacking)
