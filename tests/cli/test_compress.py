@@ -247,6 +247,45 @@ def test_the_state_of_a_compressed_prompt_is_of_the_tokens_that_were_read(here):
         assert short / whole == pytest.approx(scored + read * (1 - scored), abs=0.06), name
 
 
+OF_LIMITS = {  # a scorer that reads at most 32 tokens, and one that reads both ways
+    "short": ["model=learned", "seq_len=32"],
+    "encoder": ["model=transformer", "objective=masked", "seq_len=32"],
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    {
+        "compress=llmlingua compress.by=runs/scorer compress.rate=0.2 task.generate.prompt='🌻🌻'":
+            "compress.rate=0.2: leaves nothing of a prompt of 8 tokens",
+        "compress=longllmlingua compress.by=runs/scorer compress.rate=0.5":
+            "compress=longllmlingua: ranks documents by a question, and the prompt has none.",
+        "compress=selective_context compress.by=runs/short compress.rate=0.5":
+            "compress.by=runs/short: reads at most 32 tokens, and here are",
+        "compress=selective_context compress.by=runs/encoder compress.rate=0.5":
+            "compress.by=runs/encoder: reads its text both ways, so",
+    }.items(),
+)  # fmt: skip
+def test_a_compression_that_cannot_be_is_refused_before_anything_is_written(
+    words, message, here, capfd
+):
+    from zoo.cli.train import main as train
+
+    for name, options in OF_LIMITS.items():
+        if f"runs/{name}" in words:
+            data = ["data=text", f"data.path={here}/text", f"data.cache={here / 'cache'}"]
+            few = ["trainer.max_steps=1", "batch_tokens=64", "valid_windows=2", "logger=none"]
+            assert train([*data, *few, "size=tiny", "match=none", f"name={name}", *options]) == 0
+    before = RunFolder.open("runs/reader").rows()
+    prompt = "'The river moved on and on, in the dark.'"
+    also = [] if "prompt=" in words else [f"task.generate.prompt={prompt}"]
+    capfd.readouterr()
+    code, rows = measure("reader", "task=generate", *words.split(), *also)
+    assert (code, rows) == (2, before)
+    (line,) = [one for one in capfd.readouterr().err.splitlines() if "compress" in one]
+    assert message in line
+
+
 def test_a_task_without_a_prompt_says_so_and_settings_of_nothing_are_refused(here, capfd):
     shorter = ["compress=truncation", "compress.rate=0.5"]
     assert measure("reader", "task=speed", *shorter)[0] == 2

@@ -8,6 +8,7 @@ from zoo.compression import llmlingua, longllmlingua, selective_context, truncat
 from zoo.compression.prompt import Prompt, compressed, prompt_of
 from zoo.compression.units import units
 from zoo.data.tokenizers import BYTE_TOKENIZER
+from zoo.errors import FORM, UserError
 
 METHODS = {
     "selective_context": selective_context.compress,
@@ -34,6 +35,26 @@ def test_a_rate_is_met_within_two_per_cent_on_ten_texts(name):
             assert len({*kept}) == len(kept)
             most = max(most, abs(whole.size(kept) / whole.size() - rate))
     assert most <= 0.02
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("given", [{"rate": 0.25}, {"rate": None, "tokens": 3}])
+def test_something_is_left_of_every_prompt_or_the_budget_is_refused(name, given):
+    scored, texts = scorer(), ["\U0001f33b" * 3, "終", "a" * 3, "ab" * 8, "a b. c"]
+    ((option, value),) = [(key, one) for key, one in given.items() if one is not None]
+    for number, whole in enumerate(texts):
+        question = "?" if name == "longllmlingua" else ""
+        prompt = prompt_of(whole, BYTE_TOKENIZER, question=question)
+        try:
+            kept, said = compressed(METHODS[name], scored, prompt, **given), None
+        except UserError as error:
+            kept, said = [], str(error)
+        if said is None:
+            assert number or question, "no emoji is within three bytes"
+            assert prompt.size(kept) > 0
+        else:
+            assert said.startswith(f"{option}={value}: leaves nothing of a prompt of ")
+            assert FORM.fullmatch(said)
 
 
 @pytest.mark.parametrize("form", ["sum", "mean"])

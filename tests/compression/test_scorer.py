@@ -2,10 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
+from building import write_byte_level
+from checkpoints import LLAMA, transformers
 from texts import information, scorer, text
 
 from zoo.compression import scorer as module
+from zoo.compression.scorer import Scorer
 from zoo.errors import UserError
+from zoo.model.language_model import load_language_model
 
 
 @pytest.mark.parametrize("model", ["mamba", "transformer", "rwkv7"])
@@ -24,9 +29,29 @@ def test_the_information_is_minus_log_p_in_any_chunks_and_a_prefix_is_read_once(
 
 def test_a_scorer_that_cannot_read_so_far_is_refused_in_one_line():
     scored = scorer("learned")
-    with pytest.raises(UserError, match=r"by=: reads at most 64 tokens, and here are") as error:
+    with pytest.raises(
+        UserError, match=r"^by=runs/scorer: reads at most 64 tokens, and here are"
+    ) as error:
         scored.information(scored.start(), [1] * 100)
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_scores_also_with_quantized_weights(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**LLAMA | {"vocab_size": 257})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    write_byte_level(tmp_path)
+    tokens = [*range(0, 240, 5)]
+    found = {}
+    for weights in ("float32", "int8"):
+        scored = Scorer(load_language_model(tmp_path, weights=weights), str(tmp_path))
+        found[weights] = scored.information(scored.start(), tokens)
+        with torch.no_grad():
+            whole = torch.tensor([[scored.tokenizer.end, *tokens]])
+            logits = scored.model.backbone(whole)[0, :-1].double()
+        expected = -logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        np.testing.assert_allclose(found[weights], expected, rtol=1e-5)
+    assert 0 < np.abs(found["int8"] - found["float32"]).max() < 0.05
 
 
 def test_texts_that_are_read_side_by_side_have_the_information_they_have_alone(monkeypatch):

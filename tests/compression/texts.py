@@ -30,7 +30,8 @@ def scorer(model: str = "mamba", seed: int = 0) -> Scorer:
     backbone = build_model(config, 256)[0].double().eval().requires_grad_(False)
     for weight in backbone.parameters():
         weight.mul_(3)
-    return Scorer(LanguageModel(backbone=backbone, tokenizer=BYTE_TOKENIZER, train_length=64))
+    whole = LanguageModel(backbone=backbone, tokenizer=BYTE_TOKENIZER, train_length=64)
+    return Scorer(whole, "runs/scorer")
 
 
 def information(scored: Scorer, before: list[int], tokens: list[int]):

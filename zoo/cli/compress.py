@@ -73,7 +73,8 @@ def compress(words: Sequence[str]) -> int:
 
     scorer, tokenizer = None, open_tokenizer("bytes")
     if "by" in given:
-        scorer = Scorer(load_language_model(given["by"], device=given.get("device", "auto")))
+        model = load_language_model(given["by"], device=given.get("device", "auto"))
+        scorer = Scorer(model, given["by"])
         tokenizer = scorer.tokenizer
     prompt = prompt_of(text, tokenizer, given.get("instruction", ""), given.get("question", ""))
     size = prompt.size()

@@ -9,7 +9,12 @@ from zoo.compression.prompt import compressed, prompt_of
 from zoo.compression.scorer import Scorer
 from zoo.config.schema.eval import Compress
 from zoo.data.tokenizers import Tokenizer
+from zoo.errors import UserError, below, sentence
 from zoo.model.language_model import load_language_model
+
+
+class CompressionError(UserError):
+    """The options compress.* cannot shorten a prompt, whichever model reads it."""
 
 
 @dataclass
@@ -35,10 +40,16 @@ class Compressor:
         Args:
             tokens: of the prompt, without the question.
             question: what the text is read for, at its end. The methods may shorten it.
+
+        Raises:
+            CompressionError: nothing would be left, or the scorer cannot read the prompt.
         """
         key = (tuple(map(int, tokens)), tuple(map(int, question)))
         if key not in self._known:
-            self._known = {key: self._shortened(*key)}  # a task takes one several times
+            try:
+                self._known = {key: self._shortened(*key)}  # a task takes one several times
+            except UserError as error:
+                raise CompressionError(self._named(error)) from None
         kept = self._known[key]
         self.read, self.given = self.read + len(kept), self.given + len(tokens) + len(question)
         return kept
@@ -53,6 +64,17 @@ class Compressor:
             return prompt.tokens(kept)
         return self.reader.tokens(prompt.text(kept))
 
+    def _named(self, error: UserError) -> str:
+        """The refusal of a method, which knows the last names of its options alone."""
+        option, _, rest = str(error).partition("=")
+        if option == "question":
+            rule = "ranks documents by a question, and the prompt has none"
+            return sentence(f"compress={self.config.name}", rule, "Use compress=llmlingua")
+        if option == "text":
+            rule = rest.partition(": ")[2]
+            return f"compress={self.config.name}: {rule}"
+        return str(below("compress", error))
+
     @property
     def row(self) -> dict[str, Any]:
         """What a row says of the prompts since the last one."""
@@ -63,4 +85,8 @@ class Compressor:
 @functools.lru_cache(maxsize=1)
 def scorer_of(path: str, device: str) -> Scorer:
     """The run or the checkpoint that scores, opened once for all runs that are measured."""
-    return Scorer(load_language_model(path, device=device), "compress.by")
+    model = load_language_model(path, device=device)
+    try:
+        return Scorer(model, path)
+    except UserError as error:
+        raise below("compress", error) from None

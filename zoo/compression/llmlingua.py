@@ -52,10 +52,8 @@ def compress(
         granularity: k, how many times the demonstrations' budget whole ones may fill.
     """
     perplexity = scorer.means([prompt.tokens(one) for one in prompt.demonstrations])
-    sizes = [prompt.size(one) for one in prompt.demonstrations]
-    lengths = prompt.size(prompt.instruction), prompt.size(prompt.question)
     rates = instruction_rate, question_rate
-    chosen, ins, dems, que = budgets(budget, lengths, rates, perplexity, sizes, granularity)
+    chosen, ins, dems, que = budgets(prompt, budget, perplexity, rates, granularity)
     inside = [number for one in chosen for number in prompt.demonstrations[one]]
     parts = [
         PromptPart(prompt.instruction, ins),
@@ -66,19 +64,21 @@ def compress(
 
 
 def budgets(
+    prompt: Prompt,
     budget: float,
-    lengths: tuple[int, int],
+    ranking: Sequence[float],
     rates: tuple[float, float],
-    perplexity: Sequence[float],
-    sizes: Sequence[int],
     granularity: float,
 ) -> tuple[list[int], float, float, float]:
     """The demonstrations that are left, and the tokens of instruction, demonstrations, question.
 
     Args:
-        lengths, rates: L_ins and L_que, tau_ins and tau_que.
-        perplexity, sizes: of each demonstration; the perplexity or its logarithm.
+        ranking: of each demonstration, highest first: its perplexity or a logarithm.
+        rates: tau_ins and tau_que.
+        granularity: k.
     """
+    sizes = [prompt.size(one) for one in prompt.demonstrations]
+    lengths = prompt.size(prompt.instruction), prompt.size(prompt.question)
     fixed = [rate * length for rate, length in zip(rates, lengths, strict=True)]
     room = budget - sum(fixed)
     if not sizes or room <= 0:  # instruction and question alone have the budget
@@ -86,7 +86,7 @@ def budgets(
         ins, que = (scale * x for x in (fixed if sizes else lengths))
         return [], ins, 0.0, que
     chosen, total = [], 0
-    for one in np.argsort(-np.asarray(perplexity), kind="stable").tolist():
+    for one in np.argsort(-np.asarray(ranking), kind="stable").tolist():
         if chosen and total >= room and total + sizes[one] > granularity * room:
             break
         chosen.append(one)

@@ -48,12 +48,11 @@ def compress(
         rule = "must have a question, by which its documents are ranked"
         refuse("question", "", rule, "Give one, or use the method llmlingua")
     relevance = [relevance_of(scorer, prompt, one) for one in prompt.demonstrations]
-    sizes = [prompt.size(one) for one in prompt.demonstrations]
-    lengths = prompt.size(prompt.instruction), prompt.size(prompt.question)
     rates = instruction_rate, question_rate
-    chosen, ins, dems, que = budgets(budget, lengths, rates, relevance, sizes, granularity)
+    chosen, ins, dems, que = budgets(prompt, budget, relevance, rates, granularity)
     ranked = sorted(chosen, key=lambda one: (-relevance[one], one))
-    shares = document_rates([sizes[one] for one in ranked], dems, spread)
+    sizes = {one: prompt.size(prompt.demonstrations[one]) for one in ranked}
+    shares = document_rates([*sizes.values()], dems, spread)
     documents = [
         PromptPart(prompt.demonstrations[one], share * sizes[one])
         for one, share in zip(ranked, shares, strict=True)

@@ -106,9 +106,17 @@ def compressed(
     Args:
         rate: tokens kept over tokens there are, above 0 and below 1.
         tokens: the most tokens, instead of a rate.
+
+    Raises:
+        UserError: the budget is less than the method's smallest unit, and nothing would be left.
     """
     size = prompt.size()
     budget = max(round((rate or 1) * size) if tokens is None else tokens, 1)
     if size <= budget:
         return [*range(len(prompt.pieces))]
-    return method(scorer, prompt, budget)
+    kept = method(scorer, prompt, budget)
+    if not kept:
+        option, value = ("rate", rate) if tokens is None else ("tokens", tokens)
+        rule = f"leaves nothing of a prompt of {size} tokens, as no unit of it is within {budget}"
+        refuse(option, value, rule, "Keep more of it, or cut it into smaller units")
+    return kept

@@ -33,14 +33,17 @@ class Scorer:
 
     Args:
         model: a run's or a checkpoint's.
-        option: what names it, for a refusal.
+        place: where it lies, for a refusal.
+
+    Raises:
+        UserError: the model is not causal.
     """
 
-    def __init__(self, model: LanguageModel, option: str = "by") -> None:
-        self.model, self.option, self.tokenizer = model, option, model.tokenizer
+    def __init__(self, model: LanguageModel, place: str) -> None:
+        self.model, self.place, self.tokenizer = model, place, model.tokenizer
         if not model.backbone.causal:
             rule = "reads its text both ways, so it gives no token a probability after those before"
-            refuse(option, type(model.backbone.sublayers()[0]).__name__, rule, "Use a causal model")
+            refuse("by", place, rule, "Use a causal model")
 
     def start(self) -> Prefix:
         """The empty text: the token that ends a document, as every text begins after one."""
@@ -108,7 +111,7 @@ class Scorer:
         most = self.model.backbone.max_length
         if most is not None and tokens > most:
             rule = f"reads at most {most:,} tokens, and here are {tokens:,} or more"
-            refuse(self.option, "", rule, "Score by a model without such a limit")
+            refuse("by", self.place, rule, "Score by a model without such a limit")
 
     def _forward(
         self, prefix: Prefix, tokens: Sequence[int]

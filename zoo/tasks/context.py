@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from zoo.compression.compressor import Compressor
+from zoo.compression.compressor import CompressionError, Compressor
 from zoo.data.corpora import Corpus
 from zoo.data.examples import SyntheticData
 from zoo.data.loader import begun
@@ -209,10 +209,15 @@ class Outcome(NamedTuple):
 
 
 def run_guarded(measurement: Callable[[], Any]) -> Outcome:
-    """Measure; what goes wrong becomes a status and one line, so that the other arms go on."""
+    """Measure; what goes wrong becomes a status and one line, so that the other arms go on.
+
+    Raises CompressionError: options that shorten prompts are no arm's fault.
+    """
     start, value, how = perf_counter(), None, {"status": "ok", "reason": None}
     try:
         value = measurement()
+    except CompressionError:
+        raise
     except Exception as error:
         how = failure_row(error)
     if how["status"] == "out_of_memory" and torch.cuda.is_available():

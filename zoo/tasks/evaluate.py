@@ -211,7 +211,7 @@ class _Run:
     def open(
         cls, config: EvalConfig, folder: RunFolder, device: torch.device, progress: Progress
     ) -> "_Run":
-        """Raises UserError where the run is damaged or its checkpoints are gone."""
+        """Raises UserError where the run or the scorer cannot be opened."""
         folder = RunFolder.open(folder.path)
         found = with_found_factors(plain(config.extension), folder.path)  # what a search has left
         extension = Extension.model_validate(found)
@@ -219,6 +219,8 @@ class _Run:
         about = row_identity(extension, folder, device, weights)
         about |= compressed_identity(about, config.compress)
         _report_code(folder)
+        if config.compress.by:
+            scorer_of(config.compress.by, device.type)  # refused before anything is measured
         return cls(
             config.model_copy(update={"extension": extension, "weights": weights}),
             *(folder, about, device, progress),

@@ -72,9 +72,8 @@ class Generate(Task):
         if not context.model.causal:
             raise NotApplicableError("a model that reads both ways does not write")
         tokenizer, writer = context.corpus.tokenizer, Writer(context.model, context.precision)
+        given = self._prompt(context)
         try:
-            given = tokenizer.tokens(self.prompt)
-            given = context.compress(given) if context.compress and given else given
             start = [] if tokenizer.bos is None else [tokenizer.bos]
             writer.read([*start, *given] or [tokenizer.end])
             writer.check_length(self.tokens)
@@ -101,3 +100,11 @@ class Generate(Task):
             "state_bytes": writer.state_bytes,
             **(context.compress.row if context.compress else {}),
         }
+
+    def _prompt(self, context: EvalContext) -> list[int]:
+        """The tokens of the prompt, or what is left of them."""
+        try:
+            given = context.corpus.tokenizer.tokens(self.prompt)
+        except UserError as error:
+            raise NotApplicableError(str(below("task.generate", error))) from None
+        return context.compress(given) if context.compress and given else given
