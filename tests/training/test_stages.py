@@ -376,6 +376,15 @@ def test_a_tuned_run_is_searched_again_on_top_of_what_it_was_tuned_under(program
     assert RunFolder.open("runs/p2").rows()[-1]["length"] == 2 * L
 
 
+def test_a_search_on_top_of_dropped_frequencies_is_refused_in_one_line(program):
+    code, error = program("train", "finetune=runs/base", "extension=drope", "name=dropped", *SHORT)
+    assert code == 0, error
+    search = ["task=longrope", "task.longrope.factor=2", SEARCHED, "report=null"]
+    code, error = program("eval", "run=runs/dropped", *search)
+    assert code == 2
+    assert f"{SEARCHED}: the run's frequencies were dropped (extension=drope), which no" in error
+
+
 @pytest.mark.parametrize("magnitude", ["su", "none"])
 @pytest.mark.parametrize("composition", ["replace", "on_top"])
 def test_the_refusal_names_the_search_and_the_search_the_options_that_read_it(

@@ -204,6 +204,9 @@ def _problem(context: EvalContext, factor: float, magnitude: str, composition: s
         magnitude = known["magnitude"]
     else:
         scaled = under[0].scaling(length)[0] if beneath else None
+        if isinstance(scaled, Sequence) and not any(scaled):
+            rule = "the run's frequencies were dropped (extension=drope), which no factors rescale"
+            refuse("task.longrope.composition", composition, rule, "Use replace")
         ratios, tuned = _ratios(ropes[0], factor, window, scaled), {}
         n_hats = [n for n in N_HATS if n < window]
     starts = [Rescale(tuple(ratio)) for ratio in ratios]
