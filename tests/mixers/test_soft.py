@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from zoo.mixers.base import count_bytes
 from zoo.mixers.soft import Soft
 from zoo.ops.newton_inverse import NewtonInverse
 from zoo.positions.alibi import ALiBi
@@ -238,3 +239,31 @@ def test_the_residual_distinguishes_an_inverse_from_none():
 def test_wrong_arguments_are_refused_in_a_line(options, said):
     with pytest.raises(ValueError, match=said):
         build(**options)
+
+
+@pytest.mark.parametrize("taps", [2, 3, 4])
+@pytest.mark.parametrize("form", ["exact", "landmarks", "bidirectional"])
+def test_the_convolution_of_v_is_one_kernel_per_head_added_to_the_sums(form, taps):
+    options = {"causal": False} if form == "bidirectional" else {"form": form}
+    mixer, plain, x = build(value_conv=taps, **options), build(**options), tokens(19)
+    missing = plain.load_state_dict(mixer.state_dict(), strict=False)
+    assert missing.unexpected_keys == ["value_conv.weight"]
+    assert not missing.missing_keys
+    _, _, v = by_heads(mixer, x)  # (b, h, t, d): heads are the channels of a depthwise convolution
+    ahead = taps - 1 if mixer.causal else (taps - 1) // 2
+    padded = F.pad(v, (0, 0, ahead, taps - 1 - ahead))
+    kernels = mixer.value_conv.weight[:, None, :, None]
+    local = F.conv2d(padded, kernels, groups=mixer.heads).transpose(1, 2).flatten(-2)
+    expected = plain(x) + local @ mixer.o_proj.weight.T
+    torch.testing.assert_close(mixer(x), expected, rtol=1e-9, atol=1e-10)
+    if not mixer.causal:
+        return
+    state, outs = mixer.empty_state(len(x)), []
+    for piece in x.split([1, 7, 1, 10], 1):
+        out, state = mixer(piece, state)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=1e-9, atol=1e-10)
+    assert count_bytes(state) == mixer.state_bytes(19, len(x))
+    short = mixer.truncate_state(state, 5)
+    assert torch.equal(short.values, state.values)
+    assert form == "landmarks" or short.own.k.shape[1] == 5

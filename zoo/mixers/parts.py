@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -96,6 +97,34 @@ def conv_weight(channels: int, taps: int) -> nn.Parameter:
     """Of a depthwise convolution over `taps` tokens: U(+-1/sqrt(taps)), PyTorch's own."""
     bound = taps**-0.5
     return nn.Parameter(torch.empty(channels, taps).uniform_(-bound, bound))
+
+
+class HeadConvolution(nn.Module):
+    """A convolution over tokens with `taps` weights per head, the same for all its channels.
+
+    Args:
+        heads: of the tokens that are convolved.
+        taps: tokens that an output depends on: its own and those before it, or to both sides.
+    """
+
+    def __init__(self, heads: int, taps: int) -> None:
+        super().__init__()
+        self.weight = conv_weight(heads, taps)
+
+    def forward(
+        self, x: Float[Tensor, "b t h d"], before: Float[Tensor, "b w h d"], *, causal: bool = True
+    ) -> tuple[Float[Tensor, "b t h d"], Float[Tensor, "b w h d"]]:
+        """Return the sums, and the last `taps` - 1 tokens that were read.
+
+        `before` are these of the text so far, zeros at its beginning; without `causal` as many
+        zeros are on both sides.
+        """
+        whole, tokens = append(before, x), x.shape[1]
+        if not causal:
+            whole = F.pad(x, (0, 0, 0, 0, before.shape[1] // 2, before.shape[1]))
+        taps = self.weight.to(x.dtype)[..., None].unbind(1)
+        y = torch.stack([w * whole[:, k : k + tokens] for k, w in enumerate(taps)]).sum(0)
+        return y, whole[:, whole.shape[1] - len(taps) + 1 :]
 
 
 def no_inputs(weight: Float[Tensor, "d w"], batch: int) -> Float[Tensor, "b w-1 d"]:

@@ -10,7 +10,8 @@
 Bidirectional (`causal=False`), as published: S = P^T A^+ P (eq. 8), read as P^T (A^+ (P v)), with
 (A + epsilon I)^-1 for A^+ by Newton's iteration (algorithm 1). `residual` then says how far the
 last inverse was from one. The paper keeps 49 landmarks by choosing the stride for the image; here
-there is one per `block` tokens. Left out: the published code's convolution on v.
+there is one per `block` tokens. With `value_conv` taps per head, a convolution of v over tokens is
+added to S v before W_o (the published code's, of 3 x 3 pixels), over the last tokens where causal.
 
 Causal `form`:
 
@@ -53,7 +54,7 @@ from zoo.mixers.base import (
     refuse_state,
     residual_gain,
 )
-from zoo.mixers.parts import KeyValues, append, head_width, no_keys, wide_zeros
+from zoo.mixers.parts import HeadConvolution, KeyValues, append, head_width, no_keys, wide_zeros
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.kernel_attention import gaussian, kernel_attention
 from zoo.ops.newton_inverse import NewtonInverse, inverse_residual
@@ -74,6 +75,11 @@ class Landmarks(NamedTuple):
     tokens_seen: int
 
 
+class Convolved(NamedTuple):
+    own: KeyValues | Landmarks  # the form's own state
+    values: Float[Tensor, "b w h d"]  # the last of v, for the convolution
+
+
 class Soft(Mixer):
     """A Gaussian kernel of the queries, causal in two forms or over the whole text.
 
@@ -86,6 +92,7 @@ class Soft(Mixer):
         landmarks: m, how many of the latest are kept (causal).
         epsilon: added to the diagonal of A before it is inverted.
         iterations: of Newton's method (bidirectional; T).
+        value_conv: taps of the convolution on v; None: without.
         positions: rope or none.
         rope_base: base of the rotary frequencies.
         backend: of zoo.ops.kernel_attention.
@@ -107,6 +114,7 @@ class Soft(Mixer):
         landmarks: Annotated[int, Range(1, 2**20)] = 32,
         epsilon: Annotated[float, Range(above=0, most=1000)] = 0.01,
         iterations: Annotated[int, Range(1, 1000)] = 20,
+        value_conv: Annotated[int, Range(2, 8)] | None = None,
         positions: Callable[..., Any] = Rope,
         backend: str = "auto",
         causal: bool = True,
@@ -130,9 +138,13 @@ class Soft(Mixer):
         if self.form != "exact":
             self.convolution = linear(block * self.head_width, self.head_width)
             self.norm = nn.LayerNorm(self.head_width)
+        self.value_conv = None
+        if value_conv is not None:
+            self.value_conv = HeadConvolution(heads, value_conv)
+            self.min_window = max(self.min_window, value_conv)
 
     def forward(
-        self, x: Float[Tensor, "b t d"], state: KeyValues | Landmarks | None = None
+        self, x: Float[Tensor, "b t d"], state: KeyValues | Landmarks | Convolved | None = None
     ) -> MixerOutput:
         q, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.v_proj))
         if not self.causal:
@@ -142,8 +154,13 @@ class Soft(Mixer):
             "exact": self._exact,
             "landmarks": self._by_landmarks,
         }[self.form]
-        o, visible, after = form(q, v, state)
-        y = self.o_proj(self._normalised(o, visible).to(x.dtype).flatten(-2))
+        own, before = state if isinstance(state, Convolved) else (state, self._no_values(len(x)))
+        o, visible, after = form(q, v, own)
+        o = self._normalised(o, visible).to(x.dtype)
+        if self.value_conv is not None:
+            local, last = self.value_conv(v, before, causal=self.causal)
+            o, after = o + local.to(x.dtype), Convolved(after, last)
+        y = self.o_proj(o.flatten(-2))
         return y if state is None else (y, after)
 
     def _exact(self, q: Tensor, v: Tensor, state: KeyValues | None):
@@ -260,12 +277,16 @@ class Soft(Mixer):
             return o[..., :-1] / o[..., -1:].clamp(min=1)  # S_ii = 1 is among them
         return o / visible[:, None, None] if self.normalise == "length" else o
 
-    def empty_state(self, batch: int) -> KeyValues | Landmarks:
-        if self.form == "landmarks":
-            return self._no_landmarks(batch)
-        weight = self.q_proj.weight
-        none = no_keys(weight, batch, self.heads, self.head_width)
-        return KeyValues(none, none, 0)
+    def empty_state(self, batch: int) -> KeyValues | Landmarks | Convolved:
+        none = no_keys(self.q_proj.weight, batch, self.heads, self.head_width)
+        own = KeyValues(none, none, 0) if self.form == "exact" else self._no_landmarks(batch)
+        return own if self.value_conv is None else Convolved(own, self._no_values(batch))
+
+    def _no_values(self, batch: int) -> Float[Tensor, "b w h d"]:
+        taps = 1 if self.value_conv is None else self.value_conv.weight.shape[1]
+        weight = self.v_proj.weight
+        shape = (batch, taps - 1, self.heads, self.head_width)
+        return weight.new_zeros(shape, dtype=compute_dtype(weight))
 
     def _no_landmarks(self, batch: int) -> Landmarks:
         weight, place = self.q_proj.weight, (self.heads, self.head_width)
@@ -277,11 +298,14 @@ class Soft(Mixer):
     def state_bytes(self, tokens: int, batch: int = 1) -> int:
         if self.form == "landmarks":
             return super().state_bytes(tokens, batch)
+        held = 2 * tokens + self._no_values(1).shape[1]
         weight = self.q_proj.weight
-        return 2 * batch * tokens * weight.shape[0] * compute_dtype(weight).itemsize
+        return held * batch * weight.shape[0] * compute_dtype(weight).itemsize
 
     def truncate_state(self, state: State, window: int) -> State:
         """All of a fixed state; of queries and values, those of the last `window` tokens."""
+        if isinstance(state, Convolved):
+            return Convolved(self.truncate_state(state.own, window), state.values.detach())
         state = super().truncate_state(state, window)
         if self.form == "landmarks":
             return state
