@@ -60,6 +60,7 @@ NEEDS: dict[str, dict[str, Needs]] = {
         **dict.fromkeys(("rank", "max_length"), _MASKED),
         **dict.fromkeys(("block", "slots"), _CAUSAL),
     },
+    "ReLUAttention": {"alpha": {"normalise": ("length",)}},
     "SoftmaxAttention": {"norm_eps": {"qk_norm": (True,)}},
     "Soft": {
         "form": _CAUSAL,

@@ -25,6 +25,8 @@ CrossLayer = dict[
     str, Tensor
 ]  # what earlier layers left for later ones, for the tokens of one call
 
+AUXILIARY = "auxiliary"  # of a CrossLayer: losses of layers in training, added up
+
 
 class Mixer(nn.Module):
     """Mixes information along the sequence: (b, t, width) -> (b, t, width), causally.
@@ -99,6 +101,11 @@ def at_least(minimum: float, **values: float) -> None:
     for name, value in values.items():
         if not value >= minimum:  # nan is neither
             raise ValueError(f"{name}={value}: must be >= {minimum}.")
+
+
+def add_auxiliary_loss(cross_layer: CrossLayer, loss: Tensor) -> None:
+    """Add a scalar to what a training step's loss has besides that of the prediction."""
+    cross_layer[AUXILIARY] = cross_layer[AUXILIARY] + loss if AUXILIARY in cross_layer else loss
 
 
 def detach(state: State) -> State:

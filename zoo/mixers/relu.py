@@ -5,13 +5,18 @@
     o_t         sum_{j <= t} f(s_tj) v_j / N_t,  f = ReLU or its square
     y           W_o o
 
-`normalise` is N_t: `length`, the number of keys that t sees (the paper's L^-1; there L is the whole
-sequence, which a causal model cannot know); `sum`, sum_j f(s_tj); `rms`, the root mean square of
-the unnormalised output over all heads, times a learned gain g (ReLA: Zhang 2021, section 3.2):
-g o / RMS(o), and where `gated` times sigmoid(w o); `root`, sqrt(n/2) of the n keys that t sees,
-which keeps the variance of the values, as half of the scores are positive (Shen 2023, arXiv
-2302.06461; without the losses that regularise its weights). A query whose scores are all negative
-reads 0.
+`normalise` is N_t: `length`, n^alpha of the n keys that t sees (the paper's L^-alpha; there L is
+the whole sequence, which a causal model cannot know); `sum`, sum_j f(s_tj); `rms`, the root mean
+square of the unnormalised output over all heads, times a learned gain g (ReLA: Zhang 2021, section
+3.2): g o / RMS(o), and where `gated` times sigmoid(w o); `root`, sqrt(n/2) of the n keys that t
+sees, which keeps the variance of the values, as half of the scores are positive (Shen 2023, arXiv
+2302.06461). A query whose scores are all negative reads 0.
+
+Shen's losses, for `root`, are added in training to that of the prediction, as means over queries
+and heads of the weights w_tj = f(s_tj) / N_t, with S_t their sum and p_tj = w_tj / S_t:
+
+    norm_loss       this times |log S_t|: weights sum to one, as a softmax's do
+    entropy_loss    this times max(H(p_t) - entropy_margin, 0): a query does not spread too far
 
 Under positions=alibi the bias joins the score before f, which makes of it a horizon: key j counts
 only while q_t.k_j / sqrt(head_width) > slope (t - j), and not at all beyond. The state is as
@@ -19,16 +24,26 @@ softmax attention's: every key, rotated on arrival, and every value.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.config.domains import Positive
-from zoo.mixers.base import MixerOutput, State, compute_dtype, linear, refuse_state, residual_gain
+from zoo.config.domains import Positive, Range
+from zoo.errors import refuse
+from zoo.mixers.base import (
+    CrossLayer,
+    MixerOutput,
+    State,
+    add_auxiliary_loss,
+    compute_dtype,
+    linear,
+    refuse_state,
+    residual_gain,
+)
 from zoo.mixers.parts import KeyValues, MultiHead, append, no_keys
-from zoo.ops.kernel_attention import kernel_attention
+from zoo.ops.kernel_attention import kernel_attention, weight_sums
 from zoo.ops.rms_norm import RMSNorm
 from zoo.positions.alibi import ALiBi
 from zoo.positions.base import build_positions
@@ -46,7 +61,10 @@ class ReLUAttention(MultiHead):
         heads: heads, which must divide the width.
         kernel: relu or squared_relu, f.
         normalise: N_t: length, sum, rms or root.
+        alpha: of n^alpha, with normalise=length.
         gated: with normalise=rms, times sigmoid(w o).
+        norm_loss, entropy_loss: weights of the losses in training, with normalise=root.
+        entropy_margin: entropy in nats up to which entropy_loss costs nothing.
         positions: rope, alibi or none.
         rope_base: base of the rotary frequencies.
         backend: of zoo.ops.kernel_attention.
@@ -55,6 +73,7 @@ class ReLUAttention(MultiHead):
     """
 
     recurrent = False
+    uses_cross_layer: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -63,7 +82,11 @@ class ReLUAttention(MultiHead):
         heads: Positive,
         kernel: Literal["relu", "squared_relu"] = "relu",
         normalise: Literal["length", "sum", "rms", "root"] = "length",
+        alpha: Annotated[float, Range(0, 2)] = 1.0,
         gated: bool = False,
+        norm_loss: Annotated[float, Range(0, 1000)] = 0.0,
+        entropy_loss: Annotated[float, Range(0, 1000)] = 0.0,
+        entropy_margin: Annotated[float, Range(0, 100)] | None = None,
         positions: Callable[..., Any] = Rope,
         backend: str = "auto",
         causal: bool = True,
@@ -75,7 +98,17 @@ class ReLUAttention(MultiHead):
             raise ValueError(
                 f"gated=true: acts with normalise=rms, here it is {normalise}. Leave it out."
             )
-        self.kernel, self.normalise = kernel, normalise
+        for name, one in (("norm_loss", norm_loss), ("entropy_loss", entropy_loss)):
+            if one and normalise != "root":
+                refuse(
+                    name, one, f"acts with normalise=root, here it is {normalise}", "Leave it out"
+                )
+        if (entropy_margin is None) == bool(entropy_loss):
+            rule = "must be given with entropy_loss above 0, and only then"
+            refuse("entropy_margin", entropy_margin, rule)
+        self.kernel, self.normalise, self.alpha = kernel, normalise, alpha
+        self.norm_loss, self.entropy_loss = norm_loss, entropy_loss
+        self.entropy_margin = entropy_margin or 0.0
         self.positions = build_positions(
             *(positions, heads, self.head_width),
             causal=causal,
@@ -85,7 +118,12 @@ class ReLUAttention(MultiHead):
         self.gate = nn.Parameter(torch.zeros(width)) if gated else None
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], state: KeyValues | None = None) -> MixerOutput:
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        state: KeyValues | None = None,
+        cross_layer: CrossLayer | None = None,
+    ) -> MixerOutput:
         if not self.causal:
             refuse_state(state)
         start = state.tokens_seen if state else 0
@@ -93,8 +131,25 @@ class ReLUAttention(MultiHead):
         q, k = self.positions.prepare(q, k, start)
         if state:
             k, v = append(state.k, k), append(state.v, v)
+        if self.training and cross_layer is not None and (self.norm_loss or self.entropy_loss):
+            add_auxiliary_loss(cross_layer, self._loss(q, k))
         y = self.o_proj(self._attend(q, k, v).to(v.dtype))
         return y if state is None else (y, KeyValues(k, v, start + x.shape[1]))
+
+    def _loss(self, q: Tensor, k: Tensor) -> Tensor:
+        """What norm_loss and entropy_loss cost, a scalar."""
+        slopes = self.positions.slopes()
+        bias = None if slopes is None else torch.tensor(slopes, device=q.device)
+        sums, entropies = weight_sums(q, k, self.kernel, slopes=bias, causal=self.causal)
+        visible = self._visible(q, k).to(sums.dtype)
+        total = (sums / (visible / 2).sqrt()).clamp(min=EPS)
+        excess = (entropies - self.entropy_margin).clamp(min=0)
+        return self.norm_loss * total.log().abs().mean() + self.entropy_loss * excess.mean()
+
+    def _visible(self, q: Tensor, k: Tensor) -> Float[Tensor, "#t 1"]:
+        """How many keys each query sees; the queries are the last of the keys."""
+        first = k.shape[1] - q.shape[1] + 1 if self.causal else k.shape[1]
+        return torch.arange(first, k.shape[1] + 1, device=q.device)[:, None]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "b t d"]:
         """The normalised sums, in float32 or better; the queries are the last of the keys."""
@@ -112,13 +167,10 @@ class ReLUAttention(MultiHead):
             return (
                 self.norm(o) if self.gate is None else self.norm(o) * torch.sigmoid(self.gate * o)
             )
-        visible: int | Tensor = k.shape[1]
-        if self.causal:
-            first = k.shape[1] - q.shape[1] + 1
-            visible = torch.arange(first, k.shape[1] + 1, device=o.device)[:, None]
-        if self.normalise == "length":
-            return o / visible
-        return o / (torch.as_tensor(visible, device=o.device).to(o.dtype) / 2).sqrt()
+        visible = self._visible(q, k)
+        if self.normalise == "root":
+            return o / (visible.to(o.dtype) / 2).sqrt()
+        return o / (visible if self.alpha == 1 else visible.to(o.dtype) ** self.alpha)
 
     def empty_state(self, batch: int) -> KeyValues:
         weight = self.k_proj.weight

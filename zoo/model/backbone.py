@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.config.stored import weights_as_now
 from zoo.data.synthetic import NO_LABEL
 from zoo.errors import NoStateError, refuse
-from zoo.mixers.base import CrossLayer, Mixer, State
+from zoo.mixers.base import AUXILIARY, CrossLayer, Mixer, State
 from zoo.mixers.short_conv import ShortConvolution
 from zoo.ops.cross_entropy import summed_cross_entropy
 from zoo.ops.dtypes import wide_dtype
@@ -177,6 +177,7 @@ class Backbone(nn.Module):
 
     stages: tuple[tuple[Any, int], ...] = ()  # extensions of zoo.model.extend, windows trained on
     quantized: str | None = None  # the bits that its weights are kept in, if not plain numbers
+    _auxiliary: Tensor | None = None  # what the layers added to the loss, of the last call
 
     def __init__(
         self,
@@ -282,6 +283,7 @@ class Backbone(nn.Module):
                 x, new = x
                 after.append(new)
         seen = BackboneState(tuple(after), start + tokens.shape[1]) if state else None
+        self._auxiliary = cross_layer.get(AUXILIARY)
         return self.norm(x), seen
 
     def loss(
@@ -290,9 +292,13 @@ class Backbone(nn.Module):
         state: BackboneState | None = None,
         positions: Tensor | None = None,
     ) -> Any:
-        """Mean negative log-likelihood (nats) of tokens 1.. given those before them."""
+        """Mean negative log-likelihood (nats) of tokens 1.. given those before them.
+
+        In training this and the other losses have what layers add (`add_auxiliary_loss`).
+        """
         x, after = self.hidden(tokens[:, :-1], state, positions)
         nll = self._summed_nll(x, tokens[:, 1:]) / tokens[:, 1:].numel()
+        nll = self._with_auxiliary(nll)
         return (nll, after) if state else nll
 
     def labels_loss(
@@ -308,7 +314,12 @@ class Backbone(nn.Module):
         one of the micro-batches that share a step.
         """
         x, _ = self.hidden(tokens, state, positions)
-        return self._summed_nll(x, labels) / (labels != NO_LABEL).sum().clamp(min=1)
+        nll = self._summed_nll(x, labels) / (labels != NO_LABEL).sum().clamp(min=1)
+        return self._with_auxiliary(nll)
+
+    def _with_auxiliary(self, loss: Tensor) -> Tensor:
+        auxiliary, self._auxiliary = self._auxiliary, None
+        return loss if auxiliary is None else loss + auxiliary
 
     def masked_loss(
         self,

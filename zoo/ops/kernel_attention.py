@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import choose
 from zoo.ops.dtypes import wide_dtype
@@ -67,6 +68,43 @@ def kernel_attention(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
         return form(q, k, v, kernel, scale, slopes, causal).transpose(1, 2)
+
+
+def weight_sums(
+    q: Float[Tensor, "b tq h d"],
+    k: Float[Tensor, "b tk h d"],
+    kernel: str,
+    *,
+    slopes: Float[Tensor, " h"] | None = None,
+    causal: bool = True,
+) -> tuple[Float[Tensor, "b tq h"], Float[Tensor, "b tq h"]]:
+    """Return of every query the sum R of its weights f(s), and the entropy of f(s) / R in nats.
+
+    Both are 0 where all weights are. In tiles of queries, recomputed in the backward pass.
+    """
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    found = []
+    with torch.autocast(q.device.type, enabled=False):
+        for row in range(0, q.shape[-2], TILE):
+            rows = slice(row, min(row + TILE, q.shape[-2]))
+            last = k.shape[-2] - q.shape[-2] + rows.stop if causal else k.shape[-2]
+            given = (q, k, kernel, slopes, causal, rows, slice(0, last))
+            found.append(checkpoint(_weight_sums, *given, use_reentrant=False))
+    sums, entropies = (torch.cat(parts, -1).transpose(1, 2) for parts in zip(*found, strict=True))
+    return sums, entropies
+
+
+def _weight_sums(
+    q: Tensor, k: Tensor, kernel: str, slopes: Tensor | None, causal: bool, rows: slice, cols: slice
+) -> tuple[Tensor, Tensor]:
+    scores, future = _scores(q, k, q.shape[-1] ** -0.5, slopes, causal, rows, cols)
+    weights = KERNELS[kernel][0](scores)
+    weights = weights if future is None else weights.masked_fill(future, 0)
+    least = torch.finfo(weights.dtype).tiny  # 0 log 0 = 0, with a finite gradient
+    sums = weights.sum(-1)
+    logs = (weights * weights.clamp(min=least).log()).sum(-1)
+    divisor = sums.clamp(min=least)
+    return sums, torch.where(sums > 0, divisor.log() - logs / divisor, 0)
 
 
 def gaussian(
