@@ -18,6 +18,8 @@ from zoo.runs.folder import RunFolder
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = sorted(path.stem for path in ROOT.glob("configs/model/*.yaml"))
 
+# The extensions that act on one kind of model alone, and a model of that kind; others: rotary ones.
+MODEL_OF = {"alibi_interpolation": "alibi", "cosine_scaling": "cosformer"}
 ENCODERS = [name for name in ARCHITECTURES if reads_both_ways(name)]
 
 

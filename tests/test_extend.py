@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from building import MODEL_OF
 from pydantic import ValidationError
 
 from zoo.config import applicability
@@ -47,7 +48,6 @@ IDENTITIES = {
     "dynamic_ntk",
     "dynamic_yarn",
 }
-MODELS = {"alibi_interpolation": "alibi"}  # of the others: transformer
 BOUNDED = {"streaming_llm", "window", "lm_infinite"}
 
 
@@ -68,7 +68,7 @@ def tokens(length: int) -> torch.Tensor:
 
 
 def test_any_chunking_gives_the_whole_also_across_a_switch_of_the_scaling(name, tiny):
-    model = extend(tiny(MODELS.get(name, "transformer")), extension(name), TRAINED)
+    model = extend(tiny(MODEL_OF.get(name, "transformer")), extension(name), TRAINED)
     text = tokens(5 * TRAINED + 3)
     whole = model(text)
     for sizes in ([1] * text.shape[1], [TRAINED - 1, 2, 3 * TRAINED, TRAINED + 2]):
@@ -83,7 +83,7 @@ def test_any_chunking_gives_the_whole_also_across_a_switch_of_the_scaling(name, 
 
 
 def test_the_past_is_safe_from_the_future_under_every_extension(name, tiny):
-    model = extend(tiny(MODELS.get(name, "transformer")), extension(name), TRAINED)
+    model = extend(tiny(MODEL_OF.get(name, "transformer")), extension(name), TRAINED)
     text = tokens(3 * TRAINED)
     changed = text.clone()
     changed[:, 20:] = (changed[:, 20:] + 1) % 32
@@ -91,15 +91,15 @@ def test_the_past_is_safe_from_the_future_under_every_extension(name, tiny):
 
 
 def test_within_the_trained_length_a_training_free_method_changes_nothing(name, tiny):
-    plain, text = tiny(MODELS.get(name, "transformer")), tokens(TRAINED)
-    extended = extend(tiny(MODELS.get(name, "transformer")), extension(name), TRAINED)(text)
+    plain, text = tiny(MODEL_OF.get(name, "transformer")), tokens(TRAINED)
+    extended = extend(tiny(MODEL_OF.get(name, "transformer")), extension(name), TRAINED)(text)
     same = torch.allclose(extended, plain(text), rtol=1e-9, atol=1e-10)
     assert same == (name in IDENTITIES)
 
 
 def test_every_extension_reads_beyond_what_it_was_trained_on(name, tiny):
-    plain, text = tiny(MODELS.get(name, "transformer")), tokens(4 * TRAINED)
-    extended = extend(tiny(MODELS.get(name, "transformer")), extension(name), TRAINED)(text)
+    plain, text = tiny(MODEL_OF.get(name, "transformer")), tokens(4 * TRAINED)
+    extended = extend(tiny(MODEL_OF.get(name, "transformer")), extension(name), TRAINED)(text)
     assert extended.isfinite().all()
     assert torch.allclose(extended, plain(text)) == (name == "none")
 
@@ -116,12 +116,15 @@ def test_dual_chunk_attention_composes_with_a_scaling(scaling, tiny):
     torch.testing.assert_close(torch.cat([one, two], 1), both(text), rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("model", ["mamba", "t5", "nope", "learned"])
-def test_a_model_without_rotary_positions_is_refused_in_one_line(model, tiny):
-    with pytest.raises(UserError, match="extension=dca: acts on positions=alibi, rope") as caught:
+@pytest.mark.parametrize("model", ["mamba", "nope", "learned"])
+def test_a_model_without_distances_is_refused_in_one_line(model, tiny):
+    refused = "extension=dca: acts on positions=alibi, rope, t5, and"
+    with pytest.raises(UserError, match=refused) as caught:
         extend(tiny(model), extension("dca"), TRAINED)
     assert "\n" not in str(caught.value)
-    takes = "none, or to train with randomised" if model == "learned" else "none"
+    leave_out = "none, lm_infinite, pcw, streaming_llm, structured, window"  # which leave keys out
+    takes = "none" if model == "mamba" else leave_out
+    takes += ", or to train with randomised" if model == "learned" else ""
     assert str(caught.value).endswith(f". Use extension={takes}.")
     assert extend(tiny(model), extension("none"), TRAINED)
 
@@ -441,7 +444,7 @@ def outcome(name: str, tree: dict, given: list[str], tiny) -> tuple[float, float
     try:
         requested = validate(Extension, tree)
         check_extension(requested, given)
-        model = extend(tiny(MODELS.get(name, "transformer")), requested, TRAINED)
+        model = extend(tiny(MODEL_OF.get(name, "transformer")), requested, TRAINED)
         torch.manual_seed(0)
         for parameter in model.frequencies.parameters() if model.frequencies else ():
             torch.nn.init.normal_(parameter, std=0.3)

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from zoo.attention import pattern
+from zoo.attention import lm_infinite, pattern
 from zoo.attention.dual_chunk import DualChunk
 from zoo.attention.key_blocks import KeyBlock, identity
 from zoo.attention.lm_infinite import LMInfinite
@@ -16,6 +16,7 @@ from zoo.attention.parallel_windows import ParallelWindows
 from zoo.attention.pattern import AttentionPattern, distances
 from zoo.attention.self_extend import ReRoPE, SelfExtend
 from zoo.attention.streaming_llm import StreamingLLM
+from zoo.errors import UserError
 from zoo.positions.rope import inverse_frequencies
 
 WIDTH = 8
@@ -75,9 +76,27 @@ def by_parallel(i, j, window=6, windows=4):
     return i - j if j >= context else window + (i - context) - j % window
 
 
-def counted(i, j, window=6, windows=4):
-    """How often structured prompting counts the key."""
-    return windows if j >= window * windows else 1
+UNEQUAL = [5, 2, 6]  # tokens of windows that begin with a token of their own each
+
+
+def by_unequal(i, j, aligned_ends=False):
+    """Windows of these sizes, by a walk over the prompt; the task sees one beginning token."""
+    at = [(number, place) for number, size in enumerate(UNEQUAL) for place in range(size)]
+    at += [(None, max(UNEQUAL) + place) for place in range(100)]
+    (own, here), (other, there) = at[i], at[j]
+    if own != other and (own is not None or (there == 0 and other > 0)):
+        return UNSEEN
+    ahead = [max(UNEQUAL) - size if aligned_ends else 0 for size in UNEQUAL]
+    return here - there - (ahead[other] if own is None and other is not None else 0)
+
+
+def counted(pattern, tokens: int) -> torch.Tensor:
+    """How often each query counts each key: in structured prompting the task's own many times."""
+    times = torch.ones(tokens, tokens, dtype=torch.float64)
+    if getattr(pattern, "rescaled", False):
+        sizes = UNEQUAL if pattern.begun else [6] * 4
+        times[sum(sizes) :, sum(sizes) :] = len(sizes)
+    return times
 
 
 CASES = {
@@ -101,6 +120,16 @@ CASES = {
         ParallelWindows(scaling, original_length=8, windows=4, rescaled=True),
         by_parallel,
     ),
+    "pcw_unequal": (
+        ParallelWindows(scaling, original_length=8, windows=4).arranged(UNEQUAL, begun=True),
+        by_unequal,
+    ),
+    "structured_unequal": (
+        ParallelWindows(scaling, original_length=8, windows=4, rescaled=True).arranged(
+            UNEQUAL, begun=True
+        ),
+        lambda i, j: by_unequal(i, j, aligned_ends=True),
+    ),
 }
 
 
@@ -120,18 +149,19 @@ def matrix(rule, tokens: int) -> torch.Tensor:
     ).double()
 
 
-def dense(q, k, v, apart: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    """softmax over seen keys of (R_{M_ij} q_i) . k_j / sqrt(d), every score rotated on its own.
-
-    Key j counts times_ij times.
-    """
+def scores_at(q, k, apart: torch.Tensor) -> torch.Tensor:
+    """(R_{M_ij} q_i) . k_j / sqrt(d), (b, i, h, j), every score rotated on its own."""
     angles = apart.nan_to_num()[..., None] * torch.tensor(scaling(0)[0], dtype=torch.float64)
     cos, sin = angles.cos(), angles.sin()
     q1, q2 = q[:, :, None].transpose(2, 3).chunk(2, -1)  # (b, i, h, 1, d/2)
     k1, k2 = k.transpose(1, 2)[:, None].chunk(2, -1)  # (b, 1, h, j, d/2)
     cos, sin = cos[None, :, None], sin[None, :, None]  # (1, i, 1, j, d/2)
-    scores = ((q1 * cos - q2 * sin) * k1 + (q1 * sin + q2 * cos) * k2).sum(-1) / WIDTH**0.5
-    scores = scores + times.log()[None, :, None]
+    return ((q1 * cos - q2 * sin) * k1 + (q1 * sin + q2 * cos) * k2).sum(-1) / WIDTH**0.5
+
+
+def dense(q, k, v, apart: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """softmax over seen keys of the scores at these distances. Key j counts times_ij times."""
+    scores = scores_at(q, k, apart) + times.log()[None, :, None]
     weights = scores.masked_fill(apart.isnan()[None, :, None], -torch.inf).softmax(-1)
     return torch.einsum("bihj,bjhe->bihe", weights, v)
 
@@ -162,10 +192,7 @@ def test_outputs_and_gradients_equal_dense_attention_with_these_distances(case, 
     found, rule = case
     inputs = random_inputs(40)
     out = found(*inputs, 0, backend=backend)
-    times = torch.ones(40, 40).double()
-    if found is CASES["structured"][0]:
-        times = matrix(counted, 40).nan_to_num(1)
-    expected = dense(*inputs, matrix(rule, 40), times)
+    expected = dense(*inputs, matrix(rule, 40), counted(found, 40))
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
     weights = torch.randn_like(out)
     grads = torch.autograd.grad((out * weights).sum(), inputs)
@@ -208,9 +235,7 @@ def test_keys_that_are_gone_are_not_seen_and_others_stay_where_they_are(case, go
     q, k, v = random_inputs(40)
     visible = matrix(rule, 40)
     visible[:, found.sinks : found.sinks + gone] = torch.nan
-    times = torch.ones(40, 40).double()
-    if found is CASES["structured"][0]:
-        times = matrix(counted, 40).nan_to_num(1)
+    times = counted(found, 40)
     cached = [torch.cat([x[:, : found.sinks], x[:, found.sinks + gone :]], 1) for x in (k, v)]
     out = found(q[:, 25:], *cached, 25)
     torch.testing.assert_close(out, dense(q, k, v, visible, times)[:, 25:], rtol=1e-9, atol=1e-10)
@@ -318,3 +343,39 @@ def test_impossible_settings_are_refused_in_one_line(build, message):
     with pytest.raises(ValueError, match=message) as caught:
         build()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 100])
+def test_lm_infinite_attends_to_the_keys_between_of_highest_scores(top_k, monkeypatch):
+    """Query by query and head by head, from the definition."""
+    monkeypatch.setattr(lm_infinite, "TILE", 7)
+    window, sinks, middle, tokens = 5, 2, 3, 30
+    found = LMInfinite(scaling, original_length=6, window=window, sinks=sinks, top_k=top_k)
+    assert found.middle == middle
+    q, k, v = random_inputs(tokens)
+    apart, times = matrix(by_lm_infinite, tokens), torch.ones(tokens, tokens).double()
+    at_middle = torch.full((tokens, tokens), float(middle), dtype=torch.float64)
+    expected = torch.zeros_like(v)
+    for head in range(q.shape[2]):
+        one = [x[:, :, head : head + 1] for x in (q, k)]
+        high = scores_at(*one, at_middle)[:, :, 0].detach()
+        for row in range(len(q)):
+            visible = apart.clone()
+            for i in range(window + sinks, tokens):
+                between = range(sinks, i - window + 1)
+                best = sorted(between, key=lambda j: -float(high[row, i, j]))[:top_k]
+                visible[i, best] = middle
+            given = [x[row : row + 1, :, head : head + 1] for x in (q, k, v)]
+            expected[row : row + 1, :, head : head + 1] = dense(*given, visible, times)
+    torch.testing.assert_close(found(q, k, v, 0), expected, rtol=1e-9, atol=1e-10)
+    outs = [found(q[:, a:b], k[:, :b], v[:, :b], a) for a, b in ((0, 9), (9, 10), (10, 30))]
+    torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=1e-9, atol=1e-10)
+    assert found.cached(1000) == 1000
+
+
+def test_keys_between_are_of_rotary_models_and_their_distance_was_trained():
+    with pytest.raises(UserError, match=r"^top_k=2: selects by rotated keys"):
+        LMInfinite(lambda _: ((), 1.0), original_length=6, sinks=2, top_k=2)
+    for options in ({"middle": 3}, {"middle": 6, "top_k": 2}):
+        with pytest.raises(UserError, match=r"^middle=[36]: must be less than the trained length"):
+            LMInfinite(scaling, original_length=6, sinks=2, **options)

@@ -1,6 +1,7 @@
 """The extensions that a trained rotary model can be read under without further training."""
 
 import pytest
+from building import MODEL_OF
 
 from zoo.__main__ import main
 from zoo.config.compose import compose
@@ -12,7 +13,7 @@ def test_each_line_is_options_of_eval_and_none_trains(capsys):
     assert lines[-1] == "extension=none"
     assert {"extension=dca", "extension=pi extension.factor=8"} <= {*lines}
     names = [line.partition(" ")[0].removeprefix("extension=") for line in lines]
-    assert not {"pose", "randomised", "clex", "longrope", "alibi_interpolation"} & {*names}
+    assert not {"pose", "randomised", "clex", "longrope", *MODEL_OF} & {*names}
     for line in lines:
         assert compose("eval", ["run=x", *line.split()]).extension.positions is None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from building import ARCHITECTURES, train_config
+from building import ARCHITECTURES, MODEL_OF, train_config
 from pydantic import BaseModel, ValidationError
 
 from zoo.config.compose import compose_tree, composing, parse
@@ -228,7 +228,7 @@ def extension_options(trees: dict[str, Any]) -> list[tuple[str, str]]:
 def test_every_argument_of_every_extension_is_refused_or_reads_finite_text():
     models = {
         kind: build_model(train_config(f"model={kind}", "size=tiny", "seq_len=16"), 32)[0]
-        for kind in ("transformer", "alibi")
+        for kind in ("transformer", *MODEL_OF.values())
     }
     tokens, wrong = torch.randint(32, (1, 40)), []
 
@@ -245,7 +245,7 @@ def test_every_argument_of_every_extension_is_refused_or_reads_finite_text():
         for name in choices("extension")
     }
     for (name, path), value in itertools.product(extension_options(trees), VALUES):
-        kind = "alibi" if name == "alibi_interpolation" else "transformer"
+        kind = MODEL_OF.get(name, "transformer")
         tree = changed(trees[name], path, value)
         message = outcome(lambda t=tree, k=kind: reads(t, k), "")
         wrong += [f"extension={name} {path}={value!r} {message}"] if message else []

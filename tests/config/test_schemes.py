@@ -57,6 +57,7 @@ positions:
 def kerple(tmp_path, monkeypatch):
     """A tree with one more class and one more YAML, seen by what reads sources and by Python."""
     root = Path(introspect.ROOT)
+    (tmp_path / "kernels").symlink_to(root / "kernels")  # whichever are still to be built
     for part in ("zoo", "configs"):
         (tmp_path / part).mkdir()
         for entry in (root / part).iterdir():
@@ -108,7 +109,7 @@ def test_a_scheme_in_a_folder_is_named_configured_built_and_judged():
         two, _ = model(tokens[:, 7:], state)
         torch.testing.assert_close(torch.cat([one, two], 1), model(tokens))
         extension = compose("eval", ["run=x", "extension=dca"]).extension
-        refused = r"dca: acts on positions=alibi, rope, and this model has positions=kerple\. Use"
+        refused = r"dca: acts on positions=alibi, rope, t5, and this model has positions=kerple\."
         with pytest.raises(UserError, match=refused):
             check_applies(extension, position_schemes(config.model))
         with pytest.raises(UserError, match=refused):
@@ -123,7 +124,8 @@ def test_a_class_attribute_is_read_as_the_class_has_it():
     """From the source, through the classes it derives from."""
     import importlib
 
-    names = ["embedded", "one_sided", "takes_sink", "takes_pattern", "placeable", "scaled_by"]
+    names = ["embedded", "one_sided", "takes_sink", "takes_pattern", "takes_patterns", "placeable"]
+    names.append("scaled_by")
     for target in schemes.schemes().values():
         module, _, name = target.rpartition(".")
         kind = getattr(importlib.import_module(module), name)

@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from zoo.errors import UserError
 from zoo.mixers.cosformer import CosFormer
 from zoo.mixers.gla import GLA
 from zoo.mixers.mamba2 import Mamba2
 from zoo.mixers.retnet import RetNet
+from zoo.positions.cosine import angles
 
 T, WIDTH = 23, 16
 
@@ -173,3 +175,29 @@ def test_mamba2_with_groups_has_their_own_maps_and_norm():
     torch.testing.assert_close(torch.cat([one, two], 1), mixer(x))
     with pytest.raises(ValueError, match="groups=3: must divide heads=4"):
         Mamba2(width=WIDTH, heads=4, groups=3)
+
+
+@pytest.mark.parametrize("beyond", ["refuse", "clamped", "periodic"])
+def test_a_factor_stretches_cosformers_cosine_to_a_longer_text(beyond):
+    """s_ij = relu(q_i) . relu(k_j) cos(pi (p_i - p_j) / (2 f M)), p the place up to f M."""
+    factor, tokens = 2.5, 9
+    mixer, x = built(CosFormer, heads=2, reference_length=4, beyond=beyond)
+    x = x[:, :tokens]
+    mixer.positions.scale(angles, factor, 4)
+    last = factor * 4
+    q, k, v = (mixer.by_head(proj(x)) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    place = torch.arange(tokens).double()
+    place = {"clamped": place.clamp(max=last), "periodic": place % last, "refuse": place}[beyond]
+    scores = torch.einsum("bihd,bjhd->bhij", q.relu(), k.relu())
+    scores = scores * torch.cos(math.pi / 2 * (place[:, None] - place) / last)
+    weights = scores.tril() / scores.tril().sum(-1, keepdim=True)
+    expected = mixer.o_proj(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(-2))
+    torch.testing.assert_close(mixer(x), expected, rtol=1e-7, atol=1e-9)
+    assert mixer.max_length == (10 if beyond == "refuse" else None)
+    state, outs = mixer.empty_state(len(x)), []
+    for piece in x.split([4, 1, 4], 1):
+        out, state = mixer(piece, state)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=1e-7, atol=1e-9)
+    with pytest.raises(UserError, match=r"^factor=0\.5: must be at least 1"):
+        mixer.positions.scale(angles, 0.5, 4)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from building import ARCHITECTURES, train_config, write_text
+from building import ARCHITECTURES, MODEL_OF, train_config, write_text
 from safetensors.torch import load_file
 
 import zoo
@@ -144,7 +144,7 @@ def test_how_it_was_trained_is_read_again(form, tmp_path):
     assert same  # beyond the trained length too
 
 
-ROTARY = [name for name in extensions() if name not in ("none", "alibi_interpolation")]
+ROTARY = [name for name in extensions() if name not in ("none", *MODEL_OF)]
 THEN = [("pi", "replace"), ("pi", "on_top"), ("dca", "replace"), ("none", "replace")]
 QUICK = ("yarn", "dca")
 

@@ -5,9 +5,6 @@ import math
 import pytest
 import torch
 
-from zoo.attention.pattern import distances
-from zoo.config.compose import compose
-from zoo.model.extend import extend
 from zoo.ops.attention import Part, attend
 from zoo.positions.alibi import add_bias_channels, slopes
 
@@ -57,36 +54,3 @@ def test_float32_holds_the_bias_where_it_matters_a_million_keys_in():
         torch.testing.assert_close(
             near - near[..., :1], (slope * (i - i[:1])).expand(1, 4, 64, 64), rtol=0, atol=tolerance
         )
-
-
-REMAPS = ["dca", "streaming_llm", "window", "lm_infinite", "self_extend", "rerope", "leaky_rerope"]
-REMAPS += ["pcw", "structured"]
-
-
-@pytest.mark.parametrize("name", REMAPS)
-def test_every_remap_of_distances_gives_linear_biases_those_distances(name, tiny):
-    """softmax(q.k / sqrt(d) - slope M_ij) over seen keys, each counted as often as it counts."""
-    small = ["extension.attention.sinks=2"] if name == "lm_infinite" else []
-    extension = compose("eval", ["run=x", f"extension={name}", *small]).extension
-    mixer = extend(tiny("alibi"), extension, 8).sublayers()[0]
-    pattern, t = mixer.positions.pattern, 45
-    apart = distances(pattern, t)
-    times = torch.ones(t, t).double()
-    if name == "structured":
-        context = 6 * 4
-        times[context:, context:] = 4.0
-    x = torch.randn(2, t, mixer.q_proj.in_features, dtype=torch.float64)
-    q, k, v = (
-        p(x).unflatten(-1, (mixer.heads, -1)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
-    )
-    slope = torch.tensor(mixer.positions.slopes(), dtype=torch.float64)[:, None, None]
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) / mixer.head_width**0.5
-    scores = scores - slope * apart.nan_to_num() + times.log()
-    weights = scores.masked_fill(apart.isnan(), -torch.inf).softmax(-1)
-    expected = mixer.o_proj(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(-2))
-    torch.testing.assert_close(mixer(x), expected, rtol=1e-8, atol=1e-9)
-    state, outs = mixer.empty_state(2), []
-    for piece in x.split([11, 1, 1, 20, 12], 1):
-        out, state = mixer(piece, state)
-        outs.append(out)
-    torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=1e-8, atol=1e-9)

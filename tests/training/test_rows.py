@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from building import ARCHITECTURES, ENCODERS, train_config
+from building import ARCHITECTURES, ENCODERS, MODEL_OF, train_config
 
 from zoo.config.groups import extensions
 from zoo.data.masking import mask_windows
@@ -14,7 +14,7 @@ PLACED = [name for name, tree in extensions().items() if tree.get("positions")]
 SCALINGS = [  # of rotary frequencies; LongRoPE's are searched for a model first
     name
     for name, tree in extensions().items()
-    if isinstance(tree["scaling"], dict) and name not in ("alibi_interpolation", "longrope")
+    if isinstance(tree["scaling"], dict) and name not in (*MODEL_OF, "longrope")
 ]
 
 

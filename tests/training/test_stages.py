@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from building import train_config, write_text
+from building import MODEL_OF, train_config, write_text
 
 import zoo
 from zoo.config.compose import compose
@@ -40,7 +40,7 @@ MORE = {
 }
 PI, ON_TOP = "extension=pi extension.factor=2", "extension.composition=on_top"
 SEARCHED = "task.longrope.composition=on_top"
-NAMES = [name for name in extensions() if name != "alibi_interpolation"]
+NAMES = [name for name in extensions() if name not in MODEL_OF]
 
 
 def words(name: str, factor: float = 2, composition: str = "replace") -> list[str]:

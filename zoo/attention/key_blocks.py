@@ -5,16 +5,19 @@ identity, constant  maps from positions in the text to positions of rotation
 distant_keys        the key blocks of all keys farther than a window
 KeyIndex            where the keys of a text lie in a cache that has evicted some
 RotationCache       tokens rotated by each map, computed once
+merged              the partial results of a block's key blocks as its outputs
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from zoo.ops.merge import merge
 from zoo.positions.rope import Frequencies, apply_rope
 
 # Positions of tokens in the text -> positions they are rotated to: one each, or one for all.
@@ -132,3 +135,26 @@ def distant_keys(
     first = seeing.start - width
     views = [KeyBlock(range(first, seeing.stop - width), queries_at, keys_at, seeing, causal=True)]
     return [*views, KeyBlock(range(first), queries_at, keys_at, seeing)] if first else views
+
+
+def positions_of(rows: range) -> Tensor:
+    return torch.arange(rows.start, rows.stop)
+
+
+def cut(x: Tensor, whole: range, rows: range) -> Tensor:
+    """The given rows of a tensor that holds all of `whole`."""
+    return x[:, rows.start - whole.start : rows.stop - whole.start]
+
+
+def merged(block: range, results: Sequence[tuple[range, tuple[Tensor, Tensor]]]) -> list[Tensor]:
+    """Merge partial results into the block's outputs, cut where some of their rows begin or end."""
+    edges = {edge for rows, _ in results for edge in (rows.start, rows.stop) if edge in block}
+    outs = []
+    for first, last in pairwise(sorted(edges | {block.start, block.stop})):
+        over = [
+            (cut(out, rows, range(first, last)), cut(lse, rows, range(first, last)))
+            for rows, (out, lse) in results
+            if first in rows
+        ]
+        outs.append(merge(over)[0])
+    return outs

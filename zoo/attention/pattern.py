@@ -10,25 +10,27 @@ key to several positions.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from zoo.attention import biased
 from zoo.attention.key_blocks import (
     KeyBlock,
     KeyIndex,
     RotationCache,
     Scaling,
+    cut,
     distant_keys,
     identity,
+    merged,
+    positions_of,
 )
 from zoo.attention.window import last_tokens, window
 from zoo.errors import refuse
 from zoo.ops.attention import Part, attend
-from zoo.ops.dtypes import wide_dtype
-from zoo.ops.merge import Partial, merge
+from zoo.ops.merge import Partial
 from zoo.ops.runtime.sizes import ceil_div
 from zoo.positions.rope import apply_rope
 
@@ -113,18 +115,19 @@ class AttentionPattern:
             if scaled is None or length != self._length(block):
                 length = self._length(block)
                 scaled = self.scaling(length)
-            rotated = RotationCache(_cut(q, queries, block), _positions(block)).use(scaled)
+            rotated = RotationCache(cut(q, queries, block), positions_of(block)).use(scaled)
             results = [*nearest]
             if always:
-                parts = [part._replace(q=_cut(part.q, queries, block)) for part in always]
+                parts = [part._replace(q=cut(part.q, queries, block)) for part in always]
                 results.append((block, attend(parts, backend=backend)))
+            results += self.selected(block, cut(q, queries, block), k, v, index)
             for view in key_blocks:
                 part = self._part(view, block, rotated, keys.use(scaled), v, index)
                 results.append((view.rows or block, attend([part], backend=backend)))
-            outs += _merged(block, results)
+            outs += merged(block, results)
         return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
 
-    def biased(
+    def with_slopes(
         self,
         q: Float[Tensor, "b t h d"],
         k: Float[Tensor, "b n g d"],
@@ -133,57 +136,38 @@ class AttentionPattern:
         slopes: Sequence[float],
         backend: str = "auto",
     ) -> Float[Tensor, "b t h e"]:
-        """Attend as `__call__` does, by scores that lose a slope per token of distance and head.
+        """Attend by scores that lose a slope per token of distance and head (`biased`)."""
+        return biased.by_slopes(self, q, k, v, start, slopes, backend)
 
-        The distances are those that rotated queries and keys would have (ALiBi: Press 2022).
-        """
-        queries = range(start, start + q.shape[1])
-        index = KeyIndex(self.sinks, queries.stop - k.shape[1], k.shape[1])
-        outs = []
-        for block, key_blocks in self.plan(queries, index):
-            results = []
-            if self.nearest:
-                first = max(block.start - self.nearest + 1, 0)
-                first = max(first, self.sinks + index.dropped) if index.dropped else first
-                near = KeyBlock(range(first, block.stop), identity, identity)
-                part = self._biased_part(near, block, q, k, v, queries, index, slopes)
-                results.append((block, window(*part[:3], self.nearest, backend=backend)))
-            for view in key_blocks:
-                part = self._biased_part(view, block, q, k, v, queries, index, slopes)
-                results.append((view.rows or block, attend([part], backend=backend)))
-            outs += _merged(block, results)
-        return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
-
-    def _biased_part(
+    def with_bias(
         self,
-        view: KeyBlock,
-        block: range,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        queries: range,
-        index: KeyIndex,
-        slopes: Sequence[float],
-    ) -> Part:
-        """The part of the softmax that a key block is, its bias two more channels of q and k.
+        q: Float[Tensor, "b t h d"],
+        k: Float[Tensor, "b n g d"],
+        v: Float[Tensor, "b n g e"],
+        start: int,
+        bias: biased.Bias,
+    ) -> Float[Tensor, "b t h e"]:
+        """Attend by scores with a bias of the two positions (`biased`)."""
+        return biased.by_table(self, q, k, v, start, bias)
 
-        These are in float32 or better, and count from the block's first query, as large positions
-        would lose the distance.
-        """
-        rows, slots, origin = view.rows or block, index.slots(view.keys), block.start
-        wide = wide_dtype(q)
-        q_rows, k_slots = _cut(q, queries, rows).to(wide), k[:, slots].to(wide)
-        q_at = view.queries_at(_positions(rows)).double() - origin
-        k_at = view.keys_at(_positions(view.keys)).double() - origin
-        at = [x.to(q.device, wide).reshape(1, -1, 1, 1) for x in (q_at, k_at)]
-        slope = torch.tensor(slopes, dtype=wide, device=q.device).reshape(1, 1, -1, 1)
-        scale = (q.shape[-1] + 2) ** 0.5  # which attention divides by
-        ones = [x[..., :1].new_ones(()).expand(*x.shape[:3], 1) for x in (q_rows, k_slots)]
-        q_more = torch.cat([slope * ones[0], -slope * at[0] * ones[0]], -1)
-        k_more = torch.cat([at[1] * ones[1], ones[1]], -1)
-        q_all = torch.cat([q_rows * q.shape[-1] ** -0.5, q_more], -1) * scale
-        k_all = torch.cat([k_slots, k_more], -1)
-        return Part(q_all, k_all, v[:, slots].to(wide), view.causal, times=view.times)
+    def placed(self, positions: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """Return the positions of tokens in the text as those of an embedding."""
+        return positions
+
+    def placeable(self, positions: int) -> int:
+        """Return how many tokens of a text have one of the first `positions` of an embedding."""
+        return positions
+
+    def selected(
+        self,
+        _block: range,
+        _q: Float[Tensor, "b t h d"],
+        _k: Float[Tensor, "b n g d"],
+        _v: Float[Tensor, "b n g e"],
+        _index: KeyIndex,
+    ) -> list[tuple[range, Partial]]:
+        """Attend from a block of queries to keys that each of them selects by its scores."""
+        return []
 
     def _length(self, block: range) -> int:
         """The length of text whose frequencies a block of queries uses; 0: any."""
@@ -202,14 +186,14 @@ class AttentionPattern:
         rows, slots = view.rows or block, index.slots(view.keys)
         assert keys.scaled is not None
         inv_freq, factor = keys.scaled
-        at = view.queries_at(_positions(rows)) if self.sinks else None
+        at = view.queries_at(positions_of(rows)) if self.sinks else None
         if at is not None and len(at) == 1 and not callable(inv_freq):
             # cheaper: rotate the few sinks back by it, and no query
             back = view.keys_at(keys.positions[slots]) - at
             q_rows, k_slots = queries.x, apply_rope(keys.x[:, slots], inv_freq, back, factor**2)
         else:
             q_rows, k_slots = queries[view.queries_at], keys[view.keys_at][:, slots]
-        q_rows = _cut(q_rows, block, rows)
+        q_rows = cut(q_rows, block, rows)
         q_rows, k_slots = self.scored(q_rows, k_slots, rows.start - view.keys.start)
         return Part(q_rows, k_slots, v[:, slots], view.causal, times=view.times)
 
@@ -242,29 +226,6 @@ class AttentionPattern:
     def cached(self, tokens: int) -> int:
         """The number of keys cached after so many tokens."""
         return tokens if self.recent is None else min(tokens, self.sinks + self.recent)
-
-
-def _positions(rows: range) -> Tensor:
-    return torch.arange(rows.start, rows.stop)
-
-
-def _cut(x: Tensor, whole: range, rows: range) -> Tensor:
-    """The given rows of a tensor that holds all of `whole`."""
-    return x[:, rows.start - whole.start : rows.stop - whole.start]
-
-
-def _merged(block: range, results: Sequence[tuple[range, tuple[Tensor, Tensor]]]) -> list[Tensor]:
-    """Merge partial results into the block's outputs, cut where some of their rows begin or end."""
-    edges = {edge for rows, _ in results for edge in (rows.start, rows.stop) if edge in block}
-    outs = []
-    for first, last in pairwise(sorted(edges | {block.start, block.stop})):
-        over = [
-            (_cut(out, rows, range(first, last)), _cut(lse, rows, range(first, last)))
-            for rows, (out, lse) in results
-            if first in rows
-        ]
-        outs.append(merge(over)[0])
-    return outs
 
 
 def check_window(window: int, most: int) -> None:

@@ -8,7 +8,7 @@ may be placed.
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from zoo.config.groups import extensions
+from zoo.config.groups import choices, extensions, model_section
 from zoo.config.schema.model import Extension, Model
 from zoo.config.schemes import DEFAULT, declared, schemes, short_name
 from zoo.errors import refuse
@@ -20,6 +20,7 @@ class Declared(NamedTuple):
     name: str
     scaled_by: tuple[str, ...]
     takes_pattern: bool
+    takes_patterns: tuple[str, ...]
     placeable: bool
 
 
@@ -34,7 +35,10 @@ def position_schemes(model: Model) -> set[Declared]:
     mixers = [block.mixer for block in model.blocks]
     extendable = [part for part in mixers if declared(part.target, "extendable", False)]
     default = {"_target_": schemes()[DEFAULT]}
-    targets = {part.options.get("positions", default)["_target_"] for part in extendable}
+    targets = {
+        declared(part.target, "scheme") or part.options.get("positions", default)["_target_"]
+        for part in extendable
+    }
     if model.embedding_positions is not None:
         targets.add(model.embedding_positions.target)
     return {declared_by(target) for target in targets}
@@ -46,7 +50,9 @@ def acts_on(tree: Mapping[str, Any], scheme: Declared) -> bool:
     module = scaling["_target_"].rpartition(".")[0] if isinstance(scaling, dict) else None
     if scaling and not (module in scheme.scaled_by if module else scheme.takes_pattern):
         return False
-    if (pattern and not scheme.takes_pattern) or (placed and not scheme.placeable):
+    of_pattern = pattern["_target_"].rpartition(".")[0] if pattern else None
+    takes = not pattern or scheme.takes_pattern or of_pattern in scheme.takes_patterns
+    if not takes or (placed and not scheme.placeable):
         return False
     return bool(scaling or pattern or placed)
 
@@ -59,13 +65,23 @@ def check_applies(extension: Extension, found: Iterable[Declared]) -> None:
     found = list(found)
     if any(acts_on(tree, scheme) for scheme in found):
         return
-    able = [name for name, target in schemes().items() if acts_on(tree, declared_by(target))]
+    able = [
+        short_name(target)
+        for target in (*schemes().values(), *_own_schemes())
+        if acts_on(tree, declared_by(target))
+    ]
     names = ", ".join(sorted(scheme.name for scheme in found))
     here = f"positions={names}" if names else "none that it can act on"
     rule = f"acts on positions={', '.join(able)}, and this model has {here}"
     if not able:
         rule = "its scaling, attention pattern and positions act on no position scheme together"
     refuse(option, extension.name, rule, _applicable(found))
+
+
+def _own_schemes() -> list[str]:
+    """Return the classes of the schemes that are a mixer's own."""
+    mixers = [model_section(name).get("mixer") for name in choices("model")]
+    return [own for part in mixers if part and (own := declared(part["_target_"], "scheme"))]
 
 
 def _applicable(found: list[Declared]) -> str:

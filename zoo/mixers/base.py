@@ -49,6 +49,8 @@ class Mixer(nn.Module):
     min_window: int = 1  # tokens; trained on shorter windows, some of its parameters learn nothing
     uses_cross_layer: ClassVar[bool] = False
     recurrent: bool = True  # the state's size does not grow with the tokens seen
+    extendable: ClassVar[bool] = False  # extensions act on its `positions`, a scheme
+    scheme: ClassVar[str] = ""  # the class of it, where the mixer has one of its own
 
     def forward(self, x: Tensor, state: State = None) -> Any:
         """x (b, t, width) -> y (b, t, width), or (y, state) exactly when a state is given."""

@@ -16,12 +16,13 @@ and `beyond` says what the place i of a token from M on counts as:
     clamped     M: later tokens weigh alike, more than early ones, of which the first weighs 0
     periodic    i mod M: the cosine is of the difference of two places in their stretches of M
 
+Under extension=cosine_scaling M is `factor` times as much (zoo.positions.cosine), in `beyond` too.
 In each the weights stay as they are within M, and at least 0. The state is the sums of both halves,
 in float32, and the tokens read.
 """
 
-import math
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -32,12 +33,53 @@ from zoo.mixers.base import MixerOutput, linear, refuse_state, residual_gain
 from zoo.mixers.parts import MultiHead, wide_zeros
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.linear_attention import MIN_NORMALISER, LinearState, linear_attention
+from zoo.positions.base import PositionScheme
+from zoo.positions.cosine import angles
 
 
 class CosFormerState(NamedTuple):
     S: Float[Tensor, "b h k v"]
     z: Float[Tensor, "b h k"]
     tokens_seen: int
+
+
+class CosineWeights(PositionScheme):
+    """Where tokens are, as the cosines see it.
+
+    Args:
+        reference_length: M.
+        beyond: what places from M on count as.
+    """
+
+    scaled_by: ClassVar[tuple[str, ...]] = ("zoo.positions.cosine",)
+
+    def __init__(self, reference_length: int, beyond: str) -> None:
+        super().__init__()
+        self.reference_length, self.beyond, self.factor = reference_length, beyond, 1.0
+
+    @property
+    def last(self) -> float:
+        """f M, the place at which the cosine is 0."""
+        return self.factor * self.reference_length
+
+    @property
+    def max_length(self) -> int | None:
+        return int(self.last) if self.beyond == "refuse" else None
+
+    def forward(self, start: int, tokens: int, device: torch.device) -> Float[Tensor, " t"]:
+        """Return the angles of the tokens start, start + 1, ..."""
+        i = torch.arange(start, start + tokens, device=device, dtype=torch.float64)
+        if self.beyond == "clamped":
+            i = i.clamp(max=self.last)
+        elif self.beyond == "periodic":
+            i = i % self.last
+        return angles(i, self.reference_length, factor=self.factor)
+
+    def scale(self, scaling: Callable[..., Any], factor: float, original_length: int) -> None:
+        """Let M count as `factor` times as much."""
+        del scaling, original_length
+        angles(torch.zeros(1), self.reference_length, factor=factor)
+        self.factor = factor
 
 
 class CosFormer(MultiHead):
@@ -53,6 +95,9 @@ class CosFormer(MultiHead):
         layer, layers: this layer's index and the number of layers.
     """
 
+    extendable: ClassVar[bool] = True
+    scheme: ClassVar[str] = "zoo.mixers.cosformer.CosineWeights"
+
     def __init__(
         self,
         *,
@@ -66,9 +111,12 @@ class CosFormer(MultiHead):
         layers: int = 1,
     ) -> None:
         super().__init__(width, heads, causal=causal, backend=backend)
-        self.reference_length, self.beyond = reference_length, beyond
-        self.max_length = reference_length if beyond == "refuse" else None
+        self.positions = CosineWeights(reference_length, beyond)
         self.o_proj = linear(width, width, gain=residual_gain(layers))
+
+    @property
+    def max_length(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.positions.max_length
 
     def forward(
         self, x: Float[Tensor, "b t d"], state: CosFormerState | None = None
@@ -92,12 +140,7 @@ class CosFormer(MultiHead):
     def _reweighted(self, x: Tensor, start: int) -> Float[Tensor, "b t h k"]:
         """[x cos a, x sin a] with a = pi i / 2M at positions start, start + 1, ..."""
         wide = wide_dtype(self.o_proj.weight)
-        i = torch.arange(start, start + x.shape[1], device=x.device, dtype=torch.float64)
-        if self.beyond == "clamped":
-            i = i.clamp(max=self.reference_length)
-        elif self.beyond == "periodic":
-            i = i % self.reference_length
-        a = (math.pi / 2 / self.reference_length * i)[:, None, None]
+        a = self.positions(start, x.shape[1], x.device)[:, None, None]
         return torch.cat([x * a.cos().to(wide), x * a.sin().to(wide)], -1)
 
     def empty_state(self, batch: int) -> CosFormerState:

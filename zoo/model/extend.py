@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Generator, Tensor
 
@@ -24,7 +24,6 @@ from zoo.config.stages import (
 )
 from zoo.data.loader import DrawPositions
 from zoo.errors import UserError, below, refuse, refuse_path
-from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.backbone import Backbone
 from zoo.positions.base import Positions, PositionScheme
 from zoo.positions.rope import Rope
@@ -69,11 +68,13 @@ def extend(model: Backbone, extension: Extension, seq_len: int) -> Backbone:
         if isinstance(scheme, Rope):
             scheme.pattern = _pattern(scheme, model, stages, acting)
             continue
-        assert isinstance(scheme, Positions)
         if any(stages[n][0].scaling for n in acting):
             _scale(scheme, [stages[n][0] for n in acting])
         if any(stages[n][0].attention for n in acting):
             scheme.pattern = _remap(Frequencies(lambda _: ((), 1.0), None), stages, acting)
+    if model.positions is not None:  # embedded: what attention sees has its place there
+        inside = [one.pattern for one in schemes if isinstance(one, Positions)]
+        model.positions.pattern = next((one for one in inside if one is not None), None)
     if not any(map(_is_trained, scalings(stages))):
         model.frequencies = None
     model.stages = stages
@@ -86,13 +87,13 @@ def _acts(extension: Extension, scheme: PositionScheme) -> bool:
 
 def position_schemes(model: Backbone) -> list[PositionScheme]:
     """Return the schemes that extensions can act on: in attention that lets them, and embedded."""
-    inside = [one.positions for one in model.sublayers() if isinstance(one, SoftmaxAttention)]
+    inside = [cast(Any, one).positions for one in model.sublayers() if one.extendable]
     return [*inside, model.positions] if model.positions is not None else [*inside]
 
 
 def declared_by(scheme: PositionScheme) -> Declared:
     """Return what a scheme's class declares, of what extensions act on."""
-    return Declared(scheme.name, scheme.scaled_by, scheme.takes_pattern, scheme.placeable)
+    return Declared(*(getattr(scheme, name) for name in Declared._fields))
 
 
 def rotary_positions(model: Backbone) -> list[Rope]:
@@ -178,7 +179,7 @@ def _built(make: Callable[..., Any], slot: str, *args: Any, **given: Any) -> Any
         refuse_path(f"extension.{slot}", str(error).splitlines()[0], "Correct its options")
 
 
-def _scale(scheme: Positions, stages: Sequence[Extension]) -> None:
+def _scale(scheme: PositionScheme, stages: Sequence[Extension]) -> None:
     """Put a scheme without frequencies under its own scaling."""
     scaled = [extension for extension in stages if extension.scaling is not None]
     last, factor = scaled[-1], 1.0

@@ -95,7 +95,7 @@ class ALiBi(Positions):
     ) -> Tensor:
         at, end, outs = placed_positions(self, cross_layer), k.shape[1] - q.shape[1], []
         if self.pattern is not None and at is None:
-            return self.pattern.biased(q, k, v, start, self.slopes(), backend).to(v.dtype)
+            return self.pattern.with_slopes(q, k, v, start, self.slopes(), backend).to(v.dtype)
         for rows in q.split(CHUNK, 1):
             past, end = end, end + rows.shape[1]
             keys_at = None if at is None else at[:, :end]

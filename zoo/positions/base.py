@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from zoo.errors import UserError, below, refuse
@@ -35,15 +36,27 @@ class PositionScheme(nn.Module):
     one_sided: ClassVar[bool] = False  # knows keys before the query alone: causal attention
     takes_sink: ClassVar[bool] = True  # a learned sink, which has no position, goes with it
     takes_pattern: ClassVar[bool] = False  # an extension's attention pattern acts on it
+    takes_patterns: ClassVar[tuple[str, ...]] = ()  # modules of those that do, where not all
     placeable: ClassVar[bool] = (
         False  # a training window's tokens may have positions of a longer text
     )
     scaled_by: ClassVar[tuple[str, ...]] = ()  # modules of the functions that may be its `scaling`
 
+    # Which keys are seen, and at what distance; None: all, the true one.
+    pattern: AttentionPattern | None = None
+
     @property
     def name(self) -> str:
         """The short name, `alibi` of zoo.positions.alibi."""
         return type(self).__module__.rpartition(".")[2]
+
+    def scale(self, scaling: Callable[..., Any], factor: float, original_length: int) -> None:
+        """Act under the scaling of an extension, one of `scaled_by`'s.
+
+        Raises:
+            ValueError: the scaling has options that this scheme has no use for.
+        """
+        raise NotImplementedError
 
 
 class EmbeddedPositions(PositionScheme):
@@ -52,6 +65,11 @@ class EmbeddedPositions(PositionScheme):
     embedded: ClassVar[bool] = True
     placeable: ClassVar[bool] = True
     max_length: int | None = None  # positions there are; None: as many as are read
+
+    def places(self, start: int, tokens: int) -> Int[Tensor, " t"]:
+        """Return the positions of the tokens start, start + 1, ... of a text."""
+        at = torch.arange(start, start + tokens)
+        return at if self.pattern is None else self.pattern.placed(at)
 
     def forward(
         self, x: Float[Tensor, "b t d"], start: int = 0, positions: Tensor | None = None
@@ -67,10 +85,6 @@ class Positions(PositionScheme):
         heads: of the queries.
         head_width: channels of a head.
     """
-
-    pattern: AttentionPattern | None = (
-        None  # which keys are seen, and at what distance; None: all, the true one
-    )
 
     def __init__(self, heads: int, head_width: int, /) -> None:
         super().__init__()
@@ -144,14 +158,6 @@ class Positions(PositionScheme):
         if self.pattern is not None and self.pattern.sinks:  # already bounded by the pattern
             return k, v
         return k[:, -window:], v[:, -window:]
-
-    def scale(self, scaling: Callable[..., Any], factor: float, original_length: int) -> None:
-        """Act under the scaling of an extension, one of `scaled_by`'s.
-
-        Raises:
-            ValueError: the scaling has options that this scheme has no use for.
-        """
-        raise NotImplementedError
 
 
 def placed_positions(scheme: PositionScheme, cross_layer: CrossLayer | None) -> Tensor | None:

@@ -22,10 +22,17 @@ class Learned(EmbeddedPositions):
         if max_length is None or max_length < 1:
             advice = "Use model.positions.max_length=<seq_len or more>, or model=learned."
             refuse("max_length", max_length, "must be a number of positions to learn", advice)
-        self.max_length = max_length
+        self.length = max_length
         self.weight = nn.Parameter(torch.randn(max_length, width) * 0.02)
+
+    @property
+    def max_length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Tokens that can be read: those that have a position."""
+        return self.length if self.pattern is None else self.pattern.placeable(self.length)
 
     def forward(
         self, x: Float[Tensor, "b t d"], start: int = 0, positions: Tensor | None = None
     ) -> Float[Tensor, "b t d"]:
+        if positions is None and self.pattern is not None:
+            positions = self.places(start, x.shape[1])
         return x + self.weight[slice(start, start + x.shape[1]) if positions is None else positions]

@@ -129,6 +129,8 @@ def apply_rope(
         attention_factor: multiplies the rotated channels, so scores grow by its square.
         interleaved: pairs are (2i, 2i + 1), RoFormer's layout, instead of (i, i + d/2), Llama's.
     """
+    if isinstance(inv_freq, tuple) and not inv_freq:
+        return x
     wide = x.to(wide_dtype(x))
     if isinstance(positions, int):
         positions = range(positions, positions + x.shape[1])

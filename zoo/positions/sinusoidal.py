@@ -21,12 +21,12 @@ class Sinusoidal(EmbeddedPositions):
     def __init__(self, width: int, /) -> None:
         super().__init__()
         self.inv_freq = inverse_frequencies(width)
-        self.scale = width**0.5
+        self.embedding_scale = width**0.5
 
     def forward(
         self, x: Float[Tensor, "b t d"], start: int = 0, positions: Tensor | None = None
     ) -> Float[Tensor, "b t d"]:
         if positions is None:
-            positions = torch.arange(start, start + x.shape[1])
+            positions = self.places(start, x.shape[1])
         cos, sin = rotary_tables(self.inv_freq, positions, x.device, x.dtype)
-        return self.scale * x + torch.stack([sin, cos], -1).flatten(-3)
+        return self.embedding_scale * x + torch.stack([sin, cos], -1).flatten(-3)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -82,11 +82,13 @@ class RelativeBias(nn.Module):
         self.weight.no_weight_decay = True  # type: ignore[attr-defined]
 
     def forward(
-        self, queries_at: Int[Tensor, " tq"], keys_at: Int[Tensor, " tk"]
+        self, queries_at: Num[Tensor, " tq"], keys_at: Num[Tensor, " tk"]
     ) -> Float[Tensor, "h tq tk"]:
-        """Return the bias between every query and key, by their positions."""
+        """Return the bias between every query and key, by their positions; fractions of a distance,
+        which some extensions give, are cut off."""
+        apart = queries_at[:, None] - keys_at
         found = bucket(
-            queries_at[:, None] - keys_at,
+            apart.floor().long() if apart.is_floating_point() else apart,
             buckets=self.weight.shape[0],
             max_distance=self.max_distance,
             bidirectional=self.bidirectional,
@@ -104,6 +106,7 @@ class T5(Positions):
 
     one_sided: ClassVar[bool] = True
     takes_sink: ClassVar[bool] = False
+    takes_pattern: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -129,6 +132,8 @@ class T5(Positions):
         sinks: Sequence[Part] = (),
         backend: str = "auto",
     ) -> Tensor:
+        if self.pattern is not None:
+            return self.pattern.with_bias(q, k, v, start, self.bias).to(v.dtype)
         return t5_attention(q, k, v, self.bias, backend=backend)
 
 
@@ -149,7 +154,7 @@ def t5_attention(
         own = at[first - nearest :]
         nearest_k, nearest_v = (repeat_heads(x[:, nearest:last], q.shape[2]) for x in (k, v))
         args = (rows, nearest_k, nearest_v, bias(own, at), own[:, None] >= at)
-        results = [checkpoint(_formula, *args, use_reentrant=False)]
+        results = [checkpoint(dense_attention, *args, use_reentrant=False)]
         if nearest:
             out, lse = attend([Part(rows, k[:, :nearest], v[:, :nearest])], backend=backend)
             results.append((out, lse + bias.weight[-1]))
@@ -158,13 +163,19 @@ def t5_attention(
     return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
 
 
-def _formula(
-    q: Tensor, k: Tensor, v: Tensor, bias: Float[Tensor, "h t n"], mask: Bool[Tensor, "t n"]
+def dense_attention(
+    q: Float[Tensor, "b t h d"],
+    k: Float[Tensor, "b n h d"],
+    v: Float[Tensor, "b n h e"],
+    bias: Float[Tensor, "h #t #n"],
+    mask: Bool[Tensor, "t n"],
 ) -> tuple[Tensor, Tensor]:
-    """Return softmax(q k^T / sqrt(d) + bias) v and its lse; each query sees at least one key."""
+    """Return softmax(q k^T / sqrt(d) + bias) v and its lse; without a visible key 0 and -inf."""
     wide = wide_dtype(q)
     scores = torch.einsum("bihd,bjhd->bhij", q, k).to(wide) * q.shape[-1] ** -0.5 + bias
     scores = scores.masked_fill(~mask, -torch.inf)
-    lse = scores.logsumexp(-1)
+    blind = ~mask.any(-1)
+    lse = scores.masked_fill(blind[:, None], 0.0).logsumexp(-1)  # keeps gradients finite
     weights = torch.exp(scores - lse[..., None]).to(v.dtype)
+    lse = lse.masked_fill(blind, -torch.inf)
     return torch.einsum("bhij,bjhe->bihe", weights, v), lse.transpose(1, 2)
