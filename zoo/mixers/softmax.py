@@ -10,7 +10,8 @@ by default every key and value so far. Extensions (zoo.model.extend) act on the 
 
 With `sink` each head has a learned key and value that every query sees, initially zero: the zero
 sink, softmax_1, of Xiao 2023 (section 3.3, arXiv 2309.17453). Departure from the paper's learnable
-sink, a token before the text: queries see it unrotated, the same from every position.
+sink, a token before the text (model.sink_token): queries see it unrotated, the same from every
+position.
 
     qk_norm         q, k = RMSNorm(q), RMSNorm(k) in every head, before positions (Henry 2020,
                     arXiv 2010.04245; with a learned weight per channel as in Qwen3)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.config.stored import weights_as_now
 from zoo.data.synthetic import NO_LABEL
 from zoo.errors import NoStateError, refuse
-from zoo.mixers.base import AUXILIARY, CrossLayer, Mixer, State
+from zoo.mixers.base import AUXILIARY, CrossLayer, Mixer, State, no_weight_decay
 from zoo.mixers.short_conv import ShortConvolution
 from zoo.ops.cross_entropy import summed_cross_entropy
 from zoo.ops.dtypes import wide_dtype
@@ -170,7 +170,9 @@ class Backbone(nn.Module):
     given, is added at the embedding. The head is the embedding itself unless `tied=False`. `norm`
     is one of NORMS; with `embedding_norm` the embedded tokens are normalised too, as in RWKV.
     Embedded tokens are multiplied by `embedding_scale`, and logits z are c tanh(z / c) for a
-    `logit_softcap` c, where these are given. `post_norm` is the blocks'.
+    `logit_softcap` c, where these are given. `post_norm` is the blocks'. With `sink_token` a
+    learned token is before every text, at position 0, whose output nobody reads: the learnable sink
+    of Xiao 2023 (section 3.3, arXiv 2309.17453), which extension=streaming_llm keeps with sinks=1.
     `checkpoint_activations` recomputes each block in the backward pass instead of keeping what it
     computed.
     """
@@ -197,6 +199,7 @@ class Backbone(nn.Module):
         embedding_scale: float | None = None,
         logit_softcap: float | None = None,
         tied: bool = True,
+        sink_token: bool = False,
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
@@ -228,6 +231,7 @@ class Backbone(nn.Module):
         self.head = Head(width, vocab_size, logit_softcap)
         if tied:
             self.head.weight = self.embedding.weight
+        self.sink = no_weight_decay(nn.Parameter(torch.randn(width) * 0.02)) if sink_token else None
         self.register_load_state_dict_pre_hook(_check_tied)
         self.register_load_state_dict_pre_hook(_rename_weights)
 
@@ -260,19 +264,25 @@ class Backbone(nn.Module):
         """
         start = state.tokens_seen if state else 0
         self._check_length(start + tokens.shape[1])
-        x = self.embedding(tokens)
+        x, first = self.embedding(tokens), start
+        if self.sink is not None:
+            first = start + 1 if start else 0
+            if not start:
+                x = torch.cat([self.sink.to(x.dtype).expand(len(x), 1, -1), x], 1)
+            if positions is not None:
+                positions = F.pad(positions + 1, (1, 0))
         if self.embedding_scale is not None:
             x = x * self.embedding_scale
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         after, cross_layer, at = [], {}, None
         if positions is not None:
-            at = cross_layer["positions"] = positions[:, start : start + tokens.shape[1]]
+            at = cross_layer["positions"] = positions[:, first : first + x.shape[1]]
             cross_layer["lengths"] = positions.amax(1) + 1
             if self.frequencies is not None:  # once for all layers
                 cross_layer["inv_freq"], _ = by_row(self.frequencies, cross_layer["lengths"])
         if self.positions is not None:
-            x = self.positions(x, start, at)
+            x = self.positions(x, first, at)
         for index, block in enumerate(self.blocks):
             before = state.blocks[index] if state else None
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
@@ -284,7 +294,7 @@ class Backbone(nn.Module):
                 after.append(new)
         seen = BackboneState(tuple(after), start + tokens.shape[1]) if state else None
         self._auxiliary = cross_layer.get(AUXILIARY)
-        return self.norm(x), seen
+        return self.norm(x[:, x.shape[1] - tokens.shape[1] :]), seen
 
     def loss(
         self,
@@ -358,7 +368,8 @@ class Backbone(nn.Module):
         """Tokens the model can read, the least of its parts' limits; None where there is none."""
         parts = (*self.sublayers(), self.positions)
         limits = [part.max_length for part in parts if part is not None]
-        return min((limit for limit in limits if limit is not None), default=None)
+        least = min((limit for limit in limits if limit is not None), default=None)
+        return least if least is None or self.sink is None else least - 1
 
     @property
     def causal(self) -> bool:
@@ -385,7 +396,8 @@ class Backbone(nn.Module):
 
     def state_bytes(self, tokens: int, batch: int = 1) -> int:
         """Bytes the state holds after `tokens` tokens."""
-        return sum(layer.state_bytes(tokens, batch) for layer in self.sublayers())
+        read = tokens + (self.sink is not None and tokens > 0)
+        return sum(layer.state_bytes(read, batch) for layer in self.sublayers())
 
     def truncate_state(self, state: BackboneState, window: int) -> BackboneState:
         """The state that the next training window starts from, out of the graph."""

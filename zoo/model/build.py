@@ -103,6 +103,7 @@ def assemble(config: TrainConfig, vocab_size: int, knobs: Mapping[str, int]) -> 
         embedding_scale=model.embedding_scale,
         logit_softcap=model.logit_softcap,
         tied=model.tied,
+        sink_token=model.sink_token,
         checkpoint_activations=config.checkpoint_activations,
     )
 

@@ -50,6 +50,7 @@ def _foreign(model: Backbone, config: TrainConfig) -> Foreign:
     _require(len(options.blocks) == 1, "its layers differ")
     _require(options.blocks[0].short_conv is None, "short_conv")
     _require(options.embedding_positions is None, "positions at the embedding")
+    _require(not options.sink_token, "sink_token")
     _require(model.causal, "it reads both ways")
     _require(model.frequencies is None, "its rotary frequencies are trained")
     common = {"hidden_size": model.width, "num_hidden_layers": len(model.blocks)}

@@ -23,7 +23,7 @@ class Model(Section):
     unwritten: ClassVar[Mapping[str, Any]] = {
         **{"norm": "rms_norm", "norm_eps": 1e-6, "embedding_norm": False},
         **{"parallel_residual": False, "post_norm": False, "tied": True},
-        **{"embedding_scale": None, "logit_softcap": None},
+        **{"embedding_scale": None, "logit_softcap": None, "sink_token": False},
     }
     name: Name
     blocks: list[BlockConfig] = Field(min_length=1)  # repeated over the layers
@@ -51,6 +51,9 @@ class Model(Section):
         default=None, description="bound of the logits, approached as tanh; null: none"
     )
     tied: Switch = Field(default=True, description="true: the head is the embedding")
+    sink_token: Switch = Field(
+        default=False, description="true: a learned token is before every text"
+    )
 
 
 MAX_LAYERS = 256
