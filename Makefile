@@ -9,7 +9,7 @@ RUN := $(BIN)/python
 INSTALL := $(RUN) -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo compare study mqar-state claims no-position scalings length-extension real test shapes lint constraints bench gpu-check clean
+.PHONY: help env env-dev demo compare study mqar-state many-shot claims no-position scalings length-extension real test shapes lint constraints bench gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -64,6 +64,11 @@ compare: .venv/ready  ## train three models at 512 bytes, measure them to 16384,
 BOOKS ?= books
 CLAIMS := experiment=claims data=text data.path=$(BOOKS)
 MEASURED := task=perplexity task.perplexity.units=4 task.perplexity.lengths=[512,1k,2k,4k,8k,16k]
+
+many-shot: .venv/ready  ## more demonstrations than a window holds, side by side: 5 minutes
+	$(RUN) train.py -m experiment=many_shot
+	for extension in pcw structured dca none; do \
+	  $(RUN) eval.py run='runs/many_shot/*' task=many_shot extension=$$extension || exit; done
 
 claims: .venv/ready  ## judge published claims on BOOKS=<folder of books>: 40 minutes
 	$(RUN) train.py -m $(CLAIMS)

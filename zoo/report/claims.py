@@ -39,6 +39,7 @@ BITS = "bits per byte"
 MEASURES: dict[str, Row] = {  # as a rule names it -> its rows; the field that they have it in
     BITS: {"task": "perplexity", "field": "bits_per_byte"},
     "accuracy": {"task": "accuracy", "field": "accuracy", "interval": "interval"},
+    "labels": {"task": "many_shot", "field": "accuracy", "interval": "interval"},
     "passkeys": {"task": "passkey", "field": "accuracy", "interval": "interval"},
     "speed": {"task": "speed", "field": "tokens_per_second", "phase": "forward"},
     "state": {"task": "speed", "field": "state_bytes", "phase": "decode"},
