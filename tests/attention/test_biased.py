@@ -81,19 +81,19 @@ def test_embedded_positions_are_those_of_the_windows(model, tiny):
     extension = compose(
         "eval", ["run=x", "extension=pcw", "extension.attention.windows=2"]
     ).extension
-    plain, parallel = tiny(model), extend(tiny(model), extension, 8)
+    alone, parallel = tiny(model), extend(tiny(model), extension, 8)
     text = torch.randint(32, (2, 14), generator=torch.Generator().manual_seed(0))
     found = parallel(text)
     for window in (text[:, :6], text[:, 6:12]):
         first = 0 if window is text[:, :6] else 6
-        expected = plain(text[:, first : first + 6])
+        expected = alone(text[:, first : first + 6])
         torch.testing.assert_close(found[:, first : first + 6], expected, rtol=1e-9, atol=1e-10)
-    placed = parallel.positions.places(0, 14).tolist()
+    placed = parallel.positions.positions_from(0, 14).tolist()
     assert placed == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 6, 7]
     one, state = parallel(text[:, :9], parallel.empty_state(2))
     two, _ = parallel(text[:, 9:], state)
     torch.testing.assert_close(torch.cat([one, two], 1), found, rtol=1e-9, atol=1e-10)
     if model == "learned":
-        assert parallel.max_length == 2 * 6 + (plain.max_length - 6)
+        assert parallel.max_length == 2 * 6 + (alone.max_length - 6)
         with pytest.raises(ValueError, match=f"at most {parallel.max_length} tokens"):
             parallel(torch.zeros(1, parallel.max_length + 1, dtype=torch.int64))

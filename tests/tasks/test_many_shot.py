@@ -172,11 +172,6 @@ def test_a_draw_of_lines_has_as_many_labels_as_said_and_no_item_twice():
     ("settings", "extension", "message"),
     [
         ({"windows": [5]}, "pcw", "extension.attention.windows=4: must be at least 5"),
-        (
-            {"windows": [1024], "questions_each": 1024},
-            "none",
-            "task.many_shot.windows=1024: 8192 ans",
-        ),
         ({"window": 70}, "pcw", "extension.attention.window=60: must be at least"),
         ({"window": 79}, "none", "task.many_shot.window=79: must be at most 71, so that"),
         ({"window": 5}, "none", "task.many_shot.window=5: must be at least 10, the tokens of a"),

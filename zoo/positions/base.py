@@ -66,7 +66,7 @@ class EmbeddedPositions(PositionScheme):
     placeable: ClassVar[bool] = True
     max_length: int | None = None  # positions there are; None: as many as are read
 
-    def places(self, start: int, tokens: int) -> Int[Tensor, " t"]:
+    def positions_from(self, start: int, tokens: int) -> Int[Tensor, " t"]:
         """Return the positions of the tokens start, start + 1, ... of a text."""
         at = torch.arange(start, start + tokens)
         return at if self.pattern is None else self.pattern.placed(at)

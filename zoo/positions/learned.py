@@ -34,5 +34,5 @@ class Learned(EmbeddedPositions):
         self, x: Float[Tensor, "b t d"], start: int = 0, positions: Tensor | None = None
     ) -> Float[Tensor, "b t d"]:
         if positions is None and self.pattern is not None:
-            positions = self.places(start, x.shape[1])
+            positions = self.positions_from(start, x.shape[1])
         return x + self.weight[slice(start, start + x.shape[1]) if positions is None else positions]

@@ -27,6 +27,6 @@ class Sinusoidal(EmbeddedPositions):
         self, x: Float[Tensor, "b t d"], start: int = 0, positions: Tensor | None = None
     ) -> Float[Tensor, "b t d"]:
         if positions is None:
-            positions = self.places(start, x.shape[1])
+            positions = self.positions_from(start, x.shape[1])
         cos, sin = rotary_tables(self.inv_freq, positions, x.device, x.dtype)
         return self.embedding_scale * x + torch.stack([sin, cos], -1).flatten(-3)

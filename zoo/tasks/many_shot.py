@@ -93,8 +93,8 @@ class ManyShot(Task):
             raise NotApplicableError("a model that reads both ways gives no label after a question")
         shared = {"most": max(self.windows), "window": self._window(context)}
         drawn = self._draw(context, 0, **shared)
-        asked = max(len(one.question) for window in drawn.windows for one in window)
-        room = context.train_length - asked - max(map(len, drawn.labels))
+        longest = max(len(one.question) for window in drawn.windows for one in window)
+        room = context.train_length - longest - max(map(len, drawn.labels))
         if shared["window"] > room:
             rule = f"must be at most {room}, so that a question fits into the training length"
             refuse("task.many_shot.window", shared["window"], rule)
