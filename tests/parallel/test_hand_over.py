@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from building import ARCHITECTURES
+from building import ARCHITECTURES, MODEL_OF
 
 from zoo.config.groups import extensions
 
 CLOSE = 1e-10
 SEVERAL = [4, 5, 33, 64, 130]  # tokens; odd lengths recompute activations
-MODELS = {"alibi_interpolation": "alibi"}  # of the other extensions: transformer
 MORE = {
     "longrope": [f"extension.scaling.long_factors={[1 + 0.2 * pair for pair in range(16)]}"],
     "lm_infinite": ["extension.attention.sinks=2"],
@@ -30,8 +29,11 @@ def every_case(
     for name in ARCHITECTURES:
         words = [f"model={name}"] + ["size.layers=3"] * (name == "hybrid")  # its pattern
         found[name] = words, [], lengths or [77]
+    for name in ("transformer", "sinusoidal", "mamba"):
+        words = [f"model={name}", "model.sink_token=true"]
+        found[f"{name} with a sink token"] = words, [], lengths or [77]
     for name, tree in extensions().items():
-        model, placed = [f"model={MODELS.get(name, 'transformer')}"], tree.get("positions")
+        model, placed = [f"model={MODEL_OF.get(name, 'transformer')}"], tree.get("positions")
         words = [f"extension={name}", *MORE.get(name, [])]
         words += ["extension.factor=4"] * (tree["factor"] == "???" or bool(placed))
         words = ["train", "finetune=x", *words] if placed else ["eval", "run=x", *words]
