@@ -14,7 +14,13 @@ from zoo.config.groups import choices
 from zoo.model.audit import audit
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
-from zoo.model.quantization import GROUP, QuantizedWeight, quantize, weight_bytes
+from zoo.model.quantization import (
+    GROUP,
+    QuantizedWeight,
+    quantize,
+    quantize_cache,
+    weight_bytes,
+)
 
 BITS = ["int8", "int4"]
 
@@ -153,3 +159,49 @@ def test_text_is_written_with_quantized_weights(run):
     assert len(model.generate("ab", tokens=5)) > 0
     with pytest.raises(ValueError, match=r"weights=int3: must be stored, .* int8 or int4"):
         zoo.load(run, device="cpu", weights="int3")
+
+
+def test_rows_of_a_quantized_cache_say_so_and_have_its_bytes(run, tmp_path, capsys):
+    words = ["task.perplexity.lengths=[512]", "task.perplexity.units=2"]
+    speed = ["task=speed", "task.speed.lengths=[512]", "task.speed.decode_tokens=2"]
+    shared = [f"run={run}", f"report={tmp_path / 'r.html'}", "logger=none"]
+    for more in ([], ["kv_cache=int8"], ["kv_cache=int4", "weights=int8"], ["kv_cache=int8"]):
+        assert eval_main([*shared, "task=perplexity", *words, *more]) == 0
+        assert eval_main([*shared, *speed, *more]) == 0
+    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["length"] == 512]
+    found = {row["dtype"]: row for row in rows if row.get("protocol") == "half_tail"}
+    names = ["float32", "float32, int8 KV cache", "int8, int4 KV cache"]
+    assert [*found] == names
+    assert found[names[0]]["bits_per_byte"] != found[names[1]]["bits_per_byte"]
+    assert len(found) == len([row for row in rows if row.get("protocol") == "half_tail"])
+    config = train_config("model=transformer", "size=tiny", "seq_len=32", "match=none")
+    model = build_model(config, vocab_size=257)[0]
+    for dtype, bits in zip(names, (None, "int8", "int4"), strict=True):
+        expected = (quantize_cache(model, bits) if bits else model).state_bytes(512)
+        held = {row["state_bytes"] for row in rows if row["dtype"] == dtype}
+        assert held == {expected}, dtype
+    capsys.readouterr()
+    table = zoo.write_report(str(run), tmp_path / "all.html")
+    assert all(f"transformer \u00b7 in {dtype}" in table for dtype in names)
+
+
+def test_a_model_without_a_cache_of_keys_and_values_is_refused_in_one_line(tmp_path, capsys):
+    tiny = ["model=mamba", "batch_tokens=256", "trainer.max_steps=2", f"runs={tmp_path}"]
+    train_on_text(tmp_path, *tiny, "name=m")
+    capsys.readouterr()
+    words = [f"run={tmp_path / 'm'}", "logger=none", "task=speed", "kv_cache=int4"]
+    assert eval_main(words) == 2
+    error = "kv_cache=int4: acts on the keys and values that softmax attention caches"
+    assert error in capsys.readouterr().err
+    assert not (tmp_path / "m" / "results.jsonl").exists()
+    with pytest.raises(ValueError, match=error):
+        zoo.load(tmp_path / "m", device="cpu", kv_cache="int4")
+
+
+def test_text_is_written_with_a_quantized_cache(run):
+    model = zoo.load(run, device="cpu", kv_cache="int4")
+    assert len(model.generate("ab" * 200, tokens=5)) > 0
+    assert model.backbone.blocks[0].mixer.kv_cache is not None
+    with pytest.raises(ValueError, match=r"kv_cache=int3: must be int8 or int4"):
+        zoo.load(run, device="cpu", kv_cache="int3")

@@ -28,13 +28,14 @@ options
   stop=null         [text, ..] before which writing ends
   device=auto       auto, cpu, mps, cuda, cuda:1 ...
   weights=null      stored, float32, bfloat16, float16, int8 or int4
+  kv_cache=null     int8 or int4: of the keys and values that attention caches
   extension=none    and extension.factor=8 and the like, as for eval.py
 
 An empty line lets the model write on. Ctrl-D ends.
 """
 TASK = "task.generate."
 OF_TASK = ("prompt", "tokens", "temperature", "top_p", "seed", "stop")
-OPTIONS = (*OF_TASK, "device", "weights", "extension")
+OPTIONS = (*OF_TASK, "device", "weights", "kv_cache", "extension")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +66,7 @@ def chat(words: Sequence[str]) -> int:
     from zoo.model.language_model import load_language_model
     from zoo.report.words import size
 
-    how_read = {"device": config.device, "weights": config.weights}
+    how_read = {name: getattr(config, name) for name in ("device", "weights", "kv_cache")}
     model = load_language_model(places[0], *extension, **how_read)
     writer = model.writer(how.prompt) if how.prompt else None
     for line in sys.stdin or ():

@@ -54,6 +54,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "runs",
             "device",
             "weights",
+            "kv_cache",
             "threads",
         ),
     },

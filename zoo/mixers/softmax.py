@@ -23,7 +23,7 @@ position.
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -37,6 +37,7 @@ from zoo.mixers.base import (
     MixerOutput,
     State,
     at_least,
+    compute_dtype,
     linear,
     no_weight_decay,
     refuse_state,
@@ -48,6 +49,9 @@ from zoo.ops.rms_norm import OffsetRMSNorm, RMSNorm
 from zoo.parallel.hand_over import publish
 from zoo.positions.base import build_positions
 from zoo.positions.rope import Rope
+
+if TYPE_CHECKING:
+    from zoo.mixers.quantized_cache import QuantizedCache
 
 SET_NORM = "Set qk_norm=true, or leave it out"
 LOGIT_SCALE = 0.43  # initial s: that of the paper's figure 1
@@ -73,6 +77,7 @@ class SoftmaxAttention(Mixer):
 
     uses_cross_layer: ClassVar[bool] = True
     extendable: ClassVar[bool] = True
+    kv_cache: "QuantizedCache | None" = None  # of a model that is only measured: its cache in bits
 
     def __init__(
         self,
@@ -131,7 +136,7 @@ class SoftmaxAttention(Mixer):
     def forward(
         self,
         x: Float[Tensor, "b t d"],
-        state: KeyValues | None = None,
+        state: State = None,
         cross_layer: CrossLayer | None = None,
     ) -> MixerOutput:
         if not self.causal:
@@ -149,13 +154,20 @@ class SoftmaxAttention(Mixer):
             q = q * self._scales(start, x.shape[1], q)
         sinks, after = self._sinks(q), None
         q, k = self.positions.prepare(q, k, start, cross_layer)
-        if state:
-            k, v = grow(state.k, k), grow(state.v, v)
-            after = KeyValues(*self.positions.evict(k, v), start + x.shape[1])
-            publish(after)
-        y = self.positions.attend(
-            *(q, k, v, start, cross_layer), causal=self.causal, sinks=sinks, backend=self.backend
-        )
+        if self.kv_cache is not None:
+            cached = state or self.empty_state(len(x))
+            y, after = self.kv_cache.attend(q, k, v, cached, cross_layer, sinks, self.backend)
+        else:
+            if state:
+                k, v = grow(state.k, k), grow(state.v, v)
+                after = KeyValues(*self.positions.evict(k, v), start + x.shape[1])
+                publish(after)
+            y = self.positions.attend(
+                *(q, k, v, start, cross_layer),
+                causal=self.causal,
+                sinks=sinks,
+                backend=self.backend,
+            )
         y = y.reshape(*x.shape[:2], -1)
         if self.gate_proj is not None:
             y = y * self.gate_proj(x).sigmoid()
@@ -181,13 +193,16 @@ class SoftmaxAttention(Mixer):
     def recurrent(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.positions.bounded
 
-    def empty_state(self, batch: int) -> KeyValues:
+    def empty_state(self, batch: int) -> State:
         weight = self.k_proj.weight
         none = no_keys(weight, batch, self.kv_heads, self.head_width)
-        return KeyValues(none, none, 0)
+        state = KeyValues(none, none, 0)
+        return self.kv_cache.empty(state) if self.kv_cache is not None else state
 
     def state_bytes(self, tokens: int, batch: int = 1) -> int:
-        item = self.empty_state(batch).k.element_size()
+        item = compute_dtype(self.k_proj.weight).itemsize
+        if self.kv_cache is not None:
+            return self.kv_cache.state_bytes(tokens, batch, item)
         return 2 * batch * self.positions.cached(tokens) * self.kv_heads * self.head_width * item
 
     def truncate_state(self, state: State, window: int) -> State:

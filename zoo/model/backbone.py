@@ -180,6 +180,7 @@ class Backbone(nn.Module):
     stages: tuple[tuple[Any, int], ...] = ()  # extensions of zoo.model.extend, windows trained on
     quantized: str | None = None  # the bits that its weights are kept in, if not plain numbers
     _auxiliary: Tensor | None = None  # what the layers added to the loss, of the last call
+    quantized_cache: str | None = None  # those of its keys and values
 
     def __init__(
         self,

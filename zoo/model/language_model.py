@@ -21,6 +21,7 @@ from zoo.config.schema.train import TrainConfig
 from zoo.config.validate import plain
 from zoo.data.tokenizers import Tokenizer, bos_of, open_tokenizer, tokenizer_of
 from zoo.errors import refuse, refuse_path
+from zoo.mixers.quantized_cache import CacheBits
 from zoo.model.arithmetic import arithmetic
 from zoo.model.backbone import Backbone
 from zoo.model.checkpoint import load
@@ -153,7 +154,11 @@ class LanguageModel:
 
 
 def load_language_model(
-    path: str | Path, *words: str, device: str = "auto", weights: str | None = None
+    path: str | Path,
+    *words: str,
+    device: str = "auto",
+    weights: str | None = None,
+    kv_cache: str | None = None,
 ) -> LanguageModel:
     """Open a run or a checkpoint, under an extension if one is named.
 
@@ -163,6 +168,7 @@ def load_language_model(
             "extension.factor=8".
         device: auto (an accelerator where there is one), cpu, cuda, cuda:1, mps.
         weights: the form of their numbers, see zoo.model.weights.
+        kv_cache: int8 or int4: of cached keys and values, see zoo.mixers.quantized_cache.
 
     Raises:
         UserError: where nothing there can be opened, an option is wrong, the extension does not act
@@ -171,6 +177,7 @@ def load_language_model(
     check("path", path, str | Path)
     check("device", device, str, "auto")
     check("weights", weights, Weights | None, None)
+    check("kv_cache", kv_cache, CacheBits | None, None)
     for word in words:
         check("words", word, str)
         if not word.startswith(("extension=", "extension.")):
@@ -196,7 +203,7 @@ def load_language_model(
         refuse_path(place, "is no run and no checkpoint", "Give a run folder, such as runs/<name>")
     extend(backbone, extension, config.seq_len)
     return LanguageModel(
-        backbone=quantize_as(backbone, form),
+        backbone=quantize_as(backbone, form, kv_cache),
         tokenizer=tokenizer,
         train_length=config.seq_len,
         precision=config.trainer.precision,

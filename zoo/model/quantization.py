@@ -7,8 +7,11 @@ rounded to nearest, scales and zeros in bfloat16: the weight-only forms of Dettm
 (arXiv:2208.07339, section 2, without its outliers) and of Frantar 2022 (arXiv:2210.17323, "RTN").
 Embeddings are int8 in both, as are matrices whose inputs do not cut into groups.
 
-States and everything else stay as they are. Products are in `zoo.ops.quantized_linear`: on the CPU
-they read the bits, elsewhere weights are restored for each: the memory is saved, time is not.
+`quantize_cache` keeps the keys and values that softmax attention caches in as few bits, see
+zoo.mixers.quantized_cache. Other states and everything else stay as they are.
+
+Products are in `zoo.ops.quantized_linear`: on the CPU they read the bits, elsewhere weights are
+restored for each: the memory is saved, time is not.
 """
 
 import functools
@@ -21,12 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from zoo.errors import refuse
+from zoo.mixers.quantized_cache import RECENT, CacheBits, QuantizedCache
+from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.backbone import Backbone
 from zoo.ops.quantized_linear import GROUP, quantized_linear, restored, shape
 
 log = logging.getLogger("zoo")
 
 Bits = Literal["int8", "int4"]
+MANY = 2**40  # tokens, after which a cache that stops growing has its full size
 aten = torch.ops.aten
 
 
@@ -50,6 +57,35 @@ def quantize(model: Backbone, bits: Bits) -> Backbone:
     sizes = f"{weight_bytes(model) / 2**20:,.1f} of {before / 2**20:,.1f} MiB"
     log.info("weights in %s: %s", bits, sizes)
     return model
+
+
+def quantize_cache(model: Backbone, bits: CacheBits) -> Backbone:
+    """Keep the cache of every layer of softmax attention in 8 or 4 bits; return the model.
+
+    The model can no longer be trained.
+
+    Raises:
+        UserError: no layer has such a cache, or heads cannot be packed.
+    """
+    layers = [one for one in model.sublayers() if isinstance(one, SoftmaxAttention)]
+    if not layers or not model.causal:
+        rule = "acts on the keys and values that softmax attention caches, and this model has none"
+        refuse("kv_cache", bits, rule, "Leave it out.")
+    if not any(map(_rounds, layers)):
+        rule = f"leaves the last {RECENT} tokens as they are, and no layer caches more"
+        refuse("kv_cache", bits, rule, "Leave it out.")
+    model.requires_grad_(False)
+    for layer in layers:
+        sizes = {"heads": layer.kv_heads, "head_width": layer.head_width}
+        layer.kv_cache = QuantizedCache(bits, layer.positions, **sizes)
+    model.quantized_cache = bits
+    return model
+
+
+def _rounds(layer: SoftmaxAttention) -> bool:
+    """Whether a layer caches more than the recent tokens, which stay as they are."""
+    pattern = layer.positions.pattern
+    return layer.positions.cached(MANY) > RECENT or bool(pattern is not None and pattern.sinks)
 
 
 def _form(module: nn.Linear | nn.Embedding, bits: Bits) -> Bits:

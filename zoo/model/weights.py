@@ -1,4 +1,5 @@
-"""In what form a model's weights are kept while it is measured: the option `weights=`.
+"""In what form a model's weights are kept while it is measured: the option `weights=`; and
+its cached keys and values: the option `kv_cache=`.
 
     float32, bfloat16, float16    as numbers of that dtype, in which the model computes
     stored                        as the checkpoint has them
@@ -18,7 +19,7 @@ import torch
 from zoo.config.schema.train import TrainConfig
 from zoo.model.backbone import Backbone
 from zoo.model.pretrained import dtype_on_disk
-from zoo.model.quantization import quantize
+from zoo.model.quantization import quantize, quantize_cache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BITS = ("int8", "int4")
@@ -51,6 +52,21 @@ def loaded_in(weights: str) -> torch.dtype:
     return DTYPES.get(weights, torch.float32)
 
 
-def quantize_as(model: Backbone, weights: str) -> Backbone:
-    """Quantize a model that was loaded and extended, where `weights` says so; return it."""
+def quantize_as(model: Backbone, weights: str, kv_cache: str | None = None) -> Backbone:
+    """Quantize a model that was loaded and extended, where the options say so; return it.
+
+    Raises UserError for a `kv_cache` of a model that caches no keys and values.
+    """
+    if kv_cache is not None:
+        quantize_cache(model, kv_cache)  # type: ignore[arg-type]
     return quantize(model, weights) if weights in BITS else model  # type: ignore[arg-type]
+
+
+def numbers(dtype: str, kv_cache: str | None) -> str:
+    """What a row says of the numbers that it was measured in: its field `dtype`."""
+    return dtype if kv_cache is None else f"{dtype}, {kv_cache} KV cache"
+
+
+def is_quantized(dtype: str | None) -> bool:
+    """Whether a row's field `dtype` names weights or a cache in bits."""
+    return any(bits in (dtype or "") for bits in BITS)

@@ -24,7 +24,7 @@ from zoo.measurement import agrees, lacking, not_finite
 from zoo.model.checkpoint import load
 from zoo.model.device import pick_device
 from zoo.model.extend import extend
-from zoo.model.weights import BITS, choose_weights, loaded_in, quantize_as
+from zoo.model.weights import choose_weights, is_quantized, loaded_in, quantize_as
 from zoo.report import published, write_report
 from zoo.report.page import pictures_folder, terminal
 from zoo.report.rows import gather, in_words
@@ -216,7 +216,7 @@ class _Run:
         found = with_found_factors(plain(config.extension), folder.path)  # what a search has left
         extension = Extension.model_validate(found)
         weights = choose_weights(config.weights, folder.config, device)
-        about = row_identity(extension, folder, device, weights)
+        about = row_identity(extension, folder, device, weights, config.kv_cache)
         about |= compressed_identity(about, config.compress)
         _report_code(folder)
         if config.compress.by:
@@ -258,7 +258,7 @@ class _Run:
                 )
                 yield named | failure_row(error)
                 continue
-            quantized = self.config.weights in BITS
+            quantized = is_quantized(self.about["dtype"])
             shortens = compress.method is not None
             code = measured_by(self.folder.config, name, extended, quantized, shortens)
             named |= {"measured_by": code}
@@ -335,9 +335,9 @@ class _Run:
         self.about.update(weights_of(self.folder))
         try:
             extend(model, config.extension, trained.seq_len)
+            quantize_as(model, weights, config.kv_cache)
         except UserError as error:
             raise NotApplicableError(str(error)) from None
-        quantize_as(model, weights)
         compress = None
         if config.compress.method and isinstance(data, Corpus):
             by = config.compress.by

@@ -17,6 +17,7 @@ from zoo.config.validate import plain
 from zoo.errors import UserError
 from zoo.model.audit import AUTOCAST
 from zoo.model.device import device_name
+from zoo.model.weights import numbers
 from zoo.runs.claim import trained_by
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import identity
@@ -30,11 +31,15 @@ UNSHAPED = (  # options that leave a run's weights as they are; the text is know
 
 
 def row_identity(
-    extension: Extension, folder: RunFolder, device: torch.device, weights: str = "float32"
+    extension: Extension,
+    folder: RunFolder,
+    device: torch.device,
+    weights: str = "float32",
+    kv_cache: str | None = None,
 ) -> Row:
     """The fields every row of a run shares: what was trained, how, and what measures it.
 
-    `weights` is the form in which they are kept (zoo.model.weights).
+    `weights` and `kv_cache` are the forms of the numbers (zoo.model.weights).
     """
     trained, info = folder.config, folder.info
     name = trained.model.name
@@ -42,7 +47,7 @@ def row_identity(
     if trained.finetune or trained.extension.name != "none":
         how = "tuned" if trained.finetune else "trained"
         name += f" {how} with {_chain(stages)}"
-    dtype = AUTOCAST.get(trained.trainer.precision, torch.float32)
+    dtype = str(AUTOCAST.get(trained.trainer.precision, torch.float32)).removeprefix("torch.")
     return {
         "run": folder.name,
         "arm": name if extension.name == "none" else f"{name} + {_label(extension, stages)}",
@@ -66,7 +71,7 @@ def row_identity(
         "sources": trained_by(info),
         "commit": info.get("commit"),
         "device": device_name(device),
-        "dtype": str(dtype).removeprefix("torch.") if weights == "float32" else weights,
+        "dtype": numbers(dtype if weights == "float32" else weights, kv_cache),
         "threads": torch.get_num_threads(),
         "audit": None,  # of a model that leaks, the reason
     }

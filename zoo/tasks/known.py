@@ -1,7 +1,7 @@
 """Find what a run's results already hold beside what is requested now."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -9,7 +9,7 @@ from zoo.config.groups import extensions
 from zoo.config.schema.model import Extension
 from zoo.errors import refuse
 from zoo.measurement import agrees, panel, question
-from zoo.model.quantization import Bits
+from zoo.model.weights import is_quantized
 from zoo.runs.folder import RunFolder
 from zoo.runs.provenance import measured_by
 from zoo.tasks.context import Row
@@ -107,9 +107,9 @@ def _standing_leaks(rows: Sequence[Row], weights: Row) -> dict[str, Row]:
 
 
 def _kind(row: Row) -> tuple[str, bool, bool, bool]:
-    """Which code measures a row: its task, whether extended, whether of quantized weights, whether
+    """Which code measures a row: its task, whether extended, whether quantized, whether
     of shortened prompts."""
-    quantized, shortened = row.get("dtype") in get_args(Bits), bool(row.get("compression"))
+    quantized, shortened = is_quantized(row.get("dtype")), bool(row.get("compression"))
     return row["task"], row["extension"] != "none", quantized, shortened
 
 

@@ -85,8 +85,8 @@ class LongRope(Task):
         Raises NotApplicableError where the model has no rotary positions, and UserError where the
         run's folder holds a search with other settings.
         """
-        if context.model.quantized:
-            why = "factors are searched with the weights as they are, without weights="
+        if context.model.quantized or context.model.quantized_cache:
+            why = "factors are searched with numbers as they are, without weights= and kv_cache="
             raise NotApplicableError(why)
         prepared = self._prepare(context)
         question = {"length": prepared.problem.length, "units": len(prepared.text)}

@@ -58,6 +58,10 @@ class EvalConfig(Section):
         description="dtype of the weights; stored: the checkpoint's; int8 or int4: quantized; "
         "null: float32 on a CPU, else as stored",
     )
+    kv_cache: Literal["int8", "int4"] | None = Field(
+        default=None,
+        description="bits of the keys and values that softmax attention caches; null: as computed",
+    )
     threads: Threads | None = Field(description="CPU threads; null: all cores")
     report: Path | None = Field(description="HTML file to write the report to; null: none")
     against: Literal["published"] | None = Field(
