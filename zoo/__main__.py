@@ -17,6 +17,7 @@ PROGRAMS = {  # the module and what it does
     "recipe": ("zoo.cli.recipe", "carry out a published recipe of several stages"),
     "eval": ("zoo.cli.eval", "measure trained runs, write a report"),
     "compress": ("zoo.cli.compress", "shorten a text for another model, show what was dropped"),
+    "shrink": ("zoo.cli.shrink", "make a smaller run of a trained one: low rank or zeros"),
     "chat": ("zoo.cli.chat", "write on with a trained model or a checkpoint, line by line"),
     "export": ("zoo.cli.export", "write a run's model as transformers or the zoo opens it"),
     "paper": ("zoo.cli.paper", "measure a table of a paper, ours beside theirs"),

@@ -16,7 +16,7 @@ from zoo.config.schema.trainer import Trainer
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("train", "eval")
 NOT_FOR_USERS = {"optim.name", "optim.continued_at", "optim.continued_from"}  # written by a run
-MADE_BY_PROGRAMS = {"train": {"checkpoint", "stages"}, "eval": set()}
+MADE_BY_PROGRAMS = {"train": {"checkpoint", "stages", "shrunk"}, "eval": set()}
 
 
 def shown(program: str) -> str:

@@ -40,9 +40,9 @@ def test_no_product_of_that_rank_is_nearer_to_the_matrix(rank):
     assert unit.D.weight.shape == (rank, 24)
 
 
-def test_a_layer_with_a_bias_or_a_rank_no_matrix_has_is_not_factorised():
-    with pytest.raises(ValueError, match="no bias"):
-        LowRank.from_dense(nn.Linear(4, 4), 2)
+def test_a_bias_stays_and_a_rank_that_no_matrix_has_is_refused():
+    dense, x = nn.Linear(6, 4).double(), torch.randn(3, 6, dtype=torch.float64)
+    torch.testing.assert_close(LowRank.from_dense(dense, 4)(x), dense(x))
     with pytest.raises(ValueError, match="rank=5: must be from 1 to 4"):
         LowRank.from_dense(linear(4, 6), 5)
 

@@ -23,32 +23,43 @@ from zoo.positions.rope import Rope
 
 
 class LowRank(nn.Module):
-    """y = E D x   (Winata 2020, eq. 3)"""
+    """y = E D x   (Winata 2020, eq. 3), or E D x + b"""
 
-    def __init__(self, inputs: int, outputs: int, rank: int, *, gain: float = 1.0) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, rank: int, *, gain: float = 1.0, bias: bool = False
+    ) -> None:
         super().__init__()
         self.D = linear(inputs, rank)
-        self.E = linear(rank, outputs, gain=gain)
+        self.E = linear(rank, outputs, gain=gain, bias=bias)
+
+    @classmethod
+    def in_place_of(cls, dense: nn.Linear, rank: int) -> "LowRank":
+        """A unit of the layer's shape with new weights."""
+        return cls(dense.in_features, dense.out_features, rank, bias=dense.bias is not None)
 
     @classmethod
     def from_dense(cls, dense: nn.Linear, rank: int) -> "LowRank":
-        """The nearest product of that rank to a trained W, by truncated SVD; it has no bias."""
-        if dense.bias is not None:
-            raise ValueError("an LED unit has no bias, and the layer to factorise has one")
+        """The nearest product of that rank to a trained W, by truncated SVD in float64."""
         weight = dense.weight.detach()
-        unit = cls(dense.in_features, dense.out_features, _checked(rank, min(weight.shape)))
+        unit = cls.in_place_of(dense, _checked(rank, min(weight.shape)))
         unit.to(weight.device, weight.dtype)
-        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
         root = S[:rank].sqrt()
         with torch.no_grad():
             unit.E.weight.copy_(U[:, :rank] * root)
             unit.D.weight.copy_(root[:, None] * Vh[:rank])
+            if dense.bias is not None:
+                unit.E.bias.copy_(dense.bias)
         return unit
 
     @property
     def weight(self) -> Float[Tensor, "outputs inputs"]:
         """W = E D."""
         return self.E.weight @ self.D.weight
+
+    @property
+    def bias(self) -> Float[Tensor, " outputs"] | None:
+        return self.E.bias
 
     def forward(self, x: Float[Tensor, "*b inputs"]) -> Float[Tensor, "*b outputs"]:
         return self.E(self.D(x))

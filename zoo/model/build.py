@@ -20,8 +20,10 @@ from zoo.config.schema.train import TrainConfig
 from zoo.errors import UserError, below, refuse, refuse_path
 from zoo.mixers.base import Mixer
 from zoo.mixers.feed_forward import SwiGLU
+from zoo.mixers.low_rank import LowRank
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.backbone import Backbone
+from zoo.model.shrink import factorize
 
 TOLERANCE = 0.01  # arms of a comparison differ by at most this share of the parameters
 STEPS = (16, 8, 4, 2, 1)  # widths are multiples of the first of these that meets the tolerance
@@ -38,6 +40,8 @@ def build_model(config: TrainConfig, vocab_size: int) -> tuple[Backbone, dict[st
         if config.match == "params":
             knobs = _match(config, vocab_size)
         model = assemble(config, vocab_size, knobs)
+        if config.shrunk is not None and config.shrunk.rank is not None:
+            factorize(model, config.shrunk.rank, LowRank.in_place_of)
     except UserError:
         raise
     except (TypeError, ValueError) as error:  # such as sizes larger than a tensor can be

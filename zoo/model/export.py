@@ -24,6 +24,7 @@ from zoo.errors import refuse, refuse_path
 from zoo.model.backbone import Backbone
 from zoo.model.checkpoint import load
 from zoo.model.convert import to_transformers
+from zoo.model.shrink import multiplied_out
 from zoo.model.transformers_config import Foreign, foreign
 from zoo.pretrained.families import OWN_SECTIONS, STAGES, TRAINED
 from zoo.runs.files import cannot_write
@@ -61,6 +62,8 @@ def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
     if form not in FORMATS:
         refuse("format", form, f"must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     model, config = load(folder), folder.config
+    if config.shrunk is not None and config.shrunk.rank is not None:
+        model = multiplied_out(model)
     if model.frequencies is not None:
         rule = "its frequencies are trained (extension=clex), which no exported form holds"
         refuse("run", folder, rule, "Open the run itself: zoo.load")

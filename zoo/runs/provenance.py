@@ -41,7 +41,7 @@ APART = (
     *("data.files", "data.splits", "data.records", "data.hub"),
 )
 # They know every architecture, to build or to extend the one that the configuration names.
-HUBS = ("training.fit", "model.build", "model.extend", "model.checkpoint")
+HUBS = ("training.fit", "model.build", "model.extend", "model.checkpoint", "model.shrink")
 NAMED = ("mixers", "attention", "positions")
 NATIVE = re.compile(r"\w+/\w+\.(?:c|cu)")
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)

@@ -34,6 +34,9 @@ def resumed(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     if fixed := [key for key in changes if not within(key, RESUMABLE)]:
         rule = f"continues a run with its own options: {', '.join(fixed)} cannot change"
         refuse("resume", folder, rule, f"Change only {', '.join(RESUMABLE)}")
+    if folder.info.get("shrunk"):
+        rule = "was made by zoo shrink and has no training to continue"
+        refuse("resume", folder, rule, "Train it further: finetune=<run>")
     reached = step_of(folder.checkpoint())
     before, config = folder.config, plain(folder.config)
     for key in changes:
@@ -76,7 +79,7 @@ def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
         refuse(
             "finetune", folder, rule, f"Leave them out ({WINDOW} can change), or train a new run"
         )
-    inherited = {key: base[key] for key in kept}
+    inherited = {key: base[key] for key in (*kept, "shrunk") if key in base}
     if WINDOW in given:
         inherited["model"] = _with_window(base["model"], tree["model"]["blocks"][0]["mixer"])
     if "seed" not in given:

@@ -10,6 +10,7 @@ import torch
 from zoo.config.groups import extensions
 from zoo.config.schema.eval import Compress
 from zoo.config.schema.model import Extension
+from zoo.config.schema.train import TrainConfig
 from zoo.config.stages import Stages, label, stages_of, trained_length
 from zoo.config.stored import as_before
 from zoo.config.tree import flat, within
@@ -47,6 +48,7 @@ def row_identity(
     if trained.finetune or trained.extension.name != "none":
         how = "tuned" if trained.finetune else "trained"
         name += f" {how} with {_chain(stages)}"
+    name += _shrunk(trained)
     dtype = str(AUTOCAST.get(trained.trainer.precision, torch.float32)).removeprefix("torch.")
     return {
         "run": folder.name,
@@ -75,6 +77,15 @@ def row_identity(
         "threads": torch.get_num_threads(),
         "audit": None,  # of a model that leaks, the reason
     }
+
+
+def _shrunk(config: TrainConfig) -> str:
+    """How a run's model was made smaller, in words."""
+    if config.shrunk is None:
+        return ""
+    if config.shrunk.rank is not None:
+        return f", rank {config.shrunk.rank}"
+    return f", {config.shrunk.sparsity} sparse"
 
 
 def compressed_identity(about: Row, compress: Compress) -> Row:
@@ -157,12 +168,15 @@ def trained_settings(folder: RunFolder) -> dict[str, Any]:
     config, base = folder.config, {}
     every = flat(identity(config))
     settings = {k: v for k, v in every.items() if not within(k, ("seed", *UNSHAPED))}
-    if config.finetune and Path(config.finetune).is_dir():
-        try:
-            base = trained_settings(RunFolder.open(config.finetune))
-        except UserError:  # damaged since
-            return settings
-        del settings["finetune"]
+    shrunk = config.shrunk.run if config.shrunk else None
+    for option, place in (("finetune", config.finetune), ("shrunk.run", shrunk)):
+        if place and Path(place).is_dir():
+            try:
+                own = trained_settings(RunFolder.open(place))
+            except UserError:  # damaged since
+                return settings
+            base |= own
+            del settings[option]
     return settings | {f"base.{name}": value for name, value in base.items()}
 
 

@@ -32,6 +32,7 @@ from zoo.runs.stopping import current
 from zoo.training.callbacks import Checkpoints, MetricsLogger
 from zoo.training.learner import Learner, NonFiniteError
 from zoo.training.partition import micro_batches, process_count, ranks_per_window
+from zoo.training.pruning import KeepZeros
 from zoo.training.records import (
     audit_trained,
     check_data,
@@ -64,7 +65,8 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
     model, sizes, checkpoint = _build(config, folder, data.vocab_size)
     facts = _facts(config, data, model, sizes)
     metrics, checkpoints = _callbacks(config, folder, data)
-    trainer = _trainer(config, folder, [metrics, checkpoints], facts, until)
+    kept = _kept_zeros(config, model)  # before a step is measured or saved
+    trainer = _trainer(config, folder, [*kept, metrics, checkpoints], facts, until)
     tf32 = prepare(trainer.strategy.root_device.type)
     if first:
         if tf32:
@@ -153,6 +155,11 @@ def _callbacks(
     valid = validation(data, config)
     metrics = MetricsLogger(folder, valid=valid, valid_every=config.valid_every, **shared)
     return metrics, Checkpoints(folder, every=config.save_every, **shared)
+
+
+def _kept_zeros(config: TrainConfig, model: Backbone) -> list[Any]:
+    pruned = config.shrunk is not None and config.shrunk.sparsity is not None
+    return [KeepZeros(model)] if pruned else []
 
 
 def _learner(config: TrainConfig, model: Backbone) -> Learner:

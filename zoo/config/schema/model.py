@@ -97,6 +97,18 @@ class Extension(Section):
     )
 
 
+PAIRS: Literal["2:4"] = "2:4"  # two of every four inputs
+
+
+class Shrunk(Section):
+    """How a run's model was made smaller after training, see zoo.model.shrink."""
+
+    unwritten: ClassVar[Mapping[str, Any]] = {"rank": None, "sparsity": None}
+    run: Path
+    rank: Positive | None = None
+    sparsity: Annotated[Number, Field(gt=0, lt=1)] | Literal["2:4"] | None = None
+
+
 class Stage(Section):
     """An earlier training of a run's model: where it lies, its windows, its extension."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from zoo.config.schema.data import Data
-from zoo.config.schema.model import Extension, Model, Size, Stage
+from zoo.config.schema.model import Extension, Model, Shrunk, Size, Stage
 from zoo.config.schema.optim import Optim
 from zoo.config.schema.sections import Section
 from zoo.config.schema.trainer import Logger, Trainer
@@ -19,7 +19,7 @@ SEPARATE = "Use objective=causal and state_passing=none"  # windows
 class TrainConfig(Section):
     """A training run. Paths are relative to the working directory."""
 
-    unwritten: ClassVar[Mapping[str, Any]] = {"checkpoint": None, "stages": []}
+    unwritten: ClassVar[Mapping[str, Any]] = {"checkpoint": None, "stages": [], "shrunk": None}
     model: Model
     size: Size
     data: Data
@@ -65,6 +65,10 @@ class TrainConfig(Section):
         description="trainings under extensions before this one, the first first; finetune= sets "
         "them",
     )
+    shrunk: Shrunk | None = Field(
+        default=None,
+        description="trained run whose model was made smaller; zoo shrink sets it",
+    )
     fresh: Switch = Field(description="true: train again, in a new folder")
     changed_code: Literal["refuse", "accept"] = Field(
         default="refuse", description="accept: continue a run that was trained by other code"
@@ -88,7 +92,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
         acts = self.extension.scaling is not None or self.extension.attention is not None
-        if acts and not self.finetune and not self.checkpoint:
+        if acts and not self.finetune and not self.checkpoint and not self.shrunk:
             name = self.extension.name
             refuse(
                 "extension",

@@ -1,0 +1,186 @@
+"""Smaller models: nearest products and zeros in the smallest numbers, which training keeps."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from building import train_config, train_on_text
+from torch import nn
+
+import zoo
+from zoo.cli.eval import main as eval_main
+from zoo.cli.export import main as export_main
+from zoo.cli.shrink import main
+from zoo.cli.train import main as train_main
+from zoo.config.groups import choices
+from zoo.config.schema.model import Shrunk
+from zoo.errors import UserError
+from zoo.mixers.low_rank import LowRank
+from zoo.model.backbone import Backbone
+from zoo.model.build import build_model
+from zoo.model.checkpoint import load
+from zoo.model.shrink import multiplied_out, shrink
+from zoo.runs.folder import RunFolder
+
+TINY = ["batch_tokens=256", "trainer.max_steps=3", "save_every=1"]
+
+
+def model_of(name: str) -> Backbone:
+    torch.manual_seed(0)
+    config = train_config(f"model={name}", "size=tiny", "seq_len=64", "match=none")
+    return build_model(config, vocab_size=64)[0].double().eval()
+
+
+def matrices(model: Backbone) -> dict[str, torch.Tensor]:
+    layers = model.blocks.named_modules()
+    return {name: one.weight.detach().clone() for name, one in layers if type(one) is nn.Linear}
+
+
+@pytest.mark.parametrize("name", [name for name in choices("model") if name != "low_rank"])
+def test_every_matrix_is_as_near_as_its_rank_allows_and_the_model_reads_on(name):
+    model, rank = model_of(name).requires_grad_(False), 7
+    before, tokens = matrices(model), torch.randint(64, (2, 64))
+    rest = {key: value.clone() for key, value in model.state_dict().items()}
+    shrink(model, Shrunk(run="x", rank=rank))
+    units = {key: one for key, one in model.blocks.named_modules() if type(one) is LowRank}
+    assert units
+    for key, weight in before.items():
+        saves = rank * sum(weight.shape) < weight.numel()
+        assert (key in units) == saves, key
+        if saves:
+            beyond = np.linalg.svd(weight.numpy(), compute_uv=False)[rank:]
+            found = torch.linalg.matrix_norm(weight - units[key].weight)
+            assert float(found) == pytest.approx(float(np.sqrt((beyond**2).sum())), rel=1e-9)
+            spectral = torch.linalg.matrix_norm(weight - units[key].weight, 2)
+            assert float(spectral) == pytest.approx(float(beyond[0]), rel=1e-9)
+    for key, value in model.state_dict().items():
+        if key in rest:
+            assert torch.equal(value, rest[key])
+    read = model(tokens)
+    names = {*model.state_dict()}
+    torch.testing.assert_close(multiplied_out(model)(tokens), read, rtol=1e-9, atol=1e-9)
+    assert {*model.state_dict()} == {*rest} != names
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+def test_the_smallest_share_of_each_matrix_is_zero_and_the_rest_stays(share):
+    model = model_of("mamba")
+    before = matrices(model)
+    shrink(model, Shrunk(run="x", sparsity=share))
+    for key, weight in matrices(model).items():
+        kept = weight != 0
+        assert int((~kept).sum()) == round(share * weight.numel())
+        assert torch.equal(weight[kept], before[key][kept])
+        assert before[key][~kept].abs().max() <= before[key][kept].abs().min()
+
+
+def test_two_of_every_four_inputs_are_zero_the_smallest():
+    model = model_of("transformer")
+    before = matrices(model)
+    shrink(model, Shrunk(run="x", sparsity="2:4"))
+    for key, weight in matrices(model).items():
+        for fours, own in zip(before[key].view(-1, 4), weight.view(-1, 4), strict=True):
+            larger = fours.abs().argsort()[2:]
+            expected = torch.zeros_like(fours)
+            expected[larger] = fours[larger]
+            assert torch.equal(own, expected)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A trained run, and smaller ones of it."""
+    folder = tmp_path_factory.mktemp("shrunk")
+    train_on_text(folder, "model=transformer", *TINY, f"runs={folder}", "name=x")
+    for setting in ("rank=8", "sparsity=0.5", "sparsity=2:4"):
+        assert main([f"run={folder / 'x'}", setting]) == 0
+    return folder
+
+
+SMALLER = ["x-rank8", "x-sparsity0.5", "x-sparsity2of4"]
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_a_smaller_run_is_measured_under_its_own_name(runs, name, tmp_path, capsys):
+    folder = RunFolder.open(runs / name)
+    base = RunFolder.open(runs / "x")
+    model, full = load(folder), load(base)
+    assert folder.info["parameters"] == sum(p.numel() for p in model.parameters())
+    zeros = sum(int((weight == 0).sum()) for weight in matrices(model).values())
+    assert folder.info["shrunk"]["zeros"] == zeros
+    assert (name == "x-rank8") == (zeros == 0)
+    again = shrink(full, folder.config.shrunk)  # the weights of the run, and no others
+    for key, weight in again.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[key])
+    words = ["task=perplexity", "task.perplexity.lengths=[32]", "task.perplexity.units=2"]
+    shared = [f"report={tmp_path / 'r.html'}", "logger=none"]
+    assert (
+        eval_main([f"run={[str(runs / 'x'), str(folder)]}".replace("'", ""), *words, *shared]) == 0
+    )
+    row = json.loads((folder.path / "results.jsonl").read_text().splitlines()[0])
+    assert row["arm"] in (
+        "transformer, rank 8",
+        "transformer, 0.5 sparse",
+        "transformer, 2:4 sparse",
+    )
+    assert row["train_tokens"] == base.info["tokens_seen"]
+    assert row["arm"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+@pytest.mark.parametrize("name", SMALLER)
+def test_training_it_further_keeps_its_zeros_and_its_ranks(runs, name, optimiser, tmp_path):
+    words = [f"finetune={runs / name}", f"runs={tmp_path}", "name=t", *TINY, "logger=none"]
+    words += [f"optim={optimiser}", "optim.warmup_steps=1", "optim.lr=0.01"]
+    assert train_main(words) == 0
+    longer = [f"resume={tmp_path / 't'}", "trainer.max_steps=5", "optim.continuation=constant"]
+    assert train_main(longer) == 0
+    before, after = load(RunFolder.open(runs / name)), load(RunFolder.open(tmp_path / "t"))
+    assert {*before.state_dict()} == {*after.state_dict()}
+    moved = matrices(after)
+    for key, weight in matrices(before).items():
+        assert torch.equal(weight == 0, moved[key] == 0), key
+        assert not torch.equal(weight, moved[key])
+
+
+def test_what_is_exported_is_the_product(runs, tmp_path):
+    assert export_main([f"run={runs / 'x-rank8'}", f"to={tmp_path / 'out'}"]) == 0
+    theirs, own = (zoo.load(one, device="cpu") for one in (tmp_path / "out", runs / "x-rank8"))
+    torch.testing.assert_close(theirs.logits("1 and then"), own.logits("1 and then"))
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("", "run=: must be given"),
+        ("run=x", "needs one of rank= and sparsity="),
+        ("run=x rank=4 sparsity=0.5", "needs one of rank= and sparsity="),
+        ("run=x rank=0", "rank=0: must be a whole number from 1 on."),
+        ("run=x rank=four", "rank=four: must be a whole number from 1 on."),
+        ("run=x sparsity=1", "sparsity=1: must be above 0 and below 1, or 2:4."),
+        ("run=x sparsity=nan", "sparsity=nan: must be above 0 and below 1, or 2:4."),
+        ("run=x sparsity=1:4", "sparsity=1:4: must be above 0 and below 1, or 2:4."),
+        ("run=x rank=100000", "rank=100000: products of that rank have no fewer numbers"),
+        ("run=x sparsity=0.5", "x-sparsity0.5: exists already. Name another folder"),
+        ("run=x-rank8 sparsity=0.5", "is a smaller model already, of"),
+        ("run=nothing rank=4", "nothing: there is no such run folder."),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line_and_leaves_nothing(runs, words, line, capsys):
+    there = sorted(runs.rglob("*"))
+    places = [word.replace("run=", f"run={runs}/") for word in words.split()]
+    assert main(places) == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert len(said.splitlines()) == 1
+    assert sorted(runs.rglob("*")) == there
+
+
+def test_a_model_of_such_units_is_refused():
+    with pytest.raises(UserError, match="rank=2: the model is made of units of low rank already"):
+        shrink(model_of("low_rank"), Shrunk(run="x", rank=2))
+
+
+def test_a_smaller_run_has_no_training_to_continue(runs, capsys):
+    assert train_main([f"resume={runs / 'x-rank8'}", "trainer.max_steps=9"]) == 2
+    assert "was made by zoo shrink and has no training to continue" in capsys.readouterr().err
