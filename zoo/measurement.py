@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 # What identifies a measurement beside its question: the text, how it was read, by what machine.
+BITS = ("int8", "int4")
 READ_BY = ("fingerprint", "extension_settings", "device", "dtype", "threads")
 # The fields of a question, for rows written before each row listed its own in `question`.
 EARLIER_QUESTIONS = {
@@ -101,6 +102,11 @@ def declared(row: Mapping[str, Any]) -> Declaration | None:
         )
     except (TypeError, KeyError, AttributeError):
         return None
+
+
+def is_quantized(dtype: str | None) -> bool:
+    """Whether a row's field `dtype` names weights, or cached keys and values, in 8 or 4 bits."""
+    return any(bits in (dtype or "") for bits in BITS)
 
 
 def not_finite(declaration: Declaration, row: Mapping[str, Any]) -> list[str]:

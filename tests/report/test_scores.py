@@ -1,12 +1,15 @@
 """Gain from context: what a score that stays level hides."""
 
+import itertools
+
 import pytest
 from synthetic import experiment, run_records, score_row
 
 from zoo.report.charts import styles
+from zoo.report.figures import quantization
 from zoo.report.page import render
 from zoo.report.rows import gather
-from zoo.report.scores import context_gains
+from zoo.report.scores import context_gains, quantization_costs
 from zoo.report.text import as_text
 
 
@@ -54,3 +57,28 @@ def test_the_gain_is_a_column_of_the_terminal_and_a_figure_with_a_table_on_the_p
     assert "1k to 16k" in text.splitlines()[2]
     assert 'data-figure="gains-half_tail"' in page
     assert "Gain from context: bits per byte saved against reading 1,024 tokens." in page
+
+
+def test_what_fewer_bits_cost_is_the_difference_to_the_same_run_in_plain_numbers():
+    rows = []
+    for arm, seed in itertools.product(("mamba", "transformer"), range(3)):
+        for dtype, cost in (("float32", 0.0), ("int4", 0.02), ("float32, int4 KV cache", 0.5)):
+            if arm == "mamba" and "KV" in dtype:
+                continue
+            for length in (512, 1024):
+                row = score_row(arm, length, 2.0 + 0.1 * seed + cost * length / 512)
+                rows.append(row | {"run": f"{arm}{seed}", "seed": seed, "dtype": dtype})
+    results = gather(rows, [])
+    found = quantization_costs(results, "half_tail")
+    assert [*found] == [
+        *("mamba \u00b7 in int4", "transformer \u00b7 in int4"),
+        "transformer \u00b7 in float32, int4 KV cache",
+    ]
+    for label, cost in zip(found, (0.02, 0.02, 0.5), strict=True):
+        for length, cell in found[label].items():
+            assert cell.value == pytest.approx(cost * length / 512)
+            assert cell.seeds == 3  # paired: what the seeds differ by is not in it
+            assert cell.half < 1e-9
+    assert "cost of fewer bits" in as_text(results)
+    assert "cost of fewer bits" not in as_text(gather([rows[0]], []))
+    assert len(quantization(results, "half_tail").points) == 6

@@ -17,12 +17,12 @@ from typing import Literal
 import torch
 
 from zoo.config.schema.train import TrainConfig
+from zoo.measurement import BITS
 from zoo.model.backbone import Backbone
 from zoo.model.pretrained import dtype_on_disk
 from zoo.model.quantization import quantize, quantize_cache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BITS = ("int8", "int4")
 Weights = Literal["stored", "float32", "bfloat16", "float16", "int8", "int4"]
 
 log = logging.getLogger("zoo")
@@ -65,8 +65,3 @@ def quantize_as(model: Backbone, weights: str, kv_cache: str | None = None) -> B
 def numbers(dtype: str, kv_cache: str | None) -> str:
     """What a row says of the numbers that it was measured in: its field `dtype`."""
     return dtype if kv_cache is None else f"{dtype}, {kv_cache} KV cache"
-
-
-def is_quantized(dtype: str | None) -> bool:
-    """Whether a row's field `dtype` names weights or a cache in bits."""
-    return any(bits in (dtype or "") for bits in BITS)

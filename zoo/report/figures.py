@@ -10,7 +10,7 @@ from zoo.report.axes import Axis
 from zoo.report.charts import DISTINCT, Drawing, Spec, Style, grid, lines
 from zoo.report.noise import noise_words
 from zoo.report.rows import Cell, Cells, Results
-from zoo.report.scores import NEAR, PROTOCOLS, bigram, context_gains, headline
+from zoo.report.scores import NEAR, PROTOCOLS, bigram, context_gains, headline, quantization_costs
 from zoo.report.tables import costs, lengths_of, shown_quantities
 from zoo.report.words import DASH, FORMS, caption, score, share, short, signed, size, times
 
@@ -150,6 +150,25 @@ def gains(results: Results, protocol: str) -> Lines:
             also=(0.0,),
         ),
         f"Bits per byte saved where more than {NEAR:,} tokens are read, one line per arm.",
+        level=0.0 if cells else None,
+    )
+
+
+def quantization(results: Results, protocol: str) -> Lines:
+    """What quantized weights and caches cost by length, against the same runs in plain numbers."""
+    cells = quantization_costs(results, protocol)
+    return Lines(
+        f"quantization-{protocol}",
+        by_length(results, cells, "cost in bits per byte", signed),
+        lengths(results, "test length in tokens, and in training lengths"),
+        Axis(
+            "bits per byte lost by fewer bits (lower is better)",
+            lambda value: f"{value:+.3g}" if value else "0",
+            signed=True,
+            also=(0.0,),
+        ),
+        "Bits per byte less those of the same runs in plain numbers, one line per arm.",
+        trained(results) if cells else (),
         level=0.0 if cells else None,
     )
 

@@ -25,6 +25,7 @@ from zoo.report.figures import (
     gains,
     length_extension,
     quantity_figure,
+    quantization,
     scores,
     task_figures,
 )
@@ -52,6 +53,7 @@ from zoo.report.scores import (
     SHARE,
     context_gains,
     contexts,
+    quantization_costs,
     ties,
 )
 from zoo.report.sensitivity import rates_table
@@ -252,6 +254,12 @@ def _compared(results: Results, protocol: str, look: Mapping[str, Style]) -> Ite
         title = f"Gain from context: bits per byte saved against reading {NEAR:,} tokens."
         table = tables.grid(results, context_gains(results, protocol), title, signed, max)
         yield _block(gains(results, protocol), title, table, look=look, named=True, height=240)
+    if costs := quantization_costs(results, protocol):
+        title = "Cost of fewer bits: bits per byte less those of the same runs in plain numbers."
+        table = tables.grid(results, costs, title, signed)
+        yield _block(
+            quantization(results, protocol), title, table, look=look, named=True, height=240
+        )
     title = f"Bits per byte less those of {results.reference} on the same text."
     apart, noise = results.differences(protocol), score_noise(results, protocol)
     table = tables.grid(results, apart, title, signed, noise=noise)

@@ -16,6 +16,7 @@ from zoo.report.figures import (
     drawn_words,
     gains,
     length_extension,
+    quantization,
     scores,
     table,
     task_figures,
@@ -97,6 +98,8 @@ def _scores(results: Results, look: Mapping[str, Style]) -> alt.TopLevelMixin | 
         panels.append(below)
     if gained := gains(results, protocol).draw(look, height=200, **how):
         panels.append(gained)
+    if costs := quantization(results, protocol).draw(look, height=240, **how):
+        panels.append(costs)
     return alt.vconcat(*panels, spacing=26)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import takewhile
 
+from zoo.measurement import is_quantized
 from zoo.report.rows import Cell, Cells, Results, contrast, in_words
 from zoo.report.statistics import finite
 from zoo.report.tables import Table, Td, Tied, overlapping
@@ -137,6 +138,24 @@ def context_gains(results: Results, protocol: str) -> Cells:
         for label, mine in places.items()
         if NEAR in mine and max(mine) > NEAR
     }
+
+
+def quantization_costs(results: Results, protocol: str) -> Cells:
+    """Bits per byte that fewer bits cost: of each arm whose weights or cache are quantized, less
+    those of the same runs in plain numbers at the same length. Empty where there is none."""
+    every, found = results.where(task="perplexity", protocol=protocol), {}
+    plain = [row for row in every if not is_quantized(row.get("dtype"))]
+    for label, mine in results.places("perplexity", protocol=protocol).items():
+        measured = [row for rows in mine.values() for row in rows]
+        if not any(is_quantized(row.get("dtype")) for row in measured):
+            continue
+        same = {(row.get("run"), row.get("extension_settings")) for row in measured}
+        base = [one for one in plain if (one.get("run"), one.get("extension_settings")) in same]
+        found[label] = {
+            length: contrast(rows, [one for one in base if one.get("length") == length])
+            for length, rows in mine.items()
+        }
+    return found
 
 
 def dead(results: Results) -> dict[str, str]:

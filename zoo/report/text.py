@@ -15,6 +15,7 @@ from zoo.report.scores import (
     dead,
     effective_contexts,
     headline,
+    quantization_costs,
 )
 from zoo.report.sensitivity import rates_table
 from zoo.report.tables import Table, costs, quantity_table, shown_quantities, task_tables, written
@@ -129,6 +130,8 @@ def _compared_as_text(results: Results, protocol: str, heads: list[list[str]]) -
     if protocol in SAME_TOKENS:
         own = "change against the training length"
         compared.insert(0, (own, results.changes(protocol), {}))
+    if costs := quantization_costs(results, protocol):
+        compared.append(("cost of fewer bits, against the same runs in plain numbers", costs, {}))
     said = []
     for title, cells, noise in compared:
         lines = [

@@ -20,11 +20,11 @@ from zoo.config.validate import plain
 from zoo.data.corpora import Corpus
 from zoo.devices import prepare
 from zoo.errors import FORM, UserError, sentence
-from zoo.measurement import agrees, lacking, not_finite
+from zoo.measurement import agrees, is_quantized, lacking, not_finite
 from zoo.model.checkpoint import load
 from zoo.model.device import pick_device
 from zoo.model.extend import extend
-from zoo.model.weights import choose_weights, is_quantized, loaded_in, quantize_as
+from zoo.model.weights import choose_weights, loaded_in, quantize_as
 from zoo.report import published, write_report
 from zoo.report.page import pictures_folder, terminal
 from zoo.report.rows import gather, in_words

@@ -8,8 +8,7 @@ import torch
 from zoo.config.groups import extensions
 from zoo.config.schema.model import Extension
 from zoo.errors import refuse
-from zoo.measurement import agrees, panel, question
-from zoo.model.weights import is_quantized
+from zoo.measurement import agrees, is_quantized, panel, question
 from zoo.runs.folder import RunFolder
 from zoo.runs.provenance import measured_by
 from zoo.tasks.context import Row
