@@ -24,6 +24,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             *("trainer.max_steps", "optim.lr", "optim.warmup_steps", "optim.min_lr_ratio"),
             *("optim.weight_decay", "optim.betas", "optim.eps", "optim.momentum", "optim.clip"),
             *("optim.continuation", "trainer.accumulate_grad_batches", "seed"),
+            *("distil.teacher", "distil.temperature", "distil.weight"),
         ),
         "Run folder": (
             *("runs", "name", "resume", "finetune", "fresh", "changed_code"),

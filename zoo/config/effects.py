@@ -109,6 +109,10 @@ def check_effects(config: TrainConfig, tree: Mapping[str, Any], given: Sequence[
     if "optim.warmup_steps" in given and config.optim.warmup_steps > steps:
         rule, advice = f"must be at most trainer.max_steps={steps}", "Use a shorter warm-up"
         refuse("optim.warmup_steps", config.optim.warmup_steps, rule, f"{advice} or a longer run")
+    for option in ("temperature", "weight"):
+        if f"distil.{option}" in given and config.distil.teacher is None:
+            value = getattr(config.distil, option)
+            refuse(f"distil.{option}", value, "is of a teacher", "Add distil.teacher=<run>")
     if config.match == "params" and not config.finetune:
         _check_matched(config)
     _check_used(config, given)

@@ -80,12 +80,13 @@ def row_identity(
 
 
 def _shrunk(config: TrainConfig) -> str:
-    """How a run's model was made smaller, in words."""
-    if config.shrunk is None:
-        return ""
-    if config.shrunk.rank is not None:
-        return f", rank {config.shrunk.rank}"
-    return f", {config.shrunk.sparsity} sparse"
+    """How a run's model was made smaller, or by which one it was taught, in words."""
+    words, shrunk = "", config.shrunk
+    if shrunk is not None:
+        words = f", rank {shrunk.rank}" if shrunk.rank else f", {shrunk.sparsity} sparse"
+    if config.distil.teacher is not None:
+        words += f", taught by {Path(config.distil.teacher).name}"
+    return words
 
 
 def compressed_identity(about: Row, compress: Compress) -> Row:

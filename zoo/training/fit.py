@@ -30,6 +30,7 @@ from zoo.ops.runtime.allocator import tune_allocator
 from zoo.runs.folder import RunFolder
 from zoo.runs.stopping import current
 from zoo.training.callbacks import Checkpoints, MetricsLogger
+from zoo.training.distillation import Distillation, distillation
 from zoo.training.learner import Learner, NonFiniteError
 from zoo.training.partition import micro_batches, process_count, ranks_per_window
 from zoo.training.pruning import KeepZeros
@@ -64,6 +65,13 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
     lightning.seed_everything(config.seed, verbose=False)
     model, sizes, checkpoint = _build(config, folder, data.vocab_size)
     facts = _facts(config, data, model, sizes)
+    before = (folder.info.get("teacher") or {}).get("weights")
+    taught = distillation(config, data.tokenizer_name, data.vocab_size, before)
+    if taught is not None:
+        facts["teacher"] = taught.facts(config.seq_len)
+        if first:
+            said = f"{facts['teacher']['flops_per_token']:,} FLOPs a token"
+            say(f"{config.distil.teacher} teaches, {said} beside {facts['flops_per_token']:,}")
     metrics, checkpoints = _callbacks(config, folder, data)
     kept = _kept_zeros(config, model)  # before a step is measured or saved
     trainer = _trainer(config, folder, [*kept, metrics, checkpoints], facts, until)
@@ -74,7 +82,7 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
         record_start(config, folder, data, trainer, facts)
     try:
         with stop.deferred():
-            _fit(trainer, _learner(config, model), Windows(data, config), checkpoint)
+            _fit(trainer, _learner(config, model, taught), Windows(data, config), checkpoint)
     except NonFiniteError as error:
         good = folder.checkpoint()
         raise NonFiniteError(f"{error}; last good checkpoint: {good or 'none yet'}") from None
@@ -162,7 +170,7 @@ def _kept_zeros(config: TrainConfig, model: Backbone) -> list[Any]:
     return [KeepZeros(model)] if pruned else []
 
 
-def _learner(config: TrainConfig, model: Backbone) -> Learner:
+def _learner(config: TrainConfig, model: Backbone, taught: Distillation | None) -> Learner:
     return Learner(
         model=model,
         optim=config.optim,
@@ -172,6 +180,7 @@ def _learner(config: TrainConfig, model: Backbone) -> Learner:
         micro_batches=micro_batches(config),
         rows=config.batch_size,
         sequence_parallel=ranks_per_window(config),
+        distillation=taught,
     )
 
 

@@ -15,6 +15,7 @@ from zoo.errors import RunError, refuse_path
 from zoo.model.backbone import Backbone
 from zoo.model.chunks import state_before
 from zoo.parallel.hand_over import Ranks
+from zoo.training.distillation import Distillation
 from zoo.training.distributed import all_gather, broadcast_text, rank, ranks_of_window, world_size
 from zoo.training.optimisers import make_optimiser
 
@@ -49,6 +50,7 @@ class Learner(lightning.LightningModule):
         micro_batches: int = 1,
         rows: int | None = None,
         sequence_parallel: int = 1,
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
         self.sequence_parallel = sequence_parallel
@@ -58,6 +60,7 @@ class Learner(lightning.LightningModule):
         self.passes_state = state_passing == "carry"
         self.micro_batches, self.rows = micro_batches, rows  # rows of a whole step
         self.states: dict[int, Any] = {}  # micro-batch -> the state after its rows' last window
+        self.distillation = distillation
         self._losses: list[Tensor] = []  # of the step's micro-batches
 
     def on_fit_start(self) -> None:
@@ -73,6 +76,8 @@ class Learner(lightning.LightningModule):
                 state = self.model.empty_state(len(tokens))
             loss, state = self.model.loss(tokens, state)
             self.states[micro] = self.model.truncate_state(state, self.seq_len)
+        elif self.distillation is not None:
+            loss = self.distillation.loss(self.model, tokens)
         else:
             loss = self.loss(batch)
         loss = loss * batch.get("weight", 1.0)

@@ -20,8 +20,9 @@ from zoo.model.backbone import Backbone, takes_state
 from zoo.model.build import assemble, build_model, count_parameters, refuse_pattern
 from zoo.model.extend import extend_as_trained
 from zoo.ops.runtime import dispatch
+from zoo.training.distillation import distillation
 from zoo.training.partition import micro_batches, process_count, ranks_per_window
-from zoo.training.windows import vocabulary
+from zoo.training.windows import open_data, vocabulary
 
 TRAINED_BYTES = 16  # per parameter in float32: itself, its gradient, AdamW's two moments
 PROBE_TOKENS = 128  # of one row: activations grow at least linearly with its length
@@ -45,6 +46,9 @@ def rehearse(config: TrainConfig) -> None:
     _check_length(config, model.max_length)
     if ranks_per_window(config) > 1:
         _check_chunks(config, model)
+    if config.distil.teacher is not None:
+        text = open_data(config.data, config.seq_len)
+        distillation(config, text.tokenizer_name, text.vocab_size)
     if device == "cpu":
         _check_memory(config, vocab_size, knobs, count_parameters(model))
 

@@ -10,16 +10,36 @@ from zoo.config.schema.model import Extension, Model, Shrunk, Size, Stage
 from zoo.config.schema.optim import Optim
 from zoo.config.schema.sections import Section
 from zoo.config.schema.trainer import Logger, Trainer
-from zoo.config.schema.values import Name, Natural, Path, Positive, Seed, Switch, Threads
+from zoo.config.schema.values import Name, Natural, Number, Path, Positive, Seed, Switch, Threads
 from zoo.errors import refuse
 
 SEPARATE = "Use objective=causal and state_passing=none"  # windows
 
 
+class Distil(Section):
+    """What a run learns of another model's predictions (arXiv 1503.02531)."""
+
+    unwritten: ClassVar[Mapping[str, Any]] = {"teacher": None, "temperature": 2.0, "weight": 0.5}
+    teacher: Path | None = Field(
+        default=None, description="run folder, or pretrained checkpoint, whose predictions to learn"
+    )
+    temperature: Annotated[Number, Field(gt=0, le=1000)] = Field(
+        default=2.0, description="by which the logits of both are divided"
+    )
+    weight: Annotated[Number, Field(gt=0, le=1)] = Field(
+        default=0.5, description="share of the loss that is the teacher's; the rest is the text's"
+    )
+
+
 class TrainConfig(Section):
     """A training run. Paths are relative to the working directory."""
 
-    unwritten: ClassVar[Mapping[str, Any]] = {"checkpoint": None, "stages": [], "shrunk": None}
+    unwritten: ClassVar[Mapping[str, Any]] = {
+        "checkpoint": None,
+        "stages": [],
+        "shrunk": None,
+        "distil": {},
+    }
     model: Model
     size: Size
     data: Data
@@ -59,6 +79,7 @@ class TrainConfig(Section):
         default=None,
         description="pretrained checkpoint that the run was made of; eval.py checkpoint= sets it",
     )
+    distil: Distil = Field(default_factory=Distil, description="a teacher's predictions")
     extension: Extension
     stages: list[Stage] = Field(
         default=[],
@@ -117,6 +138,16 @@ class TrainConfig(Section):
         if (ranks or 1) > 1 and (self.objective, self.state_passing) != ("causal", "none"):
             rule = "splits separate windows of causal models"
             refuse("trainer.sequence_parallel", ranks, rule, SEPARATE)
+        if self.distil.teacher is not None and (
+            (self.objective, self.state_passing) != ("causal", "none")
+            or self.extension.positions is not None
+            or self.data.task is not None
+        ):
+            rule = "acts on separate windows of a text, read at their own positions"
+            refuse("distil.teacher", self.distil.teacher, rule, f"{SEPARATE}, and such a text")
+        if self.distil.teacher is not None and (ranks or 1) > 1:
+            rule = "reads each window in one process"
+            refuse("distil.teacher", self.distil.teacher, rule, "Use trainer.sequence_parallel=1")
         if self.objective == "masked" and self.state_passing != "none":
             rule = "objective=masked reads separate windows"
             refuse("state_passing", self.state_passing, rule, "Use state_passing=none")
