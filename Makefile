@@ -9,10 +9,10 @@ RUN := $(BIN)/python
 INSTALL := $(RUN) -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo compare study mqar-state many-shot claims no-position scalings length-extension real test shapes lint constraints bench gpu-check clean
+.PHONY: help env env-dev demo compare study mqar-state many-shot claims no-position scalings quantization length-extension real test shapes lint constraints bench gpu-check clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 15) else f"Python 3.11 to 3.14 is needed (PyTorch has wheels for no other), $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
@@ -100,6 +100,17 @@ scalings: .venv/ready  ## one rotary model under every scaling, untuned and tune
 	  factor=$$(test $$extension = dynamic_ntk || echo extension.factor=8); \
 	  $(RUN) eval.py run='runs/scalings/*' $(MEASURED) extension=$$extension $$factor || exit; done
 	$(RUN) eval.py run='runs/scalings*/*' $(MEASURED)
+
+BITS := task=perplexity task.perplexity.protocols=[half_tail] task.perplexity.units=2 \
+  task.perplexity.lengths=[512,1k,2k,4k,8k,16k,32k] logger=none threads=1
+
+quantization: .venv/ready  ## what int8 and int4 weights, keys and values cost by length, to 64 times it
+	$(RUN) train.py -m experiment=quantization
+	for form in null int8 int4; do \
+	  $(RUN) eval.py run='runs/quantization/*' $(BITS) weights=$$form || exit; done
+	for form in int8 int4; do \
+	  $(RUN) eval.py run='runs/quantization/alibi-*' $(BITS) kv_cache=$$form || exit; done
+	$(RUN) eval.py run='runs/quantization/*' $(BITS)
 
 READ := task=length_extension task.perplexity.protocols=[half_tail] \
   task.perplexity.lengths=[128,256,512,1k,2k] task.passkey.lengths=[128,256,512,1k,2k]
