@@ -242,3 +242,31 @@ def test_an_export_begins_texts_as_its_run_does(words, beginning, checkpoint, tm
         theirs = transformers.AutoTokenizer.from_pretrained(to)
         assert theirs.encode("and then") == load_language_model(run).encode("and then")
         assert theirs.encode("and then") == load_language_model(to).encode("and then")
+
+
+def test_a_checkpoint_is_made_smaller_and_reads_from_a_quantized_cache(words, tmp_path):
+    from zoo.cli.shrink import main as shrink
+
+    assert main(words) == 0
+    (path,) = (path for path in (tmp_path / "runs").glob("*") if (path / "run.json").is_file())
+    assert shrink([f"run={path}", "rank=4", f"to={tmp_path / 'smaller'}"]) == 0
+    kept = ("report=", "logger=")
+    own = [word for word in words if word.startswith(kept)]
+    more = ["task=speed", "task.speed.lengths=[300]", "kv_cache=int4"]
+    assert main([*own, f"run={tmp_path / 'smaller'}", *more]) == 0
+    rows = (tmp_path / "smaller" / "results.jsonl").read_text().splitlines()
+    assert {json.loads(row)["dtype"] for row in rows} == {"float32, int4 KV cache"}
+
+
+def test_a_checkpoint_teaches_a_run_of_its_tokens(checkpoint, words, tmp_path):
+    from zoo.cli.train import main as train
+
+    place = [word for word in words if word.startswith("data.")]
+    tokens = [f"data.tokenizer={checkpoint / 'tokenizer.json'}", "data.end_token=257"]
+    small = ["model=mamba", "size=tiny", "match=none", "seq_len=32", "batch_tokens=64"]
+    more = ["trainer.max_steps=2", f"runs={tmp_path / 'runs'}", "name=student", "logger=none"]
+    teach = ["data=text", *place, *tokens, *small, *more, f"distil.teacher={checkpoint}"]
+    assert train(teach) == 0
+    record = RunFolder.open(tmp_path / "runs" / "student").info["teacher"]
+    assert record["run"] == str(checkpoint)
+    assert len(record["weights"]) == 64
