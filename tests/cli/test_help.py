@@ -11,6 +11,7 @@ from zoo.config.compose import SCHEMAS
 from zoo.config.groups import groups
 from zoo.config.schema.data import DataPlace
 from zoo.config.schema.optim import Optim
+from zoo.config.schema.train import Distil
 from zoo.config.schema.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,10 @@ def shown(program: str) -> str:
 def test_every_option_has_a_place_and_an_explanation(program):
     keys = [key for section in SECTIONS[program].values() for key in section]
     assert len(keys) == len({*keys})
-    sections = {"train": {"optim": Optim, "trainer": Trainer}, "eval": {"data": DataPlace}}[program]
+    sections = {
+        "train": {"optim": Optim, "trainer": Trainer, "distil": Distil},
+        "eval": {"data": DataPlace},
+    }[program]
     own = {key for key in SCHEMAS[program].model_fields if key not in {*groups(program), *sections}}
     inner = {f"{name}.{key}" for name, part in sections.items() for key in part.model_fields}
     assert {*keys} - {"hybrid"} == own - MADE_BY_PROGRAMS[program] | inner - NOT_FOR_USERS

@@ -46,10 +46,10 @@ def plainly(layer: SoftmaxAttention, x: np.ndarray, levels: int) -> np.ndarray:
     if isinstance(layer.positions, Rope):
         half = layer.head_width // 2
         angle = np.arange(len(x))[:, None, None] * 10000.0 ** (-np.arange(half) / half)
-        turn = np.exp(1j * angle)
+        unit = np.exp(1j * angle)
         for one in (q, k):
-            turned = (one[..., :half] + 1j * one[..., half:]) * turn
-            one[...] = np.concatenate([turned.real, turned.imag], -1)
+            rotated_pairs = (one[..., :half] + 1j * one[..., half:]) * unit
+            one[...] = np.concatenate([rotated_pairs.real, rotated_pairs.imag], -1)
     k_old, v_old = k.copy(), v.copy()
     for head in range(k.shape[1]):
         for first in range(0, len(x) - 31, 32):

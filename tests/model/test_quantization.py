@@ -164,10 +164,10 @@ def test_text_is_written_with_quantized_weights(run):
 def test_rows_of_a_quantized_cache_say_so_and_have_its_bytes(run, tmp_path, capsys):
     words = ["task.perplexity.lengths=[512]", "task.perplexity.units=2"]
     speed = ["task=speed", "task.speed.lengths=[512]", "task.speed.decode_tokens=2"]
-    shared = [f"run={run}", f"report={tmp_path / 'r.html'}", "logger=none"]
+    to = [f"run={run}", f"report={tmp_path / 'r.html'}", "logger=none"]
     for more in ([], ["kv_cache=int8"], ["kv_cache=int4", "weights=int8"], ["kv_cache=int8"]):
-        assert eval_main([*shared, "task=perplexity", *words, *more]) == 0
-        assert eval_main([*shared, *speed, *more]) == 0
+        assert eval_main([*to, "task=perplexity", *words, *more]) == 0
+        assert eval_main([*to, *speed, *more]) == 0
     rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["length"] == 512]
     found = {row["dtype"]: row for row in rows if row.get("protocol") == "half_tail"}

@@ -69,10 +69,10 @@ def test_the_smallest_share_of_each_matrix_is_zero_and_the_rest_stays(share):
     before = matrices(model)
     shrink(model, Shrunk(run="x", sparsity=share))
     for key, weight in matrices(model).items():
-        kept = weight != 0
-        assert int((~kept).sum()) == round(share * weight.numel())
-        assert torch.equal(weight[kept], before[key][kept])
-        assert before[key][~kept].abs().max() <= before[key][kept].abs().min()
+        nonzero = weight != 0
+        assert int((~nonzero).sum()) == round(share * weight.numel())
+        assert torch.equal(weight[nonzero], before[key][nonzero])
+        assert before[key][~nonzero].abs().max() <= before[key][nonzero].abs().min()
 
 
 def test_two_of_every_four_inputs_are_zero_the_smallest():
@@ -113,10 +113,8 @@ def test_a_smaller_run_is_measured_under_its_own_name(runs, name, tmp_path, caps
     for key, weight in again.state_dict().items():
         assert torch.equal(weight, model.state_dict()[key])
     words = ["task=perplexity", "task.perplexity.lengths=[32]", "task.perplexity.units=2"]
-    shared = [f"report={tmp_path / 'r.html'}", "logger=none"]
-    assert (
-        eval_main([f"run={[str(runs / 'x'), str(folder)]}".replace("'", ""), *words, *shared]) == 0
-    )
+    to = [f"report={tmp_path / 'r.html'}", "logger=none"]
+    assert eval_main([f"run={[str(runs / 'x'), str(folder)]}".replace("'", ""), *words, *to]) == 0
     row = json.loads((folder.path / "results.jsonl").read_text().splitlines()[0])
     assert row["arm"] in (
         "transformer, rank 8",

@@ -99,12 +99,12 @@ class QuantizedCache:
 
     def state_bytes(self, tokens: int, batch: int, item: int) -> int:
         """Return the bytes of a state after so many tokens; recent numbers have `item` each."""
-        kept = self._kept(tokens)
-        old = kept[kept < _boundary(tokens)]
+        cached = self._cached(tokens)
+        old = cached[cached < _boundary(tokens)]
         codes = self.head_width // 2 if self.bits == "int4" else self.head_width
         groups = len((old // GROUP).unique()) * self.head_width
         groups += len(old) * self.head_width // self.channels
-        recent = (len(kept) - len(old)) * self.head_width * item
+        recent = (len(cached) - len(old)) * self.head_width * item
         return 2 * batch * self.heads * (len(old) * codes + 2 * groups + recent)
 
     def attend(
@@ -128,9 +128,9 @@ class QuantizedCache:
         for start, stop in _blocks(first, last):
             rows = slice(start - first, stop - first)
             past_k, past_v = grow(past_k, k[:, rows]), grow(past_v, v[:, rows])
-            seen = [part._replace(q=part.q[:, rows]) for part in sinks]
+            sink_parts = [part._replace(q=part.q[:, rows]) for part in sinks]
             args = q[:, rows], past_k, past_v, start, cross_layer
-            outs.append(self.positions.attend(*args, sinks=seen, backend=backend))
+            outs.append(self.positions.attend(*args, sinks=sink_parts, backend=backend))
             past_k, past_v = self.positions.evict(past_k, past_v)
             state = self._evicted(state, start, stop)
             if stop % RECENT == 0 and _boundary(stop):
@@ -140,7 +140,7 @@ class QuantizedCache:
         recent = [x[:, old:].clone() for x in (past_k, past_v)]  # a view would keep all of them
         return y, state._replace(k=recent[0], v=recent[1], tokens_seen=last)
 
-    def _kept(self, tokens: int) -> Tensor:
+    def _cached(self, tokens: int) -> Tensor:
         """Return the positions that are cached after so many tokens: sinks and the last ones."""
         count, pattern = self.positions.cached(tokens), self.positions.pattern
         sinks = min(pattern.sinks if pattern is not None else 0, count)
@@ -149,7 +149,7 @@ class QuantizedCache:
 
     def _restored(self, state: QuantizedKeyValues, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return all cached keys and values as numbers."""
-        old = self._kept(state.tokens_seen)[: state.k_bits.shape[1]]
+        old = self._cached(state.tokens_seen)[: state.k_bits.shape[1]]
         if not len(old):
             return state.k.to(dtype), state.v.to(dtype)
         k_codes, v_codes = (self._unpacked(x) for x in (state.k_bits, state.v_bits))
@@ -162,8 +162,8 @@ class QuantizedCache:
         """Drop the codes of tokens that were evicted after `start` and up to `stop` tokens."""
         if self.positions.cached(stop) == stop or not state.k_bits.shape[1]:
             return state
-        old = self._kept(start)[: state.k_bits.shape[1]]
-        left = torch.isin(old, self._kept(stop))
+        old = self._cached(start)[: state.k_bits.shape[1]]
+        left = torch.isin(old, self._cached(stop))
         if left.all():
             return state
         groups = torch.isin((old // GROUP).unique(), (old[left] // GROUP).unique())
@@ -175,9 +175,9 @@ class QuantizedCache:
         self, state: QuantizedKeyValues, past_k: Tensor, past_v: Tensor, tokens: int
     ) -> QuantizedKeyValues:
         """Round the tokens that are old after so many, in the past in place, and in the state."""
-        kept, first, last = self._kept(tokens), _boundary(tokens) - RECENT, _boundary(tokens)
+        cached, first, last = self._cached(tokens), _boundary(tokens) - RECENT, _boundary(tokens)
         for group in range(first // GROUP, last // GROUP):
-            rows = (kept // GROUP == group).nonzero()[:, 0].to(past_k.device)
+            rows = (cached // GROUP == group).nonzero()[:, 0].to(past_k.device)
             if not len(rows):
                 continue
             k_codes, k_scales = quantize(past_k[:, rows].movedim(1, -1), self.levels)
@@ -194,7 +194,7 @@ class QuantizedCache:
         return state
 
     def _packed(self, codes: UInt8[Tensor, "*rows d"]) -> UInt8[Tensor, "*rows bytes"]:
-        """Return codes as they are kept: two in a byte where they have 4 bits."""
+        """Return codes as the state has them: two in a byte where they have 4 bits."""
         if self.bits == "int8":
             return codes
         first, second = codes.chunk(2, -1)

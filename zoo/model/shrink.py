@@ -10,7 +10,7 @@ Both act on the linear layers of the blocks: not on the embedding, the head, nor
 parameters. Layers that are too small to gain from the rank, or do not cut into fours, stay.
 Departure from Han 2015, which prunes and trains in turn: once, at one share for every matrix.
 
-Zeros are kept as numbers: a model with them is as large and as fast as before.
+Zeros are stored as numbers: a model with them is as large and as fast as before.
 """
 
 from collections.abc import Callable, Iterator
@@ -105,9 +105,9 @@ def _larger_pairs(weight: Tensor) -> Tensor:
 def pruned(model: Backbone) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Yield each matrix that has zeros, with True where it has none."""
     for layer in _matrices(model):
-        kept = layer.weight.detach() != 0
-        if not kept.all():
-            yield layer.weight, kept
+        nonzero = layer.weight.detach() != 0
+        if not nonzero.all():
+            yield layer.weight, nonzero
 
 
 def _matrices(model: Backbone) -> list[nn.Linear]:

@@ -73,8 +73,8 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
             said = f"{facts['teacher']['flops_per_token']:,} FLOPs a token"
             say(f"{config.distil.teacher} teaches, {said} beside {facts['flops_per_token']:,}")
     metrics, checkpoints = _callbacks(config, folder, data)
-    kept = _kept_zeros(config, model)  # before a step is measured or saved
-    trainer = _trainer(config, folder, [*kept, metrics, checkpoints], facts, until)
+    zeros = _keep_zeros(config, model)  # before a step is measured or saved
+    trainer = _trainer(config, folder, [*zeros, metrics, checkpoints], facts, until)
     tf32 = prepare(trainer.strategy.root_device.type)
     if first:
         if tf32:
@@ -165,7 +165,7 @@ def _callbacks(
     return metrics, Checkpoints(folder, every=config.save_every, **shared)
 
 
-def _kept_zeros(config: TrainConfig, model: Backbone) -> list[Any]:
+def _keep_zeros(config: TrainConfig, model: Backbone) -> list[Any]:
     pruned = config.shrunk is not None and config.shrunk.sparsity is not None
     return [KeepZeros(model)] if pruned else []
 

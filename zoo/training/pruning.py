@@ -21,11 +21,11 @@ class KeepZeros(Callback):
 
     def on_before_optimizer_step(self, *_: Any) -> None:
         """Before the gradient is clipped, so that its norm is that of what is trained."""
-        for weight, kept in self.found:
+        for weight, nonzero in self.found:
             if weight.grad is not None:
-                weight.grad.mul_(kept.to(weight.grad))
+                weight.grad.mul_(nonzero.to(weight.grad))
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any, **__: Any) -> None:
         with torch.no_grad():
-            for weight, kept in self.found:
-                weight.mul_(kept.to(weight))
+            for weight, nonzero in self.found:
+                weight.mul_(nonzero.to(weight))

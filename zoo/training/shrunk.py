@@ -51,7 +51,7 @@ def shrunk_run(how: Shrunk, to: Path | None = None) -> str:
     made = validate(TrainConfig, plain(config) | {"shrunk": plain(how), "checkpoint": None})
     whole = next(base.whole_checkpoints(), None)
     weights = info["checkpoint"]["sha256"] if config.checkpoint else whole and whole.content
-    files, zeros = sources(made), sum(int((~kept).sum()) for _, kept in pruned(model))
+    files, zeros = sources(made), sum(int((~nonzero).sum()) for _, nonzero in pruned(model))
     facts = {
         **{name: info[name] for name in FROM_BASE if name in info},
         **{"id": uuid.uuid4().hex[:12], **provenance()},
