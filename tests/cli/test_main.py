@@ -21,7 +21,7 @@ def test_the_package_explains_its_programs(flag, capsys):
     ("words", "message"),
     {
         "tran": "zoo tran: unknown program. Did you mean 'train'? Use one of: train, tune, ",
-        "": "zoo: unknown program. Use one of: train, tune, study, recipe, eval, compress, shrink, ",
+        "": "zoo: unknown program. Use one of: train, tune, study, recipe, eval, compress, ",
         "doctor foo": "zoo doctor foo: must be `zoo doctor`, without arguments.",
         "list modles": "--list=modles: unknown kind. Did you mean 'models'? ",
         "train --list=models": "--list=models: unknown flag. See --help.",
