@@ -130,6 +130,7 @@ ALLOWED = {  # the odd values that mean something
     "decode tokens": [[]],
     "seed": [0],
     "weights": [None],
+    "kv_cache": [None],
     "words": [],
     "folder": [
         "",

@@ -125,8 +125,10 @@ def test_a_smaller_run_is_measured_under_its_own_name(runs, name, tmp_path, caps
     assert row["arm"] in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
-@pytest.mark.parametrize("name", SMALLER)
+@pytest.mark.parametrize(
+    ("name", "optimiser"),
+    [(SMALLER[0], "adamw"), (SMALLER[1], "muon"), (SMALLER[2], "adamw")],
+)
 def test_training_it_further_keeps_its_zeros_and_its_ranks(runs, name, optimiser, tmp_path):
     words = [f"finetune={runs / name}", f"runs={tmp_path}", "name=t", *TINY, "logger=none"]
     words += [f"optim={optimiser}", "optim.warmup_steps=1", "optim.lr=0.01"]

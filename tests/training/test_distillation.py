@@ -125,5 +125,5 @@ def test_a_teacher_of_other_tokens_is_refused(teacher, tmp_path, capsys):
     own = [f"data.path={text}", f"data.cache={tmp_path / 'cache'}", f"data.tokenizer={file}"]
     assert main(taught(teacher, "name=other", *own)) == 2
     said = capsys.readouterr().err
-    assert "its tokens (bytes, 257 tokens) are not the run's (tokenizer.json@" in said
+    assert "its tokens (bytes, 256 tokens) are not the run's (tokenizer.json@" in said
     assert not (teacher.parent / "other").exists()

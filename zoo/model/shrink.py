@@ -102,7 +102,7 @@ def _larger_pairs(weight: Tensor) -> Tensor:
     return torch.zeros_like(fours).scatter_(-1, places, 1).flatten(1)
 
 
-def pruned(model: Backbone) -> Iterator[tuple[nn.Parameter, Tensor]]:
+def pruned(model: Backbone) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each matrix that has zeros, with True where it has none."""
     for layer in _matrices(model):
         nonzero = layer.weight.detach() != 0

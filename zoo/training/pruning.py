@@ -19,7 +19,9 @@ class KeepZeros(Callback):
     def __init__(self, model: Backbone) -> None:
         self.found = [*pruned(model)]
 
-    def on_before_optimizer_step(self, *_: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: Any, optimizer: Any
+    ) -> None:
         """Before the gradient is clipped, so that its norm is that of what is trained."""
         for weight, nonzero in self.found:
             if weight.grad is not None:
