@@ -309,7 +309,7 @@ class Backbone(nn.Module):
         """
         x, after = self.hidden(tokens[:, :-1], state, positions)
         nll = self._summed_nll(x, tokens[:, 1:]) / tokens[:, 1:].numel()
-        nll = self._with_auxiliary(nll)
+        nll = self.with_auxiliary(nll)
         return (nll, after) if state else nll
 
     def labels_loss(
@@ -326,9 +326,9 @@ class Backbone(nn.Module):
         """
         x, _ = self.hidden(tokens, state, positions)
         nll = self._summed_nll(x, labels) / (labels != NO_LABEL).sum().clamp(min=1)
-        return self._with_auxiliary(nll)
+        return self.with_auxiliary(nll)
 
-    def _with_auxiliary(self, loss: Tensor) -> Tensor:
+    def with_auxiliary(self, loss: Tensor) -> Tensor:
         auxiliary, self._auxiliary = self._auxiliary, None
         return loss if auxiliary is None else loss + auxiliary
 

@@ -59,7 +59,8 @@ class Distillation:
         with torch.no_grad(), plain_numbers, arithmetic(model, precision, tokens.device):
             taught = model(tokens[:, :-1])
         found = student(tokens[:, :-1])
-        return distillation_loss(found, taught.clone(), tokens[:, 1:], self.how)
+        loss = distillation_loss(found, taught.clone(), tokens[:, 1:], self.how)
+        return student.with_auxiliary(loss)
 
     def facts(self, seq_len: int) -> dict[str, Any]:
         """The entry of run.json about the teacher."""
