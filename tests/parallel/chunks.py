@@ -3,16 +3,16 @@
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from building import train_config
 from torch import Tensor
 
-from zoo.config.compose import compose
 from zoo.config.schema.model import Extension
 from zoo.config.schema.train import TrainConfig
+from zoo.config.validate import validate
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.chunks import bytes_sent, state_before
@@ -33,10 +33,9 @@ def _config(*words: str) -> TrainConfig:
     return train_config("size=tiny", "seq_len=256", "match=none", *words)
 
 
-def composed(model: list[str], extension: list[str], lengths: list[int]) -> Case:
-    """The configurations of a case: options of train.py, and those of an extension's program."""
-    program, *words = extension or ["train"]
-    return Case(_config(*model), compose(program, words).extension if words else None, lengths)
+def composed(model: list[str], extension: dict[str, Any] | None, lengths: list[int]) -> Case:
+    """A case of these options of train.py, and this section of an extension."""
+    return Case(_config(*model), extension and validate(Extension, extension), lengths)
 
 
 def built(case: Case, length: int) -> tuple[Backbone, Tensor | None]:
@@ -57,15 +56,13 @@ def differences(ranks: Ranks, case: Case, length: int) -> dict[str, float]:
     tokens = torch.randint(VOCABULARY, (ROWS, length + 1))
     before = ranks.bytes_sent
     inputs, labels, chunk = tokens[:, :-1], tokens[:, 1:], ranks.chunk(length)
-    state = state_before(model, ranks, chunk.start)
+    state, read = state_before(model, ranks, chunk.start), []
+    watch = model.norm.register_forward_hook(lambda *call: read.append(call[2].detach()))
     mean = model.labels_loss(inputs[:, chunk], labels[:, chunk], positions, state)
     (mean * (chunk.stop - chunk.start) / length).backward()
     ranks.finish()
     unexpected = torch.tensor(ranks.bytes_sent - before - bytes_sent(model, ranks, length, ROWS))
-    with torch.no_grad():
-        state = state_before(model, ranks, chunk.start)
-        own, _ = model.hidden(inputs[:, chunk], state, positions)
-    ranks.finish()
+    (own,) = read
     outputs = own.new_zeros((ROWS, length, model.width))
     outputs[:, chunk] = own
     summed = mean.detach() * (chunk.stop - chunk.start) / length
@@ -80,8 +77,8 @@ def differences(ranks: Ranks, case: Case, length: int) -> dict[str, float]:
     model.zero_grad()
     whole = model.labels_loss(inputs, labels, positions)
     whole.backward()
-    every, _ = model.hidden(inputs, positions=positions)
-    about = {"outputs": _apart(outputs, every), "loss": _apart(summed, whole)}
+    watch.remove()
+    about = {"outputs": _apart(outputs, read[1]), "loss": _apart(summed, whole)}
     about["bytes"] = unexpected.item()
     return about | {n: _apart(found[n], p.grad) for n, p in model.named_parameters()}
 

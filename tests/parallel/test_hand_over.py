@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from building import ARCHITECTURES, MODEL_OF
@@ -16,30 +17,35 @@ from zoo.config.groups import extensions
 CLOSE = 1e-10
 SEVERAL = [4, 5, 33, 64, 130]  # tokens; odd lengths recompute activations
 MORE = {
-    "longrope": [f"extension.scaling.long_factors={[1 + 0.2 * pair for pair in range(16)]}"],
-    "lm_infinite": ["extension.attention.sinks=2"],
+    "longrope": {"scaling": {"long_factors": [1 + 0.2 * pair for pair in range(16)]}},
+    "lm_infinite": {"attention": {"sinks": 2}},
 }
+Cases = dict[str, tuple[list[str], dict[str, Any] | None, list[int]]]
 
 
-def every_case(
-    lengths: list[int] | None = None,
-) -> dict[str, tuple[list[str], list[str], list[int]]]:
-    """Every architecture, and every extension as it is trained under: options of both."""
-    found: dict[str, tuple[list[str], list[str], list[int]]] = {}
+def every_case(lengths: list[int] | None = None) -> Cases:
+    """Every architecture, and every extension as it is trained under.
+
+    At the lengths of the ordinary suite without those that scale frequencies by constants.
+    """
+    found: Cases = {}
     for name in ARCHITECTURES:
         words = [f"model={name}"] + ["size.layers=3"] * (name == "hybrid")  # its pattern
-        found[name] = words, [], lengths or [77]
+        found[name] = words, None, lengths or [77]
     for name in ("transformer", "sinusoidal", "mamba"):
         words = [f"model={name}", "model.sink_token=true"]
-        found[f"{name} with a sink token"] = words, [], lengths or [77]
+        found[f"{name} with a sink token"] = words, None, lengths or [77]
     for name, tree in extensions().items():
         model, placed = [f"model={MODEL_OF.get(name, 'transformer')}"], tree.get("positions")
-        words = [f"extension={name}", *MORE.get(name, [])]
-        words += ["extension.factor=4"] * (tree["factor"] == "???" or bool(placed))
-        words = ["train", "finetune=x", *words] if placed else ["eval", "run=x", *words]
-        found[f"{model[0]} {name}"] = model, words, lengths or [40]
+        if lengths is None and not (placed or tree["attention"]):
+            continue
+        tree |= {part: tree[part] | more for part, more in MORE.get(name, {}).items()}
+        tree["factor"] = 4 if tree["factor"] == "???" or placed else tree["factor"]
+        if isinstance(tree["scaling"], str):
+            tree["scaling"] = extensions()[tree["scaling"]]["scaling"]
+        found[f"{model[0]} {name}"] = model, tree, lengths or [40]
         if placed and name != "clex":  # which is a scaling itself
-            scaled = [*words, "extension.scaling=dynamic_ntk"]
+            scaled = {**tree, "scaling": extensions()["dynamic_ntk"]["scaling"]}
             found[f"{model[0]} {name} scaled"] = model, scaled, lengths or [40]
     return found
 

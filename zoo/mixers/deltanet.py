@@ -27,6 +27,7 @@ from zoo.ops.causal_conv import causal_conv
 from zoo.ops.delta_rule import delta_rule, unit_length
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.rms_norm import RMSNorm
+from zoo.parallel.hand_over import publish
 
 
 class DeltaState(NamedTuple):
@@ -71,6 +72,7 @@ class DeltaNet(Mixer):
         qkv, conv = causal_conv(
             self.qkv_proj(x), self.conv_weight, state=state.conv if state else None
         )
+        publish(conv=conv)
         q, k, v = (u.unflatten(-1, (self.heads, -1)) for u in qkv.chunk(3, -1))
         wide = wide_dtype(v)  # of the state, and of the norm
         y, S = delta_rule(
@@ -81,6 +83,7 @@ class DeltaNet(Mixer):
             state=state.S if state else None,
             backend=self.backend,
         )
+        publish(S=S)
         y = self.o_proj(self.norm(y).flatten(-2))
         return y if state is None else (y, DeltaState(conv, S))
 

@@ -31,6 +31,7 @@ from zoo.ops.causal_conv import causal_conv
 from zoo.ops.delta_rule import delta_rule, unit_length
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.rms_norm import RMSNorm
+from zoo.parallel.hand_over import publish
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # initial steps: log-uniform, as in Mamba-2
 A_MAX = 16.0  # initial rates: uniform up to this, as published
@@ -89,6 +90,7 @@ class GatedDeltaNet(Mixer):
         qkv, conv = causal_conv(
             self.qkv_proj(x), self.conv_weight, state=state.conv if state else None
         )
+        publish(conv=conv)
         q, k, v = (u.unflatten(-1, (self.heads, -1)) for u in qkv.split(self.widths, -1))
         wide = wide_dtype(self.A_log)
         step = F.softplus(self.a_proj(x).to(wide) + self.dt_bias.to(wide))
@@ -101,6 +103,7 @@ class GatedDeltaNet(Mixer):
             state=state.S if state else None,
             backend=self.backend,
         )
+        publish(S=S)
         y = self.norm(y).flatten(-2) * F.silu(self.gate_proj(x))
         y = self.o_proj(y)
         return y if state is None else (y, DeltaState(conv, S))

@@ -37,6 +37,7 @@ from zoo.mixers.parts import conv_weight, no_inputs, wide_zeros
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.linear_recurrence import linear_recurrence
+from zoo.parallel.hand_over import publish
 
 C = 8.0  # how much faster than sigmoid(-Lambda) the state may fade
 SLOW, FAST = 0.999, 0.9  # initial decays of an open recurrence gate: uniform between
@@ -139,12 +140,14 @@ class Hawk(Mixer):
             state=state.conv if state else None,
             backend=self.backend,
         )
+        publish(conv=conv)
         wide = wide_dtype(self.decay)
         a, scale = decay_and_scale(self.decay.to(wide), self.decay_gate(u).to(wide))
         if self.first_token == "whole":
             scale = _first_whole(scale, state)
         u = scale * torch.sigmoid(self.input_gate(u).to(wide)) * u
         h, last = linear_recurrence(a, u, state.h if state else None, self.backend)
+        publish(h=last)
         y = self.out_proj(h.to(x.dtype) * F.gelu(self.gate_proj(x), approximate="tanh"))
         return y if state is None else (y, HawkState(conv, last))
 

@@ -22,6 +22,7 @@ from zoo.mixers.base import Mixer, MixerOutput, no_weight_decay
 from zoo.mixers.parts import conv_weight, no_inputs, wide_zeros
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.selective_scan import selective_scan
+from zoo.parallel.hand_over import publish
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # initial steps: log-uniform, as published
 
@@ -93,6 +94,7 @@ class Mamba(Mixer):
             state=state.conv if state else None,
             backend="auto" if self.backend == "mamba_ssm" else self.backend,
         )
+        publish(conv=conv)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], -1)
         if self.input_norm_eps is not None:
             dt, B, C = (F.rms_norm(x, x.shape[-1:], eps=self.input_norm_eps) for x in (dt, B, C))
@@ -109,6 +111,7 @@ class Mamba(Mixer):
             state=state.h if state else None,
             backend=self.backend,
         )
+        publish(h=h)
         y = self.out_proj(y)
         return y if state is None else (y, MambaState(conv, h))
 

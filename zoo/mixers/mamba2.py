@@ -25,6 +25,7 @@ from zoo.ops.causal_conv import causal_conv
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.rms_norm import RMSNorm
+from zoo.parallel.hand_over import publish
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # initial steps: log-uniform, as published
 A_MIN, A_MAX = 1.0, 16.0  # initial rates: uniform
@@ -94,6 +95,7 @@ class Mamba2(Mixer):
         u, conv = causal_conv(
             u, self.conv_weight, self.conv_bias, state=state.conv if state else None
         )
+        publish(conv=conv)
         values, B, C = u.split([inner, self.groups * n, self.groups * n], -1)
         B, C = (each.unflatten(-1, (self.groups, n)) for each in (B, C))
         if self.groups > 1:
@@ -109,6 +111,7 @@ class Mamba2(Mixer):
             state=state.h if state else None,
             backend=self.backend,
         )
+        publish(h=h)
         y = (y + self.D.to(wide)[:, None] * values).flatten(-2) * F.silu(z.to(wide))
         y = self.out_proj(self._normed(y).to(x.dtype))
         return y if state is None else (y, Mamba2State(conv, h))

@@ -36,6 +36,7 @@ from zoo.mixers.base import Mixer, MixerOutput, linear, residual_gain
 from zoo.mixers.parts import shifted, wide_zeros
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.wkv4 import empty_average, wkv4
+from zoo.parallel.hand_over import publish
 
 SMALL = 0.1  # gain of projections that are zero in the paper
 
@@ -108,6 +109,8 @@ class RWKV4(Mixer):
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: TimeState | None = None) -> MixerOutput:
+        last = last_token(x)
+        publish(last=last)
         before = shifted(x, state.last if state else None)
         k, v, r = (
             proj(before + mix * (x - before))
@@ -120,8 +123,9 @@ class RWKV4(Mixer):
         wkv, average = wkv4(
             k, v, torch.exp(self.decay), self.bonus, state.wkv if state else None, self.backend
         )
+        publish(wkv=average)
         y = self.o_proj(torch.sigmoid(r) * wkv)
-        return y if state is None else (y, TimeState(last_token(x), average))
+        return y if state is None else (y, TimeState(last, average))
 
     def empty_state(self, batch: int) -> TimeState:
         weight = self.k_proj.weight
@@ -147,11 +151,13 @@ class ChannelMixing(Mixer):
         self.r_proj = linear(width, width, gain=SMALL)
 
     def forward(self, x: Float[Tensor, "b t d"], state: ChannelState | None = None) -> MixerOutput:
+        last = last_token(x)
+        publish(last=last)
         before = shifted(x, state.last if state else None)
         k = self.k_proj(before + self.mix_k * (x - before))
         r = self.r_proj(before + self.mix_r * (x - before))
         y = torch.sigmoid(r) * self.v_proj(F.relu(k).square())
-        return y if state is None else (y, ChannelState(last_token(x)))
+        return y if state is None else (y, ChannelState(last))
 
     def empty_state(self, batch: int) -> ChannelState:
         return ChannelState(no_token(self.k_proj.weight, batch, self.width))

@@ -30,6 +30,7 @@ from zoo.mixers.base import Mixer, MixerOutput, linear, no_weight_decay, residua
 from zoo.mixers.parts import head_width, shifted, wide_zeros
 from zoo.mixers.rwkv4 import SMALL, decays, depth, last_token, mixes, no_token, zigzag
 from zoo.ops.linear_attention import linear_attention
+from zoo.parallel.hand_over import publish
 
 LOW_RANK = 0.01  # half the range of the low-rank maps' first values
 NORM_EPS = 1e-5  # per channel of a head
@@ -95,6 +96,8 @@ class RWKV6(Mixer):
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: RWKV6State | None = None) -> MixerOutput:
+        last = last_token(x)
+        publish(last=last)
         w, k, v, r, g = self._blends(x, state.last if state else None)
         w = torch.tanh(w @ self.decay_down) @ self.decay_up
         log_decay = -torch.exp(self.decay + w.to(self.decay.dtype))
@@ -107,9 +110,10 @@ class RWKV6(Mixer):
             r, k, v, log_decay, bonus=self.bonus, state=before, backend=self.backend
         )
         assert isinstance(S, Tensor)
+        publish(S=S)
         o = o.to(self.norm.weight.dtype).flatten(0, 1).flatten(1)
         y = self.o_proj(F.silu(self.g_proj(g)) * self.norm(o).view_as(x))
-        return y if state is None else (y, RWKV6State(last_token(x), S))
+        return y if state is None else (y, RWKV6State(last, S))
 
     def _blends(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, ...]:
         """ddlerp for w, k, v, r and g."""

@@ -40,6 +40,7 @@ from zoo.mixers.base import CrossLayer, Mixer, MixerOutput, linear, no_weight_de
 from zoo.mixers.parts import head_width, shifted, wide_zeros
 from zoo.ops.delta_rule import diagonal_plus_rank_one, unit_length
 from zoo.ops.dtypes import wide_dtype
+from zoo.parallel.hand_over import publish
 
 NORM_EPS = 64e-5
 SHIFTS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}  # exponents of initial mu
@@ -124,6 +125,8 @@ class RWKV7(Mixer):
         cross_layer: CrossLayer | None = None,
     ) -> MixerOutput:
         wide = wide_dtype(x)
+        last = x[:, -1].to(wide)
+        publish(last=last)
         by_head = (self.heads, -1)
         before = shifted(x, state.last if state else None) - x
         for_r, for_w, for_k, for_v, for_a, for_g = (x + before * mu for mu in self.mu)
@@ -143,10 +146,11 @@ class RWKV7(Mixer):
             r, k, v, -kappa, a * kappa, log_w, state=state.S if state else None,
             backend=self.backend,
         )  # fmt: skip
+        publish(S=S)
         y = self.norm(y.flatten(-2).flatten(0, 1)).view_as(x)
         y = y + ((r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(-2)
         y = self.o_proj(y * self.g_map(for_g))
-        return y if state is None else (y, RWKV7State(x[:, -1].to(wide), S))
+        return y if state is None else (y, RWKV7State(last, S))
 
     def empty_state(self, batch: int) -> RWKV7State:
         weight = self.o_proj.weight

@@ -161,7 +161,7 @@ class SoftmaxAttention(Mixer):
             if state:
                 k, v = grow(state.k, k), grow(state.v, v)
                 after = KeyValues(*self.positions.evict(k, v), start + x.shape[1])
-                publish(after)
+                publish(**after._asdict())
             y = self.positions.attend(
                 *(q, k, v, start, cross_layer),
                 causal=self.causal,

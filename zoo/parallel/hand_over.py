@@ -1,22 +1,26 @@
 """A text split over ranks: each reads its chunk from the state that the rank before it left.
 
     Ranks       consecutive processes that read one text together; each has one chunk of it
-    HandOver    a sublayer's state on its way through them: received before the chunk, sent after it
-    publish     called by a sublayer whose state is known before its output, so that the next rank
-                need not wait for that
+    HandOver    a sublayer's state on its way through them, given in the place of that state
+    publish     called by a sublayer that knows a part of its state before its output
 
 A rank's chunk is a chunk as any other (zoo.mixers.base): outputs, states and gradients are those of
 the whole text, because every causal sublayer's chunks compose. In the backward pass the gradient of
 each state goes the other way.
 
 No rank waits for a whole model: while the second one computes its first layer, the first is at its
-second (a wavefront: Li 2021, TeraPipe, section 3.2, arXiv 2102.07988; states of linear attention
-handed from rank to rank: Sun 2024, LASP, section 2.2, arXiv 2404.02882). Of a pass over L layers
-each rank waits about (N - 1) / L, as far as a sublayer needs its state, and nothing is computed
-twice. Softmax attention publishes its keys before it attends, so that all ranks attend at once.
+second (a wavefront, as in TeraPipe, Li 2021, arXiv 2102.07988; LASP hands the states of linear
+attention from rank to rank, Sun 2024, arXiv 2404.02882). Each field of a state is a message of its
+own, sent when it is published and received when it is read: what a layer computes before it needs
+its state, and after it has left it, no other rank waits for. So a pass over L layers takes longer
+by N - 1 times what one layer does in between. The other way, to read each chunk from the empty
+state, to compose the maps of all chunks and to correct the outputs, does that part twice in every
+layer: handing over is the cheaper while there are fewer ranks than layers. Softmax attention has
+nothing in between: its keys are published before it attends, and all ranks attend at once.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,9 +35,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int
 NUMBER = -1  # in place of a dtype: the leaf is a whole number, such as the tokens read so far
 WORDS = 8  # int64 that describe a leaf: dtype, dimensions, sizes
 HEADER_BYTES = WORDS * 8
-TAGS = 64  # messages of one sublayer
+TAGS, FIELD = 1024, 32  # messages of a sublayer, and of a field of its state
+WHOLE = ""  # the name of a state without fields
 
-_current: "HandOver | None" = None  # whose sublayer is being called
+_current: "_Pass | None" = None  # of the sublayer that is being called
 
 
 @dataclass
@@ -75,7 +80,7 @@ class Ranks:
 
 
 class HandOver:
-    """The state of one sublayer in one pass over a text, given in place of that state.
+    """The state of one sublayer in one pass over a text, given in the place of that state.
 
     Args:
         ranks: the processes that read the text.
@@ -85,9 +90,8 @@ class HandOver:
     def __init__(self, ranks: Ranks, number: int) -> None:
         self.ranks, self.tag = ranks, number * TAGS
         self.last = ranks.index == ranks.size - 1
-        self._received: list[Any] | None = None  # leaves of the state before the chunk
-        self._sent: list[Tensor] | None = None  # tensors of the state after it
-        self._anchor: Tensor | None = None  # of this pass: ties what was sent to the output
+        self.received: dict[str, list[Any]] = {}  # leaves of each field of the state before
+        self.sent: dict[str, list[Tensor]] = {}  # shapes of the tensors of the state after
 
     def read(self, sublayer: Read, x: Tensor, empty: Any) -> Tensor:
         """The sublayer's output for this rank's chunk x.
@@ -98,86 +102,153 @@ class HandOver:
             empty: its state before a text.
         """
         global _current
-        anchor = x.new_zeros((), requires_grad=torch.is_grad_enabled())
-        ties, state = [], empty
-        if self.ranks.index:
-            leaves, structure = tree_flatten(empty)
-            if self._received is None:
-                self._received = self._receive(leaves, x.device)
-            tensors = [leaf for leaf in self._received if isinstance(leaf, Tensor)]
-            tie, *tensors = _Received.apply(self, anchor, *tensors)
-            ties.append(tie)
-            rest = iter(tensors)
-            found = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in self._received]
-            state = tree_unflatten(found, structure)
-        outer, _current, self._anchor = _current, self, None
+        this = _Pass(self, empty, x)
+        outer, _current = _current, this
         try:
-            y, after = sublayer(x, state)
-            self.publish(after)
+            y, after = sublayer(x, this.state)
+            this.finish(after)
         finally:
             _current = outer
-        if not self.last:
-            ties.append(self._anchor)
-        return _Tied.apply(y, *ties) if torch.is_grad_enabled() else y
+        return _Tied.apply(y, *this.ties) if this.ties else y
 
-    def publish(self, after: Any) -> None:
-        """Send the state after the chunk to the next rank, if there is one; once in a pass."""
-        if self.last or self._anchor is not None:
-            return
-        leaves = tree_flatten(after)[0]
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if self._sent is None:
-            self._send(leaves, tensors)
-            self._sent = [x.new_empty(()).expand(x.shape) for x in tensors]  # their shapes alone
-        anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
-        self._anchor = _Sent.apply(self, anchor, *tensors)
-
-    def _send(self, leaves: list[Any], tensors: list[Tensor]) -> None:
+    def send(self, leaves: list[Any], tag: int, device: torch.device) -> None:
+        """Send a field of the state after the chunk to the next rank."""
         to = self.ranks.index + 1
-        words = torch.tensor([_described(leaf) for leaf in leaves])
-        self.ranks.send(words.to(tensors[0].device), to, self.tag)
-        for place, x in enumerate(tensors, 1):
+        words = torch.tensor([_described(leaf) for leaf in leaves], device=device)
+        self.ranks.send(words, to, tag)
+        for place, x in enumerate(_tensors(leaves), 1):
             if x.numel():
-                self.ranks.send(x, to, self.tag + place)
+                self.ranks.send(x, to, tag + place)
 
-    def _receive(self, leaves: list[Any], device: torch.device) -> list[Any]:
-        """The leaves of the state that the rank before sends, of the structure of `leaves`."""
+    def receive(self, count: int, tag: int, device: torch.device) -> list[Any]:
+        """The leaves of a field of the state before the chunk, of which there are so many."""
         source, found, place = self.ranks.index - 1, [], 0
-        words = torch.empty((len(leaves), WORDS), dtype=torch.int64, device=device)
-        for code, dims, *sizes in self.ranks.receive(words, source, self.tag).tolist():
+        words = torch.empty((count, WORDS), dtype=torch.int64, device=device)
+        for code, dims, *sizes in self.ranks.receive(words, source, tag).tolist():
             if code == NUMBER:
                 found.append(dims)
                 continue
             place += 1
             x = torch.empty(sizes[:dims], dtype=DTYPES[code], device=device)
-            found.append(self.ranks.receive(x, source, self.tag + place) if x.numel() else x)
+            found.append(self.ranks.receive(x, source, tag + place) if x.numel() else x)
         return found
 
-    def send_gradients(self, gradients: tuple[Tensor, ...]) -> None:
-        """Send the gradient of the state before the chunk to the rank that it came from."""
+    def send_gradients(self, gradients: Sequence[Tensor], tag: int) -> None:
+        """Send the gradients of a field to the rank that it came from."""
         for place, gradient in enumerate(gradients, 1):
             if gradient.is_floating_point() and gradient.numel():
-                self.ranks.send(gradient, self.ranks.index - 1, self.tag + place)
+                self.ranks.send(gradient, self.ranks.index - 1, tag + place)
 
-    def receive_gradients(self) -> list[Tensor | None]:
-        """Wait for the gradient of the state after the chunk."""
-        assert self._sent is not None
+    def receive_gradients(self, sent: Sequence[Tensor], tag: int) -> list[Tensor | None]:
+        """Wait for the gradients of a field that was sent; None of what is not differentiable."""
         found: list[Tensor | None] = []
-        for place, like in enumerate(self._sent, 1):
+        for place, like in enumerate(sent, 1):
             if not like.is_floating_point():
                 found.append(None)
                 continue
             gradient = torch.empty(like.shape, dtype=like.dtype, device=like.device)
             if gradient.numel():
-                self.ranks.receive(gradient, self.ranks.index + 1, self.tag + place)
+                self.ranks.receive(gradient, self.ranks.index + 1, tag + place)
             found.append(gradient)
         return found
 
 
-def publish(after: Any) -> None:
-    """Send the state after a chunk on, if the sublayer being called is one of several ranks'."""
+class _Pass:
+    """One call of a sublayer: the fields of its state that have arrived, and those sent."""
+
+    def __init__(self, hand_over: HandOver, empty: Any, x: Tensor) -> None:
+        self.hand_over, self.device = hand_over, x.device
+        self.fields = _fields(empty)
+        self.tags = {name: hand_over.tag + FIELD * i for i, name in enumerate(self.fields)}
+        self.arrived: dict[str, Any] = {}
+        self.published: set[str] = set()
+        self.ties: list[Tensor] = []  # scalars of a backward pass that sends or receives
+        self.state = empty
+        if hand_over.ranks.index:
+            self.state = _arriving(type(empty))(self) if WHOLE not in self.fields else self[WHOLE]
+
+    def __getitem__(self, name: str) -> Any:
+        """A field of the state before the chunk, which is waited for."""
+        if name in self.arrived:
+            return self.arrived[name]
+        hand_over, (leaves, structure) = self.hand_over, tree_flatten(self.fields[name])
+        if leaves and name not in hand_over.received:
+            found = hand_over.receive(len(leaves), self.tags[name], self.device)
+            hand_over.received[name] = found
+        leaves = hand_over.received.get(name, [])
+        if tensors := _tensors(leaves):
+            tie, *tensors = _Received.apply(hand_over, self.tags[name], self._anchor(), *tensors)
+            self._tie(tie)
+            rest = iter(tensors)
+            leaves = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.arrived[name] = tree_unflatten(leaves, structure)
+        return self.arrived[name]
+
+    def publish(self, fields: Mapping[str, Any]) -> None:
+        """Send those fields of the state after the chunk that were not sent yet."""
+        hand_over = self.hand_over
+        left = () if hand_over.last else [name for name in fields if name not in self.published]
+        for name in left:
+            self.published.add(name)
+            leaves = tree_flatten(fields[name])[0]
+            tensors = _tensors(leaves)
+            if leaves and name not in hand_over.sent:
+                hand_over.send(leaves, self.tags[name], self.device)
+                hand_over.sent[name] = [x.new_empty(()).expand(x.shape) for x in tensors]
+            if tensors:
+                sent = hand_over.sent[name]
+                tag = self.tags[name]
+                self._tie(_Sent.apply(hand_over, tag, sent, self._anchor(), *tensors))
+
+    def finish(self, after: Any) -> None:
+        """Send what was not published, and receive what was not read."""
+        self.publish(_fields(after))
+        for name in self.fields if self.hand_over.ranks.index else ():
+            self[name]
+
+    def _anchor(self) -> Tensor:
+        return torch.zeros((), device=self.device, requires_grad=torch.is_grad_enabled())
+
+    def _tie(self, tie: Tensor) -> None:
+        if tie.requires_grad:
+            self.ties.append(tie)
+
+
+def publish(**fields: Any) -> None:
+    """Send fields of the state after a chunk on, where the chunk is one of several ranks'."""
     if _current is not None:
-        _current.publish(after)
+        _current.publish(fields)
+
+
+def _fields(state: Any) -> dict[str, Any]:
+    return state._asdict() if hasattr(state, "_fields") else {WHOLE: state}
+
+
+def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+@functools.cache
+def _arriving(kind: Any) -> Callable[[_Pass], Any]:
+    """A NamedTuple of the kind from a pass, each of whose fields is waited for when it is read."""
+
+    def field(name: str) -> property:
+        return property(lambda self: self._pass[name])
+
+    def every(self: Any) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in kind._fields)
+
+    reads: dict[str, Any] = {name: field(name) for name in kind._fields}
+    reads["__iter__"] = lambda self: iter(every(self))
+    reads["__getitem__"] = lambda self, index: every(self)[index]
+    lazy = type(kind.__name__, (kind,), reads)
+
+    def made(this: _Pass) -> Any:
+        state = lazy(*this.fields.values())
+        state._pass = this
+        return state
+
+    return made
 
 
 def _described(leaf: Any) -> list[int]:
@@ -191,29 +262,31 @@ class _Received(torch.autograd.Function):
     """What was received, and a scalar that ties it to the loss, whether it is used or not."""
 
     @staticmethod
-    def forward(ctx: Any, hand_over: HandOver, anchor: Tensor, *received: Tensor) -> Any:
-        ctx.hand_over = hand_over
+    def forward(ctx: Any, hand_over: HandOver, tag: int, anchor: Tensor, *received: Tensor) -> Any:
+        ctx.hand_over, ctx.tag = hand_over, tag
         found = [x.detach() for x in received]
         ctx.mark_non_differentiable(*(x for x in found if not x.is_floating_point()))
         return anchor.clone(), *found
 
     @staticmethod
     def backward(ctx: Any, _tie: Tensor, *gradients: Tensor) -> Any:  # pyright: ignore
-        ctx.hand_over.send_gradients(gradients)
-        return None, None, *[None] * len(gradients)
+        ctx.hand_over.send_gradients(gradients, ctx.tag)
+        return None, None, None, *[None] * len(gradients)
 
 
 class _Sent(torch.autograd.Function):
     """Tensors that were sent -> a scalar; their gradients are received."""
 
     @staticmethod
-    def forward(ctx: Any, hand_over: HandOver, anchor: Tensor, *_sent: Tensor) -> Tensor:
-        ctx.hand_over = hand_over
+    def forward(
+        ctx: Any, hand_over: HandOver, tag: int, sent: list[Tensor], anchor: Tensor, *_: Tensor
+    ) -> Tensor:
+        ctx.hand_over, ctx.tag, ctx.sent = hand_over, tag, sent
         return anchor.clone()
 
     @staticmethod
     def backward(ctx: Any, _tie: Tensor) -> Any:  # pyright: ignore
-        return None, None, *ctx.hand_over.receive_gradients()
+        return None, None, None, None, *ctx.hand_over.receive_gradients(ctx.sent, ctx.tag)
 
 
 class _Tied(torch.autograd.Function):
