@@ -18,7 +18,7 @@ from zoo.console import say
 from zoo.data.corpora import Corpus
 from zoo.data.examples import SyntheticData
 from zoo.devices import cuda_line, prepare
-from zoo.errors import UserError, refuse
+from zoo.errors import RunError, UserError, refuse
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model, count_parameters
 from zoo.model.checkpoint import last_checkpoint, load_weights, trained_weights
@@ -185,13 +185,22 @@ def _learner(config: TrainConfig, model: Backbone, taught: Distillation | None) 
 
 
 def _fit(trainer: lightning.Trainer, learner: Learner, windows: Windows, last: Path | None) -> None:
-    """Run Lightning's `fit` without its signal handlers; a stop raises KeyboardInterrupt."""
+    """Run Lightning's `fit` without its signal handlers; a stop raises KeyboardInterrupt.
+
+    RunError where another program has the port that the processes were to meet by.
+    """
     # Lightning's handler of SIGTERM broadcasts while the other processes do something else.
     trainer._signal_connector.register_signal_handlers = lambda: None
     try:
         trainer.fit(
             learner, datamodule=windows, ckpt_path=str(last) if last else None, weights_only=True
         )
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        rule = f"port {port}, by which its processes meet, was taken by another program meanwhile"
+        raise RunError(f"{rule}; the same command tries another") from None
     except SystemExit as end:  # what it makes of a KeyboardInterrupt
         if isinstance(end.__context__, KeyboardInterrupt):
             raise end.__context__ from None
