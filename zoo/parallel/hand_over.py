@@ -16,7 +16,8 @@ its state, and after it has left it, no other rank waits for. So a pass over L l
 by N - 1 times what one layer does in between. The other way, to read each chunk from the empty
 state, to compose the maps of all chunks and to correct the outputs, does that part twice in every
 layer: handing over is the cheaper while there are fewer ranks than layers. Softmax attention has
-nothing in between: its keys are published before it attends, and all ranks attend at once.
+nothing in between: its keys are published before it attends, and all ranks attend at once, the
+last one to all keys: of causal attention it does (2 N - 1) / N times a rank's mean.
 """
 
 import functools
