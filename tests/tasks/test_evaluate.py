@@ -263,7 +263,9 @@ def test_the_report_has_the_latest_answers_of_tasks_that_were_not_measured_now(m
     latest, shown = scores.splitlines()[3].split(), said.splitlines()
     (line,) = (one.split() for one in shown if one.split()[:3] == latest[:3])  # the same scores
     assert len(line) == len(latest) + 1  # and that of the length that only the earlier ones have
-    assert "128" in shown[1]
+    (title,) = (i for i, one in enumerate(shown) if one.startswith("bits per byte by test length"))
+    assert "128" in shown[title + 1]
+    assert shown[0] == "Streaming at 100 tokens."  # what was requested comes first
     by_length = {row["length"]: row["units"] for row in all_known([folder])[0] if "units" in row}
     assert by_length == {32: 4, 64: 4, 128: 2}
     _, alone, _ = run_eval([run_folder(tmp_path / "b")], *words)
