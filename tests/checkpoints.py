@@ -138,7 +138,9 @@ CASES = {
         "Gemma",
         GEMMA | {"tie_word_embeddings": False, "attention_bias": True},
     ),
-    "gemma2": ("Gemma2", GEMMA2 | {"attn_logit_softcapping": None}),
+    "gemma2": ("Gemma2", GEMMA2),
+    "gemma2, scores capped low": ("Gemma2", GEMMA2 | {"attn_logit_softcapping": 0.05}),
+    "gemma2, uncapped": ("Gemma2", GEMMA2 | {"attn_logit_softcapping": None}),
     "gemma2, all layers whole": (
         "Gemma2",
         GEMMA2

@@ -11,11 +11,14 @@ from building import write_text
 
 from zoo.cli import train
 from zoo.config.compose import compose
+from zoo.config.groups import extensions
 from zoo.config.schemes import declared, schemes
+from zoo.errors import UserError
 from zoo.mixers.base import count_bytes
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.checkpoint import trained_weights
 from zoo.model.extend import extend
+from zoo.ops import attention
 from zoo.positions.none import NoPositions
 from zoo.runs.folder import RunFolder
 
@@ -125,6 +128,53 @@ def test_the_logit_scale_counts_the_keys_that_a_window_keeps(tiny):
     whole, _ = contract.read_in_chunks(model, tokens, [60])
     pieces, _ = contract.read_in_chunks(model, tokens, [7, 1, 30, 1, 21])
     torch.testing.assert_close(pieces, whole, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_cap_reaches_every_score_or_the_scheme_refuses_it(name, monkeypatch):
+    if name in ("alibi", "t5"):
+        with pytest.raises(UserError, match=f"score_softcap=0.1: positions={name} adds a bias"):
+            SoftmaxAttention(width=32, heads=4, positions=scheme(name), score_softcap=0.1)
+        return
+    check_caps(
+        lambda: SoftmaxAttention(width=32, heads=4, positions=scheme(name), score_softcap=0.1),
+        monkeypatch,
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, tree in extensions().items() if tree.get("attention")]
+)
+def test_a_cap_reaches_every_score_under_every_attention_pattern(name, tiny, monkeypatch):
+    extension = compose("eval", ["run=x", f"extension={name}"]).extension
+    model = tiny("transformer", "model.mixer.score_softcap=0.1")
+    extend(model, extension, 16)
+    check_caps(lambda: model.blocks[0].mixer, monkeypatch)
+
+
+def test_keys_that_are_selected_by_scores_without_a_cap_are_refused(tiny):
+    words = ["run=x", "extension=lm_infinite", "extension.attention.top_k=2"]
+    model = tiny("transformer", "model.mixer.score_softcap=0.1")
+    with pytest.raises(UserError, match=r"top_k=2: .*score_softcap"):
+        extend(model, compose("eval", words).extension, 256)
+
+
+def check_caps(build, monkeypatch) -> None:
+    """Every part of every softmax is capped, read whole and in two chunks."""
+    partial_of, caps = attention._partial, []
+
+    def seen(part, scale, softcap, backend):
+        caps.append(softcap)
+        return partial_of(part, scale, softcap, backend)
+
+    monkeypatch.setattr(attention, "_partial", seen)
+    mixer = build()
+    x = torch.randn(2, 40, mixer.k_proj.weight.shape[1], dtype=mixer.k_proj.weight.dtype)
+    mixer(x)
+    _, state = mixer(x[:, :30], mixer.empty_state(2))
+    mixer(x[:, 30:], state)
+    assert len(caps) > 2
+    assert {*caps} == {0.1}
 
 
 def test_a_norms_epsilon_without_a_norm_is_refused(capsys):

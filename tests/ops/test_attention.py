@@ -32,9 +32,11 @@ def leaves(*lengths: int, seed: int = 0) -> list[torch.Tensor]:
     ]
 
 
-def dense(q, k, v, visible):
+def dense(q, k, v, visible, softcap=None):
     """softmax(q k^T / sqrt d) v, written out for one visibility matrix; (out, lse)."""
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, -torch.inf)
     weights = torch.exp(scores - scores.logsumexp(-1, keepdim=True))
     return torch.einsum("bhij,bjhe->bihe", weights, v), scores.logsumexp(-1).transpose(1, 2)
@@ -94,6 +96,34 @@ def test_heads_of_queries_may_share_one_of_keys(backend, tokens, masked):
     )
     on_accelerator = attention._sdpa(Part(q, k, v, mask=visible if masked else None), None)
     torch.testing.assert_close(on_accelerator, expected[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_cap_bounds_the_scores_of_every_part(backend, tokens):
+    torch.manual_seed(0)
+    q = torch.randn(2, tokens, 4, D, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(2, tokens + 9, 2, D, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(2, tokens + 9, 2, E, dtype=torch.float64, requires_grad=True)
+    visible = torch.rand(tokens, 9) > 0.3
+    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    order, cap = [0, 0, 1, 1], 0.7
+    every = torch.cat([visible, causal], 1)
+    expected = dense(q, k[:, :, order], v[:, :, order], every, cap)
+    parts = [Part(q, k[:, :9], v[:, :9], mask=visible[None, None])]
+    parts += [Part(q, k[:, 9:], v[:, 9:], causal=True)]
+    found = attend(parts, softcap=cap, backend=backend)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        gradients(*found, (q, k, v)), gradients(*expected, (q, k, v)), rtol=1e-10, atol=1e-11
+    )
+
+
+@pytest.mark.parametrize("backend", ["flash", "native"])
+def test_a_backend_without_a_cap_is_refused_where_there_is_one(backend):
+    q = torch.randn(1, 1, 2, D)
+    with pytest.raises(UserError, match=f"backend={backend}"):
+        attend([Part(q, q, q)], softcap=1.0, backend=backend)
 
 
 def test_one_token_reads_shared_keys_without_repeating_them(monkeypatch):

@@ -50,6 +50,7 @@ class AttentionPattern:
 
     nearest: int | None = None  # keys attended to at their true positions, besides the key blocks
     sinks = 0  # keys cached from the beginning of the text: if any, key blocks hold these alone
+    top_k = 0  # keys that each query selects by its scores, which have no cap
     recent: int | None = None  # keys cached from its end; None: all
 
     def __init__(self, scaling: Scaling, *, bucket: int | None = None) -> None:
@@ -101,15 +102,21 @@ class AttentionPattern:
         start: int,
         backend: str = "auto",
         always: Sequence[Part] = (),
+        softcap: float | None = None,
     ) -> Float[Tensor, "b t h e"]:
         """Attend from the queries at start, start + 1, ... to the cached keys and their own.
 
-        `always` are further keys that each of these queries attends to, as they are.
+        `always` are further keys that each of these queries attends to, as they are. `softcap` is
+        that of `zoo.ops.attention.attend`.
         """
         queries, stored = range(start, start + q.shape[1]), slice(self.sinks or None)
         index = KeyIndex(self.sinks, queries.stop - k.shape[1], k.shape[1])
         keys = RotationCache(k[:, stored], index.positions()[stored])
-        nearest = [(queries, self._attend_nearest(q, k, v, start, backend))] if self.nearest else []
+        nearest = (
+            [(queries, self._attend_nearest(q, k, v, start, softcap, backend))]
+            if self.nearest
+            else []
+        )
         outs, length, scaled = [], None, None
         for block, key_blocks in self.plan(queries, index):
             if scaled is None or length != self._length(block):
@@ -119,11 +126,12 @@ class AttentionPattern:
             results = [*nearest]
             if always:
                 parts = [part._replace(q=cut(part.q, queries, block)) for part in always]
-                results.append((block, attend(parts, backend=backend)))
+                results.append((block, attend(parts, softcap=softcap, backend=backend)))
             results += self.selected(block, cut(q, queries, block), k, v, index)
             for view in key_blocks:
                 part = self._part(view, block, rotated, keys.use(scaled), v, index)
-                results.append((view.rows or block, attend([part], backend=backend)))
+                partial = attend([part], softcap=softcap, backend=backend)
+                results.append((view.rows or block, partial))
             outs += merged(block, results)
         return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
 
@@ -197,7 +205,9 @@ class AttentionPattern:
         q_rows, k_slots = self.scored(q_rows, k_slots, rows.start - view.keys.start)
         return Part(q_rows, k_slots, v[:, slots], view.causal, times=view.times)
 
-    def _attend_nearest(self, q: Tensor, k: Tensor, v: Tensor, start: int, backend: str) -> Partial:
+    def _attend_nearest(
+        self, q: Tensor, k: Tensor, v: Tensor, start: int, softcap: float | None, backend: str
+    ) -> Partial:
         """Attend to the nearest keys; where keys were dropped the sinks are not among them."""
         assert self.nearest is not None
         if start + q.shape[1] > k.shape[1]:
@@ -207,7 +217,7 @@ class AttentionPattern:
         at = torch.arange(start + q.shape[1] - k.shape[1], start + q.shape[1])
         k = apply_rope(k, inv_freq, at, factor)
         q = apply_rope(q, inv_freq, at[k.shape[1] - q.shape[1] :], factor)
-        return window(q, k, v, self.nearest, backend=backend)
+        return window(q, k, v, self.nearest, softcap=softcap, backend=backend)
 
     def scored(self, q: Tensor, k: Tensor, origin: int) -> tuple[Tensor, Tensor]:
         """Change rotated queries and keys of a key block before their products are scores.

@@ -17,6 +17,7 @@ Source: Beltagy 2020, "Longformer", section 3.1 (arXiv 2004.05150).
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,7 @@ def window(
     *,
     dilation: int = 1,
     gap: int = 0,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> Partial:
     """Attend from each query to `size` keys, the nearest of them `gap` tokens before its own.
@@ -47,30 +49,39 @@ def window(
     The queries are the last t tokens of the n keys. Keys out of all windows may be missing. A query
     without any key gets output 0 and lse -inf.
     """
-    tokens = q.shape[1]
+    tokens, options = q.shape[1], Options(softcap=softcap, backend=backend)
     if gap:
-        return _with_gap(q, k, v, size, dilation, gap, backend)
+        return _with_gap(q, k, v, size, dilation, gap, options)
     k, v = (last_tokens(x, tokens + (size - 1) * dilation) for x in (k, v))
     past = k.shape[1] - tokens
     if dilation > 1:
-        return _dilated(q, k, v, size, dilation, backend)
+        return _dilated(q, k, v, size, dilation, options)
     whole = min(max(size - 1 - past, 0), tokens)  # queries that see every key up to their own
     pieces = []
     if whole:
         parts = [Part(q[:, :whole], *(x[:, past : past + whole] for x in (k, v)), causal=True)]
         if past:
             parts.append(Part(q[:, :whole], k[:, :past], v[:, :past]))
-        pieces.append(attend(parts, backend=backend))
+        pieces.append(attend(parts, **options))
     if whole < tokens:
         first = past + whole - (size - 1)
-        pieces += _band(q[:, whole:], k[:, first:], v[:, first:], size, backend)
+        pieces += _band(q[:, whole:], k[:, first:], v[:, first:], size, options)
     if len(pieces) == 1:
         return pieces[0]
     out, lse = (torch.cat(parts, 1) for parts in zip(*pieces, strict=True))
     return out, lse
 
 
-def _band(q: Tensor, k: Tensor, v: Tensor, size: int, backend: str) -> list[tuple[Tensor, Tensor]]:
+class Options(TypedDict):
+    """Those of `attend` that all keys of a window have in common."""
+
+    softcap: float | None
+    backend: str
+
+
+def _band(
+    q: Tensor, k: Tensor, v: Tensor, size: int, options: Options
+) -> list[tuple[Tensor, Tensor]]:
     """Attend where every window is whole: t queries, t + size - 1 keys.
 
     It goes by chunks of queries, because unfolded keys take more memory than the keys.
@@ -88,7 +99,7 @@ def _band(q: Tensor, k: Tensor, v: Tensor, size: int, backend: str) -> list[tupl
         spans = (_padded(x[:, read], *padding).unfold(1, keys, block) for x in (k, v))
         spans_k, spans_v = (x.permute(0, 1, 4, 2, 3).flatten(0, 1) for x in spans)
         part = Part(queries.flatten(0, 1), spans_k, spans_v, mask=mask)
-        partial = attend([part], backend=backend)
+        partial = attend([part], **options)
         out, lse = (x.unflatten(0, (-1, n)).flatten(1, 2)[:, : tokens - first] for x in partial)
         results.append((out, lse))
     return results
@@ -103,19 +114,19 @@ def _padded(x: Tensor, before: int, behind: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, before, behind)) if before or behind else x
 
 
-def _dilated(q: Tensor, k: Tensor, v: Tensor, size: int, r: int, backend: str) -> Partial:
+def _dilated(q: Tensor, k: Tensor, v: Tensor, size: int, r: int, options: Options) -> Partial:
     """Attend within each of the r interleaved subsequences, which begin with the first r keys."""
     tokens, past = q.shape[1], k.shape[1] - q.shape[1]
     q = F.pad(q, (0, 0, 0, 0, past % r, 0))
     q, k, v = (_blocks(x, r).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-    results = window(q, k, v, size, backend=backend)
+    results = window(q, k, v, size, **options)
     woven = (x.unflatten(0, (-1, r)).transpose(1, 2).flatten(1, 2) for x in results)
     out, lse = (x[:, past % r : past % r + tokens] for x in woven)
     return out, lse
 
 
 def _with_gap(
-    q: Tensor, k: Tensor, v: Tensor, size: int, dilation: int, gap: int, backend: str
+    q: Tensor, k: Tensor, v: Tensor, size: int, dilation: int, gap: int, options: Options
 ) -> Partial:
     """Attend to the keys that are `gap` or more before the query; the first ones may have none."""
     blind = min(max(0, gap - (k.shape[1] - q.shape[1])), q.shape[1])
@@ -124,7 +135,7 @@ def _with_gap(
     if blind == q.shape[1]:
         return out, lse
     k, v = (x[:, : x.shape[1] - gap] for x in (k, v))
-    seeing = window(q[:, blind:], k, v, size, dilation=dilation, backend=backend)
+    seeing = window(q[:, blind:], k, v, size, dilation=dilation, **options)
     out, lse = (torch.cat([x[:, :blind], y], 1) for x, y in zip((out, lse), seeing, strict=True))
     return out, lse
 

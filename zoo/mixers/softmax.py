@@ -18,6 +18,7 @@ position.
     logit_scale     q = (s log n) q for a query of n keys, s learned per head from 0.43 on (SSMax,
                     Nakanishi 2025, arXiv 2501.19399); biases of positions are not scaled
     score_scale     scores are c q k^T for this c instead of 1 / sqrt(head_width)
+    score_softcap   c tanh(s / c) in place of a score s (Gemma 2, section 2, arXiv 2408.00118)
     output_gate     y = W_o (attention * sigmoid(W_g x)) (Qiu 2025, arXiv 2505.06708)
 """
 
@@ -69,6 +70,7 @@ class SoftmaxAttention(Mixer):
         qk_norm: queries and keys are normalised; `norm_eps` is added under the root, and the
             weights are offsets from one with `norm_offset`.
         score_scale: of the scores; None: 1 / sqrt(head_width).
+        score_softcap: bound of the scores, approached as tanh; None: none.
         logit_scale: scores grow with the logarithm of the number of keys.
         output_gate: each channel is gated before W_o.
         backend: of zoo.ops.attention.
@@ -96,6 +98,7 @@ class SoftmaxAttention(Mixer):
         norm_eps: Annotated[float, Range(1e-12, 1)] = 1e-6,
         norm_offset: bool = False,
         score_scale: Annotated[float, Range(above=0, most=2**20)] | None = None,
+        score_softcap: Annotated[float, Range(above=0, most=2**20)] | None = None,
         logit_scale: bool = False,
         output_gate: bool = False,
         layer: int = 0,
@@ -130,6 +133,10 @@ class SoftmaxAttention(Mixer):
         self.q_norm = norm(self.head_width, norm_eps) if qk_norm else None
         self.k_norm = norm(self.head_width, norm_eps) if qk_norm else None
         self.score_scale = score_scale
+        if score_softcap is not None and not self.positions.takes_softcap:
+            rule = f"positions={self.positions.name} adds a bias to the scores"
+            refuse("score_softcap", score_softcap, rule, "Use positions=rope, xpos or none")
+        self.positions.softcap = score_softcap
         self.logit_scale = nn.Parameter(torch.full((heads,), LOGIT_SCALE)) if logit_scale else None
         self.gate_proj = linear(width, inner) if output_gate else None
 

@@ -67,6 +67,9 @@ def extend(model: Backbone, extension: Extension, seq_len: int) -> Backbone:
             continue
         if isinstance(scheme, Rope):
             scheme.pattern = _pattern(scheme, model, stages, acting)
+            if scheme.pattern.top_k and scheme.softcap is not None:
+                rule = "selects keys by scores without a cap, and the model has score_softcap"
+                refuse("extension.attention.top_k", scheme.pattern.top_k, rule, "Use 0")
             continue
         if any(stages[n][0].scaling for n in acting):
             _scale(scheme, [stages[n][0] for n in acting])

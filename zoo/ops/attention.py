@@ -29,6 +29,7 @@ from zoo.ops.merge import merge
 from zoo.ops.runtime import libraries
 from zoo.ops.runtime.dispatch import Available, select_backend
 
+NO_CAP = "it has no cap on the scores"
 TILE = 512  # queries per tile of the `torch` backend
 
 
@@ -44,24 +45,35 @@ class Part(NamedTuple):
 
 
 def attend(
-    parts: Sequence[Part], *, scale: float | None = None, backend: str = "auto"
+    parts: Sequence[Part],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
 ) -> tuple[Float[Tensor, "b tq h e"], Float[Tensor, "b tq h"]]:
     """Compute softmax attention of the same queries over the union of the parts' (disjoint) keys.
 
-    `scale` multiplies the scores; 1/sqrt(d) unless given. A query that sees no key gets output 0
-    and lse -inf. Returns the output in v's dtype and the lse in float32 or better.
+    `scale` multiplies the scores; 1/sqrt(d) unless given. With `softcap` c a scaled score s counts
+    as c tanh(s / c) (Gemma 2, section 2, arXiv 2408.00118), which no fused kernel computes. A query
+    that sees no key gets output 0 and lse -inf. Returns the output in v's dtype and the lse in
+    float32 or better.
     """
-    return merge([_partial(part, scale, backend) for part in parts])
+    return merge([_partial(part, scale, softcap, backend) for part in parts])
 
 
 def attention(
-    parts: Sequence[Part], *, scale: float | None = None, backend: str = "auto"
+    parts: Sequence[Part],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
 ) -> Float[Tensor, "b tq h e"]:
     """Return `attend`'s output alone, so that one part on an accelerator can use PyTorch's SDPA."""
     part = parts[0]
-    if len(parts) == 1 and part.q.device.type != "cpu" and backend == "auto":
+    on_cpu = part.q.device.type == "cpu"
+    if len(parts) == 1 and not on_cpu and backend == "auto" and softcap is None:
         return _sdpa(part, scale)
-    return attend(parts, scale=scale, backend=backend)[0]
+    return attend(parts, scale=scale, softcap=softcap, backend=backend)[0]
 
 
 def _sdpa(part: Part, scale: float | None) -> Tensor:
@@ -72,16 +84,18 @@ def _sdpa(part: Part, scale: float | None) -> Tensor:
     ).transpose(1, 2)
 
 
-def _partial(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Tensor]:
+def _partial(
+    part: Part, scale: float | None, softcap: float | None, backend: str
+) -> tuple[Tensor, Tensor]:
     q, k, v, causal, mask, times = part
     if causal and (mask is not None or q.shape[1] != k.shape[1]):
         raise ValueError("a causal part has as many keys as queries and no mask of its own")
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     native: Available = False
-    if mask is None and not causal and backend in ("auto", "native"):
+    if mask is None and not causal and softcap is None and backend in ("auto", "native"):
         native = decode_attention.accepts(q, k, v) or small_kv_attention.accepts(q, k, v)
     if q.shape[2] != k.shape[2] and native is not True:
-        return _grouped(part, scale, backend)
+        return _grouped(part, scale, softcap, backend)
     theirs = libraries.usable(
         "xformers",
         q,
@@ -90,10 +104,11 @@ def _partial(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Ten
             any(x.shape[-1] % libraries.ALIGNED for x in (q, v)),
             "it needs heads a multiple of 8 wide",
         ),
+        (softcap is not None, NO_CAP),
     )
     available = {
         "native": native,
-        "flash": q.device.type == "cpu",
+        "flash": q.device.type == "cpu" and (softcap is None or NO_CAP),
         "torch": True,
         "xformers": theirs,
     }
@@ -104,23 +119,25 @@ def _partial(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Ten
             kernel = small_kv_attention.small_kv_attention
         out, lse = kernel(q, k, v, factor)
         return out, lse + log(times)
-    form = _FORMS[chosen]
+    form = _FORMS[chosen] if softcap is None else partial(_FORMS[chosen], softcap=softcap)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if causal and form is _formula:
+    if causal and chosen == "reference":
         mask = _causal_mask(q, k)
     out, lse = form(q, k, v, mask, causal, factor)
     return out.transpose(1, 2), lse.transpose(1, 2) + log(times)
 
 
-def _grouped(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Tensor]:
+def _grouped(
+    part: Part, scale: float | None, softcap: float | None, backend: str
+) -> tuple[Tensor, Tensor]:
     """Attend where several heads of queries share one of keys (Ainslie 2023, arXiv 2305.13245)."""
     q, k, v = part.q, part.k, part.v
     if q.shape[1] > 1 or part.mask is not None:
         k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
-        return _partial(part._replace(k=k, v=v), scale, backend)
+        return _partial(part._replace(k=k, v=v), scale, softcap, backend)
     # One token's queries of a group are rows side by side: its keys need not be repeated.
     rows = q[:, 0].unflatten(1, (k.shape[2], -1)).transpose(1, 2)
-    results = _partial(Part(rows, k, v, times=part.times), scale, backend)
+    results = _partial(Part(rows, k, v, times=part.times), scale, softcap, backend)
     out, lse = (x.transpose(1, 2).flatten(1, 2).unsqueeze(1) for x in results)
     return out, lse
 
@@ -136,12 +153,20 @@ def _causal_mask(q: Tensor, k: Tensor, row: int = 0) -> Tensor:
 
 
 def _formula(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute softmax(scale q k^T) v over the visible keys; the scores in float32 or better."""
     del causal  # already in the mask
     wide = wide_dtype(q)
     scores = (q @ k.mT).to(wide) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     blind = None if mask is None else ~mask.any(-1, keepdim=True)
     if mask is not None and blind is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
@@ -155,7 +180,13 @@ def _formula(
 
 
 def _tiled(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the formula by tiles of queries, whose scores are recomputed in the backward."""
     results, row = [], 0
@@ -164,7 +195,7 @@ def _tiled(
         end = row + tile.shape[-2]
         keys, values = (k[..., :end, :], v[..., :end, :]) if causal else (k, v)
         visible = _causal_mask(tile, keys, row) if causal else masks[index] if masks else None
-        args = (tile, keys, values, visible, causal, scale)
+        args = (tile, keys, values, visible, causal, scale, softcap)
         results.append(checkpoint(_formula, *args, use_reentrant=False))
         row = end
     outs, lses = zip(*results, strict=True)

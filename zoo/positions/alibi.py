@@ -72,6 +72,7 @@ class ALiBi(Positions):
 
     one_sided: ClassVar[bool] = True
     takes_sink: ClassVar[bool] = False
+    takes_softcap: ClassVar[bool] = False
     takes_pattern: ClassVar[bool] = True
     placeable: ClassVar[bool] = True
     scaled_by: ClassVar[tuple[str, ...]] = ("zoo.positions.alibi",)

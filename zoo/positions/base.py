@@ -35,6 +35,7 @@ class PositionScheme(nn.Module):
     embedded: ClassVar[bool] = False  # added to the token embedding, not inside attention
     one_sided: ClassVar[bool] = False  # knows keys before the query alone: causal attention
     takes_sink: ClassVar[bool] = True  # a learned sink, which has no position, goes with it
+    takes_softcap: ClassVar[bool] = True  # its scores are products, which may be bounded
     takes_pattern: ClassVar[bool] = False  # an extension's attention pattern acts on it
     takes_patterns: ClassVar[tuple[str, ...]] = ()  # modules of those that do, where not all
     placeable: ClassVar[bool] = (
@@ -86,6 +87,8 @@ class Positions(PositionScheme):
         head_width: channels of a head.
     """
 
+    softcap: float | None = None  # bound of the scores, see zoo.ops.attention; None: none
+
     def __init__(self, heads: int, head_width: int, /) -> None:
         super().__init__()
         self.heads, self.head_width = heads, head_width
@@ -131,14 +134,14 @@ class Positions(PositionScheme):
             sinks: further keys that every query sees, without a position.
         """
         if self.pattern is not None and placed_positions(self, cross_layer) is None:
-            return self.pattern(q, k, v, start, backend, sinks)
+            return self.pattern(q, k, v, start, backend, sinks, self.softcap)
         if not causal or q.shape[1] == 1:  # the last token sees every key
-            return attention([Part(q, k, v), *sinks], backend=backend)
+            return attention([Part(q, k, v), *sinks], softcap=self.softcap, backend=backend)
         past = k.shape[1] - q.shape[1]
         parts = [Part(q, k[:, past:], v[:, past:], causal=True)]
         if past:
             parts.append(Part(q, k[:, :past], v[:, :past]))
-        return attention([*parts, *sinks], backend=backend)
+        return attention([*parts, *sinks], softcap=self.softcap, backend=backend)
 
     @property
     def bounded(self) -> bool:

@@ -106,6 +106,7 @@ class T5(Positions):
 
     one_sided: ClassVar[bool] = True
     takes_sink: ClassVar[bool] = False
+    takes_softcap: ClassVar[bool] = False
     takes_pattern: ClassVar[bool] = True
 
     def __init__(

@@ -139,26 +139,29 @@ class BlockwiseXPos(AttentionPattern):
         start: int,
         backend: str = "auto",
         always: Sequence[Part] = (),
+        softcap: float | None = None,
     ) -> Tensor:
         tokens, size = q.shape[1], self.block
         ahead = start % size  # tokens of the first block that were read before
         first = int(start < size)  # 1 where the first block has none before it
         end, keys = start + tokens, ahead + tokens + (1 - first) * size
         if tokens <= size or size > MAX_BLOCK or k.shape[1] < keys:
-            return super().__call__(q, k, v, start, backend, always)
+            return super().__call__(q, k, v, start, backend, always, softcap)
         inv_freq, factor = self.scaling(end)
         q = apply_rope(q, inv_freq, torch.arange(start, end), factor)
         k = apply_rope(k[:, -keys:], inv_freq, torch.arange(end - keys, end), factor)
         q = F.pad(q, (0, 0, 0, 0, ahead, 0))
         q, k, v = (_blocks(x, size) for x in (q, k, v[:, -keys:]))
-        own = _each(q, k[:, 1 - first :], v[:, 1 - first :], 0, backend)
-        before = _each(q[:, first:], k[:, :-1], v[:, :-1], size, backend)
+        own = _each(q, k[:, 1 - first :], v[:, 1 - first :], 0, softcap, backend)
+        before = _each(q[:, first:], k[:, :-1], v[:, :-1], size, softcap, backend)
         if first:
             out, lse = before
             pad = (0, 0) * (out.dim() - 2)
             before = F.pad(out, (*pad, 1, 0)), F.pad(lse, (*pad[2:], 1, 0), value=-torch.inf)
         out, lse = (x.flatten(1, 2)[:, ahead:][:, :tokens] for x in merge([own, before]))
-        return merge([(out, lse), attend(always, backend=backend)])[0] if always else out
+        if not always:
+            return out
+        return merge([(out, lse), attend(always, softcap=softcap, backend=backend)])[0]
 
 
 def _blocks(x: Tensor, size: int) -> Tensor:
@@ -166,10 +169,12 @@ def _blocks(x: Tensor, size: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size))
 
 
-def _each(q: Tensor, k: Tensor, v: Tensor, origin: int, backend: str) -> Partial:
+def _each(
+    q: Tensor, k: Tensor, v: Tensor, origin: int, softcap: float | None, backend: str
+) -> Partial:
     """Each block of queries over its block of keys, of which the first query is number `origin`."""
     b, blocks = q.shape[:2]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     q, k = apply_xpos_decay(q, k, origin)
-    out, lse = attend([Part(q, k, v, causal=origin == 0)], backend=backend)
+    out, lse = attend([Part(q, k, v, causal=origin == 0)], softcap=softcap, backend=backend)
     return out.unflatten(0, (b, blocks)), lse.unflatten(0, (b, blocks))

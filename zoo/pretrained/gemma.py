@@ -29,14 +29,15 @@ def gemma(read: Reader) -> list[str]:
 
 
 def gemma2(read: Reader) -> Layers:
-    """Gemma 2, without a cap on attention's scores: windows in every other layer, capped logits."""
-    read.only("attn_logit_softcapping")
+    """Gemma 2: windows in every other layer, capped scores and logits."""
+    score_cap = read.optional("attn_logit_softcapping")
     cap = read.optional("final_logit_softcapping")
     scale = read.optional("query_pre_attn_scalar", 256)
     kinds = _local_layers(read, 2)
     inner = Reader({**read.config, "sliding_window": None, "layer_types": None}, read.read)
     words = [*gemma(inner), "model.post_norm=true", f"model.mixer.score_scale={scale**-0.5}"]
     words += [] if cap is None else [f"model.logit_softcap={float(cap)}"]
+    words += [] if score_cap is None else [f"model.mixer.score_softcap={float(score_cap)}"]
     base = next(word for word in words if word.startswith("model.positions.rope_base="))
     local = [
         "model.positions=local_rope",
