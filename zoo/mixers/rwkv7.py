@@ -28,21 +28,20 @@ Here the low-rank maps are decayed as every matrix is, and all rates are equal.
 """
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zoo.config.domains import Positive
+from zoo.config.domains import Positive, Range
 from zoo.mixers.base import CrossLayer, Mixer, MixerOutput, linear, no_weight_decay, residual_gain
 from zoo.mixers.parts import head_width, shifted, wide_zeros
 from zoo.ops.delta_rule import diagonal_plus_rank_one, unit_length
 from zoo.ops.dtypes import wide_dtype
 from zoo.parallel.hand_over import publish
 
-NORM_EPS = 64e-5
 SHIFTS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}  # exponents of initial mu
 
 
@@ -52,12 +51,12 @@ class RWKV7State(NamedTuple):
 
 
 class LowRankMap(nn.Module):
-    """x -> f(x A) B, of a rank that grows with the root of the width."""
+    """x -> f(x A) B, of a rank that grows with the root of the width unless it is given."""
 
-    def __init__(self, width: int, factor: float, activation=None) -> None:
+    def __init__(self, width: int, factor: float, rank: int | None = None, activation=None) -> None:
         super().__init__()
         step = 32 if width >= 512 else 8  # published: 32 throughout
-        rank = step * max(1, round(factor * width**0.5 / step))
+        rank = rank or step * max(1, round(factor * width**0.5 / step))
         self.activation = activation or nn.Identity()
         self.down = linear(width, rank, gain=1e-2)
         self.up = nn.Linear(rank, width, bias=False)
@@ -73,6 +72,9 @@ class RWKV7(Mixer):
     Args:
         width: channels of the input and the output (D).
         heads: heads, which must divide the width; published: 64 channels each.
+        decay_rank, rate_rank, value_rank, gate_rank: ranks of the maps of w, a, v and g; None:
+            2.5, 2.5, 1.7 and 5 times the root of the width, in steps of 32 (8 below width 512).
+        norm_eps: added under the root of the normalisation of a head.
         backend: of zoo.ops.delta_rule.
         layer, layers: this layer's index and the number of layers.
     """
@@ -81,7 +83,18 @@ class RWKV7(Mixer):
     min_window = 2  # a decay acts on what an earlier token wrote
 
     def __init__(
-        self, *, width: int, heads: Positive, backend: str = "auto", layer: int = 0, layers: int = 1
+        self,
+        *,
+        width: int,
+        heads: Positive,
+        decay_rank: Annotated[int, Range(1, 2**12)] | None = None,
+        rate_rank: Annotated[int, Range(1, 2**12)] | None = None,
+        value_rank: Annotated[int, Range(1, 2**12)] | None = None,
+        gate_rank: Annotated[int, Range(1, 2**12)] | None = None,
+        norm_eps: Annotated[float, Range(1e-12, 1)] = 64e-5,
+        backend: str = "auto",
+        layer: int = 0,
+        layers: int = 1,
     ) -> None:
         super().__init__()
         head = head_width(width, heads)
@@ -98,13 +111,13 @@ class RWKV7(Mixer):
             nn.Parameter(torch.stack([1 - channel ** (e * remaining) for e in SHIFTS.values()]))
         )
         self.w_0 = nn.Parameter(-5.5 + 6 * ramp ** (1 + depth**0.3) + 2.5 * zigzag)
-        self.w_map = LowRankMap(width, 2.5, nn.Tanh())
+        self.w_map = LowRankMap(width, 2.5, decay_rank, nn.Tanh())
         self.a_0 = nn.Parameter(-0.19 + 0.3 * zigzag + 0.4 * slope)
-        self.a_map = LowRankMap(width, 2.5)
+        self.a_map = LowRankMap(width, 2.5, rate_rank)
         if layer:
             self.v_0 = nn.Parameter(0.73 - 0.4 * slope)
-            self.v_map = LowRankMap(width, 1.7)
-        self.g_map = LowRankMap(width, 5.0, nn.Sigmoid())
+            self.v_map = LowRankMap(width, 1.7, value_rank)
+        self.g_map = LowRankMap(width, 5.0, gate_rank, nn.Sigmoid())
         self.k_k = nn.Parameter(0.71 - 0.1 * slope)
         self.k_a = nn.Parameter(torch.full((width,), 1.02))
         self.r_k = no_weight_decay(nn.Parameter(torch.full((heads, width // heads), -0.04)))
@@ -114,7 +127,7 @@ class RWKV7(Mixer):
         )
         for proj, bound in ((self.r_proj, 0.5), (self.k_proj, 0.05), (self.v_proj, 0.5)):
             nn.init.uniform_(proj.weight, -bound * width**-0.5, bound * width**-0.5)
-        self.norm = nn.GroupNorm(heads, width, eps=NORM_EPS)
+        self.norm = nn.GroupNorm(heads, width, eps=norm_eps)
         nn.init.constant_(self.norm.weight, ((1 + layer) / layers) ** 0.7)
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 

@@ -7,6 +7,7 @@ parameter, `*` for the number of a layer. Beside the names three things differ:
     Griffin's gate biases             (blocks, d / blocks) there, (d,) here
     Phi-3's qkv_proj, gate_up_proj    rows behind one another there, a projection each here
     RWKV-4's time_mix_*               (1, 1, d) there, (d,) here
+    RWKV-7's x_r, x_w .. x_g          (1, 1, d) each there, the rows of mu here
     GPT-NeoX's query_key_value        of every head its q, k and v there, three projections here
 
 Rotary pairs are laid out as in Llama (i, i + d/2), so no weight is permuted. Source: the modelling
@@ -113,10 +114,29 @@ RWKV4: Names = {
     "rwkv.ln_out": "norm",
     "head": "head",
 }
+RWKV7: Names = {  # of flash-linear-attention
+    "model.embeddings": "embedding",
+    "model.layers.0.pre_norm": "embedding_norm",
+    "model.layers.*.attn_norm": "blocks.*.mixer_norm",
+    "model.layers.*.ffn_norm": "blocks.*.feed_forward_norm",
+    "model.layers.*.attn": "blocks.*.mixer",
+    **{f"model.layers.*.attn.x_{x}": f"blocks.*.mixer.mu.{x}" for x in "rwkvag"},
+    "model.layers.*.attn.x_x": "blocks.*.mixer.mu",  # all six, in early checkpoints
+    "model.layers.*.attn.g_norm": "blocks.*.mixer.norm",
+    **{f"model.layers.*.attn.{x}_lora.lora.0": f"blocks.*.mixer.{x}_map.down" for x in "wavg"},
+    **{f"model.layers.*.attn.{x}_lora.lora.2": f"blocks.*.mixer.{x}_map.up" for x in "wavg"},
+    **{f"model.layers.*.attn.{x}_lora.lora.2.bias": f"blocks.*.mixer.{x}_0" for x in "wav"},
+    "model.layers.*.ffn.x_k": "blocks.*.feed_forward.mu",
+    "model.layers.*.ffn.key": "blocks.*.feed_forward.k_proj",
+    "model.layers.*.ffn.value": "blocks.*.feed_forward.v_proj",
+    "model.norm": "norm",
+    "lm_head": "head",
+}
 LAYOUTS: dict[str, Names] = {  # by a part of some weights' names, the first that is found
     "gpt_neox.": GPT_NEOX,
     "backbone.": MAMBA,
     "rwkv.": RWKV4,
+    ".attn.k_k": RWKV7,
     ".qkv_proj.": PHI3,
     ".pre_feedforward_layernorm.": GEMMA2,
     ".temporal_block.": GRIFFIN,
@@ -157,6 +177,10 @@ def from_transformers(weights: Mapping[str, Tensor], heads: int | None = None) -
             renamed |= _rows(ours, tensor, output.shape[1])
         else:
             renamed[ours] = _layout_here(ours, tensor)
+    for first in [name for name in renamed if name.endswith(".mu.r")]:
+        stem = first.removesuffix(".r")
+        rows = [renamed.pop(f"{stem}.{x}", None) for x in "rwkvag"]
+        renamed[stem] = torch.stack([row.flatten() for row in rows if row is not None])
     if "head.weight" not in renamed and "embedding.weight" in renamed:
         renamed["head.weight"] = renamed["embedding.weight"]
     return renamed
@@ -189,6 +213,15 @@ def to_transformers(
             refuse_path(name, "has no name in transformers", "Export it in the zoo's own format")
         found[theirs] = _layout_there(theirs, tensor)
     return found
+
+
+def layer_there(layer: str, names: Names) -> str:
+    """The name of a linear layer in a model of `transformers`. UserError where it has none."""
+    theirs = _renamed(layer, {ours: theirs for theirs, ours in names.items()})
+    if theirs is None:
+        rule = "is a part of one layer in transformers, which has no adapter of its own"
+        refuse_path(layer, rule, "Export the whole model: format=transformers")
+    return theirs
 
 
 def _renamed(name: str, names: Names) -> str | None:

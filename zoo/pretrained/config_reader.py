@@ -19,7 +19,8 @@ SILENT = {
     *("resid_pdrop", "embd_pdrop", "w_init_variance_scale", "final_w_init_variance_scale"),
     *("rescale_prenorm_residual", "residual_in_fp32", "chunk_size", "rescale_every"),
     *("time_step_floor", "time_step_init_scheme", "time_step_max", "time_step_min"),
-    "time_step_scale",
+    *("time_step_scale", "attn_mode", "fuse_norm", "fuse_cross_entropy", "use_l2warp"),
+    "fuse_linear_cross_entropy",
 }
 
 

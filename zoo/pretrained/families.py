@@ -122,6 +122,36 @@ def _rwkv(read: Reader) -> list[str]:
     ]
 
 
+def _rwkv7(read: Reader) -> list[str]:
+    """RWKV-7, by the names of flash-linear-attention."""
+    width, eps = read.number("hidden_size"), read.number("norm_eps")
+    if read.get("head_dim") is None:
+        head = width / read.number("num_heads")
+    else:  # which counts first
+        head = read.number("head_dim")
+        read.get("num_heads")
+    read.only("attn")  # layers of softmax attention
+    read.only("hidden_act", "sqrelu")
+    read.only("norm_bias", True)
+    read.only("norm_first", True)
+    read.only("value_dim", width, [width] * read.number("num_hidden_layers"))
+    hidden = 32 * math.ceil(width * read.get("hidden_ratio", 4) / 32)
+    ranks = {"decay": "decay", "a": "rate", "v": "value", "gate": "gate"}
+    return [
+        "model=rwkv7",
+        "model.norm=layer_norm",
+        "model.embedding_norm=true",
+        *[
+            f"model.mixer.{ours}_rank={read.number(f'{theirs}_low_rank_dim')}"
+            for theirs, ours in ranks.items()
+        ],
+        f"model.mixer.norm_eps={head * eps}",
+        f"model.feed_forward.hidden_width={read.get('intermediate_size', hidden)}",
+        *backbone(read, width, int(width // head), "norm_eps", False),
+        f"seq_len={read.number('max_position_embeddings')}",
+    ]
+
+
 def _mamba2(read: Reader) -> list[str]:
     """Mamba-2, of one group."""
     width = read.number("hidden_size")
@@ -161,4 +191,6 @@ FAMILIES: dict[str, Callable[[Reader], list[str] | Layers]] = {
     "falcon_mamba": _falcon_mamba,
     "mamba2": _mamba2,
     "rwkv": _rwkv,
+    "rwkv7": _rwkv7,
+    "rwkv7_fla": _rwkv7,  # its name in early checkpoints
 }
