@@ -90,17 +90,24 @@ def stored_dtype(folder: Path) -> str:
 def open_weights(folder: Path, dtype: "torch.dtype | None" = None) -> "dict[str, Tensor]":
     """Every tensor of a checkpoint folder by its name, in `dtype`.
 
-    Those that are stored in it are mapped from the files, the others are converted one by one; with
-    None all are mapped, in their own dtype. Raises UserError where a file is missing or damaged.
+    Those that are stored in it are mapped from the files, the others are converted one by one, each
+    from a mapping of its own, whose pages go with it; with None all are mapped, in their own dtype.
+    Raises UserError where a file is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
-    tensors = {}
+    tensors, kept = {}, str(dtype).removeprefix("torch.")
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (no mapping)
-                    tensors[name] = opened.get_tensor(name).to(dtype)
+                names = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 (no mapping)
+                for name, stored in names.items():
+                    if dtype is None or DTYPES.get(stored) == kept:
+                        tensors[name] = opened.get_tensor(name)
+            for name in names:
+                if name not in tensors:
+                    with safe_open(file, framework="pt") as opened:
+                        tensors[name] = opened.get_tensor(name).to(dtype)
         except (SafetensorError, OSError, ValueError) as error:
             line = str(error).splitlines()[0]
             refuse("checkpoint", folder, f"{file.name} is damaged ({line})", WHOLE)
