@@ -33,7 +33,8 @@ def test_every_row_of_every_table_composes_and_has_a_number_for_each_length(name
         words = [*table["words"], f"{table['option']}={table['lengths']}".replace(" ", "")]
         compose("eval", ["run=x", *words, *row["words"]])
         assert len(row["published"]) == len(table["lengths"])
-        assert any(number is not None for number in row["published"])
+        if row["name"] != "plain":  # the model as it came, of which a paper may have no number
+            assert any(number is not None for number in row["published"])
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -19,6 +19,7 @@ FAMILIES = {  # the first case of each, and those whose rotary positions are the
     **{transformers_name: case for case, (transformers_name, _) in reversed(CASES.items())},
     "llama, yarn": "llama, yarn",
     "mistral, sliding": "mistral, sliding",
+    "Gemma3Text": "gemma3, scaled",  # which has a layer that sees the whole text
 }
 SHORT = ["batch_tokens=256", "optim.warmup_steps=1", "logger=none", "valid_every=2"]
 SHORT += ["valid_windows=2", "trainer.accelerator=cpu"]
@@ -70,8 +71,10 @@ def test_a_checkpoint_is_tuned_resumed_and_measured_or_the_line_says_why_not(
     if extension != "none":
         # of the length before the checkpoint's own scaling, a quarter of a window
         words += [f"extension.factor={8 if family == 'llama, yarn' else 2}"]
+    if family in ("Mamba", "Mamba2", "FalconMamba", "RecurrentGemma"):
+        words += [f"seq_len={LENGTH}"]  # their configurations say none
     if extension == "longrope":
-        pairs = CASES[FAMILIES[family]][1].get("head_dim", 8) // 2
+        pairs = {"GPTNeoX": 2}.get(family) or CASES[FAMILIES[family]][1].get("head_dim", 8) // 2
         words += [f"extension.scaling.long_factors={[1.0 + i / pairs for i in range(pairs)]}"]
     tune = [f"finetune={place}", *text, *words, *SHORT, "name=tuned", "trainer.max_steps=2"]
     code = train([word.replace(", ", ",") for word in tune])
