@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("dev", "oracles", "corpora", "tune", "checkpoints", "wandb-report")
+NAMES = ("dev", "oracles", "corpora", "tune", "checkpoints", "lora", "wandb-report")
 EXTRAS = [word for extra in NAMES for word in ("--extra", extra)]
 PLATFORMS = {
     "Linux x86-64": "x86_64-unknown-linux-gnu",

@@ -10,6 +10,7 @@ from zoo.cli.help import SECTIONS, WIDTH, describe, help_text
 from zoo.config.compose import SCHEMAS
 from zoo.config.groups import groups
 from zoo.config.schema.data import DataPlace
+from zoo.config.schema.model import Lora
 from zoo.config.schema.optim import Optim
 from zoo.config.schema.train import Distil
 from zoo.config.schema.trainer import Trainer
@@ -29,7 +30,7 @@ def test_every_option_has_a_place_and_an_explanation(program):
     keys = [key for section in SECTIONS[program].values() for key in section]
     assert len(keys) == len({*keys})
     sections = {
-        "train": {"optim": Optim, "trainer": Trainer, "distil": Distil},
+        "train": {"distil": Distil, "lora": Lora, "optim": Optim, "trainer": Trainer},
         "eval": {"data": DataPlace},
     }[program]
     own = {key for key in SCHEMAS[program].model_fields if key not in {*groups(program), *sections}}

@@ -269,7 +269,7 @@ def test_its_tokenizer_gives_the_bytes_that_the_run_was_trained_on(tmp_path):
         (["model=gla"], "transformers", "format=transformers: has no architecture"),
         (["model.mixer.sink=true"], "transformers", "sink of attention"),
         (["extension=dca"], "transformers", "extension=dca"),
-        ([], "pickle", "format=pickle: must be auto, transformers or zoo"),
+        ([], "pickle", "format=pickle: must be auto, transformers, zoo or adapter"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_and_nothing_is_written(words, form, said, tmp_path):

@@ -118,7 +118,7 @@ def truth(original, tmp_path_factory):
         folder = RunFolder.open(RUN)
         config = folder.config
         files = list(folder.whole_checkpoints())
-        steps = {whole.step: checkpoint._weights(torch.load(whole.path)) for whole in files}
+        steps = {whole.step: checkpoint.weights_in(torch.load(whole.path)) for whole in files}
         assert sorted(steps) == [2, 4]
     scores = {4: scores_of(place)}
     copied = tmp_path_factory.mktemp("older") / "copy"

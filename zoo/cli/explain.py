@@ -15,12 +15,13 @@ from zoo.model.build import build_model, count_parameters
 from zoo.model.chunks import bytes_sent
 from zoo.model.extend import extend_as_trained
 from zoo.model.flops import forward_flops
+from zoo.model.lora import add_adapters
 from zoo.ops.runtime.sizes import ceil_div
 from zoo.parallel.hand_over import Ranks
 from zoo.report.words import count, size
 from zoo.tasks.memory import peak_bytes
 from zoo.training.partition import micro_batches, process_count, ranks_per_window
-from zoo.training.rehearse import TRAINED_BYTES, machine_memory, rehearse
+from zoo.training.rehearse import FROZEN_BYTES, TRAINED_BYTES, machine_memory, rehearse
 from zoo.training.windows import vocabulary
 
 log = logging.getLogger("zoo")
@@ -40,16 +41,22 @@ def explain(config: TrainConfig) -> str:
     processes, micro, ranks = process_count(config), micro_batches(config), ranks_per_window(config)
     rows, chunk = config.batch_size * ranks // (processes * micro), ceil_div(length, ranks)
     tokens, passes = config.batch_size * length, 4 if config.checkpoint_activations else 3
+    passes -= config.lora.rank is not None  # frozen weights have no gradient
     level = log.level
     log.setLevel(logging.ERROR)  # which kernels run is the run's to say
     try:
-        flops, activations = forward_flops(model, length), step_bytes(model, rows, chunk)
+        flops = forward_flops(model, length)
+        if config.lora.rank is not None:
+            add_adapters(model, config.lora)
+        activations = step_bytes(model, rows, chunk)
     finally:
         log.setLevel(level)
     if ranks > 1:
         activations += 2 * model.state_bytes(length - chunk, rows)  # received, and its gradient
-    trained = TRAINED_BYTES * parameters
-    whole = processes * (trained - NUMBER * parameters + activations)
+    tuned = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    frozen = count_parameters(model) - tuned
+    trained = FROZEN_BYTES * frozen + TRAINED_BYTES * tuned
+    whole = processes * (trained - NUMBER * tuned + activations)
     knobs = ", ".join(f"{name}={value}" for name, value in sized.items())
     steps = config.trainer.max_steps
     lines = {
@@ -65,7 +72,7 @@ def explain(config: TrainConfig) -> str:
         "state": _states(model, length),
     }
     if processes > 1:
-        sent = 2 * (processes - 1) / processes * NUMBER * parameters
+        sent = 2 * (processes - 1) / processes * NUMBER * tuned
         lines["sent"] = f"{size(sent)} a step by each process, its share of the gradients"
     if ranks > 1:
         places = [Ranks(ranks, index) for index in range(ranks)]

@@ -7,12 +7,13 @@ from zoo.cli.guard import read_options, run_program
 from zoo.console import say
 from zoo.errors import refuse
 
-USAGE = """zoo export run=<run folder> to=<new folder> [format=auto|transformers|zoo]
+USAGE = """zoo export run=<run folder> to=<new folder> [format=auto|transformers|zoo|adapter]
 write a model as safetensors with its config.json and tokenizer
 
   format=auto          as transformers reads it where it has the architecture, else as the zoo does
   format=transformers  refuse a model that transformers does not have
   format=zoo           the zoo's own: checkpoint=<folder> and zoo.load open it
+  format=adapter       the adapters of a run with lora.rank alone, as peft reads them
 """
 OPTIONS = ("run", "to", "format")
 
@@ -36,5 +37,5 @@ def _export(words: Sequence[str]) -> int:
         say(
             f"{folder}: is {info['status']}, its last checkpoint was exported (step {info['step']})"
         )
-    say(f"{given['to']}: {found.architecture}, model.safetensors, {found.tokenizer}")
+    say(f"{given['to']}: {found.architecture}, {found.weights}, {found.tokenizer}")
     return 0

@@ -27,10 +27,11 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             *("distil.teacher", "distil.temperature", "distil.weight"),
         ),
         "Run folder": (
-            *("runs", "name", "resume", "finetune", "fresh", "changed_code"),
+            *("runs", "name", "resume", "fresh", "changed_code"),
             *("valid_every", "valid_windows", "save_every"),
             *("trainer.max_time", "trainer.log_every_n_steps", "trainer.enable_progress_bar"),
         ),
+        "Fine-tuning": ("finetune", "lora.rank", "lora.alpha", "lora.targets"),
         "Hardware": (
             *(
                 "trainer.accelerator",

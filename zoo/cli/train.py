@@ -11,7 +11,7 @@ from zoo.cli import processes
 from zoo.cli.arms import Arm
 from zoo.cli.launch import launch
 from zoo.config.applicability import check_applies, position_schemes
-from zoo.config.effects import check_effects, check_names, notes
+from zoo.config.effects import check_adapters, check_effects, check_names, notes
 from zoo.config.groups import CONFIGS
 from zoo.config.resolve import resolve
 from zoo.config.schedule import describe_continuation
@@ -40,6 +40,7 @@ Examples
   python train.py -m model=transformer,mamba seed=0,1   every combination, one after another
   python train.py resume=<run folder>                   continue a run
   python train.py finetune=<run or pretrained checkpoint> extension=yarn extension.factor=4
+  python train.py finetune=<the same> lora.rank=16 ...  low-rank adapters alone
 """
 
 
@@ -62,6 +63,7 @@ def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
         )
     if not tree["resume"]:
         check_effects(config, tree, given)
+    check_adapters(config.lora)
     check_partition(config)
     check_accelerator(config.trainer.accelerator)
     check_deterministic(config.trainer.accelerator, config.trainer.deterministic)

@@ -6,6 +6,7 @@ given or is a default, is decided here. Nothing heavy is imported.
 
 import functools
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 from zoo.config.groups import CONFIGS, groups, inherited
 from zoo.config.introspect import constructor_parameters, lineage
 from zoo.config.schema.eval import Compress
-from zoo.config.schema.model import Extension
+from zoo.config.schema.model import Extension, Lora
 from zoo.config.schema.train import TrainConfig
 from zoo.config.schemes import short_name
 from zoo.config.tree import leaves, within
@@ -113,6 +114,10 @@ def check_effects(config: TrainConfig, tree: Mapping[str, Any], given: Sequence[
         if f"distil.{option}" in given and config.distil.teacher is None:
             value = getattr(config.distil, option)
             refuse(f"distil.{option}", value, "is of a teacher", "Add distil.teacher=<run>")
+    for option in ("alpha", "targets"):
+        if f"lora.{option}" in given and config.lora.rank is None:
+            value = getattr(config.lora, option)
+            refuse(f"lora.{option}", value, "is of adapters", "Add lora.rank=<rank>")
     if config.match == "params" and not config.finetune:
         _check_matched(config)
     _check_used(config, given)
@@ -173,6 +178,12 @@ def check_extension(extension: Extension, given: Sequence[str], longer: bool = F
             f"extension={name} has no scaling that uses it",
             "Add extension.scaling=<pi, ntk, yarn ...>, or leave it out",
         )
+
+
+def check_adapters(lora: Lora) -> None:
+    """Refuse adapters where the package that trains them is missing."""
+    if lora.rank is not None and find_spec("peft") is None:
+        refuse("lora.rank", lora.rank, "needs the package peft", "Run pip install 'zoo[lora]'")
 
 
 def check_compression(compress: Compress, given: Sequence[str]) -> None:

@@ -12,8 +12,10 @@ from zoo.errors import refuse_path
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.extend import extend_as_trained
+from zoo.model.lora import merged
 from zoo.model.pretrained import check_unchanged, load_pretrained, misfit, pretrained_weights
 from zoo.runs.checkpoints import reject
+from zoo.runs.claim import weights_of
 from zoo.runs.files import one_line
 from zoo.runs.folder import RunFolder
 
@@ -33,18 +35,18 @@ def load(
         check_unchanged(Path(folder.config.checkpoint), folder.info["checkpoint"])
         return load_pretrained(folder.config, dtype).to(device).eval().requires_grad_(False)
     path, state = _a_checkpoint(folder)
-    vocabulary = state["state_dict"].get("model.embedding.weight")
+    weights = _with_base(folder, weights_in(state))
+    vocabulary = weights.get("embedding.weight")
     if not isinstance(vocabulary, Tensor) or vocabulary.ndim != 2:
         refuse_path(path, "holds no model of this package (it has no embedding)", REPLACE)
     model, _ = build_model(folder.config, vocabulary.shape[0])
     extend_as_trained(model, folder.config)
-    load_weights(model, state, folder)
+    load_weights(model, weights, folder)
     return model.to(device, dtype).eval().requires_grad_(False)
 
 
-def load_weights(model: Backbone, state: dict[str, Any], folder: RunFolder) -> None:
-    """Give a model the weights in a checkpoint. UserError where they are another model's."""
-    weights = _weights(state)
+def load_weights(model: Backbone, weights: dict[str, Tensor], folder: RunFolder) -> None:
+    """Give a model the weights of a run. UserError where they are another model's."""
     try:
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
@@ -57,7 +59,36 @@ def trained_weights(folder: RunFolder) -> dict[str, Tensor]:
     """The model's weights in a run's last good checkpoint. UserError where it has none."""
     if folder.config.checkpoint:
         return pretrained_weights(folder.config)
-    return _weights(_a_checkpoint(folder)[1])
+    return _with_base(folder, checkpoint_weights(folder))
+
+
+def checkpoint_weights(folder: RunFolder) -> dict[str, Tensor]:
+    """What a run's last good checkpoint holds. UserError where it has none."""
+    return weights_in(_a_checkpoint(folder)[1])
+
+
+def _with_base(folder: RunFolder, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a run's model from those in its checkpoint, which may be adapters alone."""
+    if folder.config.lora.rank is None:
+        return weights
+    return merged(trained_weights(base_of(folder)), weights, folder.config.lora)
+
+
+def base_of(folder: RunFolder) -> RunFolder:
+    """The run whose model the adapters of a run adapt. UserError where it is not as it was."""
+    place = Path(str(folder.config.finetune))
+    if not place.is_dir():
+        place = folder.path.parent / place.name  # moved together
+    if not place.is_dir():
+        rule = f"holds adapters of the run {folder.config.finetune}, which is not there"
+        refuse_path(str(folder), rule, "Put that run's folder back, or beside this one")
+    base = RunFolder.open(place)
+    if folder.info["base"]["weights"] != weights_of(base):
+        rule = f"holds adapters of the run {place}, whose weights changed since"
+        refuse_path(str(folder), rule, "Put them back, or tune that run anew with fresh=true")
+    if base.config.checkpoint:
+        check_unchanged(Path(base.config.checkpoint), base.info["checkpoint"])
+    return base
 
 
 def _a_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]]:
@@ -69,8 +100,9 @@ def _a_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]]:
     return path, state
 
 
-def _weights(state: dict[str, Any]) -> dict[str, Tensor]:
-    return {name.removeprefix("model."): value for name, value in state["state_dict"].items()}
+def weights_in(state: dict[str, Any]) -> dict[str, Tensor]:
+    stored = state.get("state_dict", {})
+    return {name.removeprefix("model."): value for name, value in stored.items()}
 
 
 def last_checkpoint(folder: RunFolder) -> tuple[Path | None, dict[str, Any]]:

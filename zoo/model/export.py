@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,22 +23,25 @@ from zoo.config.validate import plain
 from zoo.data.tokenizers import BYTES, tokenizer_of
 from zoo.errors import refuse, refuse_path
 from zoo.model.backbone import Backbone
-from zoo.model.checkpoint import load
-from zoo.model.convert import to_transformers
+from zoo.model.checkpoint import base_of, checkpoint_weights, load
+from zoo.model.convert import layer_there, to_transformers
+from zoo.model.lora import in_peft_format
 from zoo.model.shrink import multiplied_out
 from zoo.model.transformers_config import Foreign, foreign
 from zoo.pretrained.families import OWN_SECTIONS, STAGES, TRAINED
 from zoo.runs.files import cannot_write
 from zoo.runs.folder import RunFolder
 
-FORMATS = ("auto", "transformers", "zoo")
+FORMATS = ("auto", "transformers", "zoo", "adapter")
 END = "<|end_of_document|>"  # a token that the zoo added behind those of the file
 
 
 class Exported(NamedTuple):
-    """What was written: the class of `transformers` (or "zoo"), and about the tokenizer."""
+    """What was written: the class of `transformers` (or "zoo", "LoRA"), its weights' file, and
+    about the tokenizer."""
 
     architecture: str
+    weights: str
     tokenizer: str
 
 
@@ -47,11 +51,12 @@ def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
     Args:
         folder: the run's.
         to: the folder to write; must not exist.
-        form: transformers, zoo, or auto: that of transformers where there is one.
+        form: transformers, zoo, or auto: that of transformers where there is one; adapter: that of
+            peft, of a run with lora.rank.
 
     Raises:
-        UserError: where the run has no weights, `to` exists or cannot be written, or
-            form=transformers is not possible.
+        UserError: where the run has no weights, `to` exists or cannot be written, or the form is
+            not possible.
     """
     given, to = to, to.resolve()  # x/.. is no new folder
     if to.exists():
@@ -71,19 +76,28 @@ def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
     if form == "zoo" or (form == "auto" and isinstance(found, str)):
         written, weights = _own(model, config)
         architecture = "zoo"
+    elif form == "adapter":
+        written, weights = _adapter(folder, None if isinstance(found, str) else found)
+        architecture = "LoRA"
     elif isinstance(found, str):
         refuse("format", form, f"has no architecture for this model ({found})", "Use format=zoo")
     else:
         written, weights = _of_transformers(model, config, found)
         architecture = found.architecture
     how_trained = {"seq_len": config.seq_len, "precision": config.trainer.precision}
+    file = "adapter_model.safetensors" if form == "adapter" else "model.safetensors"
     draft = to.with_name(f".{to.name}.{os.getpid()}.tmp")
     new = [parent for parent in draft.parents if not parent.exists()]
     try:
         draft.mkdir(parents=True)
-        end, about = _write_tokenizer(draft, config, model.vocab_size)
-        _write_json(draft / "config.json", written | {"eos_token_id": end, TRAINED: how_trained})
-        _write_weights(draft / "model.safetensors", weights)
+        if form == "adapter":
+            about = "adapter_config.json"
+            _write_json(draft / about, written)
+        else:
+            end, about = _write_tokenizer(draft, config, model.vocab_size)
+            written |= {"eos_token_id": end, TRAINED: how_trained}
+            _write_json(draft / "config.json", written)
+        _write_weights(draft / file, weights)
         os.rename(draft, to)
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
@@ -93,7 +107,7 @@ def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
         if isinstance(error, OSError):
             raise cannot_write(to, error) or error from error
         raise
-    return Exported(architecture, about)
+    return Exported(architecture, file, about)
 
 
 def _of_transformers(
@@ -109,6 +123,17 @@ def _of_transformers(
         "dtype": "float32",
         **found.config,
     }, weights
+
+
+def _adapter(folder: RunFolder, found: Foreign | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The adapters of a run, under the names of `transformers` where it has the model."""
+    config = folder.config
+    if config.lora.rank is None:
+        refuse("format", "adapter", "the run was trained without lora.rank", "Use format=auto")
+    base = base_of(folder)
+    place = base.config.checkpoint or str(base)
+    name = (lambda layer: layer) if found is None else partial(layer_there, names=found.names)
+    return in_peft_format(checkpoint_weights(folder), config.lora, place, name)
 
 
 def _own(model: Backbone, config: TrainConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:

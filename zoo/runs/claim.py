@@ -32,8 +32,8 @@ def claim(config: TrainConfig) -> RunFolder:
         return RunFolder.create(path, config, {**made, "sources": digest(files), "files": files})
     folder = RunFolder.open(path)
     check_same_run(folder, config, "Choose another name=, or use fresh=true")
-    before = folder.info.get("base")
-    if base and isinstance(before, dict) and before.get("weights") != base["base"]["weights"]:
+    before = (folder.info.get("base") or {}).get("weights")
+    if base and before is not None and before != base["base"]["weights"]:
         refuse_path(
             path,
             f"was fine-tuned from other weights than {config.finetune} now holds",
@@ -55,9 +55,16 @@ def _base(config: TrainConfig) -> dict[str, Any]:
     if not config.finetune:
         return {}
     folder = RunFolder.open(config.finetune)
-    weights = next(folder.whole_checkpoints(), None)
-    info = {"run": config.finetune, "weights": weights and weights.content}
+    info = {"run": config.finetune, "weights": weights_of(folder)}
     return {"base": {**info, "sources": trained_by(folder.info)}}
+
+
+def weights_of(folder: RunFolder) -> str | None:
+    """A hash that differs where a run's weights do; None before its first checkpoint."""
+    if folder.config.checkpoint:
+        return folder.info["checkpoint"]["sha256"]
+    last = next(folder.whole_checkpoints(), None)
+    return last and last.content
 
 
 @contextmanager

@@ -12,18 +12,27 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from zoo.config.schema.train import TrainConfig
 from zoo.console import say
 from zoo.data.corpora import Corpus
 from zoo.data.examples import SyntheticData
 from zoo.devices import cuda_line, prepare
-from zoo.errors import RunError, UserError, refuse
+from zoo.errors import RunError, UserError, refuse, refuse_path
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model, count_parameters
-from zoo.model.checkpoint import last_checkpoint, load_weights, trained_weights
+from zoo.model.checkpoint import (
+    REPLACE,
+    base_of,
+    last_checkpoint,
+    load_weights,
+    trained_weights,
+    weights_in,
+)
 from zoo.model.extend import extend
 from zoo.model.flops import forward_flops
+from zoo.model.lora import add_adapters, trained_names
 from zoo.model.pretrained import misfit
 from zoo.ops.runtime import dispatch
 from zoo.ops.runtime.allocator import tune_allocator
@@ -63,7 +72,7 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
     data = open_data(config.data, config.seq_len)
     check_data(data, folder)
     lightning.seed_everything(config.seed, verbose=False)
-    model, sizes, checkpoint = _build(config, folder, data.vocab_size)
+    model, sizes, checkpoint, weights = _build(config, folder, data.vocab_size)
     facts = _facts(config, data, model, sizes)
     before = (folder.info.get("teacher") or {}).get("weights")
     taught = distillation(config, data.tokenizer_name, data.vocab_size, before)
@@ -72,6 +81,8 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
         if first:
             said = f"{facts['teacher']['flops_per_token']:,} FLOPs a token"
             say(f"{config.distil.teacher} teaches, {said} beside {facts['flops_per_token']:,}")
+    if config.lora.rank is not None:
+        facts |= _adapt(config, folder, model, weights)
     metrics, checkpoints = _callbacks(config, folder, data)
     zeros = _keep_zeros(config, model)  # before a step is measured or saved
     trainer = _trainer(config, folder, [*zeros, metrics, checkpoints], facts, until)
@@ -116,25 +127,43 @@ def _prepare_process(config: TrainConfig, first: bool) -> None:
 
 def _build(
     config: TrainConfig, folder: RunFolder, vocab_size: int
-) -> tuple[Backbone, dict[str, int], Path | None]:
+) -> tuple[Backbone, dict[str, int], Path | None, dict[str, Tensor]]:
     """Build the model with the weights it starts from.
 
-    Returns it, the sizes that `match` chose, and the checkpoint it was restored from, if any.
+    Returns it, the sizes that `match` chose, the checkpoint it was restored from, if any, and what
+    that holds.
     """
     model, sizes = build_model(config, vocab_size + (config.objective == "masked"))
     checkpoint, state = last_checkpoint(folder)
+    restored, adapts = weights_in(state), config.lora.rank is not None
     for stage in config.stages:
         extend(model, stage.extension, stage.seq_len)
-    if config.finetune and not checkpoint:
-        weights = trained_weights(RunFolder.open(config.finetune))
+    if config.finetune and (adapts or not checkpoint):
+        weights = trained_weights(base_of(folder) if adapts else RunFolder.open(config.finetune))
         if why := misfit(model, weights):
             rule = f"its weights do not fit this model ({why})"
             refuse("finetune", config.finetune, rule, "Leave the options of the model out")
         model.load_state_dict(weights)
     extend(model, config.extension, config.seq_len)
-    if state:
-        load_weights(model, state, folder)
-    return model, sizes, checkpoint
+    if restored and not adapts:
+        load_weights(model, restored, folder)
+    return model, sizes, checkpoint, restored
+
+
+def _adapt(
+    config: TrainConfig, folder: RunFolder, model: Backbone, weights: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Freeze the model beside adapters, with the weights of a checkpoint if there are any.
+
+    Returns the entry of run.json about them.
+    """
+    add_adapters(model, config.lora)
+    trained = trained_names(model)
+    if weights and {*weights} != trained:
+        refuse_path(str(folder), "config.yaml's lora does not fit the checkpoint", REPLACE)
+    model.load_state_dict(weights, strict=False)
+    numbers = sum(model.get_parameter(name).numel() for name in trained)
+    return {"trained_parameters": numbers}
 
 
 def _facts(

@@ -14,6 +14,7 @@ from zoo.data.synthetic import NO_LABEL
 from zoo.errors import RunError, refuse_path
 from zoo.model.backbone import Backbone
 from zoo.model.chunks import state_before
+from zoo.model.lora import trained_names
 from zoo.parallel.hand_over import Ranks
 from zoo.training.distillation import Distillation
 from zoo.training.distributed import all_gather, broadcast_text, rank, ranks_of_window, world_size
@@ -61,6 +62,7 @@ class Learner(lightning.LightningModule):
         self.micro_batches, self.rows = micro_batches, rows  # rows of a whole step
         self.states: dict[int, Any] = {}  # micro-batch -> the state after its rows' last window
         self.distillation = distillation
+        self.strict_loading = all(weight.requires_grad for weight in model.parameters())
         self._losses: list[Tensor] = []  # of the step's micro-batches
 
     def on_fit_start(self) -> None:
@@ -150,6 +152,10 @@ class Learner(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["callbacks"] = {}  # Lightning's own: the clock of trainer.max_time
+        if not self.strict_loading:  # what is frozen is another run's
+            trained = {f"model.{name}" for name in trained_names(self.model)}
+            weights = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: weights[name] for name in weights if name in trained}
         if self.states:  # only the leaves, as a checkpoint holds plain containers
             checkpoint["carried"] = self._all_rows()
 

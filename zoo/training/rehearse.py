@@ -19,11 +19,13 @@ from zoo.errors import UserError, refuse
 from zoo.model.backbone import Backbone, takes_state
 from zoo.model.build import assemble, build_model, count_parameters, refuse_pattern
 from zoo.model.extend import extend_as_trained
+from zoo.model.lora import add_adapters
 from zoo.ops.runtime import dispatch
 from zoo.training.distillation import distillation
 from zoo.training.partition import micro_batches, process_count, ranks_per_window
 from zoo.training.windows import open_data, vocabulary
 
+FROZEN_BYTES = 4  # per parameter in float32
 TRAINED_BYTES = 16  # per parameter in float32: itself, its gradient, AdamW's two moments
 PROBE_TOKENS = 128  # of one row: activations grow at least linearly with its length
 
@@ -51,6 +53,8 @@ def rehearse(config: TrainConfig) -> None:
         distillation(config, text.tokenizer_name, text.vocab_size)
     if device == "cpu":
         _check_memory(config, vocab_size, knobs, count_parameters(model))
+    elif config.lora.rank is not None:
+        _assembled(config, vocab_size, {**knobs, "layers": len(config.model.blocks)})
 
 
 def _check_length(config: TrainConfig, most: int | None) -> None:
@@ -103,10 +107,14 @@ def _check_memory(
     memory = machine_memory()
     if memory is None:
         return
-    trained = TRAINED_BYTES * parameters * process_count(config)
-    numbers = (
-        f"{_bytes(trained)} for {parameters:,} parameters, their gradients and AdamW's moments"
-    )
+    if config.lora.rank is None:
+        trained = TRAINED_BYTES * parameters * process_count(config)
+        numbers = (
+            f"{_bytes(trained)} for {parameters:,} parameters, their gradients and AdamW's moments"
+        )
+    else:  # those of the adapters are few
+        trained = FROZEN_BYTES * parameters * process_count(config)
+        numbers = f"{_bytes(trained)} for {parameters:,} frozen parameters"
     if trained > memory:
         size = config.size
         raise UserError(
@@ -152,8 +160,8 @@ def _activations_per_row(config: TrainConfig, vocab_size: int, knobs: dict[str, 
     log.setLevel(logging.ERROR)  # the run itself logs which kernels it uses
     try:
         once, twice = (
-            _activations(assemble(config, vocab_size, {**knobs, "layers": times * cycle}), tokens)
-            for times in (1, 2)
+            _activations(_assembled(config, vocab_size, {**knobs, "layers": n * cycle}), tokens)
+            for n in (1, 2)
         )
     except RuntimeError as error:
         if "allocate memory" not in str(error):
@@ -165,6 +173,13 @@ def _activations_per_row(config: TrainConfig, vocab_size: int, knobs: dict[str, 
         dispatch.reset()
     more = max(0, layers - cycle) / cycle * (twice - once)
     return (once + more) * config.seq_len / tokens
+
+
+def _assembled(config: TrainConfig, vocab_size: int, knobs: dict[str, int]) -> Backbone:
+    model = assemble(config, vocab_size, knobs)
+    if config.lora.rank is not None:
+        add_adapters(model, config.lora)
+    return model
 
 
 def _activations(model: Backbone, tokens: int) -> int:

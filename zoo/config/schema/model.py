@@ -66,6 +66,9 @@ class Size(Section):
     heads: Annotated[Positive, Field(le=2**17)]
 
 
+Layer = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
+
+
 class Extension(Section):
     """How a model reads beyond the length of the windows it is trained on."""
 
@@ -107,6 +110,26 @@ class Shrunk(Section):
     run: Path
     rank: Positive | None = None
     sparsity: Annotated[Number, Field(gt=0, lt=1)] | Literal["2:4"] | None = None
+
+
+class Lora(Section):
+    """Low-rank adapters (arXiv 2106.09685), which finetune= trains in place of the weights."""
+
+    unwritten: ClassVar[Mapping[str, Any]] = {"rank": None, "alpha": None, "targets": None}
+    rank: Annotated[Positive, Field(le=2**14)] | None = Field(
+        default=None, description="rank of the adapters; null: the weights themselves are trained"
+    )
+    alpha: Annotated[Number, Field(gt=0, le=2**20)] | None = Field(
+        default=None, description="scale of the adapters times their rank; null: twice the rank"
+    )
+    targets: Annotated[list[Layer], Field(min_length=1)] | None = Field(
+        default=None, description="linear layers, such as [q_proj,v_proj]; null: all of the blocks"
+    )
+
+    @property
+    def alpha_or_default(self) -> float:
+        assert self.rank is not None
+        return 2 * self.rank if self.alpha is None else self.alpha
 
 
 class Stage(Section):

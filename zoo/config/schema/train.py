@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from zoo.config.schema.data import Data
-from zoo.config.schema.model import Extension, Model, Shrunk, Size, Stage
+from zoo.config.schema.model import Extension, Lora, Model, Shrunk, Size, Stage
 from zoo.config.schema.optim import Optim
 from zoo.config.schema.sections import Section
 from zoo.config.schema.trainer import Logger, Trainer
@@ -39,6 +39,7 @@ class TrainConfig(Section):
         "stages": [],
         "shrunk": None,
         "distil": {},
+        "lora": {},
     }
     model: Model
     size: Size
@@ -80,6 +81,7 @@ class TrainConfig(Section):
         description="pretrained checkpoint that the run was made of; eval.py checkpoint= sets it",
     )
     distil: Distil = Field(default_factory=Distil, description="a teacher's predictions")
+    lora: Lora = Field(default_factory=Lora, description="adapters trained by finetune=")
     extension: Extension
     stages: list[Stage] = Field(
         default=[],
@@ -122,6 +124,12 @@ class TrainConfig(Section):
                 "Add finetune=<run folder>, or measure one: python eval.py run=<run folder> "
                 f"extension={name}",
             )
+        if self.lora.rank is not None and not self.finetune:
+            advice = "Add finetune=<run or pretrained checkpoint>"
+            refuse("lora.rank", self.lora.rank, "adapts a trained model", advice)
+        if self.lora.rank is not None and self.shrunk is not None and self.shrunk.sparsity:
+            rule = "adapters fill the zeros of a pruned model"
+            refuse("lora.rank", self.lora.rank, rule, "Leave it out, or tune an unpruned run")
         if self.extension.positions is not None:
             if self.extension.attention is not None:
                 rule = "cannot be combined with a pattern of attention"
