@@ -163,11 +163,11 @@ def check_caps(build, monkeypatch) -> None:
     """Every part of every softmax is capped, read whole and in two chunks."""
     partial_of, caps = attention._partial, []
 
-    def seen(part, scale, softcap, backend):
+    def recorded(part, scale, softcap, backend):
         caps.append(softcap)
         return partial_of(part, scale, softcap, backend)
 
-    monkeypatch.setattr(attention, "_partial", seen)
+    monkeypatch.setattr(attention, "_partial", recorded)
     mixer = build()
     x = torch.randn(2, 40, mixer.k_proj.weight.shape[1], dtype=mixer.k_proj.weight.dtype)
     mixer(x)

@@ -23,7 +23,7 @@ def check_records(kind: str, files: Files, field: str) -> None:
     if kind == "parquet":
         require_package("pyarrow", "data=parquet")
     for path in files.every()[:HEAD_FILES]:
-        for number, record in _read(kind, path, [field]):
+        for number, record in read_records(kind, path, [field]):
             document_of(record, field, f"{path}:{number}")
             break
 
@@ -37,12 +37,14 @@ def split_records(kind: str, files: Files, field: str) -> dict[str, Documents]:
 
 def _documents(kind: str, files: Files, split: str, field: str) -> Documents:
     for path in files.groups[split]:
-        for number, record in _read(kind, path, [field]):
+        for number, record in read_records(kind, path, [field]):
             if document := document_of(record, field, f"{path}:{number}"):
                 yield f"{files.name(path)}:{number}", document
 
 
-def _read(kind: str, path: Path, fields: list[str]) -> Records:
+def read_records(kind: str, path: Path, fields: list[str]) -> Records:
+    """The records of a file with their numbers, of Parquet with these fields alone where it has
+    one. UserError where the file is damaged or cannot be read."""
     return _read_jsonl(path) if kind == "jsonl" else _read_parquet(path, fields)
 
 

@@ -1,0 +1,302 @@
+"""Answers that lie in long texts: generated retrieval and reasoning, and benchmarks of documents.
+
+    variable_tracking, common_words, babilong    generated to any length (zoo.data.long_contexts)
+    gov_report, qmsum                            summaries (Huang 2021, arXiv 2104.02112; Zhong
+                                                 2021, arXiv 2104.05938): ROUGE
+    narrative_qa, qasper                         answers in a few words (Kocisky 2017, arXiv
+                                                 1712.07040; Dasigi 2021, arXiv 2105.03011): F1
+    quality                                      one of several answers (Pang 2021, arXiv
+                                                 2112.08608): exact match
+
+The model reads an instruction, the text and the question, and writes on greedily. Scores are those
+of torchmetrics, the best over the right answers: ROUGE without stemming, F1 and exact match after
+SQuAD's normalisation; of generated texts the share of the answers that was written (RULER's). The
+prompts are this package's own, so scores compare models here, not with published figures.
+
+A document whose prompt is longer than the length is cut as `truncate` says, on tokens of the text
+alone: `left` drops its beginning, `middle` as many around its middle (as LongBench does, Bai 2023,
+arXiv 2308.14508); how many were cut, and by how much, is in the row.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from zoo.config.domains import Count, Lengths, Seed
+from zoo.data.long_contexts import GENERATED, Example, kind_of, read_examples, sentences
+from zoo.data.records import require_package
+from zoo.data.tokenizers import Tokenizer
+from zoo.errors import refuse
+from zoo.measurement import Declaration, Quantity
+from zoo.model.generation import Sampling
+from zoo.model.scoring import write_many
+from zoo.report.statistics import interval
+from zoo.tasks.context import EvalContext, NotApplicableError, Row, check_length
+from zoo.tasks.task import STATE, Task, lengths_of
+
+FIELDS = ("context", "input", "answers")
+BACKGROUND = 2**20  # tokens of the corpus that generated examples take sentences from
+
+
+class Benchmark(NamedTuple):
+    """How a data set is read, and how answers to it are scored."""
+
+    title: str
+    metric: str  # a key of METRICS
+    tokens: int  # of an answer, at most
+    instruction: str = ""
+    cue: str = ""  # behind the question
+    one_line: bool = True  # the answer ends with its line
+
+
+SUMMARY = Benchmark("", "rouge", 512, "Read the text.", "Summary:", one_line=False)
+ANSWER = Benchmark("", "f1", 32, "Read the text and answer the question briefly.", "Answer:")
+BENCHMARKS = {
+    "variable_tracking": Benchmark("variable tracking", "found", 64),
+    "common_words": Benchmark("common words", "found", 96),
+    "babilong": Benchmark("facts in a text", "found", 8),
+    "gov_report": SUMMARY._replace(title="GovReport"),
+    "qmsum": SUMMARY._replace(title="QMSum"),
+    "narrative_qa": ANSWER._replace(title="NarrativeQA"),
+    "qasper": ANSWER._replace(title="Qasper"),
+    "quality": ANSWER._replace(title="QuALITY", metric="exact", tokens=64),
+}
+UNITS = {"rouge": "ROUGE-L", "f1": "F1", "exact": "exact match", "found": "answers found"}
+
+
+def _quantities() -> Iterator[Quantity]:
+    for name, one in BENCHMARKS.items():
+        options = {"better": "higher", "form": "share", "where": {"dataset": name}}
+        label = f"{one.title}, {UNITS[one.metric]}"
+        yield Quantity(field="score", name=label, interval="interval", **options)
+        if one.metric == "rouge":
+            for n in (1, 2):
+                yield Quantity(field=f"rouge{n}", name=f"{one.title}, ROUGE-{n}", **options)
+    yield Quantity(field="cut", name="texts cut to the length", better=None, form="share")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents(Task):
+    """One row per length: the score of `examples` examples whose prompt and answer fit it.
+
+    Args:
+        dataset: one of those above.
+        path: its file of records; None for generated ones.
+        fields: the names of the text, the question ("" where the text holds it) and the answers;
+            None: those of FIELDS, which LongBench's files have.
+        truncate: how a longer text is cut; None: it is refused. Generated ones fit their length.
+        tokens: of an answer, at most; None: the data set's own.
+        seed: of generated examples.
+    """
+
+    declares = Declaration(
+        title="Answers in long texts",
+        about="The answer lies in a text of this length: retrieval, tracking and counting in "
+        "generated texts, questions on documents and their summaries.",
+        quantities=(*_quantities(), STATE),
+    )
+    unidentifying = ("lengths", "batch", "dataset", "path")  # a question has the data itself
+    dataset: Literal[
+        "variable_tracking",
+        "common_words",
+        "babilong",
+        "gov_report",
+        "qmsum",
+        "narrative_qa",
+        "qasper",
+        "quality",
+    ] = "variable_tracking"
+    path: str | None = None
+    fields: Sequence[str] | None = None
+    lengths: Lengths | None = None
+    examples: Count = 20
+    truncate: Literal["left", "middle"] | None = None
+    tokens: Count | None = None
+    seed: Seed = 0
+    batch: Count = 4
+
+    @property
+    def benchmark(self) -> Benchmark:
+        return BENCHMARKS[self.dataset]
+
+    def check(self) -> None:
+        if self.dataset in GENERATED:
+            for option in ("path", "fields", "truncate"):
+                if (value := getattr(self, option)) is not None:
+                    rule = f"dataset={self.dataset} is generated to its length"
+                    refuse(f"task.documents.{option}", value, rule, "Leave it out")
+            return
+        if self.path is None or not Path(self.path).is_file():
+            rule = f"must be the file of dataset={self.dataset}, .jsonl or .parquet"
+            refuse("task.documents.path", self.path, rule)
+        if kind_of(Path(self.path)) == "parquet":
+            require_package("pyarrow", f"task.documents.path={self.path}")
+        names = FIELDS if self.fields is None else self.fields
+        if len(names) != 3 or not (names[0] and names[2]):
+            rule = "must be the names of text, question and answers; of the question also empty"
+            refuse("task.documents.fields", names, rule)
+
+    def questions(self, context: EvalContext) -> list[Row]:
+        _ = context.corpus
+        data: Row = {"dataset": self.dataset}
+        if self.path is not None:
+            with open(self.path, "rb") as file:
+                data["data"] = hashlib.file_digest(file, "sha256").hexdigest()
+        return [{**data, "length": n} for n in lengths_of(self.lengths, context, (1, 2, 4))]
+
+    def measure(self, context: EvalContext, question: Row) -> Row:
+        if not context.model.causal:
+            raise NotApplicableError("a model that reads both ways writes no answer")
+        length, tokenizer = question["length"], context.corpus.tokenizer
+        check_length(context.model, length)
+        most = self.tokens or self.benchmark.tokens
+        prompts = [*self._prompts(context, length - most)]
+        context.progress.begin(f"{self.dataset} at {length}", len(prompts) * length)
+        written = write_many(
+            context.model,
+            [prompt.tokens for prompt in prompts],
+            tokens=most,
+            sampling=Sampling(),
+            stops=lambda _, tokens: tokens[-1] == tokenizer.end,
+            rows=self.batch,
+            precision=context.precision,
+        )
+        answers = [self._answer(tokenizer, one) for one in written]
+        metric = METRICS[self.benchmark.metric]
+        found = [
+            metric(text, prompt.answers) for text, prompt in zip(answers, prompts, strict=True)
+        ]
+        scores = [one["score"] for one in found]
+        cut = [prompt.cut for prompt in prompts if prompt.cut]
+        return {
+            **{name: sum(one[name] for one in found) / len(found) for name in found[0]},
+            "interval": interval(scores),
+            "count": len(prompts),
+            "cut": len(cut) / len(prompts),
+            "tokens_cut": sum(cut) / len(cut) if cut else 0,  # of those that were
+            "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts) / len(prompts),
+            "first_answer": answers[0],
+            "state_bytes": context.model.state_bytes(length),
+        }
+
+    def _answer(self, tokenizer: Tokenizer, tokens: list[int]) -> str:
+        end = tokens.index(tokenizer.end) if tokenizer.end in tokens else len(tokens)
+        text = "".join(tokenizer.decode(tokens[:end])).strip()
+        return text.partition("\n")[0].strip() if self.benchmark.one_line else text
+
+    def _prompts(self, context: EvalContext, most: int) -> "Iterator[LongPrompt]":
+        """The prompts, of at most so many tokens each."""
+        tokenizer = context.corpus.tokenizer
+        if self.dataset in GENERATED:
+            tokens = (
+                context.store.tokens[:BACKGROUND].tolist() if self.dataset == "babilong" else []
+            )
+            text = sentences("".join(tokenizer.decode(tokens)))
+            for number in range(self.examples):
+                yield fitting(tokenizer, self.dataset, [self.seed, number], text, most)
+            return
+        examples = read_examples(
+            Path(str(self.path)), self.fields or FIELDS, self.benchmark.instruction
+        )
+        for example in islice(examples, self.examples):
+            cue = "\n".join(part for part in (example.question, self.benchmark.cue) if part)
+            yield cut_to(tokenizer, example._replace(question=cue), most, self.truncate)
+
+
+class LongPrompt(NamedTuple):
+    """A prompt's tokens, the right answers, and how many tokens of its text were cut."""
+
+    tokens: list[int]
+    answers: list[str]
+    cut: int = 0
+
+
+def fitting(
+    tokenizer: Tokenizer, dataset: str, seed: list[int], text: Sequence[str], most: int
+) -> LongPrompt:
+    """The generated example of the largest size whose prompt has at most so many tokens.
+
+    Raises UserError where that of size 0 has more.
+    """
+
+    def made(size: int) -> LongPrompt:
+        example = GENERATED[dataset](np.random.default_rng(seed), size, text)
+        parts = (example.instruction, example.context, example.question)
+        return LongPrompt(tokenizer.start("\n\n".join(parts)), example.answers)
+
+    best, size = made(0), 1
+    if len(best.tokens) > most:
+        rule = f"leaves {most} tokens for a prompt of dataset={dataset}, which has at least "
+        refuse("task.documents.lengths", most, f"{rule}{len(best.tokens)}", "Use a longer one")
+    below = 0
+    while len((found := made(size)).tokens) <= most and size < 2**24:
+        best, below, size = found, size, 2 * size
+    while size - below > 1:  # the largest that fits is in between
+        middle = (below + size) // 2
+        found = made(middle)
+        if len(found.tokens) <= most:
+            best, below = found, middle
+        else:
+            size = middle
+    return best
+
+
+def cut_to(tokenizer: Tokenizer, example: Example, most: int, truncate: str | None) -> LongPrompt:
+    """A document's prompt of at most so many tokens, its text cut where it is longer.
+
+    Raises UserError where it is and `truncate` is None, and where question and instruction alone
+    are.
+    """
+    parts = [part for part in (example.instruction, example.context, example.question) if part]
+    whole = tokenizer.start("\n\n".join(parts))
+    if len(whole) <= most:
+        return LongPrompt(whole, example.answers)
+    if truncate is None:
+        rule = f"an example has {len(whole):,} tokens, and the length leaves {most:,}"
+        refuse("task.documents.truncate", None, rule, "Use left or middle, or a longer length")
+    before = tokenizer.start(f"{example.instruction}\n\n" if example.instruction else "")
+    behind = tokenizer.tokens(f"\n\n{example.question}")
+    text, room = tokenizer.tokens(example.context), most - len(before) - len(behind)
+    if room < 1:
+        rule = f"leaves {most} tokens, and a question alone has {len(before) + len(behind)}"
+        refuse("task.documents.lengths", most, rule, "Use a longer one")
+    kept = text[-room:]
+    if truncate == "middle":
+        kept = [*text[: room - room // 2], *text[len(text) - room // 2 :]]
+    return LongPrompt([*before, *kept, *behind], example.answers, len(text) - room)
+
+
+def _rouge(written: str, answers: Sequence[str]) -> dict[str, float]:
+    from torchmetrics.functional.text import rouge_score
+
+    keys = ("rouge1", "rouge2", "rougeL")
+    found = [rouge_score(written, one, rouge_keys=keys) for one in answers]
+    best = {key: max(float(one[f"{key}_fmeasure"]) for one in found) for key in keys}
+    return {"score": best.pop("rougeL"), **best}
+
+
+def _squad(measure: str, written: str, answers: Sequence[str]) -> dict[str, float]:
+    from torchmetrics.functional.text import squad
+
+    right = {"answer_start": [0] * len(answers), "text": [*answers]}
+    found = squad([{"prediction_text": written, "id": "0"}], [{"answers": right, "id": "0"}])
+    return {"score": float(found[measure]) / 100}
+
+
+def _found(written: str, answers: Sequence[str]) -> dict[str, float]:
+    """The share of the answers that is written, in any case of letters (RULER, section 4)."""
+    return {"score": sum(one.lower() in written.lower() for one in answers) / len(answers)}
+
+
+METRICS: dict[str, Callable[[str, Sequence[str]], dict[str, float]]] = {
+    "rouge": _rouge,
+    "f1": functools.partial(_squad, "f1"),
+    "exact": functools.partial(_squad, "exact_match"),
+    "found": _found,
+}
