@@ -13,9 +13,10 @@ from torch import Tensor
 from zoo.config.schema.model import Extension
 from zoo.config.schema.train import TrainConfig
 from zoo.config.validate import validate
+from zoo.data.synthetic import NO_LABEL
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
-from zoo.model.chunks import bytes_sent, state_before
+from zoo.model.chunks import bytes_sent, chunk_loss
 from zoo.model.extend import extend, places
 from zoo.parallel.hand_over import Ranks
 
@@ -55,17 +56,18 @@ def differences(ranks: Ranks, case: Case, length: int) -> dict[str, float]:
     model.checkpoint_activations = length % 2 == 1
     tokens = torch.randint(VOCABULARY, (ROWS, length + 1))
     before = ranks.bytes_sent
-    inputs, labels, chunk = tokens[:, :-1], tokens[:, 1:], ranks.chunk(length)
-    state, read = state_before(model, ranks, chunk.start), []
+    inputs, labels, chunk = tokens[:, :-1], tokens[:, 1:].clone(), ranks.chunk(length)
+    labels[:, 1 : length // 2 : 2] = NO_LABEL  # a chunk's share of the labels is not of the tokens
+    read: list[Tensor] = []
     watch = model.norm.register_forward_hook(lambda *call: read.append(call[2].detach()))
-    mean = model.labels_loss(inputs[:, chunk], labels[:, chunk], positions, state)
-    (mean * (chunk.stop - chunk.start) / length).backward()
+    part = chunk_loss(model, ranks, inputs, labels, positions)
+    part.backward()
     ranks.finish()
     unexpected = torch.tensor(ranks.bytes_sent - before - bytes_sent(model, ranks, length, ROWS))
     (own,) = read
     outputs = own.new_zeros((ROWS, length, model.width))
     outputs[:, chunk] = own
-    summed = mean.detach() * (chunk.stop - chunk.start) / length
+    summed = part.detach()
     for x in (outputs, summed, unexpected.abs_()):
         dist.all_reduce(x)
     found = {}

@@ -35,6 +35,9 @@ def every_case(lengths: list[int] | None = None) -> Cases:
     for name in ("transformer", "sinusoidal", "mamba"):
         words = [f"model={name}", "model.sink_token=true"]
         found[f"{name} with a sink token"] = words, None, lengths or [77]
+    losses = ["normalise=root", "norm_loss=0.1", "entropy_loss=0.1", "entropy_margin=1.0"]
+    words = ["model=relu", *(f"model.mixer.{one}" for one in losses)]
+    found["relu with losses of its layers"] = words, None, lengths or [77]
     for name, tree in extensions().items():
         model, placed = [f"model={MODEL_OF.get(name, 'transformer')}"], tree.get("positions")
         if lengths is None and not (placed or tree["attention"]):

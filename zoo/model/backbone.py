@@ -324,13 +324,23 @@ class Backbone(nn.Module):
         Where a label is `NO_LABEL` nothing is predicted; 0 where nothing is at all, as may be in
         one of the micro-batches that share a step.
         """
-        x, _ = self.hidden(tokens, state, positions)
-        nll = self._summed_nll(x, labels) / (labels != NO_LABEL).sum().clamp(min=1)
-        return self.with_auxiliary(nll)
+        return self.with_auxiliary(self.labels_nll(tokens, labels, positions, state))
 
-    def with_auxiliary(self, loss: Tensor) -> Tensor:
+    def labels_nll(
+        self,
+        tokens: Int[Tensor, "b t"],
+        labels: Int[Tensor, "b t"],
+        positions: Tensor | None = None,
+        state: BackboneState | None = None,
+    ) -> Tensor:
+        """As `labels_loss`, without what layers add to the loss."""
+        x, _ = self.hidden(tokens, state, positions)
+        return self._summed_nll(x, labels) / (labels != NO_LABEL).sum().clamp(min=1)
+
+    def with_auxiliary(self, loss: Tensor, share: float = 1.0) -> Tensor:
+        """The loss and what the layers of the last call add to it, as far as it is theirs."""
         auxiliary, self._auxiliary = self._auxiliary, None
-        return loss if auxiliary is None else loss + auxiliary
+        return loss if auxiliary is None else loss + share * auxiliary
 
     def masked_loss(
         self,

@@ -10,10 +10,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zoo.config.schedule import learning_rate_factor
 from zoo.config.schema.optim import Optim
-from zoo.data.synthetic import NO_LABEL
 from zoo.errors import RunError, refuse_path
 from zoo.model.backbone import Backbone
-from zoo.model.chunks import state_before
+from zoo.model.chunks import chunk_loss
 from zoo.model.lora import trained_names
 from zoo.parallel.hand_over import Ranks
 from zoo.training.distillation import Distillation
@@ -105,11 +104,8 @@ class Learner(lightning.LightningModule):
         tokens, labels = batch["tokens"], batch.get("labels")
         if labels is None:
             tokens, labels = tokens[:, :-1], tokens[:, 1:]
-        chunk = self.ranks.chunk(tokens.shape[1])
-        state, own = state_before(self.model, self.ranks, chunk.start), labels[:, chunk]
-        mean = self.model.labels_loss(tokens[:, chunk], own, batch.get("positions"), state)
-        part = (own != NO_LABEL).sum() / (labels != NO_LABEL).sum().clamp(min=1)
-        return mean * part * self.ranks.size
+        part = chunk_loss(self.model, self.ranks, tokens, labels, batch.get("positions"))
+        return part * self.ranks.size
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Clip to the configured norm. NonFiniteError before a bad gradient reaches the weights."""
