@@ -95,6 +95,8 @@ def test_a_teacher_whose_weights_changed_is_refused(teacher, capsys):
         (["distil.teacher=nowhere"], "distil.teacher=nowhere: is no run and no checkpoint."),
         (["distil.weight=0"], "distil.weight=0: must be"),
         (["distil.temperature=-1"], "distil.temperature=-1: must be"),
+        # its square times the cross-entropy would be nothing in float32
+        (["distil.temperature=1e-30"], "distil.temperature=1e-30: must be"),
         (["state_passing=carry"], "acts on separate windows of a text"),
     ],
 )

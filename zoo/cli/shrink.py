@@ -23,6 +23,7 @@ make a run with a smaller model of a trained one
   to=            the new run's folder; without it, beside the run
 """
 OPTIONS = ("run", "rank", "sparsity", "to")
+MAX_RANK = 2**17
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,8 +52,8 @@ def _rank(given: Mapping[str, str]) -> int | None:
         rank = read_count(given["rank"])
     except ValueError:
         rank = 0
-    if not 1 <= rank <= 2**17:
-        refuse("rank", given["rank"], "must be a whole number from 1 on")
+    if not 1 <= rank <= MAX_RANK:
+        refuse("rank", given["rank"], f"must be a whole number from 1 to {MAX_RANK}")
     return rank
 
 

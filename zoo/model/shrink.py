@@ -87,6 +87,14 @@ def prune_matrices(model: Backbone, sparsity: float | str) -> None:
     if not layers:
         rule = "acts on linear layers, whose inputs cut into fours, and the model has none"
         refuse("sparsity", sparsity, rule, "Use a share, such as sparsity=0.5")
+    if sparsity != PAIRS:
+        sizes = [layer.weight.numel() for layer in layers]
+        zeros = [round(float(sparsity) * size) for size in sizes]  # as torch.nn.utils.prune counts
+        if not any(zeros):
+            refuse("sparsity", sparsity, f"is no number of {max(sizes)}", "Use a larger share")
+        if any(zero == size for zero, size in zip(zeros, sizes, strict=True)):
+            rule = f"leaves nothing of a matrix of {min(sizes)} numbers"
+            refuse("sparsity", sparsity, rule, "Use a smaller share")
     for layer in layers:
         if sparsity == PAIRS:
             prune.custom_from_mask(layer, "weight", _larger_pairs(layer.weight.detach()))

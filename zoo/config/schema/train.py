@@ -23,7 +23,7 @@ class Distil(Section):
     teacher: Path | None = Field(
         default=None, description="run folder, or pretrained checkpoint, whose predictions to learn"
     )
-    temperature: Annotated[Number, Field(gt=0, le=1000)] = Field(
+    temperature: Annotated[Number, Field(ge=0.1, le=1000)] = Field(
         default=2.0, description="by which the logits of both are divided"
     )
     weight: Annotated[Number, Field(gt=0, le=1)] = Field(
