@@ -30,6 +30,8 @@ from zoo.attention.key_blocks import KeyBlock, Scaling
 from zoo.attention.pattern import AttentionPattern, check_window
 from zoo.errors import refuse
 
+MAX_WINDOWS = 2**16  # where each begins is listed
+
 
 class ParallelWindows(AttentionPattern):
     """Parallel windows over rotary frequencies `scaling`.
@@ -58,8 +60,8 @@ class ParallelWindows(AttentionPattern):
         if original_length < 2:
             refuse("original_length", original_length, "must be >= 2, as windows are shorter")
         check_window(window, original_length - 1)
-        if windows < 1:
-            refuse("windows", windows, "must be >= 1")
+        if not 1 <= windows <= MAX_WINDOWS:
+            refuse("windows", windows, f"must be >= 1 and <= {MAX_WINDOWS}")
         self.windows, self.window, self.rescaled = windows, window, rescaled
         self._arrange([window] * windows, begun=False)
         self.steps.append(window)
