@@ -8,7 +8,14 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 MODELS = sorted(ROOT.glob("configs/model/*.yaml"))
-SHARED = {"base", "parts", "short_conv", "feed_forward", "__init__"}  # not architectures
+SHARED = {
+    "base",
+    "parts",
+    "short_conv",
+    "feed_forward",
+    "quantized_cache",
+    "__init__",
+}  # not architectures
 
 
 BEFORE_ARXIV = {"learned", "lstm"}

@@ -148,9 +148,22 @@ def test_long_documents_are_cut_as_it_says_and_it_is_reported(tmp_path):
         assert len(document) == 900 - BENCHMARKS["narrative_qa"].tokens
         assert text.startswith("<0><1>") == (truncate == "middle")
         assert text.endswith("<1998><1999>")
-    (row,) = rows(tmp_path, lambda _: "", dataset="qasper", path=str(file), lengths=[900])
-    assert row["status"] == "failed"
-    assert "truncate=null: an example has" in row["reason"]
+    with pytest.raises(UserError, match="truncate=null: an example has"):
+        rows(tmp_path, lambda _: "", dataset="qasper", path=str(file), lengths=[900])
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("", "task.documents.path=.*: has no record. Give a file of examples."),
+        ('{"context": "a", "input": "b", "answers": [""]}\n', "has no text or list of texts"),
+    ],
+)
+def test_a_file_without_an_answer_is_refused_before_anything_is_measured(tmp_path, lines, said):
+    file = tmp_path / "empty.jsonl"
+    file.write_text(lines)
+    with pytest.raises(UserError, match=said):
+        rows(tmp_path, lambda _: "", dataset="qasper", path=str(file), lengths=[900])
 
 
 def test_what_was_measured_is_known_by_the_files_contents(tmp_path):

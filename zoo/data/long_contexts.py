@@ -134,7 +134,7 @@ def read_examples(path: Path, fields: Sequence[str], instruction: str) -> Iterat
             answers, a text or a list of texts.
 
     Raises:
-        UserError: a record has no such field, or its value is no text.
+        UserError: a record has no such field, its value is no text, or an answer is empty.
     """
     text, question, answers = fields
     for number, record in read_records(kind_of(path), path, [name for name in fields if name]):
@@ -146,7 +146,11 @@ def read_examples(path: Path, fields: Sequence[str], instruction: str) -> Iterat
                 refuse("task.documents.fields", name, rule, f"Use {', '.join(record)}")
         right = record.get(answers)
         right = [right] if isinstance(right, str) else right
-        if not isinstance(right, list) or not right or not all(isinstance(x, str) for x in right):
+        if (
+            not isinstance(right, list)
+            or not right
+            or not all(isinstance(x, str) and x.strip() for x in right)
+        ):
             rule = f"{place} has no text or list of texts of that name"
             refuse("task.documents.fields", answers, rule, f"Use {', '.join(record)}")
         yield Example(instruction, found[text] or "", found.get(question) or "", right)

@@ -148,20 +148,22 @@ class Documents(Task):
         if self.path is not None:
             with open(self.path, "rb") as file:
                 data["data"] = hashlib.file_digest(file, "sha256").hexdigest()
-        return [{**data, "length": n} for n in lengths_of(self.lengths, context, (1, 2, 4))]
+        lengths = lengths_of(self.lengths, context, (1, 2, 4))
+        for length in lengths if context.model.causal else ():
+            self._prompts(context, length)  # refused before anything is measured
+        return [{**data, "length": length} for length in lengths]
 
     def measure(self, context: EvalContext, question: Row) -> Row:
         if not context.model.causal:
             raise NotApplicableError("a model that reads both ways writes no answer")
         length, tokenizer = question["length"], context.corpus.tokenizer
         check_length(context.model, length)
-        most = self.tokens or self.benchmark.tokens
-        prompts = [*self._prompts(context, length - most)]
+        prompts = self._prompts(context, length)
         context.progress.begin(f"{self.dataset} at {length}", len(prompts) * length)
         written = write_many(
             context.model,
             [prompt.tokens for prompt in prompts],
-            tokens=most,
+            tokens=self._answer_tokens,
             sampling=Sampling(),
             stops=lambda _, tokens: tokens[-1] == tokenizer.end,
             rows=self.batch,
@@ -190,8 +192,18 @@ class Documents(Task):
         text = "".join(tokenizer.decode(tokens[:end])).strip()
         return text.partition("\n")[0].strip() if self.benchmark.one_line else text
 
-    def _prompts(self, context: EvalContext, most: int) -> "Iterator[LongPrompt]":
-        """The prompts, of at most so many tokens each."""
+    @property
+    def _answer_tokens(self) -> int:
+        return self.tokens or self.benchmark.tokens
+
+    def _prompts(self, context: EvalContext, length: int) -> "list[LongPrompt]":
+        """The prompts, each of which leaves room for an answer within so many tokens."""
+        found = [*self._each_prompt(context, length - self._answer_tokens)]
+        if not found:
+            refuse("task.documents.path", self.path, "has no record", "Give a file of examples")
+        return found
+
+    def _each_prompt(self, context: EvalContext, most: int) -> "Iterator[LongPrompt]":
         tokenizer = context.corpus.tokenizer
         if self.dataset in GENERATED:
             tokens = (
@@ -199,14 +211,16 @@ class Documents(Task):
             )
             text = sentences("".join(tokenizer.decode(tokens)))
             for number in range(self.examples):
-                yield fitting(tokenizer, self.dataset, [self.seed, number], text, most)
+                seed = [self.seed, number]
+                yield fitting(tokenizer, self.dataset, seed, text, most, self._answer_tokens)
             return
         examples = read_examples(
             Path(str(self.path)), self.fields or FIELDS, self.benchmark.instruction
         )
         for example in islice(examples, self.examples):
             cue = "\n".join(part for part in (example.question, self.benchmark.cue) if part)
-            yield cut_to(tokenizer, example._replace(question=cue), most, self.truncate)
+            ready = example._replace(question=cue)
+            yield cut_to(tokenizer, ready, most, self.truncate, self._answer_tokens)
 
 
 class LongPrompt(NamedTuple):
@@ -218,9 +232,16 @@ class LongPrompt(NamedTuple):
 
 
 def fitting(
-    tokenizer: Tokenizer, dataset: str, seed: list[int], text: Sequence[str], most: int
+    tokenizer: Tokenizer,
+    dataset: str,
+    seed: list[int],
+    text: Sequence[str],
+    most: int,
+    answer: int = 0,
 ) -> LongPrompt:
     """The generated example of the largest size whose prompt has at most so many tokens.
+
+    `answer` more are the length's, which a refusal names.
 
     Raises UserError where that of size 0 has more.
     """
@@ -232,8 +253,11 @@ def fitting(
 
     best, size = made(0), 1
     if len(best.tokens) > most:
-        rule = f"leaves {most} tokens for a prompt of dataset={dataset}, which has at least "
-        refuse("task.documents.lengths", most, f"{rule}{len(best.tokens)}", "Use a longer one")
+        rule = (
+            f"without the {answer} of the answer is shorter than any prompt of "
+            f"dataset={dataset}, which has at least {len(best.tokens)} tokens"
+        )
+        refuse("task.documents.lengths", most + answer, rule, "Use a longer one")
     below = 0
     while len((found := made(size)).tokens) <= most and size < 2**24:
         best, below, size = found, size, 2 * size
@@ -247,8 +271,12 @@ def fitting(
     return best
 
 
-def cut_to(tokenizer: Tokenizer, example: Example, most: int, truncate: str | None) -> LongPrompt:
+def cut_to(
+    tokenizer: Tokenizer, example: Example, most: int, truncate: str | None, answer: int = 0
+) -> LongPrompt:
     """A document's prompt of at most so many tokens, its text cut where it is longer.
+
+    `answer` more are the length's, which a refusal names.
 
     Raises UserError where it is and `truncate` is None, and where question and instruction alone
     are.
@@ -258,14 +286,20 @@ def cut_to(tokenizer: Tokenizer, example: Example, most: int, truncate: str | No
     if len(whole) <= most:
         return LongPrompt(whole, example.answers)
     if truncate is None:
-        rule = f"an example has {len(whole):,} tokens, and the length leaves {most:,}"
+        rule = (
+            f"an example has {len(whole):,} tokens, more than a length of {most + answer:,} "
+            f"without the {answer} of the answer"
+        )
         refuse("task.documents.truncate", None, rule, "Use left or middle, or a longer length")
     before = tokenizer.start(f"{example.instruction}\n\n" if example.instruction else "")
     behind = tokenizer.tokens(f"\n\n{example.question}")
     text, room = tokenizer.tokens(example.context), most - len(before) - len(behind)
     if room < 1:
-        rule = f"leaves {most} tokens, and a question alone has {len(before) + len(behind)}"
-        refuse("task.documents.lengths", most, rule, "Use a longer one")
+        rule = (
+            f"without the {answer} of the answer is too short: a question alone has "
+            f"{len(before) + len(behind)} tokens"
+        )
+        refuse("task.documents.lengths", most + answer, rule, "Use a longer one")
     kept = text[-room:]
     if truncate == "middle":
         kept = [*text[: room - room // 2], *text[len(text) - room // 2 :]]
