@@ -109,6 +109,12 @@ def is_quantized(dtype: str | None) -> bool:
     return any(bits in (dtype or "") for bits in BITS)
 
 
+def plain_numbers(dtype: str) -> str:
+    """The numbers that a quantized row's were before: quantized weights come from float32."""
+    weights = dtype.partition(",")[0]
+    return "float32" if weights in BITS else weights
+
+
 def not_finite(declaration: Declaration, row: Mapping[str, Any]) -> list[str]:
     """The names of the declared quantities whose value in the row is NaN or infinite."""
     values = [(one.name, row.get(one.field)) for one in declaration.quantities if one.of(row)]

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
-from zoo.measurement import is_quantized
-from zoo.report.rows import Cell, Cells, Results, contrast, in_words
+from zoo.measurement import is_quantized, plain_numbers
+from zoo.report.rows import Cell, Cells, Results, Row, contrast, in_words
 from zoo.report.statistics import finite
 from zoo.report.tables import Table, Td, Tied, overlapping
 from zoo.report.validity import LEAKS, unlearned
@@ -145,12 +146,16 @@ def quantization_costs(results: Results, protocol: str) -> Cells:
     those of the same runs in plain numbers at the same length. Empty where there is none."""
     every, found = results.where(task="perplexity", protocol=protocol), {}
     plain = [row for row in every if not is_quantized(row.get("dtype"))]
+
+    def numbers(row: Row, dtype: str | None) -> tuple[Any, ...]:
+        return row.get("run"), row.get("extension_settings"), dtype
+
     for label, mine in results.places("perplexity", protocol=protocol).items():
         measured = [row for rows in mine.values() for row in rows]
         if not any(is_quantized(row.get("dtype")) for row in measured):
             continue
-        same = {(row.get("run"), row.get("extension_settings")) for row in measured}
-        base = [one for one in plain if (one.get("run"), one.get("extension_settings")) in same]
+        same = {numbers(row, plain_numbers(row.get("dtype") or "")) for row in measured}
+        base = [one for one in plain if numbers(one, one.get("dtype")) in same]
         found[label] = {
             length: contrast(rows, [one for one in base if one.get("length") == length])
             for length, rows in mine.items()
