@@ -82,4 +82,6 @@ def test_what_fewer_bits_cost_is_the_difference_to_the_same_run_in_plain_numbers
             assert cell.half < 1e-9
     assert "cost of fewer bits" in as_text(results)
     assert "cost of fewer bits" not in as_text(gather([rows[0]], []))
+    alone = [row for row in rows if row["dtype"] == "int4"]  # nothing to hold them against
+    assert "cost of fewer bits" not in as_text(gather(alone, []))
     assert len(quantization(results, "half_tail").points) == 6

@@ -156,6 +156,8 @@ def quantization_costs(results: Results, protocol: str) -> Cells:
             continue
         same = {numbers(row, plain_numbers(row.get("dtype") or "")) for row in measured}
         base = [one for one in plain if numbers(one, one.get("dtype")) in same]
+        if not base:
+            continue
         found[label] = {
             length: contrast(rows, [one for one in base if one.get("length") == length])
             for length, rows in mine.items()
