@@ -34,7 +34,7 @@ def in_empty_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("option", "values", "beside"),
     [
-        ("model", ARCHITECTURES, ["size=tiny", "seq_len=512"]),
+        ("model", ["aft", "hybrid", "mamba", "xpos"], ["size=tiny", "seq_len=512"]),
         ("model.positions", ["alibi", "none", "rope", "t5"], []),
         ("hybrid", ["[mamba]", "[gla,transformer]"], []),
         ("optim", groups.choices("optim"), []),
@@ -49,7 +49,13 @@ def test_an_arm_of_a_sweep_is_the_run_that_its_options_make_alone(option, values
 
 
 @pytest.mark.usefixtures("in_empty_folder")
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("aft", "mamba") else pytest.param(name, marks=pytest.mark.slow)
+        for name in ARCHITECTURES
+    ],
+)
 def test_what_a_models_yaml_leaves_out_a_sweep_completes_too(name, tmp_path, monkeypatch):
     configs = tmp_path / "configs"
     shutil.copytree(ROOT / "configs", configs)
