@@ -84,4 +84,5 @@ def test_what_fewer_bits_cost_is_the_difference_to_the_same_run_in_plain_numbers
     assert "cost of fewer bits" not in as_text(gather([rows[0]], []))
     alone = [row for row in rows if row["dtype"] == "int4"]  # nothing to hold them against
     assert "cost of fewer bits" not in as_text(gather(alone, []))
+    assert gather(alone, []).arms == ["mamba \u00b7 in int4", "transformer \u00b7 in int4"]
     assert len(quantization(results, "half_tail").points) == 6

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from zoo.measurement import panel, question
+from zoo.measurement import is_quantized, panel, question
 from zoo.report.statistics import missing
 
 Row = dict[str, Any]
@@ -34,6 +34,9 @@ def lengthen(rows: Sequence[Row], runs: Sequence[Row]) -> None:
     trained = {run.get("run"): run.get("settings") or {} for run in runs}
     for field, word in (*TRAINING.items(), *READ_BY.items()):
         _split(rows, functools.partial(_named, field=field, word=word))
+    for row in rows:  # fewer bits are said also where all arms have them
+        if is_quantized(row.get("dtype")) and (word := f" · in {row['dtype']}") not in row["label"]:
+            row["label"] += word
     _split(rows, lambda row: trained.get(row.get("run"), {}))
     _split(rows, lambda row: row.get("extension_options") or {})
     _split(rows, functools.partial(_named, field="extension_settings", word="settings"))
