@@ -8,6 +8,8 @@ from zoo.config.schema.model import Lora
 from zoo.errors import UserError
 from zoo.model.lora import A, B, add_adapters, in_peft_format, merged, trained_names
 
+pytestmark = pytest.mark.slow  # half a minute
+
 LORA = Lora(rank=2, alpha=3.0)
 
 

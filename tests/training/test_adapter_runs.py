@@ -19,6 +19,8 @@ from zoo.runs.folder import RunFolder
 from zoo.training import fit
 from zoo.training.windows import open_data, validation
 
+pytestmark = pytest.mark.slow  # half a minute
+
 L = 16
 SHORT = ["trainer.max_steps=2", "batch_tokens=128", "valid_windows=2", "optim.lr=1e-2"]
 SHORT += ["optim.warmup_steps=1"]
