@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+BITS = ("int8", "int4")  # of quantized weights, keys and values
 # What identifies a measurement beside its question: the text, how it was read, by what machine.
-BITS = ("int8", "int4")
 READ_BY = ("fingerprint", "extension_settings", "device", "dtype", "threads")
 # The fields of a question, for rows written before each row listed its own in `question`.
 EARLIER_QUESTIONS = {
@@ -102,6 +102,11 @@ def declared(row: Mapping[str, Any]) -> Declaration | None:
         )
     except (TypeError, KeyError, AttributeError):
         return None
+
+
+def numbers(dtype: str, kv_cache: str | None) -> str:
+    """What a row says of the numbers that it was measured in: its field `dtype`."""
+    return dtype if kv_cache is None else f"{dtype}, {kv_cache} KV cache"
 
 
 def is_quantized(dtype: str | None) -> bool:

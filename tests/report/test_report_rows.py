@@ -250,6 +250,13 @@ def test_a_shorter_length_of_another_question_does_not_split_an_arm():
     assert gather(rows, []).arms == ["mamba"]
 
 
+def test_a_row_without_any_one_field_costs_the_terminals_tables_nothing():
+    rows = experiment()[:20]
+    for name in dict.fromkeys(name for row in rows for name in row):
+        short = [{k: v for k, v in rows[0].items() if k != name}, *rows[1:]]
+        assert as_text(gather([dict(row) for row in short], [])), name
+
+
 def test_what_was_requested_is_distinguished_from_what_is_beside_it():
     rows = [score_row("mamba", 512, 2.0), score_row("transformer", 512, 2.0, requested=False)]
     results = gather(rows, [])

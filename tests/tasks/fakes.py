@@ -68,6 +68,27 @@ class Remembers(Backbone):
         return np.array(found)
 
 
+class Reader(Backbone):
+    """A model of bytes whose state is the text so far; what it writes is in its `hidden`."""
+
+    max_length, vocab_size, causal, recurrent = None, 256, True, True
+    positions, extended, stages = None, None, ()
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.head = nn.Identity()
+        self.weight = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def sublayers(self) -> list[Mixer]:
+        return []
+
+    def empty_state(self, batch: int) -> BackboneState:
+        return BackboneState((torch.zeros(batch, 0, dtype=torch.int64),), 0)  # type: ignore
+
+    def state_bytes(self, tokens: int, batch: int = 1) -> int:
+        return 0
+
+
 class ByPosition(Remembers):
     """Gives every token after `position` tokens of context the cost `nats(position)`."""
 

@@ -8,17 +8,16 @@ import numpy as np
 import pytest
 import torch
 from building import train_on_text
-from fakes import make_context, text_store
+from fakes import Reader, make_context, text_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from zoo.config.compose import compose
 from zoo.config.groups import choices
 from zoo.data.long_contexts import Example
 from zoo.data.tokenizers import BYTE_TOKENIZER
 from zoo.errors import UserError
-from zoo.model.backbone import Backbone, BackboneState
+from zoo.model.backbone import BackboneState
 from zoo.runs.folder import RunFolder
 from zoo.tasks.documents import BENCHMARKS, METRICS, Documents, cut_to, fitting
 
@@ -26,15 +25,12 @@ NAMES = ["variable_tracking", "common_words", "babilong"]
 TEXT = [f"Sentence {i} of a book." for i in range(50)]
 
 
-class Says(Backbone):
+class Says(Reader):
     """Writes `answer(prompt)` behind a prompt, and then the end of a document."""
 
-    max_length, vocab_size, causal, recurrent = None, 256, True, True
-
     def __init__(self, answer):
-        nn.Module.__init__(self)
-        self.answer, self.head, self.prompts = answer, nn.Identity(), []
-        self.weight = nn.Parameter(torch.zeros(1), requires_grad=False)
+        super().__init__()
+        self.answer, self.prompts = answer, []
 
     def hidden(self, tokens, state, positions=None):
         seen = torch.cat([state.blocks[0], tokens], 1)
@@ -47,15 +43,6 @@ class Says(Backbone):
             said = f"{self.answer(prompt)}\0".encode()
             logits[row, -1, said[min(len(text) - len(prompt), len(said) - 1)]] = 5.0
         return logits, BackboneState((seen,), state.tokens_seen + tokens.shape[1])
-
-    def sublayers(self):
-        return []
-
-    def empty_state(self, batch):
-        return BackboneState((torch.zeros(batch, 0, dtype=torch.int64),), 0)
-
-    def state_bytes(self, tokens, batch=1):
-        return 0
 
 
 def rows(folder, answer, **options):

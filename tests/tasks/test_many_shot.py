@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from building import train_config
-from fakes import make_context, measure, text_store
-from torch import nn
+from fakes import Reader, make_context, measure, text_store
 
 from zoo.attention.parallel_windows import ParallelWindows
 from zoo.config.compose import compose
@@ -18,7 +17,7 @@ from zoo.data.demonstrations import LETTERS, lines
 from zoo.data.examples import open_synthetic
 from zoo.data.tokenizers import BYTE_TOKENIZER
 from zoo.errors import FORM, UserError
-from zoo.model.backbone import Backbone, BackboneState
+from zoo.model.backbone import BackboneState
 from zoo.model.build import build_model
 from zoo.model.extend import extend, position_schemes
 from zoo.tasks import memory
@@ -28,16 +27,12 @@ L = 80
 TEXT = text_store(np.arange(32, 126))
 
 
-class Recalls(Backbone):
+class Recalls(Reader):
     """Writes the label of an item that is among the last `memory` bytes, else the first label."""
 
-    max_length, vocab_size, causal, recurrent = None, 256, True, True
-    positions, extended, stages = None, None, ()
-
     def __init__(self, memory: int):
-        nn.Module.__init__(self)
-        self.memory, self.head = memory, nn.Identity()
-        self.weight = nn.Parameter(torch.zeros(1), requires_grad=False)
+        super().__init__()
+        self.memory = memory
 
     def hidden(self, tokens, state=None, positions=None):
         whole = tokens if state is None else torch.cat([state.blocks[0], tokens], 1)
@@ -48,12 +43,6 @@ class Recalls(Backbone):
                 near = bytes(text[max(0, until - self.memory) : until]).decode("latin1")
                 logits[row, place, ord(_next(near))] = 5.0
         return logits, None if state is None else BackboneState((whole,), whole.shape[1])
-
-    def sublayers(self):
-        return []
-
-    def empty_state(self, batch):
-        return BackboneState((torch.zeros(batch, 0, dtype=torch.int64),), 0)
 
     def state_bytes(self, tokens, batch=1):
         return tokens

@@ -5,26 +5,22 @@ import re
 import numpy as np
 import pytest
 import torch
-from fakes import make_context, measure, text_store
+from fakes import Reader, make_context, measure, text_store
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from zoo.data.tokenizers import BYTE_TOKENIZER
 from zoo.errors import UserError
-from zoo.model.backbone import Backbone, BackboneState
+from zoo.model.backbone import BackboneState
 from zoo.tasks.published_passkey import DIGITS, PublishedPasskey, k_max, prompt
 
 
-class Recalls(Backbone):
+class Recalls(Reader):
     """Writes the key that it read in the last `memory` bytes, else zeros."""
 
-    max_length, vocab_size, causal, recurrent = None, 256, True, True
-
     def __init__(self, memory: int):
-        nn.Module.__init__(self)
-        self.memory, self.head = memory, nn.Identity()
-        self.weight = nn.Parameter(torch.zeros(1), requires_grad=False)
+        super().__init__()
+        self.memory = memory
 
     def hidden(self, tokens, state, positions=None):
         seen = torch.cat([state.blocks[0], tokens], 1)
@@ -36,15 +32,6 @@ class Recalls(Backbone):
             wanted = f" {key[1] if key else '00000'}..."
             logits[row, -1, ord(wanted[min(len(written), 6)])] = 5.0
         return logits, BackboneState((seen,), state.tokens_seen + tokens.shape[1])
-
-    def sublayers(self):
-        return []
-
-    def empty_state(self, batch):
-        return BackboneState((torch.zeros(batch, 0, dtype=torch.int64),), 0)
-
-    def state_bytes(self, tokens, batch=1):
-        return 0
 
 
 def context(memory: int, folder):

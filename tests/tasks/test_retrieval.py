@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 from building import train_config
-from fakes import make_context, measure, text_store
-from torch import nn
+from fakes import Reader, make_context, measure, text_store
 
 from zoo.data.passkey import DIGITS, QUESTION, STATEMENT
 from zoo.errors import UserError
-from zoo.model.backbone import Backbone, BackboneState
+from zoo.model.backbone import BackboneState
 from zoo.model.build import build_model
 from zoo.report.statistics import wilson
 from zoo.tasks.passkey import Passkey, _answer, _keys
@@ -18,16 +17,15 @@ from zoo.tasks.speed import Speed
 SMALL = {"depths": 5, "repeats": 4, "candidates": 3}
 
 
-class Finder(Backbone):
+class Finder(Reader):
     """Writes what followed `STATEMENT`, where it was in the last `memory` tokens."""
 
     recurrent, max_length, vocab_size = True, None, 256
 
     def __init__(self, memory: int, slip: int | None = None):
         """`slip`: the place in the key of a digit that it gets wrong, by one."""
-        nn.Module.__init__(self)
+        super().__init__()
         self.memory, self.slip, self.prompts = memory, slip, []
-        self.head = nn.Identity()
 
     def forward(self, tokens, state):
         return self.hidden(tokens, state)
@@ -54,12 +52,6 @@ class Finder(Backbone):
         if min(stated, question) < 0 or written >= DIGITS:
             return None
         return text[stated + len(STATEMENT) + written] ^ (written == self.slip)
-
-    def sublayers(self):
-        return []
-
-    def empty_state(self, batch):
-        return BackboneState((torch.zeros(batch, 0, dtype=torch.int64),), 0)
 
     def state_bytes(self, tokens, batch=1):
         return 8 * batch * min(tokens, self.memory)

@@ -95,6 +95,10 @@ def _check_used(config: TrainConfig, given: Sequence[str]) -> None:
                     refuse(f"model.mixer.{name}", value, rule, f"Leave {name} out")
 
 
+# A section of options, the one without which the others have no effect, and what these are of.
+SECTIONS = (("distil", "teacher", "is of a teacher"), ("lora", "rank", "is of adapters"))
+
+
 def check_effects(config: TrainConfig, tree: Mapping[str, Any], given: Sequence[str]) -> None:
     """Refuse those of the options `given` that a new training run would leave without effect."""
     steps, window = config.trainer.max_steps, config.seq_len
@@ -110,14 +114,12 @@ def check_effects(config: TrainConfig, tree: Mapping[str, Any], given: Sequence[
     if "optim.warmup_steps" in given and config.optim.warmup_steps > steps:
         rule, advice = f"must be at most trainer.max_steps={steps}", "Use a shorter warm-up"
         refuse("optim.warmup_steps", config.optim.warmup_steps, rule, f"{advice} or a longer run")
-    for option in ("temperature", "weight"):
-        if f"distil.{option}" in given and config.distil.teacher is None:
-            value = getattr(config.distil, option)
-            refuse(f"distil.{option}", value, "is of a teacher", "Add distil.teacher=<run>")
-    for option in ("alpha", "targets"):
-        if f"lora.{option}" in given and config.lora.rank is None:
-            value = getattr(config.lora, option)
-            refuse(f"lora.{option}", value, "is of adapters", "Add lora.rank=<rank>")
+    for section, main, rule in SECTIONS:
+        options = getattr(config, section)
+        for option in type(options).model_fields if getattr(options, main) is None else ():
+            if f"{section}.{option}" in given and option != main:
+                value, advice = getattr(options, option), f"Add {section}.{main}=<{main}>"
+                refuse(f"{section}.{option}", value, rule, advice)
     if config.match == "params" and not config.finetune:
         _check_matched(config)
     _check_used(config, given)

@@ -13,7 +13,8 @@ sees, which keeps the variance of the values, as half of the scores are positive
 2302.06461). A query whose scores are all negative reads 0.
 
 Shen's losses, for `root`, are added in training to that of the prediction, as means over queries
-and heads of the weights w_tj = f(s_tj) / N_t, with S_t their sum and p_tj = w_tj / S_t:
+and heads of the weights w_tj = f(s_tj) / N_t, with S_t their sum and p_tj = w_tj / S_t (after what
+the paper says of their purpose; this form of them was not compared with its text):
 
     norm_loss       this times |log S_t|: weights sum to one, as a softmax's do
     entropy_loss    this times max(H(p_t) - entropy_margin, 0): a query does not spread too far
@@ -138,13 +139,15 @@ class ReLUAttention(MultiHead):
 
     def _loss(self, q: Tensor, k: Tensor) -> Tensor:
         """What norm_loss and entropy_loss cost, a scalar."""
-        slopes = self.positions.slopes()
-        bias = None if slopes is None else torch.tensor(slopes, device=q.device)
-        sums, entropies = weight_sums(q, k, self.kernel, slopes=bias, causal=self.causal)
+        sums, entropies = weight_sums(q, k, self.kernel, slopes=self._slopes(q), causal=self.causal)
         visible = self._visible(q, k).to(sums.dtype)
         total = (sums / (visible / 2).sqrt()).clamp(min=EPS)
         excess = (entropies - self.entropy_margin).clamp(min=0)
         return self.norm_loss * total.log().abs().mean() + self.entropy_loss * excess.mean()
+
+    def _slopes(self, q: Tensor) -> Float[Tensor, " h"] | None:
+        slopes = self.positions.slopes()
+        return None if slopes is None else torch.tensor(slopes, device=q.device)
 
     def _visible(self, q: Tensor, k: Tensor) -> Float[Tensor, "#t 1"]:
         """How many keys each query sees; the queries are the last of the keys."""
@@ -153,12 +156,13 @@ class ReLUAttention(MultiHead):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "b t d"]:
         """The normalised sums, in float32 or better; the queries are the last of the keys."""
-        slopes = self.positions.slopes()
-        bias = None if slopes is None else torch.tensor(slopes, device=q.device)
         if self.normalise == "sum":
             v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
         o = kernel_attention(
-            q, k, v, self.kernel, slopes=bias, causal=self.causal, backend=self.backend
+            *(q, k, v, self.kernel),
+            slopes=self._slopes(q),
+            causal=self.causal,
+            backend=self.backend,
         )
         if self.normalise == "sum":
             return (o[..., :-1] / o[..., -1:].clamp(min=EPS)).flatten(-2)

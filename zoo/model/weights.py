@@ -60,8 +60,3 @@ def quantize_as(model: Backbone, weights: str, kv_cache: str | None = None) -> B
     if kv_cache is not None:
         quantize_cache(model, kv_cache)  # type: ignore[arg-type]
     return quantize(model, weights) if weights in BITS else model  # type: ignore[arg-type]
-
-
-def numbers(dtype: str, kv_cache: str | None) -> str:
-    """What a row says of the numbers that it was measured in: its field `dtype`."""
-    return dtype if kv_cache is None else f"{dtype}, {kv_cache} KV cache"

@@ -123,6 +123,11 @@ def bits_axis(level: float | None) -> Axis:
     return Axis(f"{title}, {score(level)} by a bigram model", number, log_from=2.5, also=(level,))
 
 
+def difference_axis(title: str, *also: float) -> Axis:
+    """An axis of differences, of either sign; `also` are values that it reaches."""
+    return Axis(title, lambda value: f"{value:+.3g}" if value else "0", signed=True, also=also)
+
+
 def changes(results: Results, protocol: str) -> Lines:
     """By how much each arm's score changes past its training length, on the same tokens."""
     y = "change against the training length, bits per byte"
@@ -130,7 +135,7 @@ def changes(results: Results, protocol: str) -> Lines:
         f"changes-{protocol}",
         by_length(results, results.changes(protocol), "change in bits per byte", signed),
         tested(results),
-        Axis(y, lambda value: f"{value:+.3g}" if value else "0", signed=True),
+        difference_axis(y),
         "Change of bits per byte against the arm's own at its training length, one line per arm.",
         trained(results),
     )
@@ -143,11 +148,8 @@ def gains(results: Results, protocol: str) -> Lines:
         f"gains-{protocol}",
         by_length(results, cells, "gain in bits per byte", signed),
         lengths(results, "test length in tokens, and in training lengths"),
-        Axis(
-            f"gain from context beyond {short(NEAR)} tokens, bits per byte (higher is better)",
-            lambda value: f"{value:+.3g}" if value else "0",
-            signed=True,
-            also=(0.0,),
+        difference_axis(
+            f"gain from context beyond {short(NEAR)} tokens, bits per byte (higher is better)", 0.0
         ),
         f"Bits per byte saved where more than {NEAR:,} tokens are read, one line per arm.",
         level=0.0 if cells else None,
@@ -161,12 +163,7 @@ def quantization(results: Results, protocol: str) -> Lines:
         f"quantization-{protocol}",
         by_length(results, cells, "cost in bits per byte", signed),
         lengths(results, "test length in tokens, and in training lengths"),
-        Axis(
-            "bits per byte lost by fewer bits (lower is better)",
-            lambda value: f"{value:+.3g}" if value else "0",
-            signed=True,
-            also=(0.0,),
-        ),
+        difference_axis("bits per byte lost by fewer bits (lower is better)", 0.0),
         "Bits per byte less those of the same runs in plain numbers, one line per arm.",
         trained(results) if cells else (),
         level=0.0 if cells else None,

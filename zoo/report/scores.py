@@ -147,15 +147,15 @@ def quantization_costs(results: Results, protocol: str) -> Cells:
     every, found = results.where(task="perplexity", protocol=protocol), {}
     plain = [row for row in every if not is_quantized(row.get("dtype"))]
 
-    def numbers(row: Row, dtype: str | None) -> tuple[Any, ...]:
+    def reading(row: Row, dtype: str | None) -> tuple[Any, ...]:
         return row.get("run"), row.get("extension_settings"), dtype
 
     for label, mine in results.places("perplexity", protocol=protocol).items():
         measured = [row for rows in mine.values() for row in rows]
         if not any(is_quantized(row.get("dtype")) for row in measured):
             continue
-        same = {numbers(row, plain_numbers(row.get("dtype") or "")) for row in measured}
-        base = [one for one in plain if numbers(one, one.get("dtype")) in same]
+        same = {reading(row, plain_numbers(row.get("dtype") or "")) for row in measured}
+        base = [one for one in plain if reading(one, one.get("dtype")) in same]
         if not base:
             continue
         found[label] = {

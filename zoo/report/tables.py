@@ -151,8 +151,8 @@ def grid(
         return None
     lengths = list(next(iter(cells.values())))
     head = [(f"{length:,}", times(length, results.train_length())) for length in lengths]
-    pairs = {cell.seeds == 2 for mine in cells.values() for cell in mine.values() if cell.seeds}
-    if pairs == {True}:
+    seeds = {cell.seeds for mine in cells.values() for cell in mine.values() if cell.seeds}
+    if seeds == {2}:
         caption += " Two seeds each."
     table, noise = Table(caption, [("arm", ""), *head]), noise or {}
     first = {length: winner(cells, length, best) if best else None for length in lengths}
@@ -171,7 +171,7 @@ def grid(
                     kind = "tie"
                 elif not best and is_noise(mine[length], noise.get(length)):
                     kind = NOISE
-                row.append(_value(mine[length], text, kind, sure, says_two=False in pairs))
+                row.append(_value(mine[length], text, kind, sure, says_two=seeds != {2}))
         table.rows.append(row)
     if noise:
         table.rows.append(_floors([noise.get(length) for length in lengths], text))

@@ -30,7 +30,7 @@ MARK = " *"  # after the label of an arm that was requested, among others
 
 def as_text(results: Results) -> str:
     """The tables for a terminal: whatever was measured, the claims, and why what failed did."""
-    current = {row["task"] for row in results.rows if row.get("requested", True)}
+    current = {row.get("task") for row in results.rows if row.get("requested", True)}
     first = [task for task in results.tasks if task in current and "perplexity" not in current]
     later = [task for task in results.tasks if task not in first]
     reasons: list[str] = []  # each is printed once, below the first table with it

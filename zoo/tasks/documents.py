@@ -149,8 +149,8 @@ class Documents(Task):
             with open(self.path, "rb") as file:
                 data["data"] = hashlib.file_digest(file, "sha256").hexdigest()
         lengths = lengths_of(self.lengths, context, (1, 2, 4))
-        for length in lengths if context.model.causal else ():
-            self._prompts(context, length)  # refused before anything is measured
+        if context.model.causal:
+            self._check_prompts(context, lengths)
         return [{**data, "length": length} for length in lengths]
 
     def measure(self, context: EvalContext, question: Row) -> Row:
@@ -196,6 +196,24 @@ class Documents(Task):
     def _answer_tokens(self) -> int:
         return self.tokens or self.benchmark.tokens
 
+    def _check_prompts(self, context: EvalContext, lengths: Sequence[int]) -> None:
+        """Refuse lengths in which no prompt fits, before anything is measured."""
+        if self.dataset not in GENERATED:
+            for length in lengths:
+                self._prompts(context, length)
+            return
+        text, answer = self._background(context), self._answer_tokens
+        for number in range(self.examples):
+            seed = [self.seed, number]
+            least(context.corpus.tokenizer, self.dataset, seed, text, min(lengths) - answer, answer)
+
+    def _background(self, context: EvalContext) -> list[str]:
+        """The sentences among which generated examples are hidden."""
+        if self.dataset != "babilong":
+            return []
+        tokens = context.store.tokens[:BACKGROUND].tolist()
+        return sentences("".join(context.corpus.tokenizer.decode(tokens)))
+
     def _prompts(self, context: EvalContext, length: int) -> "list[LongPrompt]":
         """The prompts, each of which leaves room for an answer within so many tokens."""
         found = [*self._each_prompt(context, length - self._answer_tokens)]
@@ -206,10 +224,7 @@ class Documents(Task):
     def _each_prompt(self, context: EvalContext, most: int) -> "Iterator[LongPrompt]":
         tokenizer = context.corpus.tokenizer
         if self.dataset in GENERATED:
-            tokens = (
-                context.store.tokens[:BACKGROUND].tolist() if self.dataset == "babilong" else []
-            )
-            text = sentences("".join(tokenizer.decode(tokens)))
+            text = self._background(context)
             for number in range(self.examples):
                 seed = [self.seed, number]
                 yield fitting(tokenizer, self.dataset, seed, text, most, self._answer_tokens)
@@ -231,6 +246,30 @@ class LongPrompt(NamedTuple):
     cut: int = 0
 
 
+def least(
+    tokenizer: Tokenizer,
+    dataset: str,
+    seed: list[int],
+    text: Sequence[str],
+    most: int,
+    answer: int = 0,
+) -> LongPrompt:
+    """The generated example of size 0.
+
+    `answer` more tokens are the length's, which a refusal names.
+
+    Raises UserError where its prompt has more than `most` tokens.
+    """
+    found = _made(tokenizer, dataset, seed, text, 0)
+    if len(found.tokens) > most:
+        rule = (
+            f"without the {answer} of the answer is shorter than any prompt of "
+            f"dataset={dataset}, which has at least {len(found.tokens)} tokens"
+        )
+        refuse("task.documents.lengths", most + answer, rule, "Use a longer one")
+    return found
+
+
 def fitting(
     tokenizer: Tokenizer,
     dataset: str,
@@ -241,24 +280,10 @@ def fitting(
 ) -> LongPrompt:
     """The generated example of the largest size whose prompt has at most so many tokens.
 
-    `answer` more are the length's, which a refusal names.
-
-    Raises UserError where that of size 0 has more.
+    Raises UserError as `least` does.
     """
-
-    def made(size: int) -> LongPrompt:
-        example = GENERATED[dataset](np.random.default_rng(seed), size, text)
-        parts = (example.instruction, example.context, example.question)
-        return LongPrompt(tokenizer.start("\n\n".join(parts)), example.answers)
-
-    best, size = made(0), 1
-    if len(best.tokens) > most:
-        rule = (
-            f"without the {answer} of the answer is shorter than any prompt of "
-            f"dataset={dataset}, which has at least {len(best.tokens)} tokens"
-        )
-        refuse("task.documents.lengths", most + answer, rule, "Use a longer one")
-    below = 0
+    made = functools.partial(_made, tokenizer, dataset, seed, text)
+    best, below, size = least(tokenizer, dataset, seed, text, most, answer), 0, 1
     while len((found := made(size)).tokens) <= most and size < 2**24:
         best, below, size = found, size, 2 * size
     while size - below > 1:  # the largest that fits is in between
@@ -269,6 +294,14 @@ def fitting(
         else:
             size = middle
     return best
+
+
+def _made(
+    tokenizer: Tokenizer, dataset: str, seed: list[int], text: Sequence[str], size: int
+) -> LongPrompt:
+    example = GENERATED[dataset](np.random.default_rng(seed), size, text)
+    parts = (example.instruction, example.context, example.question)
+    return LongPrompt(tokenizer.start("\n\n".join(parts)), example.answers)
 
 
 def cut_to(

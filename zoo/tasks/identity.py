@@ -16,9 +16,9 @@ from zoo.config.stored import as_before
 from zoo.config.tree import flat, within
 from zoo.config.validate import plain
 from zoo.errors import UserError
+from zoo.measurement import numbers
 from zoo.model.audit import AUTOCAST
 from zoo.model.device import device_name
-from zoo.model.weights import numbers
 from zoo.runs.claim import trained_by
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import identity

@@ -31,6 +31,7 @@ from zoo.model.flops import forward_flops
 from zoo.model.pretrained import identify, load_pretrained, pretrained_config
 from zoo.ops.dtypes import wide_dtype
 from zoo.pretrained.checkpoint import read_checkpoint
+from zoo.runs.claim import weights_of
 from zoo.runs.folder import RunFolder
 
 
@@ -100,9 +101,7 @@ def open_teacher(path: Path, config: TrainConfig) -> Teacher:
             rule = f"its training is {folder.info['status']}"
             refuse("distil.teacher", path, rule, "Train it to its end first")
         model, precision = load(folder), folder.config.trainer.precision
-        whole = next(folder.whole_checkpoints(), None)
-        known = folder.info.get("checkpoint")
-        weights = known["sha256"] if known else whole.content if whole else ""
+        weights = weights_of(folder) or ""
         return Teacher(model, str(folder.info.get("tokenizer")), weights, precision)
     if not path.is_file() and not (path / "config.json").is_file():
         rule = "is no run and no checkpoint"

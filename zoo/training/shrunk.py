@@ -15,7 +15,7 @@ from zoo.model.checkpoint import load
 from zoo.model.flops import forward_flops
 from zoo.model.shrink import pruned, shrink
 from zoo.runs.checkpoints import seal
-from zoo.runs.claim import trained_by
+from zoo.runs.claim import trained_by, weights_of
 from zoo.runs.files import replacing
 from zoo.runs.folder import RunFolder
 from zoo.runs.provenance import digest, provenance, sources
@@ -49,14 +49,12 @@ def shrunk_run(how: Shrunk, to: Path | None = None) -> str:
     before = count_parameters(model)
     shrink(model, how)
     made = validate(TrainConfig, plain(config) | {"shrunk": plain(how), "checkpoint": None})
-    whole = next(base.whole_checkpoints(), None)
-    weights = info["checkpoint"]["sha256"] if config.checkpoint else whole and whole.content
     files, zeros = sources(made), sum(int((~nonzero).sum()) for _, nonzero in pruned(model))
     facts = {
         **{name: info[name] for name in FROM_BASE if name in info},
         **{"id": uuid.uuid4().hex[:12], **provenance()},
         **{"sources": digest(files), "files": files, "shrunk": plain(how) | {"zeros": zeros}},
-        "base": {"run": how.run, "weights": weights, "sources": trained_by(info)},
+        "base": {"run": how.run, "weights": weights_of(base), "sources": trained_by(info)},
         "parameters": count_parameters(model),
         "flops_per_token": forward_flops(model, config.seq_len),
     }
