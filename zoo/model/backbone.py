@@ -1,7 +1,5 @@
 """Embedding -> N x (norm, mixer, norm, feed-forward) -> norm -> head. Knows no mixer by name."""
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -14,119 +12,20 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.config.stored import weights_as_now
 from zoo.data.synthetic import NO_LABEL
-from zoo.errors import NoStateError, refuse
-from zoo.mixers.base import AUXILIARY, CrossLayer, Mixer, State, no_weight_decay
-from zoo.mixers.short_conv import ShortConvolution
+from zoo.errors import refuse
+from zoo.mixers.base import AUXILIARY, Mixer, no_weight_decay
+from zoo.model.block import Block, BlockState
 from zoo.ops.cross_entropy import summed_cross_entropy
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.rms_norm import OffsetRMSNorm, RMSNorm
-from zoo.parallel.hand_over import HandOver
 from zoo.positions.base import EmbeddedPositions
 from zoo.positions.rope import by_row
 
-Norm = Callable[[int], nn.Module]  # width -> a normalisation over it
 NORMS: dict[str, Callable[..., nn.Module]] = {
     "rms_norm": RMSNorm,
     "rms_norm_offset": OffsetRMSNorm,
     "layer_norm": nn.LayerNorm,  # with a bias
 }
-
-
-class BlockState(NamedTuple):
-    """What a block's sublayers keep; () of one that it does not have."""
-
-    mixer: State
-    feed_forward: State = ()
-    short_conv: State = ()
-
-
-class Block(nn.Module):
-    """u = norm(x); u = short_conv(u); x += mixer(u); x += feed_forward(norm(x)).
-
-    Without the short convolution and the feed-forward where there is none. With `parallel_residual`
-    both halves read the same x, x += mixer(norm_1(x)) + feed_forward(norm_2(x)) (GPT-J; Black 2022,
-    GPT-NeoX-20B, section 2.1, arXiv 2204.06745). With `post_norm` what a half adds is normalised
-    once more, x += norm'(mixer(norm(x))) (Gemma 2, section 2, arXiv 2408.00118).
-    """
-
-    def __init__(
-        self,
-        *,
-        width: int,
-        mixer: Mixer,
-        feed_forward: Mixer | None,
-        norm: Norm,
-        short_conv: int | None = None,
-        parallel_residual: bool = False,
-        post_norm: bool = False,
-    ) -> None:
-        super().__init__()
-        self.parallel_residual = parallel_residual
-        self.mixer_norm = norm(width)
-        self.mixer_post_norm = norm(width) if post_norm else None
-        self.feed_forward_post_norm = norm(width) if post_norm and feed_forward else None
-        self.short_conv = ShortConvolution(width=width, taps=short_conv) if short_conv else None
-        self.mixer = mixer
-        self.feed_forward_norm = norm(width) if feed_forward else None
-        self.feed_forward = feed_forward
-
-    def forward(
-        self, x: Tensor, state: BlockState | None = None, cross_layer: CrossLayer | None = None
-    ) -> Any:
-        """The block's output, or (output, state) exactly when a state is given."""
-        before = state or BlockState(None, None, None)
-        feed_forward_state, conv_state = (), ()
-        u = self.mixer_norm(x)
-        if self.short_conv is not None:
-            u, conv_state = _apply(self.short_conv, u, before.short_conv, cross_layer)
-        y, mixer_state = _apply(self.mixer, u, before.mixer, cross_layer)
-        read, x = x, x + (self.mixer_post_norm(y) if self.mixer_post_norm else y)
-        if self.feed_forward is not None and self.feed_forward_norm is not None:
-            u = self.feed_forward_norm(read if self.parallel_residual else x)
-            y, feed_forward_state = _apply(self.feed_forward, u, before.feed_forward, cross_layer)
-            x = x + (self.feed_forward_post_norm(y) if self.feed_forward_post_norm else y)
-        if state is None:
-            return x
-        return x, BlockState(mixer_state, feed_forward_state, conv_state)
-
-    def named_sublayers(self) -> dict[str, Mixer]:
-        """The sublayers that the block has, by their names in `BlockState`."""
-        parts = {name: getattr(self, name) for name in BlockState._fields}
-        return {name: part for name, part in parts.items() if part is not None}
-
-
-def _apply(
-    sublayer: Mixer, x: Tensor, state: State, cross_layer: CrossLayer | None
-) -> tuple[Tensor, State]:
-    """The sublayer's output and, where a state is given, its state after x.
-
-    Raises NoStateError where it keeps none.
-    """
-    more = {"cross_layer": cross_layer} if sublayer.uses_cross_layer else {}
-    if state is None:
-        return sublayer(x, **more), None
-    if isinstance(state, HandOver):
-        read = partial(_apply, sublayer, cross_layer=cross_layer)
-        return state.read(read, x, sublayer.empty_state(len(x))), ()
-    found: Any = None
-    if takes_state(sublayer):
-        found = sublayer(x, state, **more)
-    if not isinstance(found, tuple) or len(found) != 2:
-        raise NoStateError(
-            f"{type(sublayer).__name__} keeps no state, so it cannot read a text in chunks or "
-            "write token by token: given a state, forward must return (y, state)"
-        )
-    return found
-
-
-def takes_state(sublayer: Mixer) -> bool:
-    """Whether it can read a text in chunks, as far as its signature says."""
-    return _named_state(type(sublayer).forward)
-
-
-@functools.cache
-def _named_state(forward: Callable[..., Any]) -> bool:
-    return "state" in inspect.signature(forward).parameters
 
 
 def _check_tied(model: "Backbone", weights: Mapping[str, Tensor], prefix: str, *_: Any) -> None:

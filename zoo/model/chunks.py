@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from zoo.data.synthetic import NO_LABEL
-from zoo.model.backbone import Backbone, BackboneState, BlockState
+from zoo.model.backbone import Backbone, BackboneState
+from zoo.model.block import BlockState
 from zoo.parallel.hand_over import HEADER_BYTES, HandOver, Ranks
 
 

@@ -19,7 +19,8 @@ from zoo.mixers.mamba2 import Mamba2
 from zoo.mixers.rwkv4 import RWKV4, ChannelMixing
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model import convert
-from zoo.model.backbone import Backbone, Block
+from zoo.model.backbone import Backbone
+from zoo.model.block import Block
 from zoo.positions.rope import Rope
 
 

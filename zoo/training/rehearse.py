@@ -16,7 +16,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from zoo.config.schema.train import TrainConfig
 from zoo.config.schema.trainer import Trainer
 from zoo.errors import UserError, refuse
-from zoo.model.backbone import Backbone, takes_state
+from zoo.model.backbone import Backbone
+from zoo.model.block import takes_state
 from zoo.model.build import assemble, build_model, count_parameters, refuse_pattern
 from zoo.model.extend import extend_as_trained
 from zoo.model.lora import add_adapters
