@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import test_evaluate as driver
 import zoo.cli.training_free
-import zoo.tasks.evaluate
+import zoo.tasks.measured_run
 from zoo.cli.listing import listing
 from zoo.cli.patterns import _distances
 from zoo.cli.training_free import training_free
@@ -20,8 +20,8 @@ from zoo.model.build import build_model
 here = Path(sys.argv[1])
 folder = driver.run_folder(here / "a")
 torch.manual_seed(0)
-zoo.tasks.evaluate.load = lambda *_: build_model(folder.config, vocab_size=16)[0].eval()
-zoo.tasks.evaluate.open_data = lambda data, seq_len: driver.CORPUS
+zoo.tasks.measured_run.load = lambda *_: build_model(folder.config, vocab_size=16)[0].eval()
+zoo.tasks.measured_run.open_data = lambda data, seq_len: driver.CORPUS
 zoo.cli.training_free.choices = lambda _: ["slow_distances"]  # one of all, to be quick
 words = [f"report={here}/report.html", "logger=none"]
 driver.run_eval([folder], *words)

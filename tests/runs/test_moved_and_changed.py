@@ -12,7 +12,7 @@ import torch
 from test_altered_files import MEASURE, RUN, carry_out, original, same, truth  # noqa: F401
 
 import zoo.runs.claim
-import zoo.tasks.evaluate
+import zoo.tasks.measured_run
 from zoo.cli import eval as eval_program
 from zoo.cli import train as train_program
 from zoo.config.compose import compose_tree, composing, parse
@@ -114,7 +114,7 @@ def test_rows_say_what_code_trained_and_measured_and_other_code_measures_anew(
     assert run("eval", *EVAL) == 0
     assert answers() == before
     assert "changed since it was trained" not in caplog.text
-    monkeypatch.setattr(zoo.tasks.evaluate, "measured_by", lambda *_: "other")
+    monkeypatch.setattr(zoo.tasks.measured_run, "measured_by", lambda *_: "other")
     real, more = zoo.runs.claim.sources, {"zoo/x.py": "1"}
     monkeypatch.setattr(zoo.runs.claim, "sources", lambda *a, **k: real(*a, **k) | more)
     assert run("eval", *EVAL) == 0

@@ -20,7 +20,8 @@ def main(folder: Path, words: list[str]) -> int:
     processes.load("zoo.tasks.evaluate")
     from fakes import Remembers, random_text, text_corpus, text_store
 
-    import zoo.tasks.evaluate as driver
+    import zoo.tasks.measured_run as driver
+    from zoo.tasks.evaluate import evaluate
     from zoo.tasks.progress import Progress
 
     class Killed(Remembers):
@@ -40,7 +41,7 @@ def main(folder: Path, words: list[str]) -> int:
     config = compose("eval", words)
     for _ in range(2):  # drawing a report leaves a process that can be forked
         assert processes.can_fork()
-        code = driver.evaluate(
+        code = evaluate(
             config, folders, say=sys.stdout.write, progress=Progress(), apart=processes.run
         )
     return code

@@ -11,6 +11,7 @@ from building import ROOT
 from fakes import BothSides, Remembers, make_context, random_text, text_corpus, text_store
 
 import zoo.tasks.evaluate
+import zoo.tasks.measured_run
 from zoo.config.compose import compose
 from zoo.errors import FORM, UserError
 from zoo.measurement import question
@@ -54,8 +55,8 @@ PERPLEXITY = ["task.perplexity.lengths=[32,64]", "task.perplexity.units=4"]
 def model(monkeypatch) -> Remembers:
     """What every run's checkpoint holds."""
     model = Remembers(memory=5)
-    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, *_: model)
-    monkeypatch.setattr(zoo.tasks.evaluate, "open_data", lambda data, seq_len: CORPUS)
+    monkeypatch.setattr(zoo.tasks.measured_run, "load", lambda folder, *_: model)
+    monkeypatch.setattr(zoo.tasks.measured_run, "open_data", lambda data, seq_len: CORPUS)
     return model
 
 
@@ -145,8 +146,8 @@ def test_a_failure_is_tried_again(model, tmp_path, monkeypatch):
     (reason,) = {row["reason"] for row in rows}
     assert re.fullmatch(r"ZeroDivisionError: division by zero \(zoo/tasks/\w+.py:\d+\)", reason)
     monkeypatch.undo()
-    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, *_: model)
-    monkeypatch.setattr(zoo.tasks.evaluate, "open_data", lambda data, seq_len: CORPUS)
+    monkeypatch.setattr(zoo.tasks.measured_run, "load", lambda folder, *_: model)
+    monkeypatch.setattr(zoo.tasks.measured_run, "open_data", lambda data, seq_len: CORPUS)
     code, _, rows = run_eval([folder])
     assert code == 0
     assert {row["status"] for row in rows} == {"ok"}
@@ -160,7 +161,7 @@ def test_runs_that_cannot_be_measured_keep_their_place_and_the_others_go_on(
             raise UserError(f"{folder.name}: has no checkpoint yet. Train it first.")
         return model
 
-    monkeypatch.setattr(zoo.tasks.evaluate, "load", load)
+    monkeypatch.setattr(zoo.tasks.measured_run, "load", load)
     reported = []
     monkeypatch.setattr(
         zoo.tasks.evaluate, "write_report", lambda rows, *_: reported.extend(rows) or "table"
@@ -211,7 +212,7 @@ def test_settings_that_fit_no_run_stop_the_evaluation(model, tmp_path):
 def test_what_does_not_apply_to_the_only_run_is_refused_by_its_option(
     task, model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, *_: BothSides())
+    monkeypatch.setattr(zoo.tasks.measured_run, "load", lambda folder, *_: BothSides())
     with pytest.raises(UserError, match=f"^task={task}: does not apply to a ") as refused:
         run_eval(
             [run_folder(tmp_path / "a", "model=linformer", "objective=masked")], f"task={task}"
@@ -236,7 +237,7 @@ def test_the_report_has_the_same_questions_under_every_extension_measured_before
     model, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(zoo.tasks.evaluate, "write_report", lambda rows, *_: json.dumps(rows))
-    monkeypatch.setattr(zoo.tasks.evaluate, "extend", lambda model, *_: model)
+    monkeypatch.setattr(zoo.tasks.measured_run, "extend", lambda model, *_: model)
     folder, report = run_folder(tmp_path / "a"), f"report={tmp_path}/report.html"
 
     def arms(*words: str) -> list[tuple[str, int]]:
@@ -273,7 +274,7 @@ def test_the_report_has_the_latest_answers_of_tasks_that_were_not_measured_now(m
 
 
 def test_two_settings_of_one_extension_are_reported_as_two_arms(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo.tasks.evaluate, "extend", lambda model, *_: model)
+    monkeypatch.setattr(zoo.tasks.measured_run, "extend", lambda model, *_: model)
     folder = run_folder(tmp_path / "a")
     yarn = ["extension=yarn", "extension.factor=8"]
     run_eval([folder], *yarn)
@@ -365,8 +366,8 @@ class ReadsAhead(Remembers):
 
 def test_a_model_that_leaks_is_never_scored_and_says_why(tmp_path, monkeypatch):
     held = {"good": Remembers(memory=5), "leaky": ReadsAhead(memory=5)}
-    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, *_: held[folder.name])
-    monkeypatch.setattr(zoo.tasks.evaluate, "open_data", lambda data, seq_len: CORPUS)
+    monkeypatch.setattr(zoo.tasks.measured_run, "load", lambda folder, *_: held[folder.name])
+    monkeypatch.setattr(zoo.tasks.measured_run, "open_data", lambda data, seq_len: CORPUS)
     folders = [
         run_folder(tmp_path / "good", "model=alibi"),
         run_folder(tmp_path / "leaky", "model=mamba"),
@@ -397,7 +398,7 @@ def test_scores_from_before_the_leak_was_seen_are_not_shown(model, tmp_path, mon
         old.append_row(
             {k: v for k, v in row.items() if k not in ("audit", "audited")} | {"run": "b"}
         )
-    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, *_: ReadsAhead(memory=5))
+    monkeypatch.setattr(zoo.tasks.measured_run, "load", lambda folder, *_: ReadsAhead(memory=5))
     code, said, _ = run_eval([old])
     assert code == 1
     assert f"{rows[0]['bits_per_byte']:.3f}" not in said
@@ -444,8 +445,8 @@ class ReadsFarAhead(Remembers):
 
 
 def test_a_leak_that_a_longer_audit_finds_withdraws_the_shorter_lengths(tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo.tasks.evaluate, "load", lambda folder, *_: ReadsFarAhead(memory=5))
-    monkeypatch.setattr(zoo.tasks.evaluate, "open_data", lambda data, seq_len: CORPUS)
+    monkeypatch.setattr(zoo.tasks.measured_run, "load", lambda folder, *_: ReadsFarAhead(memory=5))
+    monkeypatch.setattr(zoo.tasks.measured_run, "open_data", lambda data, seq_len: CORPUS)
     folder = run_folder(tmp_path / "a")
     assert run_eval([folder])[0] == 0
     far = ["task=perplexity", "task.perplexity.lengths=[32,256]", "task.perplexity.units=4"]

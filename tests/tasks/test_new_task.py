@@ -7,15 +7,15 @@ EVALUATION = """
 import json, sys
 from pathlib import Path
 import test_evaluate as driver
-import zoo.tasks.evaluate
+import zoo.tasks.measured_run
 from fakes import Remembers
 from zoo.report.rows import gather
 from zoo.report.wandb import by_length
 from zoo.report.wandb_report import report_blocks
 
 model = Remembers(memory=5)
-zoo.tasks.evaluate.load = lambda folder, *_: model
-zoo.tasks.evaluate.open_data = lambda data, seq_len: driver.CORPUS
+zoo.tasks.measured_run.load = lambda folder, *_: model
+zoo.tasks.measured_run.open_data = lambda data, seq_len: driver.CORPUS
 here = Path(sys.argv[1])
 folders = [driver.run_folder(here / "a"), driver.run_folder(here / "b", "model=mamba")]
 words = ["task=exact", f"report={here}/report.html", "logger=none"]
