@@ -61,6 +61,11 @@ class Quantity:
     where: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cost: bool = False
 
+    @property
+    def timed(self) -> bool:
+        """Whether it is a time or a rate, which depends on the machine and on its load."""
+        return self.cost and "second" in self.unit
+
     def of(self, row: Mapping[str, Any]) -> bool:
         """Whether a row is one of this quantity's."""
         return all(row.get(name) == value for name, value in self.where.items())

@@ -153,6 +153,18 @@ def test_rows_of_quantized_weights_are_rows_of_their_own(run, tmp_path, capsys):
     assert all(f"transformer \u00b7 in {dtype}" in table for dtype in bits)
 
 
+def test_what_fewer_bits_cost_is_beside_the_plain_rows_of_the_run(run, tmp_path, capsys):
+    task = ["task=perplexity", "task.perplexity.lengths=[64]", "task.perplexity.units=3"]
+    words = [f"run={run}", *task, f"report={tmp_path / 'r.html'}", "logger=none"]
+    assert eval_main(words) == 0
+    assert "cost of fewer bits" not in capsys.readouterr().out
+    for fewer in ("weights=int4", "kv_cache=int4"):
+        assert eval_main([*words, fewer]) == 0
+        said = capsys.readouterr().out
+        assert "cost of fewer bits, against the same runs in plain numbers" in said
+        assert "transformer \u00b7 in float32" in said
+
+
 def test_text_is_written_with_quantized_weights(run):
     model = zoo.load(run, device="cpu", weights="int8")
     assert isinstance(model.backbone.head.weight, QuantizedWeight)

@@ -1,20 +1,17 @@
 """Claims: judged where all they compare was measured, decided where an interval is on one side."""
 
-from dataclasses import replace
-
 import pytest
 
 from zoo.report.claims import (
     Comparison,
     Score,
-    claims_table,
     comparison,
     judge,
     published,
-    waits_for,
 )
 from zoo.report.rows import Results, gather
 from zoo.report.text import as_text
+from zoo.report.verdicts import claims_table
 
 L = 512
 
@@ -146,24 +143,6 @@ def test_every_claim_names_its_source_and_arms_that_can_be_trained():
     assert [claim.number for claim in published()] == [*range(1, 21)]
     assert all(claim.source and claim.rows and claim.mind for claim in published())
     assert all(bool(claim.comparisons) != bool(claim.rule) for claim in published())
-
-
-def test_a_report_of_claims_lists_all_and_counts_them():
-    results = rotary(3.0, 2.3)
-    table = claims_table(results)
-    assert table is not None
-    assert len(table.rows) == 20
-    assert "1 hold, 0 do not hold, 0 not shown at this scale, 19 without rows" in table.caption
-    assert "claims: 1 hold, 0 do not hold, 0 not shown at this scale, 19" in as_text(results)
-    rows = {row[0].text.partition(".")[0]: row for row in table.rows}
-    assert rows["1"][2].note.startswith("what would change our mind: ")
-    waits = rows["15"]
-    assert waits[1].text == "no rows yet"
-    assert "waits for rows of experiment=selective_copying; " in waits[2].text
-    assert "still to be written" not in waits[2].text
-    waits = waits_for(replace(published()[0], rows="nowhere", comparisons=(), rule="it falls"))
-    assert "experiment=nowhere (an experiment that is still to be written); its rule, " in waits
-    assert waits.endswith("does not carry out yet: it falls")
 
 
 def test_a_rule_is_read_as_it_is_written():

@@ -23,16 +23,12 @@ from zoo.paths import shipped
 from zoo.report.rows import Cell, Results, Row, contrast
 from zoo.report.scores import dead
 from zoo.report.statistics import finite
-from zoo.report.tables import Table, Td
-from zoo.report.words import PLUS_MINUS, signed
 
 Verdict = Literal["holds", "does not hold", "not shown at this scale"]
 HOLDS: Verdict = "holds"
 FAILS: Verdict = "does not hold"
 OPEN: Verdict = "not shown at this scale"
 ORDER: list[Verdict] = ["does not hold", "not shown at this scale", "holds"]  # one is enough
-
-COUNTED = {HOLDS: "hold", FAILS: "do not hold", OPEN: "not shown at this scale"}
 
 SEEDS = 2  # at least
 BITS = "bits per byte"
@@ -71,13 +67,21 @@ class Score:
         blocks = " (blocks)" if self.protocol == "blocks" else ""
         return f"{self.arm}{states}{what} at {where}{blocks}"
 
+    @property
+    def kind(self) -> Row:
+        """The fields that distinguish rows of its measure."""
+        return {k: v for k, v in MEASURES[self.what].items() if k not in ("field", "interval")}
+
     def rows(self, results: Results) -> list[Row]:
         """Its rows, one per seed; L is the training length of the reference arm."""
         length = (results.train_length() or 0) * self.times
-        which = {k: v for k, v in MEASURES[self.what].items() if k not in ("field", "interval")}
-        which |= {"protocol": self.protocol} if self.what == BITS else {}
+        which = self.kind | ({"protocol": self.protocol} if self.what == BITS else {})
         which |= {"state_passing": self.states} if self.states else {}
         return results.where(arm=self.arm, length=length, status="ok", **which)
+
+    def measured(self, results: Results) -> bool:
+        """Whether the arm has a value of this kind at any length."""
+        return bool(results.where(arm=self.arm, status="ok", **self.kind))
 
     def ends(self, row: Row) -> tuple[float, float, float]:
         """The row's value, and its interval where it has one."""
@@ -160,6 +164,12 @@ class Claim:
         rows = [r for r in results.rows if all(r.get(name) == one for name, one in self.where)]
         return replace(results, rows=rows, reference=rows[0]["label"] if rows else None)
 
+    def bears_on(self, results: Results) -> bool:
+        """Whether the rows have, at any length, what one of its comparisons needs of an arm."""
+        part = self.part(results)
+        scores = (score for each in self.comparisons for score in (each.score, each.other))
+        return any(score.measured(part) for score in scores)
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -167,6 +177,11 @@ class Judged:
     verdict: Verdict
     why: str  # nothing was decided, if so
     cells: tuple[list[Cell], ...]  # one per seed of each comparison
+
+    @property
+    def too_few(self) -> bool:
+        """Whether a comparison lacks the seeds without which no number could decide it."""
+        return min(map(len, self.cells)) < SEEDS
 
 
 def judge(results: Results) -> list[Judged]:
@@ -248,57 +263,3 @@ def _score(words: str) -> Score:
     protocol = "blocks" if match["blocks"] else "half_tail"
     what, states = match["what"] or BITS, match["states"]
     return Score(match["arm"], int(match["times"] or 1), protocol, what, states)
-
-
-def claims_table(results: Results) -> Table | None:
-    """The verdicts with what they rest on, then claims without rows; None where none is judged."""
-    head = [
-        ("claim", ""),
-        ("verdict", "source"),
-        ("what was compared", "bits per byte to spare, by seed"),
-    ]
-    found = judge(results)
-    table = Table(f"Published claims, judged on these runs: {counted(found)}.", head)
-    for own in found:
-        kind = {"holds": "best", "does not hold": "lead"}.get(own.verdict, "")
-        said = f"{own.verdict}: {own.why}" if own.why else own.verdict
-        verdict = Td(said, own.claim.source, kind)
-        words = Td(
-            "; ".join(evidence(own)), f"what would change our mind: {own.claim.mind}", "words"
-        )
-        table.rows.append([Td(f"{own.claim.number}. {own.claim.words}"), verdict, words])
-    judged = {own.claim.number for own in found}
-    for claim in published() if found else ():
-        if claim.number not in judged:
-            verdict, why = Td("no rows yet", claim.source), Td(waits_for(claim), kind="words")
-            table.rows.append([Td(f"{claim.number}. {claim.words}"), verdict, why])
-    return table if found else None
-
-
-def counted(found: Sequence[Judged]) -> str:
-    """How many claims hold, do not, are not shown, and have no rows."""
-    verdicts = [own.verdict for own in found]
-    open_ = len(published()) - len(found)
-    said = [f"{verdicts.count(one)} {words}" for one, words in COUNTED.items()]
-    return ", ".join([*said, f"{open_} without rows"])
-
-
-def waits_for(claim: Claim) -> str:
-    """What a claim that was not judged waits for."""
-    by = f"its rule, which the report does not carry out yet: {claim.rule}" if claim.rule else ""
-    by = by or "; ".join(map(str, claim.comparisons))
-    known = (shipped("configs") / "experiment" / f"{claim.rows}.yaml").is_file()
-    missing = "" if known else " (an experiment that is still to be written)"
-    return f"waits for rows of experiment={claim.rows}{missing}; {by}"
-
-
-def evidence(judged: Judged) -> list[str]:
-    """Each comparison in words, with by how much each seed keeps it (or, below zero, misses it)."""
-    pairs = zip(judged.claim.comparisons, judged.cells, strict=True)
-    return [f"{each}: {', '.join(_spare(each, cell) for cell in cells)}" for each, cells in pairs]
-
-
-def _spare(each: Comparison, cell: Cell) -> str:
-    assert cell.value is not None
-    by = signed(cell.value if each.side == "above" else -cell.value)
-    return f"{by} {PLUS_MINUS} {cell.half:.3f}" if cell.half else by

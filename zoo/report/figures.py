@@ -12,6 +12,7 @@ from zoo.report.noise import noise_words
 from zoo.report.rows import Cell, Cells, Results
 from zoo.report.scores import NEAR, PROTOCOLS, bigram, context_gains, headline, quantization_costs
 from zoo.report.tables import costs, lengths_of, shown_quantities
+from zoo.report.timings import comparable, incomparable
 from zoo.report.words import DASH, FORMS, caption, score, share, short, signed, size, times
 
 INK = "#1d1f23"
@@ -202,7 +203,7 @@ def cost_figures(results: Results) -> list[Lines]:
 
 def quantity_figure(results: Results, task: str, quantity: Quantity) -> Lines:
     """One quantity of a task against length, with what guessing would give as a level."""
-    cells = results.measured(task, quantity)
+    cells, without = comparable(results, task, quantity), incomparable(results, task, quantity)
     points = by_length(results, cells, quantity.name, FORMS[quantity.form].text)
     for point in points if quantity.form == "share" else ():
         if point["low"] is not None:  # Student's interval knows no bounds
@@ -219,10 +220,16 @@ def quantity_figure(results: Results, task: str, quantity: Quantity) -> Lines:
         points,
         lengths(results, "length") if quantity.cost else tested(results),
         axis(quantity.form, title, [point["y"] for point in points]),
-        f"{title}, by length, one line per arm.",
+        f"{title}, by length, one line per arm.{_left_out(without)}",
         () if quantity.cost else trained(results),
         level,
     )
+
+
+def _left_out(without: Mapping[str, str]) -> str:
+    """How many arms a figure of times leaves out, and why."""
+    whys = dict.fromkeys(without.values())
+    return f" Not drawn: {len(without)} ({', '.join(whys)})." if without else ""
 
 
 def axis(form: Form, title: str, values: list[float]) -> Axis:

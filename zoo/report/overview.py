@@ -20,6 +20,7 @@ from zoo.report.rows import Cell, Cells, Results
 from zoo.report.scores import bigram, dead, headline
 from zoo.report.statistics import finite
 from zoo.report.tables import costs, lengths_of, shown_quantities
+from zoo.report.timings import comparable
 from zoo.report.validity import LEAKS, NOT_AUDITED
 from zoo.report.words import FORMS, caption, score, share, short, size
 
@@ -161,7 +162,7 @@ def _costs(results: Results) -> list[Panel]:
         title = ["state" if name == "state" else head[0].lower()]
         unit = "bytes" if bytes_ else head[2]
         title.append(f"{unit}, {quantity.better} is better")
-        cells = results.measured(task, quantity)
+        cells = comparable(results, task, quantity)
         panel = _panel(results, name, title, axis, cells, quantity.better, words, home=False)
         panels += [panel] if panel else []
     return panels

@@ -16,7 +16,6 @@ import vl_convert
 from zoo.report import tables
 from zoo.report.caveats import banners, failures, limits
 from zoo.report.charts import Spec, Style, styles, themed
-from zoo.report.claims import claims_table
 from zoo.report.figures import (
     Lines,
     changes,
@@ -59,6 +58,7 @@ from zoo.report.scores import (
 from zoo.report.sensitivity import rates_table
 from zoo.report.text import as_text
 from zoo.report.validity import blind_guess
+from zoo.report.verdicts import claims_table
 from zoo.report.words import plain, score, signed
 
 APART = ("perplexity", "stream")  # tasks with a part of their own

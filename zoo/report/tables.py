@@ -8,9 +8,11 @@ from zoo.measurement import Declaration, Quantity
 from zoo.report.noise import NOISE, NOISE_FLOOR, Floor, is_noise, noise_floors
 from zoo.report.rows import Cell, Cells, Results, by_run, summary
 from zoo.report.statistics import finite, missing
+from zoo.report.timings import incomparable
 from zoo.report.validity import LEAKS
 from zoo.report.words import DASH, FORMS, caption, count, plain, plus_minus, times
 
+APART = "apart"  # the kind of an arm's name where a table does not rank its numbers
 Tied = Callable[[str, str, int], bool]  # two arms and a length
 
 
@@ -81,7 +83,9 @@ def quantity_table(results: Results, task: str, quantity: Quantity) -> Table | N
     said = f"{caption(quantity)}." + (f" Chance: {chances}." if chances else "")
     best = {"lower": min, "higher": max, None: None}[quantity.better]
     noise = noise_floors(cells)
-    return grid(results, cells, said, words.text, best, overlapping(cells), words.sure, noise)
+    apart = incomparable(results, task, quantity)
+    tied = overlapping(cells)
+    return grid(results, cells, said, words.text, best, tied, words.sure, noise, apart)
 
 
 def overlapping(cells: Cells) -> Tied:
@@ -141,11 +145,13 @@ def grid(
     tied: Tied | None = None,
     sure: Callable[[Cell], str] = plus_minus,
     noise: Mapping[int, Floor] | None = None,
+    apart: Mapping[str, str] | None = None,
 ) -> Table | None:
     """Arms down, lengths across: the best of a column marked, and what does not differ from it.
 
     Where a noise floor is given it is the last row; where no best is marked, values are differences
-    between arms, and those below the floor are marked as noise.
+    between arms, and those below the floor are marked as noise. `apart` has the arms that are not
+    compared with the others, each with the note that says why.
     """
     if not cells:
         return None
@@ -154,17 +160,19 @@ def grid(
     seeds = {cell.seeds for mine in cells.values() for cell in mine.values() if cell.seeds}
     if seeds == {2}:
         caption += " Two seeds each."
-    table, noise = Table(caption, [("arm", ""), *head]), noise or {}
-    first = {length: winner(cells, length, best) if best else None for length in lengths}
+    table, noise, apart = Table(caption, [("arm", ""), *head]), noise or {}, apart or {}
+    ranked = {label: mine for label, mine in cells.items() if label not in apart}
+    first = {length: winner(ranked, length, best) if best else None for length in lengths}
     for label, mine in cells.items():
-        row = [Td(label, "requested now" if results.requested(label) else "")]
+        note = "requested now" if results.requested(label) else ""
+        row = [Td(label, apart[label], APART) if label in apart else Td(label, note)]
         for reason, group in groupby(mine, key=lambda length: mine[length].reason):
             same = list(group)
             if reason:
                 row.append(_reason(reason, len(same)))
                 continue
             for length in same:
-                top, kind = first[length], ""
+                top, kind = None if label in apart else first[length], ""
                 if top and mine[length].value == cells[top][length].value:
                     kind = "best"
                 elif top and tied and tied(label, top, length):

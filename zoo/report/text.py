@@ -3,7 +3,6 @@
 import textwrap
 
 from zoo.report.caveats import failures
-from zoo.report.claims import counted, evidence, judge
 from zoo.report.noise import NOISE_FLOOR, Floor, is_noise, noise_floors, score_noise
 from zoo.report.retrieval import both_table
 from zoo.report.rows import Cell, Results
@@ -18,8 +17,17 @@ from zoo.report.scores import (
     quantization_costs,
 )
 from zoo.report.sensitivity import rates_table
-from zoo.report.tables import Table, costs, quantity_table, shown_quantities, task_tables, written
+from zoo.report.tables import (
+    APART,
+    Table,
+    costs,
+    quantity_table,
+    shown_quantities,
+    task_tables,
+    written,
+)
 from zoo.report.validity import LEAKS
+from zoo.report.verdicts import claims_text
 from zoo.report.words import DASH, PLUS_MINUS, score, short, signed, times
 
 IS_NOISE = " ~"  # after a difference below the noise floor
@@ -45,7 +53,7 @@ def as_text(results: Results) -> str:
         for task in results.tasks
         for label, text in written(results, task)
     ]
-    said.append(_claims_as_text(results))
+    said.append(claims_text(results))
     said = [text for text in said if text] or ["no score measured yet"]
     if any(map(results.requested, results.arms)) and any(said):
         said.append(f"{MARK.strip()} requested now; the other arms were measured before")
@@ -71,17 +79,6 @@ def _failures_as_text(results: Results, said: str) -> list[str]:
             where = "" if run.text in (DASH, arm.text) else f" ({run.text})"
             lines.append(f"  {arm.text}{where}, {what.text}: {why.text}")
     return ["\n".join(["without a result:", *lines])] if lines else []
-
-
-def _claims_as_text(results: Results) -> str:
-    """Each claim's verdict, and below it what was compared."""
-    lines = []
-    found = judge(results)
-    for judged in found:
-        why = f" ({judged.why})" if judged.why else ""
-        lines.append(f"claim {judged.claim.number} {judged.verdict}{why}: {judged.claim.words}")
-        lines += [f"    {line}" for line in evidence(judged)]
-    return "\n".join([f"claims: {counted(found)}", *lines]) if lines else ""
 
 
 def _scores_as_text(results: Results, reasons: list[str]) -> list[str]:
@@ -170,7 +167,8 @@ def _table_as_text(results: Results, table: Table, reasons: list[str]) -> str:
             for cell in cells:
                 why = f"({reasons.index(cell.text) + 1})" if cell.text in reasons else cell.text
                 texts += [f"{why} {cell.note}" if noted and cell.note else why] * cell.span
-            lines.append([_marked(results, arm.text), *texts])
+            why = f" ({arm.note})" if arm.kind == APART else ""
+            lines.append([_marked(results, arm.text) + why, *texts])
         return _aligned(lines)
 
     lines = aligned(noted=True)

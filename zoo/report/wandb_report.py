@@ -11,12 +11,12 @@ from typing import Any
 
 from zoo.errors import refuse, refuse_path
 from zoo.report.caveats import banners, failures, limits
-from zoo.report.claims import claims_table
 from zoo.report.headlines import heading
 from zoo.report.page import facts, picture_names
 from zoo.report.rows import Results, gather
 from zoo.report.scores import PROTOCOLS
 from zoo.report.tables import Table, budgets, grid, shown_quantities, task_tables
+from zoo.report.verdicts import claims_table
 from zoo.report.wandb import Rows, metric_name, mirror
 from zoo.report.words import caption, score
 

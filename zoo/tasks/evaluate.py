@@ -5,6 +5,7 @@ answer, audits the model for leaks before the first of the others, and lets the 
 """
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -72,8 +73,10 @@ def evaluate(
     log.info("measuring %s", ", ".join(map(str, folders)))
     progress = progress or Progress.on_stderr()
 
+    session = f"{time_of_now()} {os.getpid()}"
+
     def begin() -> Measure:
-        return _measure(config, tasks, progress, fresh)
+        return _measure(config, tasks, progress, fresh, session)
 
     rows, runs, errors = [], [], []
     for folder, found in zip(folders, measure_each(begin, folders, apart), strict=True):
@@ -98,7 +101,7 @@ def evaluate(
 
 
 def _measure(
-    config: EvalConfig, tasks: dict[str, Task], progress: Progress, fresh: bool
+    config: EvalConfig, tasks: dict[str, Task], progress: Progress, fresh: bool, session: str
 ) -> Measure:
     """How a run is measured in this process; takes its device and threads."""
     if config.threads:
@@ -110,7 +113,7 @@ def _measure(
     def measure(folder: RunFolder) -> Steps:
         progress.run = folder.name
         try:
-            run = MeasuredRun.open(config, folder, device, progress)
+            run = MeasuredRun.open(config, folder, device, progress, session)
         except UserError as error:
             bad = {"run": folder.name, "arm": folder.name, "status": "failed"}
             yield Measured(bad | {"reason": str(error)}, damage=error)

@@ -8,7 +8,7 @@ import torch
 from zoo.config.groups import extensions
 from zoo.config.schema.model import Extension
 from zoo.errors import refuse
-from zoo.measurement import agrees, is_quantized, panel, question
+from zoo.measurement import agrees, is_quantized, panel, plain_numbers, question
 from zoo.runs.folder import RunFolder
 from zoo.runs.provenance import measured_by
 from zoo.tasks.context import Row
@@ -55,29 +55,39 @@ def known_besides(folder: RunFolder, about: Row, requested: Sequence[Row]) -> It
 
     These are the answers to the same questions under other extensions, and those to the questions
     of other tasks, at each length under the settings of the latest answer there. Of an extension
-    under which a leak was seen after the last answer, the row that says so stands for all.
+    under which a leak was seen after the last answer, the row that says so stands for all. Where
+    the weights or the cache have fewer bits now, the answers in plain numbers are among them.
     """
-    apart = (*EXTENDED, "compression")
+    apart, dtype = (*EXTENDED, "compression"), about.get("dtype")
     alike = {name: value for name, value in about.items() if name not in apart}
     every = [row for row in folder.rows() if row.keys() >= {"task", *EXTENDED}]
     leaks = _standing_leaks(every, alike)
     now_known = {about["extension_settings"]} if requested else set()  # audited again
     yield from (leaks[name] | {"requested": False} for name in leaks.keys() - now_known)
-    rows = [row for row in every if agrees(row, alike | {"status": "ok"})]
+    numbers = {dtype, plain_numbers(dtype)} if dtype else None  # None: any
+    others_too = {k: v for k, v in alike.items() if k != "dtype"} | {"status": "ok"}
+    rows = [row for row in every if agrees(row, others_too)]
+    rows = [row for row in rows if numbers is None or row.get("dtype") in numbers]
     rows = [row for row in rows if row["extension_settings"] not in leaks.keys() - now_known]
     now = {kind: measured_by(folder.config, *kind) for kind in set(map(_kind, rows))}
     rows = [row for row in rows if row.get("measured_by") == now[_kind(row)]]
     others: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: str(row.get("time"))):
-        if row["task"] not in {one["task"] for one in requested}:
+        requested_now = row["task"] in {one["task"] for one in requested}
+        if not requested_now and dtype in (None, row.get("dtype")):
             others.setdefault(row["task"], []).append(row)
     for one in requested:
-        same = {row["extension_settings"]: row for row in rows if agrees(row, one)}
-        for name, row in same.items():
-            if name != about["extension_settings"]:
+        same = {_reading(row): row for row in rows if agrees(row, one)}
+        for reading, row in same.items():
+            if reading != _reading(about):
                 yield row | {"requested": False}
     for answers in others.values():
         yield from (row | {"requested": False} for row in _latest(answers))
+
+
+def _reading(row: Row) -> tuple[str, str | None]:
+    """Under which extension and in which numbers a row was measured."""
+    return row["extension_settings"], row.get("dtype")
 
 
 def _latest(answers: Sequence[Row]) -> list[Row]:

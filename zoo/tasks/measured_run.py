@@ -57,12 +57,18 @@ class MeasuredRun:
     about: Row
     device: torch.device
     progress: Progress
+    session: str  # the same for all that one call of the evaluation measures
     requested: list[Row] = field(default_factory=list)
     refused: list[UserError] = field(default_factory=list)  # by tasks
 
     @classmethod
     def open(
-        cls, config: EvalConfig, folder: RunFolder, device: torch.device, progress: Progress
+        cls,
+        config: EvalConfig,
+        folder: RunFolder,
+        device: torch.device,
+        progress: Progress,
+        session: str,
     ) -> "MeasuredRun":
         """Raises UserError where the run or the scorer cannot be opened."""
         folder = RunFolder.open(folder.path)
@@ -76,7 +82,7 @@ class MeasuredRun:
             scorer_of(config.compress.by, device.type)  # refused before anything is measured
         return cls(
             config.model_copy(update={"extension": extension, "weights": weights}),
-            *(folder, about, device, progress),
+            *(folder, about, device, progress, session),
         )
 
     def record(self) -> Row:
@@ -153,7 +159,7 @@ class MeasuredRun:
                 row |= {"status": "failed", "reason": f"the task left out {', '.join(names)}"}
             if row["status"] == "ok" and (names := not_finite(task.declares, row)):
                 row |= {"status": "failed", "reason": f"no finite number: {', '.join(names)}"}
-            row |= {"question": sorted(question), "time": time_of_now()}
+            row |= {"question": sorted(question), "time": time_of_now(), "session": self.session}
             yield self._recorded(row | {"declares": task.declares.plain(row)})
         for row in map(leaks.judge, unaudited):
             known.append(self._recorded(row) if row["status"] == "ok" else row)

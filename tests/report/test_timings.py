@@ -1,0 +1,87 @@
+"""Times are compared only among arms of one machine, one number of threads and one session."""
+
+import pytest
+from synthetic import experiment, run_records
+
+from zoo.report.charts import styles
+from zoo.report.figures import cost_figures
+from zoo.report.headlines import tiles
+from zoo.report.overview import overview
+from zoo.report.page import render
+from zoo.report.rows import gather
+from zoo.report.tables import APART, costs, quantity_table
+from zoo.report.text import as_text
+from zoo.report.timings import incomparable
+
+OTHERS = [
+    ({"session": "b"}, "timed in another session"),
+    ({"time": "2026-02-03T00:00:00", "session": None}, "timed in another session"),
+    ({"device": "gpu"}, "timed on another machine"),
+    ({"threads": 7}, "timed with other threads"),
+]
+
+
+def with_mamba(**changed):
+    """Four arms of one session, but for mamba, whose rows have other fields."""
+    rows = [row | {"session": "a"} for row in experiment()]
+    if "session" in changed and changed["session"] is None:  # of before the field
+        rows = [row | {"session": None} for row in rows]
+    rows = [row | changed if row["arm"] == "mamba" else row for row in rows]
+    for row in rows:
+        if row["task"] == "speed" and row["arm"] == "transformer-alibi":  # a bit slower
+            row |= {"tokens_per_second": 0.9 * row["tokens_per_second"]}
+            row |= {"milliseconds": 1.1 * row["milliseconds"]}
+    return gather(rows, run_records(rows))
+
+
+@pytest.mark.parametrize(("changed", "why"), OTHERS)
+def test_an_arm_timed_otherwise_is_marked_and_ranked_nowhere(changed, why):
+    results = with_mamba(**changed)
+    label = next(label for label in results.arms if label.startswith("mamba"))
+    for task, quantity in costs(results):
+        table = quantity_table(results, task, quantity)
+        assert table is not None
+        line = next(row for row in table.rows if row[0].text == label)
+        if not quantity.timed:
+            assert line[0].kind == ""
+            continue
+        assert (line[0].kind, line[0].note) == (APART, why)
+        assert not {"best", "tie"} & {cell.kind for cell in line}
+        assert any(cell.kind == "best" for row in table.rows for cell in row)
+    assert f"{label} ({why})" in as_text(results)
+    assert why in render(results, styles(results, results.arms))
+    for tile in tiles(results):
+        assert "decoding" not in tile.title.lower() or label != tile.arm
+    for figure in cost_figures(results):
+        timed = "second" in figure.y.title
+        assert (label in {point["arm"] for point in figure.points}) != timed
+        assert (why in figure.about) == timed
+    whole = overview(results)
+    assert whole is not None
+    speed = next(panel for panel in whole.panels if panel.name == "speed")
+    assert label not in speed.values
+
+
+def test_arms_of_one_session_are_all_compared():
+    results = with_mamba()
+    assert all(not incomparable(results, *shown) for shown in costs(results))
+    assert any(tile.title.startswith("Fastest decoding") for tile in tiles(results))
+
+
+def test_the_latest_of_two_equal_groups_is_ranked():
+    rows = [row | {"session": row["arm"]} for row in experiment()]
+    rows = [row | {"time": "2027"} if row["arm"] == "transformer-alibi" else row for row in rows]
+    results = gather(rows, [])
+    shown = next(shown for shown in costs(results) if shown[1].timed)
+    assert set(incomparable(results, *shown)) == {*results.arms} - {"transformer-alibi"}
+    assert not any(tile.title.startswith("Fastest") for tile in tiles(results))
+
+
+def test_seeds_of_two_sessions_are_no_session():
+    rows = [row | {"session": "a"} for row in experiment(seeds=2)]
+    for row in rows:
+        if row["arm"] == "mamba" and row["seed"] == 1:
+            row["session"] = "b"
+    results = gather(rows, [])
+    shown = next(shown for shown in costs(results) if shown[1].timed)
+    assert incomparable(results, *shown) == {"mamba": "timed in another session"}
