@@ -21,6 +21,7 @@ from zoo.report.page import pictures_folder, terminal
 from zoo.report.rows import gather, in_words
 from zoo.report.wandb import mirror
 from zoo.runs.folder import RunFolder
+from zoo.runs.rows import time_of_now
 from zoo.tasks.context import (
     Row,
 )
