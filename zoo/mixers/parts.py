@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from zoo.mixers.base import Mixer, compute_dtype, linear
@@ -43,7 +43,7 @@ class KeyValues(NamedTuple):
     tokens_seen: int  # more than n where older keys were evicted
 
 
-def append(past: Float[Tensor, "b n ..."], x: Float[Tensor, "b t ..."]) -> Tensor:
+def append(past: Shaped[Tensor, "b n ..."], x: Shaped[Tensor, "b t ..."]) -> Tensor:
     """Both behind one another, in x's dtype."""
     return torch.cat([past.to(x.dtype), x], 1)
 
@@ -51,11 +51,11 @@ def append(past: Float[Tensor, "b n ..."], x: Float[Tensor, "b t ..."]) -> Tenso
 class _Growing:
     """Memory behind a cache: `filled` of its tokens are in use by the longest cache that has it."""
 
-    def __init__(self, memory: Float[Tensor, "b n ..."], filled: int) -> None:
+    def __init__(self, memory: Shaped[Tensor, "b n ..."], filled: int) -> None:
         self.memory, self.filled = memory, filled
 
 
-def grow(past: Float[Tensor, "b n ..."], x: Float[Tensor, "b t ..."]) -> Tensor:
+def grow(past: Shaped[Tensor, "b n ..."], x: Shaped[Tensor, "b t ..."]) -> Tensor:
     """Both behind one another, in x's dtype, as `append` returns them.
 
     Without gradients the result has room behind it, a quarter of its tokens, and the next call
