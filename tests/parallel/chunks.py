@@ -16,9 +16,9 @@ from zoo.config.validate import validate
 from zoo.data.synthetic import NO_LABEL
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
-from zoo.model.chunks import bytes_sent, chunk_loss
+from zoo.model.chunks import bytes_sent, chunk_loss, split_over
 from zoo.model.extend import extend, places
-from zoo.parallel.hand_over import Ranks
+from zoo.parallel.ranks import Ranks
 
 ROWS, VOCABULARY, TRAINED = 2, 32, 16
 
@@ -56,7 +56,7 @@ def differences(ranks: Ranks, case: Case, length: int) -> dict[str, float]:
     model.checkpoint_activations = length % 2 == 1
     tokens = torch.randint(VOCABULARY, (ROWS, length + 1))
     before = ranks.bytes_sent
-    inputs, labels, chunk = tokens[:, :-1], tokens[:, 1:].clone(), ranks.chunk(length)
+    inputs, labels = tokens[:, :-1], tokens[:, 1:].clone()
     labels[:, 1 : length // 2 : 2] = NO_LABEL  # a chunk's share of the labels is not of the tokens
     read: list[Tensor] = []
     watch = model.norm.register_forward_hook(lambda *call: read.append(call[2].detach()))
@@ -64,9 +64,10 @@ def differences(ranks: Ranks, case: Case, length: int) -> dict[str, float]:
     part.backward()
     ranks.finish()
     unexpected = torch.tensor(ranks.bytes_sent - before - bytes_sent(model, ranks, length, ROWS))
-    (own,) = read
-    outputs = own.new_zeros((ROWS, length, model.width))
-    outputs[:, chunk] = own
+    outputs = read[0].new_zeros((ROWS, length, model.width))
+    chunks = split_over(model, ranks, length).chunks().values()
+    for chunk, own in zip(chunks, read, strict=True):
+        outputs[:, chunk] = own
     summed = part.detach()
     for x in (outputs, summed, unexpected.abs_()):
         dist.all_reduce(x)
@@ -80,7 +81,7 @@ def differences(ranks: Ranks, case: Case, length: int) -> dict[str, float]:
     whole = model.labels_loss(inputs, labels, positions)
     whole.backward()
     watch.remove()
-    about = {"outputs": _apart(outputs, read[1]), "loss": _apart(summed, whole)}
+    about = {"outputs": _apart(outputs, read[-1]), "loss": _apart(summed, whole)}
     about["bytes"] = unexpected.item()
     return about | {n: _apart(found[n], p.grad) for n, p in model.named_parameters()}
 

@@ -29,8 +29,8 @@ def measure(words: list[str], rounds: int) -> None:
     from torch import Tensor
 
     from zoo.model.build import build_model
-    from zoo.model.chunks import state_before
-    from zoo.parallel.hand_over import Ranks
+    from zoo.model.chunks import chunk_loss
+    from zoo.parallel.ranks import Ranks
     from zoo.tasks.memory import peak_bytes
 
     class Timed(Ranks):
@@ -59,14 +59,12 @@ def measure(words: list[str], rounds: int) -> None:
     torch.manual_seed(0)
     model = build_model(config, 256)[0]
     tokens = torch.randint(256, (1, length + 1))
-    chunk = ranks.chunk(length)
 
     def whole() -> None:
         model.loss(tokens).backward()
 
     def split() -> None:
-        state = state_before(model, ranks, chunk.start)
-        model.loss(tokens[:, chunk.start : chunk.stop + 1], state)[0].backward()
+        chunk_loss(model, ranks, tokens[:, :-1], tokens[:, 1:]).backward()
         ranks.finish()
 
     def gathered(x: float) -> list[float]:

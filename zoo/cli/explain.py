@@ -17,7 +17,7 @@ from zoo.model.extend import extend_as_trained
 from zoo.model.flops import forward_flops
 from zoo.model.lora import add_adapters
 from zoo.ops.runtime.sizes import ceil_div
-from zoo.parallel.hand_over import Ranks
+from zoo.parallel.ranks import Ranks
 from zoo.report.words import count, size
 from zoo.tasks.memory import peak_bytes
 from zoo.training.partition import micro_batches, process_count, ranks_per_window

@@ -1,6 +1,6 @@
 """Embedding -> N x (norm, mixer, norm, feed-forward) -> norm -> head. Knows no mixer by name."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -162,6 +162,20 @@ class Backbone(nn.Module):
         Who needs the logits of a few tokens alone applies the head to theirs: over a large
         vocabulary it costs as much as several layers.
         """
+        reading = self.hidden_by_block(tokens, state, positions)
+        while True:
+            try:
+                next(reading)
+            except StopIteration as end:
+                return end.value
+
+    def hidden_by_block(
+        self,
+        tokens: Int[Tensor, "b t"],
+        state: BackboneState | None = None,
+        positions: Tensor | None = None,
+    ) -> Generator[None, None, tuple[Tensor, BackboneState | None]]:
+        """As `hidden`, stopping behind every block: several chunks can be read in turn."""
         start = state.tokens_seen if state else 0
         self._check_length(start + tokens.shape[1])
         x, first = self.embedding(tokens), start
@@ -192,6 +206,7 @@ class Backbone(nn.Module):
             if state:
                 x, new = x
                 after.append(new)
+            yield
         seen = BackboneState(tuple(after), start + tokens.shape[1]) if state else None
         self._auxiliary = cross_layer.get(AUXILIARY)
         return self.norm(x[:, x.shape[1] - tokens.shape[1] :]), seen
@@ -207,7 +222,7 @@ class Backbone(nn.Module):
         In training this and the other losses have what layers add (`add_auxiliary_loss`).
         """
         x, after = self.hidden(tokens[:, :-1], state, positions)
-        nll = self._summed_nll(x, tokens[:, 1:]) / tokens[:, 1:].numel()
+        nll = self.summed_nll(x, tokens[:, 1:]) / tokens[:, 1:].numel()
         nll = self.with_auxiliary(nll)
         return (nll, after) if state else nll
 
@@ -223,18 +238,9 @@ class Backbone(nn.Module):
         Where a label is `NO_LABEL` nothing is predicted; 0 where nothing is at all, as may be in
         one of the micro-batches that share a step.
         """
-        return self.with_auxiliary(self.labels_nll(tokens, labels, positions, state))
-
-    def labels_nll(
-        self,
-        tokens: Int[Tensor, "b t"],
-        labels: Int[Tensor, "b t"],
-        positions: Tensor | None = None,
-        state: BackboneState | None = None,
-    ) -> Tensor:
-        """As `labels_loss`, without what layers add to the loss."""
         x, _ = self.hidden(tokens, state, positions)
-        return self._summed_nll(x, labels) / (labels != NO_LABEL).sum().clamp(min=1)
+        nll = self.summed_nll(x, labels) / (labels != NO_LABEL).sum().clamp(min=1)
+        return self.with_auxiliary(nll)
 
     def with_auxiliary(self, loss: Tensor, share: float = 1.0) -> Tensor:
         """The loss and what the layers of the last call add to it, as far as it is theirs."""
@@ -250,7 +256,7 @@ class Backbone(nn.Module):
         """Mean negative log-likelihood (nats) of the `chosen` tokens of what is shown masked."""
         return self.labels_loss(shown, torch.where(chosen, tokens, NO_LABEL))
 
-    def _summed_nll(self, x: Float[Tensor, "... width"], targets: Int[Tensor, "..."]) -> Tensor:
+    def summed_nll(self, x: Float[Tensor, "... width"], targets: Int[Tensor, "..."]) -> Tensor:
         """Nats of the targets, summed; those that are `NO_LABEL` cost nothing."""
         if self.head.softcap is not None:
             logits = self.head(x.reshape(-1, self.width))

@@ -1,4 +1,4 @@
-"""A window split over ranks: a rank's state and part of the loss, and what it sends."""
+"""A window split over ranks: a rank's chunks of it, its part of the loss, and what it sends."""
 
 import itertools
 
@@ -9,20 +9,28 @@ from torch.utils._pytree import tree_leaves
 from zoo.data.synthetic import NO_LABEL
 from zoo.model.backbone import Backbone, BackboneState
 from zoo.model.block import BlockState
-from zoo.parallel.hand_over import HEADER_BYTES, HandOver, Ranks
+from zoo.parallel.hand_over import HEADER_BYTES, HandOver
+from zoo.parallel.ranks import Ranks, Split
 
 
-def state_before(model: Backbone, ranks: Ranks, tokens: int) -> BackboneState:
-    """The state before this rank's chunk, which begins after so many tokens of a text.
+def split_over(model: Backbone, ranks: Ranks, tokens: int) -> Split:
+    """How a text is split: in zigzag where a later token costs more, as it reads more keys."""
+    return Split.of(ranks, tokens, zigzag=not model.recurrent)
+
+
+def state_before(model: Backbone, split: Split, place: int) -> BackboneState:
+    """The state before the chunk at a place.
 
     It serves one pass: what a layer keeps is received when the layer is called, and what it leaves
     is sent on.
     """
     blocks, numbers = [], itertools.count()
     for block in model.empty_state(1).blocks:
-        keeps = (HandOver(ranks, next(numbers)) if tree_leaves(own) else own for own in block)
+        keeps = (
+            HandOver(split, place, next(numbers)) if tree_leaves(own) else own for own in block
+        )
         blocks.append(BlockState(*keeps))
-    return BackboneState(tuple(blocks), tokens)
+    return BackboneState(tuple(blocks), split.chunks()[place].start)
 
 
 def chunk_loss(
@@ -35,20 +43,36 @@ def chunk_loss(
     """This rank's part of the mean loss over windows that all ranks are given whole.
 
     Its labels count by their share in all labels, what layers add by its share in the tokens.
+
+    Of two chunks the later one is some blocks behind the earlier. All ranks take the blocks of all
+    chunks in one order, by the sum of a block's number and its chunk's place, the order in which a
+    state could reach them at the earliest: so nobody waits for a rank that waits for him.
     """
-    chunk = ranks.chunk(tokens.shape[1])
-    state, own = state_before(model, ranks, chunk.start), labels[:, chunk]
-    nll = model.labels_nll(tokens[:, chunk], own, positions, state)
-    nll = nll * (own != NO_LABEL).sum() / (labels != NO_LABEL).sum().clamp(min=1)
-    return model.with_auxiliary(nll, (chunk.stop - chunk.start) / tokens.shape[1])
+    split = split_over(model, ranks, tokens.shape[1])
+    readings, parts = {}, []
+    for place, chunk in split.chunks().items():
+        state = state_before(model, split, place)
+        readings[place] = model.hidden_by_block(tokens[:, chunk], state, positions)
+    count = (labels != NO_LABEL).sum().clamp(min=1)
+    steps = itertools.product(range(len(model.blocks) + 1), readings)
+    for _, place in sorted(steps, key=lambda step: (sum(step), -step[1])):
+        try:
+            next(readings[place])
+        except StopIteration as end:
+            chunk = split.chunks()[place]
+            nll = model.summed_nll(end.value[0], labels[:, chunk]) / count
+            share = (chunk.stop - chunk.start) / tokens.shape[1]
+            parts.append(model.with_auxiliary(nll, share))
+    return sum(parts[1:], parts[0])
 
 
 def bytes_sent(model: Backbone, ranks: Ranks, tokens: int, batch: int = 1) -> int:
     """Bytes this rank sends in a forward and a backward pass over texts of so many tokens."""
-    chunk, sent = ranks.chunk(tokens), 0
-    if ranks.index < ranks.size - 1:
-        headers = HEADER_BYTES * len(tree_leaves(model.empty_state(1).blocks))
-        sent += model.state_bytes(chunk.stop, batch) + headers
-    if ranks.index:
-        sent += model.state_bytes(chunk.start, batch)  # the gradient of what was received
+    split, sent = split_over(model, ranks, tokens), 0
+    headers = HEADER_BYTES * len(tree_leaves(model.empty_state(1).blocks))
+    for place, chunk in split.chunks().items():
+        if place < split.last and split.owner(place + 1) != ranks.index:
+            sent += model.state_bytes(chunk.stop, batch) + headers
+        if place and split.owner(place - 1) != ranks.index:
+            sent += model.state_bytes(chunk.start, batch)  # the gradient of what was received
     return sent

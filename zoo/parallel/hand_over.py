@@ -1,7 +1,6 @@
-"""A text split over ranks: each reads its chunk from the state that the rank before it left.
+"""A text split over ranks: a chunk is read from the state that was left where it begins.
 
-    Ranks       consecutive processes that read one text together; each has one chunk of it
-    HandOver    a sublayer's state on its way through them, given in the place of that state
+    HandOver    a sublayer's state on its way to a chunk, given in the place of that state
     publish     called by a sublayer that knows a part of its state before its output
 
 A rank's chunk is a chunk as any other (zoo.mixers.base): outputs, states and gradients are those of
@@ -16,19 +15,18 @@ its state, and after it has left it, no other rank waits for. So a pass over L l
 by N - 1 times what one layer does in between. The other way, to read each chunk from the empty
 state, to compose the maps of all chunks and to correct the outputs, does that part twice in every
 layer: handing over is the cheaper while there are fewer ranks than layers. Softmax attention has
-nothing in between: its keys are published before it attends, and all ranks attend at once, the
-last one to all keys: of causal attention it does (2 N - 1) / N times a rank's mean.
+nothing in between: its keys are published before it attends, and all ranks attend at once.
 """
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from zoo.parallel.ranks import Split
 
 Read = Callable[[Tensor, Any], tuple[Tensor, Any]]  # (chunk, state) -> (output, state after it)
 
@@ -42,60 +40,22 @@ WHOLE = ""  # the name of a state without fields
 _current: "_Pass | None" = None  # of the sublayer that is being called
 
 
-@dataclass
-class Ranks:
-    """Consecutive processes that read one text together.
-
-    Args:
-        size: their number, N.
-        index: this one's place among them, from 0.
-        first: rank of the first in the process group.
-    """
-
-    size: int
-    index: int
-    first: int = 0
-    bytes_sent: int = 0  # by this process, of states and their gradients
-    _pending: list[tuple[Any, Tensor]] = field(default_factory=list)
-
-    def chunk(self, tokens: int) -> slice:
-        """Which of so many tokens this rank reads."""
-        return slice(*(tokens * place // self.size for place in (self.index, self.index + 1)))
-
-    def send(self, x: Tensor, to: int, tag: int) -> None:
-        """Begin to send to the rank in place `to`; memory behind x must not change."""
-        x = x.detach().contiguous()
-        self.bytes_sent += x.numel() * x.element_size()
-        self._pending.append((dist.isend(x, self.first + to, tag=tag), x))
-
-    def receive(self, like: Tensor, source: int, tag: int) -> Tensor:
-        """Wait for what the rank in place `source` sends: the same shape and dtype as `like`."""
-        dist.recv(like, self.first + source, tag=tag)
-        return like
-
-    def finish(self) -> None:
-        """Wait until everything sent so far has arrived."""
-        for work, _ in self._pending:
-            work.wait()
-        self._pending.clear()
-
-
 class HandOver:
     """The state of one sublayer in one pass over a text, given in the place of that state.
 
     Args:
-        ranks: the processes that read the text.
+        split: the text's, over its ranks.
+        place: of the chunk.
         number: of the sublayer in its model.
     """
 
-    def __init__(self, ranks: Ranks, number: int) -> None:
-        self.ranks, self.tag = ranks, number * TAGS
-        self.last = ranks.index == ranks.size - 1
+    def __init__(self, split: Split, place: int, number: int) -> None:
+        self.split, self.place, self.tag = split, place, number * TAGS
         self.received: dict[str, list[Any]] = {}  # leaves of each field of the state before
         self.sent: dict[str, list[Tensor]] = {}  # shapes of the tensors of the state after
 
     def read(self, sublayer: Read, x: Tensor, empty: Any) -> Tensor:
-        """The sublayer's output for this rank's chunk x.
+        """The sublayer's output for the chunk x.
 
         A second call, as activation checkpointing makes it, repeats the first and sends nothing.
 
@@ -113,32 +73,32 @@ class HandOver:
         return _Tied.apply(y, *this.ties) if this.ties else y
 
     def send(self, leaves: list[Any], tag: int, device: torch.device) -> None:
-        """Send a field of the state after the chunk to the next rank."""
-        to = self.ranks.index + 1
+        """Send a field of the state after the chunk to the next chunk's rank."""
+        to = self.place + 1
         words = torch.tensor([_described(leaf) for leaf in leaves], device=device)
-        self.ranks.send(words, to, tag)
+        self.split.send(words, to, tag)
         for place, x in enumerate(_tensors(leaves), 1):
             if x.numel():
-                self.ranks.send(x, to, tag + place)
+                self.split.send(x, to, tag + place)
 
     def receive(self, count: int, tag: int, device: torch.device) -> list[Any]:
         """The leaves of a field of the state before the chunk, of which there are so many."""
-        source, found, place = self.ranks.index - 1, [], 0
+        source, found, place = self.place - 1, [], 0
         words = torch.empty((count, WORDS), dtype=torch.int64, device=device)
-        for code, dims, *sizes in self.ranks.receive(words, source, tag).tolist():
+        for code, dims, *sizes in self.split.receive(words, source, tag).tolist():
             if code == NUMBER:
                 found.append(dims)
                 continue
             place += 1
             x = torch.empty(sizes[:dims], dtype=DTYPES[code], device=device)
-            found.append(self.ranks.receive(x, source, tag + place) if x.numel() else x)
+            found.append(self.split.receive(x, source, tag + place) if x.numel() else x)
         return found
 
     def send_gradients(self, gradients: Sequence[Tensor], tag: int) -> None:
         """Send the gradients of a field to the rank that it came from."""
         for place, gradient in enumerate(gradients, 1):
             if gradient.is_floating_point() and gradient.numel():
-                self.ranks.send(gradient, self.ranks.index - 1, tag + place)
+                self.split.send(gradient, self.place - 1, tag + place)
 
     def receive_gradients(self, sent: Sequence[Tensor], tag: int) -> list[Tensor | None]:
         """Wait for the gradients of a field that was sent; None of what is not differentiable."""
@@ -149,7 +109,7 @@ class HandOver:
                 continue
             gradient = torch.empty(like.shape, dtype=like.dtype, device=like.device)
             if gradient.numel():
-                self.ranks.receive(gradient, self.ranks.index + 1, tag + place)
+                gradient = self.split.receive(gradient, self.place + 1, tag + place)
             found.append(gradient)
         return found
 
@@ -165,7 +125,7 @@ class _Pass:
         self.published: set[str] = set()
         self.ties: list[Tensor] = []  # scalars of a backward pass that sends or receives
         self.state = empty
-        if hand_over.ranks.index:
+        if hand_over.place:
             self.state = _arriving(type(empty))(self) if WHOLE not in self.fields else self[WHOLE]
 
     def __getitem__(self, name: str) -> Any:
@@ -188,8 +148,9 @@ class _Pass:
     def publish(self, fields: Mapping[str, Any]) -> None:
         """Send those fields of the state after the chunk that were not sent yet."""
         hand_over = self.hand_over
-        left = () if hand_over.last else [name for name in fields if name not in self.published]
-        for name in left:
+        if hand_over.place == hand_over.split.last:
+            return
+        for name in [name for name in fields if name not in self.published]:
             self.published.add(name)
             leaves = tree_flatten(fields[name])[0]
             tensors = _tensors(leaves)
@@ -204,7 +165,7 @@ class _Pass:
     def finish(self, after: Any) -> None:
         """Send what was not published, and receive what was not read."""
         self.publish(_fields(after))
-        for name in self.fields if self.hand_over.ranks.index else ():
+        for name in self.fields if self.hand_over.place else ():
             self[name]
 
     def _anchor(self) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zoo.console import say
 from zoo.data.synthetic import NO_LABEL
-from zoo.parallel.hand_over import Ranks
+from zoo.parallel.ranks import Ranks
 from zoo.runs.checkpoints import seal
 from zoo.runs.files import replacing
 from zoo.runs.folder import RunFolder

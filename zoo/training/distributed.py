@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zoo.parallel.hand_over import Ranks
+from zoo.parallel.ranks import Ranks
 
 
 def world_size() -> int:

@@ -14,7 +14,7 @@ from zoo.errors import RunError, refuse_path
 from zoo.model.backbone import Backbone
 from zoo.model.chunks import chunk_loss
 from zoo.model.lora import trained_names
-from zoo.parallel.hand_over import Ranks
+from zoo.parallel.ranks import Ranks
 from zoo.training.distillation import Distillation
 from zoo.training.distributed import all_gather, broadcast_text, rank, ranks_of_window, world_size
 from zoo.training.optimisers import make_optimiser

@@ -1,0 +1,96 @@
+"""The processes that read one text together, and which of them reads which part of it.
+
+    Ranks   consecutive processes, and what they send each other
+    Split   the chunks that a text is cut into, by their places from 0, and who reads them
+
+One chunk for each rank serves states of a fixed size: every chunk costs the same. Of causal softmax
+attention the last of N such chunks costs (2 N - 1) / N times the mean, because it reads all keys.
+In zigzag there are 2 N chunks, of which rank r reads those at r and 2 N - 1 - r: the work of every
+rank is the same (Brandon 2023, Striped Attention, section 3, arXiv 2311.09431, and Llama 3, section
+3.3.2, arXiv 2407.21783, both for rings of keys).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Ranks:
+    """Consecutive processes that read one text together.
+
+    Args:
+        size: their number, N.
+        index: this one's place among them, from 0.
+        first: rank of the first in the process group.
+    """
+
+    size: int
+    index: int
+    first: int = 0
+    bytes_sent: int = 0  # by this process, of states and their gradients
+    _pending: list[tuple[Any, Tensor]] = field(default_factory=list)
+    _kept: dict[int, list[Tensor]] = field(default_factory=dict)  # what it sent to itself, by tag
+
+    def send(self, x: Tensor, to: int, tag: int) -> None:
+        """Begin to send to another rank, or keep for this one; memory behind x must not change."""
+        if to == self.index:
+            self._kept.setdefault(tag, []).append(x.detach())
+            return
+        x = x.detach().contiguous()
+        self.bytes_sent += x.numel() * x.element_size()
+        self._pending.append((dist.isend(x, self.first + to, tag=tag), x))
+
+    def receive(self, like: Tensor, source: int, tag: int) -> Tensor:
+        """Wait for what a rank sends: the same shape and dtype as `like`, which may be filled."""
+        if source == self.index:
+            return self._kept[tag].pop(0)
+        dist.recv(like, self.first + source, tag=tag)
+        return like
+
+    def finish(self) -> None:
+        """Wait until everything sent so far has arrived."""
+        for work, _ in self._pending:
+            work.wait()
+        self._pending.clear()
+
+
+class Split(NamedTuple):
+    """A text cut into chunks, each of which one of `ranks` reads."""
+
+    ranks: Ranks
+    pieces: int  # chunks, as many as ranks or twice as many
+    tokens: int
+
+    @classmethod
+    def of(cls, ranks: Ranks, tokens: int, zigzag: bool) -> "Split":
+        """In zigzag where that is possible: no chunk may be empty."""
+        twice = zigzag and 1 < ranks.size <= tokens // 2
+        return cls(ranks, ranks.size * (1 + twice), tokens)
+
+    @property
+    def last(self) -> int:
+        """The place of the last chunk."""
+        return self.pieces - 1
+
+    def owner(self, place: int) -> int:
+        """Which rank reads the chunk at a place."""
+        return min(place, self.last - place) if self.pieces > self.ranks.size else place
+
+    def chunks(self) -> dict[int, slice]:
+        """The tokens of each chunk that this rank reads, by its place."""
+        own = [place for place in range(self.pieces) if self.owner(place) == self.ranks.index]
+        return {place: slice(self._start(place), self._start(place + 1)) for place in own}
+
+    def send(self, x: Tensor, to: int, tag: int) -> None:
+        """Begin to send to whoever reads the chunk at a place."""
+        self.ranks.send(x, self.owner(to), tag)
+
+    def receive(self, like: Tensor, source: int, tag: int) -> Tensor:
+        """Wait for what whoever reads the chunk at a place sends."""
+        return self.ranks.receive(like, self.owner(source), tag)
+
+    def _start(self, place: int) -> int:
+        return self.tokens * place // self.pieces
