@@ -9,19 +9,15 @@ import pytest
 import torch
 from building import train_on_text
 from fakes import Reader, make_context, text_store
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from zoo.config.compose import compose
 from zoo.config.groups import choices
-from zoo.data.long_contexts import Example
-from zoo.data.tokenizers import BYTE_TOKENIZER
 from zoo.errors import UserError
 from zoo.model.backbone import BackboneState
 from zoo.runs.folder import RunFolder
-from zoo.tasks.documents import BENCHMARKS, METRICS, Documents, cut_to, fitting
+from zoo.tasks.answers import METRICS
+from zoo.tasks.documents import BENCHMARKS, Documents
 
-NAMES = ["variable_tracking", "common_words", "babilong"]
 TEXT = [f"Sentence {i} of a book." for i in range(50)]
 
 
@@ -50,22 +46,6 @@ def rows(folder, answer, **options):
     task = Documents(**options)
     task.check()
     return [*task.rows(make_context(Says(answer), folder, text_store(text), train_length=400))]
-
-
-@pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=6)
-@given(most=st.integers(5000, 7000), seed=st.integers(0, 2**20))
-def test_generated_prompts_fill_their_length(name, most, seed):
-    prompt = fitting(BYTE_TOKENIZER, name, [seed, 0], TEXT, most)
-    unit = {"variable_tracking": 25, "common_words": 40, "babilong": 30}[name]
-    assert most - unit < len(prompt.tokens) <= most
-    longer = fitting(BYTE_TOKENIZER, name, [seed, 0], TEXT, 2 * most)
-    assert len(longer.answers) == len(prompt.answers)
-
-
-def test_a_length_without_room_for_an_example_is_refused():
-    with pytest.raises(UserError, match=r"lengths=100: .*common_words, which has at least \d+"):
-        fitting(BYTE_TOKENIZER, "common_words", [0, 0], [], 100)
 
 
 def test_the_share_of_the_answers_that_is_written_is_the_score(tmp_path):
@@ -162,32 +142,12 @@ def test_what_was_measured_is_known_by_the_files_contents(tmp_path):
     assert one["data"] != other["data"]
 
 
-@given(st.text("ab \n", max_size=40), st.integers(0, 60), st.sampled_from(["left", "middle"]))
-def test_a_cut_prompt_has_all_tokens_that_there_is_room_for(text, room, truncate):
-    example = Example("Read.", text, "Why?", ["so"])
-    most = len("Read.\n\n\n\nWhy?") + room
-    if not room and text:
-        with pytest.raises(UserError, match="a question alone has"):
-            cut_to(BYTE_TOKENIZER, example, most, truncate)
-        return
-    prompt = cut_to(BYTE_TOKENIZER, example, most, truncate)
-    assert prompt.cut == max(0, len(text) - room)
-    assert len(prompt.tokens) + prompt.cut >= len(text) + len("Read.\n\nWhy?")
-    assert len(prompt.tokens) <= most
-
-
 def test_every_data_set_that_may_be_chosen_has_its_benchmark():
     assert get_args(get_type_hints(Documents)["dataset"]) == (*BENCHMARKS,)
     assert {one.metric for one in BENCHMARKS.values()} == {*METRICS}
 
 
-def test_scores_by_hand():
-    assert METRICS["f1"]("a green door", ["the red door"])["score"] == pytest.approx(0.5)
-    assert METRICS["exact"]("The Door.", ["window", "door"])["score"] == 1
-    assert METRICS["exact"]("the doors", ["door"])["score"] == 0
-    assert METRICS["found"]("X and y", ["x", "Y", "z"])["score"] == pytest.approx(2 / 3)
-    found = METRICS["rouge"]("the cat sat", ["the cat ran", "dogs"])
-    assert found == pytest.approx({"score": 2 / 3, "rouge1": 2 / 3, "rouge2": 0.5})
+FILE = {"dataset": "qasper", "path": "examples.jsonl"}
 
 
 @pytest.mark.parametrize(
@@ -197,11 +157,71 @@ def test_scores_by_hand():
         ({"dataset": "babilong", "truncate": "left"}, "truncate=left: dataset=babilong is gener"),
         ({"dataset": "babilong", "path": "x"}, "path=x: dataset=babilong is generated"),
         ({"dataset": "qasper", "path": __file__}, "is no file of records"),
+        ({"dataset": "babilong", "shots_path": "x"}, "shots_path=x: dataset=babilong is generated"),
+        ({"shots": 1, **FILE}, "shots_path=null: must be the training examples of dataset=qasper"),
+        ({"shots_path": FILE["path"], **FILE}, "no demonstration is read with shots=0"),
     ],
 )
-def test_what_does_not_go_together_is_refused_before_anything_is_opened(options, said):
+def test_what_does_not_go_together_is_refused_before_anything_is_opened(
+    options, said, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples.jsonl").write_text("")
     with pytest.raises(UserError, match=said):
         Documents(**options).check()
+
+
+def write_training(folder, count=3):
+    file = folder / "training.jsonl"
+    records = [
+        {"context": f"Door {i}. " * 40, "input": f"Number {i}?", "answers": [f"no. {i}", "x"]}
+        for i in range(count)
+    ]
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return file
+
+
+def test_demonstrations_come_before_the_question_and_are_counted(tmp_path):
+    seen, file, training = [], write_file(tmp_path, 20), write_training(tmp_path)
+
+    def listening(prompt: str) -> str:
+        seen.append(prompt)
+        return "short"
+
+    options = {"dataset": "qasper", "path": str(file), "shots": 2, "shots_path": str(training)}
+    (row,) = rows(tmp_path, listening, lengths=[2000], **options)
+    assert (row["status"], row["shots_read"], row["shots_tokens_cut"]) == ("ok", 2, 0), row
+    document = max(seen, key=len)
+    places = [document.index(part) for part in ("Number 0?\nAnswer: no. 0", "Number 1?", "<0>")]
+    assert places == sorted(places)
+    assert "Number 2?" not in document
+    assert document.endswith("What is it?\nAnswer:")
+    (none,) = rows(tmp_path, listening, lengths=[2000], dataset="qasper", path=str(file))
+    assert none["shots_read"] == 0
+    assert Documents(**options).settings["task.documents.shots"] == 2
+    write_training(tmp_path, 2)
+    (other,) = rows(tmp_path, listening, lengths=[2000], **options)
+    assert other["demonstrations"] != row["demonstrations"]
+
+
+def test_a_summary_ends_where_the_model_begins_an_example_of_its_own(tmp_path):
+    file, training = write_file(tmp_path, 20), write_training(tmp_path)
+    options = {"dataset": "gov_report", "path": str(file), "lengths": [2000]}
+    said = "Two lines.\n\nOf it.\n\nRead the text.\n\nMore"
+    (plain,) = rows(tmp_path, lambda _: said, **options)
+    assert plain["first_answer"] == said
+    (row,) = rows(tmp_path, lambda _: said, shots=1, shots_path=str(training), **options)
+    assert row["first_answer"] == "Two lines.\n\nOf it."
+
+
+def test_demonstrations_are_not_the_examples_that_are_measured(tmp_path):
+    file = write_file(tmp_path, 20)
+    options = {"dataset": "qasper", "path": str(file), "lengths": [2000]}
+    with pytest.raises(UserError, match="holds the very examples that are measured"):
+        rows(tmp_path, lambda _: "", shots=1, shots_path=str(file), **options)
+    shots = {"shots": 4, "shots_path": str(write_training(tmp_path))}
+    with pytest.raises(UserError, match=r"shots=4: .* has 3 examples. Use fewer."):
+        rows(tmp_path, lambda _: "", **shots, **options)
 
 
 BY_NAME = [name for name in ("documents", *BENCHMARKS) if name in choices("task")]

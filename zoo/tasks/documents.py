@@ -15,21 +15,21 @@ prompts are this package's own, so scores compare models here, not with publishe
 
 A document whose prompt is longer than the length is cut as `truncate` says, on tokens of the text
 alone: `left` drops its beginning, `middle` as many around its middle (as LongBench does, Bai 2023,
-arXiv 2308.14508); how many were cut, and by how much, is in the row.
+arXiv 2308.14508); how many were cut, and by how much, is in the row. So is how many of the `shots`
+demonstrations a prompt has room for (zoo.data.long_prompts). Xiong 2023 (arXiv 2309.16039, table 3)
+gives none for NarrativeQA, one for QMSum, two for Qasper and QuALITY.
 """
 
-import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-import numpy as np
-
-from zoo.config.domains import Count, Lengths, Seed
+from zoo.config.domains import Count, Lengths, Range, Seed
 from zoo.data.long_contexts import GENERATED, Example, kind_of, read_examples, sentences
+from zoo.data.long_prompts import LongPrompt, cut_to, fitting, least, solved, with_shots
 from zoo.data.records import require_package
 from zoo.data.tokenizers import Tokenizer
 from zoo.errors import refuse
@@ -37,6 +37,7 @@ from zoo.measurement import Declaration, Quantity
 from zoo.model.generation import Sampling
 from zoo.model.scoring import write_many
 from zoo.report.statistics import interval
+from zoo.tasks.answers import METRICS
 from zoo.tasks.context import EvalContext, NotApplicableError, Row, check_length
 from zoo.tasks.task import STATE, Task, lengths_of
 
@@ -79,6 +80,7 @@ def _quantities() -> Iterator[Quantity]:
             for n in (1, 2):
                 yield Quantity(field=f"rouge{n}", name=f"{one.title}, ROUGE-{n}", **options)
     yield Quantity(field="cut", name="texts cut to the length", better=None, form="share")
+    yield Quantity(field="shots_read", name="demonstrations read", better=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,9 @@ class Documents(Task):
         truncate: how a longer text is cut; None: it is refused. Generated ones fit their length.
         tokens: of an answer, at most; None: the data set's own.
         seed: of generated examples.
+        shots: demonstrations before each prompt, as many of them as fit: the first of `shots_path`,
+            or generated ones of the shortest kind. One of the tested text is left out.
+        shots_path: the file of records with the training examples, with the same `fields`.
     """
 
     declares = Declaration(
@@ -101,7 +106,13 @@ class Documents(Task):
         "generated texts, questions on documents and their summaries.",
         quantities=(*_quantities(), STATE),
     )
-    unidentifying = ("lengths", "batch", "dataset", "path")  # a question has the data itself
+    unidentifying = (
+        "lengths",
+        "batch",
+        "dataset",
+        "path",
+        "shots_path",
+    )  # a question has the data itself
     dataset: Literal[
         "variable_tracking",
         "common_words",
@@ -120,6 +131,8 @@ class Documents(Task):
     tokens: Count | None = None
     seed: Seed = 0
     batch: Count = 4
+    shots: Annotated[int, Range(0, 1000)] = 0
+    shots_path: str | None = None
 
     @property
     def benchmark(self) -> Benchmark:
@@ -127,27 +140,42 @@ class Documents(Task):
 
     def check(self) -> None:
         if self.dataset in GENERATED:
-            for option in ("path", "fields", "truncate"):
+            for option in ("path", "fields", "truncate", "shots_path"):
                 if (value := getattr(self, option)) is not None:
                     rule = f"dataset={self.dataset} is generated to its length"
                     refuse(f"task.documents.{option}", value, rule, "Leave it out")
             return
-        if self.path is None or not Path(self.path).is_file():
-            rule = f"must be the file of dataset={self.dataset}, .jsonl or .parquet"
-            refuse("task.documents.path", self.path, rule)
-        if kind_of(Path(self.path)) == "parquet":
-            require_package("pyarrow", f"task.documents.path={self.path}")
+        self._check_file("path", self.path)
+        if self.shots:
+            self._check_file("shots_path", self.shots_path)
+        elif self.shots_path is not None:
+            rule = "no demonstration is read with shots=0"
+            refuse("task.documents.shots_path", self.shots_path, rule, "Set shots, or leave it out")
         names = FIELDS if self.fields is None else self.fields
         if len(names) != 3 or not (names[0] and names[2]):
             rule = "must be the names of text, question and answers; of the question also empty"
             refuse("task.documents.fields", names, rule)
 
+    def _check_file(self, option: str, path: str | None) -> None:
+        """Refuse what is no file of records."""
+        if path is None or not Path(path).is_file():
+            part = "the training examples" if option == "shots_path" else "the file"
+            rule = f"must be {part} of dataset={self.dataset}, .jsonl or .parquet"
+            refuse(f"task.documents.{option}", path, rule)
+        if kind_of(Path(path)) == "parquet":
+            require_package("pyarrow", f"task.documents.{option}={path}")
+
     def questions(self, context: EvalContext) -> list[Row]:
         _ = context.corpus
         data: Row = {"dataset": self.dataset}
         if self.path is not None:
-            with open(self.path, "rb") as file:
-                data["data"] = hashlib.file_digest(file, "sha256").hexdigest()
+            data["data"] = _digest(self.path)
+        if self.shots_path is not None:
+            data["demonstrations"] = _digest(self.shots_path)
+            if data["demonstrations"] == data["data"]:
+                rule = "holds the very examples that are measured"
+                advice = "Give the file of the training examples"
+                refuse("task.documents.shots_path", self.shots_path, rule, advice)
         lengths = lengths_of(self.lengths, context, (1, 2, 4))
         if context.model.causal:
             self._check_prompts(context, lengths)
@@ -182,6 +210,8 @@ class Documents(Task):
             "count": len(prompts),
             "cut": len(cut) / len(prompts),
             "tokens_cut": sum(cut) / len(cut) if cut else 0,  # of those that were
+            "shots_read": sum(prompt.shots for prompt in prompts) / len(prompts),
+            "shots_tokens_cut": sum(prompt.shots_cut for prompt in prompts) / len(prompts),
             "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts) / len(prompts),
             "first_answer": answers[0],
             "state_bytes": context.model.state_bytes(length),
@@ -190,6 +220,8 @@ class Documents(Task):
     def _answer(self, tokenizer: Tokenizer, tokens: list[int]) -> str:
         end = tokens.index(tokenizer.end) if tokenizer.end in tokens else len(tokens)
         text = "".join(tokenizer.decode(tokens[:end])).strip()
+        if self.shots and self.benchmark.instruction:  # it went on with an example of its own
+            text = text.partition(f"\n\n{self.benchmark.instruction}")[0].rstrip()
         return text.partition("\n")[0].strip() if self.benchmark.one_line else text
 
     @property
@@ -221,149 +253,35 @@ class Documents(Task):
             refuse("task.documents.path", self.path, "has no record", "Give a file of examples")
         return found
 
-    def _each_prompt(self, context: EvalContext, most: int) -> "Iterator[LongPrompt]":
-        tokenizer = context.corpus.tokenizer
+    def _each_prompt(self, context: EvalContext, most: int) -> Iterator[LongPrompt]:
+        tokenizer, answer = context.corpus.tokenizer, self._answer_tokens
         if self.dataset in GENERATED:
             text = self._background(context)
             for number in range(self.examples):
                 seed = [self.seed, number]
-                yield fitting(tokenizer, self.dataset, seed, text, most, self._answer_tokens)
+                shown = (self.dataset, self.seed, self.shots)
+                yield fitting(tokenizer, self.dataset, seed, text, most, answer, shown)
             return
-        examples = read_examples(
-            Path(str(self.path)), self.fields or FIELDS, self.benchmark.instruction
-        )
-        for example in islice(examples, self.examples):
+        shown = [solved(one) for one in self._from_file(self.shots_path, self.shots)]
+        if len(shown) < self.shots:
+            rule = f"{self.shots_path} has {len(shown)} examples"
+            refuse("task.documents.shots", self.shots, rule, "Use fewer")
+        for example in self._from_file(self.path, self.examples):
+            if shown:
+                yield with_shots(tokenizer, example, shown, most, self.truncate, answer)
+            else:
+                yield cut_to(tokenizer, example, most, self.truncate, answer)
+
+    def _from_file(self, path: str | None, count: int) -> Iterator[Example]:
+        """The first examples of a file, each question with its cue."""
+        if not count:
+            return
+        every = read_examples(Path(str(path)), self.fields or FIELDS, self.benchmark.instruction)
+        for example in islice(every, count):
             cue = "\n".join(part for part in (example.question, self.benchmark.cue) if part)
-            ready = example._replace(question=cue)
-            yield cut_to(tokenizer, ready, most, self.truncate, self._answer_tokens)
+            yield example._replace(question=cue)
 
 
-class LongPrompt(NamedTuple):
-    """A prompt's tokens, the right answers, and how many tokens of its text were cut."""
-
-    tokens: list[int]
-    answers: list[str]
-    cut: int = 0
-
-
-def least(
-    tokenizer: Tokenizer,
-    dataset: str,
-    seed: list[int],
-    text: Sequence[str],
-    most: int,
-    answer: int = 0,
-) -> LongPrompt:
-    """The generated example of size 0.
-
-    `answer` more tokens are the length's, which a refusal names.
-
-    Raises UserError where its prompt has more than `most` tokens.
-    """
-    found = _made(tokenizer, dataset, seed, text, 0)
-    if len(found.tokens) > most:
-        rule = (
-            f"without the {answer} of the answer is shorter than any prompt of "
-            f"dataset={dataset}, which has at least {len(found.tokens)} tokens"
-        )
-        refuse("task.documents.lengths", most + answer, rule, "Use a longer one")
-    return found
-
-
-def fitting(
-    tokenizer: Tokenizer,
-    dataset: str,
-    seed: list[int],
-    text: Sequence[str],
-    most: int,
-    answer: int = 0,
-) -> LongPrompt:
-    """The generated example of the largest size whose prompt has at most so many tokens.
-
-    Raises UserError as `least` does.
-    """
-    made = functools.partial(_made, tokenizer, dataset, seed, text)
-    best, below, size = least(tokenizer, dataset, seed, text, most, answer), 0, 1
-    while len((found := made(size)).tokens) <= most and size < 2**24:
-        best, below, size = found, size, 2 * size
-    while size - below > 1:  # the largest that fits is in between
-        middle = (below + size) // 2
-        found = made(middle)
-        if len(found.tokens) <= most:
-            best, below = found, middle
-        else:
-            size = middle
-    return best
-
-
-def _made(
-    tokenizer: Tokenizer, dataset: str, seed: list[int], text: Sequence[str], size: int
-) -> LongPrompt:
-    example = GENERATED[dataset](np.random.default_rng(seed), size, text)
-    parts = (example.instruction, example.context, example.question)
-    return LongPrompt(tokenizer.start("\n\n".join(parts)), example.answers)
-
-
-def cut_to(
-    tokenizer: Tokenizer, example: Example, most: int, truncate: str | None, answer: int = 0
-) -> LongPrompt:
-    """A document's prompt of at most so many tokens, its text cut where it is longer.
-
-    `answer` more are the length's, which a refusal names.
-
-    Raises UserError where it is and `truncate` is None, and where question and instruction alone
-    are.
-    """
-    parts = [part for part in (example.instruction, example.context, example.question) if part]
-    whole = tokenizer.start("\n\n".join(parts))
-    if len(whole) <= most:
-        return LongPrompt(whole, example.answers)
-    if truncate is None:
-        rule = (
-            f"an example has {len(whole):,} tokens, more than a length of {most + answer:,} "
-            f"without the {answer} of the answer"
-        )
-        refuse("task.documents.truncate", None, rule, "Use left or middle, or a longer length")
-    before = tokenizer.start(f"{example.instruction}\n\n" if example.instruction else "")
-    behind = tokenizer.tokens(f"\n\n{example.question}")
-    text, room = tokenizer.tokens(example.context), most - len(before) - len(behind)
-    if room < 1:
-        rule = (
-            f"without the {answer} of the answer is too short: a question alone has "
-            f"{len(before) + len(behind)} tokens"
-        )
-        refuse("task.documents.lengths", most + answer, rule, "Use a longer one")
-    kept = text[-room:]
-    if truncate == "middle":
-        kept = [*text[: room - room // 2], *text[len(text) - room // 2 :]]
-    return LongPrompt([*before, *kept, *behind], example.answers, len(text) - room)
-
-
-def _rouge(written: str, answers: Sequence[str]) -> dict[str, float]:
-    from torchmetrics.functional.text import rouge_score
-
-    keys = ("rouge1", "rouge2", "rougeL")
-    found = [rouge_score(written, one, rouge_keys=keys) for one in answers]
-    best = {key: max(float(one[f"{key}_fmeasure"]) for one in found) for key in keys}
-    return {"score": best.pop("rougeL"), **best}
-
-
-def _squad(measure: str, written: str, answers: Sequence[str]) -> dict[str, float]:
-    from torchmetrics.functional.text import squad
-
-    right = {"answer_start": [0] * len(answers), "text": [*answers]}
-    found = squad([{"prediction_text": written, "id": "0"}], [{"answers": right, "id": "0"}])
-    return {"score": float(found[measure]) / 100}
-
-
-def _found(written: str, answers: Sequence[str]) -> dict[str, float]:
-    """The share of the answers that is written, in any case of letters (RULER, section 4)."""
-    return {"score": sum(one.lower() in written.lower() for one in answers) / len(answers)}
-
-
-METRICS: dict[str, Callable[[str, Sequence[str]], dict[str, float]]] = {
-    "rouge": _rouge,
-    "f1": functools.partial(_squad, "f1"),
-    "exact": functools.partial(_squad, "exact_match"),
-    "found": _found,
-}
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

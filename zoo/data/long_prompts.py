@@ -1,0 +1,207 @@
+"""Prompts of long texts: an example within so many tokens, with demonstrations before it.
+
+A prompt is an instruction, a text and a question, apart by empty lines; a demonstration is one with
+its answer, before it. Texts are cut on their tokens alone, and what was cut is counted.
+
+Of several demonstrations as many are read as there is room for. Where texts are cut, each has an
+equal share of the length, the tested one too, or of what a shorter tested one leaves; where they
+are not, each is read whole or left out, after the tested one has its place.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from zoo.data.long_contexts import GENERATED, Example
+from zoo.data.tokenizers import Tokenizer
+from zoo.errors import refuse
+
+BREAK = "\n\n"
+Generated = tuple[str, int, int]  # of demonstrations: data set, seed, how many
+
+
+class LongPrompt(NamedTuple):
+    """A prompt's tokens, the right answers, and what there was no room for."""
+
+    tokens: list[int]
+    answers: list[str]
+    cut: int = 0  # tokens of its text
+    shots: int = 0  # demonstrations that are in it
+    shots_cut: int = 0  # tokens of their texts
+
+
+def least(
+    tokenizer: Tokenizer,
+    dataset: str,
+    seed: list[int],
+    text: Sequence[str],
+    most: int,
+    answer: int = 0,
+) -> LongPrompt:
+    """The generated example of size 0.
+
+    `answer` more tokens are the length's, which a refusal names.
+
+    Raises UserError where its prompt has more than `most` tokens.
+    """
+    found = _made(tokenizer, dataset, seed, text, 0)
+    if len(found.tokens) > most:
+        rule = (
+            f"without the {answer} of the answer is shorter than any prompt of "
+            f"dataset={dataset}, which has at least {len(found.tokens)} tokens"
+        )
+        refuse("task.documents.lengths", most + answer, rule, "Use a longer one")
+    return found
+
+
+def fitting(
+    tokenizer: Tokenizer,
+    dataset: str,
+    seed: list[int],
+    text: Sequence[str],
+    most: int,
+    answer: int = 0,
+    shown: Generated | None = None,
+) -> LongPrompt:
+    """The generated example of the largest size whose prompt has at most so many tokens.
+
+    Raises UserError as `least` does.
+    """
+    made = functools.partial(_made, tokenizer, dataset, seed, text)
+    best, below, size = least(tokenizer, dataset, seed, text, most, answer), 0, 1
+    before = _generated(tokenizer, shown, most - len(best.tokens)) if shown else []
+    most -= sum(map(len, before))
+    while len((found := made(size)).tokens) <= most and size < 2**24:
+        best, below, size = found, size, 2 * size
+    while size - below > 1:  # the largest that fits is in between
+        middle = (below + size) // 2
+        found = made(middle)
+        if len(found.tokens) <= most:
+            best, below = found, middle
+        else:
+            size = middle
+    return _behind(tokenizer, before, best)
+
+
+def _made(
+    tokenizer: Tokenizer, dataset: str, seed: list[int], text: Sequence[str], size: int
+) -> LongPrompt:
+    example = GENERATED[dataset](np.random.default_rng(seed), size, text)
+    parts = (example.instruction, example.context, example.question)
+    return LongPrompt(tokenizer.start(BREAK.join(parts)), example.answers)
+
+
+def _generated(tokenizer: Tokenizer, shown: Generated, room: int) -> list[list[int]]:
+    """The demonstrations of size 0 that fit, in their order; their seeds are no example's."""
+    dataset, seed, count = shown
+    found: list[list[int]] = []
+    for number in range(count):
+        example = GENERATED[dataset](np.random.default_rng([seed, number, 1]), 0, [])
+        text = _text(solved(example._replace(answers=[", ".join(example.answers)])))
+        tokens = tokenizer.tokens(f"{text}{BREAK}")
+        if len(tokens) > room:
+            break
+        found.append(tokens)
+        room -= len(tokens)
+    return found
+
+
+def _behind(tokenizer: Tokenizer, before: Sequence[list[int]], prompt: LongPrompt) -> LongPrompt:
+    """The prompt with demonstrations before it."""
+    if not before:
+        return prompt
+    begin = len(tokenizer.start(""))
+    tokens = prompt.tokens[:begin] + [token for one in before for token in one]
+    return prompt._replace(tokens=tokens + prompt.tokens[begin:], shots=len(before))
+
+
+def solved(example: Example) -> Example:
+    """The example as a demonstration: the first of its answers behind its question."""
+    return example._replace(question=f"{example.question} {example.answers[0]}".lstrip())
+
+
+def _text(example: Example) -> str:
+    parts = (example.instruction, example.context, example.question)
+    return BREAK.join(part for part in parts if part)
+
+
+def _cut(
+    tokenizer: Tokenizer, example: Example, most: int, truncate: str | None
+) -> tuple[list[int], int] | None:
+    """At most so many tokens of an example, and how many of its text were cut; None for no room."""
+    whole = tokenizer.tokens(_text(example))
+    if len(whole) <= most:
+        return whole, 0
+    before, behind = _around(tokenizer, example)
+    text, room = tokenizer.tokens(example.context), most - len(before) - len(behind)
+    if truncate is None or room < 1:
+        return None
+    kept = text[-room:]
+    if truncate == "middle":
+        kept = [*text[: room - room // 2], *text[len(text) - room // 2 :]]
+    return [*before, *kept, *behind], len(text) - room
+
+
+def _around(tokenizer: Tokenizer, example: Example) -> tuple[list[int], list[int]]:
+    """The tokens before an example's text, and behind it."""
+    instruction = f"{example.instruction}{BREAK}" if example.instruction else ""
+    return tokenizer.tokens(instruction), tokenizer.tokens(f"{BREAK}{example.question}")
+
+
+def cut_to(
+    tokenizer: Tokenizer, example: Example, most: int, truncate: str | None, answer: int = 0
+) -> LongPrompt:
+    """A document's prompt of at most so many tokens, its text cut where it is longer.
+
+    `answer` more are the length's, which a refusal names.
+
+    Raises UserError where it is and `truncate` is None, and where question and instruction alone
+    are.
+    """
+    start = tokenizer.start("")
+    if (found := _cut(tokenizer, example, most - len(start), truncate)) is not None:
+        return LongPrompt([*start, *found[0]], example.answers, found[1])
+    if truncate is None:
+        length = len(start) + len(tokenizer.tokens(_text(example)))
+        rule = (
+            f"an example has {length:,} tokens, more than a length of {most + answer:,} "
+            f"without the {answer} of the answer"
+        )
+        refuse("task.documents.truncate", None, rule, "Use left or middle, or a longer length")
+    alone = len(start) + sum(map(len, _around(tokenizer, example)))
+    rule = f"without the {answer} of the answer is too short: a question alone has {alone} tokens"
+    refuse("task.documents.lengths", most + answer, rule, "Use a longer one")
+
+
+def with_shots(
+    tokenizer: Tokenizer,
+    example: Example,
+    shown: Sequence[Example],
+    most: int,
+    truncate: str | None,
+    answer: int = 0,
+) -> LongPrompt:
+    """A document's prompt behind as many of the demonstrations as there is room for.
+
+    One of the tested text itself is left out. Raises UserError as `cut_to` does.
+    """
+    shown = [one for one in shown if one.context != example.context]
+    own = len(tokenizer.start(_text(example)))
+    if truncate is None:
+        own = len(cut_to(tokenizer, example, most, None, answer).tokens)
+    room, share = most - own, 0
+    if truncate is not None and shown:
+        share = max(most // (len(shown) + 1), room // len(shown))
+    found, cut, end = [], 0, tokenizer.tokens(BREAK)
+    for one in shown:
+        limit = (room if truncate is None else share) - len(end)
+        if (part := _cut(tokenizer, one, limit, truncate)) is None:
+            continue
+        found.append([*part[0], *end])
+        cut += part[1]
+        room -= len(found[-1])
+    left = most - sum(map(len, found))
+    prompt = cut_to(tokenizer, example, left, truncate, answer)
+    return _behind(tokenizer, found, prompt)._replace(shots_cut=cut)
