@@ -28,7 +28,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from zoo.config.domains import Positive, Range
@@ -149,7 +149,7 @@ class ReLUAttention(MultiHead):
         slopes = self.positions.slopes()
         return None if slopes is None else torch.tensor(slopes, device=q.device)
 
-    def _visible(self, q: Tensor, k: Tensor) -> Float[Tensor, "#t 1"]:
+    def _visible(self, q: Tensor, k: Tensor) -> Int[Tensor, "#t 1"]:
         """How many keys each query sees; the queries are the last of the keys."""
         first = k.shape[1] - q.shape[1] + 1 if self.causal else k.shape[1]
         return torch.arange(first, k.shape[1] + 1, device=q.device)[:, None]

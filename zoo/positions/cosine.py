@@ -9,14 +9,14 @@ that are f times as long: the authors' program, too, takes M from the length of 
 
 import math
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Real
 from torch import Tensor
 
 from zoo.errors import refuse
 
 
 def angles(
-    places: Int[Tensor, " t"], reference_length: int, *, factor: float = 1.0
+    places: Real[Tensor, " t"], reference_length: int, *, factor: float = 1.0
 ) -> Float[Tensor, " t"]:
     """Return a_i of each place, in float64.
 
