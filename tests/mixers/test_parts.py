@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.mixers.parts import append, grow
+from zoo.mixers.parts import append, grow, reserve
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -43,3 +43,24 @@ def test_gradients_reach_the_past():
     grow(past, x).sum().backward()
     assert past.grad is not None
     assert past.grad.eq(1).all()
+
+
+def test_with_room_reserved_chunks_share_one_memory_and_have_the_gradients_of_joining():
+    pieces = [torch.randn(2, tokens, 3, 4, requires_grad=True) for tokens in (5, 1, 9, 3)]
+
+    def total(join) -> torch.Tensor:
+        past, score, left = torch.empty(2, 0, 3, 4), torch.zeros(()), 18
+        for piece in pieces:
+            left -= piece.shape[1]
+            with reserve(left):
+                past = join(past, piece)
+            held.append(past)
+            score = score + (past.sin() * past).sum()  # sin saves the past as it was
+        return score
+
+    held: list[torch.Tensor] = []
+    found = torch.autograd.grad(total(grow), pieces)
+    assert len({past.data_ptr() for past in held}) == 1
+    expected = torch.autograd.grad(total(append), pieces)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

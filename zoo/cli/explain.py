@@ -16,6 +16,7 @@ from zoo.model.chunks import bytes_sent
 from zoo.model.extend import extend_as_trained
 from zoo.model.flops import forward_flops
 from zoo.model.lora import add_adapters
+from zoo.model.recompute import forward_passes
 from zoo.ops.runtime.sizes import ceil_div
 from zoo.parallel.ranks import Ranks
 from zoo.report.words import count, size
@@ -40,7 +41,7 @@ def explain(config: TrainConfig) -> str:
     parameters, length = count_parameters(model), config.seq_len
     processes, micro, ranks = process_count(config), micro_batches(config), ranks_per_window(config)
     rows, chunk = config.batch_size * ranks // (processes * micro), ceil_div(length, ranks)
-    tokens, passes = config.batch_size * length, 4 if config.checkpoint_activations else 3
+    tokens, passes = config.batch_size * length, 2 + forward_passes(model, length)
     passes -= config.lora.rank is not None  # frozen weights have no gradient
     level = log.level
     log.setLevel(logging.ERROR)  # which kernels run is the run's to say

@@ -1,7 +1,8 @@
 """What several mixers are made of."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,24 @@ def append(past: Shaped[Tensor, "b n ..."], x: Shaped[Tensor, "b t ..."]) -> Ten
     return torch.cat([past.to(x.dtype), x], 1)
 
 
+_reserved: int | None = None  # tokens that chunks to come will add to caches with gradients
+
+
+@contextmanager
+def reserve(tokens: int) -> Iterator[None]:
+    """Have `grow` leave room for so many tokens more, also where there are gradients.
+
+    For one text in chunks whose states all stay in the graph: keys and values of all chunks are in
+    one memory, where each chunk would have a copy of those before it.
+    """
+    global _reserved
+    before, _reserved = _reserved, tokens
+    try:
+        yield
+    finally:
+        _reserved = before
+
+
 class _Growing:
     """Memory behind a cache: `filled` of its tokens are in use by the longest cache that has it."""
 
@@ -58,12 +77,14 @@ class _Growing:
 def grow(past: Shaped[Tensor, "b n ..."], x: Shaped[Tensor, "b t ..."]) -> Tensor:
     """Both behind one another, in x's dtype, as `append` returns them.
 
-    Without gradients the result has room behind it, a quarter of its tokens, and the next call
-    writes there instead of copying the past. Where another call has written there already, as where
-    several answers go on from one prompt, the past is copied: no cache ever changes.
+    The result has room behind it, a quarter of its tokens, and the next call writes there instead
+    of copying the past. Where another call has written there already, as where several answers go
+    on from one prompt, the past is copied: no cache ever changes. With gradients only where room is
+    reserved (`reserve`), and so much.
     """
     before, tokens = past.shape[1], past.shape[1] + x.shape[1]
-    if torch.is_grad_enabled() and (past.requires_grad or x.requires_grad):
+    differentiable = torch.is_grad_enabled() and (past.requires_grad or x.requires_grad)
+    if differentiable and _reserved is None:
         return append(past, x)
     room: _Growing | None = getattr(past, "_growing", None)
     if (
@@ -73,14 +94,31 @@ def grow(past: Shaped[Tensor, "b n ..."], x: Shaped[Tensor, "b t ..."]) -> Tenso
         or room.memory.shape[1] < tokens
         or past.is_inference() != x.is_inference()
     ):
-        size = tokens + max(64, tokens // 4)
+        size = tokens + (max(64, tokens // 4) if _reserved is None else _reserved)
         room = _Growing(x.new_empty((len(x), size, *x.shape[2:])), before)
-        room.memory[:, :before] = past
-    room.memory[:, before:tokens] = x
+        room.memory[:, :before] = past.detach()
+    if differentiable:  # what autograd has saved of the past stays as it is
+        room.memory.data[:, before:tokens] = x.detach()
+        both = _Grown.apply(past, x, room.memory[:, :tokens])
+    else:
+        room.memory[:, before:tokens] = x
+        both = room.memory[:, :tokens]
     room.filled = tokens
-    both = room.memory[:, :tokens]
     both._growing = room  # type: ignore[attr-defined]
     return both
+
+
+class _Grown(torch.autograd.Function):
+    """Past and x, which are in one memory already, with the gradient of `append`."""
+
+    @staticmethod
+    def forward(ctx: Any, past: Tensor, x: Tensor, both: Tensor) -> Tensor:
+        ctx.before, ctx.dtype = past.shape[1], past.dtype
+        return both.view_as(both)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore
+        return dy[:, : ctx.before].to(ctx.dtype), dy[:, ctx.before :], None
 
 
 def no_keys(weight: Tensor, batch: int, heads: int, width: int) -> Float[Tensor, "b 0 h d"]:

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from zoo.config.stored import weights_as_now
 from zoo.data.synthetic import NO_LABEL
 from zoo.errors import refuse
-from zoo.mixers.base import AUXILIARY, Mixer, no_weight_decay
+from zoo.mixers.base import Mixer, no_weight_decay
 from zoo.model.block import Block, BlockState
+from zoo.model.recompute import auxiliary_loss, chunk_cross_layers, read_again
 from zoo.ops.cross_entropy import summed_cross_entropy
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.rms_norm import OffsetRMSNorm, RMSNorm
@@ -72,8 +72,8 @@ class Backbone(nn.Module):
     `logit_softcap` c, where these are given. `post_norm` is the blocks'. With `sink_token` a
     learned token is before every text, at position 0, whose output nobody reads: the learnable sink
     of Xiao 2023 (section 3.3, arXiv 2309.17453), which extension=streaming_llm keeps with sinks=1.
-    `checkpoint_activations` recomputes each block in the backward pass instead of keeping what it
-    computed.
+    `checkpoint_activations` computes each block again in the backward pass instead of keeping what
+    it computed: whole, or so many tokens at a time (zoo.model.recompute).
     """
 
     stages: tuple[tuple[Any, int], ...] = ()  # extensions of zoo.model.extend, windows trained on
@@ -100,7 +100,7 @@ class Backbone(nn.Module):
         logit_softcap: float | None = None,
         tied: bool = True,
         sink_token: bool = False,
-        checkpoint_activations: bool = False,
+        checkpoint_activations: bool | int = False,
     ) -> None:
         super().__init__()
         self.vocab_size, self.width = vocab_size, width
@@ -197,10 +197,12 @@ class Backbone(nn.Module):
                 cross_layer["inv_freq"], _ = by_row(self.frequencies, cross_layer["lengths"])
         if self.positions is not None:
             x = self.positions(x, first, at)
-        for index, block in enumerate(self.blocks):
+        chunk = self._recomputed(x.shape[1])
+        cross_layers = chunk_cross_layers(cross_layer, x.shape[1], chunk or x.shape[1])
+        for index, block in enumerate(self._blocks()):
             before = state.blocks[index] if state else None
-            if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, before, cross_layer, use_reentrant=False)
+            if chunk:
+                x = read_again(block, x, before, cross_layers, chunk)
             else:
                 x = block(x, before, cross_layer)
             if state:
@@ -208,8 +210,14 @@ class Backbone(nn.Module):
                 after.append(new)
             yield
         seen = BackboneState(tuple(after), start + tokens.shape[1]) if state else None
-        self._auxiliary = cross_layer.get(AUXILIARY)
+        self._auxiliary = auxiliary_loss(cross_layers, x.shape[1], chunk)
         return self.norm(x[:, x.shape[1] - tokens.shape[1] :]), seen
+
+    def _recomputed(self, tokens: int) -> int:
+        """How many of so many tokens the backward pass computes again at a time; 0: none."""
+        if not (self.checkpoint_activations and self.training and torch.is_grad_enabled()):
+            return 0
+        return tokens if self.checkpoint_activations is True else self.checkpoint_activations
 
     def loss(
         self,
@@ -304,11 +312,7 @@ class Backbone(nn.Module):
 
     def empty_state(self, batch: int) -> BackboneState:
         """The state before the first token."""
-        blocks = []
-        for block in self._blocks():
-            parts = block.named_sublayers().items()
-            blocks.append(BlockState(**{name: part.empty_state(batch) for name, part in parts}))
-        return BackboneState(tuple(blocks), 0)
+        return BackboneState(tuple(block.empty_state(batch) for block in self._blocks()), 0)
 
     def state_bytes(self, tokens: int, batch: int = 1) -> int:
         """Bytes the state holds after `tokens` tokens."""

@@ -78,6 +78,16 @@ class Block(nn.Module):
         parts = {name: getattr(self, name) for name in BlockState._fields}
         return {name: part for name, part in parts.items() if part is not None}
 
+    def empty_state(self, batch: int) -> BlockState:
+        """The state before the first token."""
+        parts = self.named_sublayers().items()
+        return BlockState(**{name: part.empty_state(batch) for name, part in parts})
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the state stays the same size however many tokens were read."""
+        return all(part.recurrent for part in self.named_sublayers().values())
+
 
 def _apply(
     sublayer: Mixer, x: Tensor, state: State, cross_layer: CrossLayer | None

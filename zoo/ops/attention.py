@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops import decode_attention, small_kv_attention
+from zoo.ops import decode_attention, joint_attention, small_kv_attention
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.merge import merge
 from zoo.ops.runtime import libraries
@@ -73,7 +73,18 @@ def attention(
     on_cpu = part.q.device.type == "cpu"
     if len(parts) == 1 and not on_cpu and backend == "auto" and softcap is None:
         return _sdpa(part, scale)
+    if on_cpu and softcap is None and joint_attention.accepts(parts, backend):
+        factor = part.q.shape[-1] ** -0.5 if scale is None else scale
+        return joint_attention.joint_attention(_CPU, _heads_repeated(parts), factor)
     return attend(parts, scale=scale, softcap=softcap, backend=backend)[0]
+
+
+def _heads_repeated(parts: Sequence[Part]) -> list[Part]:
+    heads = parts[0].q.shape[2]
+    return [
+        part._replace(k=repeat_heads(part.k, heads), v=repeat_heads(part.v, heads))
+        for part in parts
+    ]
 
 
 def _sdpa(part: Part, scale: float | None) -> Tensor:

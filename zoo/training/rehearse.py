@@ -48,7 +48,9 @@ def rehearse(config: TrainConfig) -> None:
         refuse_pattern(config, len(model.blocks))
     _check_length(config, model.max_length)
     if ranks_per_window(config) > 1:
-        _check_chunks(config, model)
+        _check_chunks("trainer.sequence_parallel", config.trainer.sequence_parallel, model)
+    if not isinstance(config.checkpoint_activations, bool):
+        _check_chunks("checkpoint_activations", config.checkpoint_activations, model)
     if config.distil.teacher is not None:
         text = open_data(config.data, config.seq_len)
         distillation(config, text.tokenizer_name, text.vocab_size)
@@ -66,13 +68,12 @@ def _check_length(config: TrainConfig, most: int | None) -> None:
         refuse("state_passing", "carry", rule, "Use state_passing=none")
 
 
-def _check_chunks(config: TrainConfig, model: Backbone) -> None:
+def _check_chunks(option: str, value: int | None, model: Backbone) -> None:
     """Refuse to split windows where a layer cannot read on from the state before its chunk."""
     for layer in model.sublayers():
         if not takes_state(layer):
             rule = f"{type(layer).__name__} keeps no state, so its windows cannot be split"
-            ranks = config.trainer.sequence_parallel
-            refuse("trainer.sequence_parallel", ranks, rule, "Leave it out")
+            refuse(option, value, rule, "Leave it out")
 
 
 def check_devices(trainer: Trainer) -> str:

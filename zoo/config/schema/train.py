@@ -10,7 +10,17 @@ from zoo.config.schema.model import Extension, Lora, Model, Shrunk, Size, Stage
 from zoo.config.schema.optim import Optim
 from zoo.config.schema.sections import Section
 from zoo.config.schema.trainer import Logger, Trainer
-from zoo.config.schema.values import Name, Natural, Number, Path, Positive, Seed, Switch, Threads
+from zoo.config.schema.values import (
+    Name,
+    Natural,
+    Number,
+    Path,
+    Positive,
+    Seed,
+    Switch,
+    SwitchOrTokens,
+    Threads,
+)
 from zoo.errors import refuse
 
 SEPARATE = "Use objective=causal and state_passing=none"  # windows
@@ -63,8 +73,9 @@ class TrainConfig(Section):
     state_passing: Literal["none", "carry"] = Field(
         description="carry: start each window from the state that the window before left"
     )
-    checkpoint_activations: Switch = Field(
-        description="recompute activations in the backward pass, to save memory"
+    checkpoint_activations: SwitchOrTokens = Field(
+        description="true: recompute each block in the backward pass, to save memory; a number: so "
+        "many tokens at a time, to save more"
     )
     valid_every: Positive = Field(description="steps between validations")
     valid_windows: Positive = Field(description="windows that a validation reads")
@@ -142,7 +153,11 @@ class TrainConfig(Section):
             "none",
         ):
             refuse("data", self.data.name, "has separate examples with labels", SEPARATE)
-        ranks = self.trainer.sequence_parallel
+        ranks, again = self.trainer.sequence_parallel, self.checkpoint_activations
+        if not isinstance(again, bool) and (self.objective != "causal" or (ranks or 1) > 1):
+            rule = "reads each window in chunks, causally and in one process"
+            advice = "Use checkpoint_activations=true"
+            refuse("checkpoint_activations", again, rule, advice)
         if (ranks or 1) > 1 and (self.objective, self.state_passing) != ("causal", "none"):
             rule = "splits separate windows of causal models"
             refuse("trainer.sequence_parallel", ranks, rule, SEPARATE)

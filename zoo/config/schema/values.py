@@ -13,12 +13,23 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
+def _switch_or_tokens(value: Any) -> Any:
+    try:
+        tokens = value if isinstance(value, bool) else read_count(value)
+    except ValueError:
+        tokens = 0
+    if tokens is not False and not 1 <= tokens <= MANY:
+        raise ValueError("must be true, false or a number of tokens >= 1")
+    return tokens
+
+
 MANY = 2**48  # steps, tokens or windows; memory is checked later
 Positive = Annotated[int, BeforeValidator(read_count), Field(ge=1, le=MANY)]
 Natural = Annotated[int, BeforeValidator(read_count), Field(ge=0, le=MANY)]
 Number = Annotated[float, BeforeValidator(_not_bool)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Switch = Annotated[bool, Field(strict=True)]
+SwitchOrTokens = Annotated[bool | int, BeforeValidator(_switch_or_tokens)]
 Seed = Annotated[int, BeforeValidator(read_count), Field(ge=0, lt=2**32)]  # as NumPy seeds
 Threads = Annotated[Positive, Field(le=1024)]  # far more and the C library aborts
 Path = Annotated[str, Field(min_length=1)]
