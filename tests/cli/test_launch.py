@@ -115,7 +115,7 @@ REFUSED = {
     "trainer.accelerator=tpu": "trainer.accelerator=tpu: must be 'auto', 'cpu', 'gpu'",
     "trainer.max_time=abc": "days:hours:minutes:seconds such as 00:08:00:00",
     "trainer.log_every_n_steps=0": "trainer.log_every_n_steps=0: must be greater than or equal",
-    "trainer.strategy=deepspeed": "trainer.strategy=deepspeed: must be 'auto' or 'ddp'",
+    "trainer.strategy=deepspeed": "trainer.strategy=deepspeed: must be 'auto', 'ddp' or 'fsdp'",
     "trainer.accumulate_grad_batches=1.5": "must be a whole number",
     "trainer.accumulate_grad_batches={0:2}": "must be a whole number",
     "trainer.deterministic=maybe": "trainer.deterministic=maybe: must be true, false or warn",

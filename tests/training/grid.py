@@ -1,8 +1,8 @@
 """Train a grid of runs, each under several layouts, in one process that forks the ranks of all.
 
 `python grid.py '[kinds, layouts]'`, with {name: options} and (processes, micro-batches, processes
-to a window); what is imported is so once. A text of three splits lies in text/; runs are
-runs/<name>-<processes>-<micro-batches>-<processes to a window>.
+to a window, strategy); what is imported is so once. A text of three splits lies in text/; runs are
+runs/<name>-<processes>-<micro-batches>-<processes to a window>-<strategy>.
 """
 
 import json
@@ -16,7 +16,7 @@ from zoo.cli import processes
 from zoo.cli import train as program
 from zoo.runs.folder import RunFolder
 
-Layout = tuple[int, int, int]
+Layout = tuple[int, int, int, str]
 STEPS, ROWS = 4, 4
 COMMON = [
     *("size=tiny", "data=text", "data.path=text", "logger=none", "match=none", "seq_len=32"),
@@ -28,9 +28,11 @@ COMMON = [
 
 
 def layouts_of(words: list[str], layouts: list[Layout]) -> list[Layout]:
-    """Those that go with the options: windows that depend on one another are not split."""
-    whole = {"state_passing=carry", "objective=masked"} & {*words}
-    return [tuple(layout) for layout in layouts if layout[2] == 1 or not whole]
+    """Those that go with the options: windows that depend on one another are not split, and
+    weights not divided where a state is passed on: ddp is in the place of fsdp."""
+    whole, carry = {"state_passing=carry", "objective=masked"} & {*words}, "state_passing=carry"
+    found = [tuple(layout) for layout in layouts if layout[2] == 1 or not whole]
+    return [(*one[:3], "ddp") if carry in words and one[3] == "fsdp" else one for one in found]
 
 
 def goes_on(words: list[str]) -> bool:
@@ -47,10 +49,10 @@ def train(*words: str) -> None:
     assert code == 0, f"{words}: exit code {code}"
 
 
-def given(processes: int, micro: int, ranks: int) -> list[str]:
+def given(processes: int, micro: int, ranks: int, strategy: str) -> list[str]:
     """The options of a layout."""
     words = [f"trainer.devices={processes}", f"trainer.accumulate_grad_batches={micro}"]
-    return [*words, f"trainer.sequence_parallel={ranks}"]
+    return [*words, f"trainer.sequence_parallel={ranks}", f"trainer.strategy={strategy}"]
 
 
 def main(kinds: dict[str, list[str]], layouts: list[Layout]) -> None:

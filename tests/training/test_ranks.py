@@ -18,7 +18,10 @@ from grid import Layout, goes_on, layouts_of, run_name
 from zoo.config.groups import extensions
 from zoo.runs.folder import RunFolder
 
-Layouts = list[Layout]  # processes, micro-batches, processes to a window; first the plain run
+Layouts = list[
+    Layout
+]  # processes, micro-batches, processes to a window, strategy; first the plain run
+ALONE: Layout = (1, 1, 1, "auto")
 KINDS = {
     "carry": ["model=hybrid", "model.pattern=[mamba,transformer]", "state_passing=carry"],
     "masked": ["objective=masked"],
@@ -101,15 +104,18 @@ def check(folder: Path, kinds: dict[str, list[str]], layouts: Layouts) -> None:
 
 
 def test_processes_and_micro_batches_train_what_one_does(tmp_path):
-    check(tmp_path, KINDS, [(1, 1, 1), (2, 2, 1), (2, 2, 2)])
+    check(tmp_path, KINDS, [ALONE, (2, 2, 2, "auto"), (2, 2, 1, "fsdp")])
 
 
 @pytest.mark.slow
 def test_any_number_of_either_trains_what_one_does(tmp_path):
-    whole = [(1, 1, 1), (2, 2, 1), (4, 1, 1), (1, 4, 1), (2, 1, 1), (1, 2, 1)]
-    check(tmp_path, KINDS, [*whole, (4, 1, 2), (4, 2, 4), (2, 1, 2), (3, 1, 3)])
+    whole = [(2, 2, 1), (4, 1, 1), (1, 4, 1), (2, 1, 1), (1, 2, 1)]
+    layouts = [(*one, "ddp") for one in [*whole, (4, 1, 2), (4, 2, 4), (2, 1, 2), (3, 1, 3)]]
+    sharded = [(*one, "fsdp") for one in [(1, 2, 1), (4, 1, 1), (4, 1, 2), (2, 2, 2), (2, 1, 1)]]
+    check(tmp_path, KINDS, [ALONE, *layouts, *sharded])
 
 
 @pytest.mark.slow
 def test_every_architecture_trains_the_same_in_any_number_of_processes(tmp_path):
-    check(tmp_path, dict(every_kind()), [(1, 1, 1), (2, 2, 1), (2, 2, 2)])
+    several = [(2, 2, 1, "ddp"), (2, 2, 2, "ddp"), (2, 2, 1, "fsdp"), (2, 2, 2, "fsdp")]
+    check(tmp_path, dict(every_kind()), [ALONE, *several])

@@ -25,6 +25,11 @@ CrossLayer = dict[
     str, Tensor
 ]  # what earlier layers left for later ones, for the tokens of one call
 
+
+class LayerStore(dict[str, Tensor]):
+    """A CrossLayer as one leaf of PyTorch's trees: what wraps a block hands on it, not a copy."""
+
+
 AUXILIARY = "auxiliary"  # of a CrossLayer: losses of layers in training, added up
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo.config.stored import weights_as_now
 from zoo.data.synthetic import NO_LABEL
 from zoo.errors import refuse
-from zoo.mixers.base import Mixer, no_weight_decay
+from zoo.mixers.base import LayerStore, Mixer, no_weight_decay
 from zoo.model.block import Block, BlockState
 from zoo.model.recompute import auxiliary_loss, chunk_cross_layers, read_again
 from zoo.ops.cross_entropy import summed_cross_entropy
@@ -189,7 +189,7 @@ class Backbone(nn.Module):
             x = x * self.embedding_scale
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        after, cross_layer, at = [], {}, None
+        after, cross_layer, at = [], LayerStore(), None
         if positions is not None:
             at = cross_layer["positions"] = positions[:, first : first + x.shape[1]]
             cross_layer["lengths"] = positions.amax(1) + 1

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoo.console import say
 from zoo.data.synthetic import NO_LABEL
+from zoo.ops.runtime.sizes import ceil_div
 from zoo.parallel.ranks import Ranks
 from zoo.runs.checkpoints import seal
 from zoo.runs.files import replacing
@@ -155,13 +156,16 @@ class MetricsLogger(AtStepEnds):
         sums = torch.zeros(len(batches) + 1, dtype=torch.float64)
         module.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            for index, batch in enumerate(batches):
-                if self.stop.requested:
+            for index in self._own_batches(len(batches), module):
+                stopped = self.stop.requested is not None
+                if any_process(stopped, module.device) if module.sharded else stopped:
                     sums[-1] = 1
                     break
-                if index % (world_size() // ranks.size) == rank() // ranks.size:
-                    here = {name: x.to(module.device) for name, x in batch.items()}
-                    sums[index] = float(module.loss(here)) * _weight(batch) / ranks.size
+                batch = batches[index % len(batches)]
+                here = {name: x.to(module.device) for name, x in batch.items()}
+                loss = float(module.validation_loss(here))
+                if index < len(batches):
+                    sums[index] = loss * _weight(batch) / ranks.size
         module.train()
         self._validating += time.monotonic() - start
         if world_size() > 1:
@@ -171,6 +175,15 @@ class MetricsLogger(AtStepEnds):
         loss = sum(sums[:-1].tolist()) / sum(_weight(batch) for batch in batches)
         module.log("valid/loss", loss)
         return loss
+
+    def _own_batches(self, count: int, module: Any) -> range:
+        """Which of so many batches this process reads.
+
+        Processes that gather their weights from one another read equally many: the last ones may
+        begin again, at numbers from `count` on.
+        """
+        groups, own = world_size() // module.ranks.size, rank() // module.ranks.size
+        return range(own, ceil_div(count, groups) * groups if module.sharded else count, groups)
 
     def _batches(self, vocab_size: int) -> list[dict[str, Tensor]]:
         """The validation windows in batches within the limits above."""

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from zoo.parallel.ranks import Ranks
 
@@ -21,6 +22,11 @@ def ranks_of_window(count: int) -> Ranks:
     """The `count` consecutive processes that read this one's windows together."""
     index = rank() % count
     return Ranks(count, index, rank() - index)
+
+
+def whole(value: Tensor) -> Tensor:
+    """The tensor, put together where each process has a part of it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def all_gather(value: Tensor) -> list[Tensor]:

@@ -1,6 +1,5 @@
 """Trains the model of a configuration in its run folder, through Lightning's Trainer."""
 
-import functools
 import logging
 import os
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from zoo.config.schema.train import TrainConfig
@@ -41,7 +41,7 @@ from zoo.runs.stopping import current
 from zoo.training.callbacks import Checkpoints, MetricsLogger
 from zoo.training.distillation import Distillation, distillation
 from zoo.training.learner import Learner, NonFiniteError
-from zoo.training.partition import micro_batches, process_count, ranks_per_window
+from zoo.training.partition import micro_batches, process_count, ranks_per_window, sharded
 from zoo.training.pruning import KeepZeros
 from zoo.training.records import (
     audit_trained,
@@ -51,6 +51,7 @@ from zoo.training.records import (
     record_start,
     wandb_logger,
 )
+from zoo.training.rehearse import check_devices
 from zoo.training.windows import Windows, open_data, validation
 
 log = logging.getLogger("zoo")
@@ -106,6 +107,8 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
         raise KeyboardInterrupt(f"stopped by {by} at step {trainer.global_step}")
     if first:
         if trainer.global_step >= config.trainer.max_steps:
+            if sharded(config):  # this process has a part of it
+                model = _build(config, folder, data.vocab_size)[0]
             model.to(trainer.strategy.root_device)  # which fit has left
             folder.update(audit=audit_trained(model, data, config))
         conclude(config, folder, trainer, metrics)
@@ -210,6 +213,7 @@ def _learner(config: TrainConfig, model: Backbone, taught: Distillation | None) 
         rows=config.batch_size,
         sequence_parallel=ranks_per_window(config),
         distillation=taught,
+        sharded=sharded(config),
     )
 
 
@@ -249,21 +253,21 @@ def _trainer(
     options.pop("sequence_parallel", None)  # the learner's
     if options["devices"] == "auto":
         options["devices"] = process_count(config)
-    if process_count(config) > 1:  # parameters of a passed state have no gradient in the first step
+    if process_count(config) > 1:  # of a passed state some have no gradient in the first step
         options["strategy"] = "ddp_find_unused_parameters_true"
-    make = functools.partial(
-        lightning.Trainer,
-        **{
-            "max_epochs": -1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "use_distributed_sampler": False,
-            "log_every_n_steps": 10,
-            **options,
-        },
-        enable_checkpointing=False,
-        default_root_dir=folder.path,
-    )
+    defaults = {
+        "max_epochs": -1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "log_every_n_steps": 10,
+    }
+
+    def make(**more: Any) -> lightning.Trainer:
+        own = _sharding(config) if sharded(config) else {}
+        always: dict[str, Any] = {"enable_checkpointing": False, "default_root_dir": folder.path}
+        return lightning.Trainer(**{**defaults, **options, **own, **always, **more})
+
     try:
         make(callbacks=[*callbacks], logger=False)  # before W&B begins a run that is not possible
     except (MisconfigurationException, RuntimeError, ValueError) as error:
@@ -274,6 +278,18 @@ def _trainer(
             "trainer.accelerator=auto or cpu, and trainer.devices=1."
         ) from None
     return make(callbacks=[*callbacks], logger=wandb_logger(config, folder, facts))
+
+
+def _sharding(config: TrainConfig) -> dict[str, Any]:
+    """The options of Lightning's Trainer for a model that is divided among processes."""
+    from zoo.training.sharding import FullySharded  # a second to import
+
+    found: dict[str, Any] = {"strategy": FullySharded(process_count(config))}
+    precision = config.trainer.precision
+    if precision == "bf16-mixed":  # which the strategy refuses by name: autocast is beside it
+        kind = check_devices(config.trainer)
+        found |= {"precision": None, "plugins": [MixedPrecision(precision, kind)]}
+    return found
 
 
 # Lightning's notes to itself; what matters here is printed by the callbacks.

@@ -16,7 +16,14 @@ from zoo.model.chunks import chunk_loss
 from zoo.model.lora import trained_names
 from zoo.parallel.ranks import Ranks
 from zoo.training.distillation import Distillation
-from zoo.training.distributed import all_gather, broadcast_text, rank, ranks_of_window, world_size
+from zoo.training.distributed import (
+    all_gather,
+    broadcast_text,
+    rank,
+    ranks_of_window,
+    whole,
+    world_size,
+)
 from zoo.training.optimisers import make_optimiser
 
 
@@ -36,7 +43,7 @@ class Learner(lightning.LightningModule):
 
     With `sequence_parallel` processes to a window each reads its chunk of every window it is given
     (zoo.parallel.hand_over), and its loss is its part of the mean, times their number: processes
-    are averaged.
+    are averaged. `sharded` divides the weights among all processes (zoo.training.sharding).
     """
 
     def __init__(
@@ -51,8 +58,10 @@ class Learner(lightning.LightningModule):
         rows: int | None = None,
         sequence_parallel: int = 1,
         distillation: Distillation | None = None,
+        sharded: bool = False,
     ) -> None:
         super().__init__()
+        self.sharded = sharded
         self.sequence_parallel = sequence_parallel
         self.ranks = Ranks(1, 0)  # this process's place among those of a window
         self.model, self.optim = model, optim
@@ -63,6 +72,14 @@ class Learner(lightning.LightningModule):
         self.distillation = distillation
         self.strict_loading = all(weight.requires_grad for weight in model.parameters())
         self._losses: list[Tensor] = []  # of the step's micro-batches
+
+    def configure_model(self) -> None:
+        if self.sharded:
+            from zoo.training.sharding import shard  # a second to import
+
+            assert self.device_mesh is not None
+            mesh = self.device_mesh["data_parallel"]
+            shard(self, self.model.blocks, ("training_step", "validation_loss"), mesh)
 
     def on_fit_start(self) -> None:
         self.ranks = ranks_of_window(self.sequence_parallel)
@@ -99,6 +116,10 @@ class Learner(lightning.LightningModule):
             return self.model.masked_loss(batch["shown"], tokens, batch["chosen"])
         return self.model.loss(batch["tokens"], positions=batch.get("positions"))
 
+    def validation_loss(self, batch: dict[str, Any]) -> Tensor:
+        """As `loss`, called from outside of a step."""
+        return self.loss(batch)
+
     def _chunk_loss(self, batch: dict[str, Any]) -> Tensor:
         """This rank's part of the mean loss, times the number of ranks."""
         tokens, labels = batch["tokens"], batch.get("labels")
@@ -109,7 +130,7 @@ class Learner(lightning.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Clip to the configured norm. NonFiniteError before a bad gradient reaches the weights."""
-        norm = nn.utils.clip_grad_norm_(self.parameters(), self.optim.clip)
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters(), self.optim.clip))
         self.log("train/grad_norm", self._checked("gradient norm", norm))
         self.learning_rate = optimizer.param_groups[0]["lr"]  # of this step
         self.log("train/learning_rate", self.learning_rate)

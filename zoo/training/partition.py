@@ -5,15 +5,31 @@ micro-batches: these change a run's speed and memory, not what it learns.
 """
 
 from zoo.config.schema.train import TrainConfig
+from zoo.devices import cuda_devices, on_cuda
 from zoo.errors import UserError, refuse
+
+CPU_PROCESSES = 2  # that share a step unless their number is given
 
 
 def process_count(config: TrainConfig) -> int:
-    """The number of processes, one for each device; `auto` is one for each chunk of a window."""
-    devices = config.trainer.devices
+    """The number of processes, one for each device.
+
+    `auto` is one for each chunk of a window; with a strategy that shares a step every CUDA device,
+    or on the CPU at least two.
+    """
+    devices, ranks = config.trainer.devices, ranks_per_window(config)
     if isinstance(devices, list):
         return len(devices)
-    return int(devices) if str(devices).isdecimal() else ranks_per_window(config)
+    if str(devices).isdecimal():
+        return int(devices)
+    if config.trainer.strategy in (None, "auto"):
+        return ranks
+    return cuda_devices() if on_cuda(config.trainer.accelerator) else max(ranks, CPU_PROCESSES)
+
+
+def sharded(config: TrainConfig) -> bool:
+    """Whether each process keeps a part of every weight."""
+    return config.trainer.strategy == "fsdp"
 
 
 def ranks_per_window(config: TrainConfig) -> int:

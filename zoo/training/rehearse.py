@@ -23,7 +23,7 @@ from zoo.model.extend import extend_as_trained
 from zoo.model.lora import add_adapters
 from zoo.ops.runtime import dispatch
 from zoo.training.distillation import distillation
-from zoo.training.partition import micro_batches, process_count, ranks_per_window
+from zoo.training.partition import micro_batches, process_count, ranks_per_window, sharded
 from zoo.training.windows import open_data, vocabulary
 
 FROZEN_BYTES = 4  # per parameter in float32
@@ -110,7 +110,8 @@ def _check_memory(
     if memory is None:
         return
     if config.lora.rank is None:
-        trained = TRAINED_BYTES * parameters * process_count(config)
+        copies = 1 if sharded(config) else process_count(config)
+        trained = TRAINED_BYTES * parameters * copies
         numbers = (
             f"{_bytes(trained)} for {parameters:,} parameters, their gradients and AdamW's moments"
         )

@@ -171,7 +171,22 @@ class TrainConfig(Section):
         if self.distil.teacher is not None and (ranks or 1) > 1:
             rule = "reads each window in one process"
             refuse("distil.teacher", self.distil.teacher, rule, "Use trainer.sequence_parallel=1")
+        if self.trainer.strategy == "fsdp":
+            self._check_sharding()
         if self.objective == "masked" and self.state_passing != "none":
             rule = "objective=masked reads separate windows"
             refuse("state_passing", self.state_passing, rule, "Use state_passing=none")
         return self
+
+    def _check_sharding(self) -> None:
+        """Refuse fsdp with what acts on whole weights, or on some of a block's alone."""
+        pruned = self.shrunk is not None and self.shrunk.sparsity is not None
+        others = {
+            "optim=muon": self.optim.name == "muon",
+            "state_passing=carry": self.state_passing == "carry",
+            "lora.rank": self.lora.rank is not None,
+            "a pruned model": pruned,
+        }
+        for name in (name for name, given in others.items() if given):
+            rule = f"cannot be combined with {name}"
+            refuse("trainer.strategy", "fsdp", rule, "Use trainer=ddp")

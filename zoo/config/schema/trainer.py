@@ -62,10 +62,12 @@ class Trainer(OpenSection):
         description="auto, cpu, gpu, cuda or mps"
     )
     devices: Annotated[int | str | list[int], BeforeValidator(_devices)] = Field(
-        description="auto (one), a number, or a list such as [0,1]"
+        description="auto (one; with ddp and fsdp every GPU, or 2 on the CPU), a number, or a list "
+        "such as [0,1]"
     )
-    strategy: Literal["auto", "ddp"] | None = Field(
-        default=None, description="auto or ddp: how several devices share a step"
+    strategy: Literal["auto", "ddp", "fsdp"] | None = Field(
+        default=None,
+        description="ddp: each device has the whole model; fsdp: a part of every weight; auto: ddp",
     )
     sequence_parallel: Positive | None = Field(
         default=None, description="processes that read one window together, a chunk of it each"

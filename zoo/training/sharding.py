@@ -1,0 +1,105 @@
+"""Fully sharded data parallel training: each process keeps a part of every weight.
+
+Before a block computes, its weights are gathered from all processes; afterwards each keeps its part
+again, with that part's gradient and the optimiser's moments of it (ZeRO's third stage, Rajbhandari
+2020, arXiv 1910.02054; FSDP, Zhao 2023, arXiv 2304.11277, by PyTorch's `fully_shard`). So memory
+for weights, gradients and moments falls with the number of processes, and a step is that of one
+process up to rounding.
+
+Each process first builds the whole model, from the same seed or checkpoint, and reads whole
+checkpoints: memory of its host must hold it once per process.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+from zoo.training.distributed import rank
+
+
+class FullySharded(ModelParallelStrategy):
+    """Lightning's strategy, with checkpoints that hold whole tensors as those of one process do.
+
+    Args:
+        processes: among which the weights are divided, all of the run's.
+    """
+
+    def __init__(self, processes: int) -> None:
+        super().__init__(data_parallel_size=processes, tensor_parallel_size=1)
+
+    def model_to_device(self) -> None:
+        """Nothing: `fully_shard` has moved it, and moving makes new weights without their marks."""
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The whole weights in the first process, None for each in the others; all must call it."""
+        assert self.model is not None
+        return gathered(self.model.state_dict(keep_vars=True))
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """As `lightning_module_state_dict`, of an optimiser."""
+        return gathered(getattr(optimizer, "_optimizer", optimizer).state_dict())
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: Any = None) -> dict[str, Any]:
+        """What a checkpoint holds. Its weights are in the model already, before it was sharded."""
+        return torch.load(checkpoint_path, map_location="cpu", weights_only=weights_only, mmap=True)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            numbers = [i for group in saved["param_groups"] for i in group["params"]]
+            of = dict(zip(numbers, weights, strict=True))
+            state = {
+                number: {name: part_of(value, of[number]) for name, value in moments.items()}
+                for number, moments in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": state})
+
+
+def shard(module: nn.Module, blocks: Iterable[nn.Module], methods: Iterable[str], mesh: DeviceMesh):
+    """Divide a module's weights among the processes of a mesh, those of each block together.
+
+    Args:
+        methods: of the module, which compute with its weights beside `forward`.
+    """
+    marks = {name: dict(vars(weight)) for name, weight in module.named_parameters()}
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    for name, weight in module.named_parameters():  # new ones, without the marks of the old
+        vars(weight).update(marks[name])
+    for method in methods:
+        register_fsdp_forward_method(module, method)
+
+
+def gathered(tree: Any) -> Any:
+    """The tree with its parts of tensors as whole tensors in the first process, None in others."""
+    known: dict[int, Tensor | None] = {}  # of weights that are tied, once
+
+    def whole(part: DTensor) -> Tensor | None:
+        if id(part) not in known:
+            found = part.detach().full_tensor()
+            known[id(part)] = None if rank() else found.cpu()
+        return known[id(part)]
+
+    return tree_map_only(DTensor, whole, tree)
+
+
+def part_of(value: Any, weight: Tensor) -> Any:
+    """This process's part of a whole tensor of a weight's shape; any other value as it is."""
+    if not isinstance(value, Tensor) or value.shape != weight.shape:
+        return value
+    like = cast(DTensor, weight)
+    whole = value.to(like.device)
+    mine = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return mine.clone()  # not a view of the whole
