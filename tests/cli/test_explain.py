@@ -45,6 +45,9 @@ def test_the_numbers_are_those_of_the_run():
     assert f"transformer, {count:,} parameters" in text
     assert "512 tokens: 2 processes x 1 micro-batch x 4 windows of 64" in text
     assert f"{4 * count / 1024:.0f} KiB a step by each process" in text  # 2 (n - 1) / n = 1
+    sharded = explain(train_config(*words, "trainer=fsdp", "trainer.accelerator=cpu"))
+    gathered = 2 * count + count_parameters(model.blocks)
+    assert f"{size(4 * gathered / 2)} a step by each process, its share of weights" in sharded
     state = 2 * 64 * model.width * 4 * len(model.blocks) / 1024
     assert f"{state:.0f} KiB after 64 tokens" in text
     assert re.search(r"in all, \d+% of this machine's", text)

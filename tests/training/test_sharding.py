@@ -6,11 +6,12 @@ That they train what one process does is in test_ranks.
 import pytest
 from building import train_config
 
+from zoo.config.validate import plain
 from zoo.errors import UserError
+from zoo.runs.folder import RunFolder
+from zoo.runs.resume import resumed
 from zoo.training import partition
 from zoo.training.partition import process_count, sharded
-
-PRUNED = {"run": "runs/a", "rank": None, "sparsity": 0.5}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -43,3 +44,12 @@ def test_fsdp_is_refused_by_name_with_what_acts_on_whole_weights(words, named):
         UserError, match=rf"strategy=fsdp: cannot be combined with {named}\. Use tr"
     ):
         train_config("trainer=fsdp", *words)
+
+
+def test_a_run_goes_on_under_another_strategy_and_its_own_other_options(tmp_path):
+    before = train_config("trainer=ddp", "trainer.max_steps=7", "trainer.log_every_n_steps=3")
+    RunFolder.create(tmp_path / "run", before, {})
+    other = plain(train_config("trainer=fsdp"))
+    config = resumed({**other, "resume": str(tmp_path / "run")}, ["resume", "trainer"])
+    changed = {**plain(before)["trainer"], "strategy": "fsdp"}
+    assert plain(config)["trainer"] == changed

@@ -21,7 +21,7 @@ from zoo.ops.runtime.sizes import ceil_div
 from zoo.parallel.ranks import Ranks
 from zoo.report.words import count, size
 from zoo.tasks.memory import peak_bytes
-from zoo.training.partition import micro_batches, process_count, ranks_per_window
+from zoo.training.partition import micro_batches, process_count, ranks_per_window, sharded
 from zoo.training.rehearse import FROZEN_BYTES, TRAINED_BYTES, machine_memory, rehearse
 from zoo.training.windows import vocabulary
 
@@ -57,7 +57,11 @@ def explain(config: TrainConfig) -> str:
     tuned = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     frozen = count_parameters(model) - tuned
     trained = FROZEN_BYTES * frozen + TRAINED_BYTES * tuned
-    whole = processes * (trained - NUMBER * tuned + activations)
+    copies = 1 if sharded(config) else processes
+    whole = copies * trained + processes * (activations - NUMBER * tuned)
+    # With fsdp what is outside of the blocks is gathered once, the blocks once more to go back.
+    inside = count_parameters(model.blocks)
+    passes_sent = micro * (2 * tuned + inside) if sharded(config) else 2 * tuned
     knobs = ", ".join(f"{name}={value}" for name, value in sized.items())
     steps = config.trainer.max_steps
     lines = {
@@ -73,8 +77,9 @@ def explain(config: TrainConfig) -> str:
         "state": _states(model, length),
     }
     if processes > 1:
-        sent = 2 * (processes - 1) / processes * NUMBER * tuned
-        lines["sent"] = f"{size(sent)} a step by each process, its share of the gradients"
+        sent = (processes - 1) / processes * NUMBER * passes_sent
+        what = "weights and gradients" if sharded(config) else "the gradients"
+        lines["sent"] = f"{size(sent)} a step by each process, its share of {what}"
     if ranks > 1:
         places = [Ranks(ranks, index) for index in range(ranks)]
         most = micro * max(bytes_sent(model, place, length, rows) for place in places)

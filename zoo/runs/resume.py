@@ -21,6 +21,7 @@ RESUMABLE = (
     *("data.path", "data.cache", "changed_code"),
 )
 WINDOW = "model.mixer.window"  # which a stage may widen: no weight depends on it
+SHARING = ("strategy", "devices")  # what trainer=<name> changes of a resumed run
 MOVABLE = ("data.path", "data.cache")  # the same text may be elsewhere
 
 
@@ -31,7 +32,7 @@ def resumed(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     """
     folder = RunFolder.open(str(tree["resume"]))
     changes = [key for key in given if key != "resume"]
-    if fixed := [key for key in changes if not within(key, RESUMABLE)]:
+    if fixed := [key for key in changes if key != "trainer" and not within(key, RESUMABLE)]:
         rule = f"continues a run with its own options: {', '.join(fixed)} cannot change"
         refuse("resume", folder, rule, f"Change only {', '.join(RESUMABLE)}")
     if folder.info.get("shrunk"):
@@ -43,6 +44,9 @@ def resumed(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
         section, _, last = ("", "", "logger") if key.startswith("logger") else key.rpartition(".")
         if section == "data":
             config["data"] = with_place(config["data"], {last: tree["data"][last]})
+            continue
+        if key == "trainer":
+            config["trainer"] |= {name: tree["trainer"].get(name) for name in SHARING}
             continue
         (config[section] if section else config)[last] = (tree[section] if section else tree)[last]
     config = plain(validate(TrainConfig, config))

@@ -52,6 +52,7 @@ from zoo.training.records import (
     wandb_logger,
 )
 from zoo.training.rehearse import check_devices
+from zoo.training.unused import every_weight_learns
 from zoo.training.windows import Windows, open_data, validation
 
 log = logging.getLogger("zoo")
@@ -86,7 +87,8 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
         facts |= _adapt(config, folder, model, weights)
     metrics, checkpoints = _callbacks(config, folder, data)
     zeros = _keep_zeros(config, model)  # before a step is measured or saved
-    trainer = _trainer(config, folder, [*zeros, metrics, checkpoints], facts, until)
+    alike = process_count(config) == 1 or every_weight_learns(model, config)
+    trainer = _trainer(config, folder, [*zeros, metrics, checkpoints], facts, until, alike)
     tf32 = prepare(trainer.strategy.root_device.type)
     if first:
         if tf32:
@@ -246,15 +248,19 @@ def _trainer(
     callbacks: list[Any],
     facts: Mapping[str, Any],
     until: int | None,
+    alike: bool,
 ) -> lightning.Trainer:
-    """Lightning's Trainer under the run's options. UserError where this machine lacks a device."""
+    """Lightning's Trainer under the run's options. UserError where this machine lacks a device.
+
+    `alike`: every weight has a gradient in every step of every process.
+    """
     options = config.trainer.model_dump()
     options["max_steps"] = until or options["max_steps"]
     options.pop("sequence_parallel", None)  # the learner's
     if options["devices"] == "auto":
         options["devices"] = process_count(config)
-    if process_count(config) > 1:  # of a passed state some have no gradient in the first step
-        options["strategy"] = "ddp_find_unused_parameters_true"
+    if process_count(config) > 1:
+        options["strategy"] = "ddp" if alike else "ddp_find_unused_parameters_true"
     defaults = {
         "max_epochs": -1,
         "enable_progress_bar": False,

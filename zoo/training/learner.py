@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from zoo.config.schedule import learning_rate_factor
 from zoo.config.schema.optim import Optim
 from zoo.errors import RunError, refuse_path
-from zoo.model.backbone import Backbone
+from zoo.model.backbone import Backbone, BackboneState
 from zoo.model.chunks import chunk_loss
 from zoo.model.lora import trained_names
 from zoo.parallel.ranks import Ranks
@@ -62,6 +62,7 @@ class Learner(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.sharded = sharded
+        self.empty: BackboneState | None = None  # of one text, from before weights are divided
         self.sequence_parallel = sequence_parallel
         self.ranks = Ranks(1, 0)  # this process's place among those of a window
         self.model, self.optim = model, optim
@@ -78,8 +79,9 @@ class Learner(lightning.LightningModule):
             from zoo.training.sharding import shard  # a second to import
 
             assert self.device_mesh is not None
-            mesh = self.device_mesh["data_parallel"]
-            shard(self, self.model.blocks, ("training_step", "validation_loss"), mesh)
+            mesh, self.empty = self.device_mesh["data_parallel"], self.model.empty_state(1)
+            methods, alike = ("training_step", "validation_loss"), self.sequence_parallel == 1
+            shard(self, self.model.blocks, methods, mesh, alike)
 
     def on_fit_start(self) -> None:
         self.ranks = ranks_of_window(self.sequence_parallel)
@@ -125,7 +127,8 @@ class Learner(lightning.LightningModule):
         tokens, labels = batch["tokens"], batch.get("labels")
         if labels is None:
             tokens, labels = tokens[:, :-1], tokens[:, 1:]
-        part = chunk_loss(self.model, self.ranks, tokens, labels, batch.get("positions"))
+        placed = batch.get("positions")
+        part = chunk_loss(self.model, self.ranks, tokens, labels, placed, self.empty)
         return part * self.ranks.size
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:

@@ -17,11 +17,12 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
-from zoo.training.distributed import rank
+from zoo.errors import refuse
+from zoo.training.distributed import rank, whole
 
 
 class FullySharded(ModelParallelStrategy):
@@ -66,11 +67,18 @@ class FullySharded(ModelParallelStrategy):
             optimizer.load_state_dict({**saved, "state": state})
 
 
-def shard(module: nn.Module, blocks: Iterable[nn.Module], methods: Iterable[str], mesh: DeviceMesh):
+def shard(
+    module: nn.Module,
+    blocks: Iterable[nn.Module],
+    methods: Iterable[str],
+    mesh: DeviceMesh,
+    alike: bool,
+) -> None:
     """Divide a module's weights among the processes of a mesh, those of each block together.
 
     Args:
         methods: of the module, which compute with its weights beside `forward`.
+        alike: whether a step has a gradient of the same weights in all processes.
     """
     marks = {name: dict(vars(weight)) for name, weight in module.named_parameters()}
     for block in blocks:
@@ -80,19 +88,24 @@ def shard(module: nn.Module, blocks: Iterable[nn.Module], methods: Iterable[str]
         vars(weight).update(marks[name])
     for method in methods:
         register_fsdp_forward_method(module, method)
+    if not alike:
+        if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+            rule = "needs a newer PyTorch with trainer.sequence_parallel"
+            refuse("trainer.strategy", "fsdp", rule, "Use PyTorch 2.13 or trainer=ddp")
+        cast(FSDPModule, module).set_reduce_scatter_unused_params(True)
 
 
 def gathered(tree: Any) -> Any:
     """The tree with its parts of tensors as whole tensors in the first process, None in others."""
     known: dict[int, Tensor | None] = {}  # of weights that are tied, once
 
-    def whole(part: DTensor) -> Tensor | None:
+    def put_together(part: DTensor) -> Tensor | None:
         if id(part) not in known:
-            found = part.detach().full_tensor()
+            found = whole(part.detach())
             known[id(part)] = None if rank() else found.cpu()
         return known[id(part)]
 
-    return tree_map_only(DTensor, whole, tree)
+    return tree_map_only(DTensor, put_together, tree)
 
 
 def part_of(value: Any, weight: Tensor) -> Any:
@@ -100,6 +113,6 @@ def part_of(value: Any, weight: Tensor) -> Any:
     if not isinstance(value, Tensor) or value.shape != weight.shape:
         return value
     like = cast(DTensor, weight)
-    whole = value.to(like.device)
-    mine = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    here, mesh = value.to(like.device), like.device_mesh
+    mine = distribute_tensor(here, mesh, like.placements, src_data_rank=None)
     return mine.clone()  # not a view of the whole
