@@ -162,7 +162,7 @@ lint: .venv/ready-dev  ## formatting, lint and types
 constraints: .venv/ready-dev  ## pin what pyproject.toml needs, for every platform; WITH=--upgrade
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
 	  --custom-compile-command 'make constraints' $(WITH) \
-	  --extra dev --extra oracles --extra corpora --extra tune --extra checkpoints --extra lora --extra wandb-report \
+	  --extra dev --extra oracles --extra corpora --extra tune --extra checkpoints --extra lora --extra wandb-report --extra cluster \
 	  pyproject.toml --output-file constraints.txt
 
 bench: .venv/ready-dev  ## time the CPU kernels and training steps against other implementations

@@ -2,17 +2,29 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from zoo.cli import launch
+from zoo.cli.train import main
+from zoo.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["size=tiny", "logger=none", "seq_len=32", "batch_size=2", "trainer.max_steps=2"]
 SHORT += ["valid_windows=2", "optim.warmup_steps=1", "threads=1"]
 
-pytestmark = pytest.mark.slow
+
+@pytest.fixture
+def plugins():
+    """Skips where Hydra's launchers are not installed."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
 
 
 def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess:
@@ -28,21 +40,23 @@ def check_table(lines: list[str]) -> None:
         assert re.fullmatch(rf"{number + 1} +{number} +\d\.\d{{4}} +runs/\S+", line)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("plugins")
 def test_joblib_labels_the_lines_of_arms_side_by_side(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    done = sweep(tmp_path, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    done = sweep(tmp_path, "launcher=local")
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     for number in (1, 2):
         own = [line for line in lines if line.startswith(f"[{number}/2] ")]
-        assert own[0].startswith(f"[{number}/2] seed={number - 1} size=tiny")
+        assert own[0].startswith(f"[{number}/2] seed={number - 1} launcher=local size=tiny")
         assert any("training transformer for 2 steps" in line for line in own)
     assert not [line for line in lines[:-3] if not re.match(r"\[[12]/2\] ", line)]
     check_table(lines)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("plugins")
 def test_submitit_says_each_job_and_where_its_logs_are(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     done = sweep(tmp_path, "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10")
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
@@ -55,3 +69,90 @@ def test_submitit_says_each_job_and_where_its_logs_are(tmp_path):
         said += [log.read_text() for log in (tmp_path / match[2]).glob("*_log.err")]
     assert sorted(text[:12] for text in said) == ["[1/2] seed=0", "[2/2] seed=1"]
     check_table(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("plugins")
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the jobs in /proc")
+def test_a_preempted_job_saves_goes_back_to_the_queue_and_on_from_there(tmp_path):
+    words = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "save_every=1000"]
+    words += ["model=mamba", "trainer.max_steps=60", "trainer.log_every_n_steps=1", "name=one"]
+    short = [word for word in SHORT if not word.startswith("trainer.max_steps")]
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *words, *short]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "runs/one/metrics.csv"
+    wait_for(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 5)
+    (pid,) = {job.name for job in tmp_path.glob("runs/.sweeps/*/.submitit/[0-9]*")}
+    (job,) = children(int(pid))
+    os.kill(job, signal.SIGUSR2)
+    assert process.stderr is not None
+    lines = process.stderr.read().splitlines()
+    assert process.wait() == 0, lines
+    (log,) = tmp_path.glob("runs/.sweeps/*/.submitit/*/*_log.err")
+    said = log.read_text()
+    stopped = re.search(r"stopped by SIGUSR2 at step (\d+)", said)
+    assert stopped, said
+    assert f"training mamba from step={int(stopped[1]):08d}.ckpt" in said
+    assert RunFolder.open(tmp_path / "runs/one").info["status"] == "done"
+    steps = [line.partition(",")[0] for line in metrics.read_text().splitlines()[1:]]
+    assert steps == [str(step) for step in range(1, 61)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("plugins")
+def test_a_job_that_dies_is_in_the_table_of_all(tmp_path):
+    words = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"]
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "seed=0,1", *words, *SHORT]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: len([*tmp_path.glob("runs/*/metrics.csv")]) > 0)
+    began = next(tmp_path.glob("runs/*/metrics.csv")).parent
+    holder = int((began / ".lock").read_text())
+    os.kill(holder, signal.SIGKILL)
+    assert process.stderr is not None
+    lines = process.stderr.read().splitlines()
+    assert process.wait() == 1, lines
+    assert lines[-1].startswith("train.py: the sweep's launcher failed: ")
+    rows = [line for line in lines if re.match(r"[12] +[01] +", line)]
+    assert len(rows) == 2, lines
+    assert any("failed" in row and began.name in row for row in rows)
+
+
+def test_a_launcher_without_a_sweep_a_package_or_a_cluster_is_refused(monkeypatch, capsys):
+    for words, installed, rule in [
+        (["launcher=local"], True, "launcher=local: launches the runs of a sweep. Add -m"),
+        (["hydra/launcher=joblib"], True, "hydra/launcher=joblib: launches the runs of a sweep."),
+        (
+            ["-m", "launcher=local"],
+            False,
+            "launcher=local: needs the package hydra-joblib-launcher. Run pip install 'zoo[cl",
+        ),
+        (["-m", "launcher=slurm"], True, "launcher=slurm: there is no SLURM on this machine."),
+        (["-m", "launcher=lokal"], True, "launcher=lokal: unknown"),
+    ]:
+        monkeypatch.setattr(launch, "_installed", lambda _, installed=installed: installed)
+        assert main([*words, "size=tiny"]) == 2
+        assert rule in capsys.readouterr().err
+
+
+def test_a_fresh_run_is_no_job_that_may_return_to_the_queue(monkeypatch, capsys):
+    monkeypatch.setattr(launch.shutil, "which", lambda _: "/usr/bin/srun")
+    assert main(["-m", "launcher=slurm", "fresh=true", "size=tiny"]) == 2
+    assert "fresh=true: begins a job that returns to the queue anew." in capsys.readouterr().err
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def children(process: int) -> list[int]:
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]

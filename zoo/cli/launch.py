@@ -5,12 +5,15 @@ exit code 2 and nothing written; an arm that fails later does not stop the other
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import NoReturn
 
 import hydra
 import yaml
+from hydra.core.override_parser.types import Override
 from pydantic import BaseModel
 
 from zoo.cli.arms import Check, Job, compose_arms, swept_by_experiment
@@ -18,10 +21,10 @@ from zoo.cli.guard import guarded
 from zoo.cli.help import help_text
 from zoo.cli.sweep import for_hydra, sweep
 from zoo.config.compose import composing, parse
-from zoo.config.groups import CONFIGS
+from zoo.config.groups import CONFIGS, choices
 from zoo.config.schema.train import TrainConfig
 from zoo.config.validate import plain
-from zoo.errors import refuse_path
+from zoo.errors import choose, refuse, refuse_path
 
 
 def launch(program: str, argv: Sequence[str] | None, *, usage: str, check: Check, job: Job) -> int:
@@ -50,6 +53,7 @@ def _launch(program: str, argv: list[str], usage: str, check: Check, job: Job) -
         refuse_path("--explain", "says what a training run costs", "Use it with train.py")
     with composing(program):
         overrides = parse(flags.words)
+        check_launcher(overrides, flags.multirun)
         params = swept_by_experiment(program, overrides, flags.multirun)
         arms, configs = compose_arms(program, overrides, params, check)
         if flags.cfg:
@@ -62,6 +66,40 @@ def _launch(program: str, argv: list[str], usage: str, check: Check, job: Job) -
             words = [for_hydra(program, override, params) for override in overrides]
             return sweep(program, words, arms, configs, check, job)
     return job(configs[0], None)
+
+
+# Hydra's launchers that are packages of their own, and what these are called.
+PLUGINS = {"joblib": "joblib", "submitit_slurm": "submitit", "submitit_local": "submitit"}
+PRESETS = {"none": "basic", "local": "joblib", "slurm": "submitit_slurm"}
+
+
+def check_launcher(overrides: Sequence[Override], multirun: bool) -> None:
+    """Refuse a launcher of runs that is not installed, has no cluster here or nothing to launch."""
+    given = {o.key_or_group: o.value() for o in overrides}
+    preset, launcher = str(given.get("launcher", "none")), given.get("hydra/launcher")
+    choose("launcher", preset, choices("launcher"))
+    option, value = ("hydra/launcher", launcher) if launcher else ("launcher", preset)
+    plugin = PLUGINS.get(str(launcher or PRESETS.get(preset)))
+    if plugin is None:
+        return
+    if not multirun:
+        refuse(option, value, "launches the runs of a sweep", "Add -m, also for one run")
+    if not _installed(f"hydra_plugins.hydra_{plugin}_launcher"):
+        rule = f"needs the package hydra-{plugin}-launcher"
+        refuse(option, value, rule, "Run pip install 'zoo[cluster]'")
+    if plugin == "submitit" and launcher != "submitit_local":
+        if shutil.which("srun") is None:
+            refuse(option, value, "there is no SLURM on this machine", "Use launcher=local")
+        if given.get("fresh") is True:
+            rule = "begins a job that returns to the queue anew"
+            refuse("fresh", True, rule, "Leave it out, and use another runs=<folder>")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is in
+        return False
 
 
 def _explain(program: str, configs: Sequence[BaseModel]) -> None:

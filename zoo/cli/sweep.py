@@ -20,6 +20,9 @@ from zoo.config.groups import groups
 from zoo.config.schema.train import TrainConfig
 from zoo.console import label, say
 from zoo.errors import RunError, refuse, refuse_path
+from zoo.runs.folder import RunFolder
+from zoo.runs.identity import run_name
+from zoo.runs.stopping import PREEMPTED, is_job, requeue
 
 
 def sweep(
@@ -53,6 +56,9 @@ def sweep(
     except HydraException as error:
         refuse_path(" ".join(words), str(error).splitlines()[0], "See --hydra-help")
     except Exception as error:  # an arm raises nothing: this is the launcher's own
+        if program == "train":
+            pairs = enumerate(zip(arms, configs, strict=True), 1)
+            say(_table([_as_recorded(number, *pair, common) for number, pair in pairs]))
         raise RunError(f"the sweep's launcher failed: {str(error).splitlines()[0]}") from error
     batches = returned if isinstance(returned, list) else []  # an optimiser's sweeper keeps them
     results = [result for batch in batches for result in batch]
@@ -78,6 +84,22 @@ def _table(arms: list[Arm]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join(lines)
+
+
+def _as_recorded(
+    number: int, overrides: list[Override], config: TrainConfig, common: set[str]
+) -> Arm:
+    """An arm whose job has not said what became of it, as its run folder has it."""
+    options = [bare(one.input_line) for one in overrides]
+    arm = Arm(number, " ".join(one for one in options if one not in common), "", config.seed)
+    path = Path(config.resume or Path(config.runs) / run_name(config))
+    if not path.is_dir():
+        arm.failed = "not begun"
+        return arm
+    folder = RunFolder.open(path)
+    arm.folder, arm.loss = str(folder), folder.last_metric("valid_loss")
+    arm.failed = None if folder.info["status"] == "done" else folder.info["status"]
+    return arm
 
 
 @contextmanager
@@ -137,6 +159,13 @@ def _arm(
         run_arm(arm, work)
         if arm.failed:
             say("failed")  # why is printed once, when all are done
+    except KeyboardInterrupt as stop:
+        if not is_job():
+            raise
+        arm.failed = str(stop)
+        say(arm.failed)
+        if PREEMPTED is not None and PREEMPTED.name in arm.failed:
+            requeue()  # does not return
     finally:
         label("")
     return arm

@@ -23,6 +23,9 @@ NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 if HANGUP is not None:
     NAMES[HANGUP] = "SIGHUP"
+# What a job of a cluster gets minutes before it has to end, where its launcher (submitit) waits for
+# it: a stop as the others, without GRACE.
+PREEMPTED = getattr(signal, "SIGUSR2", None)
 GRACE = 8.0  # seconds from the first signal until a process that does not end is ended
 REPEAT = 0.3  # seconds within which signals count as one, as `timeout` sends two
 STOPPED = 130  # exit code
@@ -48,7 +51,8 @@ class Stop:
             if time.monotonic() - self._first > REPEAT:
                 self.end("at once")
             return
-        self._first, self.requested = time.monotonic(), NAMES[signal.Signals(number)]
+        name = NAMES.get(signal.Signals(number), signal.Signals(number).name)
+        self._first, self.requested = time.monotonic(), name
         if number == HANGUP:
             _leave_terminal()
         if not self.deferring:
@@ -169,6 +173,8 @@ def handled() -> Iterator[Stop]:
     thread = threading.Thread(target=stop.watch, args=[reader], daemon=True)
     under_nohup = HANGUP is not None and signal.getsignal(HANGUP) is signal.SIG_IGN
     numbers = [number for number in NAMES if not (number == HANGUP and under_nohup)]
+    if PREEMPTED is not None and is_job():
+        numbers.append(PREEMPTED)
     before = {number: signal.signal(number, stop.handle) for number in numbers}
     woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread.start()
@@ -187,9 +193,23 @@ def handled() -> Iterator[Stop]:
         os.close(writer)
 
 
+def is_job() -> bool:
+    """Whether this process is a job of a cluster, whose launcher waits for SIGUSR2."""
+    return PREEMPTED is not None and callable(signal.getsignal(PREEMPTED))
+
+
+def requeue() -> None:
+    """End this job by its launcher's own handler of SIGUSR2, which returns it to the queue."""
+    handler = PREEMPTED is not None and signal.getsignal(PREEMPTED)
+    if PREEMPTED is not None and callable(handler):
+        handler(PREEMPTED, None)
+
+
 def leave_to_parent() -> None:
     """Ignore, in a child process, the signals of a terminal: its parent gets them and acts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if PREEMPTED is not None and is_job():
+        signal.signal(PREEMPTED, signal.SIG_IGN)
     if HANGUP is not None:
         signal.signal(HANGUP, _leave_terminal)
 
