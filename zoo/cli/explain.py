@@ -59,6 +59,7 @@ def explain(config: TrainConfig) -> str:
     trained = FROZEN_BYTES * frozen + TRAINED_BYTES * tuned
     copies = 1 if sharded(config) else processes
     whole = copies * trained + processes * (activations - NUMBER * tuned)
+    whole //= config.trainer.num_nodes or 1
     # With fsdp what is outside of the blocks is gathered once, the blocks once more to go back.
     inside = count_parameters(model.blocks)
     passes_sent = micro * (2 * tuned + inside) if sharded(config) else 2 * tuned

@@ -28,7 +28,13 @@ from zoo.runs.folder import RunFolder
 from zoo.runs.identity import run_name
 from zoo.runs.resume import finetuned, resumed
 from zoo.runs.stopping import current
-from zoo.training.partition import check_partition, process_count
+from zoo.training.partition import (
+    check_machines,
+    check_partition,
+    crowding,
+    is_first,
+    process_count,
+)
 
 USAGE = """
 Train a model. The same command again continues a stopped run.
@@ -109,7 +115,8 @@ def job(config: TrainConfig, arm: Arm | None) -> int:
 
     A run that cannot be leaves no folder; an arm of a sweep does, with the reason.
     """
-    if not arm and os.environ.get("LOCAL_RANK", "0") == "0" and not _is_trained(config):
+    check_machines(config)
+    if not arm and is_first() and not _is_trained(config):
         rehearse(config, apart=process_count(config) > 1)
     try:
         return _train(config, arm)
@@ -123,7 +130,7 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
     info, last = folder.info, folder.checkpoint()
     if arm:
         arm.folder = str(folder)
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not is_first():
         fit(config, folder)  # a further rank of a run that rank 0 locks and records
         return 0
     if info["step"] and not last:
@@ -141,7 +148,7 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
                 folder.update(sweep=arm.sweep, arm=arm.options)
                 rehearse(config, apart=True)
             start = f"from {last.name}" if last else f"for {config.trainer.max_steps} steps"
-            for note in () if last else notes(config):
+            for note in crowding(config) if last else [*notes(config), *crowding(config)]:
                 say(note)
             if message:
                 say(message)

@@ -50,7 +50,7 @@ C_TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/|\s+', re.DOTALL)
 
 def provenance() -> dict[str, Any]:
     """What produced a run: commit and dirty flag (null outside a checkout), versions, time."""
-    return {**_checkout(), "versions": _versions(), "created": datetime.now(UTC).isoformat()}
+    return {**_checkout(), "versions": versions(), "created": datetime.now(UTC).isoformat()}
 
 
 def _checkout() -> dict[str, Any]:
@@ -66,14 +66,16 @@ def _checkout() -> dict[str, Any]:
     return {"commit": None, "dirty": None}
 
 
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
+def versions() -> dict[str, str | None]:
+    """The versions of Python and of the packages that numbers depend on; None where not installed
+    as a package."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("zoo", "torch", "lightning"):
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
+            found[package] = None
+    return found
 
 
 def sources(

@@ -1,10 +1,14 @@
 """Collective operations between the processes of one run. With one process each is local."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from zoo.errors import RunError
 from zoo.parallel.ranks import Ranks
 
 
@@ -41,6 +45,25 @@ def all_gather(value: Tensor) -> list[Tensor]:
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether `flag` holds in any process."""
     return any(bool(other) for other in all_gather(torch.tensor(int(flag), device=device)))
+
+
+def check_versions(own: Mapping[str, str | None]) -> None:
+    """Raise RunError, in every process, where one has another version of something than the first.
+
+    Args:
+        own: this process's versions by name.
+    """
+    if world_size() == 1:
+        return
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, dict(own))
+    for number, other in enumerate(found, 1):
+        for name, version in other.items():
+            if version != found[0][name]:
+                raise RunError(
+                    f"process {number} of {len(found)} has {name} {version} and the first "
+                    f"{found[0][name]}: install the same on all machines; the same command goes on"
+                )
 
 
 def broadcast_text(text: str, source: int) -> str:

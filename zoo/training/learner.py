@@ -1,6 +1,7 @@
 """The one LightningModule: the loss of a step, its gradient and its learning rate."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import lightning
@@ -19,6 +20,7 @@ from zoo.training.distillation import Distillation
 from zoo.training.distributed import (
     all_gather,
     broadcast_text,
+    check_versions,
     rank,
     ranks_of_window,
     whole,
@@ -44,6 +46,7 @@ class Learner(lightning.LightningModule):
     With `sequence_parallel` processes to a window each reads its chunk of every window it is given
     (zoo.parallel.hand_over), and its loss is its part of the mean, times their number: processes
     are averaged. `sharded` divides the weights among all processes (zoo.training.sharding).
+    `versions` are what all processes must have alike, those of other machines too.
     """
 
     def __init__(
@@ -59,9 +62,10 @@ class Learner(lightning.LightningModule):
         sequence_parallel: int = 1,
         distillation: Distillation | None = None,
         sharded: bool = False,
+        versions: Mapping[str, str | None] | None = None,
     ) -> None:
         super().__init__()
-        self.sharded = sharded
+        self.sharded, self.versions = sharded, versions
         self.empty: BackboneState | None = None  # of one text, from before weights are divided
         self.sequence_parallel = sequence_parallel
         self.ranks = Ranks(1, 0)  # this process's place among those of a window
@@ -84,6 +88,8 @@ class Learner(lightning.LightningModule):
             shard(self, self.model.blocks, methods, mesh, alike)
 
     def on_fit_start(self) -> None:
+        if self.versions is not None:
+            check_versions(self.versions)
         self.ranks = ranks_of_window(self.sequence_parallel)
 
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:

@@ -4,6 +4,8 @@ A step reads `batch_size` windows (`batch_tokens` tokens) in any number of proce
 micro-batches: these change a run's speed and memory, not what it learns.
 """
 
+import os
+
 from zoo.config.schema.train import TrainConfig
 from zoo.devices import cuda_devices, on_cuda
 from zoo.errors import UserError, refuse
@@ -11,8 +13,21 @@ from zoo.errors import UserError, refuse
 CPU_PROCESSES = 2  # that share a step unless their number is given
 
 
+def is_first() -> bool:
+    """Whether this process is the one of its run that writes the record and speaks.
+
+    Ranks are given as torchrun does, in the environment.
+    """
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
 def process_count(config: TrainConfig) -> int:
-    """The number of processes, one for each device.
+    """The number of processes on all machines."""
+    return processes_here(config) * (config.trainer.num_nodes or 1)
+
+
+def processes_here(config: TrainConfig) -> int:
+    """The number of processes on this machine, one for each device.
 
     `auto` is one for each chunk of a window; with a strategy that shares a step every CUDA device,
     or on the CPU at least two.
@@ -45,6 +60,29 @@ def micro_batches(config: TrainConfig) -> int:
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
         refuse("trainer.accumulate_grad_batches", given, "must be a whole number of at least 1")
     return given
+
+
+def check_machines(config: TrainConfig) -> None:
+    """Refuse a run on several machines that was not started on each of them."""
+    nodes, world = config.trainer.num_nodes or 1, process_count(config)
+    if nodes > 1 and os.environ.get("WORLD_SIZE") != str(world):
+        here = processes_here(config)
+        advice = f"Start it on each by torchrun --nnodes={nodes} --nproc-per-node={here} train.py"
+        refuse("trainer.num_nodes", nodes, f"is a run of {world} processes", advice)
+    if nodes > 1 and config.fresh:
+        rule = "each process of several machines would begin a run of its own"
+        refuse("fresh", True, rule, "Leave it out, and use another name=")
+
+
+def crowding(config: TrainConfig) -> list[str]:
+    """A line where more processes than cores share a CPU."""
+    count, cores = processes_here(config), os.cpu_count() or 1
+    if count <= cores or on_cuda(config.trainer.accelerator):
+        return []
+    given = f"trainer.devices={config.trainer.devices}"
+    if config.trainer.devices == "auto":
+        given = f"trainer.sequence_parallel={ranks_per_window(config)}"
+    return [f"{given}: {count} processes share {cores} cores, which takes longer than {cores} do"]
 
 
 def check_partition(config: TrainConfig) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import re
 import shlex
 from collections import Counter
@@ -24,6 +23,7 @@ from zoo.report import wandb
 from zoo.runs.files import one_line, write_text
 from zoo.runs.folder import RunFolder
 from zoo.training.callbacks import MetricsLogger
+from zoo.training.partition import is_first
 
 MAX_NAMES = 100_000  # documents of a split that are recorded by name
 RECORD = re.compile(r":\d+$")  # the number of a record in its file, at the end of a name
@@ -85,7 +85,7 @@ def audit_trained(
 
 def wandb_logger(config: TrainConfig, folder: RunFolder, facts: Mapping[str, Any]) -> Any:
     """W&B's copy of the run folder, in the first process; False for none."""
-    if config.logger.name == "none" or os.environ.get("LOCAL_RANK", "0") != "0":
+    if config.logger.name == "none" or not is_first():
         return False
     from lightning.pytorch.loggers import WandbLogger
 

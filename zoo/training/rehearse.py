@@ -23,7 +23,13 @@ from zoo.model.extend import extend_as_trained
 from zoo.model.lora import add_adapters
 from zoo.ops.runtime import dispatch
 from zoo.training.distillation import distillation
-from zoo.training.partition import micro_batches, process_count, ranks_per_window, sharded
+from zoo.training.partition import (
+    micro_batches,
+    process_count,
+    processes_here,
+    ranks_per_window,
+    sharded,
+)
 from zoo.training.windows import open_data, vocabulary
 
 FROZEN_BYTES = 4  # per parameter in float32
@@ -111,12 +117,12 @@ def _check_memory(
         return
     if config.lora.rank is None:
         copies = 1 if sharded(config) else process_count(config)
-        trained = TRAINED_BYTES * parameters * copies
+        trained = TRAINED_BYTES * parameters * copies // (config.trainer.num_nodes or 1)
         numbers = (
             f"{_bytes(trained)} for {parameters:,} parameters, their gradients and AdamW's moments"
         )
     else:  # those of the adapters are few
-        trained = FROZEN_BYTES * parameters * process_count(config)
+        trained = FROZEN_BYTES * parameters * processes_here(config)
         numbers = f"{_bytes(trained)} for {parameters:,} frozen parameters"
     if trained > memory:
         size = config.size
