@@ -68,6 +68,8 @@ EFFECTS = {  # argument: a value unlike the default, and what the Trainer then i
     "accelerator": ("cpu", lambda t: t.strategy.root_device.type == "cpu"),
     "devices": ("1", lambda t: t.num_devices == 1),
     "strategy": ("ddp", lambda t: isinstance(t.strategy, DDPStrategy)),
+    "checkpoint": ("sharded trainer.strategy=fsdp", lambda t: t.strategy.in_parts),
+    "num_nodes": ("2", lambda t: t.num_nodes == 2),
     "sequence_parallel": ("2", lambda t: t.num_devices == 2),
     "accumulate_grad_batches": ("3", lambda t: t.accumulate_grad_batches == 3),
     "max_time": ("00:00:00:07", has_callback(Timer)),
@@ -104,7 +106,7 @@ def test_the_trainer_is_as_the_argument_says(name, tmp_path, text, monkeypatch):
 
     monkeypatch.setattr(lightning.Trainer, "fit", stop)
     words = ["size=tiny", "seq_len=32", "batch_size=2", "data=text", text, "logger=none"]
-    config = compose("train", [*words, f"trainer.{name}={value}"])
+    config = compose("train", [*words, *f"trainer.{name}={value}".split()])
     try:
         with pytest.raises(StopIteration):
             train(config, RunFolder.create(tmp_path / "run", config, {}))

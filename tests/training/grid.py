@@ -32,7 +32,8 @@ def layouts_of(words: list[str], layouts: list[Layout]) -> list[Layout]:
     weights not divided where a state is passed on: ddp is in the place of fsdp."""
     whole, carry = {"state_passing=carry", "objective=masked"} & {*words}, "state_passing=carry"
     found = [tuple(layout) for layout in layouts if layout[2] == 1 or not whole]
-    return [(*one[:3], "ddp") if carry in words and one[3] == "fsdp" else one for one in found]
+    divided = ("fsdp", "sharded")
+    return [(*one[:3], "ddp") if carry in words and one[3] in divided else one for one in found]
 
 
 def goes_on(words: list[str]) -> bool:
@@ -50,9 +51,12 @@ def train(*words: str) -> None:
 
 
 def given(processes: int, micro: int, ranks: int, strategy: str) -> list[str]:
-    """The options of a layout."""
+    """The options of a layout; the strategy `sharded` is fsdp with such checkpoints."""
     words = [f"trainer.devices={processes}", f"trainer.accumulate_grad_batches={micro}"]
-    return [*words, f"trainer.sequence_parallel={ranks}", f"trainer.strategy={strategy}"]
+    words.append(f"trainer.sequence_parallel={ranks}")
+    if strategy == "sharded":
+        return [*words, "trainer.strategy=fsdp", "trainer.checkpoint=sharded"]
+    return [*words, f"trainer.strategy={strategy}", "trainer.checkpoint=whole"]
 
 
 def main(kinds: dict[str, list[str]], layouts: list[Layout]) -> None:

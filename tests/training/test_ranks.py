@@ -17,6 +17,7 @@ from building import ARCHITECTURES, ENCODERS, ROOT, write_text
 from grid import Layout, goes_on, layouts_of, run_name
 
 from zoo.config.groups import extensions
+from zoo.model.checkpoint import read_file
 from zoo.runs.folder import RunFolder
 
 Layouts = list[
@@ -66,7 +67,7 @@ def figures(folder: RunFolder) -> dict[str, list[float]]:
 def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
     file = folder.checkpoint()
     assert file is not None
-    return torch.load(file, weights_only=True)["state_dict"]
+    return read_file(file)["state_dict"]
 
 
 def differences(folder: RunFolder, plain: RunFolder) -> list[str]:
@@ -90,9 +91,9 @@ def check(folder: Path, kinds: dict[str, list[str]], layouts: Layouts) -> None:
         [*command, json.dumps([kinds, layouts])], cwd=folder, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert not {"Traceback", "find_unused_parameters"} & {*re.findall(r"\w+", done.stderr)}, (
-        done.stderr
-    )
+    assert "Traceback" not in done.stderr, done.stderr
+    for run in re.split(r"\[1/1\] (?=size=|resume=)", done.stderr):
+        assert "find_unused" not in run or "-carry" in run or "late-" in run, run
     found = []
     for kind, words in kinds.items():
         names = [run_name(kind, layout) for layout in layouts_of(words, layouts)]
@@ -107,7 +108,7 @@ def check(folder: Path, kinds: dict[str, list[str]], layouts: Layouts) -> None:
 
 
 def test_processes_and_micro_batches_train_what_one_does(tmp_path):
-    check(tmp_path, KINDS, [ALONE, (2, 2, 2, "auto"), (2, 2, 1, "fsdp")])
+    check(tmp_path, KINDS, [ALONE, (2, 2, 2, "fsdp"), (2, 2, 1, "sharded")])
 
 
 @pytest.mark.slow
@@ -115,7 +116,7 @@ def test_any_number_of_either_trains_what_one_does(tmp_path):
     whole = [(2, 2, 1), (4, 1, 1), (1, 4, 1), (2, 1, 1), (1, 2, 1)]
     layouts = [(*one, "ddp") for one in [*whole, (4, 1, 2), (4, 2, 4), (2, 1, 2), (3, 1, 3)]]
     sharded = [(*one, "fsdp") for one in [(1, 2, 1), (4, 1, 1), (4, 1, 2), (2, 2, 2), (2, 1, 1)]]
-    check(tmp_path, KINDS, [ALONE, *layouts, *sharded])
+    check(tmp_path, KINDS, [ALONE, *layouts, (4, 2, 1, "sharded"), *sharded])
 
 
 @pytest.mark.slow

@@ -53,3 +53,17 @@ def test_a_run_goes_on_under_another_strategy_and_its_own_other_options(tmp_path
     config = resumed({**other, "resume": str(tmp_path / "run")}, ["resume", "trainer"])
     changed = {**plain(before)["trainer"], "strategy": "fsdp"}
     assert plain(config)["trainer"] == changed
+
+
+@pytest.mark.parametrize("checkpoint", ["whole", "sharded"])
+def test_a_run_folder_keeps_how_its_steps_are_shared(checkpoint, tmp_path):
+    config = train_config("trainer=fsdp", f"trainer.checkpoint={checkpoint}")
+    RunFolder.create(tmp_path / "run", config, {})
+    assert RunFolder.open(tmp_path / "run").config == config
+
+
+def test_parts_are_refused_of_weights_that_are_not_divided():
+    with pytest.raises(
+        UserError, match=r"^trainer\.checkpoint=sharded: .* Add it, or use whole\.$"
+    ):
+        train_config("trainer=ddp", "trainer.checkpoint=sharded")

@@ -36,7 +36,9 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             *(
                 "trainer.accelerator",
                 "trainer.devices",
+                "trainer.num_nodes",
                 "trainer.strategy",
+                "trainer.checkpoint",
                 "trainer.sequence_parallel",
                 "trainer.precision",
             ),

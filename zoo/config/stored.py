@@ -166,7 +166,7 @@ class Names(NamedTuple):
 def _still_accepted(argument: str, value: Any) -> bool:
     if argument in TRAINER_REFUSED or argument in TRAINER_OWNED:
         return False
-    allowed = {"strategy": ("auto", "ddp"), "deterministic": (True, False, None, "warn")}
+    allowed = {"strategy": ("auto", "ddp", "fsdp"), "deterministic": (True, False, None, "warn")}
     return value in allowed.get(argument, (value,))
 
 

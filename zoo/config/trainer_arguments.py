@@ -8,7 +8,7 @@ from zoo.config.introspect import parameters
 from zoo.errors import refuse_path
 
 # Options of a run's trainer that Lightning's does not have.
-OWN_ARGUMENTS = ("sequence_parallel",)
+OWN_ARGUMENTS = ("sequence_parallel", "checkpoint")
 # Trainer arguments that are decided elsewhere, and where.
 TRAINER_OWNED = {
     "logger": "the option logger",
@@ -31,7 +31,6 @@ TRAINER_REFUSED = {
     **dict.fromkeys(("num_sanity_val_steps", "inference_mode"), _VALIDATION),
     **dict.fromkeys(("limit_test_batches", "limit_predict_batches"), "eval.py measures"),
     "gradient_clip_algorithm": "gradients are clipped by their norm: optim.clip sets it",
-    "num_nodes": "a run trains on one machine",
     "sync_batchnorm": "no architecture normalises over a batch",
     "reload_dataloaders_every_n_epochs": "the order of the data follows from seed and step",
     "profiler": "its report is not written; torch.profiler or py-spy can watch the program",

@@ -105,6 +105,20 @@ def weights_in(state: dict[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix("model."): value for name, value in stored.items()}
 
 
+def read_file(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, on the CPU, its tensors put together where they are in parts.
+
+    Raises what PyTorch does for a file that it cannot read or that holds more than tensors and
+    plain containers, and ValueError where parts are missing or damaged.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(state, dict) and "shards" in state:
+        from zoo.model import shards  # torch.distributed.checkpoint
+
+        return shards.read(state, shards.folder_of(path))
+    return state
+
+
 def last_checkpoint(folder: RunFolder) -> tuple[Path | None, dict[str, Any]]:
     """The file of a run's last checkpoint that can be read, and what it holds; (None, {}) before
     the first.
@@ -115,7 +129,7 @@ def last_checkpoint(folder: RunFolder) -> tuple[Path | None, dict[str, Any]]:
     unread = ""
     for whole in folder.whole_checkpoints():
         try:
-            state = torch.load(whole.path, map_location="cpu", weights_only=True)
+            state = read_file(whole.path)
             if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
                 raise ValueError("it holds no weights")
             if type(state.get("global_step")) is not int:

@@ -14,6 +14,7 @@ INCIDENTAL = (
     *("runs", "name", "resume", "fresh", "logger", "workers", "threads", "allocator"),
     "changed_code",
     *("trainer.devices", "trainer.accelerator", "trainer.strategy", "trainer.max_time"),
+    *("trainer.checkpoint", "trainer.num_nodes"),
     *(
         "trainer.sequence_parallel",
         "trainer.accumulate_grad_batches",

@@ -16,12 +16,18 @@ from zoo.runs.folder import RunFolder
 # Options that a resumed run may change; any other makes it another run.
 RESUMABLE = (
     *("trainer.max_steps", "trainer.max_time", "logger", "workers", "threads"),
-    *("trainer.devices", "trainer.accelerator", "trainer.strategy"),
+    *("trainer.devices", "trainer.accelerator", "trainer.strategy", "trainer.checkpoint"),
+    "trainer.num_nodes",
     *("trainer.sequence_parallel", "trainer.accumulate_grad_batches", "optim.continuation"),
     *("data.path", "data.cache", "changed_code"),
 )
 WINDOW = "model.mixer.window"  # which a stage may widen: no weight depends on it
-SHARING = ("strategy", "devices")  # what trainer=<name> changes of a resumed run
+SHARING = (
+    "strategy",
+    "devices",
+    "checkpoint",
+    "num_nodes",
+)  # what trainer=<name> changes of a resumed run
 MOVABLE = ("data.path", "data.cache")  # the same text may be elsewhere
 
 

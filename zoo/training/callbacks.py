@@ -1,17 +1,21 @@
 """Lightning callbacks: validation, metrics, progress lines, checkpoints and stops by signal."""
 
 import os
+import shutil
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from zoo.console import say
 from zoo.data.synthetic import NO_LABEL
+from zoo.model.checkpoint import read_file
 from zoo.ops.runtime.sizes import ceil_div
 from zoo.parallel.ranks import Ranks
 from zoo.runs.checkpoints import seal
@@ -54,8 +58,17 @@ class Checkpoints(AtStepEnds):
     on, so that none waits for another that has left.
     """
 
-    def __init__(self, folder: RunFolder, *, every: int, tokens_per_step: int, stop: Stop) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        every: int,
+        tokens_per_step: int,
+        stop: Stop,
+        in_parts: bool = False,
+    ) -> None:
         self.folder, self.every, self.tokens_per_step = folder, every, tokens_per_step
+        self.in_parts = in_parts  # each process writes its own part of every tensor
         self.stop, self.interrupted = stop, False
         self._saved = 0
 
@@ -75,15 +88,30 @@ class Checkpoints(AtStepEnds):
         if step <= self._saved:
             return
         folder = self.folder.path / "checkpoints"
+        path = folder / f"step={step:08d}.ckpt"
         checkpoint = trainer._checkpoint_connector.dump_checkpoint()  # what save_checkpoint writes
+        if self.in_parts:
+            from zoo.model import shards  # torch.distributed.checkpoint
+
+            checkpoint = shards.write(checkpoint, shards.folder_of(path))
         if trainer.is_global_zero:
-            with replacing(folder / f"step={step:08d}.ckpt") as file:
+            with replacing(path) as file:
                 torch.save(checkpoint, file)
                 seal(file, self.folder.info.get("id"), step)
             for old in sorted(folder.glob("step=*.ckpt"))[:-MAX_CHECKPOINTS]:
                 os.remove(old)
+            for parts in folder.glob("step=*.shards"):
+                if not parts.with_suffix(".ckpt").exists():
+                    shutil.rmtree(parts)
             self.folder.update(step=step, tokens_seen=step * self.tokens_per_step)
         self._saved = step
+
+
+class CheckpointReader(TorchCheckpointIO):
+    """Lets Lightning read checkpoints whose tensors are in parts, under any strategy."""
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        return read_file(Path(path))
 
 
 class MetricsLogger(AtStepEnds):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -10,8 +11,6 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from zoo.config.schema.train import TrainConfig
@@ -19,7 +18,7 @@ from zoo.console import say
 from zoo.data.corpora import Corpus
 from zoo.data.examples import SyntheticData
 from zoo.devices import cuda_line, prepare
-from zoo.errors import RunError, UserError, refuse, refuse_path
+from zoo.errors import RunError, refuse, refuse_path
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model, count_parameters
 from zoo.model.checkpoint import (
@@ -37,11 +36,19 @@ from zoo.model.pretrained import misfit
 from zoo.ops.runtime import dispatch
 from zoo.ops.runtime.allocator import tune_allocator
 from zoo.runs.folder import RunFolder
+from zoo.runs.provenance import digest, sources, versions
 from zoo.runs.stopping import current
 from zoo.training.callbacks import Checkpoints, MetricsLogger
 from zoo.training.distillation import Distillation, distillation
 from zoo.training.learner import Learner, NonFiniteError
-from zoo.training.partition import micro_batches, process_count, ranks_per_window, sharded
+from zoo.training.partition import (
+    is_first,
+    micro_batches,
+    process_count,
+    processes_here,
+    ranks_per_window,
+    sharded,
+)
 from zoo.training.pruning import KeepZeros
 from zoo.training.records import (
     audit_trained,
@@ -49,9 +56,8 @@ from zoo.training.records import (
     conclude,
     end_wandb,
     record_start,
-    wandb_logger,
 )
-from zoo.training.rehearse import check_devices
+from zoo.training.trainer import make_trainer
 from zoo.training.unused import every_weight_learns
 from zoo.training.windows import Windows, open_data, validation
 
@@ -68,7 +74,7 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
     Raises UserError for what the user can change, NonFiniteError where the loss is not finite,
     KeyboardInterrupt after a stop by signal.
     """
-    stop, first = current(), os.environ.get("LOCAL_RANK", "0") == "0"
+    stop, first = current(), is_first()
     stop.check()
     _prepare_process(config, first)
     data = open_data(config.data, config.seq_len)
@@ -88,7 +94,7 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
     metrics, checkpoints = _callbacks(config, folder, data)
     zeros = _keep_zeros(config, model)  # before a step is measured or saved
     alike = process_count(config) == 1 or every_weight_learns(model, config)
-    trainer = _trainer(config, folder, [*zeros, metrics, checkpoints], facts, until, alike)
+    trainer = make_trainer(config, folder, [*zeros, metrics, checkpoints], facts, until, alike)
     tf32 = prepare(trainer.strategy.root_device.type)
     if first:
         if tf32:
@@ -123,7 +129,7 @@ def _prepare_process(config: TrainConfig, first: bool) -> None:
         warnings.simplefilter("ignore")
     if config.threads:
         torch.set_num_threads(config.threads)
-    elif (processes := process_count(config)) > 1:
+    elif (processes := processes_here(config)) > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     dispatch.reset()
     if config.allocator == "tuned" and (line := tune_allocator()):
@@ -196,7 +202,8 @@ def _callbacks(
     }
     valid = validation(data, config)
     metrics = MetricsLogger(folder, valid=valid, valid_every=config.valid_every, **shared)
-    return metrics, Checkpoints(folder, every=config.save_every, **shared)
+    in_parts = config.trainer.checkpoint == "sharded"
+    return metrics, Checkpoints(folder, every=config.save_every, in_parts=in_parts, **shared)
 
 
 def _keep_zeros(config: TrainConfig, model: Backbone) -> list[Any]:
@@ -216,13 +223,19 @@ def _learner(config: TrainConfig, model: Backbone, taught: Distillation | None) 
         sequence_parallel=ranks_per_window(config),
         distillation=taught,
         sharded=sharded(config),
+        versions=_versions(config) if (config.trainer.num_nodes or 1) > 1 else None,
     )
+
+
+def _versions(config: TrainConfig) -> dict[str, str | None]:
+    return {**versions(), "sources of zoo": digest(sources(config))}
 
 
 def _fit(trainer: lightning.Trainer, learner: Learner, windows: Windows, last: Path | None) -> None:
     """Run Lightning's `fit` without its signal handlers; a stop raises KeyboardInterrupt.
 
-    RunError where another program has the port that the processes were to meet by.
+    RunError where another program has the port that the processes were to meet by, or one of them
+    is waited for too long.
     """
     # Lightning's handler of SIGTERM broadcasts while the other processes do something else.
     trainer._signal_connector.register_signal_handlers = lambda: None
@@ -236,75 +249,14 @@ def _fit(trainer: lightning.Trainer, learner: Learner, windows: Windows, last: P
         port = os.environ["MASTER_PORT"]
         rule = f"port {port}, by which its processes meet, was taken by another program meanwhile"
         raise RunError(f"{rule}; the same command tries another") from None
+    except RuntimeError as error:
+        waited = re.search(r"[Tt]imed out waiting (\d+)ms", str(error))
+        if waited is None:
+            raise
+        minutes = f"{int(waited[1]) / 60_000:.3g} minutes"
+        rule = f"a process waited {minutes} for another one, which hangs or is too slow"
+        raise RunError(f"{rule}; the same command goes on from the last checkpoint") from None
     except SystemExit as end:  # what it makes of a KeyboardInterrupt
         if isinstance(end.__context__, KeyboardInterrupt):
             raise end.__context__ from None
         raise
-
-
-def _trainer(
-    config: TrainConfig,
-    folder: RunFolder,
-    callbacks: list[Any],
-    facts: Mapping[str, Any],
-    until: int | None,
-    alike: bool,
-) -> lightning.Trainer:
-    """Lightning's Trainer under the run's options. UserError where this machine lacks a device.
-
-    `alike`: every weight has a gradient in every step of every process.
-    """
-    options = config.trainer.model_dump()
-    options["max_steps"] = until or options["max_steps"]
-    options.pop("sequence_parallel", None)  # the learner's
-    if options["devices"] == "auto":
-        options["devices"] = process_count(config)
-    if process_count(config) > 1:
-        options["strategy"] = "ddp" if alike else "ddp_find_unused_parameters_true"
-    defaults = {
-        "max_epochs": -1,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "log_every_n_steps": 10,
-    }
-
-    def make(**more: Any) -> lightning.Trainer:
-        own = _sharding(config) if sharded(config) else {}
-        always: dict[str, Any] = {"enable_checkpointing": False, "default_root_dir": folder.path}
-        return lightning.Trainer(**{**defaults, **options, **own, **always, **more})
-
-    try:
-        make(callbacks=[*callbacks], logger=False)  # before W&B begins a run that is not possible
-    except (MisconfigurationException, RuntimeError, ValueError) as error:
-        given = (f"trainer.{key}={options[key]}" for key in ("accelerator", "devices"))
-        reason = str(error).split(". ")[0].rstrip(".")
-        raise UserError(
-            f"{' '.join(given)}: not available on this machine ({reason}). Use "
-            "trainer.accelerator=auto or cpu, and trainer.devices=1."
-        ) from None
-    return make(callbacks=[*callbacks], logger=wandb_logger(config, folder, facts))
-
-
-def _sharding(config: TrainConfig) -> dict[str, Any]:
-    """The options of Lightning's Trainer for a model that is divided among processes."""
-    from zoo.training.sharding import FullySharded  # a second to import
-
-    found: dict[str, Any] = {"strategy": FullySharded(process_count(config))}
-    precision = config.trainer.precision
-    if precision == "bf16-mixed":  # which the strategy refuses by name: autocast is beside it
-        kind = check_devices(config.trainer)
-        found |= {"precision": None, "plugins": [MixedPrecision(precision, kind)]}
-    return found
-
-
-# Lightning's notes to itself; what matters here is printed by the callbacks.
-for library in ("lightning.pytorch", "lightning.fabric"):
-    logging.getLogger(library).setLevel(logging.WARNING)
-for noise in (
-    ".*does not have many workers.*",
-    ".*LeafSpec.*",
-    ".*weights_only.*",
-    ".*find_unused.*",
-):
-    warnings.filterwarnings("ignore", message=noise)

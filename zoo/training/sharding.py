@@ -11,9 +11,9 @@ checkpoints: memory of its host must hold it once per process.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from zoo.errors import refuse
+from zoo.model.checkpoint import read_file
 from zoo.training.distributed import rank, whole
 
 
@@ -30,10 +31,12 @@ class FullySharded(ModelParallelStrategy):
 
     Args:
         processes: among which the weights are divided, all of the run's.
+        in_parts: hand on each process's parts instead, for `zoo.model.shards` to write.
     """
 
-    def __init__(self, processes: int) -> None:
+    def __init__(self, processes: int, in_parts: bool = False) -> None:
         super().__init__(data_parallel_size=processes, tensor_parallel_size=1)
+        self.in_parts = in_parts
 
     def model_to_device(self) -> None:
         """Nothing: `fully_shard` has moved it, and moving makes new weights without their marks."""
@@ -45,15 +48,18 @@ class FullySharded(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole weights in the first process, None for each in the others; all must call it."""
         assert self.model is not None
-        return gathered(self.model.state_dict(keep_vars=True))
+        weights = self.model.state_dict(keep_vars=True)
+        return weights if self.in_parts else gathered(weights)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """As `lightning_module_state_dict`, of an optimiser."""
-        return gathered(getattr(optimizer, "_optimizer", optimizer).state_dict())
+        state = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        return state if self.in_parts else gathered(state)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: Any = None) -> dict[str, Any]:
         """What a checkpoint holds. Its weights are in the model already, before it was sharded."""
-        return torch.load(checkpoint_path, map_location="cpu", weights_only=weights_only, mmap=True)
+        del weights_only
+        return read_file(Path(checkpoint_path))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):

@@ -16,20 +16,16 @@ def every_weight_learns(model: Backbone, config: TrainConfig) -> bool:
     """Whether each trained weight has a gradient in every step of every process.
 
     Read off the graphs of losses over the fewest tokens that all weights of the model can learn
-    from: at the start of a text and, where windows are read on from a state, after it. Where
-    positions are drawn for windows that are read on, the answer is False.
+    from: at the start of a text and, where windows are read on from a state, after it.
     """
-    ranks = ranks_per_window(config)
-    reads_on, places = ranks > 1 or config.state_passing == "carry", config.extension.positions
-    if reads_on and places is not None:
-        return False
     trained = {id(weight) for weight in model.parameters() if weight.requires_grad}
     log = logging.getLogger("zoo")
     level = log.level
     log.setLevel(logging.ERROR)  # which kernels run is the run's to say
     try:
         with torch.random.fork_rng(devices=[]):
-            losses = _losses(model, config, min(config.seq_len // ranks, model.min_window))
+            chunk = config.seq_len // ranks_per_window(config)
+            losses = _losses(model, config, min(chunk, model.min_window))
             return all(trained <= _leaves(loss) for loss in losses)
     finally:
         log.setLevel(level)
@@ -39,16 +35,19 @@ def every_weight_learns(model: Backbone, config: TrainConfig) -> bool:
 def _losses(model: Backbone, config: TrainConfig, length: int) -> Iterator[Tensor]:
     """The losses of every kind of step over a text of so many tokens."""
     tokens = torch.zeros((1, length + 1), dtype=torch.long)
+    first = whole = None
+    if config.extension.positions is not None:
+        whole = torch.arange(2 * length)[None]
+        first = whole[:, :length]
     if config.objective == "masked":
         shown = tokens[:, 1:]
         yield model.masked_loss(shown, shown, torch.ones_like(shown, dtype=torch.bool))
     elif ranks_per_window(config) > 1 or config.state_passing == "carry":
-        loss, state = model.loss(tokens, model.empty_state(1))
+        loss, state = model.loss(tokens, model.empty_state(1), first)
         yield loss
-        yield model.loss(tokens, model.truncate_state(state, length))[0]
+        yield model.loss(tokens, model.truncate_state(state, length), whole)[0]
     else:
-        placed = torch.arange(length)[None] if config.extension.positions is not None else None
-        yield model.loss(tokens, positions=placed)
+        yield model.loss(tokens, positions=first)
 
 
 def _leaves(loss: Tensor) -> set[int]:

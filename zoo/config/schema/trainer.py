@@ -65,12 +65,19 @@ class Trainer(OpenSection):
         description="auto (one; with ddp and fsdp every GPU, or 2 on the CPU), a number, or a list "
         "such as [0,1]"
     )
+    num_nodes: Positive | None = Field(
+        default=None, description="machines, each with so many devices; see trainer=multi_node"
+    )
     strategy: Literal["auto", "ddp", "fsdp"] | None = Field(
         default=None,
         description="ddp: each device has the whole model; fsdp: a part of every weight; auto: ddp",
     )
     sequence_parallel: Positive | None = Field(
         default=None, description="processes that read one window together, a chunk of it each"
+    )
+    checkpoint: Literal["whole", "sharded"] | None = Field(
+        default=None,
+        description="whole: tensors put together; sharded: with fsdp, each process writes its part",
     )
     accumulate_grad_batches: Positive | None = Field(
         default=None, description="micro-batches that a step is read in, to save memory"
@@ -109,6 +116,9 @@ class Trainer(OpenSection):
                 refuse(name, value, f"is set by {TRAINER_OWNED[name]}", "Leave it out")
             why = TRAINER_REFUSED.get(name, "a run does not carry it through")
             refuse(name, value, f"not accepted, {why}", "Leave it out")
+        if self.checkpoint == "sharded" and self.strategy != "fsdp":
+            rule, advice = "weights are divided by trainer=fsdp alone", "Add it, or use whole"
+            refuse("checkpoint", "sharded", rule, advice)
         return self
 
     @model_serializer(mode="wrap")
