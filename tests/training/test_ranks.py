@@ -26,7 +26,7 @@ Layouts = list[
 ALONE: Layout = (1, 1, 1, "auto")
 KINDS = {
     "carry": ["model=hybrid", "model.pattern=[mamba,transformer]", "state_passing=carry"],
-    "masked": ["objective=masked"],
+    "masked": ["objective=masked", "checkpoint_activations=true"],
     # by how far each row reaches:
     "late": ["model=star", "state_passing=carry", "seq_len=128"],  # parameters unused at first
     "placed": ["finetune=runs/base", "extension=pose", "extension.scaling=dynamic_ntk"],

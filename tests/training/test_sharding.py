@@ -36,6 +36,7 @@ def test_one_word_takes_every_gpu_or_two_processes_on_the_cpu(strategy, monkeypa
         (["optim=muon"], "optim=muon"),
         (["state_passing=carry"], "state_passing=carry"),
         (["finetune=runs/a", "lora.rank=2"], "lora.rank"),
+        (["checkpoint_activations=16"], "checkpoint_activations=<tokens>"),
     ],
 )
 def test_fsdp_is_refused_by_name_with_what_acts_on_whole_weights(words, named):

@@ -83,7 +83,7 @@ def explain(config: TrainConfig) -> str:
         lines["sent"] = f"{size(sent)} a step by each process, its share of {what}"
     if ranks > 1:
         places = [Ranks(ranks, index) for index in range(ranks)]
-        most = micro * max(bytes_sent(model, place, length, rows) for place in places)
+        most = micro * max(bytes_sent(model, one, length, rows, sharded(config)) for one in places)
         lines["sent"] += f"; up to {size(most)} for states of split windows and their gradients"
     width = max(map(len, lines)) + 2
     return "".join(f"{name:<{width}}{text}\n" for name, text in lines.items())

@@ -24,8 +24,9 @@ def every_weight_learns(model: Backbone, config: TrainConfig) -> bool:
     log.setLevel(logging.ERROR)  # which kernels run is the run's to say
     try:
         with torch.random.fork_rng(devices=[]):
-            chunk = config.seq_len // ranks_per_window(config)
-            losses = _losses(model, config, min(chunk, model.min_window))
+            ranks = ranks_per_window(config)  # which may read two chunks each
+            chunk = config.seq_len // (2 * ranks if ranks > 1 else 1)
+            losses = _losses(model, config, max(1, min(chunk, model.min_window)))
             return all(trained <= _leaves(loss) for loss in losses)
     finally:
         log.setLevel(level)

@@ -186,6 +186,7 @@ class TrainConfig(Section):
             "state_passing=carry": self.state_passing == "carry",
             "lora.rank": self.lora.rank is not None,
             "a pruned model": pruned,
+            "checkpoint_activations=<tokens>": type(self.checkpoint_activations) is int,
         }
         for name in (name for name, given in others.items() if given):
             rule = f"cannot be combined with {name}"
