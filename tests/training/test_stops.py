@@ -92,7 +92,8 @@ def test_what_one_rank_says_comes_before_what_others_lose_by_it(tmp_path):
 def test_seven_ranks_have_one_record_and_one_voice(tmp_path):
     code, output = run("done", "trainer.devices=7", "batch_size=14", cwd=tmp_path)
     assert code == 0, output
-    assert len(output.splitlines()) == 2, output  # what a step reads, and where it trains
+    crowded = (os.cpu_count() or 1) < 7  # which is said in a line of its own
+    assert len(output.splitlines()) == 2 + crowded, output  # what a step reads, where it trains
     assert the_run(tmp_path).info["status"] == "done"
 
 

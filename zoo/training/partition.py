@@ -82,7 +82,7 @@ def crowding(config: TrainConfig) -> list[str]:
     given = f"trainer.devices={config.trainer.devices}"
     if config.trainer.devices == "auto":
         given = f"trainer.sequence_parallel={ranks_per_window(config)}"
-    return [f"{given}: {count} processes share {cores} cores, which takes longer than {cores} do"]
+    return [f"{given}: {count} processes share {cores} cores, and take longer than {cores} would"]
 
 
 def check_partition(config: TrainConfig) -> None:
@@ -101,6 +101,8 @@ def check_partition(config: TrainConfig) -> None:
     options = []
     if processes > 1:
         options.append(f"trainer.devices={config.trainer.devices}")
+    if (nodes := config.trainer.num_nodes or 1) > 1:
+        options.append(f"trainer.num_nodes={nodes}")
     if processes > 1 and ranks > 1:
         options.append(f"trainer.sequence_parallel={ranks}")
     if micro > 1:
