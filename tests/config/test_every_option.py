@@ -22,8 +22,10 @@ from zoo.config.effects import check_effects
 from zoo.config.groups import choices
 from zoo.config.introspect import constructor_parameters, target_parameters
 from zoo.config.resolve import reads_both_ways
+from zoo.config.schema.eval import EvalConfig
 from zoo.config.schema.model import Extension
 from zoo.config.schema.sections import MixerPart
+from zoo.config.schema.train import TrainConfig
 from zoo.config.schema.trainer import Trainer
 from zoo.config.tree import leaves
 from zoo.config.validate import plain, validate
@@ -122,6 +124,31 @@ def test_every_option_of_measuring_is_refused_or_what_it_says(monkeypatch, tmp_p
         common = [] if task != "speed" else [path for path in paths if "." not in path]
         paths = [path for path in paths if path.startswith("task.")] + common
         assert walk(evaluate.check, tree, paths) == []
+
+
+NO_VALUE = {"of": "no", "option": 1}
+CONFIGS = {
+    "train": (TrainConfig, lambda: plain(train_config("size=tiny"))),
+    "eval": (EvalConfig, lambda: composed("eval", "run=x", "task=perplexity")),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_option_that_may_be_null_says_so_where_it_refuses_a_value(name):
+    """For which it may be is found by giving it."""
+    schema, tree = CONFIGS[name][0], CONFIGS[name][1]()
+    refused = {}
+    for path in sorted({path for path, _ in leaves(tree)} - {"model.blocks"}):
+        try:
+            validate(schema, changed(tree, path, None))
+        except UserError:
+            continue  # null is no value of it
+        with pytest.raises(UserError) as error:
+            validate(schema, changed(tree, path, NO_VALUE))
+        if str(error.value).startswith(f"{path}="):  # and not an option of what it would hold
+            refused[path] = str(error.value)
+    assert len(refused) > 5
+    assert [line for line in refused.values() if "null" not in line] == []
 
 
 def parts() -> list[tuple[str, str, dict[str, Any]]]:

@@ -15,7 +15,7 @@ from zoo.cli.train import main as train
 from zoo.config.compose import compose
 from zoo.config.groups import extensions
 from zoo.config.schema.train import TrainConfig
-from zoo.config.stages import stages_of
+from zoo.config.stages import stages_of, trained_length
 from zoo.config.validate import plain, validate
 from zoo.errors import UserError
 from zoo.model import export as export_module
@@ -165,6 +165,26 @@ def tuned(base: TrainConfig, *stages: tuple[str, str, int]) -> TrainConfig:
     *before, last = trees
     last.pop("run")
     return validate(TrainConfig, {**plain(base), **last, "stages": before, "finetune": "a/before"})
+
+
+@pytest.mark.parametrize("name", ["pose", "randomised"])
+@pytest.mark.parametrize("scaling", ["null", "pi", "yarn"])
+def test_the_trained_length_of_positions_of_a_longer_text_is_exported(name, scaling, tmp_path):
+    words = [
+        "finetune=x",
+        f"extension={name}",
+        "extension.factor=4",
+        f"extension.scaling={scaling}",
+    ]
+    tree = plain(compose("train", words).extension)
+    base = plain(made(tmp_path).config)
+    config = validate(TrainConfig, {**base, "extension": tree, "finetune": "x"})
+    assert trained_length(config.extension, config.seq_len) == 4 * 48
+    model, _ = build_model(config, 256)
+    export(stored(tmp_path / "tuned", config, model), tmp_path / "out")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["max_position_embeddings"] == 4 * 48
+    assert opened(tmp_path / "out").seq_len == 4 * 48
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from building import train_config, train_on_text
 from torch import nn
 
 import zoo
+import zoo.runs.folder
 from zoo.cli.eval import main as eval_main
 from zoo.cli.export import main as export_main
 from zoo.cli.shrink import main
@@ -177,6 +178,29 @@ def test_what_cannot_be_is_refused_in_one_line_and_leaves_nothing(runs, words, l
     assert line in said
     assert len(said.splitlines()) == 1
     assert sorted(runs.rglob("*")) == there
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "said"),
+    [
+        (0.5, "sparsity=0.5: acts on linear layers, and the model has none. Choose another run."),
+        ("2:4", "whose inputs cut into fours, and the model has none. Use a share"),
+    ],
+)
+def test_a_model_without_a_matrix_is_refused_in_the_words_of_what_was_given(sparsity, said):
+    model = model_of("mamba")
+    model.blocks = torch.nn.ModuleList()
+    with pytest.raises(UserError, match=said):
+        shrink(model, Shrunk(run="x", sparsity=sparsity))
+
+
+def test_a_smaller_run_that_cannot_be_written_leaves_no_folder(runs, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zoo.runs.folder, "write_info", full)
+    assert main([f"run={runs / 'x'}", "rank=4", f"to={tmp_path / 'new/deep/out'}"]) == 2
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_model_of_such_units_is_refused():

@@ -17,6 +17,7 @@ from zoo.errors import FORM, UserError
 from zoo.measurement import question
 from zoo.model.audit import Audit
 from zoo.report import published
+from zoo.report.published import unpack
 from zoo.report.rows import gather
 from zoo.runs.folder import RunFolder
 from zoo.tasks.context import Outcome
@@ -110,6 +111,22 @@ def test_what_is_known_is_reused_and_reported(model, tmp_path):
     assert second == first
     run_eval([folder], fresh=True)
     assert model.read == 2 * read
+
+
+def test_what_is_published_has_every_length_measured_so_far(model, tmp_path):
+    folder, table = run_folder(tmp_path / "a"), tmp_path / "t.json"
+
+    def lengths() -> set[int]:
+        return {row["length"] for row in unpack(json.loads(table.read_text()))[0]}
+
+    run_eval([folder], "task.perplexity.units=3", "task.perplexity.lengths=[128]")
+    run_eval([folder])
+    _, said, _ = run_eval([folder], "task.perplexity.lengths=[256]", f"publish={table}")
+    assert lengths() == {32, 64, 256}  # not that of other settings
+    run_eval([folder], "task.perplexity.lengths=[32]", f"publish={table}")
+    assert lengths() == {32, 64, 256}
+    _, said, _ = run_eval([folder], "task.perplexity.lengths=[32]")
+    assert "256" not in said
 
 
 def test_other_settings_or_another_checkpoint_are_measured_anew(model, tmp_path):

@@ -30,7 +30,9 @@ def test_a_model_that_kills_itself_costs_its_own_rows_alone(report, tmp_path):
     for name in "az":
         assert {row["length"] for row in kept[name]} == {32, 128}
         assert {row["status"] for row in kept[name]} == {"ok"}
-    assert not kept["broken"]  # which could not even be opened
+    (row,) = kept["broken"]  # which could not even be opened
+    assert (row["run"], row["task"], row["status"]) == ("broken", "perplexity", "failed")
+    assert row["reason"] == "AssertionError: this cannot be"
     (row,) = kept["killed"]  # the latest of two
     assert (row["run"], row["task"], row["status"]) == ("killed", "perplexity", "failed")
     assert row["reason"].startswith("the process was ended by SIGKILL")

@@ -20,7 +20,7 @@ make a run with a smaller model of a trained one
   rank=16        the nearest product of that rank in place of each matrix that has more numbers
   sparsity=0.5   zeros in place of that share of each matrix, its smallest numbers
   sparsity=2:4   zeros in place of the two smallest of every four inputs
-  to=            the new run's folder; without it, beside the run
+  to=            the new run's folder, made with those above it; without it, beside the run
 """
 OPTIONS = ("run", "rank", "sparsity", "to")
 MAX_RANK = 2**17

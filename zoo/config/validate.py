@@ -1,7 +1,9 @@
 """From a composed tree to the typed configuration, or one line on what is wrong with it."""
 
 import re
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from types import NoneType
+from typing import Any, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -53,7 +55,24 @@ def _explain(errors: list[ErrorDetails], schema: type[BaseModel]) -> str:
             if cause
             else re.sub("^(Input|String|List|Tuple) should", "must", error["msg"])
         )
+    rule = rule.removesuffix(".")
+    if may_be_null(schema, error["loc"]) and "null" not in rule:
+        rule += ", or null"
     return sentence(f"{path}={shown(given)}", rule)
+
+
+def may_be_null(schema: type[BaseModel], place: Sequence[int | str]) -> bool:
+    """Whether the option at a place, as errors name it, may be null."""
+    kind, described = schema, ""
+    for key in place:
+        field = getattr(kind, "model_fields", {}).get(key)
+        if field is None:  # an element of a list, or the branch of a union
+            break
+        kind, described = field.annotation, field.description or ""
+        inner = [one for one in get_args(kind) if one is not NoneType]
+        if len(inner) == 1 and hasattr(inner[0], "model_fields") and key != place[-1]:
+            kind = inner[0]
+    return NoneType in get_args(kind) or "null: " in described
 
 
 def plain(config: BaseModel) -> dict[str, Any]:

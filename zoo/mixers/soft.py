@@ -9,9 +9,10 @@
 
 Bidirectional (`causal=False`), as published: S = P^T A^+ P (eq. 8), read as P^T (A^+ (P v)), with
 (A + epsilon I)^-1 for A^+ by Newton's iteration (algorithm 1). `residual` then says how far the
-last inverse was from one. The paper keeps 49 landmarks by choosing the stride for the image; here
-there is one per `block` tokens. With `value_conv` taps per head, a convolution of v over tokens is
-added to S v before W_o (the published code's, of 3 x 3 pixels), over the last tokens where causal.
+last inverse was from one, and rows have the largest as `newton_residual`. The paper keeps 49
+landmarks by choosing the stride for the image; here there is one per `block` tokens. With
+`value_conv` taps per head, a convolution of v over tokens is added to S v before W_o (the published
+code's, of 3 x 3 pixels), over the last tokens where causal.
 
 Causal `form`:
 
@@ -35,8 +36,8 @@ Under positions=rope queries are rotated, which leaves S_ii = 1 and makes S_ij d
 landmark, made of queries before rotation, is in the middle of its block.
 """
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,8 +101,9 @@ class Soft(Mixer):
         layer, layers: this layer's index and the number of layers.
     """
 
-    # The largest ||I - (A + epsilon I) X|| of the last bidirectional call.
+    # The largest ||I - (A + epsilon I) X|| of the last bidirectional call, which rows report.
     residual: Tensor | None = None
+    diagnostics: ClassVar[Mapping[str, str]] = {"newton_residual": "residual"}
 
     def __init__(
         self,

@@ -8,9 +8,7 @@ checkpoint=<folder> and zoo.load open. Weights are the same numbers in both form
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +27,7 @@ from zoo.model.lora import in_peft_format
 from zoo.model.shrink import multiplied_out
 from zoo.model.transformers_config import Foreign, foreign
 from zoo.pretrained.families import OWN_SECTIONS, STAGES, TRAINED
-from zoo.runs.files import cannot_write
+from zoo.runs.files import cannot_write, drafted
 from zoo.runs.folder import RunFolder
 
 FORMATS = ("auto", "transformers", "zoo", "adapter")
@@ -87,26 +85,19 @@ def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
     how_trained = {"seq_len": config.seq_len, "precision": config.trainer.precision}
     file = "adapter_model.safetensors" if form == "adapter" else "model.safetensors"
     draft = to.with_name(f".{to.name}.{os.getpid()}.tmp")
-    new = [parent for parent in draft.parents if not parent.exists()]
     try:
-        draft.mkdir(parents=True)
-        if form == "adapter":
-            about = "adapter_config.json"
-            _write_json(draft / about, written)
-        else:
-            end, about = _write_tokenizer(draft, config, model.vocab_size)
-            written |= {"eos_token_id": end, TRAINED: how_trained}
-            _write_json(draft / "config.json", written)
-        _write_weights(draft / file, weights)
-        os.rename(draft, to)
-    except BaseException as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        with suppress(OSError):
-            for parent in new:
-                parent.rmdir()
-        if isinstance(error, OSError):
-            raise cannot_write(to, error) or error from error
-        raise
+        with drafted(draft):
+            if form == "adapter":
+                about = "adapter_config.json"
+                _write_json(draft / about, written)
+            else:
+                end, about = _write_tokenizer(draft, config, model.vocab_size)
+                written |= {"eos_token_id": end, TRAINED: how_trained}
+                _write_json(draft / "config.json", written)
+            _write_weights(draft / file, weights)
+            os.rename(draft, to)
+    except OSError as error:
+        raise cannot_write(to, error) or error from error
     return Exported(architecture, file, about)
 
 

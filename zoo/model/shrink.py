@@ -84,9 +84,12 @@ def prune_matrices(model: Backbone, sparsity: float | str) -> None:
     layers = _matrices(model)
     if sparsity == PAIRS:
         layers = [layer for layer in layers if layer.in_features % 4 == 0]
-    if not layers:
-        rule = "acts on linear layers, whose inputs cut into fours, and the model has none"
+    if not layers and sparsity == PAIRS:
+        rule = "acts on linear layers whose inputs cut into fours, and the model has none"
         refuse("sparsity", sparsity, rule, "Use a share, such as sparsity=0.5")
+    if not layers:
+        rule = "acts on linear layers, and the model has none"
+        refuse("sparsity", sparsity, rule, "Choose another run")
     if sparsity != PAIRS:
         sizes = [layer.weight.numel() for layer in layers]
         zeros = [round(float(sparsity) * size) for size in sizes]  # as torch.nn.utils.prune counts

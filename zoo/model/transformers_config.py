@@ -12,7 +12,7 @@ from torch import nn
 from zoo.config.schema.model import Extension
 from zoo.config.schema.train import TrainConfig
 from zoo.config.schemes import short_name
-from zoo.config.stages import scalings
+from zoo.config.stages import scalings, trained_length
 from zoo.mixers.feed_forward import MLP, SwiGLU
 from zoo.mixers.mamba import Mamba
 from zoo.mixers.mamba2 import Mamba2
@@ -121,7 +121,7 @@ def _attention(
     sizes = {
         **common,
         "num_attention_heads": mixer.heads,
-        "max_position_embeddings": config.seq_len,
+        "max_position_embeddings": trained_length(config.extension, config.seq_len),
         "rope_parameters": scaling,
     }
     if options.norm == "layer_norm":
@@ -218,7 +218,8 @@ def _scaling(mixer: SoftmaxAttention, config: TrainConfig) -> dict[str, Any]:
     if kind == "linear":
         return found | {"rope_type": "linear"}
     if kind == "dynamic_ntk":
-        _require(length == config.seq_len, "dynamic_ntk of another length than seq_len")
+        trained = trained_length(config.extension, config.seq_len)
+        _require(length == trained, "dynamic_ntk of another length than the trained one")
         return found | {"rope_type": "dynamic"}
     if kind == "llama3":
         names = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}

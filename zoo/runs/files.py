@@ -6,6 +6,7 @@ Every failure is a UserError of one line.
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -64,6 +65,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, UserError) or not (refusal := cannot_write(path, error)):
             raise
         raise refusal from error
+
+
+@contextmanager
+def drafted(draft: Path) -> Iterator[None]:
+    """Make a folder and those above it that are missing; where what follows fails, none is left."""
+    missing = [folder for folder in draft.parents if not folder.exists()]
+    try:
+        draft.mkdir(parents=True)
+        yield
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+        raise
 
 
 def check_path(option: str, path: str) -> None:

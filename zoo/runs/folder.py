@@ -27,7 +27,7 @@ from zoo.errors import UserError, refuse_path
 from zoo.locks import lock_file
 from zoo.runs import checkpoints, rows
 from zoo.runs.checkpoints import Checkpoint
-from zoo.runs.files import altered, cannot_write, one_line
+from zoo.runs.files import altered, cannot_write, drafted, one_line
 from zoo.runs.metrics import MetricsFile, last_metric
 from zoo.runs.record import read_config, read_info, write_config, write_info
 
@@ -53,13 +53,13 @@ class RunFolder:
         draft = cls(path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp"))
         try:
             _remove_drafts(path.parent)
-            (draft.path / "checkpoints").mkdir(parents=True)
-            start = {"status": "running", "reason": None, "step": 0, "tokens_seen": 0}
-            write_info(draft.path / "run.json", {**start, **info})
-            draft.save_config(config)
-            os.rename(draft.path, path)
+            with drafted(draft.path):
+                (draft.path / "checkpoints").mkdir()
+                start = {"status": "running", "reason": None, "step": 0, "tokens_seen": 0}
+                write_info(draft.path / "run.json", {**start, **info})
+                draft.save_config(config)
+                os.rename(draft.path, path)
         except (OSError, UserError) as error:
-            shutil.rmtree(draft.path, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 return cls.open(path)
             raise cannot_write(path, error) or error from error

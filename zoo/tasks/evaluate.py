@@ -27,7 +27,7 @@ from zoo.tasks.context import (
 )
 from zoo.tasks.extensions import check_extension
 from zoo.tasks.isolation import Apart, Begun, Measure, Measured, Steps, here, measure_each
-from zoo.tasks.known import known_besides
+from zoo.tasks.known import known_besides, other_lengths
 from zoo.tasks.measured_run import MeasuredRun
 from zoo.tasks.progress import Progress
 from zoo.tasks.task import Task
@@ -113,6 +113,7 @@ def _measure(
 
     def measure(folder: RunFolder) -> Steps:
         progress.run = folder.name
+        yield Begun({"run": folder.name, "arm": folder.name}, [*tasks])
         try:
             run = MeasuredRun.open(config, folder, device, progress, session)
         except UserError as error:
@@ -126,9 +127,11 @@ def _measure(
                 rows.append(step)
             yield step
         leaks = any(row["status"] == "leaks" for row in rows)
-        besides = () if leaks else known_besides(run.folder, run.about, run.requested)
+        besides = [] if leaks else [*known_besides(run.folder, run.about, run.requested)]
+        if config.publish and not leaks:  # one table holds all lengths of a run
+            besides += other_lengths(run.folder, run.about, run.requested)
         progress.clear()
-        yield Measured(record, rows, [*besides], run.refused)
+        yield Measured(record, rows, besides, run.refused)
 
     return measure
 

@@ -120,8 +120,7 @@ def _read(file: IO[bytes]) -> tuple[list[Measured], list[Row | Begun]]:
 def _ended(folder: RunFolder, steps: Sequence[Row | Begun], reason: str) -> Measured:
     """What was found of a run, its record first, before its measurements ended.
 
-    The rows that say so, one for each task without an answer, are appended to the run's results
-    where the run could be opened.
+    The rows that say so, one for each task without an answer, are appended to the run's results.
     """
     why = {"status": "failed", "reason": reason}
     begun = [step for step in steps if isinstance(step, Begun)][-1:]

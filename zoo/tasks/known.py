@@ -32,6 +32,29 @@ def all_known(folders: Sequence[RunFolder]) -> tuple[list[Row], list[Row]]:
     return rows, runs
 
 
+def every_current(folders: Sequence[RunFolder]) -> tuple[list[Row], list[Row]]:
+    """All answers that run folders hold of the weights and code of now, whatever their settings,
+    and the folders' records; none of a run that leaks."""
+    rows, runs = [], []
+    none = Extension.model_validate(extensions()["none"])
+    for folder in (RunFolder.open(folder.path) for folder in folders):
+        about = row_identity(none, folder, torch.device("cpu"))
+        runs.append(run_record(about, folder))
+        apart = (*EXTENDED, "compression", "device", "dtype", "threads")
+        alike = {name: value for name, value in about.items() if name not in apart}
+        every = [row for row in folder.rows() if row.keys() >= {"task", *EXTENDED}]
+        if not _standing_leaks(every, alike):
+            rows += _of_now(folder, every, alike)
+    return rows, runs
+
+
+def _of_now(folder: RunFolder, rows: Sequence[Row], weights: Row) -> list[Row]:
+    """The successful rows of these weights that the code of now measured."""
+    rows = [row for row in rows if agrees(row, weights | {"status": "ok"})]
+    now = {kind: measured_by(folder.config, *kind) for kind in set(map(_kind, rows))}
+    return [row for row in rows if row.get("measured_by") == now[_kind(row)]]
+
+
 def require_known(
     pattern: str | Sequence[str], folders: Sequence[RunFolder], option: str = "run"
 ) -> tuple[list[Row], list[Row]]:
@@ -65,12 +88,9 @@ def known_besides(folder: RunFolder, about: Row, requested: Sequence[Row]) -> It
     now_known = {about["extension_settings"]} if requested else set()  # audited again
     yield from (leaks[name] | {"requested": False} for name in leaks.keys() - now_known)
     numbers = {dtype, plain_numbers(dtype)} if dtype else None  # None: any
-    others_too = {k: v for k, v in alike.items() if k != "dtype"} | {"status": "ok"}
-    rows = [row for row in every if agrees(row, others_too)]
-    rows = [row for row in rows if numbers is None or row.get("dtype") in numbers]
+    rows = [row for row in every if numbers is None or row.get("dtype") in numbers]
     rows = [row for row in rows if row["extension_settings"] not in leaks.keys() - now_known]
-    now = {kind: measured_by(folder.config, *kind) for kind in set(map(_kind, rows))}
-    rows = [row for row in rows if row.get("measured_by") == now[_kind(row)]]
+    rows = _of_now(folder, rows, {k: v for k, v in alike.items() if k != "dtype"})
     others: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: str(row.get("time"))):
         requested_now = row["task"] in {one["task"] for one in requested}
@@ -83,6 +103,18 @@ def known_besides(folder: RunFolder, about: Row, requested: Sequence[Row]) -> It
                 yield row | {"requested": False}
     for answers in others.values():
         yield from (row | {"requested": False} for row in _latest(answers))
+
+
+def other_lengths(folder: RunFolder, about: Row, requested: Sequence[Row]) -> Iterator[Row]:
+    """Yield the latest answers of the same weights, read in the same way, at lengths that were not
+    requested now, under the task's settings and on the part of the corpus that were."""
+    alike = {name: about[name] for name in ("extension_settings", "dtype")}
+    for row in known_besides(folder, about, []):
+        if agrees(row, alike) and not any(agrees(row, one) for one in requested):
+            places = {"length", "unit", "stride", *panel(row)}  # these follow from the lengths
+            settings = ({k: v for k, v in one.items() if k not in places} for one in requested)
+            if any(agrees(row, own) for own in settings):
+                yield row
 
 
 def _reading(row: Row) -> tuple[str, str | None]:

@@ -1,7 +1,7 @@
 """One run under an extension while it is measured: its questions, its model, its rows."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,10 +28,12 @@ from zoo.tasks.context import (
     EvalContext,
     LeakError,
     NotApplicableError,
+    Outcome,
     Row,
     failure_row,
     run_guarded,
 )
+from zoo.tasks.diagnostics import diagnosed
 from zoo.tasks.identity import (
     LABELS,
     compressed_identity,
@@ -153,8 +155,8 @@ class MeasuredRun:
         seen = lengths_read(row for row in rows if is_leak(row, weights))
         if needed := [*wanted, *unaudited, *seen]:
             leaks.check(needed)
-        for question, outcome in task.answers(context, wanted):
-            row = leaks.judge(named | question | outcome.row | (outcome.value or {}))
+        for question, outcome, found in _answers(task, context, wanted):
+            row = leaks.judge(named | question | outcome.row | (outcome.value or {}) | found)
             if row["status"] == "ok" and (names := lacking(task.declares, row)):
                 row |= {"status": "failed", "reason": f"the task left out {', '.join(names)}"}
             if row["status"] == "ok" and (names := not_finite(task.declares, row)):
@@ -214,6 +216,15 @@ class MeasuredRun:
             precision=trained.trainer.precision,
             progress=self.progress,
         )
+
+
+def _answers(
+    task: Task, context: EvalContext, wanted: Sequence[Row]
+) -> Iterator[tuple[Row, Outcome, Row]]:
+    """The answers, each with what the model's layers found of their own accuracy."""
+    with diagnosed(context.model) as found:
+        for question, outcome in task.answers(context, wanted):
+            yield question, outcome, found.fields() if outcome.ok else {}
 
 
 def _not_done(info: Row) -> Row:
