@@ -25,6 +25,7 @@ PROGRAMS = {  # the module and what it does
     "training-free": ("zoo.cli.training_free", "list the extensions that need no training"),
     "patterns": ("zoo.cli.patterns", "draw which tokens each query attends to"),
     "report": ("zoo.cli.report", "draw a report again from rows that are there"),
+    "rankings": ("zoo.cli.rankings", "say whether other held-out questions rank the arms alike"),
     "doctor": ("zoo.cli.doctor", "show which kernels and libraries this machine uses"),
 }
 LINES = {  # the usage of those that print lines

@@ -116,7 +116,7 @@ def _scores_as_text(results: Results, reasons: list[str]) -> list[str]:
     notes = [f"({i}) {why}" for i, why in enumerate(reasons, 1)]
     if widest := max(cell.half for cell in every):
         notes.append(f"95% intervals of these levels: up to {PLUS_MINUS}{score(widest)}")
-    said = "\n".join([title, *_aligned(lines), *notes])
+    said = "\n".join([title, *aligned(lines), *notes])
     return [said, *_compared_as_text(results, protocol, heads)]
 
 
@@ -138,7 +138,7 @@ def _compared_as_text(results: Results, protocol: str, heads: list[list[str]]) -
         marked = any(text.endswith(IS_NOISE) for line in lines for text in line)
         notes = [IS_NOISE_EXPLAINED] if marked else []
         if lines:
-            table = _aligned([*heads, *lines])
+            table = aligned([*heads, *lines])
             said.append("\n".join([f"{title} (with 95% interval)", *table, *notes]))
     return said
 
@@ -160,7 +160,7 @@ def _table_as_text(results: Results, table: Table, reasons: list[str]) -> str:
     known = len(reasons)
     reasons += [why for why in dict.fromkeys(whys) if why not in reasons]
 
-    def aligned(noted: bool) -> list[str]:
+    def lines_of(noted: bool) -> list[str]:
         lines = [[head for head, _ in table.head]]
         for arm, *cells in table.rows:
             texts = []
@@ -169,16 +169,16 @@ def _table_as_text(results: Results, table: Table, reasons: list[str]) -> str:
                 texts += [f"{why} {cell.note}" if noted and cell.note else why] * cell.span
             why = f" ({arm.note})" if arm.kind == APART else ""
             lines.append([_marked(results, arm.text) + why, *texts])
-        return _aligned(lines)
+        return aligned(lines)
 
-    lines = aligned(noted=True)
+    lines = lines_of(noted=True)
     if max(map(len, lines)) > MAX_WIDTH:
-        lines = aligned(noted=False)
+        lines = lines_of(noted=False)
     notes = [f"({i}) {why}" for i, why in enumerate(reasons[known:], known + 1)]
     return "\n".join([table.caption, *lines, *notes])
 
 
-def _aligned(lines: list[list[str]]) -> list[str]:
+def aligned(lines: list[list[str]]) -> list[str]:
     """Columns of equal width, the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
