@@ -1,13 +1,23 @@
 """Whether every weight has a gradient in every step is known before the first one."""
 
+import functools
+
 import pytest
 import torch
-from building import ENCODERS, train_config
+from building import ARCHITECTURES, ENCODERS, train_config
 
 from zoo.model.build import build_model
 from zoo.training.unused import every_weight_learns
 
 WORDS = ("size=tiny", "seq_len=48", "match=none")
+ORDINARY = ("star", "mamba", "etc", "learned")
+config_of = functools.cache(train_config)
+
+
+def some(names: list[str]) -> list:
+    """The names, most of them for the slow part."""
+    slow = pytest.mark.slow
+    return [name if name in ORDINARY else pytest.param(name, marks=slow) for name in names]
 
 
 def learn(model, *losses) -> bool:
@@ -17,25 +27,18 @@ def learn(model, *losses) -> bool:
     return all(grad is not None for those in grads for grad in those)
 
 
-@pytest.mark.parametrize("state_passing", ["none", "carry"])
-def test_what_is_found_of_a_few_tokens_is_so_in_steps(architecture, state_passing):
-    if (architecture, state_passing) == ("learned", "carry"):
-        pytest.skip("it has an end")
-    words = [f"model={architecture}", f"state_passing={state_passing}", *WORDS]
-    words += ["size.layers=3"] * (architecture == "hybrid")
-    config = train_config(*words)
-    model, _ = build_model(config, 32)
-    tokens = torch.randint(32, (2, config.seq_len + 1))
-    if state_passing == "none":
-        expected = learn(model, model.loss(tokens))
-    else:
-        loss, state = model.loss(tokens, model.empty_state(2))
-        later, _ = model.loss(tokens, model.truncate_state(state, config.seq_len))
-        expected = learn(model, loss, later)
-    assert every_weight_learns(model, config) == expected
+@pytest.mark.parametrize("architecture", some(ARCHITECTURES))
+def test_what_is_found_of_a_few_tokens_is_so_in_steps(architecture, tiny):
+    model, tokens = tiny(architecture, "match=none"), torch.randint(32, (2, 49))
+    expected = learn(model, model.loss(tokens))
+    assert every_weight_learns(model, config_of(*WORDS)) == expected
+    loss, state = model.loss(tokens, model.empty_state(2))
+    later, _ = model.loss(tokens, model.truncate_state(state, 48))
+    expected = learn(model, loss, later)
+    assert every_weight_learns(model, config_of("state_passing=carry", *WORDS)) == expected
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("encoder", some(ENCODERS))
 def test_so_it_is_of_masked_tokens(encoder):
     config = train_config(f"model={encoder}", "objective=masked", *WORDS)
     model, _ = build_model(config, 33)
