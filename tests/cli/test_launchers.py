@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from zoo.cli import launch
 from zoo.cli.train import main
+from zoo.config.compose import compose_groups, composing, parse
 from zoo.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +123,25 @@ def test_a_job_that_dies_is_in_the_table_of_all(tmp_path):
     rows = [line for line in lines if re.match(r"[12] +[01] +", line)]
     assert len(rows) == 2, lines
     assert any("failed" in row and began.name in row for row in rows)
+
+
+def test_a_job_of_slurm_has_notice_of_its_end_and_may_return_to_the_queue(plugins, tmp_path):
+    """As submitit writes it for sbatch, from the preset and an option beside it."""
+    from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
+
+    with composing("train"):
+        words = parse(["launcher=slurm", "hydra.launcher.partition=long"])
+        found = compose_groups("train", words, hydra=True).hydra
+        settings = OmegaConf.to_container(found.launcher, resolve=False)
+    assert settings.pop("_target_").endswith(".SlurmLauncher")
+    for key in ("submitit_folder", "max_num_timeout", "name"):
+        settings.pop(key)
+    names = SlurmExecutor._equivalence_dict()
+    given = {names.get(key, key): value for key, value in settings.items() if value is not None}
+    given["time"] = given.pop("timeout_min", given.get("time"))
+    text = _make_sbatch_string(command="true", folder=str(tmp_path), **given)
+    for line in ("signal=USR2@120", "requeue", "gpus-per-node=1", "partition=long", "time=720"):
+        assert f"#SBATCH --{line}" in text, text
 
 
 def test_a_launcher_without_a_sweep_a_package_or_a_cluster_is_refused(monkeypatch, capsys):

@@ -93,7 +93,8 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
         facts |= _adapt(config, folder, model, weights)
     metrics, checkpoints = _callbacks(config, folder, data)
     zeros = _keep_zeros(config, model)  # before a step is measured or saved
-    alike = process_count(config) == 1 or every_weight_learns(model, config)
+    alone = process_count(config) == 1 or sharded(config)
+    alike = alone or every_weight_learns(model, config)
     trainer = make_trainer(config, folder, [*zeros, metrics, checkpoints], facts, until, alike)
     tf32 = prepare(trainer.strategy.root_device.type)
     if first:
