@@ -169,6 +169,7 @@ def calls(here: Path) -> list[tuple[str, str, Callable]]:
     return found
 
 
+@pytest.mark.mistyped
 def test_every_argument_is_honoured_or_refused_in_one_line(here, monkeypatch):
     """Whatever it is given: a value that means something, or `<argument>=<value>: <rule>.`"""
     (here / "empty").mkdir(exist_ok=True)

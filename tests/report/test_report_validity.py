@@ -253,6 +253,9 @@ def test_answers_that_are_no_better_than_guesses_are_said_to_be():
     results = gather(rows, run_records(rows))
     assert line in banners(results)
     assert line in as_text(results) + "\n".join(banners(results))
+    one_seed = [row for s in range(3) for row in answers("lstm", {64: 0.14 if s else 0.9}, seed=s)]
+    line = "No better than guessing at accuracy: lstm (2 of its 3 seeds) (14% at best, "
+    assert any(said.startswith(line) for said in banners(gather(one_seed, run_records(one_seed))))
     rows = answers("lstm", {64: 0.17}) + answers("mamba", {64: 0.99})
     assert not any("guessing" in line for line in banners(gather(rows, run_records(rows))))
 

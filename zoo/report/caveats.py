@@ -87,8 +87,12 @@ def _guessing(results: Results) -> list[str]:
         arms = at_chance(results.where(task=task, status="ok"), quantity) if quantity else {}
         if quantity and arms:
             chance = ", ".join(map(share, results.chances(task, quantity)))
-            best = f"{share(max(arms.values()))} at best, chance is {chance}"
-            said.append(f"No better than guessing at {quantity.name}: {names([*arms])} ({best}).")
+            best = f"{share(max(arm.best for arm in arms.values()))} at best, chance is {chance}"
+            named = [
+                label if arm.seeds == arm.of else f"{label} ({arm.seeds} of its {arm.of} seeds)"
+                for label, arm in arms.items()
+            ]
+            said.append(f"No better than guessing at {quantity.name}: {names(named)} ({best}).")
     return said
 
 

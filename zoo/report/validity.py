@@ -7,7 +7,7 @@ Works on plain rows, before and after `gather` has named their arms.
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from zoo.measurement import Quantity
 from zoo.report.statistics import finite
@@ -145,21 +145,33 @@ def unlearned(rows: Sequence[Row]) -> dict[str, str]:
     return said
 
 
-def at_chance(rows: Sequence[Row], quantity: Quantity) -> dict[str, float]:
-    """Arm -> its best value of a quantity, for arms that are no better than guessing.
+class Guessing(NamedTuple):
+    """The seeds of an arm whose answers are no better than guesses."""
 
-    They have a seed whose best value at any length is no more than chance, or has chance within its
+    best: float  # the highest value among them
+    seeds: int
+    of: int  # seeds of the arm
+
+
+def at_chance(rows: Sequence[Row], quantity: Quantity) -> dict[str, Guessing]:
+    """Arms with seeds that are no better than guessing.
+
+    Of such a seed the best value at any length is no more than chance, or has chance within its
     interval. `rows` are the successful ones of the quantity's task.
     """
-    seeds: dict[tuple[str, Any], list[Row]] = defaultdict(list)
+    seeds: dict[str, dict[Any, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         value, chance = row.get(quantity.field), row.get(quantity.chance or "")
         if quantity.of(row) and quantity.better == "higher" and finite(value) and finite(chance):
-            seeds[row["label"], row.get("seed")].append(row)
-    found: dict[str, float] = {}
-    for (label, _), own in seeds.items():
-        best = max(own, key=lambda row: row[quantity.field])
-        value, ends = best[quantity.field], best.get(quantity.interval or "")
-        if (ends[0] if ends else value) <= best[quantity.chance or ""]:
-            found[label] = max(value, found.get(label, value))
+            seeds[row["label"]][row.get("seed")].append(row)
+    found: dict[str, Guessing] = {}
+    for label, by_seed in seeds.items():
+        values = []
+        for own in by_seed.values():
+            best = max(own, key=lambda row: row[quantity.field])
+            value, ends = best[quantity.field], best.get(quantity.interval or "")
+            if (ends[0] if ends else value) <= best[quantity.chance or ""]:
+                values.append(value)
+        if values:
+            found[label] = Guessing(max(values), len(values), len(by_seed))
     return found
