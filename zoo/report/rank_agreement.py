@@ -142,7 +142,7 @@ def compare(rows: Sequence[Row], runs: Sequence[Mapping[str, Any]], task: str, b
     values = sorted({row[by] for row in own}, key=str)
     if len(values) < 2:
         shown = ", ".join(map(str, values)) or "none"
-        raise ValueError(f"the rows of task={task} have no two values of it ({shown})")
+        raise ValueError(f"the rows of the task have no two values of it ({shown})")
     parts = {value: gather([r for r in own if r[by] == value], runs) for value in values}
     lines = [["", "length", "arms", "correlation", "95% interval", "pairs swapped", "beyond noise"]]
     said = []

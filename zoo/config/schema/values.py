@@ -19,7 +19,7 @@ def _switch_or_tokens(value: Any) -> Any:
     except ValueError:
         tokens = 0
     if tokens is not False and not 1 <= tokens <= MANY:
-        raise ValueError("must be true, false or a number of tokens >= 1")
+        raise ValueError("must be true, false or a positive number of tokens")
     return tokens
 
 
