@@ -205,6 +205,8 @@ def test_prompts_are_compressed_under_tasks_and_extensions_in_rows_of_their_own(
         assert row["arm"] == "transformer, prompts by llmlingua to 0.5 by scorer"
         read, given = row["prompt_tokens_read"], row["prompt_tokens_given"]
         assert abs(read / given - 0.5) < 0.1  # prompts of some thirty tokens
+        assert row["compressor_flops"] > 0
+        assert row["reader_flops"] > 0
     before = len(rows)
     assert measure("reader", *perplexity, protocols, *shorter)[0] == 0
     assert len(RunFolder.open("runs/reader").rows()) == before  # known
@@ -243,6 +245,8 @@ def test_the_state_of_a_compressed_prompt_is_of_the_tokens_that_were_read(here):
             found.append(rows[-1])
         whole, short = (row["state_bytes"] for row in found)
         read = found[1]["prompt_tokens_read"] / found[1]["prompt_tokens_given"]
+        assert found[1]["compressor_flops"] == 0  # a cut reads nothing
+        assert found[1]["reader_flops"] > 0
         scored = 0.5 if name == "perplexity" else 0  # half of the window is not compressed
         assert short / whole == pytest.approx(scored + read * (1 - scored), abs=0.06), name
 

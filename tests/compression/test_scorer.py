@@ -27,6 +27,22 @@ def test_the_information_is_minus_log_p_in_any_chunks_and_a_prefix_is_read_once(
             np.testing.assert_allclose(found, expected[50:], rtol=1e-8)
 
 
+def test_a_scorer_counts_the_operations_of_all_that_it_read(monkeypatch):
+    scored = scorer("transformer")
+    tokens = [*text(0, 1).encode()]
+    prefix = scored.start()
+    before = scored.flops
+    assert before == scored.cost.of(1)
+    for chunk in (7, 4096):  # in pieces, each behind those before it, as at once
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        scored.flops = 0.0
+        scored.information(prefix, tokens)
+        assert scored.flops == pytest.approx(scored.cost.of(len(tokens), 1))
+    scored.flops = 0.0
+    scored.means([tokens[:20], tokens[:30]])  # side by side, padded to the longer
+    assert scored.flops == pytest.approx(2 * scored.cost.of(30))
+
+
 def test_a_scorer_that_cannot_read_so_far_is_refused_in_one_line():
     scored = scorer("learned")
     with pytest.raises(

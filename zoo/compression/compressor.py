@@ -10,6 +10,7 @@ from zoo.compression.scorer import Scorer
 from zoo.config.schema.eval import Compress
 from zoo.data.tokenizers import Tokenizer
 from zoo.errors import UserError, below, sentence
+from zoo.model.flops import ReadingCost
 from zoo.model.language_model import load_language_model
 
 
@@ -24,14 +25,18 @@ class Compressor:
     Attributes:
         scorer: of the method; None for one that reads nothing.
         reader: the reading model's tokenizer.
+        cost: what the reading model computes.
         read, given: tokens that prompts were left with, and had.
+        flops: operations of reading what they were left with.
     """
 
     config: Compress
     scorer: Scorer | None
     reader: Tokenizer
+    cost: ReadingCost
     read: int = 0
     given: int = 0
+    flops: float = 0.0
     _known: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)
 
     def __call__(self, tokens: Sequence[int], question: Sequence[int] = ()) -> list[int]:
@@ -52,6 +57,7 @@ class Compressor:
                 raise CompressionError(self._named(error)) from None
         kept = self._known[key]
         self.read, self.given = self.read + len(kept), self.given + len(tokens) + len(question)
+        self.flops += self.cost.of(len(kept))
         return kept
 
     def _shortened(self, tokens: Sequence[int], question: Sequence[int]) -> list[int]:
@@ -77,9 +83,15 @@ class Compressor:
 
     @property
     def row(self) -> dict[str, Any]:
-        """What a row says of the prompts since the last one."""
-        read, given, self.read, self.given = self.read, self.given, 0, 0
-        return {"prompt_tokens_read": read, "prompt_tokens_given": given}
+        """What a row says of the prompts since the last one: their tokens, and the operations of
+        shortening and of reading them."""
+        found: dict[str, Any] = {"prompt_tokens_read": self.read, "prompt_tokens_given": self.given}
+        found["reader_flops"] = self.flops
+        found["compressor_flops"] = self.scorer.flops if self.scorer else 0.0
+        self.read, self.given, self.flops = 0, 0, 0.0
+        if self.scorer:
+            self.scorer.flops = 0.0
+        return found
 
 
 @functools.lru_cache(maxsize=1)

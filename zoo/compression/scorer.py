@@ -4,6 +4,7 @@ It reads the text once, a chunk at a time, from a state: a recurrent model in co
 any length. What was read is a `Prefix`, from which several continuations may be scored.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from zoo.errors import refuse
 from zoo.model.arithmetic import arithmetic
 from zoo.model.backbone import BackboneState
+from zoo.model.flops import ReadingCost, reading_cost
 from zoo.model.language_model import LanguageModel
 from zoo.ops.dtypes import wide_dtype
 
@@ -29,7 +31,7 @@ class Prefix(NamedTuple):
 
 
 class Scorer:
-    """A causal model as the scorer of a compression.
+    """A causal model as the scorer of a compression; `flops` are the operations of all it read.
 
     Args:
         model: a run's or a checkpoint's.
@@ -41,9 +43,14 @@ class Scorer:
 
     def __init__(self, model: LanguageModel, place: str) -> None:
         self.model, self.place, self.tokenizer = model, place, model.tokenizer
+        self.flops = 0.0
         if not model.backbone.causal:
             rule = "reads its text both ways, so it gives no token a probability after those before"
             refuse("by", place, rule, "Use a causal model")
+
+    @functools.cached_property
+    def cost(self) -> ReadingCost:
+        return reading_cost(self.model.backbone)
 
     def start(self) -> Prefix:
         """The empty text: the token that ends a document, as every text begins after one."""
@@ -97,6 +104,7 @@ class Scorer:
             model = self.model.backbone
             with arithmetic(model, self.model.precision, self.model.device):
                 logits = model(read.to(self.model.device))
+            self.flops += len(rows) * self.cost.of(longest)
             wide = logits.to(wide_dtype(logits)).log_softmax(-1)
             nats = -wide.gather(-1, wanted[..., None])[..., 0].double().cpu()
             for row, one in enumerate(batch):
@@ -121,6 +129,7 @@ class Scorer:
         batch = torch.tensor([tokens], device=self.model.device)
         with arithmetic(model, self.model.precision, self.model.device):
             logits, state = model(batch, prefix.state)
+        self.flops += self.cost.of(len(tokens), prefix.state.tokens_seen)
         return logits[0], state
 
     def _chunks(self, tokens: Sequence[int]) -> list[list[int]]:

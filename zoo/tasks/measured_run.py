@@ -17,6 +17,7 @@ from zoo.errors import UserError
 from zoo.measurement import agrees, is_quantized, lacking, not_finite
 from zoo.model.checkpoint import load
 from zoo.model.extend import extend
+from zoo.model.flops import reading_cost
 from zoo.model.weights import choose_weights, loaded_in, quantize_as
 from zoo.report.validity import is_audited
 from zoo.runs.claim import changed_code
@@ -203,7 +204,8 @@ class MeasuredRun:
         if config.compress.method and isinstance(data, Corpus):
             by = config.compress.by
             scorer = scorer_of(by, self.device.type) if by else None
-            compress = Compressor(config.compress, scorer, data.tokenizer)
+            cost = reading_cost(model)
+            compress = Compressor(config.compress, scorer, data.tokenizer, cost)
         return EvalContext(
             model=model,
             data=data,
