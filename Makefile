@@ -65,8 +65,8 @@ BOOKS ?= books
 CLAIMS := experiment=claims data=text data.path=$(BOOKS)
 MEASURED := task=perplexity task.perplexity.units=4 task.perplexity.lengths=[512,1k,2k,4k,8k,16k]
 
-many-shot: .venv/ready  ## more demonstrations than a window holds, side by side: 5 minutes
-	$(RUN) train.py -m experiment=many_shot
+many-shot: .venv/ready-dev  ## more demonstrations than a window holds, side by side: 15 minutes
+	$(RUN) -m zoo tune experiment=many_shot
 	for extension in pcw structured dca none; do \
 	  $(RUN) eval.py run='runs/many_shot/*' task=many_shot extension=$$extension || exit; done
 

@@ -124,14 +124,18 @@ def read_in_chunks(model: Backbone, tokens: torch.Tensor, sizes: list[int]):
 
 
 def splits(length: int) -> list[list[int]]:
-    """Ways to cut a sequence: token by token, in two at awkward places, in uneven chunks."""
+    """Ways to cut a sequence: token by token, in two at awkward places, in uneven chunks.
+
+    Token by token a sequence of a chunk and one token also goes through those that are shorter.
+    """
     uneven, rest = [], length
     for size in (1, 5, CHUNK, 2, CHUNK + 1, 13):
         if rest > size:
             uneven.append(size)
             rest -= size
     ways = [[*uneven, rest], [length - 1, 1], [1, length - 1], [length // 2, length - length // 2]]
-    return [way for way in ways if min(way) > 0] + ([[1] * length] if length <= CHUNK + 1 else [])
+    one_by_one = length <= CHUNK + 1 and length not in (CHUNK - 1, CHUNK)
+    return [way for way in ways if min(way) > 0] + [[1] * length] * one_by_one
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -1,6 +1,7 @@
 """Training: killed and resumed it is the unbroken run; what goes wrong is said, never hidden."""
 
 import csv
+import functools
 import json
 import math
 import signal
@@ -184,12 +185,14 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(text, monkeypatch):
     assert len(list((folder.path / "checkpoints").iterdir())) == 1
 
 
+@functools.cache
+def parameters(*overrides: str) -> int:
+    with torch.device("meta"):
+        return count_parameters(build_model(train_config(*overrides), 256)[0])
+
+
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 def test_arms_matched_by_parameters_are_within_one_percent(size, architecture):
-    def parameters(*overrides: str) -> int:
-        with torch.device("meta"):
-            return count_parameters(build_model(train_config(*overrides), 256)[0])
-
     reference = parameters("model=transformer", f"size={size}", "match=none")
     found = parameters(f"model={architecture}", f"size={size}", "match=params", "seq_len=128")
     assert abs(found - reference) <= 0.01 * reference
