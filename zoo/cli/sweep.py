@@ -160,12 +160,10 @@ def _arm(
         if arm.failed:
             say("failed")  # why is printed once, when all are done
     except KeyboardInterrupt as stop:
-        if not is_job():
-            raise
-        arm.failed = str(stop)
-        say(arm.failed)
-        if PREEMPTED is not None and PREEMPTED.name in arm.failed:
+        if PREEMPTED is not None and is_job() and PREEMPTED.name in str(stop):
+            say(str(stop))
             requeue()  # does not return
+        raise  # a cluster that has sent SIGTERM itself returns the job to its queue, or ends it
     finally:
         label("")
     return arm
