@@ -5,6 +5,7 @@ itself; from the package it takes the model and the order of the windows alone.
 """
 
 import csv
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from itertools import count
@@ -53,7 +54,15 @@ def text(tmp_path_factory) -> Path:
     return folder
 
 
-def run(text: Path, place: Path, *words: str, pauses: Sequence[int] = (), **options) -> RunFolder:
+def run(
+    text: Path,
+    place: Path,
+    *words: str,
+    pauses: Sequence[int] = (),
+    parts: Sequence[int] = (1,),
+    **options,
+) -> RunFolder:
+    """A run that pauses after these steps; its parts take turns in the micro-batches of a step."""
     trainer = {"max_steps": STEPS, "log_every_n_steps": 1, "accelerator": "cpu", "devices": 1}
     given = {
         "size": "tiny",
@@ -72,10 +81,11 @@ def run(text: Path, place: Path, *words: str, pauses: Sequence[int] = (), **opti
         **{f"optim.{name}": value for name, value in OPTIM.items()},
         **options,
     }
-    config = train_config(*(f"{name}={value}" for name, value in given.items()), *words)
-    folder = claim(config)
-    for until in (*pauses, None):
-        fit.train(config, folder, until)
+    words = (*(f"{name}={value}" for name, value in given.items()), *words)
+    folder = claim(train_config(*words))
+    for until, micro in zip((*pauses, None), itertools.cycle(parts), strict=False):
+        more = [f"trainer.accumulate_grad_batches={micro}"] * (micro > 1)
+        fit.train(train_config(*words, *more), folder, until)
     return folder
 
 
@@ -200,6 +210,16 @@ def test_a_run_that_pauses_ends_as_the_unbroken_one(optim, text, tmp_path):
     assert logged(parts, "learning_rate") == logged(whole, "learning_rate")
     for key, weight in trained(whole).items():
         assert torch.equal(weight, trained(parts)[key])
+
+
+@pytest.mark.parametrize("parts", [(1, ROWS), (ROWS, 1)])
+def test_a_run_goes_on_in_other_micro_batches_after_any_step(parts, text, tmp_path):
+    whole = run(text, tmp_path / "whole", model="mamba")
+    other = run(text, tmp_path / "parts", model="mamba", pauses=[1, 2, 4, 5], parts=parts)
+    for column in ("train_loss", "grad_norm"):
+        assert logged(other, column) == pytest.approx(logged(whole, column), rel=1e-5)
+    for key, weight in trained(whole).items():
+        torch.testing.assert_close(trained(other)[key], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_the_state_carried_is_what_makes_the_difference(text, tmp_path):

@@ -202,6 +202,10 @@ class Learner(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["callbacks"] = {}
+        # Lightning counts batches, of which a step may have another number now.
+        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (batches["total"], batches["current"]):
+            counts |= dict.fromkeys(counts, checkpoint["global_step"] * self.micro_batches)
         if "carried" not in checkpoint:
             return
         whole = checkpoint["carried"]
