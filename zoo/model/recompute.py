@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from zoo.mixers.base import AUXILIARY, CrossLayer
+from zoo.mixers.base import AUXILIARY, CrossLayer, LayerStore
 from zoo.mixers.parts import reserve
 from zoo.ops.runtime.sizes import ceil_div
 
@@ -50,7 +50,7 @@ def chunk_cross_layers(cross_layer: CrossLayer, tokens: int, chunk: int) -> list
     count = ceil_div(tokens, chunk)
     if count <= 1:
         return [cross_layer]
-    found = [{**cross_layer} for _ in range(count)]
+    found: list[CrossLayer] = [LayerStore(cross_layer) for _ in range(count)]
     if "positions" in cross_layer:
         for own, positions in zip(found, cross_layer["positions"].split(chunk, 1), strict=True):
             own["positions"] = positions
