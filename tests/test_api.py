@@ -56,6 +56,14 @@ def test_logits_are_the_models_and_may_be_changed(here):
     assert model.decode(model.encode("déjà")) == "déjà"
 
 
+def test_many_prompts_are_written_on_as_each_alone(here):
+    model = zoo.load(here / "runs/my-run", device="cpu")
+    prompts = ["def main(", "", "a much longer prompt that is no Python", "def main(x", "x"]
+    for how in ({}, {"temperature": 1.0, "seed": 3}, {"stop": ["e", "\n"]}):
+        found = model.generate_many(prompts, tokens=20, rows=3, **how)
+        assert found == [model.generate(prompt, tokens=20, **how) for prompt in prompts]
+
+
 def test_a_checkpoint_needs_no_text(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("tokenizers")
@@ -125,6 +133,7 @@ ALLOWED = {  # the odd values that mean something
     "encode text": ["", "x", "x" * 5000, ZERO],
     "text": [[], "", "x", "x" * 5000, ZERO],
     "prompt": [[], "", "x", "x" * 5000, ZERO],
+    "prompts": [[], ["x"]],
     "stop": [[], "x", "x" * 5000, ["x"], ZERO],
     "temperature": [0, 2.5],
     "decode tokens": [[]],
@@ -150,6 +159,7 @@ def calls(here: Path) -> list[tuple[str, str, Callable]]:
     given["write_report"] = {"pattern": run, "html": str(here / "odd.html")}
     given |= {"encode": {"text": "a"}, "decode": {"tokens": [97]}, "logits": {"text": "a"}}
     given |= {name: {"prompt": "a", "tokens": 2} for name in ("generate", "stream")}
+    given["generate_many"] = {"prompts": ["a", "bcd"], "tokens": 2}
     given["writer"] = {}
     functions = {name: getattr(zoo, name, None) or getattr(model, name) for name in given}
     public = {name for name, f in vars(type(model)).items() if inspect.isfunction(f)}

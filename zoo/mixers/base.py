@@ -8,7 +8,7 @@ decoding is chunks of one token, streaming is anything between.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +30,18 @@ class LayerStore(dict[str, Tensor]):
     """A CrossLayer as one leaf of PyTorch's trees: what wraps a block hands on it, not a copy."""
 
 
+ROW_CROSS_LAYERS = "rows"  # of a CrossLayer: those of texts whose states are apart, a list
 AUXILIARY = "auxiliary"  # of a CrossLayer: losses of layers in training, added up
+
+
+class RowStates:
+    """States of several texts, one each, where they are no rows of one state.
+
+    A layer that `takes_rows` is given it as it is; others read text by text.
+    """
+
+    def __init__(self, rows: Sequence[State]) -> None:
+        self.rows = rows
 
 
 class Mixer(nn.Module):
@@ -55,6 +66,7 @@ class Mixer(nn.Module):
     uses_cross_layer: ClassVar[bool] = False
     recurrent: bool = True  # the state's size does not grow with the tokens seen
     extendable: ClassVar[bool] = False  # extensions act on its `positions`, a scheme
+    takes_rows: ClassVar[bool] = False  # forward may be given `RowStates` with one token of each
     scheme: ClassVar[str] = ""  # the class of it, where the mixer has one of its own
 
     def forward(self, x: Tensor, state: State = None) -> Any:

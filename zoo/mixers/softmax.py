@@ -36,6 +36,7 @@ from zoo.mixers.base import (
     CrossLayer,
     Mixer,
     MixerOutput,
+    RowStates,
     State,
     at_least,
     compute_dtype,
@@ -52,6 +53,7 @@ from zoo.positions.base import build_positions
 from zoo.positions.rope import Rope
 
 if TYPE_CHECKING:
+    from zoo.mixers.paged_cache import PagedCache
     from zoo.mixers.quantized_cache import QuantizedCache
 
 SET_NORM = "Set qk_norm=true, or leave it out"
@@ -79,7 +81,8 @@ class SoftmaxAttention(Mixer):
 
     uses_cross_layer: ClassVar[bool] = True
     extendable: ClassVar[bool] = True
-    kv_cache: "QuantizedCache | None" = None  # of a model that is only measured: its cache in bits
+    takes_rows: ClassVar[bool] = True
+    kv_cache: "QuantizedCache | PagedCache | None" = None  # of a model that is only measured
 
     def __init__(
         self,
@@ -148,7 +151,6 @@ class SoftmaxAttention(Mixer):
     ) -> MixerOutput:
         if not self.causal:
             refuse_state(state)
-        start = state.tokens_seen if state else 0
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_width))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -157,29 +159,41 @@ class SoftmaxAttention(Mixer):
             q, k = _normalised(self.q_norm, q), _normalised(self.k_norm, k)
         if self.score_scale is not None:
             q = q * (self.score_scale * self.head_width**0.5)
-        if self.logit_scale is not None:
-            q = q * self._scales(start, x.shape[1], q)
-        sinks, after = self._sinks(q), None
-        q, k = self.positions.prepare(q, k, start, cross_layer)
-        if self.kv_cache is not None:
-            cached = state or self.empty_state(len(x))
-            y, after = self.kv_cache.attend(q, k, v, cached, cross_layer, sinks, self.backend)
+        if isinstance(state, RowStates):
+            rows = zip(q.split(1), k.split(1), v.split(1), state.rows, strict=True)
+            found = [self._attend(*row, cross_layer) for row in rows]
+            y, after = torch.cat([y for y, _ in found]), RowStates([one for _, one in found])
         else:
-            if state:
-                k, v = grow(state.k, k), grow(state.v, v)
-                after = KeyValues(*self.positions.evict(k, v), start + x.shape[1])
-                publish(**after._asdict())
-            y = self.positions.attend(
-                *(q, k, v, start, cross_layer),
-                causal=self.causal,
-                sinks=sinks,
-                backend=self.backend,
-            )
+            y, after = self._attend(q, k, v, state, cross_layer)
         y = y.reshape(*x.shape[:2], -1)
         if self.gate_proj is not None:
             y = y * self.gate_proj(x).sigmoid()
         y = self.o_proj(y)
         return (y, after) if state else y
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State, cross_layer: CrossLayer | None
+    ) -> tuple[Float[Tensor, "b t h d"], State]:
+        """Attend from the queries of a chunk; return the state after it, where one is given."""
+        start = state.tokens_seen if state else 0
+        if self.logit_scale is not None:
+            q = q * self._scales(start, q.shape[1], q)
+        sinks, after = self._sinks(q), None
+        q, k = self.positions.prepare(q, k, start, cross_layer)
+        if self.kv_cache is not None:
+            cached = state or self.empty_state(len(q))
+            return self.kv_cache.attend(q, k, v, cached, cross_layer, sinks, self.backend)
+        if state:
+            k, v = grow(state.k, k), grow(state.v, v)
+            after = KeyValues(*self.positions.evict(k, v), start + q.shape[1])
+            publish(**after._asdict())
+        y = self.positions.attend(
+            *(q, k, v, start, cross_layer),
+            causal=self.causal,
+            sinks=sinks,
+            backend=self.backend,
+        )
+        return y, after
 
     def _scales(self, start: int, tokens: int, q: Tensor) -> Float[Tensor, "#t h 1"]:
         """Return s log n of each query and head; n counts the keys that its scheme keeps."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo.config.stored import weights_as_now
 from zoo.data.synthetic import NO_LABEL
 from zoo.errors import refuse
-from zoo.mixers.base import LayerStore, Mixer, no_weight_decay
+from zoo.mixers.base import CrossLayer, LayerStore, Mixer, no_weight_decay
 from zoo.model.block import Block, BlockState
 from zoo.model.recompute import auxiliary_loss, chunk_cross_layers, read_again
 from zoo.ops.cross_entropy import summed_cross_entropy
@@ -176,30 +176,11 @@ class Backbone(nn.Module):
         positions: Tensor | None = None,
     ) -> Generator[None, None, tuple[Tensor, BackboneState | None]]:
         """As `hidden`, stopping behind every block: several chunks can be read in turn."""
-        start = state.tokens_seen if state else 0
-        self._check_length(start + tokens.shape[1])
-        x, first = self.embedding(tokens), start
-        if self.sink is not None:
-            first = start + 1 if start else 0
-            if not start:
-                x = torch.cat([self.sink.to(x.dtype).expand(len(x), 1, -1), x], 1)
-            if positions is not None:
-                positions = F.pad(positions + 1, (1, 0))
-        if self.embedding_scale is not None:
-            x = x * self.embedding_scale
-        if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
-        after, cross_layer, at = [], LayerStore(), None
-        if positions is not None:
-            at = cross_layer["positions"] = positions[:, first : first + x.shape[1]]
-            cross_layer["lengths"] = positions.amax(1) + 1
-            if self.frequencies is not None:  # once for all layers
-                cross_layer["inv_freq"], _ = by_row(self.frequencies, cross_layer["lengths"])
-        if self.positions is not None:
-            x = self.positions(x, first, at)
+        start, after = state.tokens_seen if state else 0, []
+        x, cross_layer = self.embed(tokens, start, positions)
         chunk = self._recomputed(x.shape[1])
         cross_layers = chunk_cross_layers(cross_layer, x.shape[1], chunk or x.shape[1])
-        for index, block in enumerate(self._blocks()):
+        for index, block in enumerate(self.layers):
             before = state.blocks[index] if state else None
             if chunk:
                 x = read_again(block, x, before, cross_layers, chunk)
@@ -212,6 +193,35 @@ class Backbone(nn.Module):
         seen = BackboneState(tuple(after), start + tokens.shape[1]) if state else None
         self._auxiliary = auxiliary_loss(cross_layers, x.shape[1], chunk)
         return self.norm(x[:, x.shape[1] - tokens.shape[1] :]), seen
+
+    def embed(
+        self, tokens: Int[Tensor, "b t"], start: int, positions: Tensor | None = None
+    ) -> tuple[Float[Tensor, "b t2 width"], CrossLayer]:
+        """What the first block reads after `start` tokens, and what layers find in `cross_layer`.
+
+        t2 is t, and one more where the text begins with the sink token.
+        """
+        self._check_length(start + tokens.shape[1])
+        x, first = self.embedding(tokens), start
+        if self.sink is not None:
+            first = start + 1 if start else 0
+            if not start:
+                x = torch.cat([self.sink.to(x.dtype).expand(len(x), 1, -1), x], 1)
+            if positions is not None:
+                positions = F.pad(positions + 1, (1, 0))
+        if self.embedding_scale is not None:
+            x = x * self.embedding_scale
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        cross_layer, at = LayerStore(), None
+        if positions is not None:
+            at = cross_layer["positions"] = positions[:, first : first + x.shape[1]]
+            cross_layer["lengths"] = positions.amax(1) + 1
+            if self.frequencies is not None:  # once for all layers
+                cross_layer["inv_freq"], _ = by_row(self.frequencies, cross_layer["lengths"])
+        if self.positions is not None:
+            x = self.positions(x, first, at)
+        return x, cross_layer
 
     def _recomputed(self, tokens: int) -> int:
         """How many of so many tokens the backward pass computes again at a time; 0: none."""
@@ -282,9 +292,11 @@ class Backbone(nn.Module):
 
     def sublayers(self) -> list[Mixer]:
         """Every mixer, feed-forward and short convolution."""
-        return [part for block in self._blocks() for part in block.named_sublayers().values()]
+        return [part for block in self.layers for part in block.named_sublayers().values()]
 
-    def _blocks(self) -> list[Block]:
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, the first first."""
         return cast(list[Block], list(self.blocks))
 
     @property
@@ -312,7 +324,7 @@ class Backbone(nn.Module):
 
     def empty_state(self, batch: int) -> BackboneState:
         """The state before the first token."""
-        return BackboneState(tuple(block.empty_state(batch) for block in self._blocks()), 0)
+        return BackboneState(tuple(block.empty_state(batch) for block in self.layers), 0)
 
     def state_bytes(self, tokens: int, batch: int = 1) -> int:
         """Bytes the state holds after `tokens` tokens."""
@@ -322,7 +334,7 @@ class Backbone(nn.Module):
     def truncate_state(self, state: BackboneState, window: int) -> BackboneState:
         """The state that the next training window starts from, out of the graph."""
         blocks = []
-        for block, before in zip(self._blocks(), state.blocks, strict=True):
+        for block, before in zip(self.layers, state.blocks, strict=True):
             after = {
                 name: part.truncate_state(getattr(before, name), window)
                 for name, part in block.named_sublayers().items()

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from zoo.errors import NoStateError
-from zoo.mixers.base import CrossLayer, Mixer, State
+from zoo.mixers.base import ROW_CROSS_LAYERS, CrossLayer, Mixer, RowStates, State
 from zoo.mixers.short_conv import ShortConvolution
 from zoo.parallel.hand_over import HandOver
 
@@ -102,6 +103,8 @@ def _apply(
     if isinstance(state, HandOver):
         read = partial(_apply, sublayer, cross_layer=cross_layer)
         return state.read(read, x, sublayer.empty_state(len(x))), ()
+    if isinstance(state, RowStates) and not sublayer.takes_rows:
+        return _apply_by_row(sublayer, x, state, cross_layer)
     found: Any = None
     if takes_state(sublayer):
         found = sublayer(x, state, **more)
@@ -111,6 +114,15 @@ def _apply(
             "write token by token: given a state, forward must return (y, state)"
         )
     return found
+
+
+def _apply_by_row(
+    sublayer: Mixer, x: Tensor, state: RowStates, cross_layer: Any
+) -> tuple[Tensor, RowStates]:
+    """Read text by text, each with its own state."""
+    rows = zip(x.split(1), state.rows, cross_layer[ROW_CROSS_LAYERS], strict=True)
+    found = [_apply(sublayer, *row) for row in rows]
+    return torch.cat([y for y, _ in found]), RowStates([after for _, after in found])
 
 
 def takes_state(sublayer: Mixer) -> bool:

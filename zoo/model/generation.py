@@ -101,6 +101,11 @@ class Writer:
         return self._last
 
     @property
+    def unread(self) -> list[int]:
+        """Tokens of the text that are not in the state yet."""
+        return [*self._unread]
+
+    @property
     def tokens(self) -> int:
         """Tokens of the text so far."""
         return self.state.tokens_seen + len(self._unread)

@@ -29,12 +29,14 @@ from zoo.model.device import pick_device
 from zoo.model.extend import extend
 from zoo.model.generation import Sampling, Writer, write_text
 from zoo.model.pretrained import load_pretrained, pretrained_config
+from zoo.model.scoring import write_texts
 from zoo.model.weights import Weights, choose_weights, loaded_in, quantize_as
 from zoo.ops.dtypes import wide_dtype
 from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.runs.folder import RunFolder
 
 TOKENS = 128  # that `generate` writes by default
+ROWS = 8  # texts that `generate_many` writes at once by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,15 +124,50 @@ class LanguageModel:
             UserError: for a value that is not allowed, a model that cannot write (it reads both
                 ways), and a text longer than it can read; before anything is written.
         """
+        sampling, words = self._checked(tokens, temperature, top_p, seed, stop)
+        writer = self.writer(prompt)
+        writer.check_length(tokens)
+        return write_text(writer, self.tokenizer, tokens, sampling, words)
+
+    def generate_many(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        tokens: int = TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        rows: int = ROWS,
+    ) -> list[str]:
+        """The texts that the model writes after each of many prompts, of any lengths.
+
+        Up to `rows` of them are written at once, each as `generate` writes it; the weights are read
+        once for all. What prompts begin with alike is read and kept once. Arguments and errors are
+        those of `stream`.
+        """
+        check("rows", rows, Positive, ROWS)
+        check("prompts", prompts, Sequence[str | Sequence[int]])
+        sampling, words = self._checked(tokens, temperature, top_p, seed, stop)
+        texts = []
+        for prompt in prompts:
+            writer = self.writer(prompt)
+            writer.check_length(tokens)
+            texts.append(writer.unread)
+        how = {"tokens": tokens, "sampling": sampling, "stop": words, "rows": rows}
+        return write_texts(self.backbone, self.tokenizer, texts, precision=self.precision, **how)
+
+    @staticmethod
+    def _checked(
+        tokens: int, temperature: float, top_p: float, seed: int, stop: str | Sequence[str]
+    ) -> tuple[Sampling, list[str]]:
+        """How tokens are chosen, and the texts to stop at. UserError for what is not allowed."""
         check("tokens", tokens, Positive, TOKENS)
         check("stop", stop, str | Sequence[str])
         words = [stop] if isinstance(stop, str) else [*stop]
         if "" in words:
             refuse("stop", stop, "must not be empty")
-        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-        writer = self.writer(prompt)
-        writer.check_length(tokens)
-        return write_text(writer, self.tokenizer, tokens, sampling, words)
+        return Sampling(temperature=temperature, top_p=top_p, seed=seed), words
 
     def writer(self, prompt: str | Sequence[int] = "") -> Writer:
         """A text that begins with a prompt; an empty one begins a document.

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from zoo.errors import refuse, refuse_path
-from zoo.model.generation import Sampling, until
+from zoo.model.generation import Sampling
 from zoo.model.language_model import LanguageModel
-from zoo.model.scoring import likelihoods, write_many
+from zoo.model.scoring import likelihoods, write_texts
 
 WRITTEN = 256  # tokens, unless the harness's task says how many
 ALIASES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -152,20 +152,10 @@ class _Answers:
             rule = f"must be more than the {tokens} tokens that are written"
             refuse("task.harness.max_length", self.max_length, rule)
         texts = [self.tok_encode(prompt)[-most:] or [self.prefix_token_id] for prompt in prompts]
-
-        def ends(before: Sequence[int], written: Sequence[int]) -> bool:
-            if written[-1] == tokenizer.end:
-                return True
-            text = "".join(tokenizer.decode(written, before)) if stop else ""
-            return any(word in text for word in stop)
-
-        how = {"tokens": tokens, "sampling": sampling, "rows": self.rows, "stops": ends}
-        found = write_many(self.model.backbone, texts, precision=self.model.precision, **how)
-        said = []
-        for before, one in zip(texts, found, strict=True):
-            mine = one[:-1] if one[-1:] == [tokenizer.end] else one
-            said.append("".join(until(tokenizer.decode(mine, before), stop)))
-        return said
+        how = {"tokens": tokens, "sampling": sampling, "stop": stop, "rows": self.rows}
+        return write_texts(
+            self.model.backbone, tokenizer, texts, precision=self.model.precision, **how
+        )
 
 
 def _settings(given: dict[str, Any]) -> tuple[list[str], int, Sampling]:

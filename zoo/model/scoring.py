@@ -4,15 +4,20 @@ Texts are causal models' own: outputs do not depend on what follows, so that row
 have different lengths.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from zoo.data.tokenizers import Tokenizer
+from zoo.mixers.paged_cache import paged
 from zoo.model.arithmetic import arithmetic
 from zoo.model.backbone import Backbone, BackboneState
-from zoo.model.generation import Sampling
+from zoo.model.generation import Sampling, until
+from zoo.model.row_batch import RowBatch
 from zoo.model.shared_prefixes import (
+    CHUNK,
     Read,
     Rest,
     Tokens,
@@ -105,67 +110,91 @@ def write_many(
 ) -> list[list[int]]:
     """The tokens that a model writes after each prompt, at most `tokens` of each.
 
+    Up to `rows` texts of any lengths are written on together, a token each at a time; where one has
+    ended the next prompt takes its place (Yu 2022, Orca, OSDI, section 3.1). What prompts begin
+    with alike is read once, and its keys and values are kept once (zoo.mixers.paged_cache).
+
     Args:
-        prompts: of at least one token each; those of equal length are written on together.
+        prompts: of at least one token each.
         sampling: how a token is chosen; every prompt begins with its seed.
         stops: (prompt, written) -> whether the text has ended; called after each token.
         rows, precision: as for `likelihoods`.
     """
     if not prompts:
         return []
-    written: dict[int, list[int]] = {}
-    device = next(model.parameters()).device
-    with arithmetic(model, precision, device):
-        for rest in _ends(walk(model, heads := [p[:-1] for p in prompts], plan(heads))):
-            for members in _alike(rest, prompts, rows):
-                texts = [prompts[i][rest.start :] for i in members]
-                state = repeated(rest.state, len(members))
-                found = _write(model, texts, state, tokens, sampling, stops, device)
-                written |= dict(zip(members, found, strict=True))
-    return [written[i] for i in range(len(prompts))]
+    written: list[list[int]] = [[] for _ in prompts]
+    draws = [sampling.start() for _ in prompts]
 
-
-def _ends(found: Iterable[Read | Rest]) -> Iterator[Rest]:
-    return (one for one in found if isinstance(one, Rest))
-
-
-def _alike(rest: Rest, prompts: Sequence[Tokens], rows: int) -> Iterator[list[int]]:
-    """Members of one length, at most `rows` at a time."""
-    by_length: dict[int, list[int]] = {}
-    for i in rest.members:
-        by_length.setdefault(len(prompts[i]), []).append(i)
-    for same in by_length.values():
-        yield from (same[at : at + rows] for at in range(0, len(same), rows))
-
-
-def _write(
-    model: Backbone,
-    texts: Sequence[Tokens],
-    state: BackboneState,
-    tokens: int,
-    sampling: Sampling,
-    stops: Callable[[Tokens, Tokens], bool],
-    device: torch.device,
-) -> list[list[int]]:
-    """Write on from texts of equal length, each with random numbers of its own."""
-    draws = [sampling.start() for _ in texts]
-    written: list[list[int]] = [[] for _ in texts]
-    going, batch = set(range(len(texts))), padded(texts, device)
-    for _ in range(tokens):
-        x, after = model.hidden(batch, state)
-        assert after is not None
-        state = after
-        logits = model.head(x[:, -1])
+    def goes_on(text: int, logits: Tensor) -> bool:
+        """Choose a token of a text; whether there is one more."""
         wide = logits.to(wide_dtype(logits))
         if not torch.isfinite(wide).all():
             raise ArithmeticError("the model's outputs are not finite numbers")
-        batch = torch.zeros_like(batch[:, :1])
-        for row in sorted(going):
-            token = draws[row](wide[row])
-            written[row].append(token)
-            batch[row] = token
-            if stops(texts[row], written[row]):
-                going.remove(row)
-        if not going:
-            break
-    return written
+        written[text].append(draws[text](wide))
+        return len(written[text]) < tokens and not stops(prompts[text], written[text])
+
+    device, members = next(model.parameters()).device, []
+    with arithmetic(model, precision, device), paged(model):
+        waiting, batch = _read_prompts(model, prompts, device), RowBatch(model, [])
+        while True:
+            joining: list[tuple[int, BackboneState]] = []
+            while len(members) + len(joining) < rows and (found := next(waiting, None)):
+                text, logits, state = found
+                if goes_on(text, logits):
+                    joining.append((text, state))
+            if joining:
+                batch = RowBatch(model, [*batch.split(), *(state for _, state in joining)])
+                members += [text for text, _ in joining]
+            if not members:
+                return written
+            last = torch.tensor([written[text][-1:] for text in members], device=device)
+            logits = model.head(batch.hidden(last)[:, -1])
+            left = [row for row, text in enumerate(members) if goes_on(text, logits[row])]
+            if len(left) < len(members):
+                states = batch.split()
+                batch = RowBatch(model, [states[row] for row in left])
+                members = [members[row] for row in left]
+
+
+def _read_prompts(
+    model: Backbone, prompts: Sequence[Tokens], device: torch.device
+) -> Iterator[tuple[int, Tensor, BackboneState]]:
+    """Each prompt's place, the logits of the token after it, and its state."""
+    heads = [prompt[:-1] for prompt in prompts]
+    ends = (found for found in walk(model, heads, plan(heads)) if isinstance(found, Rest))
+    for rest in ends:
+        for text in rest.members:
+            state, x = rest.state, None
+            left = torch.tensor([[*prompts[text][rest.start :]]], device=device)
+            for piece in left.split(CHUNK, 1):
+                x, state = model.hidden(piece, state)
+            assert x is not None, "a prompt has tokens"
+            assert state is not None
+            yield text, model.head(x[0, -1]), state
+
+
+def write_texts(
+    model: Backbone,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Tokens],
+    *,
+    tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+    rows: int,
+    precision: str = "32-true",
+) -> list[str]:
+    """As `write_many`, the texts: up to a document's end, or the first of the `stop` texts."""
+
+    def ends(before: Tokens, written: Tokens) -> bool:
+        if written[-1] == tokenizer.end:
+            return True
+        text = "".join(tokenizer.decode(written, before)) if stop else ""
+        return any(word in text for word in stop)
+
+    how = {"tokens": tokens, "sampling": sampling, "rows": rows, "precision": precision}
+    said = []
+    for before, one in zip(prompts, write_many(model, prompts, stops=ends, **how), strict=True):
+        mine = one[:-1] if one[-1:] == [tokenizer.end] else one
+        said.append("".join(until(tokenizer.decode(mine, before), stop)))
+    return said
