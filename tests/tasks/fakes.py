@@ -1,6 +1,6 @@
 """Models whose costs are known, and contexts to measure them on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +87,21 @@ class Reader(Backbone):
 
     def state_bytes(self, tokens: int, batch: int = 1) -> int:
         return 0
+
+
+class TextsApart:
+    """In the place of `RowBatch`, for models without layers: every text is read by itself."""
+
+    def __init__(self, model: Backbone, states: Sequence[BackboneState]):
+        self.model, self.states = model, [*states]
+
+    def split(self) -> list[BackboneState]:
+        return self.states
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        read = [self.model.hidden(*each) for each in zip(tokens.split(1), self.states, strict=True)]
+        self.states = [after for _, after in read]  # type: ignore[misc]
+        return torch.cat([x for x, _ in read])
 
 
 class ByPosition(Remembers):

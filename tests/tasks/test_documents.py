@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from building import train_on_text
-from fakes import Reader, make_context, text_store
+from fakes import Reader, TextsApart, make_context, text_store
 
 from zoo.config.compose import compose
 from zoo.config.groups import choices
@@ -19,6 +19,11 @@ from zoo.tasks.answers import METRICS
 from zoo.tasks.documents import BENCHMARKS, Documents
 
 TEXT = [f"Sentence {i} of a book." for i in range(50)]
+
+
+@pytest.fixture(autouse=True)
+def texts_are_read_apart(monkeypatch):
+    monkeypatch.setattr("zoo.model.scoring.RowBatch", TextsApart)
 
 
 class Says(Reader):

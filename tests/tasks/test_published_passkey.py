@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from fakes import Reader, make_context, measure, text_store
+from fakes import Reader, TextsApart, make_context, measure, text_store
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +13,11 @@ from zoo.data.tokenizers import BYTE_TOKENIZER
 from zoo.errors import UserError
 from zoo.model.backbone import BackboneState
 from zoo.tasks.published_passkey import DIGITS, PublishedPasskey, k_max, prompt
+
+
+@pytest.fixture(autouse=True)
+def texts_are_read_apart(monkeypatch):
+    monkeypatch.setattr("zoo.model.scoring.RowBatch", TextsApart)
 
 
 class Recalls(Reader):
