@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("dev", "oracles", "corpora", "tune", "checkpoints", "lora", "wandb-report")
-EXTRAS = [word for extra in NAMES for word in ("--extra", extra)]
+# As `make constraints` names them.
+EXTRAS = re.findall(r"--extra|(?<=--extra )[\w-]+", (ROOT / "Makefile").read_text(encoding="utf-8"))
 PLATFORMS = {
     "Linux x86-64": "x86_64-unknown-linux-gnu",
     "Linux aarch64": "aarch64-unknown-linux-gnu",

@@ -29,16 +29,16 @@ def fork(*words: str) -> int:
 
 def not_a_number() -> None:
     """From now on, the loss of the second process is none at its third step."""
-    from zoo.model.backbone import Backbone
+    from zoo.training.learner import Learner
 
-    loss, calls = Backbone.loss, iter(range(100))
+    loss, calls = Learner.loss, iter(range(100))
 
     def broken(self, *given, **more):
         value = loss(self, *given, **more)
         second = os.environ.get("LOCAL_RANK") == "1" and self.training
         return value * float("nan") if second and next(calls) == 2 else value
 
-    Backbone.loss = broken  # type: ignore[method-assign]
+    Learner.loss = broken  # type: ignore[method-assign]
 
 
 def main() -> dict[str, int]:
