@@ -4,12 +4,13 @@ import math
 import random
 
 import pytest
-from synthetic import experiment, identity, score_row
+from synthetic import experiment, identity, run_records, score_row
 
 from zoo.report.charts import styles
 from zoo.report.page import render
 from zoo.report.rows import gather
 from zoo.report.statistics import interval
+from zoo.report.tables import budgets
 from zoo.report.text import as_text
 
 
@@ -284,3 +285,13 @@ def test_the_reference_is_the_plain_transformer():
     rows[1] |= {"model": "transformer", "extension": "yarn"}
     assert gather(rows, []).reference == "mamba"
     assert gather(rows + experiment(), []).reference == "transformer"
+
+
+def test_a_run_without_a_measurement_is_listed_by_the_name_of_its_data():
+    rows = [score_row("lstm", 512, 2.0)]
+    record = {"run": "b", "model": "nope", "status": "done", "data": {"symbols": 32, "answers": 16}}
+    record |= {"settings": {"data.name": "recall"}, "audit": {"float64": 64}}
+    results = gather(rows, [*run_records(rows), record])
+    row = next(row for row in budgets(results).rows if row[0].text == "nope")
+    assert "recall" in [cell.text for cell in row]
+    assert "trained, not measured yet" in as_text(results)

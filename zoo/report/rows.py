@@ -305,4 +305,5 @@ def _run_row(run: Row) -> Row:
     failed = run.get("status") == "failed"
     reason = run.get("reason") if failed else unfinished(run) or "trained, not measured yet"
     about = {"arm": run.get("arm") or run.get("model") or run.get("run"), "task": None}
+    about["data"] = (run.get("settings") or {}).get("data.name")  # a record's own says more
     return run | about | {"status": "failed" if failed else "unfinished", "reason": reason}
