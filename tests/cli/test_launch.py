@@ -208,6 +208,9 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_written(words, comma
         "run=x report=/proc/x/report.html": "report=/proc/x/report.html: cannot be written",
         "run=x report=": "report=: must have at least 1 character",
         "run=x report=.": "it is a folder. Name a file in it",
+        "run=x publish=.": "publish=.: cannot be written, it is a folder. Name a file in it",
+        "run=x publish=/proc/x/rows.json": "publish=/proc/x/rows.json: cannot be written",
+        f"run=x publish={__file__}": "is there already and is no file of published rows",
     }.items(),
 )
 def test_eval_refuses_alike(words, message, command, tmp_path):

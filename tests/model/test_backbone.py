@@ -69,5 +69,6 @@ def test_a_sink_token_learns_and_has_position_0_where_windows_are_placed(name, t
 def test_a_window_as_long_as_all_learned_positions_leaves_none_for_a_sink_token():
     words = ["model=learned", "size=tiny", "model.sink_token=true", "match=none", "seq_len=64"]
     config = train_config(*words)
-    with pytest.raises(UserError, match="reads at most 63 tokens"):
+    advice = r"reads at most 63 tokens\. Use model\.sink_token=false"
+    with pytest.raises(UserError, match=advice):
         build_model(config, VOCABULARY)

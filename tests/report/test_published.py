@@ -44,9 +44,15 @@ def test_what_all_rows_share_is_written_once(table):
 
 def test_a_run_of_the_same_kind_is_shown_beside_all_published_ones(table):
     theirs, runs, said = published.beside(rows("mine", parameters=1004))
-    assert {row["arm"] for row in theirs} == {"mamba (published)", "lstm (published)"}
+    assert {row["arm"] for row in theirs} == {"mamba (published t)", "lstm (published t)"}
     assert {each["run"] for each in runs} == {row["run"] for row in theirs}
     assert said == []
+
+
+def test_arms_of_one_name_in_two_tables_of_the_same_data_stay_apart(table):
+    published.write(table.with_name("u.json"), published.pack("u", rows("c"), [run("c")]))
+    theirs, _, _ = published.beside(rows("mine"))
+    assert {"mamba (published t)", "mamba (published u)"} <= {row["arm"] for row in theirs}
 
 
 @pytest.mark.parametrize(

@@ -558,7 +558,7 @@ def test_published_results_of_the_same_data_are_shown_beside_a_run(model, tmp_pa
     run_eval([theirs], f"publish={tmp_path}/published/table.json")
     code, said, _ = run_eval([mine], "against=published")
     assert code == 0
-    assert "transformer (published)" in said
+    assert "transformer (published table)" in said
     assert len(mine.rows()) == len(theirs.rows())  # theirs were not measured again, nor kept
 
 

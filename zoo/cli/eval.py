@@ -19,7 +19,7 @@ from zoo.config.stages import check_composition, stages_of
 from zoo.config.validate import plain, validate
 from zoo.data.sources import check_source
 from zoo.errors import UserError
-from zoo.runs.files import check_report
+from zoo.runs.files import ROWS, check_file, check_report
 from zoo.runs.find import find_runs
 from zoo.runs.folder import RunFolder
 from zoo.runs.resume import with_place
@@ -48,6 +48,8 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
     check_compression(config.compress, given)
     if config.report is not None:
         check_report("report", config.report)
+    if config.publish is not None:
+        check_file("publish", str(config.publish), ROWS, "file of published rows", "rows.json")
     folders = find_runs(config.run, config.runs) if config.run else []
     if config.checkpoint:
         _check_checkpoint(config.checkpoint, config)

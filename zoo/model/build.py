@@ -67,10 +67,11 @@ def _reason(error: Exception) -> str:
 
 def _check_window(model: Backbone, name: str, window: int) -> None:
     if model.max_length is not None and window > model.max_length:
-        raise UserError(
-            f"seq_len={window}: model={name} reads at most {model.max_length} tokens. "
-            f"Use seq_len={model.max_length} or less."
-        )
+        advice = f"Use seq_len={model.max_length} or less"
+        if model.sink is not None:  # whose place a limit that follows seq_len has no room for
+            advice = "Use model.sink_token=false, or another model"
+        rule = f"model={name} reads at most {model.max_length} tokens"
+        refuse("seq_len", window, rule, advice)
     if window < model.min_window:
         raise UserError(
             f"seq_len={window}: windows of model={name} must have at least {model.min_window} "

@@ -132,7 +132,10 @@ def _near(a: Any, b: Any, within: float) -> bool:
 
 
 def _published(row: Row, table: str) -> Row:
-    return {"run": f"published/{table}/{row['run']}", "arm": f"{row.get('arm')} (published)"}
+    return {
+        "run": f"published/{table}/{row['run']}",
+        "arm": f"{row.get('arm')} (published {table})",
+    }
 
 
 def _shared(rows: Sequence[Row]) -> Row:

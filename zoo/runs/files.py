@@ -91,27 +91,35 @@ def check_path(option: str, path: str) -> None:
 REPORT = b'<meta name="pictures"'  # every page that reports write has it
 
 
-def check_report(option: str, path: str) -> None:
-    """Refuse a file for a report, as the value of `option`, that cannot be written or is another's.
+ROWS = b'{"format":'  # so begins every file of published rows
 
-    A report of before may be replaced. Nothing is left behind.
+
+def check_report(option: str, path: str) -> None:
+    """Refuse a file for a report; see `check_file`."""
+    check_file(option, path, REPORT, "report", "report.html")
+
+
+def check_file(option: str, path: str, mark: bytes, what: str, name: str) -> None:
+    """Refuse a file, as the value of `option`, that cannot be written or is another's.
+
+    One of before, which has the `mark` of `what` it is, may be replaced. Nothing is left behind.
     """
     check_path(option, path)
     file, theirs = Path(path), False
     folder = next(parent for parent in file.absolute().parents if os.path.exists(parent))
     if os.path.isdir(file):
-        advice = f"Name a file in it, such as {file / 'report.html'}"
+        advice = f"Name a file in it, such as {file / name}"
         refuse(option, path, "cannot be written, it is a folder", advice)
     try:
         if file.exists():
             open(file, "ab").close()
-            theirs = REPORT not in file.read_bytes()
+            theirs = mark not in file.read_bytes()
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         rule = f"cannot be written ({folder}: {error.strerror})"
         refuse(option, path, rule, "Name a file elsewhere")
     if theirs:
-        refuse(option, path, "is there already and is no report", "Name a new file, or remove it")
+        refuse(option, path, f"is there already and is no {what}", "Name a new file, or remove it")
 
 
 def write_text(path: Path, text: str) -> None:
