@@ -32,7 +32,8 @@ KINDS = {
     "placed": ["finetune=runs/base", "extension=pose", "extension.scaling=dynamic_ntk"],
 }
 KINDS["placed"].append("extension.factor=4")
-KINDS["labels"] = ["data=mqar", "model=hybrid", "model.pattern=[mamba,transformer]", "seq_len=64"]
+KINDS["labels"] = ["data=mqar", "model=relu", "seq_len=64"]  # whose layers add to the loss
+KINDS["labels"] += ["model.mixer.normalise=root", "model.mixer.norm_loss=0.1"]
 
 
 def every_kind() -> Iterator[tuple[str, list[str]]]:

@@ -8,7 +8,8 @@ decoding is chunks of one token, streaming is anything between.
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections import UserDict
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,13 +22,11 @@ from zoo.errors import refuse
 
 State = Any  # a tuple or NamedTuple of tensors and of the number of tokens seen
 MixerOutput = Float[Tensor, "b t d"] | tuple[Float[Tensor, "b t d"], State]  # given a state, a pair
-CrossLayer = dict[
-    str, Tensor
-]  # what earlier layers left for later ones, for the tokens of one call
+CrossLayer = MutableMapping[str, Any]  # what layers left for later ones, for one call's tokens
 
 
-class LayerStore(dict[str, Tensor]):
-    """A CrossLayer as one leaf of PyTorch's trees: what wraps a block hands on it, not a copy."""
+class LayerStore(UserDict[str, Any]):
+    """A CrossLayer that is no dict: what wraps a block (FSDP, checkpoints) copies dicts."""
 
 
 ROW_CROSS_LAYERS = "rows"  # of a CrossLayer: those of texts whose states are apart, a list

@@ -249,16 +249,17 @@ class Backbone(nn.Module):
         tokens: Int[Tensor, "b t"],
         labels: Int[Tensor, "b t"],
         positions: Tensor | None = None,
-        state: BackboneState | None = None,
+        weight: float = 1.0,
     ) -> Tensor:
         """Mean negative log-likelihood (nats) of each label given the tokens up to its own place.
 
         Where a label is `NO_LABEL` nothing is predicted; 0 where nothing is at all, as may be in
-        one of the micro-batches that share a step.
+        one of the micro-batches that share a step. `weight` is that of the labels' mean in a step;
+        what layers add counts by its rows, so alike in all micro-batches.
         """
-        x, _ = self.hidden(tokens, state, positions)
+        x, _ = self.hidden(tokens, positions=positions)
         nll = self.summed_nll(x, labels) / (labels != NO_LABEL).sum().clamp(min=1)
-        return self.with_auxiliary(nll)
+        return self.with_auxiliary(nll * weight)
 
     def with_auxiliary(self, loss: Tensor, share: float = 1.0) -> Tensor:
         """The loss and what the layers of the last call add to it, as far as it is theirs."""
@@ -270,9 +271,10 @@ class Backbone(nn.Module):
         shown: Int[Tensor, "b t"],
         tokens: Int[Tensor, "b t"],
         chosen: Bool[Tensor, "b t"],
+        weight: float = 1.0,
     ) -> Tensor:
-        """Mean negative log-likelihood (nats) of the `chosen` tokens of what is shown masked."""
-        return self.labels_loss(shown, torch.where(chosen, tokens, NO_LABEL))
+        """As `labels_loss`, of the `chosen` tokens of what is shown masked."""
+        return self.labels_loss(shown, torch.where(chosen, tokens, NO_LABEL), weight=weight)
 
     def summed_nll(self, x: Float[Tensor, "... width"], targets: Int[Tensor, "..."]) -> Tensor:
         """Nats of the targets, summed; those that are `NO_LABEL` cost nothing."""

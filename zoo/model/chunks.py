@@ -45,11 +45,13 @@ def chunk_loss(
     labels: Int[Tensor, "b t"],
     positions: Tensor | None = None,
     empty: BackboneState | None = None,
+    weight: float = 1.0,
 ) -> Tensor:
     """This rank's part of the mean loss over windows that all ranks are given whole.
 
-    Its labels count by their share in all labels, what layers add by its share in the tokens.
-    `empty` is given where weights are divided among the ranks, which then gather them in one order.
+    Its labels count by their share in all labels, what layers add by its share in the tokens;
+    `weight` is that of `Backbone.labels_loss`. `empty` is given where weights are divided among the
+    ranks, which then gather them in one order.
 
     Of two chunks the later one is some blocks behind the earlier. All ranks take the blocks of all
     chunks in one order, by the sum of a block's number and its chunk's place, the order in which a
@@ -67,7 +69,7 @@ def chunk_loss(
             next(readings[place])
         except StopIteration as end:
             chunk = split.chunks()[place]
-            nll = model.summed_nll(end.value[0], labels[:, chunk]) / count
+            nll = model.summed_nll(end.value[0], labels[:, chunk]) / count * weight
             share = (chunk.stop - chunk.start) / tokens.shape[1]
             parts.append(model.with_auxiliary(nll, share))
     return sum(parts[1:], parts[0])

@@ -13,7 +13,7 @@ that of its module. The class attributes declare what goes with a scheme; they a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -26,7 +26,7 @@ from zoo.ops.attention import Part, attention
 if TYPE_CHECKING:  # which rotates by what this package defines
     from zoo.attention.pattern import AttentionPattern
 
-CrossLayer = dict[str, Tensor]
+CrossLayer = MutableMapping[str, Any]
 
 
 class PositionScheme(nn.Module):

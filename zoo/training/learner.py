@@ -105,36 +105,39 @@ class Learner(lightning.LightningModule):
         elif self.distillation is not None:
             loss = self.distillation.loss(self.model, tokens)
         else:
-            loss = self.loss(batch)
-        loss = loss * batch.get("weight", 1.0)
+            loss = self.loss(batch, batch.get("weight", 1.0))
         self._losses.append(self._checked("loss", loss.detach()))
         if len(self._losses) == self.micro_batches:
             self.log("train/loss", torch.stack(self._losses).mean())
             self._losses.clear()
         return loss
 
-    def loss(self, batch: dict[str, Any]) -> Tensor:
-        """The mean loss over a batch, each window read from the empty state."""
+    def loss(self, batch: dict[str, Any], weight: float = 1.0) -> Tensor:
+        """The mean loss over a batch, each window read from the empty state.
+
+        `weight` is that of the mean over its labels, where batches differ in their number.
+        """
         if self.ranks.size > 1:
-            return self._chunk_loss(batch)
+            return self._chunk_loss(batch, weight)
         if "labels" in batch:
-            return self.model.labels_loss(batch["tokens"], batch["labels"], batch.get("positions"))
+            placed = batch.get("positions")
+            return self.model.labels_loss(batch["tokens"], batch["labels"], placed, weight)
         if "chosen" in batch:
             tokens = batch["tokens"][:, :-1]
-            return self.model.masked_loss(batch["shown"], tokens, batch["chosen"])
+            return self.model.masked_loss(batch["shown"], tokens, batch["chosen"], weight)
         return self.model.loss(batch["tokens"], positions=batch.get("positions"))
 
     def validation_loss(self, batch: dict[str, Any]) -> Tensor:
         """As `loss`, called from outside of a step."""
         return self.loss(batch)
 
-    def _chunk_loss(self, batch: dict[str, Any]) -> Tensor:
+    def _chunk_loss(self, batch: dict[str, Any], weight: float) -> Tensor:
         """This rank's part of the mean loss, times the number of ranks."""
         tokens, labels = batch["tokens"], batch.get("labels")
         if labels is None:
             tokens, labels = tokens[:, :-1], tokens[:, 1:]
         placed = batch.get("positions")
-        part = chunk_loss(self.model, self.ranks, tokens, labels, placed, self.empty)
+        part = chunk_loss(self.model, self.ranks, tokens, labels, placed, self.empty, weight)
         return part * self.ranks.size
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
