@@ -7,6 +7,7 @@ import torch
 from building import train_config
 from torch import Tensor, nn
 
+from zoo.config.effects import check_names
 from zoo.config.schema.optim import Optim
 from zoo.errors import UserError
 from zoo.model.build import build_model
@@ -152,5 +153,7 @@ def test_muon_is_refused_where_there_is_no_matrix_for_it():
 
 def test_momentum_is_of_muon_alone():
     assert train_config("optim=muon", "optim.momentum=0.8").optim.momentum == 0.8
+    tree = {"optim": {"name": "muon", "momentum": 0.8}}
+    check_names("train", tree, ["optim", "optim.momentum"])  # on the command line too
     with pytest.raises(UserError, match=r"^optim\.momentum=0\.8: unknown option\."):
         train_config("optim.momentum=0.8")

@@ -31,9 +31,12 @@ def check_names(program: str, tree: Mapping[str, Any], given: Sequence[str]) -> 
         if f"{group}.name" in given:
             name = section["name"]
             refuse(f"{group}.name", name, "a YAML file sets it", f"Use {group}={name}")
+        if group == "optim":  # whose variants differ in code; their numbers are to be chosen
+            continue
+        named = [one for one in given if one != group]
         for path, value in _own(group, section["name"]):
             found = dict(leaves(section)).get(path)
-            key = next((one for one in given if within(f"{group}.{path}", (one,))), None)
+            key = next((one for one in named if within(f"{group}.{path}", (one,))), None)
             if key and found != value:
                 if path.endswith("positions._target_"):
                     found, value = short_name(str(found)), short_name(str(value))

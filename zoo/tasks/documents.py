@@ -9,7 +9,8 @@
                                                  2112.08608): exact match
 
 The model reads an instruction, the text and the question, and writes on greedily. Scores are those
-of torchmetrics, the best over the right answers: ROUGE without stemming, F1 and exact match after
+of torchmetrics, the best over the right answers: ROUGE without stemming, of words of ASCII letters
+and digits alone, so of no other script; F1 and exact match after
 SQuAD's normalisation; of generated texts the share of the answers that was written (RULER's). The
 prompts are this package's own, so scores compare models here, not with published figures.
 
