@@ -9,10 +9,10 @@
                                                  2112.08608): exact match
 
 The model reads an instruction, the text and the question, and writes on greedily. Scores are those
-of torchmetrics, the best over the right answers: ROUGE without stemming, of words of ASCII letters
-and digits alone, so of no other script; F1 and exact match after
-SQuAD's normalisation; of generated texts the share of the answers that was written (RULER's). The
-prompts are this package's own, so scores compare models here, not with published figures.
+of torchmetrics, the best over the right answers: ROUGE without stemming (it knows words of ASCII
+letters and digits alone), F1 and exact match after SQuAD's normalisation; of generated texts the
+share of the answers that was written (RULER's). The prompts are this package's own, so scores
+compare models here, not with published figures.
 
 A document whose prompt is longer than the length is cut as `truncate` says, on tokens of the text
 alone: `left` drops its beginning, `middle` as many around its middle (as LongBench does, Bai 2023,
