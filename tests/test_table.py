@@ -13,6 +13,7 @@ SHARED = {
     "parts",
     "short_conv",
     "feed_forward",
+    "paged_cache",
     "quantized_cache",
     "__init__",
 }  # not architectures

@@ -162,6 +162,7 @@ def test_a_launcher_without_a_sweep_a_package_or_a_cluster_is_refused(monkeypatc
 
 
 def test_a_fresh_run_is_no_job_that_may_return_to_the_queue(monkeypatch, capsys):
+    monkeypatch.setattr(launch, "_installed", lambda _: True)
     monkeypatch.setattr(launch.shutil, "which", lambda _: "/usr/bin/srun")
     assert main(["-m", "launcher=slurm", "fresh=true", "size=tiny"]) == 2
     assert "fresh=true: begins a job that returns to the queue anew." in capsys.readouterr().err
