@@ -138,7 +138,7 @@ def run(tmp_path_factory):
 
 def test_rows_of_quantized_weights_are_rows_of_their_own(run, tmp_path, capsys):
     task = ["task=perplexity", "task.perplexity.lengths=[32]", "task.perplexity.units=4"]
-    words = [f"run={run}", *task, f"report={tmp_path / 'r.html'}", "logger=none"]
+    words = [f"run={run}", *task, "report=null", "logger=none"]
     for weights in ("null", "int8", "int4", "int8"):
         assert eval_main([*words, f"weights={weights}"]) == 0
     rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
@@ -155,7 +155,7 @@ def test_rows_of_quantized_weights_are_rows_of_their_own(run, tmp_path, capsys):
 
 def test_what_fewer_bits_cost_is_beside_the_plain_rows_of_the_run(run, tmp_path, capsys):
     task = ["task=perplexity", "task.perplexity.lengths=[64]", "task.perplexity.units=3"]
-    words = [f"run={run}", *task, f"report={tmp_path / 'r.html'}", "logger=none"]
+    words = [f"run={run}", *task, "report=null", "logger=none"]
     assert eval_main(words) == 0
     assert "cost of fewer bits" not in capsys.readouterr().out
     for fewer in ("weights=int4", "kv_cache=int4"):
@@ -176,7 +176,7 @@ def test_text_is_written_with_quantized_weights(run):
 def test_rows_of_a_quantized_cache_say_so_and_have_its_bytes(run, tmp_path):
     words = ["task.perplexity.lengths=[512]", "task.perplexity.units=2"]
     speed = ["task=speed", "task.speed.lengths=[512]", "task.speed.decode_tokens=2"]
-    to = [f"run={run}", f"report={tmp_path / 'r.html'}", "logger=none"]
+    to = [f"run={run}", "report=null", "logger=none"]
     for more in ([], ["kv_cache=int8"], ["kv_cache=int4", "weights=int8"]):
         assert eval_main([*to, "task=perplexity", *words, *more]) == 0
     assert eval_main([*to, *speed, "kv_cache=int8"]) == 0

@@ -568,7 +568,8 @@ def test_a_quantity_that_is_no_finite_number_or_left_out_is_a_failure_of_any_tas
     model, tmp_path, monkeypatch, name, value
 ):
     words = [f"task={name}", *REQUIRED.get(name, ())]
-    part = compose("eval", ["run=any", *words]).task[name]
+    config = compose("eval", ["run=any", *words, "report=null", f"runs={tmp_path}"])
+    part = config.task[name]
     cls = part.load().func if hasattr(part.load(), "func") else part.load()
     quantity = cls.declares.quantities[0]
     row = {each.field: 0.0 for each in cls.declares.quantities}
@@ -583,7 +584,6 @@ def test_a_quantity_that_is_no_finite_number_or_left_out_is_a_failure_of_any_tas
     answer = Outcome(row, {"status": "ok", "reason": None, "seconds": 0.0})
     monkeypatch.setattr(cls, "answers", lambda self, context, wanted: [({"length": 32}, answer)])
     folder = run_folder(tmp_path / "a")
-    config = compose("eval", ["run=any", *words, "report=null", f"runs={tmp_path}"])
     code = evaluate(config, [folder], say=lambda _: None, progress=Progress())
     (found,) = folder.rows()
     assert code == 1

@@ -191,7 +191,7 @@ def parameters(*overrides: str) -> int:
         return count_parameters(build_model(train_config(*overrides), 256)[0])
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("size", ["tiny", "small", pytest.param("base", marks=pytest.mark.slow)])
 def test_arms_matched_by_parameters_are_within_one_percent(size, architecture):
     reference = parameters("model=transformer", f"size={size}", "match=none")
     found = parameters(f"model={architecture}", f"size={size}", "match=params", "seq_len=128")

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -36,6 +37,8 @@ from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.runs.folder import RunFolder
 
 TOKENS = 128  # that `generate` writes by default
+Tokens = Sequence[int] | np.ndarray | Tensor  # of one dimension
+Text = str | Tokens
 ROWS = 8  # texts that `generate_many` writes at once by default
 
 
@@ -66,11 +69,11 @@ class LanguageModel:
         check("text", text, str)
         return self.tokenizer.start(text)
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Tokens) -> str:
         """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
         return "".join(self.tokenizer.decode(self._tokens("tokens", tokens, Sequence[int])))
 
-    def logits(self, text: str | Sequence[int]) -> Float[Tensor, "t vocabulary"]:
+    def logits(self, text: Text) -> Float[Tensor, "t vocabulary"]:
         """The logits (t, vocabulary) after each token of a text, read as a whole.
 
         Row i says what may follow token i. Raises UserError for an empty text, and one that is
@@ -90,7 +93,7 @@ class LanguageModel:
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Text,
         *,
         tokens: int = TOKENS,
         temperature: float = 0.0,
@@ -104,7 +107,7 @@ class LanguageModel:
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: Text,
         *,
         tokens: int = TOKENS,
         temperature: float = 0.0,
@@ -131,7 +134,7 @@ class LanguageModel:
 
     def generate_many(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Text],
         *,
         tokens: int = TOKENS,
         temperature: float = 0.0,
@@ -169,7 +172,7 @@ class LanguageModel:
             refuse("stop", stop, "must not be empty")
         return Sampling(temperature=temperature, top_p=top_p, seed=seed), words
 
-    def writer(self, prompt: str | Sequence[int] = "") -> Writer:
+    def writer(self, prompt: Text = "") -> Writer:
         """A text that begins with a prompt; an empty one begins a document.
 
         Tokens are read as they are; a text begins as `encode` begins it.
