@@ -162,6 +162,9 @@ def test_a_step_of_training_adds_every_layers_losses_to_the_likelihood():
         found[checkpointed] = grads
     torch.testing.assert_close(found[False], found[True], rtol=1e-10, atol=1e-12)
     assert model.labels_loss(text, text) > model.eval().labels_loss(text, text)
+    nll = model.labels_loss(text, text).item()
+    whole, weighed = (model.train().labels_loss(text, text, weight=w).item() for w in (1.0, 0.5))
+    assert weighed - nll / 2 == pytest.approx(whole - nll, rel=1e-4)  # what layers add stays
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=name)
