@@ -9,7 +9,7 @@ decoding is chunks of one token, streaming is anything between.
 import functools
 import inspect
 from collections import UserDict
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zoo.config.domains import fits, refusal
 from zoo.errors import refuse
+from zoo.positions.base import CrossLayer
 
 State = Any  # a tuple or NamedTuple of tensors and of the number of tokens seen
 MixerOutput = Float[Tensor, "b t d"] | tuple[Float[Tensor, "b t d"], State]  # given a state, a pair
-CrossLayer = MutableMapping[str, Any]  # what layers left for later ones, for one call's tokens
 
 
 class LayerStore(UserDict[str, Any]):

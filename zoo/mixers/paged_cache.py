@@ -117,9 +117,10 @@ class PagedCache:
 
     def append(self, state: PagedKeyValues, kv: Float[Tensor, "2 t g d"]) -> PagedKeyValues:
         """Return the state with the keys and values of t tokens behind it."""
-        pool = self.pools.setdefault(
-            (kv.dtype, kv.device), PagePool(self.heads, self.head_width, kv)
-        )
+        kind = kv.dtype, kv.device
+        if kind not in self.pools:
+            self.pools[kind] = PagePool(self.heads, self.head_width, kv)
+        pool = self.pools[kind]
         pages, written, tokens = [*state.pages], 0, kv.shape[1]
         while written < tokens:
             filled = (state.tokens_seen + written) % PAGE

@@ -26,7 +26,7 @@ from zoo.ops.attention import Part, attention
 if TYPE_CHECKING:  # which rotates by what this package defines
     from zoo.attention.pattern import AttentionPattern
 
-CrossLayer = MutableMapping[str, Any]
+CrossLayer = MutableMapping[str, Any]  # what layers left for later ones, for one call's tokens
 
 
 class PositionScheme(nn.Module):

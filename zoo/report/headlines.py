@@ -8,24 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from zoo.measurement import Quantity
 from zoo.report import scores
 from zoo.report.caveats import names
 from zoo.report.rows import Cells, Results
 from zoo.report.statistics import missing
 from zoo.report.tables import Tied
-from zoo.report.timings import comparable
+from zoo.report.timings import DECODING, comparable
 from zoo.report.words import count, score, times
 
-# Of task=speed; its own declaration may be missing in older rows.
-DECODING = Quantity(
-    field="milliseconds",
-    name="decoding",
-    better="lower",
-    unit="milliseconds per token",
-    where={"phase": "decode"},
-    cost=True,
-)
 Best = Callable[[Iterable[float]], float]
 
 

@@ -13,6 +13,16 @@ from typing import NamedTuple
 from zoo.measurement import Quantity
 from zoo.report.rows import Cells, Results, Row, fine
 
+# Of task=speed, whose declaration may be missing in older rows.
+DECODING = Quantity(
+    field="milliseconds",
+    name="decoding",
+    better="lower",
+    unit="milliseconds per token",
+    where={"phase": "decode"},
+    cost=True,
+)
+
 
 class Setting(NamedTuple):
     """Where, how and when an arm's times were measured: the values of all of its rows."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from zoo.config.domains import Count, Lengths
 from zoo.measurement import Declaration, Quantity
 from zoo.model.backbone import BackboneState
+from zoo.report.timings import DECODING
 from zoo.tasks.context import (
     EvalContext,
     NotApplicableError,
@@ -52,14 +53,7 @@ class Speed(Task):
                 where={"phase": "forward"},
                 cost=True,
             ),
-            Quantity(
-                field="milliseconds",
-                name="decoding",
-                better="lower",
-                unit="milliseconds per token",
-                where={"phase": "decode"},
-                cost=True,
-            ),
+            DECODING,
             Quantity(
                 field="peak_bytes",
                 name="peak memory of the forward pass",
