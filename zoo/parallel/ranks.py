@@ -6,8 +6,8 @@
 One chunk for each rank serves states of a fixed size: every chunk costs the same. Of causal softmax
 attention the last of N such chunks costs (2 N - 1) / N times the mean, because it reads all keys.
 In zigzag there are 2 N chunks, of which rank r reads those at r and 2 N - 1 - r: the work of every
-rank is the same (Brandon 2023, Striped Attention, section 3, arXiv 2311.09431, and Llama 3, section
-3.3.2, arXiv 2407.21783, both for rings of keys).
+rank is the same (Grattafiori 2024, Llama 3, section 3.3.2, arXiv 2407.21783, whose ranks gather all
+keys instead of handing them over).
 """
 
 from dataclasses import dataclass, field
