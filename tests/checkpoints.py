@@ -140,6 +140,7 @@ CASES = {
     ),
     "gemma2": ("Gemma2", GEMMA2),
     "gemma2, scores capped low": ("Gemma2", GEMMA2 | {"attn_logit_softcapping": 0.05}),
+    "gemma2, exact gelu": ("Gemma2", GEMMA2 | {"hidden_activation": "gelu"}),
     "gemma2, uncapped": ("Gemma2", GEMMA2 | {"attn_logit_softcapping": None}),
     "gemma2, all layers whole": (
         "Gemma2",

@@ -35,6 +35,16 @@ def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.usefixtures("plugins")
+@pytest.mark.parametrize("jobs", ["0", "1.5", "null", "foo"])
+def test_a_number_of_runs_that_joblib_would_not_take_is_refused(jobs, capsys):
+    words = ["-m", "launcher=local", "seed=0,1", f"hydra.launcher.n_jobs={jobs}", *SHORT]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"train.py: hydra.launcher.n_jobs={jobs}: ")
+    assert said.count("\n") == 1
+
+
 def check_table(lines: list[str]) -> None:
     """The last lines are the table of both arms, with their losses."""
     assert re.fullmatch(r"arm  options  seed  valid loss  folder", lines[-3])

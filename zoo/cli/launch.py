@@ -13,7 +13,11 @@ from typing import NoReturn
 
 import hydra
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 from zoo.cli.arms import Check, Job, compose_arms, swept_by_experiment
@@ -54,6 +58,8 @@ def _launch(program: str, argv: list[str], usage: str, check: Check, job: Job) -
     with composing(program):
         overrides = parse(flags.words)
         check_launcher(overrides, flags.multirun)
+        if flags.multirun:
+            check_hydra(program, overrides)
         params = swept_by_experiment(program, overrides, flags.multirun)
         arms, configs = compose_arms(program, overrides, params, check)
         if flags.cfg:
@@ -93,6 +99,25 @@ def check_launcher(overrides: Sequence[Override], multirun: bool) -> None:
         if given.get("fresh") is True:
             rule = "begins a job that returns to the queue anew"
             refuse("fresh", True, rule, "Leave it out, and use another runs=<folder>")
+
+
+def check_hydra(program: str, overrides: Sequence[Override]) -> None:
+    """Refuse an option of Hydra's own, such as `hydra.launcher.n_jobs`, that it would not take."""
+    own = [o for o in overrides if o.is_hydra_override()]
+    front = GlobalHydra.instance().hydra
+    assert front is not None
+    chosen = [o.input_line for o in overrides if o.key_or_group in ("launcher", "hydra/launcher")]
+    for one in [o for o in own if o.input_line not in chosen]:
+        words = [str(word) for word in [*chosen, one.input_line]]
+        try:
+            composed = front.compose_config(program, words, RunMode.MULTIRUN)
+        except HydraException as error:
+            cause = str(error.__cause__ or error).splitlines()[0]
+            refuse_path(str(one.input_line), cause, "See --hydra-help")
+        jobs = OmegaConf.select(composed, "hydra.launcher.n_jobs")
+        if jobs == 0:
+            rule = "must be a number of runs side by side, or -1 for one on each core"
+            refuse("hydra.launcher.n_jobs", jobs, rule)
 
 
 def _installed(module: str) -> bool:

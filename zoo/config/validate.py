@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from types import NoneType
 from typing import Any, TypeVar, get_args
 
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+import yaml
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from zoo.config.schema.eval import EvalConfig
@@ -47,18 +45,20 @@ def _explain(errors: list[ErrorDetails], schema: type[BaseModel]) -> str:
     if isinstance(cause := context.get("error"), UserError):
         named = re.match(r"\w+=", str(cause)) is not None  # it begins with the option's last name
         return f"{path}.{cause}" if named and path else f"{path}: {cause}" if path else str(cause)
-    if error["type"] == "string_pattern_mismatch":
-        rule = f"must match {context['pattern']}"
-    else:
-        rule = (
-            str(cause)
-            if cause
-            else re.sub("^(Input|String|List|Tuple) should", "must", error["msg"])
-        )
-    rule = rule.removesuffix(".")
+    said = (
+        str(cause) if cause else re.sub("^(Input|String|List|Tuple) should", "must", error["msg"])
+    )
+    rule = re.sub(" after validation, not [0-9]+$", "", said).removesuffix(".")
     if may_be_null(schema, error["loc"]) and "null" not in rule:
         rule += ", or null"
-    return sentence(f"{path}={shown(given)}", rule)
+    return sentence(f"{path}={_typed(given)}", rule)
+
+
+def _typed(value: Any) -> str:
+    """The value so that 2.0 differs from 2, and the text 'true' from the switch."""
+    if isinstance(value, str) and yaml.safe_load(value or "''") != value:
+        return shown(f"'{value}'")
+    return repr(value) if isinstance(value, float) else shown(value)
 
 
 def may_be_null(schema: type[BaseModel], place: Sequence[int | str]) -> bool:

@@ -13,6 +13,7 @@ from zoo.mixers.base import Mixer, MixerOutput, State, linear, residual_gain
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
+    "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
 
@@ -21,8 +22,8 @@ class SwiGLU(Mixer):
     """y = W_down (f(W_gate x) * W_up x)   (Shazeer 2020, GLU variants, eqs. 5 and 6)
 
     `hidden_width` is 8/3 of the width unless given, so that it costs what a 4x MLP would; with
-    `bias` all three projections have one. f is the `activation`, silu or gelu by its tanh
-    approximation (GEGLU).
+    `bias` all three projections have one. f is the `activation`: silu, gelu (GEGLU), or
+    gelu by its tanh approximation.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class SwiGLU(Mixer):
         width: int,
         hidden_width: Positive | None = None,
         bias: bool = False,
-        activation: Literal["silu", "gelu_tanh"] = "silu",
+        activation: Literal["silu", "gelu", "gelu_tanh"] = "silu",
         layer: int = 0,
         layers: int = 1,
     ) -> None:

@@ -15,15 +15,15 @@ GELU_TANH = "gelu_pytorch_tanh"
 def gemma(read: Reader) -> list[str]:
     """Gemma: GEGLU, scaled embeddings, norms whose weights are offsets from one."""
     read.only("use_bidirectional_attention", False)
-    acts = [read.get(key) for key in ("hidden_act", "hidden_activation")]
-    if wrong := [act for act in acts if act not in (None, "gelu", GELU_TANH)]:
-        raise unsupported("hidden_act", wrong[0])  # gelu: a name of early checkpoints for the other
+    read.only("hidden_act", "gelu", GELU_TANH)  # gelu: what early checkpoints call the other
+    read.only("hidden_activation", "gelu", GELU_TANH)  # of Gemma 2, where gelu is gelu
+    exact = read.get("model_type") != "gemma" and read.get("hidden_activation") == "gelu"
     words = transformer(read, act=None, tied=True)
     return [
         *words,
         *biases(read, "qkv", "output"),
         "model.norm=rms_norm_offset",
-        "model.feed_forward.activation=gelu_tanh",
+        f"model.feed_forward.activation={'gelu' if exact else 'gelu_tanh'}",
         f"model.embedding_scale={read.number('hidden_size') ** 0.5}",
     ]
 

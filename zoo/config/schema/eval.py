@@ -8,7 +8,7 @@ from zoo.config.schema.data import DataPlace
 from zoo.config.schema.model import Extension
 from zoo.config.schema.sections import CompressionPart, Section, TaskPart
 from zoo.config.schema.trainer import Logger
-from zoo.config.schema.values import Name, Number, Path, Switch, Threads
+from zoo.config.schema.values import Name, Number, Path, Switch, Threads, spelt
 from zoo.errors import refuse
 
 
@@ -50,9 +50,9 @@ class EvalConfig(Section):
     runs: Path = Field(description="folder that holds the run folders")
     split: Literal["train", "valid", "test"] = Field(description="part of the corpus to measure on")
     fresh: Switch = Field(description="true: measure again what was measured before")
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
-        description="auto, cpu, mps, cuda, cuda:1 ..."
-    )
+    device: Annotated[
+        str, spelt(r"auto|cpu|mps|cuda(:\d+)?", "must be auto, cpu, mps, cuda or cuda:<n>")
+    ] = Field(description="auto, cpu, mps, cuda, cuda:1 ...")
     weights: Literal["stored", "float32", "bfloat16", "float16", "int8", "int4"] | None = Field(
         default=None,
         description="dtype of the weights; stored: the checkpoint's; int8 or int4: quantized; "

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from zoo.config.schema.sections import AttentionPart, MixerPart, PositionsPart, Section
-from zoo.config.schema.values import Name, Number, Path, Positive, ShortConv, Switch
+from zoo.config.schema.values import Name, Number, Path, Positive, ShortConv, Switch, spelt
 
 
 class BlockConfig(Section):
@@ -16,7 +16,13 @@ class BlockConfig(Section):
     short_conv: ShortConv | None = None  # taps of a convolution before the mixer
 
 
-Matched = Annotated[str, Field(pattern=r"^(layers|(mixer|feed_forward)\.[a-z]\w*)$")]
+Matched = Annotated[
+    str,
+    spelt(
+        r"layers|(mixer|feed_forward)\.[a-z]\w*",
+        "must be layers, mixer.<option> or feed_forward.<option>",
+    ),
+]
 
 
 class Model(Section):
@@ -66,7 +72,9 @@ class Size(Section):
     heads: Annotated[Positive, Field(le=2**17)]
 
 
-Layer = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
+Layer = Annotated[
+    str, spelt(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", "must be a layer's name, such as mixer.q_proj")
+]
 
 
 class Extension(Section):

@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from zoo.config.schema.sections import OpenSection, Section
-from zoo.config.schema.values import Name, Positive, Switch
+from zoo.config.schema.values import Name, Positive, Switch, spelt
 from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED, trainer_parameters
 from zoo.devices import resolve_precision
 from zoo.errors import refuse, refuse_unknown, shown
@@ -55,9 +55,9 @@ class Trainer(OpenSection):
     """The arguments of Lightning's Trainer that a run carries through; others are refused."""
 
     max_steps: Positive = Field(description="optimiser steps")
-    precision: Literal["32-true", "bf16-mixed"] = Field(
-        description="auto, 32-true or bf16-mixed; auto: bf16-mixed on CUDA, else 32-true"
-    )
+    precision: Annotated[
+        str, spelt("32-true|bf16-mixed", "must be auto, 32-true or bf16-mixed")
+    ] = Field(description="auto, 32-true or bf16-mixed; auto: bf16-mixed on CUDA, else 32-true")
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = Field(
         description="auto, cpu, gpu, cuda or mps"
     )

@@ -1,8 +1,9 @@
 """What the values of options may be."""
 
+import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from zoo.config.sizes import read_count
 
@@ -19,8 +20,19 @@ def _switch_or_tokens(value: Any) -> Any:
     except ValueError:
         tokens = 0
     if tokens is not False and not 1 <= tokens <= MANY:
-        raise ValueError("must be true, false or a positive number of tokens")
+        raise ValueError(f"must be true, false or a number of tokens from 1 to {MANY}")
     return tokens
+
+
+def spelt(pattern: str, rule: str) -> AfterValidator:
+    """That a word matches a pattern; `rule` says in words how it must be spelt."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(rule)
+        return value
+
+    return AfterValidator(check)
 
 
 MANY = 2**48  # steps, tokens or windows; memory is checked later
@@ -34,4 +46,5 @@ Seed = Annotated[int, BeforeValidator(read_count), Field(ge=0, lt=2**32)]  # as 
 Threads = Annotated[Positive, Field(le=1024)]  # far more and the C library aborts
 Path = Annotated[str, Field(min_length=1)]
 ShortConv = Annotated[int, BeforeValidator(read_count), Field(ge=2, le=8)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
+NAME = "must begin with a letter or digit and go on with letters, digits and ._+- alone"
+Name = Annotated[str, spelt(r"[A-Za-z0-9][\w.+-]*", NAME)]
