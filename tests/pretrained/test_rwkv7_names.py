@@ -1,10 +1,15 @@
 """RWKV-7 checkpoints by the names of flash-linear-attention, against the recurrence in float64.
 
 That library runs on GPUs alone, so the reference is written here from the paper (Peng 2025, section
-4, arXiv 2503.14456), a loop over tokens; names and shapes of weights are those of its module.
+4, arXiv 2503.14456), a loop over tokens; names and shapes of weights are those of its module. The
+package of RWKV's author, which has other names for them, gives the same logits.
 """
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,6 +138,51 @@ def test_logits_are_those_of_the_published_recurrence(changes, tmp_path):
     for at in range(150, 200):  # token by token behind a whole
         logits, state = model(torch.tensor([tokens[at : at + 1]]), state)
         torch.testing.assert_close(logits[0, 0], expected[at], atol=1e-5, rtol=1e-5)
+
+
+AUTHOR = """
+import sys, torch
+from rwkv.model import RWKV
+folder, *tokens = sys.argv[1:]
+logits, _ = RWKV(f"{folder}/author", "cpu fp32").forward([*map(int, tokens)], None, True)
+torch.save(logits, f"{folder}/logits.pt")
+"""
+
+
+def author_names(w: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights by the names of RWKV-LM, whose low-rank matrices are transposed."""
+    names = {"model.embeddings": "emb", "lm_head": "head", "model.norm": "ln_out"}
+    names |= {"pre_norm": "ln0", "attn_norm": "ln1", "ffn_norm": "ln2", "g_norm": "ln_x"}
+    names |= {"r_proj": "receptance", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
+    names |= {"model.layers": "blocks", "attn": "att"}
+    found = {"blocks.0.att.v0": torch.zeros(D)}  # the first layer reads none
+    for name, weight in w.items():
+        for theirs, his in names.items():
+            name = re.sub(rf"(?<![a-z_]){theirs}(?![a-z_])", his, name)
+        if match := re.fullmatch(r"(.*)\.([wavg])_lora\.lora\.(0|2)\.(weight|bias)", name):
+            place = 0 if match[4] == "bias" else 1 + int(match[3]) // 2
+            name = f"{match[1]}.{match[2]}{place}"
+            weight = weight if match[4] == "bias" else weight.T.contiguous()
+        found[name] = weight
+    return found
+
+
+def test_logits_are_those_of_the_package_of_its_author(tmp_path, monkeypatch):
+    pytest.importorskip("rwkv")
+    for name, value in {"D": 128, "HEAD": 64, "HIDDEN": 256}.items():  # his heads have 64 channels
+        monkeypatch.setitem(globals(), name, value)
+    sizes = {"hidden_size": 128, "head_dim": 64, "intermediate_size": 256}
+    found = write(tmp_path, **sizes, value_dim=[128] * LAYERS, norm_eps=1e-5)
+    torch.save(author_names(found), tmp_path / "author.pth")
+    tokens = torch.randint(VOCAB, (200,)).tolist()
+    environment = {**os.environ, "RWKV_V7_ON": "1", "RWKV_JIT_ON": "0"}
+    command = [sys.executable, "-c", AUTHOR, str(tmp_path), *map(str, tokens)]
+    subprocess.run(
+        command, env=environment, check=True, capture_output=True
+    )  # it sets global flags
+    theirs = torch.load(tmp_path / "logits.pt", weights_only=True)
+    ours = opened(tmp_path)(torch.tensor([tokens]))[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=1e-5)
 
 
 def test_shifts_in_one_tensor_are_those_in_six(tmp_path):
