@@ -48,6 +48,17 @@ INLINE Real exponential(Real below) {
     return result[0];
 }
 
+/* Fetches the keys of the next scores and the values of these: heads lie side by side, so that one
+ * head alone is read in pieces too short for the processor to fetch ahead by itself. */
+INLINE void fetch(const Job *j, Int b, Int first, Int end) {
+    const Int line = 64 / sizeof(Real);
+    const Int wide = j->s.kv_heads * j->s.width, values = j->s.kv_heads * j->s.value_width;
+    for (Int i = first; i < min_int(first + LANES, end); i++)
+        for (Int c = 0; c < values; c += line) __builtin_prefetch(row(j->a.v, b, i) + c, 0, 2);
+    for (Int i = first + LANES; i < min_int(first + 2 * LANES, j->s.keys); i++)
+        for (Int c = 0; c < wide; c += line) __builtin_prefetch(row(j->a.k, b, i) + c, 0, 2);
+}
+
 /* Scores of LANES keys from the first on, `count` of them there, for one query of d channels. */
 INLINE Vec scores(const Real *q, Rows k, Int b, Int first, Int count, Int offset, Int d) {
     const Real *keys[LANES];
@@ -94,7 +105,8 @@ static void forward_unit(const void *job, Int unit) {
     const Int shared = h / j->s.kv_heads;
     Real *partial = a->partial + unit * h * (e + parts);
     Real weights[MAX_HEADS][CHUNK] __attribute__((aligned(BYTES)));
-    for (Int i = 0; i < count; i += LANES)
+    for (Int i = 0; i < count; i += LANES) {
+        fetch(j, b, first + i, first + count);
         for (Int n = 0; n < h; n++) {
             Vec s = scores(row(a->q, b, 0) + n * d, a->k, b, first + i, count - i, n / shared * d, d);
             s *= *a->scale;
@@ -102,6 +114,7 @@ static void forward_unit(const void *job, Int unit) {
                 for (Int lane = count - i; lane < LANES; lane++) s[lane] = -INFINITY;
             store(weights[n] + i, s, LANES);
         }
+    }
     for (Int n = 0; n < h; n++) {
         Vec top = splat(-INFINITY), sum = {};
         for (Int i = 0; i < count; i += LANES) top = larger(load(weights[n] + i, LANES), top);

@@ -5,7 +5,8 @@
 #endif
 
 enum {
-    TOGETHER = 4, /* outputs whose sums run side by side, and rows at most */
+    TOGETHER = 4, /* outputs and rows whose sums run side by side, where there are several rows */
+    CHAINS = 4,   /* sums side by side of one output and row */
     BLOCK = 32,   /* outputs of a unit of work */
     GROUP = 32    /* inputs that share a scale in 4 bits */
 };
@@ -57,9 +58,11 @@ INLINE float widened(uint16_t from) {
     return value;
 }
 INLINE void pair(Vec *first, Vec *second, const uint16_t *from) {
-    Ints low = from[0] - (Ints){}, high = from[1] - (Ints){};
-    *first = __builtin_convertvector((Floats)(low << 16), Vec);
-    *second = __builtin_convertvector((Floats)(high << 16), Vec);
+    int32_t word;
+    memcpy(&word, from, sizeof word);
+    Ints both = word - (Ints){};
+    *first = __builtin_convertvector((Floats)(both << 16), Vec);
+    *second = __builtin_convertvector((Floats)(both & ~0xffff), Vec);
 }
 
 /* s q + z of each lane's lowest 4 bits q, in two's complement. */
@@ -72,6 +75,39 @@ INLINE Vec value(Ints four, Vec s, Vec z) { /* all 16 are computed once and look
 #else
 INLINE Vec value(Ints four, Vec s, Vec z) { return numbers((four << 28) >> 28) * s + z; }
 #endif
+
+/* One row and output: the matrix is one stream, which the processor fetches ahead. */
+INLINE void int8_stream(const Job *j, Int r, Int o) {
+    const Int k = j->s.inputs;
+    const Real *x = row(j->a.x, 0, r);
+    const int8_t *q = j->a.q + o * k;
+    Vec sums[CHAINS] = {};
+    Int c = 0;
+    for (; c + CHAINS * LANES <= k; c += CHAINS * LANES)
+        ALL(i, CHAINS) sums[i] += numbers(integers(q + c + i * LANES)) * load(x + c + i * LANES, LANES);
+    for (; c + LANES <= k; c += LANES) sums[0] += numbers(integers(q + c)) * load(x + c, LANES);
+    Real sum = total(sums[0] + sums[1] + (sums[2] + sums[3]));
+    for (; c < k; c++) sum += (Real)q[c] * x[c];
+    row(j->a.y, 0, r)[o] = sum * widened(j->a.scales[o]);
+}
+INLINE void int4_stream(const Job *j, Int r, Int o) {
+    const Int groups = j->s.inputs / GROUP;
+    const Real *x = row(j->a.x, 0, r);
+    const int8_t *q = j->a.q + o * groups * (GROUP / 2);
+    const uint16_t *scales = j->a.scales + o * groups * 2;
+    Vec sums[CHAINS] = {};
+    for (Int g = 0; g < groups; g++) {
+        Vec scale, zero;
+        pair(&scale, &zero, scales + 2 * g);
+        ALL(i, GROUP / 2 / LANES) {
+            Ints both = integers(q + g * (GROUP / 2) + i * LANES);
+            const Real *from = x + g * GROUP + i * LANES;
+            sums[2 * i % CHAINS] += value(both, scale, zero) * load(from, LANES);
+            sums[(2 * i + 1) % CHAINS] += value(both >> 4, scale, zero) * load(from + GROUP / 2, LANES);
+        }
+    }
+    row(j->a.y, 0, r)[o] = total(sums[0] + sums[1] + (sums[2] + sums[3]));
+}
 
 /* Rows r .. r + many of outputs o .. o + some. */
 INLINE void int8_tile(const Job *j, Int r, Int o, int many, int some) {
@@ -132,15 +168,15 @@ INLINE void int4_tile(const Job *j, Int r, Int o, int many, int some) {
 
 #define UNIT(name)                                                                       \
     ONCE void name##_four(const Job *j, Int r, Int o) { name##_tile(j, r, o, 4, 4); }    \
-    ONCE void name##_row(const Job *j, Int r, Int o) { name##_tile(j, r, o, 1, 4); }     \
-    ONCE void name##_one(const Job *j, Int r, Int o) { name##_tile(j, r, o, 1, 1); }     \
+    ONCE void name##_one(const Job *j, Int r, Int o) { name##_stream(j, r, o); }         \
     static void name##_unit(const void *job, Int unit) {                                 \
         const Job *j = job;                                                              \
         Int o = unit * BLOCK, end = min_int(o + BLOCK, j->s.outputs);                    \
-        for (; o + TOGETHER <= end; o += TOGETHER) {                                     \
-            Int r = 0;                                                                   \
-            for (; r + TOGETHER <= j->s.rows; r += TOGETHER) name##_four(j, r, o);       \
-            for (; r < j->s.rows; r++) name##_row(j, r, o);                              \
+        const Int fours = j->s.rows / TOGETHER * TOGETHER;                               \
+        for (; fours && o + TOGETHER <= end; o += TOGETHER) {                            \
+            for (Int r = 0; r < fours; r += TOGETHER) name##_four(j, r, o);              \
+            for (Int i = o; i < o + TOGETHER; i++)                                       \
+                for (Int r = fours; r < j->s.rows; r++) name##_one(j, r, i);             \
         }                                                                                \
         for (; o < end; o++)                                                             \
             for (Int r = 0; r < j->s.rows; r++) name##_one(j, r, o);                     \
