@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from building import train_config, train_on_text
-from torch import nn
 
 import zoo
 import zoo.runs.folder
@@ -22,6 +21,7 @@ from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.checkpoint import load
 from zoo.model.shrink import multiplied_out, shrink
+from zoo.ops.linear import Linear
 from zoo.runs.folder import RunFolder
 
 TINY = ["batch_tokens=256", "trainer.max_steps=3", "save_every=1"]
@@ -35,7 +35,7 @@ def model_of(name: str) -> Backbone:
 
 def matrices(model: Backbone) -> dict[str, torch.Tensor]:
     layers = model.blocks.named_modules()
-    return {name: one.weight.detach().clone() for name, one in layers if type(one) is nn.Linear}
+    return {name: one.weight.detach().clone() for name, one in layers if type(one) is Linear}
 
 
 @pytest.mark.parametrize("name", [name for name in choices("model") if name != "low_rank"])

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zoo.config.domains import fits, refusal
 from zoo.errors import refuse
+from zoo.ops.linear import Linear
 from zoo.positions.base import CrossLayer
 
 State = Any  # a tuple or NamedTuple of tensors and of the number of tokens seen
@@ -142,9 +143,9 @@ def refuse_state(state: State) -> None:
         raise ValueError("a bidirectional mixer reads a whole sequence at once: it keeps no state")
 
 
-def linear(inputs: int, outputs: int, *, gain: float = 1.0, bias: bool = False) -> nn.Linear:
+def linear(inputs: int, outputs: int, *, gain: float = 1.0, bias: bool = False) -> Linear:
     """A projection that keeps unit variance times `gain`^2: weights N(0, gain^2 / inputs)."""
-    layer = nn.Linear(inputs, outputs, bias=bias)
+    layer = Linear(inputs, outputs, bias=bias)
     nn.init.normal_(layer.weight, std=gain * inputs**-0.5)
     if bias:
         nn.init.zeros_(layer.bias)

@@ -21,6 +21,7 @@ from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, MixerOutput, no_weight_decay
 from zoo.mixers.parts import conv_weight, no_inputs, wide_zeros
 from zoo.ops.causal_conv import causal_conv
+from zoo.ops.linear import Linear, linear
 from zoo.ops.selective_scan import selective_scan
 from zoo.parallel.hand_over import publish
 
@@ -66,12 +67,12 @@ class Mamba(Mixer):
         self.inner_width, self.state_size, self.conv_width = inner, state_size, conv_width
         self.dt_rank, self.input_norm_eps, self.backend = rank, input_norm_eps, backend
 
-        self.in_proj = nn.Linear(width, 2 * inner, bias=False)
+        self.in_proj = Linear(width, 2 * inner, bias=False)
         self.conv_weight = conv_weight(inner, conv_width)
         bound = conv_width**-0.5
         self.conv_bias = nn.Parameter(torch.empty(inner).uniform_(-bound, bound))
-        self.x_proj = nn.Linear(inner, rank + 2 * state_size, bias=False)
-        self.dt_proj = nn.Linear(rank, inner)
+        self.x_proj = Linear(inner, rank + 2 * state_size, bias=False)
+        self.dt_proj = Linear(rank, inner)
         nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
         low, high = math.log(DT_MIN), math.log(DT_MAX)
         dt = torch.empty(inner).uniform_(low, high).exp().clamp(min=DT_FLOOR)
@@ -80,13 +81,13 @@ class Mamba(Mixer):
         rates = torch.arange(1, state_size + 1, dtype=torch.float32)  # S4D-real
         self.A_log = no_weight_decay(nn.Parameter(rates.log().repeat(inner, 1)))
         self.D = no_weight_decay(nn.Parameter(torch.ones(inner)))
-        self.out_proj = nn.Linear(inner, width, bias=False)
+        self.out_proj = Linear(inner, width, bias=False)
         with torch.no_grad():
             self.out_proj.weight /= layers**0.5
 
     def forward(self, x: Float[Tensor, "b t d"], state: MambaState | None = None) -> MixerOutput:
         # two products: the gradients of the halves of one would have to be joined again
-        u, z = (F.linear(x, weight) for weight in self.in_proj.weight.chunk(2))
+        u, z = (linear(x, weight) for weight in self.in_proj.weight.chunk(2))
         u, conv = causal_conv(
             u,
             self.conv_weight,
@@ -98,7 +99,7 @@ class Mamba(Mixer):
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], -1)
         if self.input_norm_eps is not None:
             dt, B, C = (F.rms_norm(x, x.shape[-1:], eps=self.input_norm_eps) for x in (dt, B, C))
-        dt = F.linear(dt, self.dt_proj.weight)  # its bias joins inside the scan, in float32
+        dt = linear(dt, self.dt_proj.weight)  # its bias joins inside the scan, in float32
         y, h = selective_scan(
             u,
             dt,

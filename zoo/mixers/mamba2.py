@@ -23,6 +23,7 @@ from zoo.mixers.base import Mixer, MixerOutput, no_weight_decay
 from zoo.mixers.parts import conv_weight, no_inputs, wide_zeros
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.dtypes import wide_dtype
+from zoo.ops.linear import Linear
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.rms_norm import RMSNorm
 from zoo.parallel.hand_over import publish
@@ -75,7 +76,7 @@ class Mamba2(Mixer):
         self.heads, self.head_width, self.state_size = heads, head_width, state_size
         self.conv_width, self.backend = conv_width, backend
         self.conv_channels = inner + 2 * groups * state_size
-        self.in_proj = nn.Linear(width, inner + self.conv_channels + heads, bias=False)
+        self.in_proj = Linear(width, inner + self.conv_channels + heads, bias=False)
         self.conv_weight = conv_weight(self.conv_channels, conv_width)
         bound = conv_width**-0.5
         self.conv_bias = nn.Parameter(torch.empty(self.conv_channels).uniform_(-bound, bound))
@@ -85,7 +86,7 @@ class Mamba2(Mixer):
         self.A_log = no_weight_decay(nn.Parameter(torch.empty(heads).uniform_(A_MIN, A_MAX).log()))
         self.D = no_weight_decay(nn.Parameter(torch.ones(heads)))
         self.norm = RMSNorm(inner, norm_eps)
-        self.out_proj = nn.Linear(inner, width, bias=False)
+        self.out_proj = Linear(inner, width, bias=False)
         with torch.no_grad():
             self.out_proj.weight /= layers**0.5
 

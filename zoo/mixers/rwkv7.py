@@ -40,6 +40,7 @@ from zoo.mixers.base import CrossLayer, Mixer, MixerOutput, linear, no_weight_de
 from zoo.mixers.parts import head_width, shifted, wide_zeros
 from zoo.ops.delta_rule import diagonal_plus_rank_one, unit_length
 from zoo.ops.dtypes import wide_dtype
+from zoo.ops.linear import Linear
 from zoo.parallel.hand_over import publish
 
 SHIFTS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}  # exponents of initial mu
@@ -59,7 +60,7 @@ class LowRankMap(nn.Module):
         rank = rank or step * max(1, round(factor * width**0.5 / step))
         self.activation = activation or nn.Identity()
         self.down = linear(width, rank, gain=1e-2)
-        self.up = nn.Linear(rank, width, bias=False)
+        self.up = Linear(rank, width, bias=False)
         nn.init.orthogonal_(self.up.weight, gain=0.1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,9 +123,7 @@ class RWKV7(Mixer):
         self.k_a = nn.Parameter(torch.full((width,), 1.02))
         self.r_k = no_weight_decay(nn.Parameter(torch.full((heads, width // heads), -0.04)))
 
-        self.r_proj, self.k_proj, self.v_proj = (
-            nn.Linear(width, width, bias=False) for _ in range(3)
-        )
+        self.r_proj, self.k_proj, self.v_proj = (Linear(width, width, bias=False) for _ in range(3))
         for proj, bound in ((self.r_proj, 0.5), (self.k_proj, 0.05), (self.v_proj, 0.5)):
             nn.init.uniform_(proj.weight, -bound * width**-0.5, bound * width**-0.5)
         self.norm = nn.GroupNorm(heads, width, eps=norm_eps)
@@ -189,7 +188,7 @@ class RWKV7ChannelMixing(Mixer):
         hidden = 4 * width if hidden_width is None else hidden_width
         channel = torch.arange(width) / width
         self.mu = nn.Parameter(1 - channel ** ((1 - layer / layers) ** 4))
-        self.k_proj = nn.Linear(width, hidden, bias=False)
+        self.k_proj = Linear(width, hidden, bias=False)
         nn.init.uniform_(self.k_proj.weight, -0.5 * width**-0.5, 0.5 * width**-0.5)
         self.v_proj = linear(hidden, width, gain=residual_gain(layers))
 

@@ -17,6 +17,7 @@ from zoo.model.block import Block, BlockState
 from zoo.model.recompute import auxiliary_loss, chunk_cross_layers, read_again
 from zoo.ops.cross_entropy import summed_cross_entropy
 from zoo.ops.dtypes import wide_dtype
+from zoo.ops.linear import Linear
 from zoo.ops.rms_norm import OffsetRMSNorm, RMSNorm
 from zoo.positions.base import EmbeddedPositions
 from zoo.positions.rope import by_row
@@ -43,7 +44,7 @@ def _rename_weights(_model: "Backbone", weights: dict[str, Tensor], *_: Any) -> 
     weights_as_now(weights)
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """From what the last block left to logits, z or softcap tanh(z / softcap)."""
 
     def __init__(self, width: int, vocab_size: int, softcap: float | None = None) -> None:

@@ -24,6 +24,9 @@ from zoo.config.schema.model import PAIRS, Shrunk
 from zoo.errors import refuse
 from zoo.mixers.low_rank import LowRank
 from zoo.model.backbone import Backbone
+from zoo.ops.linear import Linear
+
+MATRICES = (nn.Linear, Linear)  # these very types: what is more than a matrix stays
 
 
 def shrink(model: Backbone, how: Shrunk) -> Backbone:
@@ -55,7 +58,8 @@ def factorize(model: Backbone, rank: int, unit: Callable[[nn.Linear, int], LowRa
         (parent, name, layer)
         for parent in model.blocks.modules()
         for name, layer in parent.named_children()
-        if type(layer) is nn.Linear
+        if isinstance(layer, nn.Linear)
+        and type(layer) in MATRICES
         and rank * (layer.in_features + layer.out_features) < layer.weight.numel()
     ]
     if not layers:
@@ -71,7 +75,7 @@ def multiplied_out(model: Backbone) -> Backbone:
         for name, layer in parent.named_children():
             if isinstance(layer, LowRank):
                 outputs, inputs = layer.weight.shape
-                dense = nn.Linear(inputs, outputs, bias=layer.bias is not None)
+                dense = Linear(inputs, outputs, bias=layer.bias is not None)
                 dense.weight = nn.Parameter(layer.weight.detach())
                 if layer.bias is not None:
                     dense.bias = nn.Parameter(layer.bias.detach())
@@ -122,4 +126,4 @@ def pruned(model: Backbone) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _matrices(model: Backbone) -> list[nn.Linear]:
-    return [cast(nn.Linear, one) for one in model.blocks.modules() if type(one) is nn.Linear]
+    return [cast(nn.Linear, one) for one in model.blocks.modules() if type(one) in MATRICES]

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from zoo.ops.runtime.checks import check
-from zoo.ops.runtime.cpu import CpuKernel
+from zoo.ops.runtime.cpu import CpuKernel, number
 from zoo.ops.runtime.native_op import can_bypass_dispatcher
 
 KERNEL = CpuKernel(
@@ -55,7 +55,7 @@ def decode_attention(
     if not n or not g or h % g:
         raise ValueError(f"decode_attention: k is {tuple(k.shape)}, must fit q {tuple(q.shape)}")
     arrays = {"q": q.flatten(2), "k": k.flatten(2), "v": v.flatten(2)}
-    arrays["scale"] = q.new_tensor([scale])
+    arrays["scale"] = number(scale, q.dtype)
     wanted = ["out", "lse", "partial"]
     out, lse, _ = KERNEL.run("forward", (b, n, h, g, d, e), wanted, **arrays)
     return out.view(b, 1, h, e), lse

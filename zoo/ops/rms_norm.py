@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.runtime.checks import check
-from zoo.ops.runtime.cpu import CpuKernel
+from zoo.ops.runtime.cpu import CpuKernel, number
 from zoo.ops.runtime.dispatch import select_backend
 from zoo.ops.runtime.native_op import NativeOp
 
@@ -70,11 +70,13 @@ class OffsetRMSNorm(RMSNorm):
 
 
 def _forward(x, weight, eps: float) -> Tensor:
-    return KERNEL.run("forward", (*x.shape,), ["y"], x=x, weight=weight, eps=x.new_tensor([eps]))[0]
+    return KERNEL.run("forward", (*x.shape,), ["y"], x=x, weight=weight, eps=number(eps, x.dtype))[
+        0
+    ]
 
 
 def _backward(dy, x, weight, eps: float) -> tuple[Tensor, Tensor]:
-    arrays = {"x": x, "dy": dy, "weight": weight, "eps": x.new_tensor([eps])}
+    arrays = {"x": x, "dy": dy, "weight": weight, "eps": number(eps, x.dtype)}
     dx, dweight = KERNEL.run("backward", (*x.shape,), ["dx", "dweight"], **arrays)
     return dx, dweight.sum((0, 1))
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from zoo.ops.runtime import build
 from zoo.ops.runtime.build import BuildError
@@ -53,7 +54,8 @@ class CpuKernel:
         self._sizes = _words(len(self.bounds) + 1)
         self._arrays = _words(3 * len(self.rows) + len(self.pointers))
         self.usable = functools.cache(self._usable)
-        self._cached_shapes = functools.lru_cache(256)(self._shapes)
+        self._cached_fields = functools.lru_cache(256)(self._fields)
+        self._cached_entry = functools.lru_cache(256)(self._entry)
 
     def _usable(self) -> bool | str:
         """Return True where the kernel can run, else the reason why not, for `select_backend`."""
@@ -111,25 +113,24 @@ class CpuKernel:
             shapes = self._shapes(sizes, dtype)
             return [like.new_empty(shapes[name]) for name in outputs]
         words, alive, made, work = [], [], {}, False
-        for name, shape in self._cached_shapes(sizes, dtype).items():
+        for name, shape, wanted, in_rows, written in self._cached_fields(sizes, dtype):
             tensor = tensors.get(name)
             if tensor is None:
                 if name not in outputs:
-                    words += (0, 0, 0) if name in self.rows else (0,)
+                    words += (0, 0, 0) if in_rows else (0,)
                     continue
                 tensor = made[name] = like.new_empty(shape)
                 work = work or tensor.numel() > 0
             else:
-                wanted = self.dtypes.get(name, dtype)
                 if not tensor.is_cpu or tensor.dtype != wanted or tensor.shape != shape:
                     self._refuse(name, tensor, shape, wanted)
-                if name in self.outputs:
+                if written:
                     work = work or tensor.numel() > 0
                     if not tensor.is_contiguous():
                         raise ValueError(f"{self.source}: {name} is not contiguous")
                 elif tensor.is_neg() or tensor._is_zerotensor():
                     tensor = _in_memory(tensor)
-            if name in self.rows:  # `Rows` of common.h: a pointer, the strides of batch and token
+            if in_rows:  # `Rows` of common.h: a pointer, the strides of batch and token
                 batch, row, dense = tensor.stride()
                 if dense != 1:
                     tensor = tensor.contiguous()
@@ -146,13 +147,19 @@ class CpuKernel:
     def _call(
         self, function: str, dtype: torch.dtype, sizes: tuple[int, ...], words: list[int]
     ) -> None:
+        threads = min(torch.get_num_threads(), MAX_THREADS)
+        entry, filled = self._cached_entry(function, dtype, sizes, threads)
+        if entry(filled, self._arrays.from_buffer_copy(array("q", words))):
+            raise MemoryError(f"{self.source}: no memory for {function}")
+
+    def _entry(
+        self, function: str, dtype: torch.dtype, sizes: tuple[int, ...], threads: int
+    ) -> tuple[Callable[..., int], ctypes.Structure]:
+        """The function itself, and its first argument."""
         entry = getattr(build.load(self.source, dtype), function)
         if entry.argtypes is None:
             entry.argtypes = [self._sizes, self._arrays]
-        threads = min(torch.get_num_threads(), MAX_THREADS)
-        filled = self._sizes.from_buffer_copy(array("q", (*sizes, threads)))
-        if entry(filled, self._arrays.from_buffer_copy(array("q", words))):
-            raise MemoryError(f"{self.source}: no memory for {function}")
+        return entry, self._sizes.from_buffer_copy(array("q", (*sizes, threads)))
 
     def _refuse(
         self, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
@@ -162,6 +169,15 @@ class CpuKernel:
         if tensor.dtype != dtype:
             raise TypeError(f"{self.source}: {name} is {tensor.dtype}, must be {dtype}")
         raise ValueError(f"{self.source}: {name} is {tuple(tensor.shape)}, must be {shape}")
+
+    def _fields(
+        self, sizes: tuple[int, ...], dtype: torch.dtype
+    ) -> list[tuple[str, tuple[int, ...], torch.dtype, bool, bool]]:
+        """Of each array its name, shape and type, whether it is in `rows`, and an output."""
+        return [
+            (name, shape, self.dtypes.get(name, dtype), name in self.rows, name in self.outputs)
+            for name, shape in self._shapes(sizes, dtype).items()
+        ]
 
     def _shapes(self, sizes: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
         """Return the shape of each array, in the order of the structure."""
@@ -194,6 +210,13 @@ _OPERATIONS: dict[str, Callable[[int, int], int]] = {  # the first binds least
     "+": lambda a, b: a + b,
     "*": lambda a, b: a * b,
 }
+
+
+@functools.lru_cache(256)
+def number(value: float, dtype: torch.dtype) -> Tensor:
+    """Return a number as kernels read it, (1,), which is not to be written."""
+    with _disable_current_modes(), torch.inference_mode(False):
+        return torch.tensor([value], dtype=dtype)
 
 
 def _declared(arrays: Mapping[str, str]) -> dict[str, list[str]]:
