@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoo.data.long_contexts import GENERATED, Example
-from zoo.data.long_prompts import cut_to, fitting, solved, with_shots
+from zoo.data.long_prompts import cut_to, fitting, levelled, solved, with_shots
 from zoo.data.tokenizers import BYTE_TOKENIZER
 from zoo.errors import UserError
 
@@ -79,7 +79,7 @@ texts = st.text("abc", min_size=1, max_size=60)
     *(texts, st.lists(texts, max_size=4), st.integers(0, 200)),
     *(st.sampled_from([None, "left", "middle"]), st.sampled_from([BYTE_TOKENIZER, BEGINS])),
 )
-@settings(max_examples=200)
+@settings(max_examples=400)
 def test_as_many_demonstrations_are_read_as_there_is_room_for(
     text, others, room, truncate, tokenizer
 ):
@@ -104,15 +104,26 @@ def test_as_many_demonstrations_are_read_as_there_is_room_for(
                 left, expected = left - size, expected + 1
         assert prompt.shots == expected
         return
-    share = most // (len(usable) + 1)
-    if share > len("Read.\n\nx\n\nWho? I\n\n") + bos:
-        assert prompt.shots == len(usable)
     kept = sum(len(one.context) for one in usable) - prompt.shots_cut
     if prompt.shots == len(usable):
         around = len("Read.\n\n\n\nWho? I\n\n") * len(usable) + len("Read.\n\n\n\nWhy?")
         assert len(prompt.tokens) == bos + kept + len(text) - prompt.cut + around
-    if bos + len(f"Read.\n\n{text}\n\nWhy?") + sum(sizes) <= most and prompt.shots == len(usable):
-        assert prompt.cut == 0
+    unused = most - len(prompt.tokens)
+    if unused:  # what is read is whole, and there is no room for any of the others
+        assert prompt.cut == prompt.shots_cut == 0
+        assert prompt.shots == len(usable) or unused < len("Read.\n\nx\n\nWho? I\n\n")
+    if bos + len(f"Read.\n\n{text}\n\nWhy?") + sum(sizes) <= most:
+        assert (prompt.shots, prompt.cut, prompt.shots_cut) == (len(usable), 0, 0)
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.integers(0, 200))
+def test_a_room_is_divided_to_one_level(sizes, room):
+    shares = levelled(sizes, room)
+    assert sum(shares) == min(room, sum(sizes))
+    cut = [share for share, size in zip(shares, sizes, strict=True) if share < size]
+    assert all(share <= size for share, size in zip(shares, sizes, strict=True))
+    assert max(cut, default=0) - min(cut, default=0) <= 1
+    assert all(share <= min(cut, default=50) + 1 for share in shares)
 
 
 def test_a_tested_text_that_is_short_leaves_its_share_to_the_demonstrations():

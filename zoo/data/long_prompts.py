@@ -3,9 +3,10 @@
 A prompt is an instruction, a text and a question, apart by empty lines; a demonstration is one with
 its answer, before it. Texts are cut on their tokens alone, and what was cut is counted.
 
-Of several demonstrations as many are read as there is room for. Where texts are cut, each has an
-equal share of the length, the tested one too, or of what a shorter tested one leaves; where they
-are not, each is read whole or left out, after the tested one has its place.
+Of several demonstrations as many are read as there is room for. Where texts are cut, the tested one
+and the demonstrations are cut to one size, to which shorter ones leave what they do not need: the
+length is filled, or all that is read is whole. Where texts are not cut, each is read whole or left
+out, after the tested one has its place.
 """
 
 import functools
@@ -188,20 +189,76 @@ def with_shots(
     One of the tested text itself is left out. Raises UserError as `cut_to` does.
     """
     shown = [one for one in shown if one.context != example.context]
-    own = len(tokenizer.start(_text(example)))
     if truncate is None:
-        own = len(cut_to(tokenizer, example, most, None, answer).tokens)
-    room, share = most - own, 0
-    if truncate is not None and shown:
-        share = max(most // (len(shown) + 1), room // len(shown))
+        left = most - len(cut_to(tokenizer, example, most, None, answer).tokens)
+        sizes = _whole_or_none(tokenizer, shown, left)
+    else:
+        sizes = _shared(tokenizer, example, shown, most)
     found, cut, end = [], 0, tokenizer.tokens(BREAK)
-    for one in shown:
-        limit = (room if truncate is None else share) - len(end)
-        if (part := _cut(tokenizer, one, limit, truncate)) is None:
-            continue
-        found.append([*part[0], *end])
-        cut += part[1]
-        room -= len(found[-1])
+    for one, size in zip(shown, sizes, strict=True):
+        if size:
+            part = _cut(tokenizer, one, size - len(end), truncate)
+            assert part is not None, "a size has room for a question"
+            found.append([*part[0], *end])
+            cut += part[1]
     left = most - sum(map(len, found))
     prompt = cut_to(tokenizer, example, left, truncate, answer)
     return _behind(tokenizer, found, prompt)._replace(shots_cut=cut)
+
+
+def _size(tokenizer: Tokenizer, shown: Example) -> int:
+    """The tokens of a whole demonstration."""
+    return len(tokenizer.tokens(_text(shown))) + len(tokenizer.tokens(BREAK))
+
+
+def _whole_or_none(tokenizer: Tokenizer, shown: Sequence[Example], room: int) -> list[int]:
+    """The tokens of each demonstration, in order, that fits into what those before it left."""
+    sizes = []
+    for one in shown:
+        size = _size(tokenizer, one)
+        sizes.append(size if size <= room else 0)
+        room -= sizes[-1]
+    return sizes
+
+
+def _shared(
+    tokenizer: Tokenizer, example: Example, shown: Sequence[Example], most: int
+) -> list[int]:
+    """The tokens that each demonstration has beside the tested example; 0 for one left out.
+
+    Of those that cannot have as many as their question needs the last is left out, until all can.
+    """
+    end = len(tokenizer.tokens(BREAK))
+    whole = [len(tokenizer.start(_text(example))), *(_size(tokenizer, one) for one in shown)]
+    around = [sum(map(len, _around(tokenizer, one))) + 1 for one in (example, *shown)]
+    extra = [len(tokenizer.start("")), *[end] * len(shown)]
+    needs = [min(size, a + b) for size, a, b in zip(whole, around, extra, strict=True)]
+    read, sizes = [*range(len(whole))], [0] * len(whole)
+    while len(read) > 1:
+        shares = dict(zip(read, levelled([whole[n] for n in read], most), strict=True))
+        short = [n for n in read if shares[n] < needs[n]]
+        if not short:
+            break
+        read.remove(max(short) or read[-1])  # never the tested one
+    else:
+        shares = {0: min(whole[0], most)}
+    left = most - sum(shares.values())
+    for n in range(1, len(whole)):
+        if n not in shares and needs[n] <= left:  # all others are whole
+            shares[n] = min(whole[n], left)
+            left -= shares[n]
+    for n, share in shares.items():
+        sizes[n] = share
+    return sizes[1:]
+
+
+def levelled(sizes: Sequence[int], room: int) -> list[int]:
+    """Divide a room among sizes: each has what it needs, or of those that need more, one level.
+
+    Levels differ by 1 at most; nothing is left unless all have all.
+    """
+    shares, left = [0] * len(sizes), room
+    for rank, n in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
+        shares[n] = min(sizes[n], left // (len(sizes) - rank))
+        left -= shares[n]
+    return shares
