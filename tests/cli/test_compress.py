@@ -13,6 +13,8 @@ from building import train_on_text
 from zoo.cli import eval as eval_program
 from zoo.cli.compress import OPTIONS, OUTPUTS, main
 from zoo.config.groups import CONFIGS, choices
+from zoo.model.flops import reading_cost
+from zoo.model.language_model import load_language_model
 from zoo.runs.folder import RunFolder
 from zoo.tasks.task import Task
 
@@ -28,7 +30,8 @@ def trained(tmp_path_factory) -> Path:
     data = ["data=text", f"data.path={place}/text", f"data.cache={place / 'cache'}", "seq_len=32"]
     from zoo.cli.train import main as train
 
-    more = ["model=mamba", "size=tiny", "match=none", "logger=none", "name=scorer"]
+    more = ["model=mamba", "size=tiny", "size.width=16", "size.layers=1"]
+    more += ["match=none", "logger=none", "name=scorer"]
     assert train([*data, *more, *steps]) == 0
     return place
 
@@ -68,7 +71,7 @@ def test_what_is_no_text_or_too_short_is_refused_in_one_line(content, message, h
     for method in choices("compress"):
         if method == "none":
             continue
-        by = ["by=runs/scorer"] * (method != "truncation")
+        by = ["by=runs/scorer"] * (method in SCORES)
         words = ["file=case.txt", *by, f"method={method}", "rate=0.5", "to=never.txt"]
         assert main(words) == 2
         (line,) = capfd.readouterr().err.splitlines()
@@ -106,6 +109,10 @@ GIVEN = {"rate": "0.2", "tokens": "50", "instruction": "Say it.", "question": "W
 GIVEN |= {"file": "other.txt", "by": "runs/reader", "method": "truncation", "device": "cuda:99"}
 GIVEN |= {name: f"{name}.out" for name in OUTPUTS}
 METHODS = [name for name in choices("compress") if name != "none"]
+OWN = {
+    name: yaml.safe_load((CONFIGS / "compress" / f"{name}.yaml").read_text()) for name in METHODS
+}
+SCORES = {name for name in METHODS if OWN[name]["by"] == "???"}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -118,7 +125,7 @@ def test_every_option_acts_or_is_refused_by_name(method, option, here, monkeypat
     (place / "text.txt").write_text(TEXT)
     (place / "other.txt").write_text(TEXT[9:])
     plain = {"file": "text.txt", "rate": "0.6", "method": method}
-    plain |= {"by": "runs/scorer"} if method != "truncation" else {}
+    plain |= {"by": "runs/scorer"} if method in SCORES else {}
     plain |= {"question": "Who spoke?"} if method == "longllmlingua" else {}
 
     def outcome(options: dict[str, str]) -> tuple[int, dict[str, str], str]:
@@ -141,23 +148,24 @@ def test_every_option_acts_or_is_refused_by_name(method, option, here, monkeypat
 OF_METHODS = {  # each with what it needs to act
     "segment": "20", "instruction_rate": "0.1 instruction=Say,in,one,line,who,spoke.",
     "question_rate": "0.1 question=Who,spoke,in,the,dark?", "granularity": "1.0",
-    "spread": "0.9", "unit": "word", "form": "mean", "side": "middle",
+    "spread": "0.9", "unit": "word", "form": "mean",
 }  # fmt: skip
 
 
 def options_of_methods() -> list[tuple[str, str]]:
     found = []
     for name in METHODS:
-        tree = yaml.safe_load((CONFIGS / "compress" / f"{name}.yaml").read_text())["method"]
-        found += [(name, option) for option in tree if option != "_target_"]
+        found += [(name, option) for option in OWN[name]["method"] if option != "_target_"]
     return found
 
 
 @pytest.mark.parametrize(("method", "option"), options_of_methods())
 def test_every_option_of_a_method_acts(method, option, here, capfd):
-    value, *more = OF_METHODS[option].split()
+    sides = {"left": "middle", "middle": "left"}
+    other = sides.get(OWN[method]["method"].get(option)) or OF_METHODS[option]
+    value, *more = other.split()
     words = ["file=text.txt", f"method={method}", "rate=0.45", *more]
-    words += ["by=runs/scorer"] * (method != "truncation")
+    words += ["by=runs/scorer"] * (method in SCORES)
     if method == "longllmlingua" and option != "question_rate":
         words.append("question=Who spoke?")
     assert main(words) == 0
@@ -222,11 +230,26 @@ def test_prompts_are_compressed_under_tasks_and_extensions_in_rows_of_their_own(
     assert rows[-1]["prompt_tokens"] == 9
 
 
+def test_rows_of_whole_and_of_shortened_prompts_say_what_each_took(here):
+    reading = ["task=passkey", "task.passkey.lengths=[256]", "task.passkey.repeats=1"]
+    assert measure("reader", *reading)[0] == 0
+    whole = RunFolder.open("runs/reader").rows()[-1]
+    reader = reading_cost(load_language_model("runs/reader").backbone)
+    assert whole["prompt_flops"] == pytest.approx(reader.of(256 - 4))
+    words = ["compress=llmlingua", "compress.by=runs/scorer", "compress.flops=50e6"]
+    row = measure("reader", *reading, *words)[1][-1]
+    assert row["prompt_flops"] == pytest.approx(50e6, rel=0.05)
+    assert row["prompt_flops"] * 5 == row["reader_flops"] + row["compressor_flops"]
+    assert row["arm"] == "transformer, prompts by llmlingua to 50 MFLOP by scorer"
+    assert row["compression_family"] == "transformer, prompts by llmlingua by scorer"
+
+
 def test_the_state_of_a_compressed_prompt_is_of_the_tokens_that_were_read(here):
     """A row of every task that compresses: the keys and values of what is left of its prompt."""
     more = {
         "perplexity": ["lengths=[128]", "units=1", "stride=16"],
         "passkey": ["lengths=[128]", "repeats=1"],
+        "facts": ["lengths=[128]", "repeats=1", "facts=2"],
         "generate": [f"prompt='{'The river moved on. ' * 6}'", "tokens=1"],
     }
     modules = [f"zoo.tasks.{name}" for name in choices("task")]
@@ -262,6 +285,10 @@ OF_LIMITS = {  # a scorer that reads at most 32 tokens, and one that reads both 
     {
         "compress=llmlingua compress.by=runs/scorer compress.rate=0.2 task.generate.prompt='🌻🌻'":
             "compress.rate=0.2: leaves nothing of a prompt of 8 tokens",
+        "compress=llmlingua compress.by=runs/scorer compress.flops=1e5":
+            "compress.flops=100000: is less than the ",
+        "compress=truncation compress.flops=10":
+            "compress.flops=10: is less than the ",
         "compress=longllmlingua compress.by=runs/scorer compress.rate=0.5":
             "compress=longllmlingua: ranks documents by a question, and the prompt has none.",
         "compress=selective_context compress.by=runs/short compress.rate=0.5":
@@ -296,6 +323,11 @@ def test_a_task_without_a_prompt_says_so_and_settings_of_nothing_are_refused(her
     assert "has no prompt that compress=truncation could shorten" in capfd.readouterr().err
     for words, message in {
         "compress.rate=0.5": "compress.rate=0.5: compress=none has no settings.",
+        "compress.flops=1e9": "compress.flops=1000000000: compress=none has no settings.",
+        "compress=truncation": "compress.rate=: must be given, or compress.flops=, and not both.",
+        "compress=truncation compress.rate=0.5 compress.flops=1e9": "compress.rate=0.5: must be",
+        "compress=truncation compress.flops=0": "compress.flops=0: must be",
+        "compress=truncation_middle compress.rate=0.5 compress.by=runs/scorer": "scores nothing",
         "compress=llmlingua compress.rate=0.5": "compress.by=: must be given",
         "compress=llmlingua compress.rate=0.5 compress.by=runs/gone": "compress.by=runs/gone: must",
         "compress=truncation compress.rate=0.5 compress.by=runs/scorer": "scores nothing",

@@ -16,6 +16,7 @@ from zoo.data.passkey import (
     STATEMENT,
     TIMES,
     Passkeys,
+    facts_prompt,
     passkey_prompt,
     random_key,
 )
@@ -52,6 +53,40 @@ def test_a_window_states_its_key_once_and_queries_it_to_the_end():
     starts = [window.index(STATEMENT) for window in windows]
     assert min(starts) < 50
     assert max(starts) > 450
+
+
+def test_a_window_of_facts_queries_what_it_stated_behind_the_same_sign():
+    counts, alone = [], 0
+    for size in (300, 60):  # the second has room for one alone
+        windows = np.tile(FILLER[:size], (60, 1))
+        seeds = [(3, 0, row) for row in range(60)]
+        for row in Passkeys(1.0, encode_bytes, 6).plant(windows, seeds):
+            window = text(row)
+            stated = re.findall(rf"{re.escape(STATEMENT[:-1])}(.)(\d{{4}}){re.escape(END)}", window)
+            queried = re.findall(rf"{re.escape(QUESTION[:-1])}(.)(\d{{4}}){re.escape(END)}", window)
+            assert len(window) == size
+            assert len({sign for sign, _ in stated}) == len(stated)
+            assert {*queried} <= {*stated}
+            assert window.rindex(STATEMENT[:-1]) < window.index(QUESTION[:-1])
+            assert window[-len(END) - 5 : -len(END)] in {sign + key for sign, key in stated}
+            counts.append((size, len(stated)))
+            alone += size == 300 and len({*queried}) == 1
+    assert {*counts} == {(60, 1), *((300, number) for number in range(1, 7))}
+    assert alone < 40  # most windows query several
+
+
+def test_a_prompt_of_facts_states_them_in_order_from_its_beginning_to_its_end():
+    facts = [("^", "1111"), ("~", "2222"), ("%", "3333")]
+    prompt = text(facts_prompt(FILLER[:200], facts, 1, encode_bytes))
+    assert len(prompt) == 200
+    assert prompt.endswith(QUESTION)
+    assert prompt.startswith(f"{STATEMENT[:-1]}^1111{END}")
+    assert prompt[: -len(QUESTION)].endswith(f"{STATEMENT[:-1]}%3333{END}")
+    at = prompt.index(f"{STATEMENT}2222{END}")
+    size = len(STATEMENT) + 4 + len(END)
+    assert at == size + round((200 - 3 * size - len(QUESTION)) / 2)
+    with pytest.raises(UserError, match="length=80: must be at least"):
+        facts_prompt(FILLER[:80], facts, 0, encode_bytes)
 
 
 def test_a_share_of_the_windows_holds_a_key_and_the_rest_is_the_text():
@@ -107,6 +142,15 @@ def test_the_share_is_a_part_of_the_run_and_its_data_where_there_is_one():
         for share in (0.0, 0.25, 0.5)
     ]
     assert len({corpus.fingerprint for corpus in corpora}) == 3
+    facts = Corpus("x", store, store, store, BYTE_TOKENIZER, "whole", 0.5, 8)
+    assert facts.fingerprint not in {corpus.fingerprint for corpus in corpora}
+    assert facts.passkeys == Passkeys(0.5, encode_bytes, 8)
+    assert "passkey_facts" not in plain(some)["data"]
+    several = train_config("data.passkey=0.5", "data.passkey_facts=8")
+    assert plain(several)["data"]["passkey_facts"] == 8
+    assert run_name(several) != run_name(some)
+    with pytest.raises(UserError, match=r"data\.passkey_facts=8: no window holds a passkey"):
+        train_config("data.passkey_facts=8")
     assert corpora[0].passkeys is None
     assert corpora[2].passkeys == Passkeys(0.5, encode_bytes)
     for wrong in ("-0.1", "2", "some"):

@@ -6,7 +6,7 @@ from building import train_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.model.build import build_model
-from zoo.model.flops import forward_flops, reading_cost
+from zoo.model.flops import ReadingCost, forward_flops, reading_cost
 
 
 def model_of(name: str):
@@ -24,6 +24,14 @@ def test_a_reading_costs_what_is_counted_at_any_length(name):
         assert cost.of(tokens) == pytest.approx(counter.get_total_flops(), rel=0.02)
     assert cost.of(4096) == pytest.approx(4096 * forward_flops(model, 4096), rel=1e-9)
     assert (cost.growing * 1024 > 0.05 * cost.fixed) == (name == "transformer")
+
+
+@pytest.mark.parametrize("cost", [ReadingCost(3e5, 250.0), ReadingCost(2e6, 0.0)])
+@pytest.mark.parametrize("tokens", [1, 2, 77, 5000, 10**6])
+def test_as_many_tokens_are_read_as_operations_suffice_for(cost, tokens):
+    assert cost.tokens(cost.of(tokens) * (1 + 1e-9)) == tokens
+    assert cost.tokens(cost.of(tokens) * (1 - 1e-6)) == tokens - 1
+    assert cost.tokens(0) == cost.tokens(-5.0) == 0
 
 
 def test_the_parts_of_a_reading_add_up():

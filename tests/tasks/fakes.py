@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from zoo.data.corpora import Corpus
+from zoo.data.passkey import DIGITS, QUESTION, STATEMENT
 from zoo.data.store import TokenStore
 from zoo.data.tokenizers import BYTE_TOKENIZER
 from zoo.mixers.base import Mixer
 from zoo.model.backbone import Backbone, BackboneState
+from zoo.model.flops import ReadingCost
 from zoo.tasks.context import EvalContext, Row
 from zoo.tasks.task import Task
 
@@ -89,6 +91,52 @@ class Reader(Backbone):
         return 0
 
 
+class Finder(Reader):
+    """Writes what followed `STATEMENT`, where it was in the last `memory` tokens."""
+
+    recurrent, max_length, vocab_size = True, None, 256
+
+    def __init__(self, memory: int, slip: int | None = None):
+        """`slip`: the place in the key of a digit that it gets wrong, by one."""
+        super().__init__()
+        self.memory, self.slip, self.prompts = memory, slip, []
+
+    def forward(self, tokens, state):
+        return self.hidden(tokens, state)
+
+    def hidden(self, tokens, state):
+        seen = torch.cat([state.blocks[0], tokens], 1)
+        logits = torch.zeros(*tokens.shape, 256, dtype=torch.float64)
+        for row, history in enumerate(seen.tolist()):
+            for at in range(max(0, tokens.shape[1] - DIGITS), tokens.shape[1]):
+                end = len(history) - tokens.shape[1] + at + 1
+                if (
+                    token := self.next(bytes(history[max(0, end - self.memory) : end]))
+                ) is not None:
+                    logits[row, at, token] = 5.0
+        if tokens.shape[1] > DIGITS:
+            self.prompts.append(tokens)
+        return logits, BackboneState(
+            (seen[:, -self.memory :],), state.tokens_seen + tokens.shape[1]
+        )
+
+    def next(self, text: bytes) -> int | None:
+        stated, question = text.find(STATEMENT.encode()), text.rfind(QUESTION.encode())
+        written = len(text) - question - len(QUESTION)
+        if min(stated, question) < 0 or written >= DIGITS:
+            return None
+        return text[stated + len(STATEMENT) + written] ^ (written == self.slip)
+
+    def state_bytes(self, tokens, batch=1):
+        return 8 * batch * min(tokens, self.memory)
+
+
+class FakeContext(EvalContext):
+    """Models without layers have no operations that could be counted."""
+
+    cost = ReadingCost(1.0, 0.0)
+
+
 class TextsApart:
     """In the place of `RowBatch`, for models without layers: every text is read by itself."""
 
@@ -163,4 +211,4 @@ def measure(task: type[Task], context: EvalContext, **settings) -> Iterator[Row]
 
 def make_context(model: nn.Module, folder: Path, store: TokenStore, **other) -> EvalContext:
     settings = {"train_length": 32, "data": text_corpus(store)} | other
-    return EvalContext(model=model, folder=folder, **settings)  # type: ignore[arg-type]
+    return FakeContext(model=model, folder=folder, **settings)  # type: ignore[arg-type]

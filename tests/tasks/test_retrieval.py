@@ -4,57 +4,16 @@ import numpy as np
 import pytest
 import torch
 from building import train_config
-from fakes import Reader, make_context, measure, text_store
+from fakes import Finder, make_context, measure, text_store
 
-from zoo.data.passkey import DIGITS, QUESTION, STATEMENT
+from zoo.data.passkey import DIGITS, STATEMENT
 from zoo.errors import UserError
-from zoo.model.backbone import BackboneState
 from zoo.model.build import build_model
 from zoo.report.statistics import wilson
 from zoo.tasks.passkey import Passkey, _answer, _keys
 from zoo.tasks.speed import Speed
 
 SMALL = {"depths": 5, "repeats": 4, "candidates": 3}
-
-
-class Finder(Reader):
-    """Writes what followed `STATEMENT`, where it was in the last `memory` tokens."""
-
-    recurrent, max_length, vocab_size = True, None, 256
-
-    def __init__(self, memory: int, slip: int | None = None):
-        """`slip`: the place in the key of a digit that it gets wrong, by one."""
-        super().__init__()
-        self.memory, self.slip, self.prompts = memory, slip, []
-
-    def forward(self, tokens, state):
-        return self.hidden(tokens, state)
-
-    def hidden(self, tokens, state):
-        seen = torch.cat([state.blocks[0], tokens], 1)
-        logits = torch.zeros(*tokens.shape, 256, dtype=torch.float64)
-        for row, history in enumerate(seen.tolist()):
-            for at in range(max(0, tokens.shape[1] - DIGITS), tokens.shape[1]):
-                end = len(history) - tokens.shape[1] + at + 1
-                if (
-                    token := self.next(bytes(history[max(0, end - self.memory) : end]))
-                ) is not None:
-                    logits[row, at, token] = 5.0
-        if tokens.shape[1] > DIGITS:
-            self.prompts.append(tokens)
-        return logits, BackboneState(
-            (seen[:, -self.memory :],), state.tokens_seen + tokens.shape[1]
-        )
-
-    def next(self, text: bytes) -> int | None:
-        stated, question = text.find(STATEMENT.encode()), text.rfind(QUESTION.encode())
-        written = len(text) - question - len(QUESTION)
-        if min(stated, question) < 0 or written >= DIGITS:
-            return None
-        return text[stated + len(STATEMENT) + written] ^ (written == self.slip)
-
-    def state_bytes(self, tokens, batch=1):
-        return 8 * batch * min(tokens, self.memory)
 
 
 def context(model, folder):

@@ -191,6 +191,9 @@ def check_adapters(lora: Lora) -> None:
         refuse("lora.rank", lora.rank, "needs the package peft", "Run pip install 'zoo[lora]'")
 
 
+TRUNCATION = "zoo.compression.truncation."
+
+
 def check_compression(compress: Compress, given: Sequence[str]) -> None:
     """Refuse settings of a compression that has no use for them, and a scorer that is not there."""
     settings = [key for key in given if key.startswith("compress.")]
@@ -202,9 +205,13 @@ def check_compression(compress: Compress, given: Sequence[str]) -> None:
         refuse(settings[0], value, "compress=none has no settings", advice)
     if compress.method is None:
         return
-    scores = compress.name != "truncation"
+    if (compress.rate is None) == (compress.flops is None):
+        value = "" if compress.rate is None else compress.rate
+        refuse("compress.rate", value, "must be given, or compress.flops=, and not both")
+    scores = not compress.method.target.startswith(TRUNCATION)
     if not scores and compress.by is not None:
-        refuse("compress.by", compress.by, "compress=truncation scores nothing", "Leave it out")
+        rule = f"compress={compress.name} scores nothing"
+        refuse("compress.by", compress.by, rule, "Leave it out")
     if scores and not (compress.by and Path(compress.by).exists()):
         advice = "Give the folder of a run or of a checkpoint"
         refuse("compress.by", compress.by, "must be the run that scores", advice)

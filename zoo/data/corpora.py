@@ -33,6 +33,7 @@ class Corpus:
     tokenizer: Tokenizer
     eval_documents: str  # "whole": evaluation never crosses a document; "joined": it may
     passkey: float = 0.0  # share of the training windows that hold a passkey
+    passkey_facts: int = 1  # the most keys of such a window
 
     @property
     def vocab_size(self) -> int:
@@ -50,6 +51,7 @@ class Corpus:
         what = [self.name, self.tokenizer_name]
         what += [store.sha256 for store in (self.train, self.valid, self.test)]
         what += [f"passkey {self.passkey}"] if self.passkey else []
+        what += [f"{self.passkey_facts} facts"] if self.passkey_facts > 1 else []
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     @property
@@ -87,7 +89,9 @@ class Corpus:
     @property
     def passkeys(self) -> Passkeys | None:
         """What a training window may hold besides the text."""
-        return Passkeys(self.passkey, self.tokenizer.encode) if self.passkey else None
+        if not self.passkey:
+            return None
+        return Passkeys(self.passkey, self.tokenizer.encode, self.passkey_facts)
 
     @property
     def bytes_per_token(self) -> float:
@@ -119,6 +123,7 @@ def open_corpus(spec: Mapping[str, Any], cache: str | Path) -> Corpus:
         tokenizer=tokenizer,
         eval_documents=documents,
         passkey=spec.get("passkey", 0.0),
+        passkey_facts=spec.get("passkey_facts", 1),
     )
 
 

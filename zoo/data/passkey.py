@@ -9,6 +9,9 @@ is what followed an earlier one. With _ for the text:
 
 `passkey_prompt` ends where the key is to follow. A training window has up to `TIMES` questions, at
 growing distances from the statement, so that it gives several examples to learn from.
+
+Of several facts each key has a sign of its own, one of `SIGNS`, and a question names the sign: what
+is to follow depends on which one is queried.
 """
 
 from collections.abc import Sequence
@@ -21,16 +24,18 @@ from zoo.data.tokenizers import Encode
 from zoo.errors import refuse
 
 DIGITS = 4
+SIGNS = "~^|`@#$%+=<>{}\\_"  # rare in prose; of a single key the first
 STATEMENT, QUESTION, END = "\nThe pass key is ~", "\nPass key? ~", ".\n"
 TIMES = 8  # questions of a training window
 STREAM = 0x9A55  # sets these random numbers apart from others of the same (seed, step, row)
 
 
 class Passkeys(NamedTuple):
-    """Keys in a `share` of the training windows."""
+    """Keys in a `share` of the training windows, up to `facts` of them in one."""
 
     share: float
     encode: Encode
+    facts: int = 1
 
     def plant(
         self, windows: Int[np.ndarray, "b t"], seeds: Sequence[Sequence[int]]
@@ -43,19 +48,42 @@ class Passkeys(NamedTuple):
         for window, seed in zip(planted, seeds, strict=True):
             generator = np.random.default_rng([*seed, STREAM])
             chosen, depth = generator.random(2)
-            key = random_key(generator)
-            stated, question = (
-                np.concatenate([tokens(part, self.encode) for part in (words, key, END)])
-                for words in (STATEMENT, QUESTION)
-            )
-            start = place(len(window), len(stated), len(question), depth)
+            stated, questions = self._facts(generator)
+            size = max(map(len, questions))
+            while sum(map(len, stated)) + size > len(window) and len(stated) > 1:
+                stated.pop()
+            room = place(len(window), sum(map(len, stated)), size, depth)
             if chosen < self.share:
-                after = start + len(stated)
-                window[start:after] = stated
-                times = min(TIMES, (len(window) - after) // len(question))
+                gaps = np.sort([*generator.integers(room + 1, size=len(stated) - 1), room])
+                after = 0
+                for gap, before in zip(np.diff(gaps, prepend=0), stated, strict=True):
+                    start = after + gap
+                    after = start + len(before)
+                    window[start:after] = before
+                times = min(TIMES, (len(window) - after) // size)
                 for end in after + (len(window) - after) * np.arange(1, times + 1) // times:
-                    window[end - len(question) : end] = question
+                    queried = questions[generator.integers(len(stated))]
+                    window[end - len(queried) : end] = queried
         return planted
+
+    def _facts(
+        self, generator: np.random.Generator
+    ) -> tuple[list[Int[np.ndarray, " t"]], list[Int[np.ndarray, " t"]]]:
+        """The statements of a window, and for each of them its question with the answer."""
+        keys, signs = [random_key(generator)], SIGNS
+        if self.facts > 1:
+            more = generator.integers(self.facts)
+            keys += [random_key(generator) for _ in range(more)]
+            signs = generator.permutation([*SIGNS]).tolist()
+        return tuple(
+            [
+                np.concatenate(
+                    [tokens(part, self.encode) for part in (signed(words, sign), key, END)]
+                )
+                for key, sign in zip(keys, signs, strict=False)
+            ]
+            for words in (STATEMENT, QUESTION)
+        )  # type: ignore[return-value]
 
 
 def passkey_prompt(
@@ -72,6 +100,34 @@ def passkey_prompt(
     prompt[start : start + len(stated)] = stated
     prompt[len(prompt) - len(question) :] = question
     return prompt
+
+
+def facts_prompt(
+    filler: Int[np.ndarray, " t"], facts: Sequence[tuple[str, str]], queried: int, encode: Encode
+) -> Int[np.ndarray, " t"]:
+    """The filler with facts, each a sign and a key, evenly from its beginning to its end, and at
+    the end the question for one of them, by its number.
+
+    Raises UserError where it has no room for them.
+    """
+    stated = [
+        np.concatenate([tokens(part, encode) for part in (signed(STATEMENT, sign), key, END)])
+        for sign, key in facts
+    ]
+    question = tokens(signed(QUESTION, facts[queried][0]), encode)
+    room = place(len(filler), sum(map(len, stated)), len(question), 1.0)
+    prompt, before = filler.copy(), 0
+    for number, words in enumerate(stated):
+        start = before + round(number / max(1, len(stated) - 1) * room)
+        prompt[start : start + len(words)] = words
+        before += len(words)
+    prompt[-len(question) :] = question
+    return prompt
+
+
+def signed(words: str, sign: str) -> str:
+    """A statement or a question, up to the key, with this sign."""
+    return words[: -len(SIGNS[0])] + sign
 
 
 def prompt_tokens(key: str, encode: Encode) -> int:

@@ -35,6 +35,15 @@ class ReadingCost(NamedTuple):
         end = start + tokens
         return self.fixed * tokens + self.growing * (end * end - start * start)
 
+    def tokens(self, flops: float) -> int:
+        """The most tokens that so many operations read, at least 0."""
+        if flops <= 0:
+            return 0
+        if self.growing <= 0:
+            return int(flops / self.fixed)
+        half = self.fixed / (2 * self.growing)
+        return int((half * half + flops / self.growing) ** 0.5 - half)
+
 
 def reading_cost(model: Backbone) -> ReadingCost:
     """What `forward_flops` has for every length: a line through the probe and its half."""

@@ -31,6 +31,13 @@ def size(number: float) -> str:
     return f"{count(number / 1024**power)} {units[power]}"
 
 
+def operations(number: float) -> str:
+    """2.5e8 -> "250 MFLOP"."""
+    power = next((n for n in (12, 9, 6, 3) if number >= 10**n), 0)
+    letter = {0: "", 3: "k", 6: "M", 9: "G", 12: "T"}[power]
+    return f"{number / 10**power:.4g} {letter}FLOP"
+
+
 def score(number: float) -> str:
     """Bits per byte."""
     return f"{number:.3f}"

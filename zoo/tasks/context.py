@@ -5,8 +5,9 @@ a window has no context and is not scored, so a window of `length` scored tokens
 Position p is the number of tokens a prediction was made from, 1 .. length.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from zoo.errors import NoStateError, UserError, place_of, sentence
 from zoo.mixers.base import count_bytes
 from zoo.model.arithmetic import arithmetic
 from zoo.model.backbone import Backbone, BackboneState
+from zoo.model.flops import ReadingCost, reading_cost
 from zoo.ops.dtypes import wide_dtype
 from zoo.tasks.progress import Progress
 
@@ -51,6 +53,22 @@ class EvalContext:
     precision: str = "32-true"
     progress: Progress = field(default_factory=Progress)
     compress: Compressor | None = None  # of prompts
+
+    @functools.cached_property
+    def cost(self) -> ReadingCost | None:
+        """The operations of reading, as the model is extended; None where counting them fails,
+        such as for lack of memory."""
+        if self.compress:
+            return self.compress.cost
+        return run_guarded(lambda: reading_cost(self.model)).value
+
+    def prompt_row(self, lengths: Sequence[int]) -> Row:
+        """What a row says of reading prompts, of so many tokens each where none was compressed:
+        `prompt_flops`, the operations of shortening and reading one, on average."""
+        if self.compress:
+            return self.compress.row
+        cost = self.cost
+        return {"prompt_flops": cost and sum(map(cost.of, lengths)) / len(lengths)}
 
     @property
     def corpus(self) -> Corpus:

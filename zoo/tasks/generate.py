@@ -10,7 +10,7 @@ from zoo.errors import UserError, below
 from zoo.measurement import Declaration, Quantity
 from zoo.model.generation import Sampling, Writer, write_text
 from zoo.tasks.context import EvalContext, NotApplicableError, Row
-from zoo.tasks.task import Task
+from zoo.tasks.task import PROMPT_FLOPS, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class Generate(Task):
                 unit="tokens per second",
             ),
             Quantity(field="state_bytes", name="state in the end", better="lower", form="bytes"),
+            PROMPT_FLOPS,
         ),
     )
     compresses: ClassVar[bool] = True
@@ -98,7 +99,7 @@ class Generate(Task):
             "prompt_tokens_per_second": prompt / (first - began),
             "tokens_per_second": steps / seconds if steps else None,
             "state_bytes": writer.state_bytes,
-            **(context.compress.row if context.compress else {}),
+            **context.prompt_row([prompt]),
         }
 
     def _prompt(self, context: EvalContext) -> list[int]:

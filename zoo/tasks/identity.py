@@ -19,6 +19,7 @@ from zoo.errors import UserError
 from zoo.measurement import numbers
 from zoo.model.audit import AUTOCAST
 from zoo.model.device import device_name
+from zoo.report.words import operations
 from zoo.runs.claim import trained_by
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import identity
@@ -26,6 +27,7 @@ from zoo.tasks.context import Row
 
 LABELS = ("arm", "extension_options")  # in words what `extension_settings` identifies
 EXTENDED = (*LABELS, "extension", "extension_factor", "extension_settings")
+SHORTENED = ("compression", "compression_family", "compression_flops")
 UNSHAPED = (  # options that leave a run's weights as they are; the text is known by its fingerprint
     *("data.path", "data.cache", "valid_every", "valid_windows", "save_every"),
 )
@@ -100,10 +102,14 @@ def compressed_identity(about: Row, compress: Compress) -> Row:
     options = plain(compress) | {"by": _scorer_name(compress.by)}
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:6]
     scored = f" by {Path(compress.by).name}" if compress.by else ""
+    family = f"{about['arm']}, prompts by {compress.name}{scored}"
+    budget = f"{compress.rate:g}" if compress.rate else operations(compress.flops or 0.0)
     flattened = flat({"compress": plain(compress)})
     return {
-        "arm": f"{about['arm']}, prompts by {compress.name} to {compress.rate:g}{scored}",
+        "arm": f"{about['arm']}, prompts by {compress.name} to {budget}{scored}",
         "compression": method,
+        "compression_family": family,
+        "compression_flops": compress.flops,
         "extension_settings": f"{about['extension_settings']}+{compress.name}-{digest}",
         "extension_options": about["extension_options"] | flattened,
     }

@@ -12,7 +12,7 @@ from zoo.measurement import agrees, is_quantized, panel, plain_numbers, question
 from zoo.runs.folder import RunFolder
 from zoo.runs.provenance import measured_by
 from zoo.tasks.context import Row
-from zoo.tasks.identity import EXTENDED, row_identity, trained_settings
+from zoo.tasks.identity import EXTENDED, SHORTENED, row_identity, trained_settings
 from zoo.tasks.leaks import is_leak
 
 
@@ -40,7 +40,7 @@ def every_current(folders: Sequence[RunFolder]) -> tuple[list[Row], list[Row]]:
     for folder in (RunFolder.open(folder.path) for folder in folders):
         about = row_identity(none, folder, torch.device("cpu"))
         runs.append(run_record(about, folder))
-        apart = (*EXTENDED, "compression", "device", "dtype", "threads")
+        apart = (*EXTENDED, *SHORTENED, "device", "dtype", "threads")
         alike = {name: value for name, value in about.items() if name not in apart}
         every = [row for row in folder.rows() if row.keys() >= {"task", *EXTENDED}]
         if not _standing_leaks(every, alike):
@@ -81,7 +81,7 @@ def known_besides(folder: RunFolder, about: Row, requested: Sequence[Row]) -> It
     under which a leak was seen after the last answer, the row that says so stands for all. Where
     the weights or the cache have fewer bits now, the answers in plain numbers are among them.
     """
-    apart, dtype = (*EXTENDED, "compression"), about.get("dtype")
+    apart, dtype = (*EXTENDED, *SHORTENED), about.get("dtype")
     alike = {name: value for name, value in about.items() if name not in apart}
     every = [row for row in folder.rows() if row.keys() >= {"task", *EXTENDED}]
     leaks = _standing_leaks(every, alike)

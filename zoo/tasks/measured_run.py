@@ -9,11 +9,11 @@ import torch
 from zoo.compression.compressor import Compressor, scorer_of
 from zoo.config.longrope_factors import with_found_factors
 from zoo.config.schema.data import Data
-from zoo.config.schema.eval import EvalConfig
+from zoo.config.schema.eval import Compress, EvalConfig
 from zoo.config.schema.model import Extension
 from zoo.config.validate import plain
 from zoo.data.corpora import Corpus
-from zoo.errors import UserError
+from zoo.errors import UserError, sentence
 from zoo.measurement import agrees, is_quantized, lacking, not_finite
 from zoo.model.checkpoint import load
 from zoo.model.extend import extend
@@ -49,6 +49,7 @@ from zoo.tasks.task import Task
 from zoo.training.windows import open_data
 
 log = logging.getLogger("zoo")
+RANKING = "zoo.compression.longllmlingua.compress"  # needs a question
 
 
 @dataclass
@@ -114,11 +115,8 @@ class MeasuredRun:
             extended = self.config.extension.name != "none"
             named = self.about | {"task": name}
             compress = self.config.compress
-            if compress.method and not task.compresses:
-                error = NotApplicableError(
-                    f"task={name} has no prompt that compress={compress.name} could shorten"
-                )
-                yield named | failure_row(error)
+            if why := _unsuitable(task, compress):
+                yield named | failure_row(NotApplicableError(why))
                 continue
             quantized = is_quantized(self.about["dtype"])
             shortens = compress.method is not None
@@ -156,6 +154,8 @@ class MeasuredRun:
         seen = lengths_read(row for row in rows if is_leak(row, weights))
         if needed := [*wanted, *unaudited, *seen]:
             leaks.check(needed)
+        if wanted and task.compresses:
+            _ = context.cost  # counted before anything is timed
         for question, outcome, found in _answers(task, context, wanted):
             row = leaks.judge(named | question | outcome.row | (outcome.value or {}) | found)
             if row["status"] == "ok" and (names := lacking(task.declares, row)):
@@ -218,6 +218,18 @@ class MeasuredRun:
             precision=trained.trainer.precision,
             progress=self.progress,
         )
+
+
+def _unsuitable(task: Task, compress: Compress) -> str:
+    """Why a task has no prompt that the compression could shorten, or nothing."""
+    if compress.method is None:
+        return ""
+    if not task.compresses:
+        return f"task={task.name} has no prompt that compress={compress.name} could shorten"
+    if compress.method.target == RANKING and not task.has_question:
+        rule = "ranks documents by a question, and the prompt has none"
+        return sentence(f"compress={compress.name}", rule, "Use compress=llmlingua")
+    return ""
 
 
 def _answers(

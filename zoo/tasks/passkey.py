@@ -14,7 +14,7 @@ model answers from the state that the prompt left. Intervals are Wilson's, over 
 What is low at every length was not learned: train with `data.passkey=`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, cast
 
@@ -25,6 +25,7 @@ from jaxtyping import Bool, Int
 from zoo.config.domains import Count, Lengths, Range, Seed
 from zoo.data.loader import begun, evaluation_text
 from zoo.data.passkey import DIGITS, QUESTION, passkey_prompt, prompt_tokens, random_key, tokens
+from zoo.data.tokenizers import Encode
 from zoo.errors import refuse
 from zoo.measurement import Declaration, Quantity
 from zoo.model.backbone import BackboneState
@@ -32,10 +33,30 @@ from zoo.report.statistics import wilson
 from zoo.tasks.context import EvalContext, Row, check_length, check_state, chunk_tokens, nats
 from zoo.tasks.memory import check_memory
 from zoo.tasks.perplexity import BATCH_TOKENS, TIMES
-from zoo.tasks.task import STATE, Task, lengths_of
+from zoo.tasks.task import PROMPT_FLOPS, STATE, Task, lengths_of
 
 PAD = -1  # after the end of a key that has fewer tokens than another
 TOKEN_BYTES = 32  # of a prompt: the text and the prompt in int64, and the copies that are read
+
+
+def found(what: str) -> Iterator[Quantity]:
+    """The shares of these that are found: by forced choice, and written out."""
+    yield Quantity(
+        field="accuracy",
+        name=f"{what} found, forced choice",
+        better="higher",
+        form="share",
+        interval="interval",
+        chance="chance",
+    )
+    yield Quantity(
+        field="exact",
+        name=f"{what} found, exact match",
+        better="higher",
+        form="share",
+        interval="exact_interval",
+        chance="exact_chance",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,27 +72,10 @@ class Passkey(Task):
         about="A key of four digits is stated somewhere in a text and queried at its end, with "
         "the same texts and keys for every model. A level score in bits per byte does not show "
         "this: a model may read on well and have forgotten the key.",
-        quantities=(
-            Quantity(
-                field="accuracy",
-                name="passkeys found, forced choice",
-                better="higher",
-                form="share",
-                interval="interval",
-                chance="chance",
-            ),
-            Quantity(
-                field="exact",
-                name="passkeys found, exact match",
-                better="higher",
-                form="share",
-                interval="exact_interval",
-                chance="exact_chance",
-            ),
-            STATE,
-        ),
+        quantities=(*found("passkeys"), STATE, PROMPT_FLOPS),
     )
     compresses: ClassVar[bool] = True
+    has_question: ClassVar[bool] = True
     lengths: Lengths | None = None
     depths: Annotated[int, Range(1, 1024)] = 5
     repeats: Annotated[int, Range(1, 1024)] = 10
@@ -81,7 +85,7 @@ class Passkey(Task):
 
     def check(self) -> None:
         longest, count = max(self.lengths or [0]), self.depths * self.repeats
-        option = f"task.passkey.lengths={longest}"
+        option = f"task.{self.name}.lengths={longest}"
         check_memory(option, count * longest * TOKEN_BYTES, f"{count} prompts")
 
     def questions(self, context: EvalContext) -> list[Row]:
@@ -94,21 +98,18 @@ class Passkey(Task):
         text = evaluation_text(context.store, unit, count, question["documents"])
         check_length(context.model, length)
         keys = [_keys(self.seed, index, self.candidates) for index in range(count)]
-        prompts, encode = (
-            self._prompts(context, text, keys, length),
-            context.corpus.tokenizer.encode,
-        )
+        encode = context.corpus.tokenizer.encode
+        made = self._prompts(context, text, keys, length)
+        prompts = [prompt for prompt, _ in made]
         rows, held = max(1, chunk_tokens(context, BATCH_TOKENS) // length), length
         if context.compress:
-            question_tokens = len(tokens(QUESTION, encode))
             shortened = (
-                context.compress(one[:-question_tokens].tolist(), one[-question_tokens:].tolist())
-                for one in prompts
+                context.compress(one[:-size].tolist(), one[-size:].tolist()) for one, size in made
             )
             prompts = [begun(np.array(one), context.bos) for one in shortened]
             rows = 1  # their lengths differ
             held = max(map(len, prompts)) + DIGITS
-        context.progress.begin(f"passkey at {length}", len(prompts) * length)
+        context.progress.begin(f"{self.name} at {length}", len(prompts) * length)
         right = []
         with context.arithmetic():
             for first in range(0, len(prompts), rows):
@@ -131,8 +132,20 @@ class Passkey(Task):
             "count": count,
             "digits": DIGITS,
             "state_bytes": state_bytes,
-            **(context.compress.row if context.compress else {}),
+            **context.prompt_row([len(one) for one in prompts]),
         }
+
+    def _least(self, keys: Sequence[str], encode: Encode) -> int:
+        """The least tokens of a prompt with these keys, the right one first."""
+        return prompt_tokens(keys[0], encode)
+
+    def _prompt(
+        self, filler: Int[np.ndarray, " t"], index: int, keys: Sequence[str], encode: Encode
+    ) -> tuple[Int[np.ndarray, " t"], int]:
+        """A prompt that states the first of the keys, and the tokens of its question."""
+        depth = np.linspace(0, 1, self.depths)[index % self.depths]
+        prompt = passkey_prompt(filler, keys[0], depth, encode)
+        return prompt, len(tokens(QUESTION, encode))
 
     def _prompts(
         self,
@@ -140,19 +153,20 @@ class Passkey(Task):
         text: Int[np.ndarray, "units t"],
         keys: Sequence[Sequence[str]],
         length: int,
-    ) -> list[Int[np.ndarray, " t"]]:
-        """The prompts of one length, without the key's digits at the end."""
-        depths, encode = np.linspace(0, 1, self.depths), context.corpus.tokenizer.encode
+    ) -> list[tuple[Int[np.ndarray, " t"], int]]:
+        """The prompts of one length, without the key's digits at the end, each with the tokens of
+        its question."""
+        encode = context.corpus.tokenizer.encode
         start = np.array([] if context.bos is None else [context.bos], np.int64)
-        least = max(prompt_tokens(key, encode) for key, *_ in keys) + DIGITS + len(start)
+        least = max(self._least(names, encode) for names in keys) + DIGITS + len(start)
         if length < least:
             rule = f"must be at least {least}, the tokens of a passkey and its question"
-            refuse("task.passkey.lengths", length, rule)
+            refuse(f"task.{self.name}.lengths", length, rule)
         prompts = []
-        for i, (key, *_) in enumerate(keys):
-            filler = text[i // len(depths) % len(text)][-(length - DIGITS) :]
-            prompt = passkey_prompt(filler[len(start) :], key, depths[i % len(depths)], encode)
-            prompts.append(np.append(start, prompt))
+        for i, names in enumerate(keys):
+            filler = text[i // self.depths % len(text)][-(length - DIGITS) :]
+            prompt, question = self._prompt(filler[len(start) :], i, names, encode)
+            prompts.append((np.append(start, prompt), question))
         return prompts
 
 

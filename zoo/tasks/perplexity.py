@@ -7,7 +7,7 @@ lengths and protocols that have windows which start there: from the longest leng
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import exp, log
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -37,8 +37,9 @@ from zoo.tasks.context import (
 )
 from zoo.tasks.memory import check_memory
 from zoo.tasks.protocols import CAUSAL, MASKED, Tally, windows
-from zoo.tasks.task import STATE, Task, lengths_of
+from zoo.tasks.task import PROMPT_FLOPS, STATE, Task, lengths_of
 
+PROMPTED = ("half_tail", "stride_tail")  # protocols that score the end of a text
 TIMES = (1, 2, 4, 8, 16, 32)  # the training length
 BATCH_TOKENS = 16384  # short windows are read together, up to so many tokens
 TOKEN_BYTES = 32  # of the stretches: a token and its bytes of text in int64, and the sums
@@ -75,6 +76,10 @@ class Perplexity(Task):
                 for protocol in CAUSAL + MASKED
             ),
             STATE,
+            *(
+                replace(PROMPT_FLOPS, name=f"{PROMPT_FLOPS.name}, {one}", where={"protocol": one})
+                for one in PROMPTED
+            ),
         ),
     )
     unidentifying = ("lengths", "protocols", "units", "stride", "chunk")  # a question has these
@@ -148,7 +153,7 @@ class Perplexity(Task):
 
 def _check_protocol(context: EvalContext, protocol: str) -> None:
     causal = context.model.causal
-    if context.compress and protocol not in ("half_tail", "stride_tail"):
+    if context.compress and protocol not in PROMPTED:
         raise NotApplicableError(
             f"protocol {protocol} scores a text from its first token on: there is nothing before "
             "it to compress, as half_tail and stride_tail have"
@@ -300,9 +305,10 @@ class Reading:
             "unit_bits": units,
             "interval": interval(units),
             "state_bytes": state_bytes,
-            **(self.context.compress.row if self.context.compress else {}),
             "positions_file": path.relative_to(self.context.folder).as_posix(),
         }
+        if question["protocol"] in PROMPTED:
+            row |= self.context.prompt_row([one.start + 1 for one in tally.windows.values()])
         if question["protocol"] == "blocks":
             row["curve"] = _curve(tally)
         return row

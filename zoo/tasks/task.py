@@ -20,6 +20,14 @@ from zoo.tasks.context import EvalContext, Outcome, Row, run_guarded
 STATE = Quantity(
     field="state_bytes", name="state kept between chunks", better="lower", form="bytes", cost=True
 )
+# What a model computes before it answers: to shorten the prompt, where it is, and to read it.
+PROMPT_FLOPS = Quantity(
+    field="prompt_flops",
+    name="operations per prompt, those of its compression included",
+    better="lower",
+    unit="FLOPs",
+    cost=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +40,8 @@ class Task:
     declares: ClassVar[Declaration]
     # Whether `measure` reads what EvalContext.compress leaves of its prompts.
     compresses: ClassVar[bool] = False
+    # Whether a question ends those prompts.
+    has_question: ClassVar[bool] = False
     # Settings that do not change an answer: which questions there are, and how a text is cut.
     unidentifying: ClassVar[tuple[str, ...]] = ("lengths", "chunk")
 

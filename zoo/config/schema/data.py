@@ -1,23 +1,27 @@
 """The options data.*; further keys belong to the corpus that reads them."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from zoo.config.schema.sections import DataPart, OpenSection, Section
-from zoo.config.schema.values import Fraction, Name
+from zoo.config.schema.values import Fraction, Name, Positive
 from zoo.errors import refuse
 
 
 class Data(OpenSection):
     unwritten: ClassVar[Mapping[str, Any]] = {
-        **{"passkey": 0.0, "task": None, "end_token": None, "bos_token": None}
+        **{"passkey": 0.0, "passkey_facts": 1, "task": None},
+        **{"end_token": None, "bos_token": None},
     }
     name: Name
     task: DataPart | None = Field(default=None, description="a synthetic task instead of text")
     passkey: Fraction = Field(
         default=0.0, description="share of the training windows that hold a passkey"
+    )
+    passkey_facts: Annotated[Positive, Field(le=16)] = Field(
+        default=1, description="most keys of such a window, each behind a sign of its own"
     )
 
     @model_validator(mode="after")
@@ -27,6 +31,9 @@ class Data(OpenSection):
             missing = value is None and key in ("path", "dataset")
             if not isinstance(value, str) and not missing:
                 refuse(key, value, "must be text", "Quote a name of digits")
+        if self.passkey_facts > 1 and not self.passkey:
+            rule = "no window holds a passkey with data.passkey=0"
+            refuse("passkey_facts", self.passkey_facts, rule, "Set data.passkey, or leave it out")
         return self
 
 

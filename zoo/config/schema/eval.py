@@ -29,6 +29,10 @@ class Compress(Section):
     rate: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
         default=None, description="tokens kept over tokens there are"
     )
+    flops: Annotated[Number, Field(gt=0)] | None = Field(
+        default=None,
+        description="instead of rate: the operations that shortening a prompt and reading it take",
+    )
     method: CompressionPart | None = None
 
 

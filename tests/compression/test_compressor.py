@@ -1,0 +1,60 @@
+"""A number of operations decides how much of a prompt is kept, the scorer's own among them."""
+
+import pytest
+from texts import scorer, text
+
+from zoo.compression.compressor import CompressionError, Compressor
+from zoo.config.compose import compose
+from zoo.config.groups import choices
+from zoo.data.tokenizers import BYTE_TOKENIZER
+from zoo.model.flops import ReadingCost
+
+METHODS = [name for name in choices("compress") if name != "none"]
+READER = ReadingCost(1e6, 500.0)  # more than the scorer, a quadratic part
+QUESTION = BYTE_TOKENIZER.tokens("Where was the house?")
+
+
+def compressor(method: str, flops: float) -> Compressor:
+    words = ["run=x", f"compress={method}", f"compress.flops={flops:.0f}"]
+    scored = None if method.startswith("truncation") else scorer()
+    words += ["compress.by=runs/scorer"] if scored else []
+    return Compressor(compose("eval", words).compress, scored, BYTE_TOKENIZER, READER)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shortening_and_reading_take_the_operations_that_are_given(method):
+    prompts = [BYTE_TOKENIZER.tokens(text(seed, 6))[:1000] for seed in range(3)]
+    scores = not method.startswith("truncation")
+    whole = READER.of(1000 + len(QUESTION))
+    for share in (0.9, 1.2) if scores else (0.3, 0.7):
+        budget = share * whole
+        made = compressor(method, budget)
+        sizes = [len(made(prompt, QUESTION)) for prompt in prompts]
+        assert (made.scored > 0) == (scores and share < 1)
+        row = made.row
+        if share > 1:  # the reader alone has room for all
+            assert sizes == [1000 + len(QUESTION)] * 3
+            assert row["prompt_flops"] == pytest.approx(whole)
+            continue
+        assert max(sizes) < 1000
+        assert row["prompt_flops"] == pytest.approx(budget, rel=0.05)
+        total = row["reader_flops"] + row["compressor_flops"]
+        assert row["prompt_flops"] * 3 == pytest.approx(total)
+    assert made.row["prompt_flops"] == 0  # the row took them
+
+
+def test_a_prompt_that_comes_again_took_as_much_again():
+    prompt = BYTE_TOKENIZER.tokens(text(0, 6))[:600]
+    made = compressor("llmlingua", 0.95 * READER.of(600))
+    made(prompt)
+    once = made.row
+    made(prompt)
+    assert made.row == once
+    assert once["compressor_flops"] > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_operations_that_suffice_for_no_token_are_refused_by_name(method):
+    made = compressor(method, 1e5)
+    with pytest.raises(CompressionError, match=r"^compress\.flops=100000: is less than the "):
+        made(BYTE_TOKENIZER.tokens(text(0, 6)), QUESTION)
