@@ -9,7 +9,7 @@ RUN := $(BIN)/python
 INSTALL := $(RUN) -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo compare study mqar-state many-shot claims no-position scalings quantization length-extension real test shapes lint constraints bench gpu-check clean
+.PHONY: help env env-dev demo compare study mqar-state many-shot compression claims no-position scalings quantization length-extension real test shapes lint constraints bench gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -69,6 +69,28 @@ many-shot: .venv/ready-dev  ## more demonstrations than a window holds, side by 
 	$(RUN) -m zoo tune experiment=many_shot
 	for extension in pcw structured dca none; do \
 	  $(RUN) eval.py run='runs/many_shot/*' task=many_shot extension=$$extension || exit; done
+
+PROMPTS := task=length_extension task.perplexity.protocols=[half_tail] task.perplexity.units=16 logger=none threads=1
+LONGEST := task.passkey.lengths=[1k] task.perplexity.lengths=[2k]
+WHOLE := task.passkey.lengths=[256,1k] task.perplexity.lengths=[256,2k]
+SCORER := runs/compression_scorer
+SHORTENED = $(RUN) eval.py run='runs/compression/$(1)-*' $(PROMPTS) $(LONGEST) compress.flops=$$flops
+
+compression: .venv/ready  ## prompts cut, compressed or read whole at equal operations, on BOOKS=<folder of books>
+	$(RUN) train.py name=$(notdir $(SCORER)) data=text data.path=$(BOOKS) model=mamba size=tiny \
+	  size.width=32 size.layers=1 match=none seq_len=128 batch_tokens=2048 trainer.max_steps=1500 \
+	  optim.lr=4e-3 optim.warmup_steps=60 threads=1 logger=none valid_every=500 save_every=500
+	$(RUN) train.py -m experiment=compression data=text data.path=$(BOOKS)
+	for flops in 300e6 500e6 710e6; do \
+	  for extension in 'yarn extension.factor=8' streaming_llm dca; do \
+	    $(call SHORTENED,transformer_conv) compress=truncation extension=$$extension || exit; done; \
+	  $(call SHORTENED,transformer_conv) compress=truncation_middle extension=dca || exit; \
+	  for method in selective_context llmlingua longllmlingua; do \
+	    $(call SHORTENED,transformer_conv) extension=dca compress=$$method compress.by=$(SCORER) || exit; done; \
+	  $(call SHORTENED,gated_deltanet) compress=truncation || exit; done
+	for extension in 'yarn extension.factor=8' streaming_llm dca; do \
+	  $(RUN) eval.py run='runs/compression/transformer_conv-*' $(PROMPTS) $(WHOLE) extension=$$extension || exit; done
+	$(RUN) eval.py run='runs/compression/*' $(PROMPTS) $(WHOLE)
 
 claims: .venv/ready  ## judge published claims on BOOKS=<folder of books>: 40 minutes
 	$(RUN) train.py -m $(CLAIMS)

@@ -29,9 +29,9 @@ def test_a_claim_without_an_arm_in_the_report_is_counted_and_not_listed():
     assert "mamba" in arms
     partly = len(verdicts) - 1
     line = (
-        "1 hold, 0 do not hold, 0 not shown at this scale, 19 not judged "
+        "1 hold, 0 do not hold, 0 not shown at this scale, 20 not judged "
         f"({partly} lack an arm, a length or a measure that they compare; "
-        f"of {19 - partly} no arm was measured here)"
+        f"of {20 - partly} no arm was measured here)"
     )
     table = claims_table(results)
     assert table is not None

@@ -37,6 +37,7 @@ MEASURES: dict[str, Row] = {  # as a rule names it -> its rows; the field that t
     "accuracy": {"task": "accuracy", "field": "accuracy", "interval": "interval"},
     "labels": {"task": "many_shot", "field": "accuracy", "interval": "interval"},
     "passkeys": {"task": "passkey", "field": "accuracy", "interval": "interval"},
+    "facts": {"task": "facts", "field": "accuracy", "interval": "interval"},
     "speed": {"task": "speed", "field": "tokens_per_second", "phase": "forward"},
     "state": {"task": "speed", "field": "state_bytes", "phase": "decode"},
 }

@@ -13,7 +13,7 @@ import altair as alt
 import jinja2
 import vl_convert
 
-from zoo.report import tables
+from zoo.report import equal_operations, tables
 from zoo.report.caveats import banners, failures, limits
 from zoo.report.charts import Spec, Style, styles, themed
 from zoo.report.figures import (
@@ -175,6 +175,11 @@ def render(
         parts=[task_part(results, task, look) for task in results.tasks if task not in APART],
         curve=figure(positions(results, "perplexity")),
         costs=cost_blocks(results, look),
+        at_equal=[
+            _block(one, named=True, height=280, look=equal_operations.look_of(results))
+            for one in equal_operations.figures(results)
+        ],
+        at_equal_tables=equal_operations.tables(results),
         pooled=plain(MIN_TOKENS),
         blind=blind_guess(results.rows),
         stream=stream_part(results, look),

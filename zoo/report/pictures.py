@@ -6,6 +6,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
+from zoo.report import equal_operations
 from zoo.report.charts import Drawing, Style, themed
 from zoo.report.figures import (
     INK,
@@ -67,6 +68,10 @@ def pictures(results: Results, look: Mapping[str, Style]) -> dict[str, bytes]:
         words = [f"{FORGETS}: {named}", *part]
     headed = HIDDEN if figures[0].points else BOUGHT
     found["hidden"] = _panels(figures, look, headed, words)
+    at_equal = equal_operations.figures(results)
+    names = equal_operations.look_of(results)
+    headed = "Quality at equal operations, compression included"
+    found["equal_operations"] = _panels(at_equal, names, headed, ["per prompt"])
     found["speed"] = _panels(cost_figures(results), look, "Speed and memory", part)
     return {
         f"{name}.png": vl_convert.vegalite_to_png(themed(chart, INK, PAPER, padding=20), scale=2)
