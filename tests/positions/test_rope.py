@@ -18,6 +18,17 @@ def test_frequencies_of_width_128_are_the_published_ones():
     assert theta[63] == pytest.approx(0.000115478, abs=1e-9)
 
 
+def test_tables_of_one_position_are_those_of_the_call():
+    for theta in 2 * [inverse_frequencies(6), inverse_frequencies(8), inverse_frequencies(6, 50.0)]:
+        for place, dtype, factor in 2 * [(3, torch.float32, 1.0), (4, torch.float64, 2.0)]:
+            at = range(place, place + 1)
+            cos, sin = rotary_tables(theta, at, torch.device("cpu"), dtype, factor)
+            angles = torch.tensor(theta, dtype=torch.float64) * place
+            assert cos.dtype == sin.dtype == dtype
+            torch.testing.assert_close(cos[0, 0], (factor * angles.cos()).to(dtype))
+            torch.testing.assert_close(sin[0, 0], (factor * angles.sin()).to(dtype))
+
+
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="head_width=7: must be even"):
         inverse_frequencies(7)

@@ -107,6 +107,10 @@ def _partial(
         native = decode_attention.accepts(q, k, v) or small_kv_attention.accepts(q, k, v)
     if q.shape[2] != k.shape[2] and native is not True:
         return _grouped(part, scale, softcap, backend)
+    if native is True:  # one token's attention, of which little else may be done
+        select_backend("attend", backend, {"native": True})
+        out, lse = decode_attention.decode_attention(q, k, v, factor)
+        return out, lse if times == 1 else lse + log(times)
     theirs = libraries.usable(
         "xformers",
         q,
@@ -125,10 +129,7 @@ def _partial(
     }
     chosen = select_backend("attend", backend, available | {"reference": True})
     if chosen == "native":
-        kernel = decode_attention.decode_attention
-        if native is not True:
-            kernel = small_kv_attention.small_kv_attention
-        out, lse = kernel(q, k, v, factor)
+        out, lse = small_kv_attention.small_kv_attention(q, k, v, factor)
         return out, lse + log(times)
     form = _FORMS[chosen] if softcap is None else partial(_FORMS[chosen], softcap=softcap)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -41,11 +41,11 @@ def merge(results: Sequence[Partial], backend: str = "auto") -> Partial:
     """
     if not results:
         raise ValueError("merge: no parts")
-    for another in results:
-        check("merge", SHAPES, *results[0], *another)
     out, lse = results[0]
     if len(results) == 1:
         return out, lse
+    for another in results:
+        check("merge", SHAPES, out, lse, *another)
     if out.dim() != 4:  # queries in blocks, say
         flat = [(o.flatten(1, -3), x.flatten(1, -2)) for o, x in results]
         return tuple(x.unflatten(1, out.shape[1:-2]) for x in merge(flat, backend))  # type: ignore

@@ -42,6 +42,7 @@ MAX_GROWN = MAX_BYTES // 4  # of the table of one set of frequencies, from posit
 MIN_GROWN = 256  # positions
 Table = tuple[Float[Tensor, "*t 1 half"], Float[Tensor, "*t 1 half"]]
 _tables: OrderedDict[tuple, Table] = OrderedDict()
+_last: tuple[tuple, Table] | None = None  # the last call for one position, and what it returned
 _guard = threading.Lock()  # recomputation in the backward pass runs in threads of its own
 
 
@@ -57,6 +58,10 @@ def rotary_tables(
     Consecutive positions are rows of one table for these frequencies, which doubles where a text
     grows beyond it; others, and those of tables above `MAX_GROWN` bytes, are cached as they are.
     """
+    global _last
+    call = positions, attention_factor, device, dtype, inv_freq
+    if isinstance(positions, range) and _last is not None and _last[0] == call:
+        return _last[1]  # the other layers' and the keys', for one token after another
     kind = tuple(inv_freq), attention_factor, device, dtype
     rows = positions if isinstance(positions, range) else _consecutive(positions)
     if rows is not None and rows.start >= 0:
@@ -65,7 +70,10 @@ def rotary_tables(
             size *= 2
         if 2 * size * len(inv_freq) * dtype.itemsize <= MAX_GROWN:
             cos, sin = _cached(kind, size, lambda: torch.arange(size))
-            return cos[rows.start : rows.stop], sin[rows.start : rows.stop]
+            found = cos[rows.start : rows.stop], sin[rows.start : rows.stop]
+            if isinstance(positions, range) and len(rows) == 1 and not torch.is_inference(cos):
+                _last = call, found
+            return found
     if isinstance(positions, range):
         positions = torch.arange(positions.start, positions.stop)
     at = positions.double().cpu()
