@@ -14,7 +14,7 @@ from zoo.report.axes import Axis, ticks
 from zoo.report.charts import COLORS, DISTINCT, Style, _ends, lines, styles
 from zoo.report.figures import MANY, changes, cost_figures, drawn, drawn_words, scores, table
 from zoo.report.pictures import pictures
-from zoo.report.positions import MIN_TOKENS, positions
+from zoo.report.positions import MIN_TOKENS, position_table, positions
 from zoo.report.rows import gather
 from zoo.report.statistics import interval
 
@@ -72,6 +72,30 @@ def test_the_curve_is_averaged_over_seeds_by_token_count():
     assert point["y"] == 1.75
     assert point["x"] == 2.0  # the geometric middle of the first to the fourth token
     assert point["positions"] == "0 to 3"
+
+
+def test_the_table_by_position_has_octaves_and_the_last_one_in_halves():
+    edges = [1, 64, 128, 256, 512, 609, 724, 861, 1025]
+    bits = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 8.0, 9.0]
+    rows = [score_row("mamba", 1024, 2.0, seed=seed, protocol="blocks") for seed in (0, 1)]
+    for n, row in enumerate(rows):
+        own = {"bits_per_byte": [one + n for one in bits], "count": [256 * (n + 1)] * 8}
+        row["curve"] = {"edges": edges, **own}
+    table = position_table(gather(rows, []))
+    assert table
+    where = ["1 to 127", "128 to 255", "256 to 511", "512 to 723", "724 to 1,024"]
+    assert [head for head, _ in table.head] == ["arm", *where]
+    means = [one + 2 / 3 for one in (5.5, 4.0, 3.0, 1.5, 8.5)]  # the second seed counts twice
+    assert [cell.text for cell in table.rows[0]] == ["mamba", *(f"{one:.3f}" for one in means)]
+
+
+def test_blocks_of_several_lengths_have_no_table_by_position():
+    rows = [
+        score_row(arm, n, 2.0, protocol="blocks") for arm, n in (("mamba", 512), ("alibi", 1024))
+    ]
+    for row in rows:
+        row["curve"] = {"edges": [1, 256, 513], "bits_per_byte": [2.0, 1.0], "count": [999, 999]}
+    assert position_table(gather(rows, [])) is None
 
 
 def curve(counts, bits) -> list[dict]:

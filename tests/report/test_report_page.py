@@ -117,6 +117,7 @@ def test_pictures_are_written_for_the_readme(report):
     assert {path.name for path in folder.iterdir()} == {
         "bits_per_byte.png",
         "overview.png",
+        "positions.png",
         "speed.png",
     }
     for path in folder.iterdir():
@@ -135,6 +136,7 @@ def test_a_reports_pictures_lie_beside_it_and_older_ones_go(tmp_path):
     assert {path.name for path in folder.iterdir()} == {
         "bits_per_byte.png",
         "overview.png",
+        "positions.png",
         "speed.png",
     }
     (folder / "mine.png").write_text("mine")
@@ -144,6 +146,7 @@ def test_a_reports_pictures_lie_beside_it_and_older_ones_go(tmp_path):
         "bits_per_byte.png",
         "mine.png",
         "overview.png",
+        "positions.png",
     }
     write_report(rows, run_records(rows), tmp_path / "plain")
     assert (tmp_path / "plain-pictures" / "speed.png").is_file()

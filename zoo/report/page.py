@@ -32,7 +32,7 @@ from zoo.report.headlines import heading, one_text, tiles
 from zoo.report.noise import noise_floors, score_noise
 from zoo.report.overview import draw, overview
 from zoo.report.pictures import pictures
-from zoo.report.positions import MIN_TOKENS, positions
+from zoo.report.positions import MIN_TOKENS, position_table, positions
 from zoo.report.retrieval import (
     BOUGHT,
     FORGETS,
@@ -174,6 +174,7 @@ def render(
         contexts=contexts(results),
         parts=[task_part(results, task, look) for task in results.tasks if task not in APART],
         curve=figure(positions(results, "perplexity")),
+        by_position=position_table(results),
         costs=cost_blocks(results, look),
         at_equal=[
             _block(one, named=True, height=280, look=equal_operations.look_of(results))

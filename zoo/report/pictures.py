@@ -24,6 +24,7 @@ from zoo.report.figures import (
 )
 from zoo.report.headlines import heading
 from zoo.report.overview import overview, overview_picture
+from zoo.report.positions import positions
 from zoo.report.retrieval import (
     BOUGHT,
     FORGETS,
@@ -59,6 +60,8 @@ def pictures(results: Results, look: Mapping[str, Style]) -> dict[str, bytes]:
         if task != "perplexity":
             figures = task_figures(results, task)
             found[task] = _panels(figures, look, said.title, [headed.lower(), *part])
+    headed = "Bits per byte by position in the text"
+    found["positions"] = _panels([positions(results, "perplexity")], look, headed, part)
     said = ["by length, and by depth from the start of the text (0%) to its end", *part]
     title = alt.Title("Passkeys found", subtitle=[line for line in said if line], **TITLE)
     found["depths"] = retrieval_picture(results, look, title)

@@ -5,6 +5,7 @@ import textwrap
 from zoo.report import equal_operations
 from zoo.report.caveats import failures
 from zoo.report.noise import NOISE_FLOOR, Floor, is_noise, noise_floors, score_noise
+from zoo.report.positions import position_table
 from zoo.report.retrieval import both_table
 from zoo.report.rows import Cell, Results
 from zoo.report.scores import (
@@ -47,7 +48,8 @@ def as_text(results: Results) -> str:
     said += _scores_as_text(results, reasons)
     said += _tasks_as_text(results, later, reasons)
     tables = [table for shown in costs(results) if (table := quantity_table(results, *shown))]
-    tables += [table for table in (both_table(results), rates_table(results)) if table]
+    apart = position_table(results), both_table(results), rates_table(results)
+    tables += [table for table in apart if table]
     tables += equal_operations.tables(results)
     said += [_table_as_text(results, table, reasons) for table in tables]
     said += [
