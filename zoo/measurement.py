@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 BITS = ("int8", "int4")  # of quantized weights, keys and values
 # What identifies a measurement beside its question: the text, how it was read, by what machine.
-READ_BY = ("fingerprint", "extension_settings", "device", "dtype", "threads")
+READ_BY = ("fingerprint", "extension_settings", "device", "dtype", "threads", "ranks")
 # The fields of a question, for rows written before each row listed its own in `question`.
 EARLIER_QUESTIONS = {
     "perplexity": (

@@ -3,7 +3,7 @@
 import functools
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,11 @@ from zoo.model.build import build_model
 from zoo.model.chunks import bytes_sent, chunk_loss, split_over
 from zoo.model.extend import extend, places
 from zoo.parallel.ranks import Ranks
+from zoo.tasks.context import EvalContext, nats
+from zoo.tasks.readers import chunk_nats
 
 ROWS, VOCABULARY, TRAINED = 2, 32, 16
+CHUNK = 7  # tokens that are read at a time where a text is scored
 
 
 class Case(NamedTuple):
@@ -68,7 +71,7 @@ def differences(ranks: Ranks, case: Case, length: int) -> dict[str, float]:
     chunks = split_over(model, ranks, length).chunks().values()
     for chunk, own in zip(chunks, read, strict=True):
         outputs[:, chunk] = own
-    summed = part.detach()
+    summed, scores = part.detach(), _scores(model, ranks, tokens) if positions is None else None
     for x in (outputs, summed, unexpected.abs_()):
         dist.all_reduce(x)
     found = {}
@@ -82,8 +85,22 @@ def differences(ranks: Ranks, case: Case, length: int) -> dict[str, float]:
     whole.backward()
     watch.remove()
     about = {"outputs": _apart(outputs, read[-1]), "loss": _apart(summed, whole)}
+    if scores is not None:
+        about["scores"] = _apart(scores, nats(model.head(read[-1]), tokens[:, 1:]))
     about["bytes"] = unexpected.item()
     return about | {n: _apart(found[n], p.grad) for n, p in model.named_parameters()}
+
+
+def _scores(model: Backbone, ranks: Ranks, tokens: Tensor) -> Tensor:
+    """What every token costs as it is measured: in all ranks' chunks."""
+    context = EvalContext(
+        model=model, data=cast(Any, None), folder=Path(), train_length=TRAINED, ranks=ranks
+    )
+    with context.arithmetic():
+        found = chunk_nats(context, tokens, CHUNK)
+        ranks.finish()
+        dist.all_reduce(found)
+    return found.clone()
 
 
 def _apart(one: Tensor, other: Tensor | None) -> float:

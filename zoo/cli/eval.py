@@ -17,12 +17,15 @@ from zoo.config.resolve import resolve
 from zoo.config.schema.eval import EvalConfig
 from zoo.config.stages import check_composition, stages_of
 from zoo.config.validate import plain, validate
+from zoo.console import say
 from zoo.data.sources import check_source
-from zoo.errors import UserError
+from zoo.devices import cuda_devices
+from zoo.errors import UserError, refuse
 from zoo.runs.files import ROWS, check_file, check_report
 from zoo.runs.find import find_runs
 from zoo.runs.folder import RunFolder
 from zoo.runs.resume import with_place
+from zoo.training.partition import crowded
 
 USAGE = """
 Measure trained runs and write a report.
@@ -50,6 +53,7 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
         check_report("report", config.report)
     if config.publish is not None:
         check_file("publish", str(config.publish), ROWS, "file of published rows", "rows.json")
+    _check_ranks(config)
     folders = find_runs(config.run, config.runs) if config.run else []
     if config.checkpoint:
         _check_checkpoint(config.checkpoint, config)
@@ -86,6 +90,18 @@ def job(config: EvalConfig, arm: Arm | None) -> int:
 
     apart = processes.run if processes.can_fork() else here
     return evaluate(config, folders, say=_print, fresh=config.fresh, apart=apart)
+
+
+def _check_ranks(config: EvalConfig) -> None:
+    """Refuse several processes on an accelerator; say where they share a processor."""
+    count = config.sequence_parallel or 1
+    if count > 1 and (
+        config.device not in ("auto", "cpu") or (config.device == "auto" and cuda_devices())
+    ):
+        rule = "sequence_parallel splits texts over processes on the CPU alone"
+        refuse("device", config.device, rule, "Use device=cpu, or leave sequence_parallel out")
+    if line := crowded(f"sequence_parallel={count}", count):
+        say(line)
 
 
 def _without_weights(folder: RunFolder) -> bool:

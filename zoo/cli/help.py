@@ -60,6 +60,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "weights",
             "kv_cache",
             "threads",
+            "sequence_parallel",
         ),
     },
 }

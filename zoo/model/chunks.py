@@ -1,8 +1,9 @@
-"""A window split over ranks: a rank's chunks of it, its part of the loss, and what it sends."""
+"""A text split over ranks: a rank's chunks of it, their part of the loss, and what it sends."""
 
 import itertools
+from collections.abc import Iterator
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -13,12 +14,15 @@ from zoo.parallel.hand_over import HEADER_BYTES, HandOver
 from zoo.parallel.ranks import Ranks, Split
 
 
-def split_over(model: Backbone, ranks: Ranks, tokens: int, in_order: bool = False) -> Split:
+def split_over(
+    model: Backbone, ranks: Ranks, tokens: int, in_order: bool = False, chunk: int | None = None
+) -> Split:
     """How a text is split: in zigzag where a later token costs more, as it reads more keys.
 
-    `in_order`: a chunk for each rank, so that all ranks call the blocks in one order.
+    `in_order`: a chunk for each rank, so that all ranks call the blocks in one order. `chunk` is
+    that of `Split.of`.
     """
-    return Split.of(ranks, tokens, zigzag=not model.recurrent and not in_order)
+    return Split.of(ranks, tokens, zigzag=not model.recurrent and not in_order, chunk=chunk)
 
 
 def state_before(
@@ -38,6 +42,37 @@ def state_before(
     return BackboneState(tuple(blocks), split.chunks()[place].start)
 
 
+def read_chunks(
+    model: Backbone,
+    split: Split,
+    tokens: Int[Tensor, "b t"],
+    positions: Tensor | None = None,
+    empty: BackboneState | None = None,
+) -> Iterator[tuple[slice, Float[Tensor, "b chunk width"]]]:
+    """Yield this rank's chunks of texts, and what the head reads there, as they are done.
+
+    A rank reads its parts block by block. Of two parts the later one is some blocks behind the
+    earlier. All ranks take the blocks of all parts in one order, by the sum of a block's number and
+    its part's, the order in which a state could reach them at the earliest: so nobody waits for a
+    rank that waits for him.
+    """
+    chunks, readings = split.chunks(), {}
+    for place, chunk in chunks.items():
+        state = state_before(model, split, place, empty)
+        readings[place] = model.hidden_by_block(tokens[:, chunk], state, positions)
+
+    def turn(step: tuple[int, int]) -> tuple[int, int, int]:
+        block, place = step
+        part = split.part(place)
+        return block + part, -part, place
+
+    for _, place in sorted(itertools.product(range(len(model.blocks) + 1), readings), key=turn):
+        try:
+            next(readings[place])
+        except StopIteration as end:
+            yield chunks[place], end.value[0]
+
+
 def chunk_loss(
     model: Backbone,
     ranks: Ranks,
@@ -52,26 +87,13 @@ def chunk_loss(
     Its labels count by their share in all labels, what layers add by its share in the tokens;
     `weight` is that of `Backbone.labels_loss`. `empty` is given where weights are divided among the
     ranks, which then gather them in one order.
-
-    Of two chunks the later one is some blocks behind the earlier. All ranks take the blocks of all
-    chunks in one order, by the sum of a block's number and its chunk's place, the order in which a
-    state could reach them at the earliest: so nobody waits for a rank that waits for him.
     """
     split = split_over(model, ranks, tokens.shape[1], in_order=empty is not None)
-    readings, parts = {}, []
-    for place, chunk in split.chunks().items():
-        state = state_before(model, split, place, empty)
-        readings[place] = model.hidden_by_block(tokens[:, chunk], state, positions)
-    count = (labels != NO_LABEL).sum().clamp(min=1)
-    steps = itertools.product(range(len(model.blocks) + 1), readings)
-    for _, place in sorted(steps, key=lambda step: (sum(step), -step[1])):
-        try:
-            next(readings[place])
-        except StopIteration as end:
-            chunk = split.chunks()[place]
-            nll = model.summed_nll(end.value[0], labels[:, chunk]) / count * weight
-            share = (chunk.stop - chunk.start) / tokens.shape[1]
-            parts.append(model.with_auxiliary(nll, share))
+    count, parts = (labels != NO_LABEL).sum().clamp(min=1), []
+    for chunk, x in read_chunks(model, split, tokens, positions, empty):
+        nll = model.summed_nll(x, labels[:, chunk]) / count * weight
+        share = (chunk.stop - chunk.start) / tokens.shape[1]
+        parts.append(model.with_auxiliary(nll, share))
     return sum(parts[1:], parts[0])
 
 

@@ -31,6 +31,7 @@ from zoo.parallel.ranks import Split
 Read = Callable[[Tensor, Any], tuple[Tensor, Any]]  # (chunk, state) -> (output, state after it)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool)
+DTYPES += (torch.uint8,)  # of quantized keys and values
 NUMBER = -1  # in place of a dtype: the leaf is a whole number, such as the tokens read so far
 WORDS = 8  # int64 that describe a leaf: dtype, dimensions, sizes
 HEADER_BYTES = WORDS * 8
@@ -137,7 +138,7 @@ class _Pass:
             found = hand_over.receive(len(leaves), self.tags[name], self.device)
             hand_over.received[name] = found
         leaves = hand_over.received.get(name, [])
-        if tensors := _tensors(leaves):
+        if (tensors := _tensors(leaves)) and torch.is_grad_enabled():
             tie, *tensors = _Received.apply(hand_over, self.tags[name], self._anchor(), *tensors)
             self._tie(tie)
             rest = iter(tensors)
@@ -157,7 +158,7 @@ class _Pass:
             if leaves and name not in hand_over.sent:
                 hand_over.send(leaves, self.tags[name], self.device)
                 hand_over.sent[name] = [x.new_empty(()).expand(x.shape) for x in tensors]
-            if tensors:
+            if tensors and torch.is_grad_enabled():
                 sent = hand_over.sent[name]
                 tag = self.tags[name]
                 self._tie(_Sent.apply(hand_over, tag, sent, self._anchor(), *tensors))

@@ -7,7 +7,8 @@ One chunk for each rank serves states of a fixed size: every chunk costs the sam
 attention the last of N such chunks costs (2 N - 1) / N times the mean, because it reads all keys.
 In zigzag there are 2 N chunks, of which rank r reads those at r and 2 N - 1 - r: the work of every
 rank is the same (Grattafiori 2024, Llama 3, section 3.3.2, arXiv 2407.21783, whose ranks gather all
-keys instead of handing them over).
+keys instead of handing them over). Where only outputs are computed, a rank may read each of these
+parts in several chunks, one after another: what a layer computes at a time is then smaller.
 """
 
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
+
+from zoo.ops.runtime.sizes import ceil_div
 
 
 @dataclass
@@ -37,7 +40,7 @@ class Ranks:
     def send(self, x: Tensor, to: int, tag: int) -> None:
         """Begin to send to another rank, or keep for this one; memory behind x must not change."""
         if to == self.index:
-            self._kept.setdefault(tag, []).append(x.detach())
+            self._kept.setdefault(tag, []).append(x.detach() if x.requires_grad else x)
             return
         x = x.detach().contiguous()
         self.bytes_sent += x.numel() * x.element_size()
@@ -61,27 +64,39 @@ class Split(NamedTuple):
     """A text cut into chunks, each of which one of `ranks` reads."""
 
     ranks: Ranks
-    pieces: int  # chunks, as many as ranks or twice as many
+    parts: int  # as many as ranks or twice as many
     tokens: int
+    chunks_each: int = 1  # of a part
 
     @classmethod
-    def of(cls, ranks: Ranks, tokens: int, zigzag: bool) -> "Split":
-        """In zigzag where that is possible: no chunk may be empty."""
+    def of(cls, ranks: Ranks, tokens: int, zigzag: bool, chunk: int | None = None) -> "Split":
+        """In zigzag where that is possible: no chunk may be empty.
+
+        Args:
+            chunk: about the most tokens that a rank reads at a time; None: a whole part.
+        """
         twice = zigzag and 1 < ranks.size <= tokens // 2
-        return cls(ranks, ranks.size * (1 + twice), tokens)
+        parts = ranks.size * (1 + twice)
+        each = 1 if chunk is None else min(ceil_div(tokens, parts * chunk), tokens // parts)
+        return cls(ranks, parts, tokens, each)
 
     @property
     def last(self) -> int:
         """The place of the last chunk."""
-        return self.pieces - 1
+        return self.parts * self.chunks_each - 1
+
+    def part(self, place: int) -> int:
+        """The part, from 0, that the chunk at a place is of."""
+        return place // self.chunks_each
 
     def owner(self, place: int) -> int:
         """Which rank reads the chunk at a place."""
-        return min(place, self.last - place) if self.pieces > self.ranks.size else place
+        part = self.part(place)
+        return min(part, self.parts - 1 - part) if self.parts > self.ranks.size else part
 
     def chunks(self) -> dict[int, slice]:
         """The tokens of each chunk that this rank reads, by its place."""
-        own = [place for place in range(self.pieces) if self.owner(place) == self.ranks.index]
+        own = [place for place in range(self.last + 1) if self.owner(place) == self.ranks.index]
         return {place: slice(self._start(place), self._start(place + 1)) for place in own}
 
     def send(self, x: Tensor, to: int, tag: int) -> None:
@@ -93,4 +108,4 @@ class Split(NamedTuple):
         return self.ranks.receive(like, self.owner(source), tag)
 
     def _start(self, place: int) -> int:
-        return self.tokens * place // self.pieces
+        return self.tokens * place // (self.last + 1)

@@ -34,6 +34,7 @@ def lengthen(rows: Sequence[Row], runs: Sequence[Row]) -> None:
     trained = {run.get("run"): run.get("settings") or {} for run in runs}
     for field, word in (*TRAINING.items(), *READ_BY.items()):
         _split(rows, functools.partial(_named, field=field, word=word))
+    _split(rows, lambda row: {"ranks": row.get("ranks") or 1})
     for row in rows:  # fewer bits are said also where all arms have them
         if is_quantized(row.get("dtype")) and (word := f" · in {row['dtype']}") not in row["label"]:
             row["label"] += word

@@ -31,6 +31,7 @@ from zoo.model.arithmetic import arithmetic
 from zoo.model.backbone import Backbone, BackboneState
 from zoo.model.flops import ReadingCost, reading_cost
 from zoo.ops.dtypes import wide_dtype
+from zoo.parallel.ranks import Ranks
 from zoo.tasks.progress import Progress
 
 Row = dict[str, Any]
@@ -53,6 +54,7 @@ class EvalContext:
     precision: str = "32-true"
     progress: Progress = field(default_factory=Progress)
     compress: Compressor | None = None  # of prompts
+    ranks: Ranks = field(default_factory=lambda: Ranks(1, 0))  # that read a text together
 
     @functools.cached_property
     def cost(self) -> ReadingCost | None:
@@ -131,7 +133,7 @@ def score(
         parts.append(nats(logits, piece[:, 1:]))
         context.progress.advance(parts[-1].numel())
     check_state(model, after, len(text))
-    return _finite(torch.cat(parts, 1)), after
+    return finite(torch.cat(parts, 1)), after
 
 
 def fill(
@@ -149,10 +151,11 @@ def fill(
     )
     nll = torch.where(masked_, nats(context.model(shown_), tokens_), 0)
     context.progress.advance(nll.numel())
-    return _finite(nll)
+    return finite(nll)
 
 
-def _finite(nll: Float[Tensor, "b t"]) -> Float[np.ndarray, "b t"]:
+def finite(nll: Float[Tensor, "b t"]) -> Float[np.ndarray, "b t"]:
+    """In float64. Raises ArithmeticError where a number is not finite."""
     found = nll.double().cpu().numpy()
     if not np.isfinite(found).all():
         raise ArithmeticError("the model's outputs are not finite numbers")

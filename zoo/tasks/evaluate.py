@@ -7,14 +7,16 @@ answer, audits the model for leaks before the first of the others, and lets the 
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from zoo.config.schema.eval import EvalConfig
 from zoo.config.validate import plain
 from zoo.devices import prepare
-from zoo.errors import FORM, UserError, sentence
+from zoo.errors import FORM, UserError, refuse, sentence
 from zoo.model.device import pick_device
 from zoo.report import published, write_report
 from zoo.report.page import pictures_folder, terminal
@@ -22,14 +24,13 @@ from zoo.report.rows import gather, in_words
 from zoo.report.wandb import mirror
 from zoo.runs.folder import RunFolder
 from zoo.runs.rows import time_of_now
-from zoo.tasks.context import (
-    Row,
-)
+from zoo.tasks.context import EvalContext, Row
 from zoo.tasks.extensions import check_extension
 from zoo.tasks.isolation import Apart, Begun, Measure, Measured, Steps, here, measure_each
 from zoo.tasks.known import known_besides, other_lengths
 from zoo.tasks.measured_run import MeasuredRun
 from zoo.tasks.progress import Progress
+from zoo.tasks.readers import read_together
 from zoo.tasks.task import Task
 
 log = logging.getLogger("zoo")
@@ -63,6 +64,9 @@ def evaluate(
     tasks = {name: part.load()() for name, part in config.task.items()}
     for task in tasks.values():
         task.check()
+    ranks = config.sequence_parallel or 1
+    if ranks > 1:
+        _check_together(ranks, tasks, apart)
     if config.against:
         published.require({folder.info.get("fingerprint") for folder in folders})
     if config.report and (pictures := pictures_folder(Path(config.report))).is_file():
@@ -79,8 +83,9 @@ def evaluate(
     def begin() -> Measure:
         return _measure(config, tasks, progress, fresh, session)
 
+    together = partial(_together, apart, config, session) if ranks > 1 else apart
     rows, runs, errors = [], [], []
-    for folder, found in zip(folders, measure_each(begin, folders, apart), strict=True):
+    for folder, found in zip(folders, measure_each(begin, folders, together), strict=True):
         runs.append(found.record)
         if found.damage:  # one of several keeps its place; the only one's is raised below
             errors.append(found.damage)
@@ -101,15 +106,49 @@ def evaluate(
     return int(bool(failed))
 
 
+def _check_together(ranks: int, tasks: dict[str, Task], apart: Apart) -> None:
+    """Refuse to split texts where a task reads otherwise, or processes cannot be begun."""
+    for name, task in tasks.items():
+        if not task.reads_together:
+            rule = f"task={name} reads every text in one process"
+            refuse("sequence_parallel", ranks, rule, "Use task=perplexity, or leave it out")
+    if apart is here:
+        rule = "needs processes that are forked from this one, as on Linux by eval.py"
+        refuse("sequence_parallel", ranks, rule, "Leave it out")
+
+
+def _together(
+    apart: Apart,
+    config: EvalConfig,
+    session: str,
+    measure: Callable[..., object],
+    *arguments: Any,
+) -> None:
+    """Call `measure` in the first of several processes that read texts together."""
+
+    def opened(folder: RunFolder) -> EvalContext:
+        log.setLevel(logging.ERROR)  # the first process speaks
+        device = _prepared(config)
+        return MeasuredRun.open(config, folder, device, Progress(), session).context()
+
+    apart(read_together, opened, measure, *arguments, count=config.sequence_parallel)
+
+
+def _prepared(config: EvalConfig) -> torch.device:
+    """This process's device, with its threads set."""
+    threads = config.threads or torch.get_num_threads() // (config.sequence_parallel or 1)
+    torch.set_num_threads(max(1, threads))
+    device = pick_device(config.device)
+    if line := prepare(device.type):
+        log.info("%s", line)
+    return device
+
+
 def _measure(
     config: EvalConfig, tasks: dict[str, Task], progress: Progress, fresh: bool, session: str
 ) -> Measure:
     """How a run is measured in this process; takes its device and threads."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = pick_device(config.device)
-    if line := prepare(device.type):
-        log.info("%s", line)
+    device = _prepared(config)
 
     def measure(folder: RunFolder) -> Steps:
         progress.run = folder.name

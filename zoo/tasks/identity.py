@@ -77,6 +77,7 @@ def row_identity(
         "device": device_name(device),
         "dtype": numbers(dtype if weights == "float32" else weights, kv_cache),
         "threads": torch.get_num_threads(),
+        "ranks": None,  # of texts that several processes read together, their number
         "audit": None,  # of a model that leaks, the reason
     }
 

@@ -15,6 +15,8 @@ from zoo.tasks.context import Row
 from zoo.tasks.identity import EXTENDED, SHORTENED, row_identity, trained_settings
 from zoo.tasks.leaks import is_leak
 
+MEASURED_BY = ("device", "dtype", "threads", "ranks")  # what may differ between answers
+
 
 def all_known(folders: Sequence[RunFolder]) -> tuple[list[Row], list[Row]]:
     """The latest answers that run folders hold, by the weights and code of now, and their records.
@@ -26,7 +28,7 @@ def all_known(folders: Sequence[RunFolder]) -> tuple[list[Row], list[Row]]:
     for folder in (RunFolder.open(folder.path) for folder in folders):
         about = row_identity(none, folder, torch.device("cpu"))
         runs.append(run_record(about, folder))
-        weights = {k: v for k, v in about.items() if k not in ("device", "dtype", "threads")}
+        weights = {k: v for k, v in about.items() if k not in MEASURED_BY}
         found = known_besides(folder, weights, [])
         rows += [{k: v for k, v in row.items() if k != "requested"} for row in found]
     return rows, runs
@@ -40,7 +42,7 @@ def every_current(folders: Sequence[RunFolder]) -> tuple[list[Row], list[Row]]:
     for folder in (RunFolder.open(folder.path) for folder in folders):
         about = row_identity(none, folder, torch.device("cpu"))
         runs.append(run_record(about, folder))
-        apart = (*EXTENDED, *SHORTENED, "device", "dtype", "threads")
+        apart = (*EXTENDED, *SHORTENED, *MEASURED_BY)
         alike = {name: value for name, value in about.items() if name not in apart}
         every = [row for row in folder.rows() if row.keys() >= {"task", *EXTENDED}]
         if not _standing_leaks(every, alike):

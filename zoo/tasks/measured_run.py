@@ -19,6 +19,7 @@ from zoo.model.checkpoint import load
 from zoo.model.extend import extend
 from zoo.model.flops import reading_cost
 from zoo.model.weights import choose_weights, loaded_in, quantize_as
+from zoo.parallel.ranks import Ranks
 from zoo.report.validity import is_audited
 from zoo.runs.claim import changed_code
 from zoo.runs.folder import RunFolder
@@ -45,6 +46,7 @@ from zoo.tasks.isolation import Begun
 from zoo.tasks.known import run_record
 from zoo.tasks.leaks import Leaks, is_leak, leaked_in_training, lengths_read
 from zoo.tasks.progress import Progress
+from zoo.tasks.readers import open_together, ranks_here
 from zoo.tasks.task import Task
 from zoo.training.windows import open_data
 
@@ -62,6 +64,7 @@ class MeasuredRun:
     device: torch.device
     progress: Progress
     session: str  # the same for all that one call of the evaluation measures
+    ranks: Ranks = field(default_factory=ranks_here)
     requested: list[Row] = field(default_factory=list)
     refused: list[UserError] = field(default_factory=list)  # by tasks
 
@@ -81,6 +84,8 @@ class MeasuredRun:
         weights = choose_weights(config.weights, folder.config, device)
         about = row_identity(extension, folder, device, weights, config.kv_cache)
         about |= compressed_identity(about, config.compress)
+        if (ranks := ranks_here()).size > 1:
+            about["ranks"] = ranks.size
         _report_code(folder)
         if config.compress.by:
             scorer_of(config.compress.by, device.type)  # refused before anything is measured
@@ -104,7 +109,7 @@ class MeasuredRun:
         opened, problem = None, _not_done(self.folder.info) or leaked_in_training(self.folder.info)
         if not problem:
             yield Begun(self.about, [*tasks])
-            opened = run_guarded(self._context)
+            opened = run_guarded(self._opened)
             problem = {} if opened.ok else opened.row
         if problem or opened is None:
             for name in tasks:
@@ -176,7 +181,14 @@ class MeasuredRun:
             self.folder.append_row({"time": time_of_now(), **row})
         return row
 
-    def _context(self) -> EvalContext:
+    def _opened(self) -> EvalContext:
+        """The run's model and text, opened in all processes."""
+        context = self.context()
+        if self.ranks.size > 1:
+            open_together(self.folder)
+        return context
+
+    def context(self) -> EvalContext:
         """The run's model and text; `about` takes the step of the weights.
 
         Raises UserError where the text is another one, NotApplicableError where the extension does
@@ -217,6 +229,7 @@ class MeasuredRun:
             device=self.device,
             precision=trained.trainer.precision,
             progress=self.progress,
+            ranks=self.ranks,
         )
 
 

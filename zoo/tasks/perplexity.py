@@ -33,10 +33,10 @@ from zoo.tasks.context import (
     in_buckets,
     position_edges,
     run_guarded,
-    score,
 )
 from zoo.tasks.memory import check_memory
 from zoo.tasks.protocols import CAUSAL, MASKED, Tally, windows
+from zoo.tasks.readers import score_text
 from zoo.tasks.task import PROMPT_FLOPS, STATE, Task, lengths_of
 
 PROMPTED = ("half_tail", "stride_tail")  # protocols that score the end of a text
@@ -84,6 +84,7 @@ class Perplexity(Task):
     )
     unidentifying = ("lengths", "protocols", "units", "stride", "chunk")  # a question has these
     compresses: ClassVar[bool] = True
+    reads_together: ClassVar[bool] = True
     lengths: Lengths | None = None
     protocols: (
         Annotated[
@@ -153,6 +154,8 @@ class Perplexity(Task):
 
 def _check_protocol(context: EvalContext, protocol: str) -> None:
     causal = context.model.causal
+    if context.ranks.size > 1 and not causal:
+        raise NotApplicableError("a text that is read both ways is not split over processes")
     if context.compress and protocol not in PROMPTED:
         raise NotApplicableError(
             f"protocol {protocol} scores a text from its first token on: there is nothing before "
@@ -235,7 +238,7 @@ class Reading:
             return self._after_compressed(batch[0], length, chunk)
         tokens = np.stack([self.text[unit, at : at + length + 1] for unit, at in batch])
         if self.hidden is None:
-            nll, _ = score(context, tokens, chunk=chunk_tokens(context, chunk))
+            nll = score_text(context, tokens, chunk_tokens(context, chunk))
             return nll, np.ones(nll.shape, bool)
         shown, masked = (
             np.stack([part[unit, at : at + length] for unit, at in batch]) for part in self.hidden
@@ -254,7 +257,7 @@ class Reading:
         left = np.asarray(context.compress(before.tolist()))
         then = self.text[unit, at + scored.start + 1 : at + scored.stop + 1]
         whole = np.concatenate([left, then])[None]
-        found, _ = score(context, whole, chunk=chunk_tokens(context, chunk))
+        found = score_text(context, whole, chunk_tokens(context, chunk))
         self.held = max(self.held, found.shape[1])
         nll = np.zeros((1, length))
         nll[0, scored] = found[0, len(left) - 1 :]

@@ -42,6 +42,8 @@ class Task:
     compresses: ClassVar[bool] = False
     # Whether a question ends those prompts.
     has_question: ClassVar[bool] = False
+    # Whether several processes may read its texts together, EvalContext.ranks.
+    reads_together: ClassVar[bool] = False
     # Settings that do not change an answer: which questions there are, and how a text is cut.
     unidentifying: ClassVar[tuple[str, ...]] = ("lengths", "chunk")
 

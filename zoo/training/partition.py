@@ -76,13 +76,20 @@ def check_machines(config: TrainConfig) -> None:
 
 def crowding(config: TrainConfig) -> list[str]:
     """A line where more processes than cores share a CPU."""
-    count, cores = processes_here(config), os.cpu_count() or 1
-    if count <= cores or on_cuda(config.trainer.accelerator):
+    if on_cuda(config.trainer.accelerator):
         return []
     given = f"trainer.devices={config.trainer.devices}"
     if config.trainer.devices == "auto":
         given = f"trainer.sequence_parallel={ranks_per_window(config)}"
-    return [f"{given}: {count} processes share {cores} cores, and take longer than {cores} would"]
+    line = crowded(given, processes_here(config))
+    return [line] if line else []
+
+
+def crowded(given: str, count: int) -> str:
+    """A line where so many processes are more than the cores; `given` is their option."""
+    if count <= (cores := os.cpu_count() or 1):
+        return ""
+    return f"{given}: {count} processes share {cores} cores, and take longer than {cores} would"
 
 
 def check_partition(config: TrainConfig) -> None:

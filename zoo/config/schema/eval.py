@@ -8,8 +8,10 @@ from zoo.config.schema.data import DataPlace
 from zoo.config.schema.model import Extension
 from zoo.config.schema.sections import CompressionPart, Section, TaskPart
 from zoo.config.schema.trainer import Logger
-from zoo.config.schema.values import Name, Number, Path, Switch, Threads, spelt
+from zoo.config.schema.values import Name, Number, Path, Positive, Switch, Threads, spelt
 from zoo.errors import refuse
+
+MAX_RANKS = 256
 
 
 def _folders(value: Any) -> Any:
@@ -66,7 +68,14 @@ class EvalConfig(Section):
         default=None,
         description="bits of the keys and values that softmax attention caches; null: as computed",
     )
-    threads: Threads | None = Field(description="CPU threads; null: all cores")
+    threads: Threads | None = Field(
+        description="CPU threads of each process; null: all cores, divided among them"
+    )
+    sequence_parallel: Annotated[Positive, Field(le=MAX_RANKS)] | None = Field(
+        default=None,
+        description="processes that read one text together, a part of it each, on the CPU; of "
+        "task=perplexity",
+    )
     report: Path | None = Field(description="HTML file to write the report to; null: none")
     against: Literal["published"] | None = Field(
         default=None, description="published: beside the published results of the same data"
