@@ -18,6 +18,8 @@ from zoo.training.partition import process_count, processes_here, sharded
 from zoo.training.records import wandb_logger
 from zoo.training.rehearse import check_devices
 
+UNUSED_TOO = "ddp_find_unused_parameters_true"
+
 
 def make_trainer(
     config: TrainConfig,
@@ -37,8 +39,9 @@ def make_trainer(
         options.pop(own, None)
     if options["devices"] == "auto":
         options["devices"] = processes_here(config)
-    if process_count(config) > 1:
-        options["strategy"] = "ddp" if alike else "ddp_find_unused_parameters_true"
+    if not sharded(config):
+        alone, ddp = process_count(config) == 1, "ddp" if alike else UNUSED_TOO
+        options["strategy"] = "auto" if alone else ddp  # ddp of one process refuses unused weights
     defaults = {
         "max_epochs": -1,
         "enable_progress_bar": False,
