@@ -14,6 +14,7 @@ from zoo.model.build import build_model, count_parameters
 from zoo.report.words import size
 
 CLOSE = 0.15  # of what is measured
+COMMON = ("model=transformer", "size=tiny", "seq_len=64", "trainer.accelerator=cpu")
 
 
 def ratio(name: str, rows: int, length: int) -> float:
@@ -51,6 +52,24 @@ def test_the_numbers_are_those_of_the_run():
     state = 2 * 64 * model.width * 4 * len(model.blocks) / 1024
     assert f"{state:.0f} KiB after 64 tokens" in text
     assert re.search(r"in all, \d+% of this machine's", text)
+
+
+def test_memory_is_that_of_a_process_and_of_its_machine():
+    def memory(*words: str) -> tuple[float, float, float]:
+        text = explain(train_config(*COMMON, *words))
+        line = next(line for line in text.splitlines() if line.startswith("memory"))
+        found = re.findall(r"([\d.,]+) (KiB|MiB)", line)[:3]
+        return tuple(float(n) * (1024 if unit == "MiB" else 1) for n, unit in found)
+
+    one = memory("batch_size=1")
+    held, step, machine = memory("batch_size=4", "trainer.devices=4")
+    assert (held, step) == pytest.approx(one[:2], rel=0.02)
+    assert machine == pytest.approx(4 * (held + step), rel=0.02)
+    several = ["trainer=fsdp", "trainer.num_nodes=2", "trainer.devices=2", "batch_size=4"]
+    held, step, machine = memory(*several)
+    assert held == pytest.approx(one[0] / 4, rel=0.02)
+    assert step == pytest.approx(one[1], rel=0.02)
+    assert machine == pytest.approx(2 * (held + step), rel=0.02)
 
 
 def test_what_split_windows_send_is_that_of_the_busiest_process():

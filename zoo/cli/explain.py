@@ -2,7 +2,8 @@
 
 Operations and memory are measured on short windows of the model itself and extrapolated to the
 run's: linearly in the window's length from the two longest ones, so that what grows with its square
-comes out too low. Memory is what PyTorch allocates; the system's allocator may add a tenth.
+comes out too low. Memory is what PyTorch allocates; the system's allocator may add a tenth. Where
+weights are divided among processes, what is gathered of them for a block is not counted.
 """
 
 import logging
@@ -21,7 +22,13 @@ from zoo.ops.runtime.sizes import ceil_div
 from zoo.parallel.ranks import Ranks
 from zoo.report.words import count, size
 from zoo.tasks.memory import peak_bytes
-from zoo.training.partition import micro_batches, process_count, ranks_per_window, sharded
+from zoo.training.partition import (
+    micro_batches,
+    process_count,
+    processes_here,
+    ranks_per_window,
+    sharded,
+)
 from zoo.training.rehearse import FROZEN_BYTES, TRAINED_BYTES, machine_memory, rehearse
 from zoo.training.windows import vocabulary
 
@@ -57,9 +64,9 @@ def explain(config: TrainConfig) -> str:
     tuned = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     frozen = count_parameters(model) - tuned
     trained = FROZEN_BYTES * frozen + TRAINED_BYTES * tuned
-    copies = 1 if sharded(config) else processes
-    whole = copies * trained + processes * (activations - NUMBER * tuned)
-    whole //= config.trainer.num_nodes or 1
+    activations -= NUMBER * tuned  # the gradients, which are among what is trained
+    held = ceil_div(trained, processes) if sharded(config) else trained
+    whole = processes_here(config) * (held + activations)
     # With fsdp what is outside of the blocks is gathered once, the blocks once more to go back.
     inside = count_parameters(model.blocks)
     passes_sent = micro * (2 * tuned + inside) if sharded(config) else 2 * tuned
@@ -73,8 +80,9 @@ def explain(config: TrainConfig) -> str:
         "operations": f"{count(flops / 1e6)} MFLOP a token forward, "
         f"{count(passes * flops * tokens / 1e9)} GFLOP a step, "
         f"{count(passes * flops * tokens * steps / 1e12)} TFLOP in {steps:,} steps",
-        "memory": f"{size(trained)} for weights, gradients and moments, {size(activations)} at the "
-        f"peak of a step with its gradients; {size(whole)} in all{_of_machine(whole)}",
+        "memory": f"{size(held)} for weights, gradients and moments, {size(activations)} more at "
+        f"the peak of a step{', in each process' * (processes > 1)}; {size(whole)} in all"
+        f"{' on each machine' * ((config.trainer.num_nodes or 1) > 1)}{_of_machine(whole)}",
         "state": _states(model, length),
     }
     if processes > 1:
