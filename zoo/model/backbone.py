@@ -208,6 +208,8 @@ class Backbone(nn.Module):
             first = start + 1 if start else 0
             if not start:
                 x = torch.cat([self.sink.to(x.dtype).expand(len(x), 1, -1), x], 1)
+            elif self.training and torch.is_grad_enabled():
+                x = x + 0 * self.sink.to(x.dtype)  # a gradient, as DDP needs it in every process
             if positions is not None:
                 positions = F.pad(positions + 1, (1, 0))
         if self.embedding_scale is not None:
