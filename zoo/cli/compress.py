@@ -20,7 +20,7 @@ from zoo.config.groups import CONFIGS, choices
 from zoo.config.sizes import read_sizes
 from zoo.console import say
 from zoo.errors import UserError, choose, refuse
-from zoo.runs.files import write_text
+from zoo.runs.files import check_place, write_text
 
 USAGE = """zoo compress file=<text> by=<run or checkpoint> rate=<share> [option=value ...]
 shorten a text to the tokens that a model finds hard to guess
@@ -137,6 +137,7 @@ def _check_outputs(given: dict[str, str]) -> None:
         file = Path(given[name]).absolute()
         if not file.parent.is_dir():
             refuse(name, given[name], "must be in a folder that is there", "Make that folder first")
+        check_place(name, given[name])
         if os.path.lexists(file):
             refuse(name, given[name], "is there already", "Name a new file, or remove it")
         file = file.parent.resolve() / file.name

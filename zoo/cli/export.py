@@ -6,6 +6,7 @@ from pathlib import Path
 from zoo.cli.guard import read_options, run_program
 from zoo.console import say
 from zoo.errors import refuse
+from zoo.runs.files import check_place
 
 USAGE = """zoo export run=<run folder> to=<new folder> [format=auto|transformers|zoo|adapter]
 write a model as safetensors with its config.json and tokenizer
@@ -28,6 +29,7 @@ def _export(words: Sequence[str]) -> int:
     for name in ("run", "to"):
         if name not in given:
             refuse(name, "", "must be given", "See zoo export --help")
+    check_place("to", given["to"])
     from zoo.model.export import export  # heavy: seconds
     from zoo.runs.folder import RunFolder
 

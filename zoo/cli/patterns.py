@@ -28,7 +28,7 @@ from zoo.mixers.base import Mixer
 from zoo.model.build import build_model
 from zoo.model.extend import extend, rotary_positions
 from zoo.report.charts import themed
-from zoo.runs.files import one_line, replacing
+from zoo.runs.files import check_place, one_line, replacing
 
 TRAINED, READ = 24, 96  # tokens that an extended model was trained on and is drawn reading
 LAYER_READ, CELL = 256, 4  # tokens that a layer reads, and how many of them one cell stands for
@@ -155,6 +155,7 @@ def main(argv: Sequence[str]) -> int:
             f"zoo patterns {' '.join(argv)}: must be one folder and options. See --help."
         )
     folder = Path(folders[0] if folders else "patterns")
+    check_place("folder", str(folder / "extensions.png"))
     drawn = one_pattern(options) if options else sheets()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from zoo.config.schema.model import PAIRS, Shrunk
 from zoo.config.sizes import read_count
 from zoo.console import say
 from zoo.errors import refuse, refuse_path
+from zoo.runs.files import check_place
 
 USAGE = """zoo shrink run=<run folder> rank=<n> | sparsity=<share> | sparsity=2:4 [to=<new folder>]
 make a run with a smaller model of a trained one
@@ -39,6 +40,8 @@ def _shrink(words: Sequence[str]) -> int:
     if len(settings) != 1:
         refuse_path(" ".join(words), "needs one of rank= and sparsity=", "See zoo shrink --help")
     how = Shrunk(run=given["run"], rank=_rank(given), sparsity=_sparsity(given))
+    if "to" in given:
+        check_place("to", given["to"])
     from zoo.training.shrunk import shrunk_run  # heavy: seconds
 
     say(shrunk_run(how, Path(given["to"]) if "to" in given else None))

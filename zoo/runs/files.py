@@ -106,7 +106,6 @@ def check_file(option: str, path: str, mark: bytes, what: str, name: str) -> Non
     """
     check_path(option, path)
     file, theirs = Path(path), False
-    folder = next(parent for parent in file.absolute().parents if os.path.exists(parent))
     if os.path.isdir(file):
         advice = f"Name a file in it, such as {file / name}"
         refuse(option, path, "cannot be written, it is a folder", advice)
@@ -114,12 +113,25 @@ def check_file(option: str, path: str, mark: bytes, what: str, name: str) -> Non
         if file.exists():
             open(file, "ab").close()
             theirs = mark not in file.read_bytes()
+    except OSError as error:
+        refuse(option, path, f"cannot be written ({error.strerror})", "Name a file elsewhere")
+    check_place(option, path)
+    if theirs:
+        refuse(option, path, f"is there already and is no {what}", "Name a new file, or remove it")
+
+
+def check_place(option: str, path: str) -> None:
+    """Refuse a new file or folder, as the value of `option`, that cannot be made where it would be.
+
+    Nothing is left behind.
+    """
+    check_path(option, path)
+    folder = next(parent for parent in Path(path).absolute().parents if os.path.exists(parent))
+    try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         rule = f"cannot be written ({folder}: {error.strerror})"
-        refuse(option, path, rule, "Name a file elsewhere")
-    if theirs:
-        refuse(option, path, f"is there already and is no {what}", "Name a new file, or remove it")
+        refuse(option, path, rule, "Name one elsewhere")
 
 
 def write_text(path: Path, text: str) -> None:
