@@ -83,22 +83,53 @@ def test_submitit_says_each_job_and_where_its_logs_are(tmp_path):
     check_table(lines)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("plugins")
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the jobs in /proc")
-def test_a_preempted_job_saves_goes_back_to_the_queue_and_on_from_there(tmp_path):
+def begun_job(folder: Path) -> tuple[subprocess.Popen, int]:
+    """A sweep of one run by submitit, which has trained some steps: its program, and its job."""
     words = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "save_every=1000"]
     words += ["model=mamba", "trainer.max_steps=60", "trainer.log_every_n_steps=1", "name=one"]
     short = [word for word in SHORT if not word.startswith("trainer.max_steps")]
     command = [sys.executable, str(ROOT / "train.py"), "-m", *words, *short]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
     )
-    metrics = tmp_path / "runs/one/metrics.csv"
+    metrics = folder / "runs/one/metrics.csv"
     wait_for(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 5)
-    (pid,) = {job.name for job in tmp_path.glob("runs/.sweeps/*/.submitit/[0-9]*")}
+    (pid,) = {job.name for job in folder.glob("runs/.sweeps/*/.submitit/[0-9]*")}
     (job,) = children(int(pid))
+    return process, job
+
+
+def steps_of(run: Path) -> list[int]:
+    lines = (run / "metrics.csv").read_text().splitlines()
+    return [int(line.partition(",")[0]) for line in lines[1:]]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("plugins")
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the jobs in /proc")
+def test_a_job_that_is_terminated_leaves_a_run_that_goes_on(tmp_path):
+    process, job = begun_job(tmp_path)
+    os.kill(job, signal.SIGTERM)
+    assert process.stderr is not None
+    lines = process.stderr.read().splitlines()
+    assert process.wait() != 0, lines
+    run = RunFolder.open(tmp_path / "runs/one")
+    assert run.info["status"] == "stopped", lines
+    assert 0 < run.info["step"] < 60
+    assert run.checkpoint() is not None
+    command = [sys.executable, str(ROOT / "train.py"), "resume=runs/one"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert RunFolder.open(run.path).info["status"] == "done"
+    assert steps_of(run.path) == [*range(1, 61)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("plugins")
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the jobs in /proc")
+def test_a_preempted_job_saves_goes_back_to_the_queue_and_on_from_there(tmp_path):
+    process, job = begun_job(tmp_path)
     os.kill(job, signal.SIGUSR2)
     assert process.stderr is not None
     lines = process.stderr.read().splitlines()
@@ -109,8 +140,7 @@ def test_a_preempted_job_saves_goes_back_to_the_queue_and_on_from_there(tmp_path
     assert stopped, said
     assert f"training mamba from step={int(stopped[1]):08d}.ckpt" in said
     assert RunFolder.open(tmp_path / "runs/one").info["status"] == "done"
-    steps = [line.partition(",")[0] for line in metrics.read_text().splitlines()[1:]]
-    assert steps == [str(step) for step in range(1, 61)]
+    assert steps_of(tmp_path / "runs/one") == [*range(1, 61)]
 
 
 @pytest.mark.slow
