@@ -1,6 +1,9 @@
 """What it costs to split a window: time and memory of a step over ranks against one process.
 
-`python tests/parallel/cost.py [ranks=2] [rounds=3] [option of train.py ...]`
+`python tests/parallel/cost.py [ranks=2] [rounds=3] [what=step] [json=] [option of train.py ...]`
+
+`what=scores` measures a text instead, as `eval.py task=perplexity` reads it; `json=<file>` adds a
+row to the file.
 
 Time is that of ranks which each have a core of their own, on whatever machine: every rank has a
 clock of its CPU time, a message brings the sender's, and who receives one from the future waits
@@ -8,30 +11,41 @@ until then. What messages themselves take is left out. It is given over that of 
 thread, divided by the number of ranks, which no number of threads can undercut.
 """
 
+import json
 import statistics
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "kernels/bench"))
 
 from zoo.cli import processes
 
 CLOCK = 16  # of a message's tag: the sender's clock
+SHORT = 1024  # tokens
+CHUNK = 4096  # tokens read at a time where a text is measured: task.perplexity.chunk
 
 
-def measure(words: list[str], rounds: int) -> None:
+def measure(words: list[str], rounds: int, what: str, file: str | None) -> None:
     """Print the ratios of time and of memory; in the first rank."""
+    import numpy as np
     import torch
     import torch.distributed as dist
     from building import train_config
+    from record import machine
     from torch import Tensor
 
-    from zoo.model.build import build_model
+    from zoo.model.build import build_model, count_parameters
     from zoo.model.chunks import chunk_loss
     from zoo.parallel.ranks import Ranks
+    from zoo.tasks.context import EvalContext, score
     from zoo.tasks.memory import peak_bytes
+    from zoo.tasks.readers import chunk_nats
 
     class Timed(Ranks):
         """Ranks whose messages bring the clock."""
@@ -60,11 +74,22 @@ def measure(words: list[str], rounds: int) -> None:
     model = build_model(config, 256)[0]
     tokens = torch.randint(256, (1, length + 1))
 
-    def whole() -> None:
-        model.loss(tokens).backward()
+    about: dict[str, Any] = {"data": SimpleNamespace(tokenizer=SimpleNamespace(bos=None))}
+    about |= {"model": model, "folder": Path(), "train_length": length}
+    alone_context, context = EvalContext(**about), EvalContext(**about, ranks=ranks)
 
-    def split() -> None:
-        chunk_loss(model, ranks, tokens[:, :-1], tokens[:, 1:]).backward()
+    def whole(tokens: Tensor = tokens) -> None:
+        if what == "step":
+            return model.loss(tokens).backward()
+        with context.arithmetic():
+            score(alone_context, np.asarray(tokens), chunk=CHUNK)
+
+    def split(tokens: Tensor = tokens) -> None:
+        if what == "step":
+            chunk_loss(model, ranks, tokens[:, :-1], tokens[:, 1:]).backward()
+        else:
+            with context.arithmetic():
+                chunk_nats(context, tokens, CHUNK)
         ranks.finish()
 
     def gathered(x: float) -> list[float]:
@@ -73,13 +98,14 @@ def measure(words: list[str], rounds: int) -> None:
         return [float(one) for one in found]
 
     alone, together, waits = [], [], []
-    for turn in range(rounds + 1):  # the first builds kernels and tables
+    for turn in range(rounds + 1):  # the first, of a short text, builds kernels
+        text = tokens if turn else tokens[:, : SHORT + 1]
         start = time.thread_time()
-        whole()  # in every rank, so that both are measured beside the same others
+        whole(text)  # in every rank, so that both are measured beside the same others
         spent = time.thread_time() - start
         start, waited = ranks.clock(), ranks.waited
         ranks.waited -= start  # all clocks begin at 0
-        split()
+        split(text)
         took, waited = gathered(ranks.clock()), gathered(ranks.waited + start - waited)
         if turn and ranks.index == 0:
             alone.append(spent)
@@ -93,8 +119,16 @@ def measure(words: list[str], rounds: int) -> None:
     if ranks.index == 0:
         most = peak_bytes(device, whole) or 0
         ratios = [b * ranks.size / a for a, b in zip(alone, together, strict=True)]
+        if file:
+            row = {"model": config.model.name, "parameters": count_parameters(model)}
+            row |= {"what": what, "options": words, "length": length, "ranks": ranks.size}
+            row |= {"seconds_alone": alone, "seconds_together": together, "time_ratios": ratios}
+            row |= {"bytes_alone": most, "bytes_of_ranks": [int(peak) for peak in peaks]}
+            row |= {"date": datetime.now(UTC).date().isoformat(), "machine": machine()}
+            rows = json.loads(Path(file).read_text()) if Path(file).is_file() else []
+            Path(file).write_text(json.dumps([*rows, row], indent=1) + "\n")
         sys.stdout.write(
-            f"{config.model.name} {length} tokens, {ranks.size} ranks: time "
+            f"{config.model.name} {length} tokens, {what}, {ranks.size} ranks: time "
             f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) of "
             f"{statistics.median(alone):.2f} s / {ranks.size}, waiting {waits[-1]}; memory "
             f"{[f'{peak / most:.2f}' for peak in peaks]} of {most / 2**20:.0f} MiB\n"
@@ -106,8 +140,12 @@ def measure(words: list[str], rounds: int) -> None:
 if __name__ == "__main__":
     given = dict(word.split("=", 1) for word in sys.argv[1:])
     count, rounds = int(given.pop("ranks", 2)), int(given.pop("rounds", 3))
-    processes.load("zoo.model.build")
+    what, file = given.pop("what", "step"), given.pop("json", None)
+    if what not in ("step", "scores"):
+        sys.exit(f"what={what}: must be step or scores.")
+    processes.load("zoo.tasks.readers")
     sys.path.insert(0, str(Path(__file__).parent))
     import cost
 
-    processes.run(cost.measure, [f"{k}={v}" for k, v in given.items()], rounds, count=count)
+    words = [f"{k}={v}" for k, v in given.items()]
+    processes.run(cost.measure, words, rounds, what, file, count=count)
