@@ -85,7 +85,7 @@ compression: .venv/ready  ## prompts cut, compressed or read whole at equal oper
 	  for extension in 'yarn extension.factor=8' streaming_llm dca; do \
 	    $(call SHORTENED,transformer_conv) compress=truncation extension=$$extension || exit; done; \
 	  $(call SHORTENED,transformer_conv) compress=truncation_middle extension=dca || exit; \
-	  for method in selective_context llmlingua longllmlingua; do \
+	  for method in selective_context 'llmlingua compress.method.question_rate=1.0' longllmlingua; do \
 	    $(call SHORTENED,transformer_conv) extension=dca compress=$$method compress.by=$(SCORER) || exit; done; \
 	  $(call SHORTENED,gated_deltanet) compress=truncation || exit; done
 	for extension in 'yarn extension.factor=8' streaming_llm dca; do \

@@ -338,7 +338,8 @@ def test_a_task_without_a_prompt_says_so_and_settings_of_nothing_are_refused(her
 
 
 @pytest.mark.slow
-def test_64k_tokens_are_compressed_under_30_seconds_in_constant_memory(tmp_path, capfd):
+@pytest.mark.parametrize("model", ["rwkv4", "mamba"])
+def test_64k_tokens_are_compressed_under_30_seconds_in_constant_memory(model, tmp_path, capfd):
     """By a recurrent scorer of size small; time as the processor's own."""
     from building import write_text
 
@@ -352,7 +353,7 @@ def test_64k_tokens_are_compressed_under_30_seconds_in_constant_memory(tmp_path,
         "valid_windows=1",
         "logger=none",
     ]
-    place = ["name=scorer", f"runs={tmp_path}/runs", "model=rwkv4", "size=small"]
+    place = ["name=scorer", f"runs={tmp_path}/runs", f"model={model}", "size=small"]
     assert train([*data, *few, *place]) == 0
     whole = (TEXT * 200)[:65536]
     peaks = []
