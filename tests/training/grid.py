@@ -33,7 +33,8 @@ def layouts_of(words: list[str], layouts: list[Layout]) -> list[Layout]:
     whole, carry = {"state_passing=carry", "objective=masked"} & {*words}, "state_passing=carry"
     found = [tuple(layout) for layout in layouts if layout[2] == 1 or not whole]
     divided = ("fsdp", "sharded")
-    return [(*one[:3], "ddp") if carry in words and one[3] in divided else one for one in found]
+    found = [(*one[:3], "ddp") if carry in words and one[3] in divided else one for one in found]
+    return [*dict.fromkeys(found)]
 
 
 def goes_on(words: list[str]) -> bool:
