@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -66,7 +67,10 @@ def read_chunks(
         part = split.part(place)
         return block + part, -part, place
 
-    for _, place in sorted(itertools.product(range(len(model.blocks) + 1), readings), key=turn):
+    steps = itertools.product(range(len(model.blocks) + 1), readings)
+    for at, _, place in sorted(map(turn, steps)):
+        if not torch.is_grad_enabled():  # the backward pass needs what was sent
+            split.ranks.enter(at)
         try:
             next(readings[place])
         except StopIteration as end:

@@ -134,10 +134,13 @@ class _Pass:
         if name in self.arrived:
             return self.arrived[name]
         hand_over, (leaves, structure) = self.hand_over, tree_flatten(self.fields[name])
-        if leaves and name not in hand_over.received:
-            found = hand_over.receive(len(leaves), self.tags[name], self.device)
-            hand_over.received[name] = found
-        leaves = hand_over.received.get(name, [])
+        if leaves:
+            found = hand_over.received.get(name)
+            if found is None:
+                found = hand_over.receive(len(leaves), self.tags[name], self.device)
+            if torch.is_grad_enabled():  # for a second call
+                hand_over.received[name] = found
+            leaves = found
         if (tensors := _tensors(leaves)) and torch.is_grad_enabled():
             tie, *tensors = _Received.apply(hand_over, self.tags[name], self._anchor(), *tensors)
             self._tie(tie)

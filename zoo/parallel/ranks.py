@@ -34,7 +34,10 @@ class Ranks:
     index: int
     first: int = 0
     bytes_sent: int = 0  # by this process, of states and their gradients
-    _pending: list[tuple[Any, Tensor]] = field(default_factory=list)
+    _turn: int = 0
+    _pending: list[tuple[int, Any, Tensor]] = field(
+        default_factory=list
+    )  # turn, work, what it sends
     _kept: dict[int, list[Tensor]] = field(default_factory=dict)  # what it sent to itself, by tag
 
     def send(self, x: Tensor, to: int, tag: int) -> None:
@@ -44,7 +47,7 @@ class Ranks:
             return
         x = x.detach().contiguous()
         self.bytes_sent += x.numel() * x.element_size()
-        self._pending.append((dist.isend(x, self.first + to, tag=tag), x))
+        self._pending.append((self._turn, dist.isend(x, self.first + to, tag=tag), x))
 
     def receive(self, like: Tensor, source: int, tag: int) -> Tensor:
         """Wait for what a rank sends: the same shape and dtype as `like`, which may be filled."""
@@ -53,11 +56,24 @@ class Ranks:
         dist.recv(like, self.first + source, tag=tag)
         return like
 
-    def finish(self) -> None:
-        """Wait until everything sent so far has arrived."""
-        for work, _ in self._pending:
-            work.wait()
-        self._pending.clear()
+    def enter(self, turn: int) -> None:
+        """Begin a turn: what was sent in a turn is received in the next, and is not kept longer.
+
+        Nobody waits for a rank that waits for him, as long as all ranks take turns in order and
+        what a turn receives was sent in an earlier one.
+        """
+        self._turn = turn
+        self.finish(before=turn - 1)
+
+    def finish(self, before: int | None = None) -> None:
+        """Wait until everything sent so far, or in turns before one, has arrived."""
+        left = []
+        for sent in self._pending:
+            if before is None or sent[0] < before:
+                sent[1].wait()
+            else:
+                left.append(sent)
+        self._pending = left
 
 
 class Split(NamedTuple):
