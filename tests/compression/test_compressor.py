@@ -10,7 +10,9 @@ from zoo.data.tokenizers import BYTE_TOKENIZER
 from zoo.model.flops import ReadingCost
 
 METHODS = [name for name in choices("compress") if name != "none"]
-READER = ReadingCost(1e6, 500.0)  # more than the scorer, a quadratic part
+READER = ReadingCost(
+    lambda tokens: 1e6 + 500.0 * tokens, 2**30
+)  # more than the scorer, a quadratic part
 QUESTION = BYTE_TOKENIZER.tokens("Where was the house?")
 
 

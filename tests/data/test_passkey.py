@@ -57,22 +57,27 @@ def test_a_window_states_its_key_once_and_queries_it_to_the_end():
 
 def test_a_window_of_facts_queries_what_it_stated_behind_the_same_sign():
     counts, alone = [], 0
-    for size in (300, 60):  # the second has room for one alone
-        windows = np.tile(FILLER[:size], (60, 1))
-        seeds = [(3, 0, row) for row in range(60)]
-        for row in Passkeys(1.0, encode_bytes, 6).plant(windows, seeds):
-            window = text(row)
-            stated = re.findall(rf"{re.escape(STATEMENT[:-1])}(.)(\d{{4}}){re.escape(END)}", window)
-            queried = re.findall(rf"{re.escape(QUESTION[:-1])}(.)(\d{{4}}){re.escape(END)}", window)
-            assert len(window) == size
-            assert len({sign for sign, _ in stated}) == len(stated)
-            assert {*queried} <= {*stated}
-            assert window.rindex(STATEMENT[:-1]) < window.index(QUESTION[:-1])
-            assert window[-len(END) - 5 : -len(END)] in {sign + key for sign, key in stated}
-            counts.append((size, len(stated)))
-            alone += size == 300 and len({*queried}) == 1
-    assert {*counts} == {(60, 1), *((300, number) for number in range(1, 7))}
+    seeds = [(3, 0, row) for row in range(60)]
+    for row in Passkeys(1.0, encode_bytes, 6).plant(np.tile(FILLER[:300], (60, 1)), seeds):
+        window = text(row)
+        stated = re.findall(rf"{re.escape(STATEMENT[:-1])}(.)(\d{{4}}){re.escape(END)}", window)
+        queried = re.findall(rf"{re.escape(QUESTION[:-1])}(.)(\d{{4}}){re.escape(END)}", window)
+        assert len(window) == 300
+        assert len({sign for sign, _ in stated}) == len(stated)
+        assert {*queried} <= {*stated}
+        assert window.rindex(STATEMENT[:-1]) < window.index(QUESTION[:-1])
+        assert window[-len(END) - 5 : -len(END)] in {sign + key for sign, key in stated}
+        counts.append(len(stated))
+        alone += len({*queried}) == 1
+    assert {*counts} == {*range(1, 7)}
     assert alone < 40  # most windows query several
+
+
+def test_a_window_without_room_for_as_many_facts_is_refused():
+    windows = np.tile(FILLER[:60], (2, 1))
+    Passkeys(1.0, encode_bytes, 1).plant(windows, [(3, 0, 0), (3, 0, 1)])
+    with pytest.raises(UserError, match=r"^data\.passkey_facts=6: takes windows of \d+ tokens"):
+        Passkeys(1.0, encode_bytes, 6).plant(windows, [(3, 0, 0), (3, 0, 1)])
 
 
 def test_a_prompt_of_facts_states_them_in_order_from_its_beginning_to_its_end():
@@ -113,12 +118,12 @@ def test_a_prompt_ends_with_the_question_and_hides_the_key_at_its_depth(size, de
 
 
 def test_a_text_too_short_for_a_key_is_refused_in_one_line():
-    for call in (
-        lambda: passkey_prompt(FILLER[:30], "4071", 0.5, encode_bytes),
-        lambda: planted(0.1, size=30),
+    for call, option in (
+        (lambda: passkey_prompt(FILLER[:30], "4071", 0.5, encode_bytes), "length=30"),
+        (lambda: planted(0.1, size=30), "seq_len=29"),
     ):
         with pytest.raises(
-            UserError, match=r"^length=30: must be at least \d+ tokens, to hold"
+            UserError, match=rf"^{option}: must be at least \d+ tokens, to hold"
         ) as message:
             call()
         assert "\n" not in str(message.value)

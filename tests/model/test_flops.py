@@ -1,11 +1,13 @@
-"""Operations of reading are a line per token in the length read, as PyTorch's counter has them."""
+"""Operations of reading are those that PyTorch's counter has at the length read."""
 
 import pytest
 import torch
 from building import train_config
 from torch.utils.flop_counter import FlopCounterMode
 
+from zoo.config.compose import compose
 from zoo.model.build import build_model
+from zoo.model.extend import extend
 from zoo.model.flops import ReadingCost, forward_flops, reading_cost
 
 
@@ -14,19 +16,39 @@ def model_of(name: str):
     return build_model(config, 256)[0].eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", ["transformer", "mamba", "gated_deltanet"])
-def test_a_reading_costs_what_is_counted_at_any_length(name):
-    model = model_of(name)
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("transformer", "mamba", "mamba2", "gated_deltanet", "xpos", "longformer"),
+        *("transformer extension=streaming_llm", "transformer extension=pcw"),
+    ],
+)
+def test_a_reading_costs_what_is_counted_at_any_length(words):
+    model, *extension = words.split(" ")
+    model = model_of(model)
+    if extension:
+        model = extend(model, compose("eval", ["run=none", *extension]).extension, 64)
     cost = reading_cost(model)
-    for tokens in (256, 768, 1024):
-        with FlopCounterMode(display=False) as counter:
+    for tokens in (60, 100, 300, 777, 1800):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, tokens, dtype=torch.long))
-        assert cost.of(tokens) == pytest.approx(counter.get_total_flops(), rel=0.02)
+        assert cost.of(tokens) == pytest.approx(counter.get_total_flops(), rel=0.02), tokens
+
+
+def test_beyond_what_is_counted_the_line_goes_on():
+    model = model_of("transformer")
+    cost = ReadingCost(reading_cost(model)._per_token, 1024)
     assert cost.of(4096) == pytest.approx(4096 * forward_flops(model, 4096), rel=1e-9)
-    assert (cost.growing * 1024 > 0.05 * cost.fixed) == (name == "transformer")
 
 
-@pytest.mark.parametrize("cost", [ReadingCost(3e5, 250.0), ReadingCost(2e6, 0.0)])
+COSTS = [
+    ReadingCost(lambda tokens: 3e5 + 250.0 * tokens, 2**30),
+    ReadingCost(lambda tokens: 3e5 + 250.0 * tokens, 1024),
+    ReadingCost(lambda _: 2e6, 2**30),
+]
+
+
+@pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("tokens", [1, 2, 77, 5000, 10**6])
 def test_as_many_tokens_are_read_as_operations_suffice_for(cost, tokens):
     assert cost.tokens(cost.of(tokens) * (1 + 1e-9)) == tokens

@@ -10,7 +10,7 @@ from zoo.data.passkey import DIGITS, STATEMENT
 from zoo.errors import UserError
 from zoo.model.build import build_model
 from zoo.report.statistics import wilson
-from zoo.tasks.passkey import Passkey, _answer, _keys
+from zoo.tasks.passkey import Passkey, _answer, _distinct_keys
 from zoo.tasks.speed import Speed
 
 SMALL = {"depths": 5, "repeats": 4, "candidates": 3}
@@ -73,7 +73,7 @@ def test_answers_from_the_state_are_those_of_reading_everything_again(name, tmp_
     model = build_model(train_config(f"model={name}", "size=tiny"), vocab_size=256)[0].double()
     generator = np.random.default_rng(0)
     prompts = generator.integers(97, 123, size=(16, 70))
-    answers = [[np.array(list(key.encode())) for key in _keys(0, i, 4)] for i in range(16)]
+    answers = [[np.array(list(key.encode())) for key in _distinct_keys(0, i, 4)] for i in range(16)]
     with torch.inference_mode():
         for row in range(0, 16, 2):  # what the model would write itself
             text = torch.from_numpy(prompts[row])

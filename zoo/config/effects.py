@@ -205,9 +205,11 @@ def check_compression(compress: Compress, given: Sequence[str]) -> None:
         refuse(settings[0], value, "compress=none has no settings", advice)
     if compress.method is None:
         return
-    if (compress.rate is None) == (compress.flops is None):
-        value = "" if compress.rate is None else compress.rate
-        refuse("compress.rate", value, "must be given, or compress.flops=, and not both")
+    if compress.rate is None and compress.flops is None:
+        refuse("compress.rate", "", "must be given, or compress.flops=")
+    if compress.rate is not None and compress.flops is not None:
+        rule = "compress.flops= says how much is kept, too"
+        refuse("compress.rate", compress.rate, rule, "Leave one of the two out")
     scores = not compress.method.target.startswith(TRUNCATION)
     if not scores and compress.by is not None:
         rule = f"compress={compress.name} scores nothing"

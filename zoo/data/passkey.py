@@ -50,8 +50,13 @@ class Passkeys(NamedTuple):
             chosen, depth = generator.random(2)
             stated, questions = self._facts(generator)
             size = max(map(len, questions))
-            while sum(map(len, stated)) + size > len(window) and len(stated) > 1:
-                stated.pop()
+            most = self.facts * max(map(len, stated)) + size
+            if self.facts > 1 and most > len(window):
+                rule = f"takes windows of {most} tokens, and these have {len(window)}"
+                refuse("data.passkey_facts", self.facts, rule, "Use fewer, or a longer seq_len")
+            if (least := sum(map(len, stated)) + size) > len(window):
+                rule = f"must be at least {least - 1} tokens, to hold a passkey and its question"
+                refuse("seq_len", len(window) - 1, rule)
             room = place(len(window), sum(map(len, stated)), size, depth)
             if chosen < self.share:
                 gaps = np.sort([*generator.integers(room + 1, size=len(stated) - 1), room])

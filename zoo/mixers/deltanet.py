@@ -84,7 +84,7 @@ class DeltaNet(Mixer):
             backend=self.backend,
         )
         publish(S=S)
-        y = self.o_proj(self.norm(y).flatten(-2))
+        y = self.o_proj(self.norm(y).flatten(-2).to(x.dtype))
         return y if state is None else (y, DeltaState(conv, S))
 
     def empty_state(self, batch: int) -> DeltaState:

@@ -105,7 +105,7 @@ class GatedDeltaNet(Mixer):
         )
         publish(S=S)
         y = self.norm(y).flatten(-2) * F.silu(self.gate_proj(x))
-        y = self.o_proj(y)
+        y = self.o_proj(y.to(x.dtype))
         return y if state is None else (y, DeltaState(conv, S))
 
     def empty_state(self, batch: int) -> DeltaState:

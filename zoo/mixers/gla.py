@@ -76,7 +76,8 @@ class GLA(Mixer):
             state=state,
             backend=self.backend,
         )
-        y = self.o_proj(self.norm(o.to(wide)).flatten(-2) * F.silu(self.gate_proj(x)))
+        y = self.norm(o.to(wide)).flatten(-2) * F.silu(self.gate_proj(x))
+        y = self.o_proj(y.to(x.dtype))
         return y if state is None else (y, S)
 
     def empty_state(self, batch: int) -> Float[Tensor, "b h k v"]:

@@ -159,9 +159,10 @@ class RWKV7(Mixer):
             backend=self.backend,
         )  # fmt: skip
         publish(S=S)
-        y = self.norm(y.flatten(-2).flatten(0, 1)).view_as(x)
+        y = y.flatten(-2).flatten(0, 1).to(self.norm.weight.dtype)
+        y = self.norm(y).view_as(x)
         y = y + ((r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(-2)
-        y = self.o_proj(y * self.g_map(for_g))
+        y = self.o_proj((y * self.g_map(for_g)).to(x.dtype))
         return y if state is None else (y, RWKV7State(last, S))
 
     def empty_state(self, batch: int) -> RWKV7State:

@@ -127,7 +127,7 @@ class Star(MultiHead):
         bias = torch.einsum("bthk,phk->bthp", q, self.places.to(q.dtype)) * self.head_width**-0.5
         visible = self._visible(x, first=last is None)
         out, _ = attend_per_key(q, keys, values, bias=bias, visible=visible)
-        y = self.o_proj(out.flatten(-2))
+        y = self.o_proj(out.flatten(-2).to(x.dtype))
         if self.satellite_norm is not None:
             y = self.satellite_norm(F.relu(y))
         if state is None:
@@ -153,6 +153,7 @@ class Star(MultiHead):
             s = self._relay_of_all(x, cross_layer)
             return self.by_head(self.k_proj(s)), self.by_head(self.v_proj(s)), None
         relays, relay = self._relays(x, start, last and last.relay)
+        relays = relays.to(x.dtype)
         begun = start % self.block
         s_k, s_v = (
             self.by_head(proj(relays)).repeat_interleave(self.block, 1)[:, begun:][:, : x.shape[1]]
@@ -203,15 +204,18 @@ class Star(MultiHead):
         return torch.stack(read, 1), relay
 
     def _update(self, out: Float[Tensor, "... h k"]) -> Float[Tensor, "... d"]:
-        return self.relay_norm(F.relu(self.relay_o(out.flatten(-2))))
+        out = out.flatten(-2).to(self.relay_o.weight.dtype)
+        return self.relay_norm(F.relu(self.relay_o(out)))
 
     def _query(self, s: Float[Tensor, "b d"]) -> Float[Tensor, "b h k"]:
-        return self.by_head(self.relay_q(s)).to(s.dtype) * self.head_width**-0.5
+        q = self.relay_q(s.to(self.relay_q.weight.dtype))
+        return self.by_head(q).to(s.dtype) * self.head_width**-0.5
 
     def _begun(self, s: Float[Tensor, "b d"]) -> tuple[Relay, Float[Tensor, "b h k"]]:
         """A new block's relay, which so far has seen itself, and its query."""
         q = self._query(s)
-        k, v = (self.by_head(proj(s)).to(s.dtype) for proj in (self.relay_k, self.relay_v))
+        narrow = s.to(self.relay_k.weight.dtype)
+        k, v = (self.by_head(proj(narrow)).to(s.dtype) for proj in (self.relay_k, self.relay_v))
         return Relay(s, v, (q * k).sum(-1)), q
 
     def _relay_of_all(self, x: Tensor, cross_layer: CrossLayer | None) -> Float[Tensor, "b 1 d"]:

@@ -161,10 +161,13 @@ class QuantizedWeight(Tensor):
         cls, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and isinstance(args[1], cls):
-            return _linear(args[0], args[1], *args[2:], **kwargs)
-        if func is F.embedding:
-            return args[1].rows(args[0])
+        if func in (F.linear, F.embedding):
+            names = ("input", "weight", "bias")  # whichever way they are given
+            given = dict(zip(names, args, strict=False)) | kwargs
+            if func is F.embedding:
+                return given["weight"].rows(given["input"])
+            if isinstance(given["weight"], cls):
+                return _linear(given["input"], given["weight"], given.get("bias"))
         if func in (Tensor.chunk, torch.chunk) and len(args) == 2 and not kwargs:
             return args[0].cut(args[1])
         if func in (Tensor.new_empty, Tensor.new_zeros):

@@ -57,20 +57,17 @@ class EvalContext:
     ranks: Ranks = field(default_factory=lambda: Ranks(1, 0))  # that read a text together
 
     @functools.cached_property
-    def cost(self) -> ReadingCost | None:
-        """The operations of reading, as the model is extended; None where counting them fails,
-        such as for lack of memory."""
-        if self.compress:
-            return self.compress.cost
-        return run_guarded(lambda: reading_cost(self.model)).value
+    def cost(self) -> ReadingCost:
+        """The operations of reading, as the model is extended."""
+        return self.compress.cost if self.compress else reading_cost(self.model)
 
     def prompt_row(self, lengths: Sequence[int]) -> Row:
         """What a row says of reading prompts, of so many tokens each where none was compressed:
         `prompt_flops`, the operations of shortening and reading one, on average."""
         if self.compress:
             return self.compress.row
-        cost = self.cost
-        return {"prompt_flops": cost and sum(map(cost.of, lengths)) / len(lengths)}
+        counted = run_guarded(lambda: sum(map(self.cost.of, lengths)) / len(lengths))
+        return {"prompt_flops": counted.value}  # None where counting fails, as for lack of memory
 
     @property
     def corpus(self) -> Corpus:

@@ -10,7 +10,7 @@ What is low at every length was not learned: train with `data.passkey=` and `dat
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from jaxtyping import Int
@@ -34,6 +34,7 @@ class Facts(Passkey):
         "is queried at its end, with the same texts and keys for every model.",
         quantities=(*found("facts"), STATE, PROMPT_FLOPS),
     )
+    states: ClassVar[str] = "the facts"
     facts: Annotated[int, Range(2, 16)] = 8  # as many as there are SIGNS
 
     def check(self) -> None:

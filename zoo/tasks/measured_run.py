@@ -159,8 +159,6 @@ class MeasuredRun:
         seen = lengths_read(row for row in rows if is_leak(row, weights))
         if needed := [*wanted, *unaudited, *seen]:
             leaks.check(needed)
-        if wanted and task.compresses:
-            _ = context.cost  # counted before anything is timed
         for question, outcome, found in _answers(task, context, wanted):
             row = leaks.judge(named | question | outcome.row | (outcome.value or {}) | found)
             if row["status"] == "ok" and (names := lacking(task.declares, row)):

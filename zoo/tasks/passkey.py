@@ -76,6 +76,7 @@ class Passkey(Task):
     )
     compresses: ClassVar[bool] = True
     has_question: ClassVar[bool] = True
+    states: ClassVar[str] = "a passkey"
     lengths: Lengths | None = None
     depths: Annotated[int, Range(1, 1024)] = 5
     repeats: Annotated[int, Range(1, 1024)] = 10
@@ -90,6 +91,12 @@ class Passkey(Task):
 
     def questions(self, context: EvalContext) -> list[Row]:
         lengths = lengths_of(self.lengths, context, TIMES)
+        encode = context.corpus.tokenizer.encode
+        least = max(self._least(keys, encode) for keys in self._keys())
+        least += DIGITS + (context.bos is not None)
+        if lengths[0] < least:
+            rule = f"must be at least {least}, the tokens of {self.states} and the question"
+            refuse(f"task.{self.name}.lengths", lengths[0], rule)
         shared = {"split": context.split, "documents": context.corpus.eval_documents}
         return [shared | {"unit": lengths[-1], "length": length} for length in lengths]
 
@@ -97,7 +104,7 @@ class Passkey(Task):
         length, unit, count = question["length"], question["unit"], self.depths * self.repeats
         text = evaluation_text(context.store, unit, count, question["documents"])
         check_length(context.model, length)
-        keys = [_keys(self.seed, index, self.candidates) for index in range(count)]
+        keys = self._keys()
         encode = context.corpus.tokenizer.encode
         made = self._prompts(context, text, keys, length)
         prompts = [prompt for prompt, _ in made]
@@ -135,6 +142,11 @@ class Passkey(Task):
             **context.prompt_row([len(one) for one in prompts]),
         }
 
+    def _keys(self) -> list[list[str]]:
+        """The key of each prompt, with other ones behind it."""
+        count = self.depths * self.repeats
+        return [_distinct_keys(self.seed, index, self.candidates) for index in range(count)]
+
     def _least(self, keys: Sequence[str], encode: Encode) -> int:
         """The least tokens of a prompt with these keys, the right one first."""
         return prompt_tokens(keys[0], encode)
@@ -158,10 +170,6 @@ class Passkey(Task):
         its question."""
         encode = context.corpus.tokenizer.encode
         start = np.array([] if context.bos is None else [context.bos], np.int64)
-        least = max(self._least(names, encode) for names in keys) + DIGITS + len(start)
-        if length < least:
-            rule = f"must be at least {least}, the tokens of a passkey and its question"
-            refuse(f"task.{self.name}.lengths", length, rule)
         prompts = []
         for i, names in enumerate(keys):
             filler = text[i // self.depths % len(text)][-(length - DIGITS) :]
@@ -170,7 +178,7 @@ class Passkey(Task):
         return prompts
 
 
-def _keys(seed: int, index: int, count: int) -> list[str]:
+def _distinct_keys(seed: int, index: int, count: int) -> list[str]:
     """The key of a prompt, then other ones."""
     generator = np.random.default_rng([seed, index])
     keys: dict[str, None] = {}

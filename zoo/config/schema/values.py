@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 
 from zoo.config.sizes import read_count
 
@@ -24,15 +24,15 @@ def _switch_or_tokens(value: Any) -> Any:
     return tokens
 
 
-def spelt(pattern: str, rule: str) -> AfterValidator:
+def spelt(pattern: str, rule: str) -> BeforeValidator:
     """That a word matches a pattern; `rule` says in words how it must be spelt."""
 
-    def check(value: str) -> str:
-        if not re.fullmatch(pattern, value):
+    def check(value: Any) -> Any:
+        if value is not None and not (isinstance(value, str) and re.fullmatch(pattern, value)):
             raise ValueError(rule)
         return value
 
-    return AfterValidator(check)
+    return BeforeValidator(check)
 
 
 MANY = 2**48  # steps, tokens or windows; memory is checked later
