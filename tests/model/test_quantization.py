@@ -74,6 +74,22 @@ def test_a_product_is_that_of_the_restored_weight(bits, dtype):
     assert (found - expected).norm() <= 2**-6 * expected.norm()
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_a_weight_given_by_name_is_multiplied_and_none_is_written_to(bits):
+    weight, x = QuantizedWeight.of(torch.randn(32, 64), bits), torch.randn(3, 64)
+    assert torch.equal(
+        nn.functional.linear(input=x, weight=weight), nn.functional.linear(x, weight)
+    )
+    layer = nn.Linear(64, 32, bias=False)
+    plain = {"weight": layer.weight.detach().clone()}
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    for write in (weight.fill_, weight.copy_):
+        with pytest.raises(RuntimeError, match="is not written to"):
+            write(plain["weight"] if write == weight.copy_ else 0)
+    with pytest.raises(RuntimeError, match="is not written to"):
+        layer.load_state_dict(plain)
+
+
 def test_a_gradient_goes_through_it():
     weight, x = QuantizedWeight.of(torch.randn(64, 32), "int8"), torch.randn(2, 32)
     x.requires_grad_(True)

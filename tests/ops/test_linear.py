@@ -69,6 +69,15 @@ def test_the_kernel_is_for_few_rows_of_a_large_matrix_without_a_gradient(dtype):
         assert chosen(x[0], layer) == "native"
 
 
+def test_what_pytorch_alone_computes_is_left_to_it():
+    x, weight = torch.randn(1, SIDE), torch.randn(SIDE, SIDE)
+    with torch.no_grad():
+        one = torch.ones(1)
+        assert torch.equal(linear(x, weight, one), F.linear(x, weight, one))
+        sparse = weight.to_sparse()
+        assert torch.equal(linear(x, sparse), F.linear(x, sparse))
+
+
 def test_many_rows_have_the_numbers_of_pytorch_to_the_last_bit():
     layer, x = Linear(SIDE, SIDE), torch.randn(2, MAX_ROWS, SIDE)
     with torch.no_grad():

@@ -191,6 +191,8 @@ class QuantizedWeight(Tensor):
             place = {name: one for name, one in kwargs.items() if name != "dtype"}
             q, scale = args[0].parts
             return cls((q.to(**place), scale.to(**place)), dtype)
+        if func._schema.is_mutable and args and isinstance(args[0], cls):
+            raise RuntimeError("a quantized weight is not written to: quantize the model again")
         restored = functools.partial(tree_map_only, cls, cls.restored)
         return func(*restored(args), **restored(kwargs))
 

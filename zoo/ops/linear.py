@@ -85,8 +85,12 @@ def _accepts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Available:
     dtype = x.dtype
     if dtype not in _DTYPES or x.shape[:-1].numel() > MAX_ROWS:
         return False
-    here = x.is_cpu and weight.is_cpu and weight.dtype == dtype
-    return KERNEL.usable if here and (bias is None or bias.dtype == dtype) else False
+    if any(one.layout != torch.strided for one in given) or not (x.is_cpu and weight.is_cpu):
+        return False
+    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        return False
+    fits = bias is None or bias.shape == weight.shape[:1]  # PyTorch broadcasts another
+    return KERNEL.usable if fits else False
 
 
 class Linear(nn.Linear):

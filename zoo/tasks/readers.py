@@ -110,7 +110,10 @@ def score_text(
     if length < ranks.size:
         raise NotApplicableError(f"{length} tokens cannot be split over {ranks.size} processes")
     text = begun(tokens, context.bos)
-    _send((text, chunk))
+    try:
+        _send((text, chunk))
+    except Exception as error:  # a process ended between two texts
+        raise OutOfStepError(error) from error
     found = _read(context, text, chunk)
     context.progress.advance(found.numel())
     return finite(found)
