@@ -11,6 +11,7 @@ from zoo.model.build import build_model
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", choices("model"))
 def test_every_architecture_computes_with_weights_in_16_bits(name, dtype):
+    torch.manual_seed(0)
     config = train_config(f"model={name}", "size=tiny", "match=none", "seq_len=64")
     model, exact = (build_model(config, 64)[0].eval().requires_grad_(False) for _ in range(2))
     exact.load_state_dict(model.state_dict())
@@ -21,4 +22,4 @@ def test_every_architecture_computes_with_weights_in_16_bits(name, dtype):
     last, _ = model(tokens[:, 15:16], state)
     for logits, right in ((whole, expected), (last, expected[:, 15:16])):
         assert logits.dtype == whole.dtype
-        torch.testing.assert_close(logits.float(), right, rtol=0.1, atol=0.1)
+        assert (logits.float() - right).norm() < 0.1 * right.norm()
