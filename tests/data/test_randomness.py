@@ -22,7 +22,7 @@ from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.extend import extend, places
 from zoo.positions.rope import inverse_frequencies
 from zoo.runs.claim import claim
-from zoo.tasks.passkey import _keys
+from zoo.tasks.passkey import _distinct_keys
 from zoo.training import fit as fitting
 from zoo.training.windows import Windows
 
@@ -127,11 +127,13 @@ def test_which_windows_hold_a_key_differs_between_rows_and_steps(store):
 
 
 def test_prompts_query_keys_of_their_own_and_a_seed_for_others():
-    queried = [_keys(0, index, 5) for index in range(40)]
+    queried = [_distinct_keys(0, index, 5) for index in range(40)]
     assert len({keys[0] for keys in queried}) > 36
     assert all(len(set(keys)) == 5 for keys in queried)
-    assert queried == [_keys(0, index, 5) for index in range(40)]
-    assert not {tuple(keys) for keys in queried} & {tuple(_keys(1, i, 5)) for i in range(40)}
+    assert queried == [_distinct_keys(0, index, 5) for index in range(40)]
+    assert not {tuple(keys) for keys in queried} & {
+        tuple(_distinct_keys(1, i, 5)) for i in range(40)
+    }
     assert END not in "".join(queried[0])
 
 

@@ -30,7 +30,15 @@ from zoo.errors import refuse
 from zoo.measurement import Declaration, Quantity
 from zoo.model.backbone import BackboneState
 from zoo.report.statistics import wilson
-from zoo.tasks.context import EvalContext, Row, check_length, check_state, chunk_tokens, nats
+from zoo.tasks.context import (
+    EvalContext,
+    NotApplicableError,
+    Row,
+    check_length,
+    check_state,
+    chunk_tokens,
+    nats,
+)
 from zoo.tasks.memory import check_memory
 from zoo.tasks.perplexity import BATCH_TOKENS, TIMES
 from zoo.tasks.task import PROMPT_FLOPS, STATE, Task, lengths_of
@@ -91,10 +99,7 @@ class Passkey(Task):
 
     def questions(self, context: EvalContext) -> list[Row]:
         lengths = lengths_of(self.lengths, context, TIMES)
-        encode = context.corpus.tokenizer.encode
-        least = max(self._least(keys, encode) for keys in self._keys())
-        least += DIGITS + (context.bos is not None)
-        if lengths[0] < least:
+        if self.lengths and lengths[0] < (least := self._least_length(context)):
             rule = f"must be at least {least}, the tokens of {self.states} and the question"
             refuse(f"task.{self.name}.lengths", lengths[0], rule)
         shared = {"split": context.split, "documents": context.corpus.eval_documents}
@@ -104,6 +109,8 @@ class Passkey(Task):
         length, unit, count = question["length"], question["unit"], self.depths * self.repeats
         text = evaluation_text(context.store, unit, count, question["documents"])
         check_length(context.model, length)
+        if length < (least := self._least_length(context)):  # of the lengths by default
+            raise NotApplicableError(f"{self.states} and the question take {least} tokens")
         keys = self._keys()
         encode = context.corpus.tokenizer.encode
         made = self._prompts(context, text, keys, length)
@@ -141,6 +148,11 @@ class Passkey(Task):
             "state_bytes": state_bytes,
             **context.prompt_row([len(one) for one in prompts]),
         }
+
+    def _least_length(self, context: EvalContext) -> int:
+        encode = context.corpus.tokenizer.encode
+        stated = max(self._least(keys, encode) for keys in self._keys())
+        return stated + DIGITS + (context.bos is not None)
 
     def _keys(self) -> list[list[str]]:
         """The key of each prompt, with other ones behind it."""
