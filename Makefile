@@ -70,11 +70,11 @@ many-shot: .venv/ready-dev  ## more demonstrations than a window holds, side by 
 	for extension in pcw structured dca none; do \
 	  $(RUN) eval.py run='runs/many_shot/*' task=many_shot extension=$$extension || exit; done
 
-PROMPTS := task=length_extension task.perplexity.protocols=[half_tail] task.perplexity.units=16 logger=none threads=1
+SHORTER := task=length_extension task.perplexity.protocols=[half_tail] task.perplexity.units=16 logger=none threads=1
 LONGEST := task.passkey.lengths=[1k] task.perplexity.lengths=[2k]
 WHOLE := task.passkey.lengths=[256,1k] task.perplexity.lengths=[256,2k]
 SCORER := runs/compression_scorer
-SHORTENED = $(RUN) eval.py run='runs/compression/$(1)-*' $(PROMPTS) $(LONGEST) compress.flops=$$flops
+SHORTENED = $(RUN) eval.py run='runs/compression/$(1)-*' $(SHORTER) $(LONGEST) compress.flops=$$flops
 
 compression: .venv/ready  ## prompts cut, compressed or read whole at equal operations, on BOOKS=<folder of books>
 	$(RUN) train.py name=$(notdir $(SCORER)) data=text data.path=$(BOOKS) model=mamba size=tiny \
@@ -89,8 +89,8 @@ compression: .venv/ready  ## prompts cut, compressed or read whole at equal oper
 	    $(call SHORTENED,transformer_conv) extension=dca compress=$$method compress.by=$(SCORER) || exit; done; \
 	  $(call SHORTENED,gated_deltanet) compress=truncation || exit; done
 	for extension in 'yarn extension.factor=8' streaming_llm dca; do \
-	  $(RUN) eval.py run='runs/compression/transformer_conv-*' $(PROMPTS) $(WHOLE) extension=$$extension || exit; done
-	$(RUN) eval.py run='runs/compression/*' $(PROMPTS) $(WHOLE)
+	  $(RUN) eval.py run='runs/compression/transformer_conv-*' $(SHORTER) $(WHOLE) extension=$$extension || exit; done
+	$(RUN) eval.py run='runs/compression/*' $(SHORTER) $(WHOLE)
 
 claims: .venv/ready  ## judge published claims on BOOKS=<folder of books>: 40 minutes
 	$(RUN) train.py -m $(CLAIMS)

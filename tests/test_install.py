@@ -114,3 +114,21 @@ def test_a_registry_that_does_not_answer_costs_seconds(monkeypatch):
     answer = run(found, "pip", "compile", "--refresh", "--no-deps", "-", stdin="setuptools")
     assert answer.returncode
     assert "error sending request" in answer.stderr
+
+
+def test_no_variable_of_the_makefile_has_two_meanings():
+    names = re.findall(r"^([A-Z_]+) *[:?]?=", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert len(names) > 10
+    assert len(names) == len({*names})
+
+
+def test_every_target_gives_each_option_one_value():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^([\w-]+):.*##", makefile, re.M)
+    words = []
+    for target in targets:
+        command = ["make", "--dry-run", "--always-make", target, "MODEL=model", "BOOKS=books"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        words += done.stdout.split()
+    assert len(words) > 100
+    assert [word for word in words if re.match(r"[\w.]+=[\w.]+=", word)] == []
