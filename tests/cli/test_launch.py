@@ -160,6 +160,8 @@ REFUSED = {
     "-m model=transformer,mmaba": "model=mmaba: unknown model. Did you mean 'mamba'?",
     "-m seed=0,1 name=same": "several runs",
     "-m seed=0,1 optim.lr=1e-3,x": "optim.lr=x",
+    "name='@x'": "name=@x: must begin with a letter or digit",
+    "name='{'": "name={: must begin with a letter or digit",
     "name=../outside": "name=../outside: must begin with a letter or digit",
     "resume=/nowhere": "/nowhere: there is no such run folder",
     "resume=empty": "empty: is not a run folder, it has no config.yaml",

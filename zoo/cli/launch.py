@@ -103,15 +103,15 @@ def check_launcher(overrides: Sequence[Override], multirun: bool) -> None:
 
 def check_hydra(program: str, overrides: Sequence[Override]) -> None:
     """Refuse an option of Hydra's own, such as `hydra.launcher.n_jobs`, that it would not take."""
-    own = [o for o in overrides if o.is_hydra_override()]
-    for one in own:
-        if one.key_or_group == "hydra.sweep.dir":
-            rule = "a sweep's records are in the folder of its runs"
-            refuse("hydra.sweep.dir", one.value(), rule, "Use runs=<folder>")
     front = GlobalHydra.instance().hydra
     assert front is not None
     chosen = [o.input_line for o in overrides if o.key_or_group in ("launcher", "hydra/launcher")]
-    for one in [o for o in own if o.input_line not in chosen]:
+    for one in overrides:
+        if not one.is_hydra_override() or one.input_line in chosen:
+            continue
+        if one.key_or_group == "hydra.sweep.dir":
+            rule = "a sweep's records are in the folder of its runs"
+            refuse("hydra.sweep.dir", one.value(), rule, "Use runs=<folder>")
         words = [str(word) for word in [*chosen, one.input_line]]
         try:
             composed = front.compose_config(program, words, RunMode.MULTIRUN)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from types import NoneType
 from typing import Any, TypeVar, get_args
 
@@ -56,9 +57,12 @@ def _explain(errors: list[ErrorDetails], schema: type[BaseModel]) -> str:
 
 def _typed(value: Any) -> str:
     """The value so that 2.0 differs from 2, and the text 'true' from the switch."""
-    if isinstance(value, str) and yaml.safe_load(value or "''") != value:
-        return shown(f"'{value}'")
-    return repr(value) if isinstance(value, float) else shown(value)
+    if isinstance(value, float):
+        return repr(value)
+    with suppress(yaml.YAMLError):  # what is no YAML is read as nothing else
+        if isinstance(value, str) and yaml.safe_load(value or "''") != value:
+            return shown(f"'{value}'")
+    return shown(value)
 
 
 def may_be_null(schema: type[BaseModel], place: Sequence[int | str]) -> bool:
