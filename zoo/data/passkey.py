@@ -80,15 +80,9 @@ class Passkeys(NamedTuple):
             more = generator.integers(self.facts)
             keys += [random_key(generator) for _ in range(more)]
             signs = generator.permutation([*SIGNS]).tolist()
-        return tuple(
-            [
-                np.concatenate(
-                    [tokens(part, self.encode) for part in (signed(words, sign), key, END)]
-                )
-                for key, sign in zip(keys, signs, strict=False)
-            ]
-            for words in (STATEMENT, QUESTION)
-        )  # type: ignore[return-value]
+        facts = [*zip(signs, keys, strict=False)]
+        stated = [sentence(STATEMENT, *fact, self.encode) for fact in facts]
+        return stated, [sentence(QUESTION, *fact, self.encode) for fact in facts]
 
 
 def passkey_prompt(
@@ -98,7 +92,7 @@ def passkey_prompt(
 
     Raises UserError where it has no room for both.
     """
-    stated = np.concatenate([tokens(part, encode) for part in (STATEMENT, key, END)])
+    stated = sentence(STATEMENT, SIGNS[0], key, encode)
     question = tokens(QUESTION, encode)
     start = place(len(filler), len(stated), len(question), depth)
     prompt = filler.copy()
@@ -115,10 +109,7 @@ def facts_prompt(
 
     Raises UserError where it has no room for them.
     """
-    stated = [
-        np.concatenate([tokens(part, encode) for part in (signed(STATEMENT, sign), key, END)])
-        for sign, key in facts
-    ]
+    stated = [sentence(STATEMENT, sign, key, encode) for sign, key in facts]
     question = tokens(signed(QUESTION, facts[queried][0]), encode)
     room = place(len(filler), sum(map(len, stated)), len(question), 1.0)
     prompt, before = filler.copy(), 0
@@ -128,6 +119,11 @@ def facts_prompt(
         before += len(words)
     prompt[-len(question) :] = question
     return prompt
+
+
+def sentence(words: str, sign: str, key: str, encode: Encode) -> Int[np.ndarray, " t"]:
+    """A statement or a question with its sign, and the key behind it."""
+    return np.concatenate([tokens(part, encode) for part in (signed(words, sign), key, END)])
 
 
 def signed(words: str, sign: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from zoo.config.domains import Range
-from zoo.data.passkey import END, QUESTION, SIGNS, STATEMENT, facts_prompt, signed, tokens
+from zoo.data.passkey import QUESTION, SIGNS, STATEMENT, facts_prompt, sentence, signed, tokens
 from zoo.data.tokenizers import Encode
 from zoo.errors import refuse
 from zoo.measurement import Declaration
@@ -44,12 +44,9 @@ class Facts(Passkey):
             refuse("task.facts.candidates", self.candidates, rule)
 
     def _least(self, keys: Sequence[str], encode: Encode) -> int:
-        stated = [
-            len(tokens(part, encode))
-            for sign, key in zip(SIGNS, keys[: self.facts], strict=False)
-            for part in (signed(STATEMENT, sign), key, END)
-        ]
-        return sum(stated) + max(len(tokens(signed(QUESTION, sign), encode)) for sign in SIGNS)
+        facts = zip(SIGNS, keys[: self.facts], strict=False)
+        stated = sum(len(sentence(STATEMENT, *fact, encode)) for fact in facts)
+        return stated + max(len(tokens(signed(QUESTION, sign), encode)) for sign in SIGNS)
 
     def _prompt(
         self, filler: Int[np.ndarray, " t"], index: int, keys: Sequence[str], encode: Encode

@@ -99,7 +99,7 @@ class Passkey(Task):
 
     def questions(self, context: EvalContext) -> list[Row]:
         lengths = lengths_of(self.lengths, context, TIMES)
-        if self.lengths and lengths[0] < (least := self._least_length(context)):
+        if self.lengths and lengths[0] < (least := self._least_length(context, self._keys())):
             rule = f"must be at least {least}, the tokens of {self.states} and the question"
             refuse(f"task.{self.name}.lengths", lengths[0], rule)
         shared = {"split": context.split, "documents": context.corpus.eval_documents}
@@ -109,9 +109,9 @@ class Passkey(Task):
         length, unit, count = question["length"], question["unit"], self.depths * self.repeats
         text = evaluation_text(context.store, unit, count, question["documents"])
         check_length(context.model, length)
-        if length < (least := self._least_length(context)):  # of the lengths by default
-            raise NotApplicableError(f"{self.states} and the question take {least} tokens")
         keys = self._keys()
+        if length < (least := self._least_length(context, keys)):  # of the lengths by default
+            raise NotApplicableError(f"{self.states} and the question take {least} tokens")
         encode = context.corpus.tokenizer.encode
         made = self._prompts(context, text, keys, length)
         prompts = [prompt for prompt, _ in made]
@@ -149,9 +149,10 @@ class Passkey(Task):
             **context.prompt_row([len(one) for one in prompts]),
         }
 
-    def _least_length(self, context: EvalContext) -> int:
+    def _least_length(self, context: EvalContext, keys: Sequence[Sequence[str]]) -> int:
+        """The least tokens, the key's digits included, that every prompt has room in."""
         encode = context.corpus.tokenizer.encode
-        stated = max(self._least(keys, encode) for keys in self._keys())
+        stated = max(self._least(names, encode) for names in keys)
         return stated + DIGITS + (context.bos is not None)
 
     def _keys(self) -> list[list[str]]:

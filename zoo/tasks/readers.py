@@ -27,9 +27,7 @@ from zoo.runs.files import one_line
 from zoo.runs.folder import RunFolder
 from zoo.tasks.context import EvalContext, NotApplicableError, finite, nats, score
 
-WAIT = timedelta(
-    days=7
-)  # for the next text: the first process may measure something else meanwhile
+WAIT = timedelta(days=7)  # for a text: the first process may do something else meanwhile
 LOST = "gloo"  # in the message of a process whose peer has ended
 
 Open = Callable[[RunFolder], EvalContext]
