@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.model.backbone import Backbone
 
 FLOP_PROBE = 1024  # tokens; a longer window's operations are extrapolated from here
-MOST_COUNTED, PARAMETERS_READ = 8192, 2**32  # tokens, and tokens times parameters, of a small model
+MOST_COUNTED, PARAMETERS_READ = 2048, 2**32  # tokens, and tokens times parameters, of a small model
 PER_OCTAVE = 8  # lengths at which operations are counted
 
 

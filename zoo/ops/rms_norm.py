@@ -70,9 +70,8 @@ class OffsetRMSNorm(RMSNorm):
 
 
 def _forward(x, weight, eps: float) -> Tensor:
-    return KERNEL.run("forward", (*x.shape,), ["y"], x=x, weight=weight, eps=number(eps, x.dtype))[
-        0
-    ]
+    arrays = {"x": x, "weight": weight, "eps": number(eps, x.dtype)}
+    return KERNEL.run("forward", (*x.shape,), ["y"], **arrays)[0]
 
 
 def _backward(dy, x, weight, eps: float) -> tuple[Tensor, Tensor]:
