@@ -11,7 +11,8 @@ def table(folder):
     about["audited"] = {"float32": 64}
     rows = [about | {"length": n, "accuracy": 0.75, "seed": 0} for n in (16, 64)]
     runs = [{"run": "a", "arm": "lstm", "status": "done", "commit": "c"}]
-    published.write(folder / "state_tracking.json", published.pack("state_tracking", rows, runs))
+    text = published.text(published.pack("state_tracking", rows, runs))
+    (folder / "state_tracking.json").write_text(text)
 
 
 def test_a_table_is_drawn_again_from_its_file(tmp_path, monkeypatch, capsys):

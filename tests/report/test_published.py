@@ -25,7 +25,7 @@ def rows(name: str, **other) -> list[dict]:
 def table(tmp_path, monkeypatch):
     monkeypatch.setattr(published, "FOLDER", tmp_path)
     packed = published.pack("t", rows("a") + rows("b", arm="lstm"), [run("a"), run("b")])
-    published.write(tmp_path / "t.json", packed)
+    (tmp_path / "t.json").write_text(published.text(packed))
     return tmp_path / "t.json"
 
 
@@ -35,6 +35,21 @@ def test_rows_and_records_come_back(table):
     assert found == [{k: v for k, v in row.items() if k != "check"} for row in wanted]
     assert [each["run"] for each in runs] == ["a", "b"]
     assert "files" not in runs[0]
+
+
+def test_runs_that_a_table_has_stay_in_it_and_those_measured_again_are_replaced(table):
+    mine = rows("b", accuracy=0.5) + rows("c")
+    tree, kept = published.added(table, mine, [run("b", lr=2e-3), run("c")])
+    assert kept == 1
+    table.write_text(published.text(tree))
+    found, runs = published.unpack(published.read("t"))
+    assert [(each["run"], each["lr"]) for each in runs] == [("a", 1e-3), ("b", 2e-3), ("c", 1e-3)]
+    wanted = rows("a") + mine
+    assert found == [{k: v for k, v in row.items() if k != "check"} for row in wanted]
+    assert tree["machine"] == published.pack("t", [], [])["machine"]
+    other = published.read("t") | {"machine": "another"}
+    table.write_text(published.text(other))
+    assert published.added(table, rows("c"), [run("c")])[0]["machine"].startswith("another; ")
 
 
 def test_what_all_rows_share_is_written_once(table):
@@ -50,7 +65,8 @@ def test_a_run_of_the_same_kind_is_shown_beside_all_published_ones(table):
 
 
 def test_arms_of_one_name_in_two_tables_of_the_same_data_stay_apart(table):
-    published.write(table.with_name("u.json"), published.pack("u", rows("c"), [run("c")]))
+    other = published.text(published.pack("u", rows("c"), [run("c")]))
+    table.with_name("u.json").write_text(other)
     theirs, _, _ = published.beside(rows("mine"))
     assert {"mamba (published t)", "mamba (published u)"} <= {row["arm"] for row in theirs}
 

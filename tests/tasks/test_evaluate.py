@@ -560,6 +560,14 @@ def test_published_results_of_the_same_data_are_shown_beside_a_run(model, tmp_pa
     assert code == 0
     assert "transformer (published table)" in said
     assert len(mine.rows()) == len(theirs.rows())  # theirs were not measured again, nor kept
+    table = tmp_path / "published/table.json"
+    run_eval([mine], f"publish={table}")
+    assert {run["run"] for run in unpack(json.loads(table.read_text()))[1]} == {"theirs", "mine"}
+    table.write_text('{"format":0,"runs":[]}')
+    read = model.read
+    with pytest.raises(UserError, match="is no published table"):
+        run_eval([mine], f"publish={table}", fresh=True)
+    assert model.read == read  # refused first
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])

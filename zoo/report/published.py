@@ -62,19 +62,38 @@ def unpack(tree: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
     return rows, runs
 
 
-def write(path: Path, tree: Mapping[str, Any]) -> None:
-    """A line for each run, so that changes of single runs can be read."""
+def added(path: Path, rows: Iterable[Row], runs: Iterable[Row]) -> tuple[dict[str, Any], int]:
+    """The tree of a file that has these rows and records too, and how many runs it had before.
+
+    Runs of the file that are not among these stay in it, so that a long study is published arm by
+    arm; what it has of these is replaced.
+    """
+    rows, runs = [*rows], [*runs]
+    tree = read_file(path) if path.exists() else {"common": {}, "runs": []}
+    measured = {run.get("run") for run in runs}
+    tree["runs"] = [run for run in tree["runs"] if run.get("run") not in measured]
+    kept_rows, kept = unpack(tree)
+    packed = pack(path.stem, kept_rows + rows, kept + runs)
+    machines = [tree["machine"], packed["machine"]] if kept else [packed["machine"]]
+    return packed | {"machine": "; ".join(dict.fromkeys(machines))}, len(kept)
+
+
+def text(tree: Mapping[str, Any]) -> str:
+    """A file's text: a line for each run, so that changes of single runs can be read."""
     head = {key: value for key, value in tree.items() if key != "runs"}
     lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in tree["runs"])
-    text = json.dumps(head, separators=(",", ":"))[:-1] + f',"runs":[\n{lines}\n]}}\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    return json.dumps(head, separators=(",", ":"))[:-1] + f',"runs":[\n{lines}\n]}}\n'
 
 
 def read(name: str) -> dict[str, Any]:
     """A published table by its name, or a file. UserError where there is none or it is damaged."""
     known = sorted(path.stem for path in FOLDER.glob("*.json"))
-    path = Path(name) if name.endswith(".json") else FOLDER / f"{choose('table', name, known)}.json"
+    file = Path(name) if name.endswith(".json") else FOLDER / f"{choose('table', name, known)}.json"
+    return read_file(file)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A file of published rows. UserError where there is none or it is damaged."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if tree["format"] != FORMAT:

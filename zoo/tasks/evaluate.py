@@ -22,6 +22,7 @@ from zoo.report import published, write_report
 from zoo.report.page import pictures_folder, terminal
 from zoo.report.rows import gather, in_words
 from zoo.report.wandb import mirror
+from zoo.runs.files import write_text
 from zoo.runs.folder import RunFolder
 from zoo.runs.rows import time_of_now
 from zoo.tasks.context import EvalContext, Row
@@ -69,6 +70,8 @@ def evaluate(
         _check_together(ranks, tasks, apart)
     if config.against:
         published.require({folder.info.get("fingerprint") for folder in folders})
+    if config.publish and (table := Path(config.publish)).exists():
+        published.read_file(table)
     if config.report and (pictures := pictures_folder(Path(config.report))).is_file():
         raise UserError(
             f"report={config.report}: its pictures go to the folder {pictures}, which is a file. "
@@ -200,8 +203,12 @@ def _report(
 ) -> None:
     """Write the report and mirror it as configured; `say` the table and the report's file."""
     if config.publish:
-        path = Path(config.publish)
-        published.write(path, published.pack(path.stem, rows, runs))
+        table = Path(config.publish)
+        tree, kept = published.added(table, rows, runs)
+        table.parent.mkdir(parents=True, exist_ok=True)
+        write_text(table, published.text(tree))
+        if kept:
+            log.info("%s: %d runs of before stay in it", table, kept)
     theirs, their_runs, differing = published.beside(rows) if config.against else ([], [], [])
     for line in differing:
         log.warning("%s", line)

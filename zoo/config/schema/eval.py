@@ -81,7 +81,8 @@ class EvalConfig(Section):
         default=None, description="published: beside the published results of the same data"
     )
     publish: Path | None = Field(
-        default=None, description="file for these results, in the form of published ones"
+        default=None,
+        description="file for these results, in the form of published ones; runs that it has stay",
     )
 
     @model_validator(mode="after")
