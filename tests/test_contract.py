@@ -381,7 +381,7 @@ def test_it_overfits_one_batch(model):
 def fresh_noise(seed: int):
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield torch.randint(VOCABULARY, (16, 49), generator=generator)
+        yield torch.randint(VOCABULARY, (16, 33), generator=generator)
 
 
 def canary(model: Backbone) -> float:
