@@ -117,7 +117,7 @@ scalings: .venv/ready  ## one rotary model under every scaling, untuned and tune
 	  for extension in pi ntk yarn pose clex; do \
 	    $(RUN) train.py finetune=$$run extension=$$extension extension.factor=8 logger=none \
 	      runs=runs/scalings_tuned $(TUNE) || exit; done; \
-	  $(RUN) eval.py run=$$run task=longrope task.longrope.factor=8 || exit; done
+	  $(RUN) eval.py run=$$run task=longrope task.longrope.factor=8 task.longrope.generations=12 || exit; done
 	for extension in dynamic_ntk pi ntk yarn longrope; do \
 	  factor=$$(test $$extension = dynamic_ntk || echo extension.factor=8); \
 	  $(RUN) eval.py run='runs/scalings/*' $(MEASURED) extension=$$extension $$factor || exit; done
