@@ -14,10 +14,12 @@ from zoo.config.schema.model import Extension
 from zoo.config.schema.train import TrainConfig
 from zoo.config.validate import validate
 from zoo.data.synthetic import NO_LABEL
+from zoo.mixers.quantized_cache import CacheBits
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.chunks import bytes_sent, chunk_loss, split_over
 from zoo.model.extend import extend, places
+from zoo.model.quantization import quantize_cache
 from zoo.parallel.ranks import Ranks
 from zoo.tasks.context import EvalContext, nats
 from zoo.tasks.readers import chunk_nats
@@ -30,6 +32,7 @@ class Case(NamedTuple):
     model: TrainConfig
     extension: Extension | None
     lengths: list[int]
+    kv_cache: CacheBits | None  # of a model that is only measured
 
 
 @functools.cache
@@ -37,9 +40,12 @@ def _config(*words: str) -> TrainConfig:
     return train_config("size=tiny", "seq_len=256", "match=none", *words)
 
 
-def composed(model: list[str], extension: dict[str, Any] | None, lengths: list[int]) -> Case:
-    """A case of these options of train.py, and this section of an extension."""
-    return Case(_config(*model), extension and validate(Extension, extension), lengths)
+def composed(
+    model: list[str], extension: dict[str, Any] | None, lengths: list[int], kv_cache: Any = None
+) -> Case:
+    """A case of these options of train.py, this section of an extension and cache of eval.py."""
+    section = extension and validate(Extension, extension)
+    return Case(_config(*model), section, lengths, kv_cache)
 
 
 def built(case: Case, length: int) -> tuple[Backbone, Tensor | None]:
@@ -50,14 +56,22 @@ def built(case: Case, length: int) -> tuple[Backbone, Tensor | None]:
         extend(model, case.extension, TRAINED).double()
         if draw := places(case.extension.model_copy(update={"original_length": length}), length):
             positions = draw(ROWS, length, torch.Generator().manual_seed(0))
+    if case.kv_cache is not None:
+        quantize_cache(model, case.kv_cache)
     return model, positions
 
 
 def differences(ranks: Ranks, case: Case, length: int) -> dict[str, float]:
-    """Of the outputs, the loss, every gradient and the bytes sent; in the first rank."""
+    """Of the outputs, the loss, every gradient and the bytes sent; in the first rank.
+
+    Of a model that is only measured, of its scores.
+    """
     model, positions = built(case, length)
     model.checkpoint_activations = length % 2 == 1
     tokens = torch.randint(VOCABULARY, (ROWS, length + 1))
+    if case.kv_cache is not None:
+        alone = nats(model(tokens[:, :-1]), tokens[:, 1:])
+        return {"scores": _apart(_scores(model, ranks, tokens), alone)}
     before = ranks.bytes_sent
     inputs, labels = tokens[:, :-1], tokens[:, 1:].clone()
     labels[:, 1 : length // 2 : 2] = NO_LABEL  # a chunk's share of the labels is not of the tokens

@@ -7,12 +7,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from building import ARCHITECTURES, MODEL_OF
 
 from zoo.config.groups import extensions
+from zoo.mixers.quantized_cache import CacheBits
 
 CLOSE = 1e-10
 SEVERAL = [4, 5, 33, 64, 130]  # tokens; odd lengths recompute activations
@@ -20,7 +21,8 @@ MORE = {
     "longrope": {"scaling": {"long_factors": [1 + 0.2 * pair for pair in range(16)]}},
     "lm_infinite": {"attention": {"sinks": 2}},
 }
-Cases = dict[str, tuple[list[str], dict[str, Any] | None, list[int]]]
+ROUNDED = 300  # tokens, of which a quantized cache rounds some
+Cases = dict[str, tuple[Any, ...]]  # the arguments of chunks.composed
 
 
 def every_case(lengths: list[int] | None = None) -> Cases:
@@ -50,6 +52,10 @@ def every_case(lengths: list[int] | None = None) -> Cases:
         if placed and name != "clex":  # which is a scaling itself
             scaled = {**tree, "scaling": extensions()["dynamic_ntk"]["scaling"]}
             found[f"{model[0]} {name} scaled"] = model, scaled, lengths or [40]
+    for bits in get_args(CacheBits):
+        for name, tree in ("all", None), ("some", extensions()["streaming_llm"]):
+            case = ["model=transformer"], tree, [ROUNDED], bits
+            found[f"{name} keys in {bits}"] = case
     return found
 
 
@@ -60,7 +66,7 @@ def check(folder: Path, count: int, lengths: list[int] | None = None) -> None:
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(report.read_text())
-    assert len(found) == sum(len(case[2]) for case in cases.values())
+    assert len(found) == sum(len(lengths) for _, _, lengths, *_ in cases.values())
     apart = [
         f"{case}: {what} {value:.1e}"
         for case, values in found.items()

@@ -207,6 +207,7 @@ def _arriving(kind: Any) -> Callable[[_Pass], Any]:
     reads: dict[str, Any] = {name: field(name) for name in kind._fields}
     reads["__iter__"] = lambda self: iter(every(self))
     reads["__getitem__"] = lambda self, index: every(self)[index]
+    reads["_replace"] = lambda self, **given: kind(*every(self))._replace(**given)
     lazy = type(kind.__name__, (kind,), reads)
 
     def made(this: _Pass) -> Any:
