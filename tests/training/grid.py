@@ -1,20 +1,28 @@
 """Train a grid of runs, each under several layouts, in one process that forks the ranks of all.
 
-`python grid.py '[kinds, layouts]'`, with {name: options} and (processes, micro-batches, processes
-to a window, strategy); what is imported is so once. A text of three splits lies in text/; runs are
-runs/<name>-<processes>-<micro-batches>-<processes to a window>-<strategy>.
+`python grid.py '[kinds, layouts, dtype]'`, with {name: options}, (processes, micro-batches,
+processes to a window, strategy) and the type of weights; what is imported is so once. A text of
+three splits lies in text/; runs are runs/<name>-<processes>-<micro-batches>-<processes to a
+window>-<strategy>.
 """
+
+from __future__ import annotations
 
 import json
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from zoo.cli import processes
 from zoo.cli import train as program
 from zoo.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from zoo.config.schema.train import TrainConfig
+    from zoo.model.backbone import Backbone
 
 Layout = tuple[int, int, int, str]
 STEPS, ROWS = 4, 4
@@ -60,8 +68,23 @@ def given(processes: int, micro: int, ranks: int, strategy: str) -> list[str]:
     return [*words, f"trainer.strategy={strategy}", "trainer.checkpoint=whole"]
 
 
-def main(kinds: dict[str, list[str]], layouts: list[Layout]) -> None:
+def in_dtype(dtype: str) -> None:
+    """Train in this type, here and in forked processes: train.py itself has float32 alone."""
+    import torch  # not before `processes.load`, which keeps this process fit to be forked
+
+    from zoo.training import fit
+
+    def build(config: TrainConfig, vocab_size: int) -> tuple[Backbone, dict[str, int]]:
+        model, sizes = built(config, vocab_size)
+        return model.to(getattr(torch, dtype)), sizes  # some weights are float32 by name
+
+    built, fit.build_model = fit.build_model, build
+    torch.set_default_dtype(getattr(torch, dtype))
+
+
+def main(kinds: dict[str, list[str]], layouts: list[Layout], dtype: str) -> None:
     processes.load("zoo.training.fit")
+    in_dtype(dtype)
     assert processes.can_fork()
     train(*COMMON, "name=base", "-m")  # a sweep of one: in a process of its own
     for kind, words in kinds.items():
