@@ -45,3 +45,19 @@ def test_finished_runs_without_checkpoints_are_refused_before_anything_heavy(
         (line,) = capfd.readouterr().err.splitlines()
         assert line.startswith("eval.py: run=runs/a")
         assert "has no checkpoint. Train it again" in line
+
+
+def test_options_that_contradict_one_another_are_refused_before_anything_heavy(
+    tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "zoo.tasks.evaluate", None)  # makes an import fail
+    from zoo.cli import eval as program
+
+    RunFolder.create(Path("runs/a"), train_config("size=tiny", "logger=none"), {})
+    for words, said in (
+        ("task=length_extension sequence_parallel=2", "sequence_parallel=2: task=passkey reads"),
+        ("task=accuracy", "task=accuracy: measures examples of a synthetic task, and data="),
+    ):
+        assert program.main(["run=a", *words.split()]) == 2
+        assert f"eval.py: {said}" in capfd.readouterr().err

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from building import ROOT
-from fakes import BothSides, Remembers, make_context, random_text, text_corpus, text_store
+from fakes import Remembers, make_context, random_text, text_corpus, text_store
 
 import zoo.tasks.evaluate
 import zoo.tasks.measured_run
@@ -229,8 +229,8 @@ def test_settings_that_fit_no_run_stop_the_evaluation(model, tmp_path):
 def test_what_does_not_apply_to_the_only_run_is_refused_by_its_option(
     task, model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(zoo.tasks.measured_run, "load", lambda folder, *_: BothSides())
-    with pytest.raises(UserError, match=f"^task={task}: does not apply to a ") as refused:
+    monkeypatch.setattr(zoo.tasks.measured_run, "load", lambda *_: pytest.fail("was opened"))
+    with pytest.raises(UserError, match=f"^task={task}: reads from left to right") as refused:
         run_eval(
             [run_folder(tmp_path / "a", "model=linformer", "objective=masked")], f"task={task}"
         )
@@ -591,7 +591,7 @@ def test_a_quantity_that_is_no_finite_number_or_left_out_is_a_failure_of_any_tas
     monkeypatch.setattr(cls, "check", lambda self: None)
     answer = Outcome(row, {"status": "ok", "reason": None, "seconds": 0.0})
     monkeypatch.setattr(cls, "answers", lambda self, context, wanted: [({"length": 32}, answer)])
-    folder = run_folder(tmp_path / "a")
+    folder = run_folder(tmp_path / "a", *["data=parity"] * (cls.reads == "examples"))
     code = evaluate(config, [folder], say=lambda _: None, progress=Progress())
     (found,) = folder.rows()
     assert code == 1

@@ -15,7 +15,8 @@ LINE = "extension.attention.window=64: must be from 1 to 32, within the trained 
 
 
 def judge(folders, *words: str) -> None:
-    check_extension(compose("eval", ["run=any", *words]).extension, folders)
+    config = compose("eval", ["run=any", *words])
+    check_extension(config.extension, folders, config.kv_cache)
 
 
 def test_a_bad_option_of_every_run_is_refused_before_any_is_measured(tmp_path, caplog):
@@ -36,3 +37,14 @@ def test_one_run_that_it_fits_is_enough(tmp_path):
         judge([run_folder(tmp_path / "c", "model=mamba")], "extension=dca")
     with pytest.raises(UserError, match=r"long_factors=null: must be searched for the model\."):
         judge([short, long], "extension=longrope", "extension.factor=4")
+
+
+def test_bits_of_a_cache_are_judged_with_it(tmp_path):
+    folders = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b", "model=mamba")]
+    judge(folders, "kv_cache=int8")
+    with pytest.raises(
+        UserError, match=r"^kv_cache=int8: acts on the keys and values that softmax"
+    ):
+        judge(folders[1:], "kv_cache=int8")
+    with pytest.raises(UserError, match=r"^kv_cache=int8: leaves the last 128 tokens as they are"):
+        judge(folders[:1], "kv_cache=int8", *WIDE[:1], "extension.attention.window=32")

@@ -1,7 +1,8 @@
 """The program `eval.py`: find trained runs, measure them, write the report."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from zoo.cli.launch import launch
 from zoo.config.applicability import check_applies, position_schemes
 from zoo.config.effects import check_compression, check_extension, check_names
 from zoo.config.groups import CONFIGS
+from zoo.config.measurable import check_measurable
 from zoo.config.resolve import resolve
 from zoo.config.schema.eval import EvalConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.config.stages import check_composition, stages_of
 from zoo.config.validate import plain, validate
 from zoo.console import say
@@ -55,6 +58,7 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
         check_file("publish", str(config.publish), ROWS, "file of published rows", "rows.json")
     _check_ranks(config)
     folders = find_runs(config.run, config.runs) if config.run else []
+    check_measurable(config, _trained(config, folders))
     if config.checkpoint:
         _check_checkpoint(config.checkpoint, config)
     if folders and not config.checkpoint and all(map(_without_weights, folders)):
@@ -102,6 +106,15 @@ def _check_ranks(config: EvalConfig) -> None:
         refuse("device", config.device, rule, "Use device=cpu, or leave sequence_parallel out")
     if line := crowded(f"sequence_parallel={count}", count):
         say(line)
+
+
+def _trained(config: EvalConfig, folders: Sequence[RunFolder]) -> Iterator[TrainConfig | None]:
+    """How the runs and the checkpoint were trained; damaged ones have their rows."""
+    for folder in folders:
+        with suppress(UserError):
+            yield RunFolder.open(folder.path).config
+    if config.checkpoint:
+        yield None
 
 
 def _without_weights(folder: RunFolder) -> bool:

@@ -6,6 +6,7 @@ counts rows, not labels: Wilson's, as if each row were one question.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ class Accuracy(Task):
             STATE,
         ),
     )
+    reads: ClassVar[str] = "examples"
     lengths: Lengths | None = None
     examples: Count = 128
     seed: Seed = 0

@@ -39,7 +39,7 @@ from zoo.model.generation import Sampling
 from zoo.model.scoring import write_many
 from zoo.report.statistics import interval
 from zoo.tasks.answers import METRICS
-from zoo.tasks.context import EvalContext, NotApplicableError, Row, check_length
+from zoo.tasks.context import EvalContext, Row, check_length
 from zoo.tasks.task import STATE, Task, lengths_of
 
 FIELDS = ("context", "input", "answers")
@@ -183,8 +183,6 @@ class Documents(Task):
         return [{**data, "length": length} for length in lengths]
 
     def measure(self, context: EvalContext, question: Row) -> Row:
-        if not context.model.causal:
-            raise NotApplicableError("a model that reads both ways writes no answer")
         length, tokenizer = question["length"], context.corpus.tokenizer
         check_length(context.model, length)
         prompts = self._prompts(context, length)

@@ -65,9 +65,9 @@ def evaluate(
     tasks = {name: part.load()() for name, part in config.task.items()}
     for task in tasks.values():
         task.check()
-    ranks = config.sequence_parallel or 1
-    if ranks > 1:
-        _check_together(ranks, tasks, apart)
+    if (ranks := config.sequence_parallel or 1) > 1 and apart is here:
+        rule = "needs processes that are forked from this one, as on Linux by eval.py"
+        refuse("sequence_parallel", ranks, rule, "Leave it out")
     if config.against:
         published.require({folder.info.get("fingerprint") for folder in folders})
     if config.publish and (table := Path(config.publish)).exists():
@@ -77,7 +77,7 @@ def evaluate(
             f"report={config.report}: its pictures go to the folder {pictures}, which is a file. "
             "Name another file."
         )
-    apart(check_extension, config.extension, folders)
+    apart(check_extension, config.extension, folders, config.kv_cache)
     log.info("measuring %s", ", ".join(map(str, folders)))
     progress = progress or Progress.on_stderr()
 
@@ -107,17 +107,6 @@ def evaluate(
     statuses = {row["status"] for row in rows if row.get("requested", True)}
     failed = errors or {"failed", "leaks"} & statuses or "ok" not in statuses
     return int(bool(failed))
-
-
-def _check_together(ranks: int, tasks: dict[str, Task], apart: Apart) -> None:
-    """Refuse to split texts where a task reads otherwise, or processes cannot be begun."""
-    for name, task in tasks.items():
-        if not task.reads_together:
-            rule = f"task={name} reads every text in one process"
-            refuse("sequence_parallel", ranks, rule, "Use task=perplexity, or leave it out")
-    if apart is here:
-        rule = "needs processes that are forked from this one, as on Linux by eval.py"
-        refuse("sequence_parallel", ranks, rule, "Leave it out")
 
 
 def _together(

@@ -1,4 +1,4 @@
-"""Judges an extension for all runs before the first of them is measured."""
+"""Judges how runs are to be read, for all of them before the first is measured."""
 
 from collections.abc import Iterable
 
@@ -9,20 +9,25 @@ from zoo.config.schema.model import Extension
 from zoo.config.schema.train import TrainConfig
 from zoo.config.validate import plain
 from zoo.errors import UserError
+from zoo.mixers.quantized_cache import CacheBits
 from zoo.model.build import build_model
 from zoo.model.extend import extend, extend_as_trained
+from zoo.model.quantization import quantize_cache
 from zoo.runs.folder import RunFolder
 
 VOCABULARY = 8  # no extension depends on it
 
 
-def check_extension(extension: Extension, folders: Iterable[RunFolder]) -> None:
-    """Refuse an extension that no run can be read under; of several, one that cannot has its row.
+def check_extension(
+    extension: Extension, folders: Iterable[RunFolder], kv_cache: CacheBits | None = None
+) -> None:
+    """Refuse an extension, or bits of a cache, that no run can be read under; of several, one that
+    cannot has its row.
 
     Models are built without weights, one for all runs that are alike. Raises the UserError of the
     first run.
     """
-    if extension.name == "none":
+    if extension.name == "none" and kv_cache is None:
         return
     judged: dict[str, UserError | None] = {}
     for folder in folders:
@@ -36,14 +41,16 @@ def check_extension(extension: Extension, folders: Iterable[RunFolder]) -> None:
         alike = [tree.get(name) for name in sections]
         key = str([alike, found])
         if key not in judged:
-            judged[key] = _refused(config, Extension.model_validate(found))
+            judged[key] = _refused(config, Extension.model_validate(found), kv_cache)
         if judged[key] is None:
             return
     if errors := [error for error in judged.values() if error]:
         raise errors[0]
 
 
-def _refused(config: TrainConfig, extension: Extension) -> UserError | None:
+def _refused(
+    config: TrainConfig, extension: Extension, kv_cache: CacheBits | None
+) -> UserError | None:
     """Why a run's model cannot be read so; None where it can, or where it takes its weights to
     know."""
     try:
@@ -54,6 +61,8 @@ def _refused(config: TrainConfig, extension: Extension) -> UserError | None:
         return None
     try:
         extend(model, extension, config.seq_len)
+        if kv_cache is not None:
+            quantize_cache(model, kv_cache)
     except UserError as error:
         return error
     return None

@@ -70,8 +70,6 @@ class Generate(Task):
         return [{}]  # the settings say it all
 
     def measure(self, context: EvalContext, question: Row) -> Row:
-        if not context.model.causal:
-            raise NotApplicableError("a model that reads both ways does not write")
         tokenizer, writer = context.corpus.tokenizer, Writer(context.model, context.precision)
         given = self._prompt(context)
         try:

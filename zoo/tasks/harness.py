@@ -10,7 +10,7 @@ from zoo.errors import refuse, refuse_path
 from zoo.measurement import Declaration, Quantity
 from zoo.model.language_model import LanguageModel
 from zoo.model.lm_harness import harness_model, imported
-from zoo.tasks.context import EvalContext, NotApplicableError, Row
+from zoo.tasks.context import EvalContext, Row
 from zoo.tasks.task import Task
 
 
@@ -74,8 +74,6 @@ class Harness(Task):
         return [{"subtask": name, "length": length} for name in self.tasks or ()]
 
     def measure(self, context: EvalContext, question: Row) -> Row:
-        if not context.model.causal:
-            raise NotApplicableError("a model that reads both ways scores no continuation")
         model = LanguageModel(
             backbone=context.model,
             tokenizer=context.corpus.tokenizer,

@@ -19,7 +19,7 @@ data.task.keys as the windows hold, or with data=mqar.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -73,6 +73,7 @@ class ManyShot(Task):
         ),
     )
     unidentifying = ("windows", "batch")
+    reads: ClassVar[str] = "any"
     windows: Annotated[Sequence[Annotated[int, Range(1, 1024)]], Several] = (1, 2, 4)
     window: Count | None = None
     draws: Annotated[int, Range(1, 1024)] = 8
@@ -89,8 +90,6 @@ class ManyShot(Task):
             UserError: a window and a question are longer than the training length, there are too
                 few items, or the extension has fewer or smaller windows.
         """
-        if not context.model.causal:
-            raise NotApplicableError("a model that reads both ways gives no label after a question")
         shared = {"most": max(self.windows), "window": self._window(context)}
         drawn = self._draw(context, 0, **shared)
         longest = max(len(one.question) for window in drawn.windows for one in window)

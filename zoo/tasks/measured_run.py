@@ -8,12 +8,13 @@ import torch
 
 from zoo.compression.compressor import Compressor, scorer_of
 from zoo.config.longrope_factors import with_found_factors
+from zoo.config.measurable import unmeasurable
 from zoo.config.schema.data import Data
-from zoo.config.schema.eval import Compress, EvalConfig
+from zoo.config.schema.eval import EvalConfig
 from zoo.config.schema.model import Extension
 from zoo.config.validate import plain
 from zoo.data.corpora import Corpus
-from zoo.errors import UserError, sentence
+from zoo.errors import UserError
 from zoo.measurement import agrees, is_quantized, lacking, not_finite
 from zoo.model.checkpoint import load
 from zoo.model.extend import extend
@@ -51,7 +52,6 @@ from zoo.tasks.task import Task
 from zoo.training.windows import open_data
 
 log = logging.getLogger("zoo")
-RANKING = "zoo.compression.longllmlingua.compress"  # needs a question
 
 
 @dataclass
@@ -107,6 +107,11 @@ class MeasuredRun:
         but for those of a leak.
         """
         opened, problem = None, _not_done(self.folder.info) or leaked_in_training(self.folder.info)
+        reasons = {name: unmeasurable(name, self.config, self.folder.config) for name in tasks}
+        if not problem and all(reasons.values()):  # there is no need to open it
+            for name, why in reasons.items():
+                yield self.about | {"task": name} | failure_row(NotApplicableError(why))
+            return
         if not problem:
             yield Begun(self.about, [*tasks])
             opened = run_guarded(self._opened)
@@ -119,12 +124,11 @@ class MeasuredRun:
         for name, task in tasks.items():
             extended = self.config.extension.name != "none"
             named = self.about | {"task": name}
-            compress = self.config.compress
-            if why := _unsuitable(task, compress):
+            if why := reasons[name]:
                 yield named | failure_row(NotApplicableError(why))
                 continue
             quantized = is_quantized(self.about["dtype"])
-            shortens = compress.method is not None
+            shortens = self.config.compress.method is not None
             code = measured_by(self.folder.config, name, extended, quantized, shortens)
             named |= {"measured_by": code}
             yield Begun(named, [*left])
@@ -229,18 +233,6 @@ class MeasuredRun:
             progress=self.progress,
             ranks=self.ranks,
         )
-
-
-def _unsuitable(task: Task, compress: Compress) -> str:
-    """Why a task has no prompt that the compression could shorten, or nothing."""
-    if compress.method is None:
-        return ""
-    if not task.compresses:
-        return f"task={task.name} has no prompt that compress={compress.name} could shorten"
-    if compress.method.target == RANKING and not task.has_question:
-        rule = "ranks documents by a question, and the prompt has none"
-        return sentence(f"compress={compress.name}", rule, "Use compress=llmlingua")
-    return ""
 
 
 def _answers(

@@ -84,6 +84,7 @@ class Perplexity(Task):
     )
     unidentifying = ("lengths", "protocols", "units", "stride", "chunk")  # a question has these
     compresses: ClassVar[bool] = True
+    both_ways: ClassVar[bool] = True
     reads_together: ClassVar[bool] = True
     lengths: Lengths | None = None
     protocols: (
@@ -154,8 +155,6 @@ class Perplexity(Task):
 
 def _check_protocol(context: EvalContext, protocol: str) -> None:
     causal = context.model.causal
-    if context.ranks.size > 1 and not causal:
-        raise NotApplicableError("a text that is read both ways is not split over processes")
     if context.compress and protocol not in PROMPTED:
         raise NotApplicableError(
             f"protocol {protocol} scores a text from its first token on: there is nothing before "

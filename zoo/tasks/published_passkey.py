@@ -33,7 +33,7 @@ from zoo.measurement import Declaration, Quantity
 from zoo.model.generation import Sampling
 from zoo.model.scoring import write_many
 from zoo.report.statistics import wilson
-from zoo.tasks.context import EvalContext, NotApplicableError, Row, check_length
+from zoo.tasks.context import EvalContext, Row, check_length
 from zoo.tasks.passkey import TIMES
 from zoo.tasks.task import STATE, Task, lengths_of
 
@@ -97,8 +97,6 @@ class PublishedPasskey(Task):
         return [{"protocol": self.protocol, "length": length} for length in lengths]
 
     def measure(self, context: EvalContext, question: Row) -> Row:
-        if not context.model.causal:
-            raise NotApplicableError("a model that reads both ways writes no answer")
         length, tokenizer = question["length"], context.corpus.tokenizer
         check_length(context.model, length)
         answer = len(tokenizer.tokens(" 12345")) + 1  # with a token of its own for the space

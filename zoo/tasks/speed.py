@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -65,6 +65,8 @@ class Speed(Task):
             STATE,
         ),
     )
+    reads: ClassVar[str] = "any"
+    both_ways: ClassVar[bool] = True
     lengths: Lengths | None = None
     decode_tokens: Count = 32
     repeats: Count = 3

@@ -72,8 +72,6 @@ class Stream(Task):
 
 def _read(context: EvalContext, tokens: int, chunk: int) -> Row:
     model, store = context.model, context.store
-    if not model.causal:
-        raise NotApplicableError("a model that reads both ways is not read in chunks")
     if not model.recurrent:
         held, read = model.state_bytes(tokens), f"{tokens:,} tokens"
         raise NotApplicableError(f"its state grows with the text, to {held:,} bytes after {read}")

@@ -38,6 +38,10 @@ class Task:
     """
 
     declares: ClassVar[Declaration]
+    # What it measures a model on, that of its training: text, examples of a task, or any.
+    reads: ClassVar[str] = "text"
+    # Whether a model can be measured that reads both ways, of objective=masked.
+    both_ways: ClassVar[bool] = False
     # Whether `measure` reads what EvalContext.compress leaves of its prompts.
     compresses: ClassVar[bool] = False
     # Whether a question ends those prompts.
