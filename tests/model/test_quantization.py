@@ -1,12 +1,17 @@
 """Weights in 8 and 4 bits: products are those of the restored weights, in every architecture."""
 
 import copy
+import io
 import json
+import pickle
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from building import train_config, train_on_text
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import zoo
 from zoo.cli.eval import main as eval_main
@@ -16,6 +21,8 @@ from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.quantization import (
     GROUP,
+    NO_MEMORY,
+    READ_ONLY,
     QuantizedWeight,
     quantize,
     quantize_cache,
@@ -88,6 +95,128 @@ def test_a_weight_given_by_name_is_multiplied_and_none_is_written_to(bits):
             write(plain["weight"] if write == weight.copy_ else 0)
     with pytest.raises(RuntimeError, match="is not written to"):
         layer.load_state_dict(plain)
+
+
+def result(weight, name):
+    """What an attribute is, called where it is a method that takes nothing else."""
+    torch.manual_seed(0)
+    found = getattr(weight, name)
+    found = found() if callable(found) else found
+    return found.restored() if isinstance(found, QuantizedWeight) else found
+
+
+def leaves(found):
+    """What is compared: numbers, and the bytes of tensors."""
+    return [
+        (x.dtype, x.detach().to_dense().resolve_conj().resolve_neg().contiguous().numpy().tobytes())
+        if isinstance(x, torch.Tensor)
+        else repr(x)
+        for x in tree_leaves(found)
+    ]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_every_method_is_that_of_the_restored_weight_or_refused_in_plain_words(bits):
+    """A square one, with an inverse: methods that need no argument, but for their own addresses."""
+    start = torch.rand(GROUP, GROUP) + 3 * torch.eye(GROUP)
+    refused, equal = set(), 0
+    for name in sorted(x for x in dir(torch.Tensor) if not x.startswith("_")):
+        weight = QuantizedWeight.of(start, bits)
+        plain = weight.restored()
+        before = plain.clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                expected = leaves(result(weight.restored(), name))
+            except Exception:
+                continue  # not for a matrix alone
+            try:
+                found = leaves(result(weight, name))
+            except RuntimeError as error:
+                found = str(error)
+        if found in (READ_ONLY, NO_MEMORY):
+            refused.add(name)
+        else:
+            assert found == expected, name
+            equal += 1
+        assert torch.equal(weight.restored(), before), name
+    assert {"data_ptr", "untyped_storage", "zero_", "requires_grad_"} <= refused
+    assert all(name.endswith("_") or "ptr" in name or "storage" in name for name in refused)
+    assert equal > 200
+
+
+WRITES = {
+    "item": lambda weight, x: weight.__setitem__(0, x[0]),
+    "out": lambda weight, x: torch.add(x, x, out=weight),
+    "list": lambda weight, x: torch._foreach_add_([weight], [x]),
+    "data": lambda weight, x: setattr(weight, "data", x),
+    "apply_": lambda weight, x: weight.apply_(abs),
+    "map_": lambda weight, x: weight.map_(x, max),
+    "flag": lambda weight, x: setattr(weight, "requires_grad", True),
+    "parameter": lambda weight, x: nn.Parameter(weight),
+    "max_norm": lambda weight, x: nn.functional.embedding(x[0].long(), weight, max_norm=1.0),
+    "vector": lambda weight, x: nn.utils.vector_to_parameters(x.flatten(), [weight]),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_no_way_to_write_to_it_is_silently_without_effect(name):
+    weight = QuantizedWeight.of(torch.randn(GROUP, GROUP), "int4")
+    with pytest.raises(RuntimeError, match="is not written to"):
+        WRITES[name](weight, torch.ones(GROUP, GROUP))
+
+
+def saved(layer, **kwargs):
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    made = nn.Linear(GROUP, GROUP, bias=False).requires_grad_(False)
+    made.load_state_dict(torch.load(file, **kwargs), assign=True)
+    return made
+
+
+def sent(layer):
+    queue = torch.multiprocessing.get_context("fork").SimpleQueue()
+    queue.put(layer)
+    return queue.get()
+
+
+MOVES = {
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "state_dict": lambda layer: saved(layer, weights_only=True),
+    "share_memory": lambda layer: layer.share_memory(),
+    "queue": sent,
+    "to cpu": lambda layer: layer.to("cpu", torch.float32),
+    "half": lambda layer: layer.half().float(),
+    "inference": torch.inference_mode()(lambda layer: layer.double().float()),
+    "double": lambda layer: layer.double().float(),
+    "meta": lambda layer: layer.to("meta"),
+}
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", MOVES)
+def test_a_module_stays_quantized_wherever_it_goes(bits, name):
+    layer = nn.Linear(GROUP, GROUP, bias=False)
+    layer.weight = nn.Parameter(QuantizedWeight.of(layer.weight, bits), False)
+    expected = layer.weight.restored()
+    found = MOVES[name](layer).weight
+    assert isinstance(found, QuantizedWeight)
+    assert isinstance(found, nn.Parameter)
+    assert not found.requires_grad
+    assert found.is_shared() == (name in ("share_memory", "queue"))
+    assert found.parts[0].is_meta or torch.equal(found.restored(), expected)
+
+
+def test_arrays_are_of_the_restored_weight():
+    weight = QuantizedWeight.of(torch.randn(GROUP, GROUP), "int4")
+    for read in (torch.from_dlpack, np.from_dlpack, np.asarray, torch.Tensor.numpy):
+        assert np.array_equal(read(weight), weight.restored())
+    index = torch.tensor([-1])
+    with pytest.raises(IndexError):
+        nn.functional.embedding(index, weight)
 
 
 def test_a_gradient_goes_through_it():

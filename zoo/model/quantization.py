@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zoo.errors import refuse
 from zoo.mixers.quantized_cache import RECENT, CacheBits, QuantizedCache
@@ -104,10 +104,12 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 class QuantizedWeight(Tensor):
-    """A matrix (n, k) that is kept in 8 or 4 bits and used like any other.
+    """A matrix (n, k) that is kept in 8 or 4 bits and read like any other.
 
-    Products and rows are taken from the bits; whatever else is done with it restores it first.
-    `parts` are the q and scales of `zoo.ops.quantized_linear`.
+    Products and rows are taken from the bits; whatever else is done with it restores it first, so
+    that a slice or view of it is a copy. It is neither written to nor trained, and has no memory of
+    its own, both of which raise `RuntimeError`: `parts` are what is kept, the q and scales of
+    `zoo.ops.quantized_linear`.
     """
 
     parts: tuple[Tensor, Tensor]
@@ -144,8 +146,21 @@ class QuantizedWeight(Tensor):
 
     def rows(self, index: Tensor) -> Tensor:
         """The rows that an embedding looks up."""
-        q, scale = self.parts
-        return restored(q[index], scale[index], self.dtype)
+        q, scale = (F.embedding(index, part) for part in self.parts)
+        return restored(q, scale, self.dtype)
+
+    def share_memory_(self) -> "QuantizedWeight":
+        """Move what is kept into memory that processes share; return the weight."""
+        for part in self.parts:
+            part.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether `share_memory_` was called."""
+        return all(part.is_shared() for part in self.parts)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self.parts, self.dtype, isinstance(self, nn.Parameter))
 
     def cut(self, chunks: int) -> "list[QuantizedWeight]":
         """As `chunk` along the outputs."""
@@ -162,12 +177,22 @@ class QuantizedWeight(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in (F.linear, F.embedding):
-            names = ("input", "weight", "bias")  # whichever way they are given
-            given = dict(zip(names, args, strict=False)) | kwargs
-            if func is F.embedding:
-                return given["weight"].rows(given["input"])
+            # whichever way they are given
+            given = dict(zip(_ARGUMENTS[func], args, strict=False)) | kwargs
+            if given.get("max_norm") is not None:
+                raise RuntimeError(READ_ONLY)
             if isinstance(given["weight"], cls):
+                if func is F.embedding:
+                    return given["weight"].rows(given["input"])
                 return _linear(given["input"], given["weight"], given.get("bias"))
+        if func in _READ:
+            return getattr(args[0].restored(), func.__name__)(*args[1:], **kwargs)
+        if func in _ADDRESSES:
+            raise RuntimeError(NO_MEMORY)
+        if func == _SET_DATA and isinstance(args[1], cls):
+            args[0].parts = args[1].parts  # as nn.Module.to and share_memory assign
+        elif func in _WRITES or (func in _TRAINS and (len(args) < 2 or args[1])):
+            raise RuntimeError(READ_ONLY)
         if func in (Tensor.chunk, torch.chunk) and len(args) == 2 and not kwargs:
             return args[0].cut(args[1])
         if func in (Tensor.new_empty, Tensor.new_zeros):
@@ -181,20 +206,62 @@ class QuantizedWeight(Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        parts = func.decompose(*args, **kwargs)  # inference mode passes composite operations whole
+        if parts is not NotImplemented:
+            return parts
         if func in (aten.detach.default, aten.alias.default):
             return cls(args[0].parts, args[0].dtype)
         if func is aten.clone.default:
             q, scale = args[0].parts
             return cls((q.clone(), scale.clone()), args[0].dtype)
-        if func is aten._to_copy.default and kwargs.keys() <= {"dtype", "device", "non_blocking"}:
+        if func is aten._to_copy.default:
             dtype = kwargs.get("dtype") or args[0].dtype  # what is restored is restored to it
-            place = {name: one for name, one in kwargs.items() if name != "dtype"}
-            q, scale = args[0].parts
-            return cls((q.to(**place), scale.to(**place)), dtype)
-        if func._schema.is_mutable and args and isinstance(args[0], cls):
-            raise RuntimeError("a quantized weight is not written to: quantize the model again")
+            place = {name: kwargs[name] for name in ("device", "non_blocking") if name in kwargs}
+            strided = kwargs.get("layout", torch.strided) in (None, torch.strided)
+            if strided and dtype.is_floating_point and not kwargs.get("pin_memory"):
+                q, scale = args[0].parts
+                return cls((q.to(**place), scale.to(**place)), dtype)
+        if func._schema.is_mutable and _is_written(func._schema, args, kwargs):
+            raise RuntimeError(READ_ONLY)
         restored = functools.partial(tree_map_only, cls, cls.restored)
         return func(*restored(args), **restored(kwargs))
+
+
+READ_ONLY = "a quantized weight is not written to or trained: quantize the model again"
+NO_MEMORY = "a quantized weight has no memory of its own: `parts` have, or a copy, `restored()`"
+
+_ARGUMENTS: dict[Callable, list[str]] = {
+    F.linear: ["input", "weight", "bias"],
+    F.embedding: ["input", "weight", "padding_idx", "max_norm"],
+}
+_READ = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}
+_ADDRESSES = {Tensor.data_ptr, Tensor.storage, Tensor.untyped_storage, Tensor._typed_storage}
+_ADDRESSES |= {Tensor.const_data_ptr}  # type: ignore[attr-defined]
+_SET_DATA, _SET_REQUIRES_GRAD = (getattr(Tensor, x).__set__ for x in ("data", "requires_grad"))
+_WRITES = {Tensor.__setitem__, Tensor.apply_, Tensor.map_, _SET_DATA}
+_TRAINS = {Tensor.requires_grad_, _SET_REQUIRES_GRAD}  # without a word or with True
+
+
+def _is_written(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a call writes to a quantized weight, alone or in a list."""
+    given = dict(zip((one.name for one in schema.arguments), args, strict=False)) | kwargs
+    return any(
+        isinstance(value, QuantizedWeight)
+        for one in schema.arguments
+        if one.alias_info is not None and one.alias_info.is_write
+        for value in tree_leaves(given.get(one.name))
+    )
+
+
+def _rebuild(
+    parts: tuple[Tensor, Tensor], dtype: torch.dtype, is_parameter: bool
+) -> QuantizedWeight:
+    """Restore one that was pickled, also by `torch.load` with weights_only."""
+    weight = QuantizedWeight(parts, dtype)
+    return nn.Parameter(weight, False) if is_parameter else weight  # type: ignore[return-value]
+
+
+torch.serialization.add_safe_globals([_rebuild])
 
 
 def _linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
