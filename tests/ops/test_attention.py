@@ -196,3 +196,14 @@ def test_operations_are_two_products_per_score_and_half_of_them_where_causal():
             attend([Part(q, k, v, causal=causal)], backend="flash")
         width = max(D, E)  # the kernel's one width for queries, keys and values
         assert counter.get_total_flops() == share * 2 * 2 * H * 32 * 32 * 2 * width
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_queries_of_no_keys_have_output_0_and_a_gradient(tokens):
+    q, k, v = (torch.ones(2, n, 3, 8, requires_grad=True) for n in (tokens, 0, 0))
+    out, lse = attend([Part(q, k, v)])
+    assert out.shape == q.shape
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+    (gradient,) = torch.autograd.grad(out.sum(), q)
+    assert not gradient.any()

@@ -12,7 +12,6 @@ import fuzz
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import UserError
@@ -286,12 +285,6 @@ def test_numbers_that_are_not_as_memory_holds_them_are_read_right():
     for lazy, plain in ((negated, -x), (nothing, torch.zeros(1, 5, 4))):
         for weights in (weight, weight.clone().requires_grad_()):
             assert torch.equal(causal_conv(lazy, weights)[0], causal_conv(plain, weights)[0])
-
-
-def test_forward_gradients_are_refused_and_not_lost():
-    x, weight = torch.randn(1, 5, 4), torch.randn(4, 3)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward gradients"):
-        causal_conv(forward_ad.make_dual(x, x), weight)
 
 
 @pytest.mark.skipif(build.platform.libc_ver()[0] != "glibc", reason="not glibc")

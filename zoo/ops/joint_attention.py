@@ -18,12 +18,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from zoo.ops.merge import merge
-from zoo.ops.runtime.dispatch import select_backend
+from zoo.ops.runtime.dispatch import is_transformed, select_backend
 
 
 def accepts(parts: Sequence[Any], backend: str) -> bool:
     """Whether these parts of one softmax get one gradient: several, whole, of one width."""
     if len(parts) < 2 or backend not in ("auto", "flash") or not torch.is_grad_enabled():
+        return False
+    if is_transformed() and backend == "auto":
         return False
     tensors = [x for part in parts for x in part[:3]]
     alike = all(x.shape[-1] == tensors[0].shape[-1] for x in tensors)

@@ -21,6 +21,7 @@ from zoo.config.domains import Range, RopeBase
 from zoo.errors import refuse
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.rotary import apply_rotary, rotate_pairs
+from zoo.ops.runtime.dispatch import is_transformed
 from zoo.positions.base import CrossLayer, Positions, placed_positions
 
 Frequencies = Sequence[float] | Tensor | Callable[[Tensor], Tensor]
@@ -76,6 +77,11 @@ def rotary_tables(
             return found
     if isinstance(positions, range):
         positions = torch.arange(positions.start, positions.stop)
+    if is_transformed():  # by torch.func, whose tensors have no bytes to be found by
+        frequencies = torch.tensor(inv_freq, dtype=torch.float64, device=positions.device)
+        table = rotary_angles(frequencies, positions)
+        cos, sin = ((attention_factor * f).to(device, dtype) for f in table)
+        return cos, sin
     at = positions.double().cpu()
     return _cached((*kind, at.numpy().tobytes(), tuple(at.shape)), at.numel(), lambda: at)
 

@@ -9,12 +9,11 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from zoo.ops.runtime import build
 from zoo.ops.runtime.build import BuildError
-from zoo.ops.runtime.dispatch import Available, shapes_only
+from zoo.ops.runtime.dispatch import UNTRANSFORMED, Available, is_transformed, shapes_only
 from zoo.ops.runtime.sizes import ceil_div
 
 MAX_THREADS = max(64, os.cpu_count() or 1)  # more gain nothing, and a system has no more to give
@@ -101,8 +100,8 @@ class CpuKernel:
         Raises `TypeError` and `ValueError` on anything that it would read or write out of bounds,
         `MemoryError` where it gets no memory.
         """
-        if forward_ad._current_level >= 0:  # they would be lost silently
-            raise NotImplementedError(f"{self.source}: no forward gradients. Use backend=torch")
+        if is_transformed():  # forward gradients would be lost silently
+            raise NotImplementedError(f"{self.source}: {UNTRANSFORMED}. Use backend=reference")
         if not tensors.keys() <= self._names:
             unknown = sorted(tensors.keys() - self._names)
             raise TypeError(f"{self.source} takes no {', '.join(unknown)}")

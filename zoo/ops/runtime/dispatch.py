@@ -4,12 +4,17 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 
+import torch
+from torch.autograd import forward_ad
+
 from zoo.errors import choose, refuse
 
 log = logging.getLogger("zoo")
 
 # True: usable. False: made for other inputs (another device). A string: why it is missing here.
 Available = bool | str | Callable[[], bool | str]
+
+UNTRANSFORMED = "it has no forward gradients and is not transformed by torch.func"
 
 _used: dict[str, list[str]] = {}
 
@@ -33,10 +38,18 @@ def select_backend(op: str, requested: str, available: Mapping[str, Available]) 
     """Return the backend of `op` to run: `requested`, or for "auto" the first that is available.
 
     Callables in `available` are called in their order until one is available, so that no kernel is
-    built for a caller who requested another backend. Logs one line the first time an op uses a
-    backend. Raises `UserError` where the requested one cannot run.
+    built for a caller who requested another backend. Inside a transform of torch.func, and while
+    forward gradients are computed, "auto" is the definition, since others have a backward of their
+    own, and kernels are refused.
+    Logs one line the first time an op uses a backend. Raises `UserError` where the requested one
+    cannot run.
     """
     choose("backend", requested, ["auto", *available], kind=f"backend of {op}")
+    if is_transformed():
+        available = {**available, "native": UNTRANSFORMED}
+        if requested == "auto":
+            definition = "reference" if "reference" in available else "torch"
+            available = {definition: available.get(definition, UNTRANSFORMED)}
     reasons = []
     for name in available if requested == "auto" else [requested]:
         usable = available[name]
@@ -48,6 +61,12 @@ def select_backend(op: str, requested: str, available: Mapping[str, Available]) 
             reasons.append(f"{name} is not available: {usable}")
     message = "; ".join(reasons) or f"{requested} does not take these inputs"
     refuse("backend", requested, f"{op} cannot run ({message})", "Use backend=auto")
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (vmap, grad) or a level of forward gradients is open."""
+    inside = torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
+    return inside is not None or forward_ad._current_level >= 0
 
 
 def used_backends() -> dict[str, str]:

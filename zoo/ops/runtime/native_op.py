@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.runtime.cpu import CpuKernel
@@ -181,9 +182,10 @@ def can_bypass_dispatcher(*inputs: Any) -> bool:
     """Return whether an op may call its kernel directly, which saves PyTorch's dispatch of 0.1 ms.
 
     That is so where no gradient is recorded and nothing acts on operators: no compiler or tracer,
-    no dispatch mode (a FLOP counter, fake tensors), no function transform, no subclass of tensors.
+    no dispatch mode (a FLOP counter, fake tensors), no function transform, no forward gradients, no
+    subclass of tensors.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return False
     grad = torch.is_grad_enabled()
     for x in inputs:
