@@ -90,6 +90,22 @@ def test_an_arm_that_has_not_learned_decides_nothing():
     assert "has not learned" in found.why
 
 
+@pytest.mark.parametrize(("alone", "verdict"), [(2.0, "holds"), (7.9, "not shown at this scale")])
+def test_what_an_extension_breaks_is_compared_and_what_never_learned_is_not(alone, verdict):
+    scores = {"pi": 7.8, "ntk": 4.0, "yarn": 3.0, "longrope": 2.0}
+    arms = {f"transformer + {name} x8": bits for name, bits in scores.items()}
+    rows = [
+        row(arm, times, bits, seed) | {"run": f"s{seed}", "tokenizer": "bytes"}
+        for times, those in ((8, arms), (1, {"transformer": alone}))
+        for arm, bits in those.items()
+        for seed in (0, 1)
+    ]
+    if alone > 7:
+        rows = [one | {"run": one["arm"]} for one in rows]  # of other weights
+    found = {each.claim.number: each.verdict for each in judge(gather(rows, []))}
+    assert found[5] == verdict
+
+
 def test_a_seed_without_an_interval_decides_nothing():
     results = rotary(3.0, 3.0)
     for one in results.rows:

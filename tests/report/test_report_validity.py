@@ -160,6 +160,21 @@ def test_a_model_that_has_not_learned_has_no_effective_context(bits, other, has_
     assert ("not learned" in as_text(results)) != has_learned
 
 
+def test_what_an_extension_breaks_has_learned_without_it_and_has_no_effective_context():
+    about = {"run": "m", "bigram_bits": 3.4}
+    under = {"run": "m", "bigram_bits": 3.4, "extension": "pi", "extension_settings": "pi"}
+    rows = [score_row("m", n, 2.0, **about) for n in (512, 1024)]
+    rows += [score_row("m", n, 5.4, **under) | {"arm": "m + pi"} for n in (512, 1024)]
+    rows += [score_row("other", n, 5.4, run="other", bigram_bits=3.4) for n in (512, 1024)]
+    results = gather(rows, [])
+    found = {label: why.words for label, why in scores.dead(results).items()}
+    assert found == {"m + pi": "is broken by its extension", "other": "has not learned"}
+    assert scores.effective_contexts(results)["m + pi"] is None
+    assert "Broken by its extension: m + pi scores 5.400" in "\n".join(banners(results))
+    lines = as_text(results).splitlines()
+    assert any(line.startswith("m + pi") and "broken" in line for line in lines)
+
+
 def test_one_seed_that_has_not_learned_is_not_hidden_in_the_mean():
     rows = [score_row("m", n, bits, seed=bits) for n in (512, 1024) for bits in (2, 2.1, 8)]
     assert scores.effective_contexts(gather(rows, []))["m"] is None

@@ -68,7 +68,9 @@ def _invalid(results: Results) -> list[str]:
         said.append(
             f"Audited for leaks to {read:,} of {length:,} tokens only: {names(arms)}. {UNSEEN}"
         )
-    said += [f"Not learned: {label} scores {why}." for label, why in dead(results).items()]
+    for label, why in dead(results).items():
+        kind = "Broken by its extension" if why.broken else "Not learned"
+        said.append(f"{kind}: {label} scores {why.score}.")
     said += _guessing(results)
     for label in results.arms:
         codes = {row["sources"] for row in results.by_arm[label] if row.get("sources")}

@@ -212,8 +212,10 @@ def _problem(results: Results, claim: Claim) -> str:
         labels = {row["label"] for row in rows}
         if len(labels) > 1:
             return f"{score.arm} was measured in {len(labels)} settings, which may not be mixed"
-        if why := next((without[label] for label in labels if label in without), None):
-            return f"{score.arm} has not learned: {why}"
+        # What an extension breaks is what claims compare; what learned nothing has nothing to lose.
+        why = next((without[label] for label in labels if label in without), None)
+        if why and not why.broken:
+            return f"{score.arm} {why}"
         if score.times == 1 and rows and all(_at_chance(score, row) for row in rows):
             return f"{score.arm} has not learned: its {score.what} is what a guess would have"
     return ""

@@ -21,7 +21,7 @@ from zoo.report.scores import bigram, dead, headline
 from zoo.report.statistics import finite
 from zoo.report.tables import costs, lengths_of, shown_quantities
 from zoo.report.timings import comparable
-from zoo.report.validity import LEAKS, NOT_AUDITED
+from zoo.report.validity import LEAKS, NOT_AUDITED, NOT_LEARNED
 from zoo.report.words import FORMS, caption, score, share, short, size
 
 MAX_ARMS = 20  # arms: as many rows as fit above the fold
@@ -29,7 +29,6 @@ ROW = 21  # pixels of an arm
 PANEL = 190  # pixels across, of a PNG
 NARROW = 4  # ticks that a panel has room for
 SPEEDS = ("milliseconds", "tokens_per_second")  # the first that was measured
-NOT_LEARNED = "has not learned"
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,9 @@ def excluded(results: Results, tested: Sequence[Panel]) -> dict[str, str]:
             found[arm] = LEAKS
         elif any(row["status"] == NOT_AUDITED for row in rows):
             found[arm] = "not audited"
-        elif arm in unlearned or all(_at_chance(panel, arm) for panel in tested):
+        elif arm in unlearned:
+            found[arm] = unlearned[arm].words
+        elif all(_at_chance(panel, arm) for panel in tested):
             found[arm] = NOT_LEARNED
         elif not any(arm in panel.values for panel in tested):
             found[arm] = "no result"

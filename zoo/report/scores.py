@@ -8,7 +8,7 @@ from zoo.measurement import is_quantized, plain_numbers
 from zoo.report.rows import Cell, Cells, Results, Row, contrast, in_words
 from zoo.report.statistics import finite
 from zoo.report.tables import Table, Td, Tied, overlapping
-from zoo.report.validity import LEAKS, unlearned
+from zoo.report.validity import LEAKS, Unlearned, unlearned
 from zoo.report.words import AT_LEAST, DASH, times
 
 PROTOCOLS = {  # the first that was measured is the headline
@@ -130,7 +130,7 @@ def context_gains(results: Results, protocol: str) -> Cells:
     places, without = results.places("perplexity", protocol=protocol), dead(results)
     return {
         label: {
-            length: Cell(reason=f"has not learned: {without[label]}")
+            length: Cell(reason=str(without[label]))
             if label in without
             else contrast(mine[NEAR], rows)
             for length, rows in mine.items()
@@ -165,7 +165,7 @@ def quantization_costs(results: Results, protocol: str) -> Cells:
     return found
 
 
-def dead(results: Results) -> dict[str, str]:
+def dead(results: Results) -> dict[str, Unlearned]:
     """Arm -> why its scores show no learning, of those that show none."""
     rows = results.where(task="perplexity", protocol=headline(results), status="ok")
     return unlearned([row for row in rows if finite(row.get("bits_per_byte"))])
@@ -192,8 +192,7 @@ def contexts(results: Results) -> Table | None:
     table, without = Table(caption, [(head, "") for head in heads]), dead(results)
     for label, own in effective_contexts(results).items():
         if own is None:
-            dull = without.get(label)
-            why = f"has not learned: {dull}" if dull else _unscored(results, label)
+            why = str(without[label]) if label in without else _unscored(results, label)
             kind = LEAKS if why.startswith(LEAKS) else "reason"
             cells = [Td(why, kind=kind, span=4)]
         else:

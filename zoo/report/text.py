@@ -103,7 +103,9 @@ def _scores_as_text(results: Results, reasons: list[str]) -> list[str]:
     def known(label: str) -> str:
         own = context_of.get(label)
         if own is None:
-            return "not learned" if label in without else "unknown"
+            if label not in without:
+                return "unknown"
+            return "broken" if without[label].broken else "not learned"
         return f"{own}{own.ends}"
 
     gained = context_gains(results, protocol)

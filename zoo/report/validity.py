@@ -16,6 +16,7 @@ Row = dict[str, Any]
 
 LEAKS = "leaks"  # the status of a row whose model saw the tokens it was to predict
 NOT_AUDITED = "not_audited"  # of one whose model may have
+NOT_LEARNED, BROKEN = "has not learned", "is broken by its extension"
 UNLEARNED = 0.05  # a score within this share of a guess without context shows no learning
 
 
@@ -127,7 +128,21 @@ def blind_guess(rows: Iterable[Mapping[str, Any]]) -> str:
     return f"a blind guess is {', '.join(each)}"
 
 
-def unlearned(rows: Sequence[Row]) -> dict[str, str]:
+class Unlearned(NamedTuple):
+    """An arm whose scores show no learning, and whether only under its extension they do not."""
+
+    score: str  # "5.428 bits per byte, where a bigram model scores 3.468"
+    broken: bool  # the same weights show it under another extension, or without one
+
+    @property
+    def words(self) -> str:
+        return BROKEN if self.broken else NOT_LEARNED
+
+    def __str__(self) -> str:
+        return f"{self.words}: {self.score}"
+
+
+def unlearned(rows: Sequence[Row]) -> dict[str, Unlearned]:
     """Arm -> why its scores show no learning, for arms of which any seed shows none.
 
     `rows` are scores in bits per byte of one protocol. The best score of a seed at any length is
@@ -136,13 +151,18 @@ def unlearned(rows: Sequence[Row]) -> dict[str, str]:
     seeds: dict[tuple[str, Any], list[Row]] = defaultdict(list)
     for row in rows:
         seeds[row["label"], row.get("seed")].append(row)
-    said: dict[str, str] = {}
-    for (label, _), own in seeds.items():
-        best = min(own, key=lambda row: row["bits_per_byte"])
-        floor = baseline(best)
-        if floor and best["bits_per_byte"] >= floor[0]:
-            said[label] = f"{best['bits_per_byte']:.3f} bits per byte, where {floor[1]}"
-    return said
+    best = {key: min(own, key=lambda row: row["bits_per_byte"]) for key, own in seeds.items()}
+    floors = {key: floor for key, row in best.items() if (floor := baseline(row))}
+    dull = {key for key, floor in floors.items() if best[key]["bits_per_byte"] >= floor[0]}
+    learned = {best[key].get("run") for key in floors if key not in dull} - {None}
+    return {
+        key[0]: Unlearned(
+            f"{best[key]['bits_per_byte']:.3f} bits per byte, where {floors[key][1]}",
+            broken=best[key].get("run") in learned,
+        )
+        for key in floors
+        if key in dull
+    }
 
 
 class Guessing(NamedTuple):
