@@ -46,6 +46,20 @@ def test_readmes_lines_run(here, monkeypatch, capsys):
     assert "<html" in (here / "report.html").read_text()
 
 
+def test_rows_that_other_code_measured_are_counted_aloud_or_marked(here, monkeypatch, caplog):
+    run = here / "runs/my-run"
+    current, marked = zoo.rows(run), zoo.rows(run, other_code=True)
+    assert marked == [row | {"other_code": False} for row in current]
+    assert not caplog.messages
+    monkeypatch.setattr("zoo.tasks.known.measured_by", lambda *_: "another version")
+    assert zoo.rows(run) == []
+    (line,) = caplog.messages
+    assert line.startswith(f"{run}: {len(current)} rows that other code measured are left out")
+    assert zoo.rows(run, other_code=True) == [row | {"other_code": True} for row in current]
+    with pytest.raises(UserError, match="has nothing measured by the code of now"):
+        zoo.write_report(run, here / "none.html")
+
+
 def test_logits_are_the_models_and_may_be_changed(here):
     model = zoo.load(here / "runs/my-run", device="cpu")
     logits = model.logits("abc")

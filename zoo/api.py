@@ -20,17 +20,24 @@ HIDDEN = ("declares", "question")  # for those who draw a row, not for those who
 Pattern = str | Path | Sequence[str | Path]
 
 
-def rows(pattern: Pattern, folder: str | Path = "runs") -> list[dict[str, Any]]:
+def rows(
+    pattern: Pattern, folder: str | Path = "runs", other_code: bool = False
+) -> list[dict[str, Any]]:
     """What was measured of runs: one dictionary for each row, as pandas.DataFrame takes them.
+
+    Rows that another version of the code measured are left out, with a warning of how many.
 
     Args:
         pattern: a run folder, a pattern such as "runs/*", or a list of them.
         folder: where run folders are looked for that are not found as they are written.
+        other_code: whether to include these, where the code of now has answered nothing; each row
+            then has a field `other_code` that says what it is.
 
     Raises:
         UserError: where a pattern names no run, or a run is damaged.
     """
-    found, _ = all_known(_found(pattern, folder))
+    check("other_code", other_code, bool)
+    found, _ = all_known(_found(pattern, folder), other_code)
     return [{name: one for name, one in row.items() if name not in HIDDEN} for row in found]
 
 

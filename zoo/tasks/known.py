@@ -1,5 +1,6 @@
 """Find what a run's results already hold beside what is requested now."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,13 +16,18 @@ from zoo.tasks.context import Row
 from zoo.tasks.identity import EXTENDED, SHORTENED, row_identity, trained_settings
 from zoo.tasks.leaks import is_leak
 
+log = logging.getLogger("zoo")
+
 MEASURED_BY = ("device", "dtype", "threads", "ranks")  # what may differ between answers
 
 
-def all_known(folders: Sequence[RunFolder]) -> tuple[list[Row], list[Row]]:
+def all_known(
+    folders: Sequence[RunFolder], other_code: bool = False
+) -> tuple[list[Row], list[Row]]:
     """The latest answers that run folders hold, by the weights and code of now, and their records.
 
-    Raises UserError for a folder that is damaged.
+    Of questions that only other code has answered, the answers are among them with `other_code`,
+    a field that says so; else their number is logged. Raises UserError for a damaged folder.
     """
     rows, runs = [], []
     none = Extension.model_validate(extensions()["none"])
@@ -29,7 +35,15 @@ def all_known(folders: Sequence[RunFolder]) -> tuple[list[Row], list[Row]]:
         about = row_identity(none, folder, torch.device("cpu"))
         runs.append(run_record(about, folder))
         weights = {k: v for k, v in about.items() if k not in MEASURED_BY}
-        found = known_besides(folder, weights, [])
+        found = [*known_besides(folder, weights, [])]
+        of_now = [*map(_answered, found)]
+        every = known_besides(folder, weights, [], any_code=True)
+        others = [row for row in every if row.get("other_code") and _answered(row) not in of_now]
+        if other_code:
+            found = [row | {"other_code": False} for row in found] + others
+        elif others:
+            rule = "rows that other code measured are left out"
+            log.warning("%s: %d %s. Run zoo eval on it again.", folder.path, len(others), rule)
         rows += [{k: v for k, v in row.items() if k != "requested"} for row in found]
     return rows, runs
 
@@ -50,11 +64,21 @@ def every_current(folders: Sequence[RunFolder]) -> tuple[list[Row], list[Row]]:
     return rows, runs
 
 
-def _of_now(folder: RunFolder, rows: Sequence[Row], weights: Row) -> list[Row]:
-    """The successful rows of these weights that the code of now measured."""
+def _of_now(
+    folder: RunFolder, rows: Sequence[Row], weights: Row, any_code: bool = False
+) -> list[Row]:
+    """The successful rows of these weights that the code of now measured; with `any_code` those of
+    all code, with a field that says whether it was other code."""
     rows = [row for row in rows if agrees(row, weights | {"status": "ok"})]
     now = {kind: measured_by(folder.config, *kind) for kind in set(map(_kind, rows))}
+    if any_code:
+        return [row | {"other_code": row.get("measured_by") != now[_kind(row)]} for row in rows]
     return [row for row in rows if row.get("measured_by") == now[_kind(row)]]
+
+
+def _answered(row: Row) -> Row:
+    """What a row answers: by which it and another's of other code are the same."""
+    return {"task": row["task"], "place": _place(row), "question": question(row)}
 
 
 def require_known(
@@ -75,13 +99,16 @@ def run_record(about: Row, folder: RunFolder) -> Row:
     return about | folder.info | trained
 
 
-def known_besides(folder: RunFolder, about: Row, requested: Sequence[Row]) -> Iterator[Row]:
+def known_besides(
+    folder: RunFolder, about: Row, requested: Sequence[Row], any_code: bool = False
+) -> Iterator[Row]:
     """Yield the latest answers of the same weights and code to what was not requested now.
 
     These are the answers to the same questions under other extensions, and those to the questions
     of other tasks, at each length under the settings of the latest answer there. Of an extension
-    under which a leak was seen after the last answer, the row that says so stands for all. Where
-    the weights or the cache have fewer bits now, the answers in plain numbers are among them.
+    under which a leak was seen after the last answer, the row that says so stands for all. With
+    `any_code` answers of all code are among them, and say whether it was other code. Where the
+    weights or the cache have fewer bits now, the answers in plain numbers are among them.
     """
     apart, dtype = (*EXTENDED, *SHORTENED), about.get("dtype")
     alike = {name: value for name, value in about.items() if name not in apart}
@@ -92,7 +119,7 @@ def known_besides(folder: RunFolder, about: Row, requested: Sequence[Row]) -> It
     numbers = {dtype, plain_numbers(dtype)} if dtype else None  # None: any
     rows = [row for row in every if numbers is None or row.get("dtype") in numbers]
     rows = [row for row in rows if row["extension_settings"] not in leaks.keys() - now_known]
-    rows = _of_now(folder, rows, {k: v for k, v in alike.items() if k != "dtype"})
+    rows = _of_now(folder, rows, {k: v for k, v in alike.items() if k != "dtype"}, any_code)
     others: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: str(row.get("time"))):
         requested_now = row["task"] in {one["task"] for one in requested}
