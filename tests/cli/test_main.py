@@ -1,5 +1,6 @@
 """Every program begins in `zoo.__main__`."""
 
+import re
 import subprocess
 import sys
 
@@ -25,6 +26,8 @@ def test_the_package_explains_its_programs(flag, capsys):
         "doctor foo": "zoo doctor foo: must be `zoo doctor`, without arguments.",
         "list modles": "--list=modles: unknown kind. Did you mean 'models'? ",
         "train --list=models": "--list=models: unknown flag. See --help.",
+        "training-free": "zoo training-free: no factor: must be one factor >= 1, such as 8.",
+        "patterns /proc/x": "folder=/proc/x: cannot be written (/proc: No such file or directory)",
     }.items(),
 )
 def test_a_mistake_is_one_line_with_exit_code_2(words, message, capsys):
@@ -33,6 +36,19 @@ def test_a_mistake_is_one_line_with_exit_code_2(words, message, capsys):
     assert not out
     assert message in error
     assert error.count("\n") == 1
+
+
+# What these do without a word is their plain form; each has a test of its own.
+ALONE = {"train", "study", "doctor", "list", "report", "patterns"}
+
+
+@pytest.mark.parametrize("program", sorted({*PROGRAMS} - ALONE))
+def test_a_program_that_needs_words_asks_for_them_in_one_line(program, capsys):
+    assert main([program]) == 2
+    out, error = capsys.readouterr()
+    assert not out
+    assert error.count("\n") == 1
+    assert re.search(r"must be|is needed", error)
 
 
 def test_doctor_explains_itself(capsys):

@@ -155,7 +155,9 @@ def main(argv: Sequence[str]) -> int:
             f"zoo patterns {' '.join(argv)}: must be one folder and options. See --help."
         )
     folder = Path(folders[0] if folders else "patterns")
-    check_place("folder", str(folder / "extensions.png"))
+    check_place("folder", str(folder))
+    if folder.is_dir():
+        check_place("folder", str(folder / "extensions.png"))
     drawn = one_pattern(options) if options else sheets()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
     except ValueError:
         good = False
     if not good:
-        raise UserError(f"zoo training-free {' '.join(argv)}: must be one factor >= 1, such as 8.")
+        words = " ".join(argv) or "no factor"
+        raise UserError(f"zoo training-free: {words}: must be one factor >= 1, such as 8.")
     for options in training_free(argv[0]):
         sys.stdout.write(" ".join(options) + "\n")
     return 0

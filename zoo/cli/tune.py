@@ -23,7 +23,7 @@ from zoo.cli.guard import run_program
 from zoo.cli.train import check, job
 from zoo.config.schema.train import TrainConfig
 from zoo.console import label, say
-from zoo.errors import refuse_path
+from zoo.errors import UserError, refuse_path
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import identity, run_name
 from zoo.runs.metrics import read_metrics
@@ -94,11 +94,13 @@ class Tuned:
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune and train all arms; returns the exit code, 1 where an arm has no rate that works."""
     words = sys.argv[1:] if argv is None else list(argv)
-    return run_program("zoo tune", USAGE.lstrip(), words or ["--help"], tune)
+    return run_program("zoo tune", USAGE.lstrip(), words, tune)
 
 
 def tune(words: list[str]) -> int:
     """Carry the command out; see the module."""
+    if not words:
+        raise UserError("experiment=: must be given. See zoo tune --help.")
     return tune_arms(group(composed_arms("train", words, check)))
 
 
