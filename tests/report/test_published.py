@@ -39,8 +39,8 @@ def test_rows_and_records_come_back(table):
 
 def test_runs_that_a_table_has_stay_in_it_and_those_measured_again_are_replaced(table):
     mine = rows("b", accuracy=0.5) + rows("c")
-    tree, kept = published.added(table, mine, [run("b", lr=2e-3), run("c")])
-    assert kept == 1
+    tree, anew = published.added(table, mine, [run("b", lr=2e-3), run("c")])
+    assert anew == ["b"]
     table.write_text(published.text(tree))
     found, runs = published.unpack(published.read("t"))
     assert [(each["run"], each["lr"]) for each in runs] == [("a", 1e-3), ("b", 2e-3), ("c", 1e-3)]
@@ -50,6 +50,53 @@ def test_runs_that_a_table_has_stay_in_it_and_those_measured_again_are_replaced(
     other = published.read("t") | {"machine": "another"}
     table.write_text(published.text(other))
     assert published.added(table, rows("c"), [run("c")])[0]["machine"].startswith("another; ")
+
+
+def test_what_a_run_was_asked_before_stays_unless_it_was_trained_again(table):
+    plain = published.pack("t", rows("a", dtype="float32"), [run("a")])
+    table.write_text(published.text(plain))
+    again = rows("a", dtype="int8")[:1] + rows("a", dtype="float32", accuracy=0.75)[1:]
+    table.write_text(published.text(published.added(table, again, [run("a")])[0]))
+    found = [row for row in published.unpack(published.read("t"))[0] if row["run"] == "a"]
+    numbers = [(row.get("dtype"), row["length"], row["accuracy"]) for row in found]
+    assert numbers == [("float32", 16, 1 / 16), ("int8", 16, 1 / 16), ("float32", 32, 0.75)]
+    tree, anew = published.added(table, again[1:], [run("a", valid_loss=0.4)])
+    assert anew == ["a"]
+    assert len([row for row in published.unpack(tree)[0] if row["run"] == "a"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "other"),
+    [(["c", "c"], {}), (["c", "a"], {"size": "small"}), (["a"], {"seed": 1})],
+)
+def test_two_runs_of_one_name_are_refused(table, names, other):
+    record = {"seed": None, "size": "tiny"} | other
+    runs = [(name, record["seed"], {"size": record["size"]}) for name in names]
+    with pytest.raises(UserError, match=f"publish={table}: would have two runs named [ac]"):
+        published.check_names(table, runs)
+    published.check_names(table, [("a", None, {"size": "tiny"}), ("c", 1, {})])
+
+
+DAMAGE = {
+    "no machine": lambda tree: tree.pop("machine"),
+    "machine": lambda tree: tree.update(machine=3),
+    "version": lambda tree: tree.update(format="1"),
+    "true": lambda tree: tree.update(format=True),
+    "runs": lambda tree: tree.update(runs={}),
+    "no run": lambda tree: tree["runs"][0].pop("run"),
+    "rows": lambda tree: tree["runs"][0].update(rows={}),
+    "no status": lambda tree: tree["common"].pop("status"),
+    "twice": lambda tree: tree["runs"].append(tree["runs"][0]),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_table_is_refused(table, kind):
+    tree = json.loads(table.read_text())
+    DAMAGE[kind](tree)
+    table.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="is no published table"):
+        published.read("t")
 
 
 def test_what_all_rows_share_is_written_once(table):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import choose, refuse, refuse_path
+from zoo.measurement import replaces
 
 Row = dict[str, Any]
 
@@ -62,20 +63,52 @@ def unpack(tree: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
     return rows, runs
 
 
-def added(path: Path, rows: Iterable[Row], runs: Iterable[Row]) -> tuple[dict[str, Any], int]:
-    """The tree of a file that has these rows and records too, and how many runs it had before.
+def added(path: Path, rows: Iterable[Row], runs: Iterable[Row]) -> tuple[dict[str, Any], list[str]]:
+    """The tree of a file that has these rows and records too, and the runs it had before.
 
-    Runs of the file that are not among these stay in it, so that a long study is published arm by
-    arm; what it has of these is replaced.
+    What the file has stays in it, so that a long study is published arm by arm, but for rows that
+    are measured again now, and for those of a run that was trained again since.
     """
-    rows, runs = [*rows], [*runs]
+    rows, runs = json.loads(json.dumps([*rows])), [*runs]
     tree = read_file(path) if path.exists() else {"common": {}, "runs": []}
-    measured = {run.get("run") for run in runs}
-    tree["runs"] = [run for run in tree["runs"] if run.get("run") not in measured]
     kept_rows, kept = unpack(tree)
+    trained = {run["run"]: _training(run) for run in runs}
+    anew = {run["run"] for run in kept if trained.get(run["run"], _training(run)) != _training(run)}
+    measured: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        measured[row["run"]].append(row)
+    kept_rows = [
+        row
+        for row in kept_rows
+        if row["run"] not in anew and not any(replaces(now, row) for now in measured[row["run"]])
+    ]
+    kept = [run for run in kept if run["run"] not in trained]
     packed = pack(path.stem, kept_rows + rows, kept + runs)
-    machines = [tree["machine"], packed["machine"]] if kept else [packed["machine"]]
-    return packed | {"machine": "; ".join(dict.fromkeys(machines))}, len(kept)
+    machines = [tree["machine"], packed["machine"]] if kept_rows else [packed["machine"]]
+    return packed | {"machine": "; ".join(dict.fromkeys(machines))}, sorted(anew)
+
+
+def _training(run: Row) -> Row:
+    """What a record says of how its weights came to be, as JSON has it."""
+    said = ("arm", "status", "reason")
+    found = {key: run[key] for key in RECORD if run.get(key) is not None and key not in said}
+    return json.loads(json.dumps(found))
+
+
+def check_names(path: Path, runs: Iterable[tuple[str, int, Row]]) -> None:
+    """Refuse runs, each its name, seed and settings, of which two have one name, or one that of
+    another run in the file."""
+    known = {}
+    if path.exists():
+        theirs = unpack(read_file(path))[1]
+        known = {run["run"]: (run.get("seed"), run.get("settings")) for run in theirs}
+    own: set[str] = set()
+    for name, seed, settings in runs:
+        mine = (seed, json.loads(json.dumps(settings)))
+        if name in own or known.get(name, mine) != mine:
+            rule = f"would have two runs named {name}"
+            refuse("publish", str(path), rule, "Rename the folder of one, or name another file")
+        own.add(name)
 
 
 def text(tree: Mapping[str, Any]) -> str:
@@ -96,12 +129,27 @@ def read_file(path: Path) -> dict[str, Any]:
     """A file of published rows. UserError where there is none or it is damaged."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        if tree["format"] != FORMAT:
-            raise ValueError(f"it has format {tree['format']}, not {FORMAT}")
-        unpack(tree)
+        if (type(tree["format"]), tree["format"]) != (int, FORMAT):  # True equals 1
+            raise ValueError(f"it has format {tree['format']!r}, not {FORMAT}")
+        _check(tree)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         refuse_path(path, f"is no published table ({error})", "Name one of zoo report's list.")
     return tree
+
+
+def _check(tree: Mapping[str, Any]) -> None:
+    """Raise one of several errors for a tree that is not of `pack`'s form."""
+    rows, runs = unpack(tree)
+    names = [run["run"] for run in runs]
+    if len(names) != len({*names}):
+        raise ValueError("it has two runs of one name")
+    texts = [tree["machine"], *names, *(row[key] for row in rows for key in ("task", "status"))]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a name is no text")
+    if not all(
+        isinstance(part, list) for part in (tree["runs"], *(r["rows"] for r in tree["runs"]))
+    ):
+        raise ValueError("runs and rows must be lists")
 
 
 def require(fingerprints: Container[Any]) -> None:

@@ -27,6 +27,7 @@ from zoo.runs.folder import RunFolder
 from zoo.runs.rows import time_of_now
 from zoo.tasks.context import EvalContext, Row
 from zoo.tasks.extensions import check_extension
+from zoo.tasks.identity import trained_settings
 from zoo.tasks.isolation import Apart, Begun, Measure, Measured, Steps, here, measure_each
 from zoo.tasks.known import known_besides, other_lengths
 from zoo.tasks.measured_run import MeasuredRun
@@ -70,8 +71,9 @@ def evaluate(
         refuse("sequence_parallel", ranks, rule, "Leave it out")
     if config.against:
         published.require({folder.info.get("fingerprint") for folder in folders})
-    if config.publish and (table := Path(config.publish)).exists():
-        published.read_file(table)
+    if config.publish:
+        named = [(one.name, one.config.seed, trained_settings(one)) for one in folders]
+        published.check_names(Path(config.publish), named)
     if config.report and (pictures := pictures_folder(Path(config.report))).is_file():
         raise UserError(
             f"report={config.report}: its pictures go to the folder {pictures}, which is a file. "
@@ -193,11 +195,11 @@ def _report(
     """Write the report and mirror it as configured; `say` the table and the report's file."""
     if config.publish:
         table = Path(config.publish)
-        tree, kept = published.added(table, rows, runs)
+        tree, anew = published.added(table, rows, runs)
         table.parent.mkdir(parents=True, exist_ok=True)
         write_text(table, published.text(tree))
-        if kept:
-            log.info("%s: %d runs of before stay in it", table, kept)
+        for name in anew:
+            log.warning("%s: %s was trained again; what it had is gone from the table", table, name)
     theirs, their_runs, differing = published.beside(rows) if config.against else ([], [], [])
     for line in differing:
         log.warning("%s", line)
