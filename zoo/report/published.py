@@ -69,13 +69,14 @@ def added(path: Path, rows: Iterable[Row], runs: Iterable[Row]) -> tuple[dict[st
     What the file has stays in it, so that a long study is published arm by arm, but for rows that
     are measured again now, and for those of a run that was trained again since.
     """
-    rows, runs = json.loads(json.dumps([*rows])), [*runs]
+    new_rows: list[Row] = json.loads(json.dumps([*rows]))
+    new_runs = [*runs]
     tree = read_file(path) if path.exists() else {"common": {}, "runs": []}
     kept_rows, kept = unpack(tree)
-    trained = {run["run"]: _training(run) for run in runs}
+    trained = {run["run"]: _training(run) for run in new_runs}
     anew = {run["run"] for run in kept if trained.get(run["run"], _training(run)) != _training(run)}
     measured: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
+    for row in new_rows:
         measured[row["run"]].append(row)
     kept_rows = [
         row
@@ -83,7 +84,7 @@ def added(path: Path, rows: Iterable[Row], runs: Iterable[Row]) -> tuple[dict[st
         if row["run"] not in anew and not any(replaces(now, row) for now in measured[row["run"]])
     ]
     kept = [run for run in kept if run["run"] not in trained]
-    packed = pack(path.stem, kept_rows + rows, kept + runs)
+    packed = pack(path.stem, kept_rows + new_rows, kept + new_runs)
     machines = [tree["machine"], packed["machine"]] if kept_rows else [packed["machine"]]
     return packed | {"machine": "; ".join(dict.fromkeys(machines))}, sorted(anew)
 
