@@ -49,6 +49,26 @@ def test_the_runs_of_a_recipe_are_named_in_its_folder(name):
             assert all(word.startswith(f"{key}runs/{name}") for word in placed)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    {
+        "yarn_twice model=mamba": "extension=yarn: acts on positions=",
+        "dca_over_pi model=alibi": "extension=pi: acts on positions=",
+        "dca_over_pi seq_len=32 batch_tokens=64": "batch_tokens=64: must be at least 128, the win",
+        "yarn_twice seed=0,1": "seed=0,1: names several values",
+        "longformer_staged size=tiny,small": "size=tiny,small: names several values",
+    }.items(),
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first(
+    words, message, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_recipe_that_is_none_is_refused_in_one_line(capfd):
     assert main(["yarn_twise"]) == 2
     assert "Did you mean 'yarn_twice'?" in capfd.readouterr().err

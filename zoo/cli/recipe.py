@@ -21,7 +21,8 @@ from collections.abc import Sequence
 import yaml
 
 from zoo.cli.guard import run_program
-from zoo.config.compose import compose
+from zoo.config.applicability import check_applies, position_schemes
+from zoo.config.compose import compose, composing, parse
 from zoo.config.groups import CONFIGS, choices
 from zoo.config.tree import within
 from zoo.console import say
@@ -77,13 +78,25 @@ def _check(name: str, found: Sequence[tuple[str, list[str]]], given: Sequence[st
             refuse(key, value, f"{name} sets it in each of its stages", "Leave it out")
         if not any(word in step for _, step in found):
             refuse(key, value, f"no stage of {name} takes it", "Leave it out")
+    with composing("train"):
+        several = [one for one in parse(given) if one.is_sweep_override()]
+    for one in several:
+        value = str(one.input_line).partition("=")[2]
+        refuse(one.key_or_group, value, "names several values, and a recipe takes one", "Give one")
+    base = compose("train", found[0][1])
     for program, step in found:
         keys = {word.partition("=")[0] for word in step}
         of_model = [word for word in first if word.partition("=")[0] not in keys]
-        if program == "train":
-            compose("train", [*step, *of_model])
-        else:
-            compose("eval", step)
+        if program == "eval":
+            check_applies(compose("eval", step).extension, position_schemes(base.model))
+            continue
+        config = compose("train", [*step, *of_model])
+        check_applies(config.extension, position_schemes(base.model))
+        placed = config.extension.positions is not None  # windows stay as long as before
+        window = base.seq_len * (1 if placed else config.extension.factor)
+        if "batch_tokens" in keys and "seq_len" not in keys and config.batch_tokens < window:
+            rule = f"must be at least {window:.0f}, the windows of {config.name}"
+            refuse("batch_tokens", config.batch_tokens, rule, "Use more, or a smaller seq_len")
 
 
 def steps(name: str, given: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
