@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zoo.model.generation import Sampling, Writer
-from zoo.model.scoring import likelihoods, write_many
+from zoo.data.tokenizers import BYTE_TOKENIZER
+from zoo.model.generation import Sampling, Writer, until
+from zoo.model.scoring import finished_text, likelihoods, write_many
 from zoo.model.shared_prefixes import Read, plan, walk
 
 NAMES = ["transformer", "mamba", "hybrid", "rwkv7", "xpos"]
@@ -126,3 +127,22 @@ def test_long_stretches_are_read_in_chunks(tiny, monkeypatch):
     with torch.no_grad():
         sizes = [r.x.shape[1] for r in walk(model, texts, plan(texts)) if isinstance(r, Read)]
     assert sizes == [7] * 7 + [1]
+
+
+@pytest.mark.parametrize("stop", ["\ufffd", "é", "\ufffd\ufffd", "ab"])
+def test_a_text_stops_where_it_does_token_by_token(stop):
+    """A character that is not finished yet is shown as U+FFFD, and is none."""
+    generator = torch.Generator().manual_seed(0)
+    letters = torch.tensor([*"abé€".encode(), 0xE2, 0xFF])
+    stopped = 0
+    for _ in range(200):
+        written = letters[torch.randint(len(letters), (12,), generator=generator)].tolist()
+        texts = [finished_text(BYTE_TOKENIZER, [], written[: n + 1]) for n in range(12)]
+        ends = next((n + 1 for n, text in enumerate(texts) if stop in text), 12)
+        many, alone = (
+            "".join(until(BYTE_TOKENIZER.decode(part), [stop]))
+            for part in (written[:ends], written)
+        )
+        assert many == alone
+        stopped += ends < 12
+    assert stopped

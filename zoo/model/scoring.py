@@ -173,6 +173,18 @@ def _read_prompts(
             yield text, model.head(x[0, -1]), state
 
 
+def finished_text(tokenizer: Tokenizer, before: Tokens, written: Tokens) -> str:
+    """The text so far without a character at its end that the next tokens may finish."""
+    read_all = []
+
+    def source() -> Iterator[int]:
+        yield from written
+        read_all.append(True)
+
+    # What comes after the last token is asked for is the unfinished character's stand-in.
+    return "".join(piece for piece in tokenizer.decode(source(), before) if not read_all)
+
+
 def write_texts(
     model: Backbone,
     tokenizer: Tokenizer,
@@ -189,7 +201,7 @@ def write_texts(
     def ends(before: Tokens, written: Tokens) -> bool:
         if written[-1] == tokenizer.end:
             return True
-        text = "".join(tokenizer.decode(written, before)) if stop else ""
+        text = finished_text(tokenizer, before, written) if stop else ""
         return any(word in text for word in stop)
 
     how = {"tokens": tokens, "sampling": sampling, "rows": rows, "precision": precision}
