@@ -110,6 +110,7 @@ def test_a_checkpoint_needs_no_text(tmp_path):
         ({"words": ["extension=yarm"]}, "extension=yarm"),
         ({"words": ["extension=pose", "extension.factor=2"]}, "is a way to train"),
         ({"words": ["task=speed"]}, "task=speed: is no option of an extension"),
+        ({"words": ["weights=int8"]}, "no option of an extension. Give weights= as an argument"),
         ({"words": ["extension=alibi_interpolation", "extension.factor=2"]}, "alibi"),
         ({"device": "cuda:7"}, "device=cuda:7"),
         ({"path": "nothing"}, "nothing: is no run and no checkpoint"),

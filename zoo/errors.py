@@ -92,7 +92,8 @@ def refuse_unknown(
     allowed = list(allowed)
     guess = nearest(str(name), allowed) if guess is None else guess
     hint = f"Did you mean {guess!r}? " if guess else ""
-    raise UserError(sentence(setting, f"unknown {kind}", f"{hint}Use one of: {', '.join(allowed)}"))
+    rest = f"Use one of: {', '.join(allowed)}" if allowed else "There is none"
+    raise UserError(sentence(setting, f"unknown {kind}", f"{hint}{rest}"))
 
 
 def choose(option: str, name: str, allowed: Iterable[str], kind: str | None = None) -> str:

@@ -221,7 +221,10 @@ def load_language_model(
     for word in words:
         check("words", word, str)
         if not word.startswith(("extension=", "extension.")):
-            refuse("words", word, "is no option of an extension", "Use extension=<name>")
+            name = word.partition("=")[0]
+            named = name in ("device", "weights", "kv_cache")
+            advice = f"Give {name}= as an argument" if named else "Use extension=<name>"
+            refuse("words", word, "is no option of an extension", advice)
     place, where = Path(path), pick_device(device)
     options = [*words, f"weights={'null' if weights is None else weights}"]
     chosen = compose("eval", ["run=x", *options])
