@@ -155,6 +155,7 @@ ALLOWED = {  # the odd values that mean something
     "seed": [0],
     "weights": [None],
     "kv_cache": [None],
+    "other_code": [True],
     "words": [],
     "folder": [
         "",
