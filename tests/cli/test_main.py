@@ -43,7 +43,7 @@ ALONE = {"train", "study", "doctor", "list", "report", "patterns"}
 
 
 @pytest.mark.parametrize("program", sorted({*PROGRAMS} - ALONE))
-def test_a_program_that_needs_words_asks_for_them_in_one_line(program, capsys):
+def test_a_program_without_the_words_it_needs_is_refused_in_one_line(program, capsys):
     assert main([program]) == 2
     out, error = capsys.readouterr()
     assert not out

@@ -52,7 +52,7 @@ def test_runs_that_a_table_has_stay_in_it_and_those_measured_again_are_replaced(
     assert published.added(table, rows("c"), [run("c")])[0]["machine"].startswith("another; ")
 
 
-def test_what_a_run_was_asked_before_stays_unless_it_was_trained_again(table):
+def test_earlier_rows_of_a_run_stay_unless_it_was_trained_again(table):
     plain = published.pack("t", rows("a", dtype="float32"), [run("a")])
     table.write_text(published.text(plain))
     again = rows("a", dtype="int8")[:1] + rows("a", dtype="float32", accuracy=0.75)[1:]

@@ -181,7 +181,7 @@ def finished_text(tokenizer: Tokenizer, before: Tokens, written: Tokens) -> str:
         yield from written
         read_all.append(True)
 
-    # What comes after the last token is asked for is the unfinished character's stand-in.
+    # What comes after the end of the source is the unfinished character's stand-in.
     return "".join(piece for piece in tokenizer.decode(source(), before) if not read_all)
 
 
