@@ -1,7 +1,13 @@
 """An exclusive lock on an open file, which goes with the process that holds it."""
 
+import os
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any
+
+from zoo.errors import refuse
 
 try:
     import fcntl
@@ -22,6 +28,30 @@ def lock_file(file: IO, *, wait: bool) -> None:
         if not wait:
             raise BlockingIOError(f"{file.name} is locked")
         time.sleep(PAUSE)
+
+
+@contextmanager
+def alone_on_machine() -> Iterator[None]:
+    """Wait until no other process of this machine is in here; on Windows, for none.
+
+    What is locked is the folder of temporary files, so that nothing is left behind. UserError where
+    its file system has no locks.
+    """
+    if fcntl is None:
+        yield
+        return
+    path, folder = tempfile.gettempdir(), -1
+    try:
+        try:
+            folder = os.open(path, os.O_RDONLY)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        except OSError as error:
+            rule = f"must be a folder that can be locked ({error.strerror})"
+            refuse("TMPDIR", path, rule, "Use one of this machine's own file systems")
+        yield
+    finally:
+        if folder >= 0:
+            os.close(folder)
 
 
 def _lock_byte(file: IO) -> bool:

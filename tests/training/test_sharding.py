@@ -3,15 +3,28 @@
 That they train what one process does is in test_ranks.
 """
 
+import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
 import pytest
-from building import train_config
+import torch
+import torch.distributed as dist
+from building import train_config, write_text
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from zoo.config.validate import plain
 from zoo.errors import UserError
+from zoo.model.build import build_model
 from zoo.runs.folder import RunFolder
 from zoo.runs.resume import resumed
 from zoo.training import partition
 from zoo.training.partition import process_count, sharded
+from zoo.training.sharding import cut, shard
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -68,3 +81,65 @@ def test_parts_are_refused_of_weights_that_are_not_divided():
         UserError, match=r"^trainer\.checkpoint=sharded: .* Add it, or use whole\.$"
     ):
         train_config("trainer=ddp", "trainer.checkpoint=sharded")
+
+
+@pytest.mark.parametrize("words", [["model=mamba"], ["model=transformer", "model.sink_token=true"]])
+def test_parts_of_all_processes_are_the_whole_bit_for_bit_and_nothing_else_is_kept(words):
+    config, count = train_config(*words, "size=tiny", "seq_len=32", "match=none"), 3
+
+    def built():
+        torch.manual_seed(0)
+        return build_model(config, 256)[0]
+
+    whole, several = built(), []
+    marks = [vars(weight) for weight in whole.parameters()]
+    assert any(marks)
+    for index in range(count):
+        model = built()
+        weights = [weakref.ref(weight) for weight in model.parameters()]
+        several.append(cut(model, index, count))
+        assert not any(weight() for weight in weights)
+        assert [vars(weight) for weight in model.parameters()] == marks
+        assert all(weight.is_meta for weight in model.parameters())
+        assert model.head.weight is model.embedding.weight
+    parts: list[Tensor] = [
+        torch.cat(every) for every in zip(*(one.values() for one in several), strict=True)
+    ]
+    assert all(map(torch.equal, parts, whole.parameters()))
+    sizes = [sum(p.untyped_storage().nbytes() for p in one.values()) for one in several]
+    assert max(sizes) < 0.4 * sum(sizes)
+
+
+def test_divided_weights_have_the_values_and_the_marks_of_the_whole(tmp_path):
+    config = train_config("model=mamba", "size=tiny", "seq_len=32", "match=none")
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        model = build_model(config, 256)[0]
+        marks = [dict(vars(weight)) for weight in model.parameters()]
+        values = [weight.detach().clone() for weight in model.parameters()]
+        assert any(marks)
+        mesh = init_device_mesh("cpu", (1,))
+        shard(model, cut(model, 0, 1), model.blocks, (), mesh, alike=True)
+        for weight, mark, value in zip(model.parameters(), marks, values, strict=True):
+            assert vars(weight).items() >= mark.items()
+            assert isinstance(weight, DTensor)
+            assert torch.equal(weight.full_tensor(), value)
+        assert model.head.weight is model.embedding.weight
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_hold_the_whole_model_one_after_another_and_then_their_parts(tmp_path):
+    write_text(tmp_path)
+    command = [sys.executable, str(Path(__file__).with_name("peaks.py"))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((tmp_path / f"parts-{rank}.json").read_text()) for rank in (0, 1)]
+    first, second = sorted(found, key=lambda one: one["before"][0])
+    assert first["cut"][0] <= second["before"][0]
+    for one in found:
+        whole = one["built"][1] - one["before"][1]
+        assert whole > 190 * 2**20
+        assert one["cut"][1] - one["before"][1] < 0.65 * whole

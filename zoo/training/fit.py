@@ -5,7 +5,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from zoo.data.corpora import Corpus
 from zoo.data.examples import SyntheticData
 from zoo.devices import cuda_line, prepare
 from zoo.errors import RunError, refuse, refuse_path
-from zoo.model.backbone import Backbone
+from zoo.locks import alone_on_machine
+from zoo.model.backbone import Backbone, BackboneState
 from zoo.model.build import build_model, count_parameters
 from zoo.model.checkpoint import (
     REPLACE,
@@ -45,6 +48,7 @@ from zoo.training.partition import (
     is_first,
     micro_batches,
     process_count,
+    process_index,
     processes_here,
     ranks_per_window,
     sharded,
@@ -80,8 +84,12 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
     data = open_data(config.data, config.seq_len)
     check_data(data, folder)
     lightning.seed_everything(config.seed, verbose=False)
-    model, sizes, checkpoint, weights = _build(config, folder, data.vocab_size)
-    facts = _facts(config, data, model, sizes)
+    cut, parts, empty = _cutting(config), None, None
+    with alone_on_machine() if cut else nullcontext():
+        model, sizes, checkpoint, weights = _build(config, folder, data.vocab_size)
+        facts = _facts(config, data, model, sizes)
+        if cut:
+            weights, empty, parts = {}, model.empty_state(1), cut(model)
     before = (folder.info.get("teacher") or {}).get("weights")
     taught = distillation(config, data.tokenizer_name, data.vocab_size, before)
     if taught is not None:
@@ -91,6 +99,7 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
             say(f"{config.distil.teacher} teaches, {said} beside {facts['flops_per_token']:,}")
     if config.lora.rank is not None:
         facts |= _adapt(config, folder, model, weights)
+    del weights  # as large as the model
     metrics, checkpoints = _callbacks(config, folder, data)
     zeros = _keep_zeros(config, model)  # before a step is measured or saved
     alone = process_count(config) == 1 or sharded(config)
@@ -103,7 +112,8 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
         record_start(config, folder, data, trainer, facts)
     try:
         with stop.deferred():
-            _fit(trainer, _learner(config, model, taught), Windows(data, config), checkpoint)
+            learner = _learner(config, model, taught, parts, empty)
+            _fit(trainer, learner, Windows(data, config), checkpoint)
     except NonFiniteError as error:
         good = folder.checkpoint()
         raise NonFiniteError(f"{error}; last good checkpoint: {good or 'none yet'}") from None
@@ -162,6 +172,15 @@ def _build(
     return model, sizes, checkpoint, restored
 
 
+def _cutting(config: TrainConfig) -> Callable[[Backbone], dict[int, Tensor]] | None:
+    """What leaves this process its part of a whole model, where weights are divided."""
+    if not sharded(config):
+        return None
+    from zoo.training.sharding import cut  # a second to import
+
+    return partial(cut, index=process_index(), count=process_count(config))
+
+
 def _adapt(
     config: TrainConfig, folder: RunFolder, model: Backbone, weights: dict[str, Tensor]
 ) -> dict[str, Any]:
@@ -212,7 +231,13 @@ def _keep_zeros(config: TrainConfig, model: Backbone) -> list[Any]:
     return [KeepZeros(model)] if pruned else []
 
 
-def _learner(config: TrainConfig, model: Backbone, taught: Distillation | None) -> Learner:
+def _learner(
+    config: TrainConfig,
+    model: Backbone,
+    taught: Distillation | None,
+    parts: dict[int, Tensor] | None,
+    empty: BackboneState | None,
+) -> Learner:
     return Learner(
         model=model,
         optim=config.optim,
@@ -223,7 +248,8 @@ def _learner(config: TrainConfig, model: Backbone, taught: Distillation | None) 
         rows=config.batch_size,
         sequence_parallel=ranks_per_window(config),
         distillation=taught,
-        sharded=sharded(config),
+        parts=parts,
+        empty=empty,
         versions=_versions(config) if (config.trainer.num_nodes or 1) > 1 else None,
     )
 

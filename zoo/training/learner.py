@@ -27,6 +27,7 @@ from zoo.training.distributed import (
     world_size,
 )
 from zoo.training.optimisers import make_optimiser
+from zoo.training.partition import process_index
 
 
 class NonFiniteError(RunError):
@@ -45,8 +46,9 @@ class Learner(lightning.LightningModule):
 
     With `sequence_parallel` processes to a window each reads its chunk of every window it is given
     (zoo.parallel.hand_over), and its loss is its part of the mean, times their number: processes
-    are averaged. `sharded` divides the weights among all processes (zoo.training.sharding).
-    `versions` are what all processes must have alike, those of other machines too.
+    are averaged. `parts` are this process's of the weights, which all processes divide among
+    themselves (zoo.training.sharding), and `empty` the state before one text, which has no such
+    weights. `versions` are what all processes must have alike, those of other machines too.
     """
 
     def __init__(
@@ -61,12 +63,13 @@ class Learner(lightning.LightningModule):
         rows: int | None = None,
         sequence_parallel: int = 1,
         distillation: Distillation | None = None,
-        sharded: bool = False,
+        parts: dict[int, Tensor] | None = None,
+        empty: BackboneState | None = None,
         versions: Mapping[str, str | None] | None = None,
     ) -> None:
         super().__init__()
-        self.sharded, self.versions = sharded, versions
-        self.empty: BackboneState | None = None  # of one text, from before weights are divided
+        self.parts, self.empty, self.versions = parts, empty, versions
+        self.sharded = parts is not None
         self.sequence_parallel = sequence_parallel
         self.ranks = Ranks(1, 0)  # this process's place among those of a window
         self.model, self.optim = model, optim
@@ -79,13 +82,14 @@ class Learner(lightning.LightningModule):
         self._losses: list[Tensor] = []  # of the step's micro-batches
 
     def configure_model(self) -> None:
-        if self.sharded:
+        if self.parts is not None:
             from zoo.training.sharding import shard  # a second to import
 
             assert self.device_mesh is not None
-            mesh, self.empty = self.device_mesh["data_parallel"], self.model.empty_state(1)
+            mesh = self.device_mesh["data_parallel"]
+            assert mesh.get_local_rank() == process_index()  # whose parts these are
             methods, alike = ("training_step", "validation_loss"), self.sequence_parallel == 1
-            shard(self, self.model.blocks, methods, mesh, alike)
+            shard(self, self.parts, self.model.blocks, methods, mesh, alike)
 
     def on_fit_start(self) -> None:
         if self.versions is not None:

@@ -13,12 +13,17 @@ from zoo.errors import UserError, refuse
 CPU_PROCESSES = 2  # that share a step unless their number is given
 
 
-def is_first() -> bool:
-    """Whether this process is the one of its run that writes the record and speaks.
+def process_index() -> int:
+    """The number of this process among those of all machines, from 0.
 
     Ranks are given as torchrun does, in the environment.
     """
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
+def is_first() -> bool:
+    """Whether this process is the one of its run that writes the record and speaks."""
+    return process_index() == 0
 
 
 def process_count(config: TrainConfig) -> int:

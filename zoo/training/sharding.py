@@ -6,14 +6,17 @@ again, with that part's gradient and the optimiser's moments of it (ZeRO's third
 for weights, gradients and moments falls with the number of processes, and a step is that of one
 process up to rounding.
 
-Each process first builds the whole model, from the same seed or checkpoint, and reads whole
-checkpoints: memory of its host must hold it once per process.
+Each process builds the whole model, from the same seed or checkpoint, and keeps its part of it;
+those of a machine do so one after another, so that its memory must hold the whole for one of them,
+whatever their number. So they read whole checkpoints. When training ends the first process builds
+the whole once more, to audit it.
 """
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from zoo.errors import refuse
+from zoo.locks import alone_on_machine
 from zoo.model.checkpoint import read_file
 from zoo.training.distributed import rank, whole
 
@@ -57,24 +61,69 @@ class FullySharded(ModelParallelStrategy):
         return state if self.in_parts else gathered(state)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: Any = None) -> dict[str, Any]:
-        """What a checkpoint holds. Its weights are in the model already, before it was sharded."""
+        """What a checkpoint holds, of the optimisers this process's parts.
+
+        Its weights are left out: the model has its parts of them already.
+        """
         del weights_only
-        return read_file(Path(checkpoint_path))
+        with alone_on_machine():
+            found = read_file(Path(checkpoint_path))
+            saved = zip(self.optimizers, found["optimizer_states"], strict=True)
+            states = [_parts_of_state(*each) for each in saved]
+            return {**found, "state_dict": {}, "optimizer_states": states}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            weights = [p for group in optimizer.param_groups for p in group["params"]]
-            numbers = [i for group in saved["param_groups"] for i in group["params"]]
-            of = dict(zip(numbers, weights, strict=True))
-            state = {
-                number: {name: part_of(value, of[number]) for name, value in moments.items()}
-                for number, moments in saved["state"].items()
-            }
-            optimizer.load_state_dict({**saved, "state": state})
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+
+
+def _parts_of_state(optimizer: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimiser's saved state with this process's part of every moment."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [i for group in saved["param_groups"] for i in group["params"]]
+    of = dict(zip(numbers, weights, strict=True))
+    state = {
+        number: {name: part_of(value, of[number]) for name, value in moments.items()}
+        for number, moments in saved["state"].items()
+    }
+    return {**saved, "state": state}
+
+
+Parts = dict[int, Tensor]  # of weights, by their number among a module's
+
+
+def cut(module: nn.Module, index: int, count: int) -> Parts:
+    """Return a process's parts of a module's weights, and leave these without memory.
+
+    A part is what `fully_shard` gives that process: a chunk of the first dimension.
+
+    Args:
+        index: of the process among `count`, from 0.
+    """
+    parts, without = {}, {}
+    for number, weight in enumerate(module.parameters()):
+        chunks = weight.detach().chunk(count)
+        mine = chunks[index] if index < len(chunks) else weight.detach()[:0]
+        parts[number] = mine.clone()
+        without[weight] = torch.empty_like(weight, device="meta")
+    _replace(module, without)
+    return parts
+
+
+def _replace(module: nn.Module, by: Mapping[Tensor, Tensor]) -> None:
+    """Put other tensors in the places of a module's weights, with the marks of these."""
+    new = {}
+    for weight, tensor in by.items():
+        new[weight] = nn.Parameter(tensor, weight.requires_grad)
+        vars(new[weight]).update(vars(weight))
+    for part in module.modules():
+        for name, weight in part.named_parameters(recurse=False, remove_duplicate=False):
+            part.register_parameter(name, new[weight])
 
 
 def shard(
     module: nn.Module,
+    parts: Parts,
     blocks: Iterable[nn.Module],
     methods: Iterable[str],
     mesh: DeviceMesh,
@@ -83,15 +132,21 @@ def shard(
     """Divide a module's weights among the processes of a mesh, those of each block together.
 
     Args:
+        parts: this process's, as `cut` has returned them.
         methods: of the module, which compute with its weights beside `forward`.
         alike: whether a step has a gradient of the same weights in all processes.
     """
-    marks = {name: dict(vars(weight)) for name, weight in module.named_parameters()}
+    marks = [dict(vars(weight)) for weight in module.parameters()]
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
-    for name, weight in module.named_parameters():  # new ones, without the marks of the old
-        vars(weight).update(marks[name])
+    divided: dict[Tensor, Tensor] = {}
+    for number, weight in enumerate(module.parameters()):  # new ones, without the marks of the old
+        vars(weight).update(marks[number])
+        like, mine = cast(DTensor, weight), parts.pop(number).to(mesh.device_type)
+        about = {"shape": like.shape, "stride": like.stride(), "run_check": False}
+        divided[weight] = DTensor.from_local(mine, mesh, like.placements, **about)
+    _replace(module, divided)
     for method in methods:
         register_fsdp_forward_method(module, method)
     if not alike:
