@@ -1,5 +1,6 @@
 /* Products of a few rows with a matrix that is kept in 8 or 4 bits; README.md says how. */
 #include "../common.h"
+#include <stdlib.h>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -8,31 +9,34 @@ enum {
     TOGETHER = 4, /* outputs and rows whose sums run side by side, where there are several rows */
     CHAINS = 4,   /* sums side by side of one output and row */
     BLOCK = 32,   /* outputs of a unit of work */
-    GROUP = 32    /* inputs that share a scale in 4 bits */
+    GROUP = 32,   /* inputs that share a scale in 4 bits */
+    MANY = 4      /* matrices of a call */
 };
 
 const Int max_rows = 64; /* for more, restoring the matrix once is cheaper */
 
 typedef struct {
-    Int rows, outputs, inputs, bytes, scales, threads;
+    Int rows, inputs, bytes, scales, outputs[MANY], threads;
 } Sizes;
 
 typedef struct {
-    Rows x, y;              /* (1, rows, inputs), (1, rows, outputs) */
-    const int8_t *q;        /* (outputs, inputs) of 8 bits, (outputs, inputs / 2) of 4 */
-    const uint16_t *scales; /* bfloat16: (outputs, 1), or (outputs, 2 inputs / GROUP) */
+    Rows x, y[MANY];              /* (1, rows, inputs), (1, rows, outputs) */
+    const int8_t *q[MANY];        /* (outputs, inputs) of 8 bits, (outputs, inputs / 2) of 4 */
+    const uint16_t *scales[MANY]; /* bfloat16: (outputs, 1), or (outputs, 2 inputs / GROUP) */
 } Arrays;
 
 typedef struct {
-    Sizes s;
-    Arrays a;
-} Job;
+    Int rows, inputs, outputs;
+    Rows x, y;
+    const int8_t *q;
+    const uint16_t *scales;
+    const void *const *integers; /* of the last rows, those that are no four: see `spread` */
+} Product; /* with one of the matrices */
 
-static void run(Sizes s, Arrays a, Work *work) {
-    Job job = {s, a};
-    Int threads = s.rows * s.outputs * s.inputs < 1 << 16 ? 1 : s.threads;
-    parallel_for(threads, ceil_div(s.outputs, BLOCK), work, &job);
-}
+typedef struct {
+    Int first[MANY + 1]; /* unit of each matrix */
+    Product of[MANY];
+} Job;
 
 typedef int8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
@@ -77,10 +81,10 @@ INLINE Vec value(Ints four, Vec s, Vec z) { return numbers((four << 28) >> 28) *
 #endif
 
 /* One row and output: the matrix is one stream, which the processor fetches ahead. */
-INLINE void int8_stream(const Job *j, Int r, Int o) {
-    const Int k = j->s.inputs;
-    const Real *x = row(j->a.x, 0, r);
-    const int8_t *q = j->a.q + o * k;
+INLINE void int8_stream(const Product *p, Int r, Int o) {
+    const Int k = p->inputs;
+    const Real *x = row(p->x, 0, r);
+    const int8_t *q = p->q + o * k;
     Vec sums[CHAINS] = {};
     Int c = 0;
     for (; c + CHAINS * LANES <= k; c += CHAINS * LANES)
@@ -88,13 +92,13 @@ INLINE void int8_stream(const Job *j, Int r, Int o) {
     for (; c + LANES <= k; c += LANES) sums[0] += numbers(integers(q + c)) * load(x + c, LANES);
     Real sum = total(sums[0] + sums[1] + (sums[2] + sums[3]));
     for (; c < k; c++) sum += (Real)q[c] * x[c];
-    row(j->a.y, 0, r)[o] = sum * widened(j->a.scales[o]);
+    row(p->y, 0, r)[o] = sum * widened(p->scales[o]);
 }
-INLINE void int4_stream(const Job *j, Int r, Int o) {
-    const Int groups = j->s.inputs / GROUP;
-    const Real *x = row(j->a.x, 0, r);
-    const int8_t *q = j->a.q + o * groups * (GROUP / 2);
-    const uint16_t *scales = j->a.scales + o * groups * 2;
+INLINE void int4_stream(const Product *p, Int r, Int o) {
+    const Int groups = p->inputs / GROUP;
+    const Real *x = row(p->x, 0, r);
+    const int8_t *q = p->q + o * groups * (GROUP / 2);
+    const uint16_t *scales = p->scales + o * groups * 2;
     Vec sums[CHAINS] = {};
     for (Int g = 0; g < groups; g++) {
         Vec scale, zero;
@@ -106,17 +110,172 @@ INLINE void int4_stream(const Job *j, Int r, Int o) {
             sums[(2 * i + 1) % CHAINS] += value(both >> 4, scale, zero) * load(from + GROUP / 2, LANES);
         }
     }
-    row(j->a.y, 0, r)[o] = total(sums[0] + sums[1] + (sums[2] + sums[3]));
+    row(p->y, 0, r)[o] = total(sums[0] + sums[1] + (sums[2] + sums[3]));
 }
 
+/* The same in integers, where the processor multiplies bytes: x becomes three of them.
+ *
+ * In each span of inputs X = rint(x / unit), |X| < 2^23, is x2 2^16 + x1 2^8 + x0 of signed bytes,
+ * so that x has as many bits as the largest one of its span has. Weights are made unsigned, as the
+ * instruction has it, by adding 128 or 8, which `offset` takes away again: integer sums are exact. */
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && LANES == 16
+enum { LIMBS = 3, STEP = 64, SPAN8 = 4 * STEP, SPAN4 = 16 * GROUP, LARGEST = 127 << 16 };
+
+typedef struct {
+    int8_t x[SPAN8 / STEP][LIMBS][STEP];
+    int32_t offset[LIMBS][16];
+    float unit;
+} __attribute__((aligned(BYTES))) Span8;
+
+typedef struct { /* 16 groups, four in a step: first the halves that are in the lower bits */
+    int8_t x[4][2][LIMBS][STEP];
+    int32_t offset[4][16];
+    float unit[16], sum[16]; /* of each group */
+} __attribute__((aligned(BYTES))) Span4;
+
+INLINE __m512 some_of(const float *x, Int count) { /* and zeros behind them */
+    if (count <= 0) return _mm512_setzero_ps();
+    return _mm512_maskz_loadu_ps((__mmask16)(count < 16 ? (1u << count) - 1 : 0xffff), x);
+}
+/* The unit of `count` numbers; -1 where they are not all finite or too small to divide by. */
+INLINE float unit_of(const float *x, Int count) {
+    __m512 most = _mm512_setzero_ps();
+    __mmask16 infinite = 0;
+    for (Int i = 0; i < count; i += 16) {
+        __m512 size = _mm512_abs_ps(some_of(x + i, count - i));
+        infinite |= _mm512_cmp_ps_mask(size, _mm512_set1_ps(INFINITY), _CMP_NLT_UQ);
+        most = _mm512_max_ps(most, size);
+    }
+    const float all = _mm512_reduce_max_ps(most);
+    if (infinite) return -1;
+    return all == 0 ? 0 : all < 1e-30f ? -1 : all / LARGEST;
+}
+/* The bytes of 16 numbers, to places that lie STEP apart. */
+INLINE void split(__m512 x, float per, int8_t *to) {
+    __m512i rest = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(per)));
+    ALL(n, LIMBS) {
+        __m512i byte = _mm512_srai_epi32(_mm512_slli_epi32(rest, 24), 24);
+        _mm_store_si128((__m128i *)(to + n * STEP), _mm512_cvtepi32_epi8(byte));
+        rest = _mm512_srai_epi32(_mm512_sub_epi32(rest, byte), 8);
+    }
+}
+/* Adds `weight` times the bytes of a step to its four-byte lanes. */
+INLINE __m512i times(char weight, const int8_t *x, __m512i sums) {
+    return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(weight), _mm512_load_si512(x));
+}
+
+/* Returns 0 where the numbers do not fit. */
+ONCE int spread8(const float *x, Int k, Span8 *to) {
+    for (; k > 0; x += SPAN8, k -= SPAN8, to++) {
+        const Int count = min_int(SPAN8, k);
+        if ((to->unit = unit_of(x, count)) < 0) return 0;
+        const float per = to->unit ? 1 / to->unit : 0;
+        __m512i sums[LIMBS];
+        ALL(n, LIMBS) sums[n] = _mm512_setzero_si512();
+        for (Int i = 0; i < count; i += STEP) {
+            for (Int c = 0; c < STEP; c += 16)
+                split(some_of(x + i + c, count - i - c), per, &to->x[i / STEP][0][c]);
+            ALL(n, LIMBS) sums[n] = times((char)128, to->x[i / STEP][n], sums[n]);
+        }
+        ALL(n, LIMBS) _mm512_store_si512(to->offset[n], _mm512_sub_epi32(_mm512_setzero_si512(), sums[n]));
+    }
+    return 1;
+}
+ONCE int spread4(const float *x, Int k, Span4 *to) {
+    for (; k > 0; to++) {
+        memset(to, 0, sizeof *to);
+        const Int groups = min_int(SPAN4, k) / GROUP;
+        for (Int g = 0; g < groups; g++, x += GROUP, k -= GROUP) {
+            if ((to->unit[g] = unit_of(x, GROUP)) < 0) return 0;
+            const float per = to->unit[g] ? 1 / to->unit[g] : 0;
+            __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
+            split(low, per, &to->x[g / 4][0][0][g % 4 * 16]);
+            split(high, per, &to->x[g / 4][1][0][g % 4 * 16]);
+            to->sum[g] = _mm512_reduce_add_ps(low + high);
+        }
+        for (Int i = 0; 4 * i < groups; i++) {
+            __m512i all = _mm512_setzero_si512();
+            for (int n = LIMBS - 1; n >= 0; n--) {
+                all = times(8, to->x[i][0][n], _mm512_slli_epi32(all, 8));
+                all = times(8, to->x[i][1][n], all);
+            }
+            _mm512_store_si512(to->offset[i], _mm512_sub_epi32(_mm512_setzero_si512(), all));
+        }
+    }
+    return 1;
+}
+
+INLINE void int8_whole(const Product *p, const Span8 *from, Int r, Int o) {
+    const Int k = p->inputs;
+    const int8_t *q = p->q + o * k;
+    const __m512i sign = _mm512_set1_epi8((char)0x80);
+    __m512 sum = _mm512_setzero_ps();
+    for (Int c = 0; c < k; c += SPAN8, from++) {
+        const Int count = min_int(SPAN8, k - c);
+        __m512i a[LIMBS];
+        ALL(n, LIMBS) a[n] = _mm512_load_si512(from->offset[n]);
+        for (Int i = 0; i < count; i += STEP) {
+            const __mmask64 there = count - i < STEP ? ((__mmask64)1 << (count - i)) - 1 : ~(__mmask64)0;
+            __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, q + c + i), sign);
+            ALL(n, LIMBS) a[n] = _mm512_dpbusd_epi32(a[n], w, _mm512_load_si512(from->x[i / STEP][n]));
+        }
+        __m512 all = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[1]), _mm512_set1_ps(256), _mm512_cvtepi32_ps(a[0]));
+        all = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[2]), _mm512_set1_ps(65536), all);
+        sum = _mm512_fmadd_ps(all, _mm512_set1_ps(from->unit), sum);
+    }
+    row(p->y, 0, r)[o] = total((Vec)sum) * widened(p->scales[o]);
+}
+INLINE void int4_whole(const Product *p, const Span4 *from, Int r, Int o) {
+    const Int groups = p->inputs / GROUP;
+    const int8_t *q = p->q + o * groups * (GROUP / 2);
+    const uint16_t *scales = p->scales + o * groups * 2;
+    const __m512i eights = _mm512_set1_epi8((char)0x88), lower = _mm512_set1_epi8(0x0f);
+    const __m512i lane = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    __m512 sum = _mm512_setzero_ps(), zeros = sum;
+    for (Int g = 0; g < groups; g += 16, from++) {
+        const Int count = min_int(16, groups - g);
+        __m512i pairs = _mm512_maskz_loadu_epi32((__mmask16)((1u << count) - 1), scales + 2 * g);
+        __m512 scale = (__m512)_mm512_slli_epi32(pairs, 16);
+        __m512 zero = (__m512)_mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000));
+        zeros = _mm512_fmadd_ps(zero, _mm512_load_ps(from->sum), zeros);
+        scale = _mm512_mul_ps(scale, _mm512_load_ps(from->unit));
+        for (Int i = 0; 4 * i < count; i++) {
+            const Int left = count - 4 * i;
+            const __mmask64 there = left < 4 ? ((__mmask64)1 << 16 * left) - 1 : ~(__mmask64)0;
+            const int8_t *at = q + (g + 4 * i) * (GROUP / 2);
+            __m512i both = _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, at), eights), a[LIMBS];
+            __m512i low = _mm512_and_si512(both, lower);
+            __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), lower);
+            ALL(n, LIMBS) {
+                a[n] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, _mm512_load_si512(from->x[i][0][n]));
+                a[n] = _mm512_dpbusd_epi32(a[n], high, _mm512_load_si512(from->x[i][1][n]));
+            }
+            __m512i all = _mm512_add_epi32(a[0], _mm512_load_si512(from->offset[i]));
+            all = _mm512_add_epi32(all, _mm512_slli_epi32(a[1], 8));
+            all = _mm512_add_epi32(all, _mm512_slli_epi32(a[2], 16));
+            __m512i which = _mm512_add_epi32(lane, _mm512_set1_epi32(4 * i));
+            sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), _mm512_permutexvar_ps(which, scale), sum);
+        }
+    }
+    row(p->y, 0, r)[o] = total((Vec)(sum + zeros));
+}
+#else
+enum { SPAN8 = 0, SPAN4 = 0 };
+typedef Real Span8, Span4;
+static int spread8(const Real *x, Int k, Span8 *to) { return (void)x, (void)k, (void)to, 0; }
+static int spread4(const Real *x, Int k, Span4 *to) { return (void)x, (void)k, (void)to, 0; }
+#define int8_whole(p, from, r, o)
+#define int4_whole(p, from, r, o)
+#endif
+
 /* Rows r .. r + many of outputs o .. o + some. */
-INLINE void int8_tile(const Job *j, Int r, Int o, int many, int some) {
-    const Int k = j->s.inputs;
+INLINE void int8_tile(const Product *p, Int r, Int o, int many, int some) {
+    const Int k = p->inputs;
     const Real *x[TOGETHER];
     const int8_t *q[TOGETHER];
     Vec sums[TOGETHER][TOGETHER] = {};
-    ALL(m, many) x[m] = row(j->a.x, 0, r + m);
-    ALL(i, some) q[i] = j->a.q + (o + i) * k;
+    ALL(m, many) x[m] = row(p->x, 0, r + m);
+    ALL(i, some) q[i] = p->q + (o + i) * k;
     Int c = 0;
     for (; c + LANES <= k; c += LANES) {
         Vec w[TOGETHER];
@@ -130,20 +289,20 @@ INLINE void int8_tile(const Job *j, Int r, Int o, int many, int some) {
     ALL(m, many) ALL(i, some) {
         Real sum = total(sums[m][i]);
         for (Int rest = c; rest < k; rest++) sum += (Real)q[i][rest] * x[m][rest];
-        row(j->a.y, 0, r + m)[o + i] = sum * widened(j->a.scales[o + i]);
+        row(p->y, 0, r + m)[o + i] = sum * widened(p->scales[o + i]);
     }
 }
 
 /* A byte holds inputs i and i + GROUP / 2 of its group, in two's complement of 4 bits. */
-INLINE void int4_tile(const Job *j, Int r, Int o, int many, int some) {
-    const Int groups = j->s.inputs / GROUP;
+INLINE void int4_tile(const Product *p, Int r, Int o, int many, int some) {
+    const Int groups = p->inputs / GROUP;
     const Real *x[TOGETHER];
     Vec sums[TOGETHER][TOGETHER] = {};
-    ALL(m, many) x[m] = row(j->a.x, 0, r + m);
+    ALL(m, many) x[m] = row(p->x, 0, r + m);
     const int8_t *q[TOGETHER];
     const uint16_t *scales[TOGETHER];
-    ALL(i, some) q[i] = j->a.q + (o + i) * groups * (GROUP / 2);
-    ALL(i, some) scales[i] = j->a.scales + (o + i) * groups * 2;
+    ALL(i, some) q[i] = p->q + (o + i) * groups * (GROUP / 2);
+    ALL(i, some) scales[i] = p->scales + (o + i) * groups * 2;
     for (Int g = 0; g < groups; g++) {
         Vec scale[TOGETHER], zero[TOGETHER];
         ALL(i, some) pair(&scale[i], &zero[i], scales[i] + 2 * g);
@@ -163,26 +322,61 @@ INLINE void int4_tile(const Job *j, Int r, Int o, int many, int some) {
             }
         }
     }
-    ALL(m, many) ALL(i, some) row(j->a.y, 0, r + m)[o + i] = total(sums[m][i]);
+    ALL(m, many) ALL(i, some) row(p->y, 0, r + m)[o + i] = total(sums[m][i]);
 }
 
-#define UNIT(name)                                                                       \
-    ONCE void name##_four(const Job *j, Int r, Int o) { name##_tile(j, r, o, 4, 4); }    \
-    ONCE void name##_one(const Job *j, Int r, Int o) { name##_stream(j, r, o); }         \
-    static void name##_unit(const void *job, Int unit) {                                 \
-        const Job *j = job;                                                              \
-        Int o = unit * BLOCK, end = min_int(o + BLOCK, j->s.outputs);                    \
-        const Int fours = j->s.rows / TOGETHER * TOGETHER;                               \
-        for (; fours && o + TOGETHER <= end; o += TOGETHER) {                            \
-            for (Int r = 0; r < fours; r += TOGETHER) name##_four(j, r, o);              \
-            for (Int i = o; i < o + TOGETHER; i++)                                       \
-                for (Int r = fours; r < j->s.rows; r++) name##_one(j, r, i);             \
-        }                                                                                \
-        for (; o < end; o++)                                                             \
-            for (Int r = 0; r < j->s.rows; r++) name##_one(j, r, o);                     \
+#define UNIT(name, Span, spread, span)                                                         \
+    ONCE void name##_four(const Product *p, Int r, Int o) { name##_tile(p, r, o, 4, 4); }    \
+    ONCE void name##_one(const Product *p, Int r, Int o) {                                   \
+        const Int fours = p->rows / TOGETHER * TOGETHER;                                     \
+        const Span *from = r < fours ? 0 : p->integers[r - fours];                           \
+        if (from) name##_whole(p, from, r, o);                                               \
+        else name##_stream(p, r, o);                                                         \
+    }                                                                                        \
+    static void name##_unit(const void *job, Int unit) {                                     \
+        const Job *j = job;                                                                  \
+        int m = 0;                                                                           \
+        while (unit >= j->first[m + 1]) m++;                                                 \
+        const Product *p = &j->of[m];                                                        \
+        Int o = (unit - j->first[m]) * BLOCK, end = min_int(o + BLOCK, p->outputs);          \
+        const Int fours = p->rows / TOGETHER * TOGETHER;                                     \
+        for (; fours && o + TOGETHER <= end; o += TOGETHER) {                                \
+            for (Int r = 0; r < fours; r += TOGETHER) name##_four(p, r, o);                  \
+            for (Int i = o; i < o + TOGETHER; i++)                                           \
+                for (Int r = fours; r < p->rows; r++) name##_one(p, r, i);                   \
+        }                                                                                    \
+        for (; o < end; o++)                                                                 \
+            for (Int r = 0; r < p->rows; r++) name##_one(p, r, o);                           \
+    }                                                                                        \
+    static int name##_all(Sizes s, Arrays a) {                                               \
+        const void *integers[TOGETHER] = {};                                                 \
+        const Int fours = s.rows / TOGETHER * TOGETHER, spans = span ? ceil_div(s.inputs, span) : 0; \
+        Span *all = 0;                                                                       \
+        if (s.rows > fours && spans) {                                                       \
+            all = aligned_alloc(BYTES, (s.rows - fours) * spans * sizeof *all);              \
+            if (!all) return 1;                                                              \
+            for (Int r = fours; r < s.rows; r++) {                                           \
+                Span *to = all + (r - fours) * spans;                                        \
+                if (spread(row(a.x, 0, r), s.inputs, to)) integers[r - fours] = to;          \
+            }                                                                                \
+        }                                                                                    \
+        run(s, a, integers, name##_unit);                                                    \
+        free(all);                                                                           \
+        return 0;                                                                            \
     }
 
-UNIT(int8)
-UNIT(int4)
-ENTRY(int8)
-ENTRY(int4)
+static void run(Sizes s, Arrays a, const void *const *integers, Work *work) {
+    Job job = {};
+    Int weights = 0;
+    for (int m = 0; m < MANY; m++) {
+        job.of[m] = (Product){s.rows, s.inputs, s.outputs[m], a.x, a.y[m], a.q[m], a.scales[m], integers};
+        job.first[m + 1] = job.first[m] + ceil_div(s.outputs[m], BLOCK);
+        weights += s.outputs[m] * s.inputs;
+    }
+    parallel_for(s.rows * weights < 1 << 16 ? 1 : s.threads, job.first[MANY], work, &job);
+}
+
+UNIT(int8, Span8, spread8, SPAN8)
+UNIT(int4, Span4, spread4, SPAN4)
+int int8(Sizes s, Arrays a) { return int8_all(s, a); }
+int int4(Sizes s, Arrays a) { return int4_all(s, a); }

@@ -6,19 +6,21 @@ import pytest
 import torch
 from building import train_config
 
+from zoo.config.groups import choices
 from zoo.errors import UserError
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.generation import CHUNK, Sampling, Writer, until
+from zoo.ops import linear
+from zoo.ops.runtime.dispatch import reset, used_backends
 
 PROMPT = [5, 1, 7, 7, 2, 9]
 
 
-def model_of(name: str) -> Backbone:
+def model_of(name: str, window: int = 32) -> Backbone:
     torch.manual_seed(0)
-    model, _ = build_model(
-        train_config(f"model={name}", "size=tiny", "seq_len=32", "match=none"), vocab_size=40
-    )
+    words = f"model={name}", "size=tiny", f"seq_len={window}", "match=none"
+    model, _ = build_model(train_config(*words), vocab_size=40)
     weight = torch.randn(40, model.width) / 4  # far from uniform, and not the embedding
     model.head.weight = torch.nn.Parameter(weight)
     return model.eval().requires_grad_(False)
@@ -28,6 +30,29 @@ def written(model: Backbone, count: int, sampling: Sampling, end: int | None = N
     writer = Writer(model)
     writer.read(PROMPT)
     return [*writer.write(count, sampling, end)]
+
+
+@pytest.mark.parametrize("name", sorted(choices("model")))
+def test_a_token_by_the_kernels_is_that_of_the_forms_with_a_gradient(name, monkeypatch):
+    monkeypatch.setattr(linear, "MIN_WEIGHTS", 0)
+    model = model_of(name, 64).double()
+
+    def read() -> torch.Tensor:
+        state, found = model.empty_state(1), []
+        for token in PROMPT[:3]:
+            logits, state = model(torch.tensor([[token]]), state)
+            found.append(logits)
+        return torch.cat(found, 1)
+
+    reset()
+    with torch.no_grad():
+        found = read()
+    model.requires_grad_(True)
+    assert used_backends()["linear"] == "native"
+    reset()
+    expected = read()
+    assert "linear" not in used_backends()
+    torch.testing.assert_close(found, expected.detach())
 
 
 @pytest.mark.parametrize("name", ["transformer", "mamba", "hybrid"])

@@ -6,7 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.ops.linear import MAX_ROWS, MIN_WEIGHTS, Linear, linear
+from zoo.ops.linear import (
+    KERNEL,
+    MAX_MATRICES,
+    MAX_ROWS,
+    MIN_WEIGHTS,
+    Linear,
+    linear,
+    linears,
+    project,
+)
+from zoo.ops.runtime.cpu import CpuKernel
 from zoo.ops.runtime.dispatch import reset, used_backends
 
 SIDE = int(MIN_WEIGHTS**0.5) + 1
@@ -82,6 +92,68 @@ def test_many_rows_have_the_numbers_of_pytorch_to_the_last_bit():
     layer, x = Linear(SIDE, SIDE), torch.randn(2, MAX_ROWS, SIDE)
     with torch.no_grad():
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The functions of the kernel that were called."""
+    names, run = [], CpuKernel.run
+
+    def noted(self, function, *given, **tensors):
+        names.extend([function] if self is KERNEL else [])
+        return run(self, function, *given, **tensors)
+
+    monkeypatch.setattr(CpuKernel, "run", noted)
+    return names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("count", range(1, MAX_MATRICES + 2))
+def test_several_matrices_are_one_call_and_each_has_its_own_product(calls, count, dtype):
+    for k in (SIDE, 2 * SIDE + 1):
+        x = torch.randn(MAX_ROWS, k).to(dtype)
+        weights = [torch.randn(SIDE + 7 * i, k).to(dtype) for i in range(count)]
+        biases = [torch.randn(len(w)).to(dtype) if i % 2 else None for i, w in enumerate(weights)]
+        calls.clear()
+        found = linears(x, weights, biases)
+        assert len(calls) == (1 if count <= MAX_MATRICES else count)
+        for y, one in zip(found, zip(weights, biases, strict=True), strict=True):
+            assert torch.equal(y, linear(x, *one, backend="native"))
+
+
+def layers(**more) -> list[Linear]:
+    return [Linear(SIDE, SIDE + i, bias=i == 1, **more) for i in range(3)]
+
+
+def assert_projected(x, given) -> None:
+    for y, layer in zip(project(x, *given), given, strict=True):
+        torch.testing.assert_close(y, layer(x))
+
+
+def test_layers_are_projected_together_where_they_are_no_more_than_products(calls):
+    given, x = layers(), torch.randn(1, 1, SIDE)
+    with torch.no_grad():
+        assert_projected(x, given)
+        assert len(calls) == 1 + len(given)
+        calls.clear()
+        given[0].weight.mul_(2)  # nothing of a weight is kept between calls
+        given[1].weight = torch.nn.Parameter(torch.randn(7, SIDE))
+        given[1].register_parameter("bias", None)
+        assert_projected(x, given)
+        swapped = {"weight": torch.randn(SIDE, SIDE)}
+        parts = torch.nn.ModuleList(given)
+        parts.forward = lambda x: project(x, *given)[0]
+        y = torch.func.functional_call(parts, {"0.weight": swapped["weight"]}, (x,))
+        torch.testing.assert_close(y, F.linear(x, swapped["weight"]))
+        noted: list[int] = []
+        hook = given[2].register_forward_hook(lambda *_: noted.append(1))
+        project(x, *given)
+        hook.remove()
+        assert noted == [1]
+        torch.nn.utils.parametrizations.weight_norm(given[2])
+        assert_projected(x, given)
+    torch.cat(project(x, *given[:2]), -1).sum().backward()
+    assert all(layer.weight.grad is not None for layer in given[:2])
 
 
 @pytest.mark.mistyped

@@ -4,7 +4,14 @@ import fuzz
 import pytest
 import torch
 
-from zoo.ops.quantized_linear import GROUP, MAX_ROWS, quantized_linear, restored, shape
+from zoo.ops.quantized_linear import (
+    GROUP,
+    MAX_ROWS,
+    quantized_linear,
+    quantized_linears,
+    restored,
+    shape,
+)
 from zoo.ops.runtime.dispatch import reset, used_backends
 
 
@@ -40,7 +47,7 @@ def test_the_matrix_is_what_its_bits_say(bits, k):
 @pytest.mark.parametrize("n", [1, 3, 32, 37, 133])
 @pytest.mark.parametrize("rows", [0, 1, 2, 4, 7, MAX_ROWS])
 def test_backends_agree_with_the_definition_in_float64(backend, bits, n, rows):
-    for k in (1, 15, 33, 70, 160) if bits == "int8" else (32, 160):
+    for k in (1, 15, 33, 70, 160, 1100) if bits == "int8" else (32, 160, 1056):
         q, scale = parts(bits, n, k)
         x = torch.randn(rows, 2 * k)[:, ::2]
         expected = quantized_linear(x.double(), q, scale, "reference")
@@ -54,6 +61,40 @@ def test_backends_agree_with_the_definition_in_float64(backend, bits, n, rows):
         narrow = quantized_linear(x.bfloat16(), q, scale, backend)
         assert narrow.dtype == torch.bfloat16
         assert ((narrow - expected).abs() <= 2.0**-6 * most).all()
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("numbers", ["one huge", "tiny", "zeros", "infinite", "nan"])
+def test_inputs_of_any_size_have_the_product_of_the_definition(bits, numbers):
+    q, scale = parts(bits, 9, 640)
+    x = torch.randn(1, 640)
+    if numbers == "tiny":
+        x *= 1e-33
+    elif numbers == "zeros":
+        x[:, :320] = 0
+    else:
+        x[0, 7] = {"one huge": 1e6, "infinite": torch.inf, "nan": torch.nan}[numbers]
+    expected = quantized_linear(x.double(), q, scale, "reference")
+    found = quantized_linear(x, q, scale, "native")
+    most = x.abs().max() * restored(q, scale).abs().double().sum(1)  # x has 24 bits of its largest
+    close = (found - expected).abs() <= 2.0**-22 * most
+    assert (close | (found == expected) | (found.isnan() & expected.isnan())).all()
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_several_matrices_have_each_its_own_product(bits):
+    for rows in ([1, 1], [2], [5]):
+        x = torch.randn(*rows, 96)
+        matrices = [parts(bits, n, 96) for n in (33, 0, 7, 64)]
+        for few in (matrices[:1], matrices, matrices + matrices[:2]):
+            found = quantized_linears(x, few)
+            for y, one in zip(found, few, strict=True):
+                assert torch.equal(y, quantized_linear(x, *one))
+    other = parts("int8" if bits == "int4" else "int4", 5, 96)
+    found = quantized_linears(x, [matrices[0], other])
+    assert torch.equal(found[1], quantized_linear(x, *other))
+    with pytest.raises(ValueError, match=r"x is \(2, 95\), must be \(.., 96\)"):
+        quantized_linears(torch.randn(2, 95), matrices)
 
 
 def test_any_leading_dimensions_and_none():

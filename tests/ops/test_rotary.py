@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops import rotary as module
-from zoo.ops.rotary import apply_rotary
+from zoo.ops.rotary import apply_rotary, apply_rotary_to_both
 
 # (b, t, h, d), half: heads no vector divides, channels that stay as they are, several segments
 SHAPES = [((1, 1, 1, 2), 1), ((2, 3, 2, 10), 5), ((2, 300, 3, 38), 17), ((1, 5, 4, 64), 8)]
@@ -62,6 +62,21 @@ def test_it_reads_slices_where_they_lie_and_leaves_nothing_unwritten(poisoned):
         shorter = (cos[: x.shape[1]], sin[: x.shape[1]])
         found = everything(x, *shorter, "native")
         assert_close(found, everything(x.clone(), *shorter, "reference"), 1e-15)
+
+
+@pytest.mark.parametrize(("b", "t"), [(1, 1), (2, 1), (1, 5), (2, 3)])
+def test_queries_and_keys_are_rotated_together_as_each_alone(b, t):
+    q, k = (torch.randn(b, t, h, 10, dtype=torch.float64) for h in (6, 2))
+    for lead in ((t,), (b, t)):
+        turn = table(lead, 4)
+        alone = [apply_rotary(x, *turn) for x in (q, k)]
+        assert all(map(torch.equal, apply_rotary_to_both(q, k, *turn), alone))
+        q_grad = q.clone().requires_grad_()
+        y, _ = apply_rotary_to_both(q_grad, k, *turn)
+        assert torch.equal(y, alone[0])
+        assert y.requires_grad
+    with pytest.raises(ValueError, match="rotary width 8 is more than the head width 6"):
+        apply_rotary_to_both(q[..., :6], k[..., :6], *turn)
 
 
 def test_operator_checks():

@@ -3,6 +3,8 @@
 Kernels are not transformed: where a backend is not requested, the definition runs instead.
 """
 
+import functools
+
 import fuzz
 import pytest
 import torch
@@ -13,6 +15,10 @@ from torch.autograd import forward_ad
 from zoo.config.groups import choices
 from zoo.errors import UserError
 from zoo.model.build import build_model
+from zoo.model.quantization import QuantizedWeight
+from zoo.ops.linear import MIN_WEIGHTS, Linear, linears, project
+from zoo.ops.rotary import apply_rotary_to_both
+from zoo.ops.runtime.dispatch import reset, used_backends
 
 
 def small_call(name: str) -> tuple[fuzz.Call, list[Tensor]]:
@@ -98,6 +104,57 @@ def test_a_kernel_that_is_requested_in_a_transform_is_refused_in_plain_words(nam
         torch.vmap(function)(*(x[None] for x in given))
     with forward_ad.dual_level(), pytest.raises((UserError, NotImplementedError), match=message):
         function(*(forward_ad.make_dual(x, x) for x in given))
+
+
+def one_call_of_several():
+    """Functions linear in their tensors that are one call of a kernel, and what they are given."""
+    k = 64
+    draw = functools.partial(torch.randn, dtype=torch.float64)
+    x, weights = draw(1, 1, k), [draw(MIN_WEIGHTS // k, k) for _ in range(2)]
+    layers = [Linear(k, len(weight), False).double() for weight in weights]
+    bits = [QuantizedWeight.of(weight, "int8") for weight in weights]
+    cos, sin = draw(2, 1, 1, 8)
+    heads = [draw(1, 1, h, 16) for h in (4, 2)]
+    return {
+        "linears": (lambda x: linears(x, weights, (None, None)), [x]),
+        "linears in their weights": (lambda *w: linears(x, w, (None, None)), weights),
+        "project": (lambda x: project(x, *layers), [x]),
+        "linears in few bits": (lambda x: linears(x, bits, (None, None)), [x]),
+        "apply_rotary_to_both": (lambda q, k: apply_rotary_to_both(q, k, cos, sin), heads),
+    }
+
+
+@pytest.mark.parametrize("name", one_call_of_several())
+def test_one_call_of_several_is_plain_calls_in_a_transform(name):
+    several, given = one_call_of_several()[name]
+    tangents = random_like(given)
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(several(*tensors))
+
+    with torch.no_grad():
+        reset()
+        plain, expected = function(*given), function(*tangents)
+        assert {*used_backends().values()} == {"native"}
+        reset()
+        _, found = torch.func.jvp(function, tuple(given), tuple(tangents))
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(*pair) for pair in zip(given, tangents, strict=True)]
+            ours = [forward_ad.unpack_dual(y).tangent.clone() for y in function(*duals)]
+        batches = [torch.stack(pair) for pair in zip(given, tangents, strict=True)]
+        outputs = torch.vmap(function)(*batches)
+        assert "native" not in used_backends().values()
+    for tangent in (found, ours):
+        torch.testing.assert_close([*tangent], [*expected])
+    for y, *alone in zip(outputs, plain, expected, strict=True):
+        torch.testing.assert_close([*y], alone)
+    weights = random_like([*plain])
+
+    def total(*tensors: Tensor) -> Tensor:
+        return product(weights, [*function(*tensors)])
+
+    gradients = torch.func.grad(total, tuple(range(len(given))))(*given)
+    torch.testing.assert_close(product([*gradients], tangents), product(weights, [*expected]))
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ from zoo.mixers.base import Mixer, MixerOutput, State, compute_dtype, linear, re
 from zoo.mixers.parts import append, head_width
 from zoo.ops.aft import AFTWindow, absorb, aft, aft_window
 from zoo.ops.aft_full import aft_full
+from zoo.ops.linear import project
 from zoo.ops.wkv4 import empty_average
 
 FACTOR_STD = 0.01  # of u and v at first: w near 0
@@ -110,7 +111,7 @@ class AFT(Mixer):
         end = before.tokens_seen + x.shape[1]
         if self.max_length is not None and end > self.max_length:
             raise ValueError(f"AFT reads at most {self.max_length} tokens and was given {end}")
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         forms = {"simple": self._simple, "conv": self._conv}
         forms |= {"local": self._local, "full": self._full}
         average, after = forms[self.variant](k, v, before)

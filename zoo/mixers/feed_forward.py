@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zoo.config.domains import Positive
 from zoo.mixers.base import Mixer, MixerOutput, State, linear, residual_gain
+from zoo.ops.linear import project
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -44,7 +45,8 @@ class SwiGLU(Mixer):
         self.down_proj = linear(hidden, width, gain=residual_gain(layers), bias=bias)
 
     def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> MixerOutput:
-        y = self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        y = self.down_proj(ACTIVATIONS[self.activation](gate) * up)
         return y if state is None else (y, state)
 
 

@@ -18,6 +18,7 @@ from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, MixerOutput, linear, residual_gain
 from zoo.mixers.parts import wide_zeros
 from zoo.ops.dtypes import wide_dtype
+from zoo.ops.linear import project
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.rms_norm import RMSNorm
 
@@ -63,10 +64,8 @@ class GLA(Mixer):
         self.o_proj = linear(width, width, gain=residual_gain(layers))
 
     def forward(self, x: Float[Tensor, "b t d"], state: Tensor | None = None) -> MixerOutput:
-        q, k, v, decay = (
-            proj(x).unflatten(-1, (self.heads, -1))
-            for proj in (self.q_proj, self.k_proj, self.v_proj, self.decay_proj)
-        )
+        projected = *project(x, self.q_proj, self.k_proj, self.v_proj), self.decay_proj(x)
+        q, k, v, decay = (y.unflatten(-1, (self.heads, -1)) for y in projected)
         wide = wide_dtype(self.o_proj.weight)
         o, S = linear_attention(
             q * (self.keys // self.heads) ** -0.5,

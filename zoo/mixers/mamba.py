@@ -21,7 +21,7 @@ from zoo.config.domains import Positive, Range
 from zoo.mixers.base import Mixer, MixerOutput, no_weight_decay
 from zoo.mixers.parts import conv_weight, no_inputs, wide_zeros
 from zoo.ops.causal_conv import causal_conv
-from zoo.ops.linear import Linear, linear
+from zoo.ops.linear import Linear, linear, linears
 from zoo.ops.selective_scan import selective_scan
 from zoo.parallel.hand_over import publish
 
@@ -87,7 +87,7 @@ class Mamba(Mixer):
 
     def forward(self, x: Float[Tensor, "b t d"], state: MambaState | None = None) -> MixerOutput:
         # two products: the gradients of the halves of one would have to be joined again
-        u, z = (linear(x, weight) for weight in self.in_proj.weight.chunk(2))
+        u, z = linears(x, self.in_proj.weight.chunk(2), (None, None))
         u, conv = causal_conv(
             u,
             self.conv_weight,

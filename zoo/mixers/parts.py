@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zoo.mixers.base import Mixer, compute_dtype, linear
 from zoo.ops.dtypes import wide_dtype
+from zoo.ops.linear import project
 
 
 def head_width(width: int, heads: int) -> int:
@@ -33,7 +34,7 @@ class MultiHead(Mixer):
         return x.unflatten(-1, (self.heads, self.head_width))
 
     def qkv(self, x: Float[Tensor, "b t d"]) -> list[Float[Tensor, "b t h k"]]:
-        return [self.by_head(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        return [self.by_head(y) for y in project(x, self.q_proj, self.k_proj, self.v_proj)]
 
 
 class KeyValues(NamedTuple):
@@ -101,8 +102,8 @@ def grow(past: Shaped[Tensor, "b n ..."], x: Shaped[Tensor, "b t ..."]) -> Tenso
         room.memory.data[:, before:tokens] = x.detach()
         both = _Grown.apply(past, x, room.memory[:, :tokens])
     else:
-        room.memory[:, before:tokens] = x
-        both = room.memory[:, :tokens]
+        room.memory.narrow(1, before, tokens - before).copy_(x)
+        both = room.memory.narrow(1, 0, tokens)
     room.filled = tokens
     both._growing = room  # type: ignore[attr-defined]
     return both

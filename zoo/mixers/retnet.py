@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from zoo.config.domains import Positive, RopeBase
 from zoo.mixers.base import Mixer, MixerOutput, linear, residual_gain
 from zoo.mixers.parts import wide_zeros
+from zoo.ops.linear import project
 from zoo.ops.linear_attention import linear_attention
-from zoo.positions.rope import apply_rope, inverse_frequencies
+from zoo.positions.rope import inverse_frequencies, rotate_both
 
 
 class RetentionState(NamedTuple):
@@ -74,13 +75,12 @@ class RetNet(Mixer):
         self, x: Float[Tensor, "b t d"], state: RetentionState | None = None
     ) -> MixerOutput:
         start = state.tokens_seen if state else 0
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        qkv = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in qkv)
+        q, k = rotate_both(q, k, self.inv_freq, start)
         y, S = linear_attention(
-            apply_rope(q, self.inv_freq, start) * self.head_width**-0.5,
-            apply_rope(k, self.inv_freq, start),
+            q * self.head_width**-0.5,
+            k,
             v,
             torch.tensor(self.log_decay, dtype=torch.float64, device=x.device),
             state=state.S if state else None,

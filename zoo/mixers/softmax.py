@@ -47,6 +47,7 @@ from zoo.mixers.base import (
 )
 from zoo.mixers.parts import KeyValues, grow, no_keys
 from zoo.ops.attention import Part
+from zoo.ops.linear import project
 from zoo.ops.rms_norm import OffsetRMSNorm, RMSNorm
 from zoo.parallel.hand_over import publish
 from zoo.positions.base import build_positions
@@ -152,8 +153,8 @@ class SoftmaxAttention(Mixer):
         if not self.causal:
             refuse_state(state)
         q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_width))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            y.unflatten(-1, (-1, self.head_width))
+            for y in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = _normalised(self.q_norm, q), _normalised(self.k_norm, k)
@@ -186,7 +187,7 @@ class SoftmaxAttention(Mixer):
         if state:
             k, v = grow(state.k, k), grow(state.v, v)
             after = KeyValues(*self.positions.evict(k, v), start + q.shape[1])
-            publish(**after._asdict())
+            publish(k=after.k, v=after.v, tokens_seen=after.tokens_seen)
         y = self.positions.attend(
             *(q, k, v, start, cross_layer),
             causal=self.causal,

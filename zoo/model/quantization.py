@@ -28,7 +28,8 @@ from zoo.errors import refuse
 from zoo.mixers.quantized_cache import RECENT, CacheBits, QuantizedCache
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.backbone import Backbone
-from zoo.ops.quantized_linear import GROUP, quantized_linear, restored, shape
+from zoo.ops.linear import OwnProducts, linear
+from zoo.ops.quantized_linear import GROUP, quantized_linears, restored, shape
 
 log = logging.getLogger("zoo")
 
@@ -103,7 +104,7 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(found.values())
 
 
-class QuantizedWeight(Tensor):
+class QuantizedWeight(OwnProducts):
     """A matrix (n, k) that is kept in 8 or 4 bits and read like any other.
 
     Products and rows are taken from the bits; whatever else is done with it restores it first, so
@@ -167,6 +168,19 @@ class QuantizedWeight(Tensor):
         pairs = zip(*(part.chunk(chunks) for part in self.parts), strict=True)
         return [QuantizedWeight(pair, self.dtype) for pair in pairs]
 
+    @staticmethod
+    def products(
+        x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        matrices = [weight.parts for weight in weights if isinstance(weight, QuantizedWeight)]
+        if len(matrices) < len(weights):
+            return [linear(x, *one) for one in zip(weights, biases, strict=True)]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        ys = quantized_linears(x, matrices)
+        pairs = zip(ys, biases, strict=True)
+        return [y if bias is None else y + bias.to(y.dtype) for y, bias in pairs]
+
     def __repr__(self, **_: Any) -> str:
         bits = "int8" if self.parts[1].shape[1] == 1 else "int4"
         return f"QuantizedWeight({bits}, {tuple(self.shape)})"
@@ -184,7 +198,8 @@ class QuantizedWeight(Tensor):
             if isinstance(given["weight"], cls):
                 if func is F.embedding:
                     return given["weight"].rows(given["input"])
-                return _linear(given["input"], given["weight"], given.get("bias"))
+                bias = given.get("bias")
+                return cls.products(given["input"], (given["weight"],), (bias,))[0]
         if func in _READ:
             return getattr(args[0].restored(), func.__name__)(*args[1:], **kwargs)
         if func in _ADDRESSES:
@@ -262,10 +277,3 @@ def _rebuild(
 
 
 torch.serialization.add_safe_globals([_rebuild])
-
-
-def _linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    y = quantized_linear(x, *weight.parts)
-    return y if bias is None else y + bias.to(y.dtype)

@@ -27,7 +27,7 @@ from zoo.ops import decode_attention, joint_attention, small_kv_attention
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.merge import merge
 from zoo.ops.runtime import libraries
-from zoo.ops.runtime.dispatch import Available, select_backend
+from zoo.ops.runtime.dispatch import Available, record, select_backend
 
 NO_CAP = "it has no cap on the scores"
 TILE = 512  # queries per tile of the `torch` backend
@@ -70,7 +70,9 @@ def attention(
 ) -> Float[Tensor, "b tq h e"]:
     """Return `attend`'s output alone, so that one part on an accelerator can use PyTorch's SDPA."""
     part = parts[0]
-    on_cpu = part.q.device.type == "cpu"
+    if len(parts) == 1 and softcap is None and (found := _decoded(part, scale, backend)):
+        return found[0]
+    on_cpu = part.q.is_cpu
     if len(parts) == 1 and not on_cpu and backend == "auto" and softcap is None:
         return _sdpa(part, scale)
     if on_cpu and softcap is None and joint_attention.accepts(parts, backend):
@@ -101,16 +103,14 @@ def _partial(
     q, k, v, causal, mask, times = part
     if causal and (mask is not None or q.shape[1] != k.shape[1]):
         raise ValueError("a causal part has as many keys as queries and no mask of its own")
+    if softcap is None and (found := _decoded(part, scale, backend)):
+        return found
+    if q.shape[2] != k.shape[2]:
+        return _grouped(part, scale, softcap, backend)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     native: Available = False
     if mask is None and not causal and softcap is None and backend in ("auto", "native"):
         native = decode_attention.accepts(q, k, v) or small_kv_attention.accepts(q, k, v)
-    if q.shape[2] != k.shape[2] and native is not True:
-        return _grouped(part, scale, softcap, backend)
-    if native is True:  # one token's attention, of which little else may be done
-        select_backend("attend", backend, {"native": True})
-        out, lse = decode_attention.decode_attention(q, k, v, factor)
-        return out, lse if times == 1 else lse + log(times)
     theirs = libraries.usable(
         "xformers",
         q,
@@ -138,6 +138,19 @@ def _partial(
         mask = _causal_mask(q, k)
     out, lse = form(q, k, v, mask, causal, factor)
     return out.transpose(1, 2), lse.transpose(1, 2) + log(times)
+
+
+def _decoded(part: Part, scale: float | None, backend: str) -> tuple[Tensor, Tensor] | None:
+    """One token's attention by its kernel, where that reads the part: no gradient, the CPU."""
+    q, k, v, causal, mask, times = part
+    if q.shape[1] != 1 or causal or mask is not None or backend not in ("auto", "native"):
+        return None
+    if decode_attention.accepts(q, k, v) is not True:
+        return None
+    record("attend", "native")
+    factor = scale if scale is not None else q.shape[-1] ** -0.5
+    out, lse = decode_attention.decode_attention(q, k, v, factor)
+    return out, lse if times == 1 else lse + log(times)
 
 
 def _grouped(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.runtime.checks import check
 from zoo.ops.runtime.cpu import CpuKernel, number
-from zoo.ops.runtime.dispatch import select_backend
-from zoo.ops.runtime.native_op import NativeOp
+from zoo.ops.runtime.dispatch import record, select_backend
+from zoo.ops.runtime.native_op import NativeOp, can_bypass_dispatcher
 
 KERNEL = CpuKernel(
     "rms_norm/rms_norm.c",
@@ -32,6 +32,11 @@ def rms_norm(
 
     Raises `ValueError` on shapes that do not fit, `UserError` where the backend is not available.
     """
+    if backend == "auto" and x.dim() == 3 and weight.shape == x.shape[2:]:
+        here = KERNEL.accepts(x, weight) is not False and can_bypass_dispatcher(x, weight)
+        if here and KERNEL.usable() is True:
+            record("rms_norm", "native")
+            return _forward(x, weight, eps)
     check("rms_norm", {"x": "* d", "weight": "d"}, x, weight)
     if x.dim() != 3:
         d = len(weight)

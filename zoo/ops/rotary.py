@@ -8,6 +8,7 @@ The gradient of the last two is the rotation back and reaches x alone, so `auto`
 where cos or sin require a gradient.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,15 +17,21 @@ from torch import Tensor
 
 from zoo.ops.runtime.checks import check
 from zoo.ops.runtime.cpu import CpuKernel
-from zoo.ops.runtime.dispatch import select_backend
-from zoo.ops.runtime.native_op import NativeOp
+from zoo.ops.runtime.dispatch import record, select_backend
+from zoo.ops.runtime.native_op import NativeOp, can_bypass_dispatcher
 
 KERNEL = CpuKernel(
     "rotary/rotary.c",
-    sizes="batch tokens heads width half",
-    rows={"x y": "batch tokens heads*width", "cos sin": "batch tokens half"},
+    sizes="batch tokens heads0 heads1 width half",
+    rows={
+        "x0": "batch tokens heads0*width",
+        "x1": "batch tokens heads1*width",
+        "y0": "batch tokens heads0*width",
+        "y1": "batch tokens heads1*width",
+        "cos sin": "batch tokens half",
+    },
     pointers={},
-    outputs="y",
+    outputs="y0 y1",
 )
 
 
@@ -47,6 +54,23 @@ def apply_rotary(
     x, rest = x[..., :width], x[..., width:]
     rotated = _InPlace.apply(x, cos, sin) if name == "torch" else _formula(x, cos, sin)
     return torch.cat([rotated, rest], -1) if rest.shape[-1] else rotated
+
+
+def apply_rotary_to_both(
+    q: Float[Tensor, "b t h d"],
+    k: Float[Tensor, "b t g d"],
+    cos: Float[Tensor, "*bt 1 half"],
+    sin: Float[Tensor, "*bt 1 half"],
+) -> tuple[Float[Tensor, "b t h d"], Float[Tensor, "b t g d"]]:
+    """`apply_rotary` of queries and keys, in one call of the kernel where no gradient is wanted."""
+    alike = q.dim() == 4 and q.shape[:2] == k.shape[:2] and q.shape[3:] == k.shape[3:]
+    here = KERNEL.accepts(q, k, cos, sin) is not False and can_bypass_dispatcher(q, k, cos, sin)
+    if not (alike and here) or KERNEL.usable() is not True:
+        return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    _width(q, cos, sin)
+    record("rotary", "native")
+    y_q, y_k = _rotated((q, k), cos, sin)
+    return y_q, y_k
 
 
 def _width(x: Tensor, cos: Tensor, sin: Tensor) -> int:
@@ -96,12 +120,22 @@ class _InPlace(torch.autograd.Function):
 
 
 def _forward(x, cos, sin) -> Tensor:
-    (b, t, h, d), half = x.shape, cos.shape[-1]
+    return _rotated((x,), cos, sin)[0]
+
+
+def _rotated(xs: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
+    """One or two arrays of the same tokens."""
+    (b, t, h, d), half = xs[0].shape, cos.shape[-1]
     _fit(2 * half, d)
-    cos_bt, sin_bt = cos.squeeze(-2).expand(b, t, half), sin.squeeze(-2).expand(b, t, half)
-    sizes, flat = (b, t, h, d, half), x.flatten(2)
-    (y,) = KERNEL.run("forward", sizes, ["y"], x=flat, cos=cos_bt, sin=sin_bt)
-    return y.view(b, t, h, d)
+    if cos.shape != (b, t, half):  # as that of one token of one text is
+        cos, sin = cos.squeeze(-2).expand(b, t, half), sin.squeeze(-2).expand(b, t, half)
+    both = len(xs) > 1
+    given: dict[str, Tensor | None] = {"x0": xs[0].flatten(2), "cos": cos, "sin": sin}
+    if both:
+        given["x1"] = xs[1].flatten(2)
+    sizes = b, t, h, xs[1].shape[2] if both else 0, d, half
+    ys = KERNEL.run("forward", sizes, ["y0", "y1"] if both else ["y0"], **given)
+    return [y.view(x.shape) for x, y in zip(xs, ys, strict=True)]
 
 
 def _backward(dy, cos, sin) -> Tensor:

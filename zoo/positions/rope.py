@@ -20,7 +20,7 @@ from torch import Tensor
 from zoo.config.domains import Range, RopeBase
 from zoo.errors import refuse
 from zoo.ops.dtypes import wide_dtype
-from zoo.ops.rotary import apply_rotary, rotate_pairs
+from zoo.ops.rotary import apply_rotary, apply_rotary_to_both, rotate_pairs
 from zoo.ops.runtime.dispatch import is_transformed
 from zoo.positions.base import CrossLayer, Positions, placed_positions
 
@@ -167,6 +167,17 @@ def apply_rope(
     return torch.cat([rotated, x[..., width:]], -1) if width < x.shape[-1] else rotated
 
 
+def rotate_both(
+    q: Float[Tensor, "b t h d"], k: Float[Tensor, "b t g d"], inv_freq: Sequence[float], start: int
+) -> tuple[Float[Tensor, "b t h d"], Float[Tensor, "b t g d"]]:
+    """`apply_rope` of the queries and keys of tokens `start`, `start` + 1, ... of a text."""
+    dtype = wide_dtype(q)
+    if not inv_freq or q.dtype != dtype or k.dtype != dtype:
+        return apply_rope(q, inv_freq, start), apply_rope(k, inv_freq, start)
+    tokens = range(start, start + q.shape[1])
+    return apply_rotary_to_both(q, k, *rotary_tables(inv_freq, tokens, q.device, dtype))
+
+
 def by_row(
     scaling: Callable[[int], tuple[Any, float]], row_lengths: Int[Tensor, " b"]
 ) -> tuple[Any, Any]:
@@ -225,7 +236,7 @@ class Rope(Positions):
         if at is not None:
             inv_freq, factor = self._frequencies(cross_layer or {})
             return apply_rope(q, inv_freq, at, factor), apply_rope(k, inv_freq, at, factor)
-        return (q, k) if self.pattern else super().prepare(q, k, start)
+        return (q, k) if self.pattern else rotate_both(q, k, self.inv_freq, start)
 
     def _frequencies(self, cross_layer: CrossLayer) -> tuple[Frequencies, Any]:
         """Return those of a training window's length, and their attention factor."""

@@ -5,7 +5,7 @@ import functools
 import os
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,6 +17,24 @@ from zoo.ops.runtime.dispatch import UNTRANSFORMED, Available, is_transformed, s
 from zoo.ops.runtime.sizes import ceil_div
 
 MAX_THREADS = max(64, os.cpu_count() or 1)  # more gain nothing, and a system has no more to give
+
+
+class _Field(NamedTuple):
+    """An array as a function reads or writes it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    at: int  # its first word of `Arrays`
+    in_rows: bool
+    written: bool
+
+
+class _Plan(NamedTuple):
+    """What all calls of a function with the same sizes have in common."""
+
+    fields: dict[str, _Field]
+    entry: Callable[..., int]  # the function itself
+    sizes: ctypes.Structure  # its first argument
 
 
 class CpuKernel:
@@ -51,10 +69,10 @@ class CpuKernel:
         self._names = frozenset((*self.rows, *self.pointers))
         self.bounds = dict(map(_bounds, sizes.split()))
         self._sizes = _words(len(self.bounds) + 1)
-        self._arrays = _words(3 * len(self.rows) + len(self.pointers))
+        self._count = 3 * len(self.rows) + len(self.pointers)
+        self._arrays = _words(self._count)
         self.usable = functools.cache(self._usable)
-        self._cached_fields = functools.lru_cache(256)(self._fields)
-        self._cached_entry = functools.lru_cache(256)(self._entry)
+        self._cached_plan = functools.lru_cache(256)(self._plan)
 
     def _usable(self) -> bool | str:
         """Return True where the kernel can run, else the reason why not, for `select_backend`."""
@@ -66,9 +84,13 @@ class CpuKernel:
 
     def accepts(self, *tensors: Tensor) -> Available:
         """For `select_backend`: whether the kernel reads these: all of one type, on the CPU."""
-        kinds = {(tensor.device.type, tensor.dtype) for tensor in tensors}
-        fits = kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
-        return self.usable if fits else False
+        dtype = tensors[0].dtype
+        if dtype != torch.float32 and dtype != torch.float64:
+            return False
+        for tensor in tensors:
+            if not tensor.is_cpu or tensor.dtype != dtype:
+                return False
+        return self.usable
 
     def has_room(self, dtype: torch.dtype, **sizes: int) -> bool | str:
         """Return True where the kernel can run with these sizes, else the reason why not."""
@@ -111,54 +133,57 @@ class CpuKernel:
         if shapes_only.on:
             shapes = self._shapes(sizes, dtype)
             return [like.new_empty(shapes[name]) for name in outputs]
-        words, alive, made, work = [], [], {}, False
-        for name, shape, wanted, in_rows, written in self._cached_fields(sizes, dtype):
-            tensor = tensors.get(name)
+        threads = min(torch.get_num_threads(), MAX_THREADS)
+        plan = self._cached_plan(function, sizes, dtype, threads)
+        words, alive, work = [0] * self._count, [], False
+        for name, tensor in tensors.items():
             if tensor is None:
-                if name not in outputs:
-                    words += (0, 0, 0) if in_rows else (0,)
-                    continue
-                tensor = made[name] = like.new_empty(shape)
+                continue
+            shape, wanted, at, in_rows, written = plan.fields[name]
+            if not tensor.is_cpu or tensor.dtype != wanted or tensor.shape != shape:
+                self._refuse(name, tensor, shape, wanted)
+            if written:
                 work = work or tensor.numel() > 0
-            else:
-                if not tensor.is_cpu or tensor.dtype != wanted or tensor.shape != shape:
-                    self._refuse(name, tensor, shape, wanted)
-                if written:
-                    work = work or tensor.numel() > 0
-                    if not tensor.is_contiguous():
-                        raise ValueError(f"{self.source}: {name} is not contiguous")
-                elif tensor.is_neg() or tensor._is_zerotensor():
-                    tensor = _in_memory(tensor)
+                if not tensor.is_contiguous():
+                    raise ValueError(f"{self.source}: {name} is not contiguous")
+            elif tensor.is_neg() or tensor._is_zerotensor():
+                tensor = _in_memory(tensor)
             if in_rows:  # `Rows` of common.h: a pointer, the strides of batch and token
                 batch, row, dense = tensor.stride()
                 if dense != 1:
                     tensor = tensor.contiguous()
                     batch, row, _ = tensor.stride()
-                words += (tensor.data_ptr(), batch, row)
+                words[at + 1], words[at + 2] = batch, row
             else:
                 tensor = tensor.contiguous()
-                words.append(tensor.data_ptr())
+            words[at] = tensor.data_ptr()
             alive.append(tensor)
-        if work:
-            self._call(function, dtype, sizes, words)
-        return [made[name] for name in outputs]
-
-    def _call(
-        self, function: str, dtype: torch.dtype, sizes: tuple[int, ...], words: list[int]
-    ) -> None:
-        threads = min(torch.get_num_threads(), MAX_THREADS)
-        entry, filled = self._cached_entry(function, dtype, sizes, threads)
-        if entry(filled, self._arrays.from_buffer_copy(array("q", words))):
+        made = []
+        for name in outputs:
+            shape, _, at, in_rows, _ = plan.fields[name]
+            tensor = like.new_empty(shape)
+            work = work or tensor.numel() > 0
+            if in_rows:
+                words[at + 1], words[at + 2] = shape[1] * shape[2], shape[2]
+            words[at] = tensor.data_ptr()
+            made.append(tensor)
+        if work and plan.entry(plan.sizes, self._arrays.from_buffer_copy(array("q", words))):
             raise MemoryError(f"{self.source}: no memory for {function}")
+        return made
 
-    def _entry(
-        self, function: str, dtype: torch.dtype, sizes: tuple[int, ...], threads: int
-    ) -> tuple[Callable[..., int], ctypes.Structure]:
-        """The function itself, and its first argument."""
+    def _plan(
+        self, function: str, sizes: tuple[int, ...], dtype: torch.dtype, threads: int
+    ) -> "_Plan":
+        """Work out what all calls of a function with these sizes have in common."""
+        fields, at = {}, 0
+        for name, shape in self._shapes(sizes, dtype).items():
+            in_rows, wanted = name in self.rows, self.dtypes.get(name, dtype)
+            fields[name] = _Field(shape, wanted, at, in_rows, name in self.outputs)
+            at += 3 if in_rows else 1
         entry = getattr(build.load(self.source, dtype), function)
         if entry.argtypes is None:
             entry.argtypes = [self._sizes, self._arrays]
-        return entry, self._sizes.from_buffer_copy(array("q", (*sizes, threads)))
+        return _Plan(fields, entry, self._sizes.from_buffer_copy(array("q", (*sizes, threads))))
 
     def _refuse(
         self, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
@@ -168,15 +193,6 @@ class CpuKernel:
         if tensor.dtype != dtype:
             raise TypeError(f"{self.source}: {name} is {tensor.dtype}, must be {dtype}")
         raise ValueError(f"{self.source}: {name} is {tuple(tensor.shape)}, must be {shape}")
-
-    def _fields(
-        self, sizes: tuple[int, ...], dtype: torch.dtype
-    ) -> list[tuple[str, tuple[int, ...], torch.dtype, bool, bool]]:
-        """Of each array its name, shape and type, whether it is in `rows`, and an output."""
-        return [
-            (name, shape, self.dtypes.get(name, dtype), name in self.rows, name in self.outputs)
-            for name, shape in self._shapes(sizes, dtype).items()
-        ]
 
     def _shapes(self, sizes: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
         """Return the shape of each array, in the order of the structure."""

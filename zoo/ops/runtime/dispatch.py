@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.autograd import forward_ad
@@ -44,7 +44,8 @@ def select_backend(op: str, requested: str, available: Mapping[str, Available]) 
     Logs one line the first time an op uses a backend. Raises `UserError` where the requested one
     cannot run.
     """
-    choose("backend", requested, ["auto", *available], kind=f"backend of {op}")
+    if requested != "auto":
+        choose("backend", requested, ["auto", *available], kind=f"backend of {op}")
     if is_transformed():
         available = {**available, "native": UNTRANSFORMED}
         if requested == "auto":
@@ -55,7 +56,7 @@ def select_backend(op: str, requested: str, available: Mapping[str, Available]) 
         usable = available[name]
         usable = usable() if callable(usable) else usable
         if usable is True:
-            _record(op, name, reasons)
+            record(op, name, reasons)
             return name
         if usable:
             reasons.append(f"{name} is not available: {usable}")
@@ -79,7 +80,8 @@ def reset() -> None:
     _used.clear()
 
 
-def _record(op: str, name: str, reasons: list[str]) -> None:
+def record(op: str, name: str, reasons: Sequence[str] = ()) -> None:
+    """Note that an op used a backend, and why none of those before it; logs it the first time."""
     names = _used.setdefault(op, [])
     if name in names:
         return
