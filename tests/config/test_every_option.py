@@ -114,7 +114,10 @@ def test_every_option_of_training_is_refused_or_what_it_says(monkeypatch, tmp_pa
 
 
 def test_every_option_of_measuring_is_refused_or_what_it_says(monkeypatch, tmp_path):
-    runs = [RunFolder.create(tmp_path / "run", train_config("size=tiny"), {})] * 2
+    runs = [
+        RunFolder.create(tmp_path / data, train_config("size=tiny", f"data={data}"), {})
+        for data in ("stdlib", "recall")  # of which each task measures one
+    ]
     for task in choices("task"):
         words = ["task.longrope.factor=2"] if task == "longrope" else []
         tree = composed("eval", "run=run", f"task={task}", *words)
