@@ -295,3 +295,16 @@ def test_a_run_without_a_measurement_is_listed_by_the_name_of_its_data():
     row = next(row for row in budgets(results).rows if row[0].text == "nope")
     assert "recall" in [cell.text for cell in row]
     assert "trained, not measured yet" in as_text(results)
+
+
+@pytest.mark.parametrize("name", ["longrope", "yarn"])
+def test_what_a_search_found_for_each_run_is_no_other_setting(name):
+    def read(seed: int, n_hat: int) -> dict:
+        own = {"run": f"s{seed}", "seed": seed, "extension": name}
+        options = {"name": name, "factor": 8.0, "scaling.n_hat": n_hat, "scaling.magnitude": "su"}
+        own |= {"extension_options": options, "extension_settings": f"{name}-{n_hat}"}
+        return score_row("m", 512, 2.0) | own
+
+    searched = gather([read(0, 12), read(1, 32)], []).arms
+    assert len(searched) == (1 if name == "longrope" else 2)
+    assert len(gather([read(0, 12), read(0, 32), read(1, 32)], []).arms) == 2

@@ -25,6 +25,7 @@ TRAINING = {
     "parameters": "parameters",
 }
 READ_BY = {"device": "on", "dtype": "in", "threads": "threads"}  # of the measurement
+FOUND = ("scaling.long_factors", "scaling.short_factors", "scaling.n_hat")  # by a search
 MAX_SETTINGS = 4  # settings that a label names; of more, a hash
 MAX_CHARACTERS = 24  # of a value that a label shows; of more, a hash
 
@@ -39,10 +40,30 @@ def lengthen(rows: Sequence[Row], runs: Sequence[Row]) -> None:
         if is_quantized(row.get("dtype")) and (word := f" · in {row['dtype']}") not in row["label"]:
             row["label"] += word
     _split(rows, lambda row: trained.get(row.get("run"), {}))
-    _split(rows, lambda row: row.get("extension_options") or {})
-    _split(rows, functools.partial(_named, field="extension_settings", word="settings"))
+    _split_extensions(rows)
     _split_questions(rows)
     _split(_repeated(rows), lambda row: {"run": row.get("run")})
+
+
+def _split_extensions(rows: Sequence[Row]) -> None:
+    """Lengthen the labels under which an extension has several settings.
+
+    What LongRoPE's search found for each run belongs to the run, as its weights do: it is no other
+    setting unless one run was read under two.
+    """
+    searched = set()
+    for same in _grouped(rows, lambda row: row["label"]):
+        own = {(row.get("run"), row.get("extension_settings")) for row in same}
+        if len(own) == len({run for run, _ in own}) and same[0].get("extension") == "longrope":
+            searched.update(map(id, same))
+
+    def options(row: Row) -> Row:
+        own = row.get("extension_options") or {}
+        return {k: v for k, v in own.items() if k not in FOUND} if id(row) in searched else own
+
+    _split(rows, options)
+    left = [row for row in rows if id(row) not in searched]
+    _split(left, functools.partial(_named, field="extension_settings", word="settings"))
 
 
 def _named(row: Row, field: str, word: str) -> Row:
