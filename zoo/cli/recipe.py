@@ -24,6 +24,7 @@ from zoo.cli.guard import run_program
 from zoo.config.applicability import check_applies, position_schemes
 from zoo.config.compose import compose, composing, parse
 from zoo.config.groups import CONFIGS, choices
+from zoo.config.stages import tuned_length
 from zoo.config.tree import within
 from zoo.console import say
 from zoo.errors import choose, refuse, refuse_path
@@ -92,10 +93,9 @@ def _check(name: str, found: Sequence[tuple[str, list[str]]], given: Sequence[st
             continue
         config = compose("train", [*step, *of_model])
         check_applies(config.extension, position_schemes(base.model))
-        placed = config.extension.positions is not None  # windows stay as long as before
-        window = base.seq_len * (1 if placed else config.extension.factor)
+        window = tuned_length(config.extension, [], base.seq_len)
         if "batch_tokens" in keys and "seq_len" not in keys and config.batch_tokens < window:
-            rule = f"must be at least {window:.0f}, the windows of {config.name}"
+            rule = f"must be at least {window}, the windows of {config.name}"
             refuse("batch_tokens", config.batch_tokens, rule, "Use more, or a smaller seq_len")
 
 

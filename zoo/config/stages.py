@@ -53,6 +53,19 @@ def original_length(extension: Extension, stages: Stages, seq_len: int) -> int:
     return trained_length(*stages[-1]) if stages else seq_len
 
 
+def tuned_length(extension: Extension, stages: Stages, seq_len: int) -> int:
+    """Return the tokens of the windows to tune on under an extension, where they are not given.
+
+    Args:
+        stages: those before.
+        seq_len: tokens of the windows before; kept where the extension draws positions.
+    """
+    if extension.positions is not None or extension.name == "none":
+        return seq_len
+    unset = extension.model_copy(update={"original_length": None})
+    return int(original_length(unset, stages, seq_len) * extension.factor)
+
+
 def check_composition(extension: Extension, stages: Stages, given: Sequence[str] = ()) -> None:
     """Refuse a composition that was `given`, or is not the default, where there is none.
 

@@ -6,7 +6,7 @@ from typing import Any
 from zoo.config.longrope_factors import with_found_factors
 from zoo.config.schedule import continued
 from zoo.config.schema.train import TrainConfig
-from zoo.config.stages import check_composition, original_length, stages_of
+from zoo.config.stages import check_composition, original_length, stages_of, tuned_length
 from zoo.config.tree import within
 from zoo.config.validate import plain, validate
 from zoo.errors import refuse
@@ -108,10 +108,7 @@ def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     length = original_length(config.extension, stages, before.seq_len)
     extension["original_length"] = length
     if "seq_len" not in given:
-        unset = config.extension.model_copy(update={"original_length": None})
-        longer = original_length(unset, stages, before.seq_len) * config.extension.factor
-        same = extension.get("positions") or extension["name"] == "none"
-        inherited["seq_len"] = before.seq_len if same else int(longer)
+        inherited["seq_len"] = tuned_length(config.extension, stages, before.seq_len)
     tree = {**tree, **inherited, "extension": extension, "finetune": str(folder)}
     return validate(TrainConfig, tree)
 
