@@ -175,6 +175,18 @@ def test_what_an_extension_breaks_has_learned_without_it_and_has_no_effective_co
     assert any(line.startswith("m + pi") and "broken" in line for line in lines)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_an_arm_of_which_one_seed_never_learned_is_not_called_broken(order):
+    alone = {0: 2.0, 1: 5.4}
+    about = [{"run": f"s{seed}", "seed": seed, "bigram_bits": 3.4} for seed in order]
+    rows = [score_row("m", 512, alone[one["seed"]], **one) for one in about]
+    rows += [
+        score_row("m", 512, 5.4, **one) | {"arm": "m + pi", "extension": "pi"} for one in about
+    ]
+    found = {label: why.broken for label, why in scores.dead(gather(rows, [])).items()}
+    assert found == {"m": False, "m + pi": False}
+
+
 def test_one_seed_that_has_not_learned_is_not_hidden_in_the_mean():
     rows = [score_row("m", n, bits, seed=bits) for n in (512, 1024) for bits in (2, 2.1, 8)]
     assert scores.effective_contexts(gather(rows, []))["m"] is None

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from zoo.measurement import is_quantized, panel, question
@@ -51,19 +51,19 @@ def _split_extensions(rows: Sequence[Row]) -> None:
     What LongRoPE's search found for each run belongs to the run, as its weights do: it is no other
     setting unless one run was read under two.
     """
-    searched = set()
     for same in _grouped(rows, lambda row: row["label"]):
         own = {(row.get("run"), row.get("extension_settings")) for row in same}
-        if len(own) == len({run for run, _ in own}) and same[0].get("extension") == "longrope":
-            searched.update(map(id, same))
+        one_each = len(own) == len({run for run, _ in own})
+        searched = FOUND if one_each and same[0].get("extension") == "longrope" else ()
+        _split(same, functools.partial(_options, without=searched))
+        if not searched:
+            _split(same, functools.partial(_named, field="extension_settings", word="settings"))
 
-    def options(row: Row) -> Row:
-        own = row.get("extension_options") or {}
-        return {k: v for k, v in own.items() if k not in FOUND} if id(row) in searched else own
 
-    _split(rows, options)
-    left = [row for row in rows if id(row) not in searched]
-    _split(left, functools.partial(_named, field="extension_settings", word="settings"))
+def _options(row: Row, without: Container[str]) -> Row:
+    """The settings of a row's extension but for some."""
+    every = row.get("extension_options") or {}
+    return {name: value for name, value in every.items() if name not in without}
 
 
 def _named(row: Row, field: str, word: str) -> Row:

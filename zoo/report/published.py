@@ -64,10 +64,10 @@ def unpack(tree: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
 
 
 def added(path: Path, rows: Iterable[Row], runs: Iterable[Row]) -> tuple[dict[str, Any], list[str]]:
-    """The tree of a file that has these rows and records too, and the runs it had before.
+    """The tree of a file that has these rows and records too, and the runs trained again since.
 
     What the file has stays in it, so that a long study is published arm by arm, but for rows that
-    are measured again now, and for those of a run that was trained again since.
+    are measured again now, and for those of a run that was trained again.
     """
     new_rows: list[Row] = json.loads(json.dumps([*rows]))
     new_runs = [*runs]

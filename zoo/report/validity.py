@@ -155,14 +155,13 @@ def unlearned(rows: Sequence[Row]) -> dict[str, Unlearned]:
     floors = {key: floor for key, row in best.items() if (floor := baseline(row))}
     dull = {key for key, floor in floors.items() if best[key]["bits_per_byte"] >= floor[0]}
     learned = {best[key].get("run") for key in floors if key not in dull} - {None}
-    return {
-        key[0]: Unlearned(
-            f"{best[key]['bits_per_byte']:.3f} bits per byte, where {floors[key][1]}",
-            broken=best[key].get("run") in learned,
-        )
-        for key in floors
-        if key in dull
-    }
+    said: dict[str, Unlearned] = {}
+    for label, seed in (key for key in floors if key in dull):
+        row, words = best[label, seed], floors[label, seed][1]
+        score = f"{row['bits_per_byte']:.3f} bits per byte, where {words}"
+        others = label not in said or said[label].broken
+        said[label] = Unlearned(score, broken=others and row.get("run") in learned)
+    return said
 
 
 class Guessing(NamedTuple):
