@@ -22,7 +22,7 @@ def run(tmp_path_factory) -> str:
 def test_each_line_is_added_to_the_text(run, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
     capsys.readouterr()
-    assert main(["chat", run, "tokens=5", "device=cpu"]) == 0
+    assert main(["chat", f"run={run}", "tokens=5", "device=cpu"]) == 0
     said = capsys.readouterr()
     model, written = zoo.load(run, device="cpu"), []
     for line in ("one\n", "", "two\n"):
@@ -60,7 +60,9 @@ def test_a_place_may_have_an_equals_sign_and_input_may_be_closed(run, tmp_path, 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "zoo chat: no place: must be one run or checkpoint."),
+        ([], "zoo chat: no place: must be one run or checkpoint. Give it as run=<folder>."),
+        (["run="], "zoo chat: run=: must be one run or checkpoint."),
+        (["run=RUN", "checkpoint=b"], "zoo chat: run=RUN checkpoint=b: must be one run or check"),
         (["RUN", "temperature=-1"], "zoo chat: temperature=-1: must be a number from 0 to 1000."),
         (["RUN", "top_k=4"], "zoo chat: top_k=4: unknown option. Did you mean 'top_p'?"),
         (["RUN", "stop=[x,'']"], "zoo chat: stop="),

@@ -1,4 +1,4 @@
-"""Write on with a model, line by line: `zoo chat <run or checkpoint> [option=value ...]`.
+"""Write on with a model, line by line: `zoo chat run=<run> [option=value ...]`.
 
 What was read and written stays in the model's state, so that a line costs its own tokens alone.
 """
@@ -13,11 +13,11 @@ from zoo.config.compose import compose
 from zoo.console import say
 from zoo.errors import UserError, refuse_path, refuse_unknown
 
-USAGE = """zoo chat <run folder or checkpoint> [option=value ...]
+USAGE = """zoo chat run=<run folder> | checkpoint=<folder or file> [option=value ...]
 write on with a model: each line is added to the text, and the model goes on from there
 
-  zoo chat runs/my-run temperature=0.8
-  zoo chat models/SmolLM2-135M extension=dca tokens=300
+  zoo chat run=runs/my-run temperature=0.8
+  zoo chat checkpoint=models/SmolLM2-135M extension=dca tokens=300
 
 options
   prompt=           what the text begins with; without it, with your first line
@@ -35,7 +35,8 @@ An empty line lets the model write on. Ctrl-D ends.
 """
 TASK = "task.generate."
 OF_TASK = ("prompt", "tokens", "temperature", "top_p", "seed", "stop")
-OPTIONS = (*OF_TASK, "device", "weights", "kv_cache", "extension")
+PLACES = ("run", "checkpoint")
+OPTIONS = (*PLACES, *OF_TASK, "device", "weights", "kv_cache", "extension")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,10 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def chat(words: Sequence[str]) -> int:
     """Carry the command out; see the module."""
-    places = [word for word in words if "=" not in word or Path(word).exists()]
-    if len(places) != 1:
-        refuse_path(" ".join(places) or "no place", "must be one run or checkpoint")
-    options = [word for word in words if word not in places]
+    bare = [word for word in words if "=" not in word or Path(word).exists()]
+    named = [word for word in words if word not in bare and word.partition("=")[0] in PLACES]
+    places = bare + [word.partition("=")[2] for word in named]
+    if len(places) != 1 or not places[0]:
+        given = " ".join(bare + named) or "no place"
+        refuse_path(given, "must be one run or checkpoint", "Give it as run=<folder>")
+    options = [word for word in words if word not in bare + named]
     for word in options:
         name = word.partition("=")[0]
         if name not in OPTIONS and not name.startswith("extension."):
