@@ -96,15 +96,19 @@ def test_a_finished_run_is_not_already_trained_on_a_device_that_is_not_there(tra
 
 def test_resume_goes_on_and_changes_only_what_it_may(train):
     train("name=mine", learner=stop_after_7)
-    code, error = train(
-        "resume=runs/mine", "trainer.max_steps=2k", "threads=2", "logger.mode=offline"
-    )
+    words = ["trainer.max_steps=2k", "threads=2", "logger=wandb", "logger.mode=offline"]
+    code, error = train("resume=runs/mine", *words)
     assert code == 0
     assert "training transformer from step=00000007.ckpt" in error
     config = only_run().config
     assert (config.trainer.max_steps, config.threads, config.size.name) == (2048, 2, "tiny")
     assert (config.logger.name, config.logger.mode, config.resume) == ("wandb", "offline", None)
     assert train("resume=runs/mine", learner=refuse)[1].startswith("already trained: runs/mine")
+    assert train("resume=runs/mine", *words, learner=refuse)[0] == 0  # changes nothing
+    code, error = train("resume=runs/mine", "workers=1", "trainer.checkpoint=whole")
+    rule = "has no steps left to train, so workers, trainer.checkpoint would change nothing"
+    advice = "Give trainer.max_steps above 2048, or leave it out"
+    assert (code, error) == (2, f"train.py: resume=runs/mine: {rule}. {advice}.\n")
     assert train("resume=runs/mine", "trainer.max_steps=3k", learner=stop_after_7)[0] == 130
 
 

@@ -137,7 +137,7 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
         rule = f"has lost the checkpoints of its {info['step']:,} steps"
         refuse_path(str(folder), rule, "Put them back, or train a new run with fresh=true")
     check_code(config, folder)
-    if info["status"] == "done" and info["step"] >= config.trainer.max_steps:
+    if folder.is_trained(config):
         say(f"already trained: {folder} (fresh=true trains again)")
     else:
         message = describe_continuation(folder.config, config, step_of(last))
@@ -184,8 +184,7 @@ def _is_trained(config: TrainConfig) -> bool:
     path = Path(config.resume or Path(config.runs) / run_name(config))
     if config.fresh or not path.is_dir():
         return False
-    info = RunFolder.open(path).info
-    return info["status"] == "done" and info["step"] >= config.trainer.max_steps
+    return RunFolder.open(path).is_trained(config)
 
 
 def rehearse(config: TrainConfig, apart: bool) -> None:

@@ -114,6 +114,11 @@ class RunFolder:
         """Record in run.json that the run was stopped, and why."""
         self.update(status="stopped", reason=reason)
 
+    def is_trained(self, config: TrainConfig) -> bool:
+        """Whether the run has all the steps of `config`."""
+        info = self.info
+        return info["status"] == "done" and info["step"] >= config.trainer.max_steps
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder against other processes; the lock goes with the process that has it.

@@ -7,27 +7,25 @@ from zoo.config.longrope_factors import with_found_factors
 from zoo.config.schedule import continued
 from zoo.config.schema.train import TrainConfig
 from zoo.config.stages import check_composition, original_length, stages_of, tuned_length
-from zoo.config.tree import within
+from zoo.config.tree import flat, within
 from zoo.config.validate import plain, validate
 from zoo.errors import refuse
 from zoo.runs.checkpoints import step_of
 from zoo.runs.folder import RunFolder
 
 # Options that a resumed run may change; any other makes it another run.
+LAUNCHER = "launcher"  # of the sweep, not of its runs
+CHANGED_CODE = "changed_code"  # read before it is known whether steps are left
 RESUMABLE = (
     *("trainer.max_steps", "trainer.max_time", "logger", "workers", "threads"),
     *("trainer.devices", "trainer.accelerator", "trainer.strategy", "trainer.checkpoint"),
     "trainer.num_nodes",
     *("trainer.sequence_parallel", "trainer.accumulate_grad_batches", "optim.continuation"),
-    *("data.path", "data.cache", "changed_code"),
+    *("data.path", "data.cache", CHANGED_CODE),
 )
 WINDOW = "model.mixer.window"  # which a stage may widen: no weight depends on it
-SHARING = (
-    "strategy",
-    "devices",
-    "checkpoint",
-    "num_nodes",
-)  # what trainer=<name> changes of a resumed run
+# What trainer=<name> changes of a resumed run.
+SHARING = ("strategy", "devices", "checkpoint", "num_nodes", "sequence_parallel")
 MOVABLE = ("data.path", "data.cache")  # the same text may be elsewhere
 
 
@@ -37,7 +35,7 @@ def resumed(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     Raises UserError for an option that may not change, and where there is no whole run to resume.
     """
     folder = RunFolder.open(str(tree["resume"]))
-    changes = [key for key in given if key != "resume"]
+    changes = [key for key in given if key not in ("resume", LAUNCHER)]
     if fixed := [key for key in changes if key != "trainer" and not within(key, RESUMABLE)]:
         rule = f"continues a run with its own options: {', '.join(fixed)} cannot change"
         refuse("resume", folder, rule, f"Change only {', '.join(RESUMABLE)}")
@@ -47,17 +45,43 @@ def resumed(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     reached = step_of(folder.checkpoint())
     before, config = folder.config, plain(folder.config)
     for key in changes:
-        section, _, last = ("", "", "logger") if key.startswith("logger") else key.rpartition(".")
+        section, _, last = key.rpartition(".")
+        value = (tree[section] if section else tree)[last]
         if section == "data":
-            config["data"] = with_place(config["data"], {last: tree["data"][last]})
-            continue
-        if key == "trainer":
-            config["trainer"] |= {name: tree["trainer"].get(name) for name in SHARING}
-            continue
-        (config[section] if section else config)[last] = (tree[section] if section else tree)[last]
+            config["data"] = with_place(config["data"], _moved(tree, [key]))
+        elif key == "trainer":
+            config["trainer"] |= {name: value.get(name) for name in SHARING}
+        elif section == "logger" and "logger" not in given and config["logger"]["name"] == "none":
+            refuse(key, value, "the run has logger=none, which has no settings", "Add logger=wandb")
+        else:
+            (config[section] if section else config)[last] = value
     config = plain(validate(TrainConfig, config))
     continued(before, config, reached, given)
-    return validate(TrainConfig, {**config, "resume": str(folder)})
+    after = validate(TrainConfig, {**config, "resume": str(folder)})
+    _check_left(folder, after, changes)
+    return after
+
+
+def _check_left(folder: RunFolder, after: TrainConfig, changes: Sequence[str]) -> None:
+    """Refuse options that a run without steps left would not act on: those of other values."""
+    if not folder.is_trained(after):
+        return
+    values, recorded = flat(plain(after)), flat(plain(folder.config))
+    differ = [key for key in {**values, **recorded} if values.get(key) != recorded.get(key)]
+    names = [key for key in changes if key != CHANGED_CODE]
+    if idle := [name for name in names if any(within(key, [name]) for key in differ)]:
+        rule = f"has no steps left to train, so {', '.join(idle)} would change nothing"
+        advice = f"Give trainer.max_steps above {after.trainer.max_steps}, or leave it out"
+        refuse("resume", folder, rule, advice)
+
+
+def _moved(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The places of a run's text, `data.path` or `data.cache`, that were given."""
+    place = {key: tree["data"][key.removeprefix("data.")] for key in keys}
+    for key, value in place.items():
+        if value is None:
+            refuse(key, value, "must be a folder")
+    return {key.removeprefix("data."): value for key, value in place.items()}
 
 
 def with_place(data: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,8 +120,7 @@ def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
         inherited["seed"] = base["seed"]
     data = [key for key in given if within(key, ("data",))]
     if not any(key not in MOVABLE for key in data):  # the base's text, wherever it is now
-        moved = {key.removeprefix("data."): tree["data"][key.removeprefix("data.")] for key in data}
-        inherited["data"] = with_place(base["data"], moved)
+        inherited["data"] = with_place(base["data"], _moved(tree, data))
     stages, inherited["stages"] = stages_of(before), base.get("stages", [])
     if before.finetune or before.stages or before.extension.name != "none":
         own = {"run": str(folder), "seq_len": base["seq_len"], "extension": base["extension"]}
