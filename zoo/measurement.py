@@ -75,20 +75,23 @@ class Quantity:
 class Declaration:
     """What a task says of itself: a title, one or two sentences, and its quantities.
 
-    `text` is the row's field with a text that reports show as it is; "" where there is none.
+    `text` is the row's field with a text that reports show as it is, `prompt` that with what it was
+    written after; "" where there is none.
     """
 
     title: str
     about: str
     quantities: tuple[Quantity, ...]
     text: str = ""
+    prompt: str = ""
 
     def plain(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The declaration as a row carries it: the quantities that the row has, no defaults."""
         mine = [dataclasses.asdict(quantity) for quantity in self.quantities if quantity.of(row)]
         short = [{k: v for k, v in each.items() if v or k == "better"} for each in mine]
         said = {"title": self.title, "about": self.about, "quantities": short}
-        return said | ({"text": self.text} if self.text else {})
+        fields = {"text": self.text, "prompt": self.prompt}
+        return said | {name: value for name, value in fields.items() if value}
 
 
 def declared(row: Mapping[str, Any]) -> Declaration | None:
@@ -104,6 +107,7 @@ def declared(row: Mapping[str, Any]) -> Declaration | None:
             about=str(found["about"]),
             quantities=tuple(quantities),
             text=str(found.get("text") or ""),
+            prompt=str(found.get("prompt") or ""),
         )
     except (TypeError, KeyError, AttributeError):
         return None
@@ -137,10 +141,12 @@ def lacking(declaration: Declaration, row: Mapping[str, Any]) -> list[str]:
 
 
 def panel(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that distinguish the rows of a task at one length: its quantities' `where`."""
+    """The fields that distinguish the rows of a task at one length: its quantities' `where`, and
+    the prompt of a text."""
     found = declared(row)
     wheres = [name for one in found.quantities for name in one.where] if found else []
-    names = sorted({"protocol", "phase", *wheres})  # those two of rows that declare nothing, too
+    prompt = found.prompt if found else ""
+    names = sorted({"protocol", "phase", *wheres, prompt})  # these two of rows that declare nothing
     return {name: row[name] for name in names if row.get(name) is not None}
 
 

@@ -66,6 +66,7 @@ def test_a_place_may_have_an_equals_sign_and_input_may_be_closed(run, tmp_path, 
         (["RUN", "temperature=-1"], "zoo chat: temperature=-1: must be a number from 0 to 1000."),
         (["RUN", "top_k=4"], "zoo chat: top_k=4: unknown option. Did you mean 'top_p'?"),
         (["RUN", "stop=[x,'']"], "zoo chat: stop="),
+        (["RUN", "prompt=[x,y]"], "zoo chat: prompt=[x,y]: must be one text."),
         (["nowhere"], "zoo chat: nowhere: is no run and no checkpoint."),
     ],
 )

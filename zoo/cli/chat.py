@@ -11,7 +11,7 @@ from time import perf_counter
 from zoo.cli.guard import held_back, run_program
 from zoo.config.compose import compose
 from zoo.console import say
-from zoo.errors import UserError, refuse_path, refuse_unknown
+from zoo.errors import UserError, refuse, refuse_path, refuse_unknown
 
 USAGE = """zoo chat run=<run folder> | checkpoint=<folder or file> [option=value ...]
 write on with a model: each line is added to the text, and the model goes on from there
@@ -64,6 +64,8 @@ def chat(words: Sequence[str]) -> int:
         config = compose("eval", ["run=x", "task=generate", *others])
         how = config.task["generate"].load()()
         how.check()
+        if not isinstance(how.prompt, str):
+            refuse(f"{TASK}prompt", how.prompt, "must be one text")
     except UserError as error:  # options have short names here
         raise UserError(str(error).removeprefix(TASK)) from None
     from zoo.model.generation import write_text  # heavy: seconds

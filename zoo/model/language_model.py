@@ -158,7 +158,8 @@ class LanguageModel:
             writer.check_length(tokens)
             texts.append(writer.unread)
         how = {"tokens": tokens, "sampling": sampling, "stop": words, "rows": rows}
-        return write_texts(self.backbone, self.tokenizer, texts, precision=self.precision, **how)
+        how["precision"] = self.precision
+        return [one.text for one in write_texts(self.backbone, self.tokenizer, texts, **how)]
 
     @staticmethod
     def _checked(

@@ -153,9 +153,10 @@ class _Answers:
             refuse("task.harness.max_length", self.max_length, rule)
         texts = [self.tok_encode(prompt)[-most:] or [self.prefix_token_id] for prompt in prompts]
         how = {"tokens": tokens, "sampling": sampling, "stop": stop, "rows": self.rows}
-        return write_texts(
+        found = write_texts(
             self.model.backbone, tokenizer, texts, precision=self.model.precision, **how
         )
+        return [one.text for one in found]
 
 
 def _settings(given: dict[str, Any]) -> tuple[list[str], int, Sampling]:

@@ -185,6 +185,19 @@ def finished_text(tokenizer: Tokenizer, before: Tokens, written: Tokens) -> str:
     return "".join(piece for piece in tokenizer.decode(source(), before) if not read_all)
 
 
+class WrittenText(NamedTuple):
+    """A text that was written after a prompt.
+
+    Attributes:
+        tokens: that were drawn, without the one that ends a document.
+        read: of those drawn, as many as the model has read: all but the last.
+    """
+
+    text: str
+    tokens: int
+    read: int
+
+
 def write_texts(
     model: Backbone,
     tokenizer: Tokenizer,
@@ -195,7 +208,7 @@ def write_texts(
     stop: Sequence[str] = (),
     rows: int,
     precision: str = "32-true",
-) -> list[str]:
+) -> list[WrittenText]:
     """As `write_many`, the texts: up to a document's end, or the first of the `stop` texts."""
 
     def ends(before: Tokens, written: Tokens) -> bool:
@@ -208,5 +221,6 @@ def write_texts(
     said = []
     for before, one in zip(prompts, write_many(model, prompts, stops=ends, **how), strict=True):
         mine = one[:-1] if one[-1:] == [tokenizer.end] else one
-        said.append("".join(until(tokenizer.decode(mine, before), stop)))
+        text = "".join(until(tokenizer.decode(mine, before), stop))
+        said.append(WrittenText(text, len(mine), len(one) - 1))
     return said

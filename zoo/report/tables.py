@@ -70,10 +70,14 @@ def task_tables(results: Results, task: str) -> list[Table]:
 
 
 def written(results: Results, task: str) -> list[tuple[str, str]]:
-    """(arm, text) of a task whose rows hold texts."""
-    name = results.tasks[task].text
-    rows = results.where(task=task, status="ok") if name else []
-    return [(row["label"], str(row[name])) for row in rows if not missing(row.get(name))]
+    """(arm, text) of a task whose rows hold texts; an arm with several is named with the prompt."""
+    said = results.tasks[task]
+    rows = results.where(task=task, status="ok") if said.text else []
+    found = [row for row in rows if not missing(row.get(said.text))]
+    several = len({row.get(said.prompt) for row in found}) > 1
+    prompts = [f", after {row.get(said.prompt)!r}" if several else "" for row in found]
+    pairs = zip(found, prompts, strict=True)
+    return [(f"{row['label']}{prompt}", str(row[said.text])) for row, prompt in pairs]
 
 
 def quantity_table(results: Results, task: str, quantity: Quantity) -> Table | None:
