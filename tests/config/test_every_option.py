@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from zoo.config.compose import compose_tree, composing, parse
 from zoo.config.effects import check_effects
-from zoo.config.groups import choices
+from zoo.config.groups import choices, model_section
 from zoo.config.introspect import constructor_parameters, target_parameters
 from zoo.config.resolve import reads_both_ways
 from zoo.config.schema.eval import EvalConfig
@@ -152,6 +152,23 @@ def test_an_option_that_may_be_null_says_so_where_it_refuses_a_value(name):
             refused[path] = str(error.value)
     assert len(refused) > 5
     assert [line for line in refused.values() if "null" not in line] == []
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_size_heads_is_the_number_that_a_model_has_or_the_line_says_the_truth(name):
+    tree, numbers, line = {"model": model_section(name)}, set(), ""
+    for heads in (4, 2):
+        config = train_config(f"model={name}", "size=tiny", f"size.heads={heads}")
+        numbers.add(str(plain(config.model)))
+    mixers = [block.mixer.target for block in config.model.blocks]
+    takes = {argument for target in mixers for argument in target_parameters(target) or []}
+    try:
+        check_effects(config, tree, ["size.heads"])
+    except UserError as error:
+        line = str(error)
+    assert bool(line) == (len(numbers) == 1), line
+    assert ("has no heads" in line) == (bool(line) and "heads" not in takes)
+    assert ("has a number of its own" in line) == (bool(line) and "heads" in takes)
 
 
 def parts() -> list[tuple[str, str, dict[str, Any]]]:

@@ -4,18 +4,21 @@ import copy
 import io
 import json
 import pickle
+import re
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from building import train_config, train_on_text
+from building import ARCHITECTURES, train_config, train_on_text
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import zoo
 from zoo.cli.eval import main as eval_main
 from zoo.config.groups import choices
+from zoo.config.resolve import reads_both_ways
+from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.audit import audit
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
@@ -348,11 +351,33 @@ def test_a_model_without_a_cache_of_keys_and_values_is_refused_in_one_line(tmp_p
     capsys.readouterr()
     words = [f"run={tmp_path / 'm'}", "logger=none", "task=speed", "kv_cache=int4"]
     assert eval_main(words) == 2
-    error = "kv_cache=int4: acts on the keys and values that softmax attention caches"
-    assert error in capsys.readouterr().err
+    error = "kv_cache=int4: acts on the cache of layers of SoftmaxAttention, and .* are of Mamba"
+    assert re.search(error, capsys.readouterr().err)
     assert not (tmp_path / "m" / "results.jsonl").exists()
     with pytest.raises(ValueError, match=error):
         zoo.load(tmp_path / "m", device="cpu", kv_cache="int4")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_a_refused_cache_says_of_a_model_is_true_of_it(name):
+    for words in ([], ["objective=masked"] * reads_both_ways(name)):
+        config = train_config(f"model={name}", "size=tiny", "match=none", *words)
+        model, _ = build_model(config, vocab_size=8)
+        softmax = [x for x in model.sublayers() if isinstance(x, SoftmaxAttention)]
+        line, whole = "", model.state_bytes(2**12)
+        try:
+            quantize_cache(model, "int8")
+        except ValueError as error:
+            line = str(error)
+        if named := re.search(r"of SoftmaxAttention, and this model's are of (.*)\. Leave", line):
+            assert {*named[1].split(", ")} == {type(one.mixer).__name__ for one in model.layers}
+            assert not softmax
+        elif line:
+            assert "reads both ways" in line
+            assert words
+        else:
+            assert softmax
+            assert model.state_bytes(2**12) < whole
 
 
 def test_text_is_written_with_a_quantized_cache(run):

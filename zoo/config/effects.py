@@ -140,6 +140,10 @@ def _check_heads(config: TrainConfig, tree: Mapping[str, Any], given: Sequence[s
             "size.heads", config.size.heads, "model.mixer.heads sets it", "Leave one of them out"
         )
     if not any("${size.heads}" in str(inherited(name)) for name in names):
+        mixers = [block.mixer.target for block in config.model.blocks]
+        if any("heads" in (constructor_parameters(target) or []) for target in mixers):
+            rule, advice = f"model={config.model.name} has a number of its own", "model.mixer.heads"
+            refuse("size.heads", config.size.heads, rule, f"Use {advice}")
         rule = f"model={config.model.name} has no heads"
         refuse("size.heads", config.size.heads, rule, "Leave it out")
 

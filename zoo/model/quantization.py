@@ -69,8 +69,12 @@ def quantize_cache(model: Backbone, bits: CacheBits) -> Backbone:
         UserError: no layer has such a cache, or heads cannot be packed.
     """
     layers = [one for one in model.sublayers() if isinstance(one, SoftmaxAttention)]
-    if not layers or not model.causal:
-        rule = "acts on the keys and values that softmax attention caches, and this model has none"
+    if not layers:
+        kinds = ", ".join(sorted({type(block.mixer).__name__ for block in model.layers}))
+        rule = f"acts on the cache of layers of SoftmaxAttention, and this model's are of {kinds}"
+        refuse("kv_cache", bits, rule, "Leave it out.")
+    if not model.causal:
+        rule = "acts on cached keys and values, and a model that reads both ways caches none"
         refuse("kv_cache", bits, rule, "Leave it out.")
     if not any(map(_rounds, layers)):
         rule = f"leaves the last {RECENT} tokens as they are, and no layer caches more"
