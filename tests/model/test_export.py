@@ -307,16 +307,32 @@ def test_a_model_that_transformers_has_not_is_refused_for_what_differs(name):
     model, _ = build_model(config, 256)
     found, mixer = foreign(model, config), model.blocks[0].named_sublayers()["mixer"]
     others = {"sink": "sink of attention", "transformer_conv": "short_conv"}
-    others |= {"hybrid": "its layers differ", "mamba2": "two values of norm_eps"}
-    others |= {"rwkv4": "an RWKV-4 there has norm=layer_norm"}
+    others |= {"hybrid": "its layers differ"}
     others |= dict.fromkeys(("learned", "sinusoidal"), "positions at the embedding")
     if name in ("transformer", "mamba"):
         assert not isinstance(found, str)
+    elif name in ("mamba2", "rwkv4"):
+        assert isinstance(found, str)
+        assert "; trained with " in found
     elif type(mixer).__name__ == "SoftmaxAttention" and name not in others:
         scheme = "none" if name == "nope" else name
         assert found == f"positions={scheme}"
     else:
         assert found == others.get(name, type(mixer).__name__)
+
+
+@pytest.mark.parametrize("match", ["params", "none"])
+@pytest.mark.parametrize("name", ["transformer", "mamba", "mamba2", "rwkv4"])
+def test_what_a_run_needs_for_an_architecture_there_is_named_and_is_all_it_needs(name, match):
+    words = [f"model={name}", "size=tiny", "seq_len=48", f"match={match}"]
+    config = train_config(*words)
+    found = foreign(build_model(config, 256)[0], config)
+    if isinstance(found, str):
+        more = found.partition("; trained with ")[2].removesuffix(" it is exported so").split()
+        named = {word.partition("=")[0] for word in more}
+        own = [word for word in words if word.partition("=")[0] not in named]
+        config = train_config(*own, *more)
+        assert not isinstance(foreign(build_model(config, 256)[0], config), str)
 
 
 def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):

@@ -66,7 +66,8 @@ def _foreign(model: Backbone, config: TrainConfig) -> Foreign:
     if type(mixer) is RWKV4:
         _require(type(feed_forward) is ChannelMixing, "its feed-forward")
         assert isinstance(feed_forward, ChannelMixing)
-        _require(norms == ("layer_norm", True), "an RWKV-4 there has norm=layer_norm")
+        remedy = trained_with("model.norm=layer_norm", "model.embedding_norm=true")
+        _require(norms == ("layer_norm", True), f"an RWKV-4 there has other norms; {remedy}")
         sizes = {
             "attention_hidden_size": model.width,
             "intermediate_size": _rows(feed_forward.k_proj),
@@ -79,11 +80,15 @@ def _foreign(model: Backbone, config: TrainConfig) -> Foreign:
     _require(options.norm == "rms_norm", f"norm={options.norm}")
     common |= {"layer_norm_epsilon": options.norm_eps}
     if type(mixer) is Mamba:
-        return _mamba(mixer, common)
+        return _mamba(mixer, common, config.match == "params")
     assert type(mixer) is Mamba2
-    _require(mixer.norm.eps == options.norm_eps, "two values of norm_eps")
+    inner, matched = mixer.heads * mixer.head_width, config.match == "params"
+    if mixer.norm.eps != options.norm_eps:
+        words = ["match=none"] * (matched and inner % model.width > 0)
+        remedy = trained_with(f"model.norm_eps={mixer.norm.eps:g}", *words)
+        raise _DiffersError(f"a Mamba-2 there has one norm_eps; {remedy}")
     sizes = {
-        "expand": _whole(mixer.heads * mixer.head_width, model.width),
+        "expand": _whole(inner, model.width, matched),
         "num_heads": mixer.heads,
         "head_dim": mixer.head_width,
         "n_groups": 1,
@@ -93,10 +98,10 @@ def _foreign(model: Backbone, config: TrainConfig) -> Foreign:
     return Foreign("Mamba2ForCausalLM", "mamba2", common | sizes, convert.MAMBA)
 
 
-def _mamba(mixer: Mamba, common: Mapping[str, Any]) -> Foreign:
+def _mamba(mixer: Mamba, common: Mapping[str, Any], matched: bool) -> Foreign:
     sizes = {
         **common,
-        "expand": _whole(mixer.inner_width, common["hidden_size"]),
+        "expand": _whole(mixer.inner_width, common["hidden_size"], matched),
         "state_size": mixer.state_size,
         "conv_kernel": mixer.conv_width,
         "time_step_rank": mixer.dt_rank,
@@ -255,10 +260,18 @@ def _rows(layer: nn.Linear) -> int:
     return layer.out_features
 
 
-def _whole(inner: int, width: int) -> int:
-    """How many times the width; MambaConfig knows whole ones alone."""
-    _require(inner % width == 0, f"an inner width of {inner}, no multiple of width={width}")
+def _whole(inner: int, width: int, matched: bool) -> int:
+    """How many times the width; MambaConfig knows whole ones alone. `matched`: match=params set the
+    inner width."""
+    remedy = f"; {trained_with('match=none')}" if matched else ""
+    why = f"an inner width of {inner}, no multiple of width={width}{remedy}"
+    _require(inner % width == 0, why)
     return inner // width
+
+
+def trained_with(*words: str) -> str:
+    """The settings, in words, that a run needs for an architecture there."""
+    return f"trained with {' '.join(words)} it is exported so"
 
 
 def _require(holds: bool, why: str) -> None:
