@@ -6,7 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -101,6 +104,21 @@ def write_byte_level(checkpoint: Path, *merges: tuple[str, str], begins: bool = 
         template = processors.TemplateProcessing("<|end|> $A", "<|end|> $A $B", special)
         tokenizer.post_processor = template
     tokenizer.save(str(checkpoint / "tokenizer.json"))
+
+
+@contextmanager
+def warnings_as_errors() -> Iterator[None]:
+    """Within, what Python or PyTorch warns of is an error, each time that it happens."""
+    import torch
+
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+    finally:
+        torch.set_warn_always(before)
 
 
 def write_checkpoint(folder: RunFolder, name: str) -> Path:

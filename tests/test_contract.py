@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from building import ENCODERS
+from building import ENCODERS, warnings_as_errors
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -324,7 +324,7 @@ def test_bfloat16_autocast_stays_finite_under_extreme_inputs(model, size):
     model = model.float()
     for half in model.sublayers():
         x = (size * torch.randn(2, 70, model.width)).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), warnings_as_errors():
             state = half.empty_state(2)
             y, state = half(x, state)
             y, _ = half(x, state)
@@ -437,7 +437,7 @@ def test_an_encoder_stays_finite_in_bfloat16_both_ways(encoder, size):
     encoder = encoder.float()
     for half in encoder.sublayers():
         x = (size * torch.randn(2, 70, encoder.width)).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), warnings_as_errors():
             y = half(x)
         y.float().square().mean().backward()
         assert y.isfinite().all()

@@ -45,7 +45,10 @@ def rms_norm(
     here = KERNEL.accepts(x, weight)
     name = select_backend("rms_norm", backend, {"native": here, "torch": True, "reference": True})
     if name == "torch":
-        return F.rms_norm(x, weight.shape, weight, eps)
+        if x.dtype == weight.dtype:
+            return F.rms_norm(x, weight.shape, weight, eps)
+        wide = torch.promote_types(wide_dtype(x), weight.dtype)  # PyTorch warns of two dtypes
+        return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
     if name == "reference":
         return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
     return NORM(x, weight, eps)
