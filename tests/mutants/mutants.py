@@ -29,7 +29,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PARTS = ("zoo", "configs", "kernels", "tests", "train.py", "eval.py", "pyproject.toml", "README.md")
-SECONDS = 240  # a mistake that makes its tests hang is seen, too
+SECONDS = 240
+LATE = 124  # the exit code of tests that have not ended by then
+VERDICTS = {1: "seen", 0: "SURVIVED", LATE: "NO ANSWER IN TIME"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def copy() -> Iterator[Path]:
 def run(mutant: Mutant, place: Path) -> tuple[int, str]:
     """pytest's exit code on the mutant's tests in that copy, and what it printed.
 
-    1 is a mistake seen; 0 is one that survived; any other that its tests could not judge.
+    1 is a mistake seen; 0 is one that survived; any other, as LATE, that its tests could
+    not judge.
     """
     file = place / mutant.file
     whole = file.read_text(encoding="utf-8")
@@ -130,7 +133,7 @@ def _wait(child: int) -> int:
         if time.monotonic() - began > SECONDS:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return 1
+            return LATE
         time.sleep(0.02)
 
 
@@ -145,9 +148,10 @@ def main(words: list[str]) -> int:
         for mutant in mutants:
             began = time.monotonic()
             code, output = run(mutant, place)
-            verdict = {1: "seen", 0: "SURVIVED"}.get(code, f"UNDECIDED ({code})")
+            verdict = VERDICTS.get(code, f"UNDECIDED ({code})")
             if (clean := without(mutant.tests))[0]:
-                code, output, verdict = -1, clean[1], f"FAILS WITHOUT IT ({clean[0]})"
+                why = VERDICTS[LATE] if clean[0] == LATE else clean[0]
+                code, output, verdict = -1, clean[1], f"FAILS WITHOUT IT ({why})"
             left += code != 1
             last = "" if code == 1 else "\n" + "\n".join(output.splitlines()[-12:])
             sys.stdout.write(f"{verdict:10} {time.monotonic() - began:4.0f} s  {mutant}{last}\n")

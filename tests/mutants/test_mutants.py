@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import mutants
 import pytest
 from mutants import HERE, ROOT, Mutant, every, read
 
@@ -37,6 +39,22 @@ def test_another_form_of_a_mistake_is_refused(tmp_path):
         list(read(file))
     with pytest.raises(ValueError, match="is there 2 times"):
         Mutant("what", "zoo/x.py", "a", "b", (), "x.txt").applied("a a")
+
+
+def test_tests_that_do_not_end_in_time_have_not_seen_a_mistake(monkeypatch, tmp_path):
+    def waits(_tests: tuple[str, ...], _place: Path, printed: Path) -> int:
+        printed.write_text("begun")
+        time.sleep(60)
+        return 1
+
+    (tmp_path / "zoo").mkdir()
+    (tmp_path / "zoo/x.py").write_text("a")
+    monkeypatch.setattr(mutants, "SECONDS", 0.5)
+    monkeypatch.setattr(mutants, "_test", waits)
+    late = Mutant("what", "zoo/x.py", "a", "b", (), "x.txt")
+    assert mutants.run(late, tmp_path) == (mutants.LATE, "begun")
+    assert mutants.VERDICTS[mutants.LATE] == "NO ANSWER IN TIME"
+    assert (tmp_path / "zoo/x.py").read_text() == "a"
 
 
 @pytest.mark.slow
