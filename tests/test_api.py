@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,6 +45,15 @@ def test_readmes_lines_run(here, monkeypatch, capsys):
     assert capsys.readouterr().out == model.generate("def main(", tokens=100)
     assert {row["length"] for row in found["rows"]} == {32}
     assert "<html" in (here / "report.html").read_text()
+
+
+def test_rows_of_a_folder_that_had_another_name_are_left_out_aloud(here, tmp_path, caplog):
+    copy = shutil.copytree(here / "runs/my-run", tmp_path / "other")
+    count = len(zoo.rows(here / "runs/my-run"))
+    assert not caplog.messages
+    assert zoo.rows(copy) == []
+    (line,) = caplog.messages
+    assert line.startswith(f"{copy}: {count} rows of the run my-run are left out, as this folder ")
 
 
 def test_rows_that_other_code_measured_are_counted_aloud_or_marked(here, monkeypatch, caplog):
@@ -127,6 +137,8 @@ def test_what_cannot_be_opened_is_refused_in_one_line(here, words, line):
     ("options", "line"),
     [
         ({"tokens": 0}, "tokens=0: must be an integer >= 1"),
+        ({"tokens": "5"}, "tokens='5': must be an integer >= 1"),
+        ({"tokens": 5.0}, "tokens=5.0: must be an integer >= 1"),
         ({"stop": [""]}, "stop=.*must not be empty"),
         ({"top_p": 2}, "top_p=2: must be a number > 0 and <= 1"),
     ],

@@ -13,10 +13,13 @@ imported, from the source (zoo.config.introspect), and again when a mixer is bui
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Integral
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
+
+import yaml
 
 from zoo.errors import nearest, refuse, shown
 
@@ -117,10 +120,27 @@ def refusal(value: Any, kind: Any, default: Any = ...) -> tuple[str, str]:
     return rule, hint + advice
 
 
+def typed(value: Any) -> str:
+    """The value so that 2.0 differs from 2, and the text 'true' from the switch."""
+    if isinstance(value, float):
+        return repr(value)
+    with suppress(yaml.YAMLError):  # what is no YAML is read as nothing else
+        if isinstance(value, str) and yaml.safe_load(value or "''") != value:
+            return shown(f"'{value}'")
+    return shown(value)
+
+
+def refuse_kind(option: str, value: Any, kind: Any, default: Any = ...) -> NoReturn:
+    """Refuse a value that `kind` does not allow, shown so that its type is seen."""
+    rule, advice = refusal(value, kind, default)
+    of_type = isinstance(value, float) and "a number" in rule  # so that its type is none of it
+    refuse(option, value if of_type else typed(value), rule, advice)
+
+
 def check(option: str, value: Any, kind: Any, default: Any = ...) -> None:
     """Refuse a value that `kind` does not allow, as the value of `option`."""
     if not fits(value, kind):
-        refuse(option, value, *refusal(value, kind, default))
+        refuse_kind(option, value, kind, default)
 
 
 def _choices(kind: Any) -> list[str]:

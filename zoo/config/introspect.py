@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zoo.config import domains
-from zoo.config.domains import fits, refusal
-from zoo.errors import refuse, refuse_path
+from zoo.config.domains import fits, refuse_kind
+from zoo.errors import refuse_path
 from zoo.paths import ROOT
 
 
@@ -186,4 +186,4 @@ def check_types(target: str, values: Mapping[str, Any]) -> None:
     declared = arguments(target) or {}
     for name, value in values.items():
         if name in declared and not fits(value, declared[name].kind):
-            refuse(name, value, *refusal(value, *declared[name]))
+            refuse_kind(name, value, *declared[name])

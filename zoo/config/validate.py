@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from types import NoneType
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from zoo.config.domains import typed
 from zoo.config.schema.eval import EvalConfig
 from zoo.config.schema.train import TrainConfig
 from zoo.errors import UserError, refuse_unknown, sentence, shown
@@ -52,17 +51,7 @@ def _explain(errors: list[ErrorDetails], schema: type[BaseModel]) -> str:
     rule = re.sub(" after validation, not [0-9]+$", "", said).removesuffix(".")
     if may_be_null(schema, error["loc"]) and "null" not in rule:
         rule += ", or null"
-    return sentence(f"{path}={_typed(given)}", rule)
-
-
-def _typed(value: Any) -> str:
-    """The value so that 2.0 differs from 2, and the text 'true' from the switch."""
-    if isinstance(value, float):
-        return repr(value)
-    with suppress(yaml.YAMLError):  # what is no YAML is read as nothing else
-        if isinstance(value, str) and yaml.safe_load(value or "''") != value:
-            return shown(f"'{value}'")
-    return shown(value)
+    return sentence(f"{path}={typed(given)}", rule)
 
 
 def may_be_null(schema: type[BaseModel], place: Sequence[int | str]) -> bool:

@@ -17,8 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from zoo.config.domains import fits, refusal
-from zoo.errors import refuse
+from zoo.config.domains import fits, refuse_kind
 from zoo.ops.linear import Linear
 from zoo.positions.base import CrossLayer
 
@@ -109,7 +108,7 @@ def _checked(init: Callable[..., None]) -> Callable[..., None]:
             if not fits(value, kind):
                 default = declared[name].default
                 default = ... if default is inspect.Parameter.empty else default
-                refuse(name, value, *refusal(value, kind, default))
+                refuse_kind(name, value, kind, default)
         init(self, *args, **values)
 
     return checked

@@ -37,6 +37,7 @@ def all_known(
         weights = {k: v for k, v in about.items() if k not in MEASURED_BY}
         found = [*known_besides(folder, weights, [])]
         of_now = [*map(_answered, found)]
+        _report_renamed(folder)
         every = known_besides(folder, weights, [], any_code=True)
         others = [row for row in every if row.get("other_code") and _answered(row) not in of_now]
         if other_code:
@@ -46,6 +47,14 @@ def all_known(
             log.warning("%s: %d %s. Run zoo eval on it again.", folder.path, len(others), rule)
         rows += [{k: v for k, v in row.items() if k != "requested"} for row in found]
     return rows, runs
+
+
+def _report_renamed(folder: RunFolder) -> None:
+    """Say where a folder has another name than its rows, which are by that name no other run's."""
+    named = [str(row["run"]) for row in folder.rows() if row.get("run") not in (None, folder.name)]
+    for name in dict.fromkeys(named):
+        rule = f"{named.count(name)} rows of the run {name} are left out, as this folder was called"
+        log.warning("%s: %s. Call it so again, or run zoo eval on it.", folder.path, rule)
 
 
 def every_current(folders: Sequence[RunFolder]) -> tuple[list[Row], list[Row]]:
@@ -58,6 +67,7 @@ def every_current(folders: Sequence[RunFolder]) -> tuple[list[Row], list[Row]]:
         runs.append(run_record(about, folder))
         apart = (*EXTENDED, *SHORTENED, *MEASURED_BY)
         alike = {name: value for name, value in about.items() if name not in apart}
+        _report_renamed(folder)
         every = [row for row in folder.rows() if row.keys() >= {"task", *EXTENDED}]
         if not _standing_leaks(every, alike):
             rows += _of_now(folder, every, alike)
