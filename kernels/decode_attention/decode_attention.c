@@ -1,16 +1,9 @@
 /* Softmax attention of one query per text over any number of keys, forward; README.md says how. */
-#include "../common.h"
-
-enum {
-    CHUNK = 128,    /* keys of a unit of work */
-    MAX_HEADS = 128,
-    ROWS = 4,       /* queries that share a pass over the values */
-    COLUMNS = 4     /* vectors of channels in it */
-};
+#include "decode_attention.h"
 
 const Int chunk = CHUNK;
 const Int max_heads = MAX_HEADS;
-const Int parts = 2; /* of a partial result besides its output: largest score, sum of weights */
+const Int parts = PARTS;
 
 typedef struct {
     Int batch, keys, heads, kv_heads, width, value_width, threads;
@@ -23,146 +16,9 @@ typedef struct {
     Real *scale;   /* (1) */
 } Arrays;
 
-typedef struct {
-    Sizes s;
-    Arrays a;
-    Int chunks;
-} Job;
-
-static void merge_unit(const void *job, Int b);
-
-static void run(Sizes s, Arrays a, Work *work) {
-    Job job = {s, a, ceil_div(s.keys, CHUNK)};
-    Int threads = s.batch * s.keys * s.heads * s.width < 1 << 16 ? 1 : s.threads;
-    parallel_for(threads, s.batch * job.chunks, work, &job);
-    parallel_for(job.chunks < 64 ? 1 : threads, s.batch, merge_unit, &job);
+int forward(Sizes s, Arrays a) {
+    attend((Attention){s.batch, s.keys, s.heads, s.kv_heads, s.width, s.value_width, a.q, a.k, a.v,
+                       a.out, a.lse, a.partial, *a.scale, 0},
+           s.threads);
+    return 0;
 }
-
-INLINE Real largest(Vec v) { /* of the lanes; NaN does not count */
-    SPREAD((&v), larger, 1)
-    return v[0];
-}
-INLINE Real exponential(Real below) {
-    Vec result, one = splat(below);
-    exp2_products(&result, splat((Real)LOG2E), &one, 1, ANY);
-    return result[0];
-}
-
-/* Fetches the keys of the next scores and the values of these: heads lie side by side, so that one
- * head alone is read in pieces too short for the processor to fetch ahead by itself. */
-INLINE void fetch(const Job *j, Int b, Int first, Int end) {
-    const Int line = 64 / sizeof(Real);
-    const Int wide = j->s.kv_heads * j->s.width, values = j->s.kv_heads * j->s.value_width;
-    for (Int i = first; i < min_int(first + LANES, end); i++)
-        for (Int c = 0; c < values; c += line) __builtin_prefetch(row(j->a.v, b, i) + c, 0, 2);
-    for (Int i = first + LANES; i < min_int(first + 2 * LANES, j->s.keys); i++)
-        for (Int c = 0; c < wide; c += line) __builtin_prefetch(row(j->a.k, b, i) + c, 0, 2);
-}
-
-/* Scores of LANES keys from the first on, `count` of them there, for one query of d channels. */
-INLINE Vec scores(const Real *q, Rows k, Int b, Int first, Int count, Int offset, Int d) {
-    const Real *keys[LANES];
-    Vec sums[LANES] = {};
-    for (int i = 0; i < LANES; i++) keys[i] = row(k, b, first + min_int(i, count - 1)) + offset;
-    for (Int c = 0; c < d; c += LANES) {
-        Vec x = load(q + c, d - c);
-        ALL(i, LANES) sums[i] += x * load(keys[i] + c, d - c);
-    }
-    return row_sums(sums);
-}
-
-/* Adds weights times values, of `many` queries and `columns` vectors of channels from c on. */
-INLINE void weigh(const Job *j, Int b, Int first, Int count, Int g, Int c, Real *const *out,
-                  const Real (*weights)[CHUNK], int many, int columns) {
-    const Int e = j->s.value_width;
-    Vec sums[ROWS][COLUMNS] = {};
-    for (Int i = 0; i < count; i++) {
-        const Real *from = row(j->a.v, b, first + i) + g * e + c;
-        Vec v[COLUMNS];
-        ALL(n, columns) v[n] = load(from + n * LANES, e - c - n * LANES);
-        ALL(m, many) ALL(n, columns) sums[m][n] += weights[m][i] * v[n];
-    }
-    ALL(m, many) ALL(n, columns) store(out[m] + c + n * LANES, sums[m][n], e - c - n * LANES);
-}
-#define WEIGH(many, columns)                                                                     \
-    ONCE void weigh_##many##_##columns(const Job *j, Int b, Int first, Int count, Int g, Int c,  \
-                                       Real *const *out, const Real (*weights)[CHUNK]) {         \
-        weigh(j, b, first, count, g, c, out, weights, many, columns);                            \
-    }
-WEIGH(1, 1) WEIGH(1, 4) WEIGH(2, 1) WEIGH(2, 4) WEIGH(3, 1) WEIGH(3, 4) WEIGH(4, 1) WEIGH(4, 4)
-typedef void Weigh(const Job *, Int, Int, Int, Int, Int, Real *const *, const Real (*)[CHUNK]);
-static Weigh *const WEIGHS[ROWS][2] = {{weigh_1_1, weigh_1_4},
-                                       {weigh_2_1, weigh_2_4},
-                                       {weigh_3_1, weigh_3_4},
-                                       {weigh_4_1, weigh_4_4}};
-
-/* All heads over one chunk of keys. */
-static void forward_unit(const void *job, Int unit) {
-    const Job *j = job;
-    const Arrays *a = &j->a;
-    const Int b = unit / j->chunks, first = unit % j->chunks * CHUNK, h = j->s.heads;
-    const Int count = min_int(CHUNK, j->s.keys - first), d = j->s.width, e = j->s.value_width;
-    const Int shared = h / j->s.kv_heads;
-    Real *partial = a->partial + unit * h * (e + parts);
-    Real weights[MAX_HEADS][CHUNK] __attribute__((aligned(BYTES)));
-    for (Int i = 0; i < count; i += LANES) {
-        fetch(j, b, first + i, first + count);
-        for (Int n = 0; n < h; n++) {
-            Vec s = scores(row(a->q, b, 0) + n * d, a->k, b, first + i, count - i, n / shared * d, d);
-            s *= *a->scale;
-            if (count - i < LANES)
-                for (Int lane = count - i; lane < LANES; lane++) s[lane] = -INFINITY;
-            store(weights[n] + i, s, LANES);
-        }
-    }
-    for (Int n = 0; n < h; n++) {
-        Vec top = splat(-INFINITY), sum = {};
-        for (Int i = 0; i < count; i += LANES) top = larger(load(weights[n] + i, LANES), top);
-        Real most = largest(top);
-        for (Int i = 0; i < count; i += LANES) {
-            Vec below = load(weights[n] + i, LANES) - most, weight;
-            exp2_products(&weight, splat((Real)LOG2E), &below, 1, ANY);
-            store(weights[n] + i, weight, LANES);
-            for (Int lane = count - i; lane < LANES; lane++) weight[lane] = 0;
-            sum += weight;
-        }
-        partial[n * (e + parts) + e] = most;
-        partial[n * (e + parts) + e + 1] = total(sum);
-    }
-    for (Int g = 0; g < j->s.kv_heads; g++)
-        for (Int n = g * shared; n < (g + 1) * shared; n += ROWS) {
-            const Int many = min_int(ROWS, (g + 1) * shared - n);
-            Real *out[ROWS];
-            for (Int m = 0; m < many; m++) out[m] = partial + (n + m) * (e + parts);
-            Int c = 0;
-            for (; c + COLUMNS * LANES <= e; c += COLUMNS * LANES)
-                WEIGHS[many - 1][1](j, b, first, count, g, c, out, weights + n);
-            for (; c < e; c += LANES) WEIGHS[many - 1][0](j, b, first, count, g, c, out, weights + n);
-        }
-}
-
-/* The partial results of one text, merged as `zoo.ops.merge` does. */
-static void merge_unit(const void *job, Int b) {
-    const Job *j = job;
-    const Int e = j->s.value_width, h = j->s.heads, step = h * (e + parts);
-    for (Int n = 0; n < h; n++) {
-        Real *from = j->a.partial + b * j->chunks * step + n * (e + parts);
-        Real *out = row(j->a.out, b, 0) + n * e, top = -INFINITY, sum = 0;
-        for (Int i = 0; i < j->chunks; i++)
-            if (!(from[i * step + e] <= top)) top = from[i * step + e];
-        for (Int i = 0; i < j->chunks; i++) {
-            Real *factor = &from[i * step + e];
-            *factor = exponential(*factor - top);
-            sum += *factor * from[i * step + e + 1];
-        }
-        for (Int c = 0; c < e; c += LANES) {
-            Vec all = {};
-            for (Int i = 0; i < j->chunks; i++)
-                all += load(from + i * step + c, e - c) * from[i * step + e];
-            store(out + c, all / sum, e - c);
-        }
-        row(j->a.lse, b, 0)[n] = top + (sizeof(Real) == 8 ? log(sum) : logf(sum));
-    }
-}
-
-ENTRY(forward)

@@ -38,13 +38,17 @@ def test_every_kernel_has_an_op_and_random_calls():
 @pytest.fixture
 def called(monkeypatch) -> set[tuple[str, str]]:
     """The functions of kernels called so far."""
-    called, run = set(), CpuKernel.run
+    called = set()
 
-    def watched(kernel, function, *arguments, **tensors):
-        called.add((kernel.source, function))
-        return run(kernel, function, *arguments, **tensors)
+    def watched(method):
+        def noted(kernel, function, *arguments, **tensors):
+            called.add((kernel.source, function))
+            return method(kernel, function, *arguments, **tensors)
 
-    monkeypatch.setattr(CpuKernel, "run", watched)
+        return noted
+
+    for name in ("run", "bind"):
+        monkeypatch.setattr(CpuKernel, name, watched(getattr(CpuKernel, name)))
     return called
 
 

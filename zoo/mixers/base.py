@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zoo.config.domains import fits, refuse_kind
+from zoo.ops.decode_block import HalfEnds
 from zoo.ops.linear import Linear
 from zoo.positions.base import CrossLayer
 
@@ -71,6 +72,17 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, state: State = None) -> Any:
         """x (b, t, width) -> y (b, t, width), or (y, state) exactly when a state is given."""
         raise NotImplementedError
+
+    def half_of_a_token(
+        self, ends: HalfEnds, state: State, cross_layer: CrossLayer | None
+    ) -> tuple[Tensor, State] | None:
+        """The half of a block that this sublayer is in, for one token, in one call of a kernel.
+
+        Returns its output and the state after it; None where it is computed operation by operation
+        (zoo.ops.decode_block), as by default and by classes that only inherit it.
+        """
+        del ends, state, cross_layer
+        return None
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Has the constructor refuse arguments that its annotations do not allow."""

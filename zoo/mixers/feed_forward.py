@@ -10,7 +10,9 @@ from torch import Tensor
 
 from zoo.config.domains import Positive
 from zoo.mixers.base import Mixer, MixerOutput, State, linear, residual_gain
+from zoo.ops.decode_block import FeedForward, HalfEnds, half
 from zoo.ops.linear import project
+from zoo.positions.base import CrossLayer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -49,6 +51,13 @@ class SwiGLU(Mixer):
         y = self.down_proj(ACTIVATIONS[self.activation](gate) * up)
         return y if state is None else (y, state)
 
+    def half_of_a_token(
+        self, ends: HalfEnds, state: State, cross_layer: CrossLayer | None
+    ) -> tuple[Tensor, State] | None:
+        layers, between = (self.up_proj, self.gate_proj), FeedForward(self.activation)
+        found = half(ends, between, layers, self.down_proj)
+        return (found.feed_forward(), state) if found else None
+
 
 class MLP(Mixer):
     """y = W_down gelu(W_up x + b_up) + b_down   (Vaswani 2017, section 3.3; Hendrycks 2016, GELU)
@@ -67,3 +76,9 @@ class MLP(Mixer):
     def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> MixerOutput:
         y = self.down_proj(F.gelu(self.up_proj(x)))
         return y if state is None else (y, state)
+
+    def half_of_a_token(
+        self, ends: HalfEnds, state: State, cross_layer: CrossLayer | None
+    ) -> tuple[Tensor, State] | None:
+        found = half(ends, FeedForward("gelu"), (self.up_proj,), self.down_proj)
+        return (found.feed_forward(), state) if found else None

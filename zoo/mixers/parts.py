@@ -87,26 +87,37 @@ def grow(past: Shaped[Tensor, "b n ..."], x: Shaped[Tensor, "b t ..."]) -> Tenso
     differentiable = torch.is_grad_enabled() and (past.requires_grad or x.requires_grad)
     if differentiable and _reserved is None:
         return append(past, x)
+    both, room = _with_room(past, x.shape[1], x)
+    if differentiable:  # what autograd has saved of the past stays as it is
+        room.memory.data[:, before:tokens] = x.detach()
+        both = _Grown.apply(past, x, both)
+        both._growing = room
+    else:
+        both.narrow(1, before, tokens - before).copy_(x)
+    return both
+
+
+def extended(past: Shaped[Tensor, "b n ..."], tokens: int, like: Tensor) -> Tensor:
+    """As `grow`, with room for so many tokens in like's dtype, which are yet to be written."""
+    return _with_room(past, tokens, like)[0]
+
+
+def _with_room(past: Tensor, more: int, like: Tensor) -> tuple[Tensor, _Growing]:
+    before, tokens = past.shape[1], past.shape[1] + more
     room: _Growing | None = getattr(past, "_growing", None)
     if (
         room is None
         or room.filled != before
-        or room.memory.dtype != x.dtype
+        or room.memory.dtype != like.dtype
         or room.memory.shape[1] < tokens
-        or past.is_inference() != x.is_inference()
+        or past.is_inference() != like.is_inference()
     ):
         size = tokens + (max(64, tokens // 4) if _reserved is None else _reserved)
-        room = _Growing(x.new_empty((len(x), size, *x.shape[2:])), before)
+        room = _Growing(like.new_empty((len(past), size, *past.shape[2:])), before)
         room.memory[:, :before] = past.detach()
-    if differentiable:  # what autograd has saved of the past stays as it is
-        room.memory.data[:, before:tokens] = x.detach()
-        both = _Grown.apply(past, x, room.memory[:, :tokens])
-    else:
-        room.memory.narrow(1, before, tokens - before).copy_(x)
-        both = room.memory.narrow(1, 0, tokens)
-    room.filled = tokens
-    both._growing = room  # type: ignore[attr-defined]
-    return both
+    both = room.memory.narrow(1, 0, tokens)
+    room.filled, both._growing = tokens, room  # type: ignore[attr-defined]
+    return both, room
 
 
 class _Grown(torch.autograd.Function):

@@ -45,9 +45,10 @@ from zoo.mixers.base import (
     refuse_state,
     residual_gain,
 )
-from zoo.mixers.parts import KeyValues, grow, no_keys
+from zoo.mixers.parts import KeyValues, extended, grow, no_keys
 from zoo.ops.attention import Part
-from zoo.ops.linear import project
+from zoo.ops.decode_block import Attention, HalfEnds, half
+from zoo.ops.linear import is_hooked, project
 from zoo.ops.rms_norm import OffsetRMSNorm, RMSNorm
 from zoo.parallel.hand_over import publish
 from zoo.positions.base import build_positions
@@ -195,6 +196,30 @@ class SoftmaxAttention(Mixer):
             backend=self.backend,
         )
         return y, after
+
+    def half_of_a_token(
+        self, ends: HalfEnds, state: State, cross_layer: CrossLayer | None
+    ) -> tuple[Tensor, State] | None:
+        plain = type(state) is KeyValues and self.kv_cache is None and self.logit_scale is None
+        if not plain or self.sink or not self.causal or is_hooked(self.positions):
+            return None
+        if "rotation_of_a_token" not in vars(type(self.positions)):  # but in what it derives from
+            return None
+        start, x, cached = state.tokens_seen, ends.x, state.k
+        rotation = self.positions.rotation_of_a_token(start, x, cross_layer)
+        if rotation is None or cached.dtype != x.dtype or self.backend not in ("auto", "native"):
+            return None
+        scale = self.head_width**-0.5 if self.score_scale is None else self.score_scale
+        pairs = rotation[0].shape[-1]
+        between = Attention(self.heads, self.kv_heads, self.head_width, pairs, scale)
+        layers = [self.q_proj, self.k_proj, self.v_proj]
+        layers += [] if self.gate_proj is None else [self.gate_proj]
+        norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        found = half(ends, between, layers, self.o_proj, norms)
+        if found is None:
+            return None
+        k, v = extended(cached, 1, x), extended(state.v, 1, x)
+        return found.attention(k, v, *rotation), KeyValues(k, v, start + 1)
 
     def _scales(self, start: int, tokens: int, q: Tensor) -> Float[Tensor, "#t h 1"]:
         """Return s log n of each query and head; n counts the keys that its scheme keeps."""

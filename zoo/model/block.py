@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from zoo.errors import NoStateError
 from zoo.mixers.base import ROW_CROSS_LAYERS, CrossLayer, Mixer, RowStates, State
 from zoo.mixers.short_conv import ShortConvolution
+from zoo.ops.decode_block import HalfEnds
+from zoo.ops.linear import is_hooked
 from zoo.parallel.hand_over import HandOver
 
 Norm = Callable[[int], nn.Module]  # width -> a normalisation over it
@@ -60,19 +62,46 @@ class Block(nn.Module):
     ) -> Any:
         """The block's output, or (output, state) exactly when a state is given."""
         before = state or BlockState(None, None, None)
-        feed_forward_state, conv_state = (), ()
-        u = self.mixer_norm(x)
-        if self.short_conv is not None:
-            u, conv_state = _apply(self.short_conv, u, before.short_conv, cross_layer)
-        y, mixer_state = _apply(self.mixer, u, before.mixer, cross_layer)
-        read, x = x, x + (self.mixer_post_norm(y) if self.mixer_post_norm else y)
-        if self.feed_forward is not None and self.feed_forward_norm is not None:
-            u = self.feed_forward_norm(read if self.parallel_residual else x)
+        feed_forward_state, conv_state, read = (), (), x
+        found = self._in_one_call("mixer", x, x, before.mixer, cross_layer)
+        if found is not None:
+            x, mixer_state = found
+        else:
+            u = self.mixer_norm(x)
+            if self.short_conv is not None:
+                u, conv_state = _apply(self.short_conv, u, before.short_conv, cross_layer)
+            y, mixer_state = _apply(self.mixer, u, before.mixer, cross_layer)
+            x = x + (self.mixer_post_norm(y) if self.mixer_post_norm else y)
+        read = read if self.parallel_residual else x
+        found = self._in_one_call("feed_forward", read, x, before.feed_forward, cross_layer)
+        if found is not None:
+            x, feed_forward_state = found
+        elif self.feed_forward is not None and self.feed_forward_norm is not None:
+            u = self.feed_forward_norm(read)
             y, feed_forward_state = _apply(self.feed_forward, u, before.feed_forward, cross_layer)
             x = x + (self.feed_forward_post_norm(y) if self.feed_forward_post_norm else y)
         if state is None:
             return x
         return x, BlockState(mixer_state, feed_forward_state, conv_state)
+
+    def _in_one_call(
+        self, name: str, x: Tensor, onto: Tensor, state: State, cross_layer: CrossLayer | None
+    ) -> tuple[Tensor, State] | None:
+        """A half of the block, onto + sublayer(norm(x)), where one call of a kernel computes it.
+
+        That is so for one token, where the sublayer's own class says so, not one that it derives
+        from; else None.
+        """
+        parts = self._modules
+        sublayer = cast(Mixer | None, parts.get(name))
+        if sublayer is None or x.shape[1] != 1 or "half_of_a_token" not in vars(type(sublayer)):
+            return None
+        if state is None or isinstance(state, HandOver | RowStates) or is_hooked(sublayer):
+            return None
+        if name == "mixer" and self.short_conv is not None:
+            return None
+        norm, post_norm = cast(nn.Module, parts[f"{name}_norm"]), parts.get(f"{name}_post_norm")
+        return sublayer.half_of_a_token(HalfEnds(x, onto, norm, post_norm), state, cross_layer)
 
     def named_sublayers(self) -> dict[str, Mixer]:
         """The sublayers that the block has, by their names in `BlockState`."""

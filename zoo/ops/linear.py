@@ -42,7 +42,12 @@ _ARRAYS = {kind: [(f"{kind}{i}", f"bias{i}") for i in _NUMBERS] for kind in ("we
 
 
 class OwnProducts(Tensor):
-    """A matrix that is no array of its numbers and computes its products itself."""
+    """A matrix that is no array of its numbers and computes its products itself.
+
+    `parts` are the bits and scales of zoo.ops.quantized_linear, where it is kept as these.
+    """
+
+    parts: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def products(
@@ -162,15 +167,20 @@ def project(x: Float[Tensor, "... k"], *layers: nn.Module) -> list[Float[Tensor,
     """What each layer makes of x, in one call of `linears` where all are no more than products."""
     weights, biases = [], []
     for layer in layers:
-        if (
-            type(layer) is not Linear
-            or layer._forward_hooks
-            or layer._forward_pre_hooks
-            or "forward" in layer.__dict__
-        ):
+        if type(layer) is not Linear or is_hooked(layer):
             return [one(x) for one in layers]
         weights.append(layer.weight)
         biases.append(layer.bias)
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks or torch.is_grad_enabled():
+    if globally_hooked() or torch.is_grad_enabled():
         return [one(x) for one in layers]
     return linears(x, weights, biases)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward: hooks, or one of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def globally_hooked() -> bool:
+    """Whether there are hooks of all modules."""
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)

@@ -143,6 +143,16 @@ class Positions(PositionScheme):
             parts.append(Part(q, k[:, :past], v[:, :past]))
         return attention([*parts, *sinks], softcap=self.softcap, backend=backend)
 
+    def rotation_of_a_token(
+        self, position: int, like: Tensor, cross_layer: CrossLayer | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the cosines and sines, (1, 1, half), of the token at a position, in like's dtype.
+
+        None where its queries and keys are not only rotated by them, and attend to every key.
+        """
+        del position, like, cross_layer
+        return None
+
     @property
     def bounded(self) -> bool:
         """Whether the number of cached keys stops growing."""

@@ -3,7 +3,9 @@
 
 from typing import ClassVar
 
-from zoo.positions.base import Positions
+from torch import Tensor
+
+from zoo.positions.base import CrossLayer, Positions
 
 
 class NoPositions(Positions):
@@ -14,3 +16,9 @@ class NoPositions(Positions):
         "zoo.attention.parallel_windows",
         "zoo.attention.streaming_llm",
     )
+
+    def rotation_of_a_token(
+        self, position: int, like: Tensor, cross_layer: CrossLayer | None
+    ) -> tuple[Tensor, Tensor] | None:
+        none = like.new_empty((1, 1, 0))
+        return None if self.pattern or self.softcap is not None else (none, none)

@@ -60,6 +60,13 @@ def rotary_tables(
     grows beyond it; others, and those of tables above `MAX_GROWN` bytes, are cached as they are.
     """
     global _last
+    if is_transformed():  # by torch.func, whose tensors are not to outlive it
+        at = positions
+        if isinstance(at, range):
+            at = torch.arange(at.start, at.stop)
+        frequencies = torch.tensor(inv_freq, dtype=torch.float64, device=at.device)
+        cos, sin = (attention_factor * f for f in rotary_angles(frequencies, at))
+        return cos.to(device, dtype), sin.to(device, dtype)
     call = positions, attention_factor, device, dtype, inv_freq
     if isinstance(positions, range) and _last is not None and _last[0] == call:
         return _last[1]  # the other layers' and the keys', for one token after another
@@ -77,11 +84,6 @@ def rotary_tables(
             return found
     if isinstance(positions, range):
         positions = torch.arange(positions.start, positions.stop)
-    if is_transformed():  # by torch.func, whose tensors have no bytes to be found by
-        frequencies = torch.tensor(inv_freq, dtype=torch.float64, device=positions.device)
-        table = rotary_angles(frequencies, positions)
-        cos, sin = ((attention_factor * f).to(device, dtype) for f in table)
-        return cos, sin
     at = positions.double().cpu()
     return _cached((*kind, at.numpy().tobytes(), tuple(at.shape)), at.numel(), lambda: at)
 
@@ -237,6 +239,15 @@ class Rope(Positions):
             inv_freq, factor = self._frequencies(cross_layer or {})
             return apply_rope(q, inv_freq, at, factor), apply_rope(k, inv_freq, at, factor)
         return (q, k) if self.pattern else rotate_both(q, k, self.inv_freq, start)
+
+    def rotation_of_a_token(
+        self, position: int, like: Tensor, cross_layer: CrossLayer | None
+    ) -> Table | None:
+        placed = placed_positions(self, cross_layer) is not None
+        if placed or self.pattern or self.softcap is not None or not self.inv_freq:
+            return None
+        tokens = range(position, position + 1)
+        return rotary_tables(self.inv_freq, tokens, like.device, like.dtype)
 
     def _frequencies(self, cross_layer: CrossLayer) -> tuple[Frequencies, Any]:
         """Return those of a training window's length, and their attention factor."""

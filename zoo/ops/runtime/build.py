@@ -55,13 +55,19 @@ def load(source: str, dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
 def library(source: str, dtype: torch.dtype = torch.float32) -> Path:
     """Return the path at which `load` caches a library. Raises `BuildError` without a compiler."""
     path = kernels_folder() / source
-    command = _command(dtype)
+    texts = [file.read_bytes() for file in (path, *_headers())]
     key = hashlib.sha256()
-    for part in (path.read_bytes(), (kernels_folder() / "common.h").read_bytes(), *command, _cpu()):
+    for part in (*texts, *_command(dtype), _cpu()):
         key.update(part if isinstance(part, bytes) else part.encode())
         key.update(b"\0")
     kind = "double" if dtype == torch.float64 else "float"
     return cache_folder() / f"{path.stem}-{kind}-{key.hexdigest()[:20]}.so"
+
+
+def _headers() -> list[Path]:
+    """Return all headers: a source includes those of other kernels too."""
+    folder = kernels_folder()
+    return sorted([*folder.glob("*.h"), *folder.glob("*/*.h")])
 
 
 def _command(dtype: torch.dtype) -> list[str]:

@@ -37,6 +37,15 @@ class _Plan(NamedTuple):
     sizes: ctypes.Structure  # its first argument
 
 
+class BoundCall(NamedTuple):
+    """A checked call of a kernel: the words of its two arguments, to copy and complete."""
+
+    sizes: "array[int]"
+    words: "array[int]"
+    at: dict[str, int]  # word of each array
+    run: "Callable[[array[int], array[int]], int]"  # with words as these
+
+
 class CpuKernel:
     """A C file of functions `int f(Sizes, Arrays)`, which return 0 for success.
 
@@ -171,6 +180,29 @@ class CpuKernel:
             raise MemoryError(f"{self.source}: no memory for {function}")
         return made
 
+    def bind(self, function: str, sizes: tuple[int, ...], **tensors: Tensor) -> BoundCall:
+        """Return a call as `run` makes it, checked once for tensors that stay where they are.
+
+        Whoever uses it sees to it that they do, and that what is filled in later fits.
+        """
+        like, threads = next(iter(tensors.values())), min(torch.get_num_threads(), MAX_THREADS)
+        plan = self._cached_plan(function, sizes, like.dtype, threads)
+        words = array("q", bytes(8 * self._count))
+        for name, tensor in tensors.items():
+            shape, wanted, at, in_rows, _ = plan.fields[name]
+            if not tensor.is_cpu or tensor.dtype != wanted or tensor.shape != shape:
+                self._refuse(name, tensor, shape, wanted)
+            if in_rows or not tensor.is_contiguous() or tensor.is_neg():
+                raise ValueError(f"{self.source}: {name} is not an array that a call is bound to")
+            words[at] = tensor.data_ptr()
+        in_sizes, in_arrays, entry = self._sizes.from_buffer, self._arrays.from_buffer, plan.entry
+
+        def run(sizes: "array[int]", words: "array[int]") -> int:
+            return entry(in_sizes(sizes), in_arrays(words))
+
+        at = {name: field.at for name, field in plan.fields.items()}
+        return BoundCall(array("q", (*sizes, threads)), words, at, run)
+
     def _plan(
         self, function: str, sizes: tuple[int, ...], dtype: torch.dtype, threads: int
     ) -> "_Plan":
@@ -227,11 +259,16 @@ _OPERATIONS: dict[str, Callable[[int, int], int]] = {  # the first binds least
 }
 
 
-@functools.lru_cache(256)
 def number(value: float, dtype: torch.dtype) -> Tensor:
     """Return a number as kernels read it, (1,), which is not to be written."""
+    return numbers(dtype, value)
+
+
+@functools.lru_cache(256)
+def numbers(dtype: torch.dtype, *values: float) -> Tensor:
+    """Return several numbers side by side, which are not to be written."""
     with _disable_current_modes(), torch.inference_mode(False):
-        return torch.tensor([value], dtype=dtype)
+        return torch.tensor(values, dtype=dtype)
 
 
 def _declared(arrays: Mapping[str, str]) -> dict[str, list[str]]:
