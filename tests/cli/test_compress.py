@@ -116,6 +116,30 @@ SCORES = {name for name in METHODS if OWN[name]["by"] == "???"}
 PLAIN: dict[str, tuple[int, dict[str, str], str]] = {}  # what a method gives without an option
 
 
+@pytest.mark.parametrize("question", ["", "Who is it, and why?"])
+@pytest.mark.parametrize("method", METHODS)
+def test_so_many_tokens_are_the_most_and_the_file_is_never_gone(method, question, here, capfd):
+    by = ["by=runs/scorer"] * (method in SCORES)
+    ending = [f"question={question}"] * bool(question)
+    if method == "longllmlingua" and not question:
+        return
+    shortened = 0
+    for content in ("\n" * 6, "a bc. Def ghi\n\njk lm no. P", TEXT):
+        Path("case.txt").write_text(content)
+        for tokens in (1, 5, 60):
+            words = ["file=case.txt", f"method={method}", f"tokens={tokens}", *by, *ending]
+            code, said = main(words), capfd.readouterr()
+            if code == 2:
+                (line,) = said.err.splitlines()
+                assert line.startswith(f"zoo compress: tokens={tokens}: ")
+                continue
+            assert code == 0
+            shortened += len(content) > tokens
+            assert len(said.out) <= tokens
+            assert {*said.out} - {*question} or {*content} <= {*question}
+    assert shortened
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_option_acts_or_is_refused_by_name(method, option, here, monkeypatch, capfd):

@@ -31,9 +31,11 @@ shorten a text to the tokens that a model finds hard to guess
 options
   rate=              tokens kept over tokens there are
   tokens=            or the most tokens that are kept
-  method=llmlingua   selective_context, llmlingua, longllmlingua, truncation (without by=)
+  method=llmlingua   selective_context, llmlingua, longllmlingua; without by=:
+                     truncation, truncation_middle
   method.<option>=   of the method, as configs/compress/<method>.yaml has them
-  instruction=       text before the file's, and question= after it, with budgets of their own
+  instruction=       text before the file's, and question= after it: counted, and kept whole but
+                     by llmlingua and longllmlingua, which have budgets for them
   to=                new file for the text that is left; without it, the terminal
   html=, marked=     new files that show what was dropped
   device=auto        auto, cpu, mps, cuda, cuda:1 ...
@@ -85,6 +87,9 @@ def compress(words: Sequence[str]) -> int:
         kept = compressed(method, scorer, prompt, rate=rate, tokens=tokens)
     except UserError as error:  # options have short names here
         raise UserError(str(error).removeprefix("text=")) from None
+    if not {*kept} & {number for part in prompt.demonstrations for number in part}:
+        option = "tokens" if "tokens" in given else "rate"
+        refuse(option, given[option], "leaves nothing of the file itself", "Keep more of it")
     left, shown = prompt.text(kept), marks(prompt.pieces, kept)
     summary = f"{prompt.size(kept):,} of {size:,} tokens are left ({prompt.size(kept) / size:.1%})"
     if "html" in given:

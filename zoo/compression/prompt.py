@@ -105,18 +105,25 @@ def compressed(
 
     Args:
         rate: tokens kept over tokens there are, above 0 and below 1.
-        tokens: the most tokens, instead of a rate.
+        tokens: the most tokens, instead of a rate, which a method may meet within half a unit.
 
     Raises:
-        UserError: the budget is less than the method's smallest unit, and nothing would be left.
+        UserError: the budget is less than the method's smallest unit, or than what stays beside it
+            of instruction and question, and nothing would be left.
     """
     size = prompt.size()
     budget = max(round((rate or 1) * size) if tokens is None else tokens, 1)
     if size <= budget:
         return [*range(len(prompt.pieces))]
     kept = method(scorer, prompt, budget)
+    while tokens is not None and budget > 1 and prompt.size(kept) > tokens:
+        budget = max(budget - prompt.size(kept) + tokens, 1)
+        kept = method(scorer, prompt, budget)
+    option, value = ("rate", rate) if tokens is None else ("tokens", tokens)
+    if tokens is not None and prompt.size(kept) > tokens:
+        rule = f"{prompt.size(kept)} tokens of instruction and question stay whole"
+        refuse(option, value, rule, "Keep more, or shorten them")
     if not kept:
-        option, value = ("rate", rate) if tokens is None else ("tokens", tokens)
         rule = f"leaves nothing of a prompt of {size} tokens, as no unit of it is within {budget}"
         refuse(option, value, rule, "Keep more of it, or cut it into smaller units")
     return kept

@@ -30,7 +30,8 @@ def add_adapters(model: Backbone, lora: Lora) -> None:
     from peft import LoraConfig, inject_adapter_in_model  # pyright: ignore[reportMissingImports]
 
     layers = adapted_layers(model, lora)
-    options = LoraConfig(r=lora.rank or 0, lora_alpha=lora.alpha_or_default, target_modules=layers)
+    alpha: Any = lora.alpha_or_default  # peft declares an int and computes with any number
+    options = LoraConfig(r=lora.rank or 0, lora_alpha=alpha, target_modules=layers)
     inject_adapter_in_model(options, model)
     if model.frequencies is not None:  # new, so there is nothing to adapt
         model.frequencies.requires_grad_(True)
