@@ -154,9 +154,9 @@ def test_an_audit_finds_no_leak_in_what_rounding_does(bits):
 @pytest.mark.parametrize(
     ("name", "words", "bits", "rule"),
     [
-        ("mamba", [], "int8", "this model has none"),
-        ("relu", [], "int4", "this model has none"),
-        ("transformer", ["objective=masked"], "int8", "this model has none"),
+        ("mamba", [], "int8", "this model's are of Mamba"),
+        ("relu", [], "int4", "this model's are of ReLUAttention"),
+        ("transformer", ["objective=masked"], "int8", "reads both ways caches none"),
         ("xpos", ["seq_len=64"], "int8", "leaves the last 128 tokens as they are"),
         ("nope", ["model.mixer.head_width=5"], "int4", "packs channels in pairs"),
     ],
