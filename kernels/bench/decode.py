@@ -1,14 +1,15 @@
 """Writing token by token against `transformers.generate`, on one checkpoint in the same threads.
 
-    python kernels/bench/decode.py [--json FILE] [--rounds 5] [--tokens 16] [--only llama mamba]
-        [--prompts 512 8128] [--forms float32 bfloat16 int8 int4]
+    PYTHONPATH=. python kernels/bench/decode.py [--json FILE] [--rounds 5] [--tokens 16]
+        [--only llama mamba] [--prompts 512 8128] [--forms float32 bfloat16 int8 int4]
 
 Checkpoints of random weights in the shape of SmolLM2-135M (30 layers, 9 heads over 3 key/value
 heads) and of Mamba-130m are saved by `transformers` and opened by both. Prompts are read once; then
 each writer in turn writes `tokens` behind its own, round by round. Writers are ours in every form
 of the weights, `transformers` in float32 and bfloat16, and ours in float32 with PyTorch's matrix
-products ("plain products"). A row has wall and CPU seconds a token of every round; ratios are
-medians over the rounds. In float32 both sides must write the same text.
+products ("plain products") wherever half of a block is not one call of a kernel. A row has wall
+and CPU seconds a token of every round; ratios are medians over the rounds. In float32 both sides
+must write the same text.
 """
 
 import argparse

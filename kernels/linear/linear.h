@@ -44,6 +44,16 @@ static void all_products(const Product *of, int many, Int threads, Work *work) {
     parallel_for(weights < 1 << 16 ? 1 : threads, job.first[many], work, &job);
 }
 
+/* The matrix that a unit of work belongs to, and the unit's outputs of it, *o .. *end. */
+INLINE const Product *product_of(const Products *j, Int unit, Int *o, Int *end) {
+    int m = 0;
+    while (unit >= j->first[m + 1]) m++;
+    const Product *p = &j->of[m];
+    *o = (unit - j->first[m]) * OUTPUTS;
+    *end = min_int(*o + OUTPUTS, p->outputs);
+    return p;
+}
+
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -96,11 +106,8 @@ INLINE void tile(const Product *p, Int r, Int o, int many, int narrow) {
     ONCE void name##_pair(const Product *p, Int r, Int o) { tile(p, r, o, ROWS, narrow); }        \
     ONCE void name##_one(const Product *p, Int r, Int o) { tile(p, r, o, 1, narrow); }            \
     static void name##_unit(const void *job, Int unit) {                                          \
-        const Products *j = job;                                                                  \
-        int m = 0;                                                                                \
-        while (unit >= j->first[m + 1]) m++;                                                      \
-        const Product *p = &j->of[m];                                                             \
-        Int o = (unit - j->first[m]) * OUTPUTS, end = min_int(o + OUTPUTS, p->outputs);           \
+        Int o, end;                                                                               \
+        const Product *p = product_of(job, unit, &o, &end);                                       \
         for (; o < end; o++) {                                                                    \
             Int r = 0;                                                                            \
             for (; r + ROWS <= p->rows; r += ROWS) name##_pair(p, r, o);                          \

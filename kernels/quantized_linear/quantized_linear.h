@@ -322,11 +322,8 @@ ONCE void int4_row(const Product *p, const void *integers, Int r, Int o, Int end
 #define BITS(name, Span, spread, span)                                                                 \
     ONCE void name##_four(const Product *p, Int r, Int o) { name##_tile(p, r, o, TOGETHER, TOGETHER); }\
     static void name##_unit(const void *job, Int unit) {                                               \
-        const Products *j = job;                                                                       \
-        int m = 0;                                                                                     \
-        while (unit >= j->first[m + 1]) m++;                                                           \
-        const Product *p = &j->of[m];                                                                  \
-        Int o = (unit - j->first[m]) * OUTPUTS, end = min_int(o + OUTPUTS, p->outputs);                \
+        Int o, end;                                                                                    \
+        const Product *p = product_of(job, unit, &o, &end);                                            \
         const Int fours = p->rows / TOGETHER * TOGETHER, step = fours ? TOGETHER : OUTPUTS;            \
         for (; o < end; o += step) {                                                                   \
             const Int last = min_int(o + step, end);                                                   \

@@ -63,7 +63,6 @@ KEYS = [*KERNEL.bounds].index("keys")
 _MATRICES = [(f"weight{i}", f"bits{i}", f"scale{i}", f"bias{i}") for i in _FIRST]
 _LAST = ("last_weight", "last_bits", "last_scale", "last_bias")
 
-
 DTYPES = (torch.float32, torch.float64)
 MAX_BOUND = 4096  # halves of blocks whose calls are remembered
 
@@ -270,9 +269,8 @@ class _Parts:
         else:
             return False
         if bias is not None:
-            if not self._reads(bias, self.dtype) or bias.shape != (
-                n,
-            ):  # PyTorch broadcasts another
+            whole = bias.shape == (n,)  # PyTorch broadcasts another
+            if not whole or not self._reads(bias, self.dtype):
                 return False
             self.given[names[3]] = bias
         self.forms.append(form)

@@ -37,7 +37,7 @@ def all_known(
         weights = {k: v for k, v in about.items() if k not in MEASURED_BY}
         found = [*known_besides(folder, weights, [])]
         of_now = [*map(_answered, found)]
-        _report_renamed(folder)
+        _report_renamed(folder, folder.rows())
         every = known_besides(folder, weights, [], any_code=True)
         others = [row for row in every if row.get("other_code") and _answered(row) not in of_now]
         if other_code:
@@ -49,9 +49,9 @@ def all_known(
     return rows, runs
 
 
-def _report_renamed(folder: RunFolder) -> None:
+def _report_renamed(folder: RunFolder, rows: Sequence[Row]) -> None:
     """Say where a folder has another name than its rows, which are by that name no other run's."""
-    named = [str(row["run"]) for row in folder.rows() if row.get("run") not in (None, folder.name)]
+    named = [str(row["run"]) for row in rows if row.get("run") not in (None, folder.name)]
     for name in dict.fromkeys(named):
         rule = f"{named.count(name)} rows of the run {name} are left out, as this folder was called"
         log.warning("%s: %s. Call it so again, or run zoo eval on it.", folder.path, rule)
@@ -67,8 +67,9 @@ def every_current(folders: Sequence[RunFolder]) -> tuple[list[Row], list[Row]]:
         runs.append(run_record(about, folder))
         apart = (*EXTENDED, *SHORTENED, *MEASURED_BY)
         alike = {name: value for name, value in about.items() if name not in apart}
-        _report_renamed(folder)
-        every = [row for row in folder.rows() if row.keys() >= {"task", *EXTENDED}]
+        kept = folder.rows()
+        _report_renamed(folder, kept)
+        every = [row for row in kept if row.keys() >= {"task", *EXTENDED}]
         if not _standing_leaks(every, alike):
             rows += _of_now(folder, every, alike)
     return rows, runs
