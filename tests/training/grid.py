@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Layout = tuple[int, int, int, str]
 STEPS, ROWS = 4, 4
+SHARED = "batch_size=12"  # windows that two, three and four processes can share
+TAUGHT = ["distil.teacher=runs/base", "distil.temperature=2"]
 COMMON = [
     *("size=tiny", "data=text", "data.path=text", "logger=none", "match=none", "seq_len=32"),
     *("trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.log_every_n_steps=1"),
@@ -38,7 +40,8 @@ COMMON = [
 def layouts_of(words: list[str], layouts: list[Layout]) -> list[Layout]:
     """Those that go with the options: windows that depend on one another are not split, and
     weights not divided where a state is passed on: ddp is in the place of fsdp."""
-    whole, carry = {"state_passing=carry", "objective=masked"} & {*words}, "state_passing=carry"
+    carry = "state_passing=carry"
+    whole = {carry, "objective=masked", *TAUGHT} & {*words}
     found = [tuple(layout) for layout in layouts if layout[2] == 1 or not whole]
     divided = ("fsdp", "sharded")
     found = [(*one[:3], "ddp") if carry in words and one[3] in divided else one for one in found]
@@ -47,7 +50,7 @@ def layouts_of(words: list[str], layouts: list[Layout]) -> list[Layout]:
 
 def goes_on(words: list[str]) -> bool:
     """Whether runs of the kind are resumed as well."""
-    return bool({"state_passing=carry", "data=mqar"} & {*words})
+    return bool({"state_passing=carry", "data=mqar", SHARED} & {*words})
 
 
 def run_name(kind: str, layout: Layout) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from building import ARCHITECTURES, ENCODERS, ROOT, write_text
-from grid import Layout, goes_on, layouts_of, run_name
+from grid import SHARED, TAUGHT, Layout, goes_on, layouts_of, run_name
 
 from zoo.config.groups import extensions
 from zoo.model.checkpoint import read_file
@@ -38,6 +38,7 @@ KINDS = {
 }
 KINDS["placed"].append("extension.factor=4")
 KINDS["labels"] = ["data=mqar", "model=relu", "seq_len=64"]  # whose layers add to the loss
+KINDS["taught"] = ["model=mamba", *TAUGHT]
 KINDS["labels"] += ["model.mixer.normalise=root", "model.mixer.norm_loss=0.1"]
 
 
@@ -136,3 +137,12 @@ def test_every_architecture_trains_the_same_in_any_number_of_processes(part, tmp
     kinds = [*every_kind()]
     first, end = (len(kinds) * at // PARTS for at in (part, part + 1))
     check(tmp_path, dict(kinds[first:end]), [ALONE, *several], "float64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_to_four_processes_learn_from_data_and_from_a_teacher_what_one_does(strategy, tmp_path):
+    """And half a run of four goes on in any number."""
+    kinds = {"plain": ["model=relu"], "taught": ["model=mamba", *TAUGHT]}
+    kinds = {name: [*words, SHARED] for name, words in kinds.items()}
+    check(tmp_path, kinds, [ALONE, *((n, 1, 1, strategy) for n in (2, 3, 4))], "float64")
