@@ -11,7 +11,7 @@ import torch
 from building import ENCODERS, warnings_as_errors
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from zoo.mixers.base import count_bytes
 from zoo.model.backbone import Backbone
@@ -59,6 +59,7 @@ PAIR = "`forward` returns (y, state) exactly when it is given a state, otherwise
 UNCHANGED = "A state is read, never written: build a new one, and do not assign into its tensors."
 ROWS = "Check reductions and reshapes over the batch, dimension 0."
 SIZE = "Check `state_bytes`, `empty_state` and `recurrent`."
+LAYOUT = "Index by strides, or call `contiguous()` first: inputs, states and gradients."
 CUT = "See `truncate_state`: detach the state and shorten what grows."
 LOOSER = {"rtol": 1e-8, "atol": 1e-9}
 
@@ -279,6 +280,49 @@ def test_rows_of_a_batch_do_not_mix(model):
     promise = f"a row's outputs have a gradient from other rows ({leak:.2g} of all)"
     holds(leak <= rounding(model, tokens), promise, ROWS)
     holds((grad[0] != 0).any(), "a row's outputs do not depend on the row", IDLE)
+
+
+def test_numbers_that_lie_apart_in_memory_are_read_as_if_side_by_side(model):
+    for half in model.sublayers():
+        generator = torch.Generator().manual_seed(0)
+        drawn = {"generator": generator, "dtype": torch.float64}
+        x, later = torch.randn(2, 2, 9, model.width, **drawn)
+        state = tree_map(detached, half(x, half.empty_state(2))[1])
+        found = []
+        for layout in (lambda x: x, spread):
+            inputs = tree_map(layout, (later, state))
+            learns = [x for x in tree_leaves(inputs) if is_float(x)]
+            for leaf in learns:
+                leaf.requires_grad_()
+            after = [x for x in tree_leaves(half(*inputs)) if isinstance(x, torch.Tensor)]
+            outputs = [x for x in after if x.requires_grad]
+            generator.manual_seed(1)
+            gradients = [layout(torch.randn(x.shape, **drawn).to(x.dtype)) for x in outputs]
+            learns += half.parameters()
+            given = torch.autograd.grad(outputs, learns, gradients, allow_unused=True)
+            found.append([*after, *given])
+        promise = f"{type(half).__name__} depends on how its arguments lie in memory: it differs"
+        for apart, together in zip(found[1], found[0], strict=True):
+            holds((apart is None) == (together is None), promise, LAYOUT)
+            if together is not None:
+                same(apart, together, promise, LAYOUT, by_token=False)
+
+
+def is_float(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
+def detached(x: object) -> object:
+    return x.detach() if isinstance(x, torch.Tensor) else x
+
+
+def spread(x: object) -> object:
+    """The same numbers in memory between others."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    between = x.new_full([2 * n for n in x.shape], torch.nan if x.is_floating_point() else 1)
+    apart = between[(slice(1, None, 2),) * x.dim()]
+    return apart.copy_(x)
 
 
 def test_eight_times_the_training_length_is_read_or_refused_by_number(model):

@@ -107,6 +107,14 @@ class MixesRows(Sound):
         return super().forward(x - x.mean(0), state)
 
 
+class ReadsMemoryInOrder(Sound):
+    """As a kernel does that is given the first address and the sizes alone."""
+
+    def forward(self, x, state=None):
+        first = x.as_strided(x.shape, x.flatten().view_as(x).stride())
+        return super().forward(first, state)
+
+
 class HasAnIdleParameter(Sound):
     def __init__(self, **place) -> None:
         super().__init__(**place)
@@ -239,6 +247,11 @@ BREAKS = [
     (contract.test_a_state_comes_back_exactly_when_one_is_given, [], WritesIntoItsState),
     (contract.test_rows_of_a_batch_do_not_mix, [], MixesRows),
     (
+        contract.test_numbers_that_lie_apart_in_memory_are_read_as_if_side_by_side,
+        [],
+        ReadsMemoryInOrder,
+    ),
+    (
         contract.test_eight_times_the_training_length_is_read_or_refused_by_number,
         [],
         GivesUpInSilence,
@@ -272,6 +285,7 @@ SAYS = {
     "WritesIntoItsState": ["WritesIntoItsState changes the state it is given"],
     "AlwaysReturnsAState": ["AlwaysReturnsAState returns a state when none is given"],
     "MixesRows": ["dimension 0"],
+    "ReadsMemoryInOrder": ["ReadsMemoryInOrder depends on how its arguments lie in memory"],
     "HasAnIdleParameter": ["parameter blocks.0.mixer.idle"],
     "DeclaresTooLittle": ["and state_bytes declares"],
     "CarriesItsGraph": ["in the graph"],
