@@ -15,6 +15,7 @@ import torch
 from building import train_on_text, write_byte_level
 
 import zoo
+import zoo.runs.rows
 from zoo.cli.eval import main as eval_main
 from zoo.cli.train import main as train_main
 from zoo.errors import UserError
@@ -54,6 +55,13 @@ def test_rows_of_a_folder_that_had_another_name_are_left_out_aloud(here, tmp_pat
     assert zoo.rows(copy) == []
     (line,) = caplog.messages
     assert line.startswith(f"{copy}: {count} rows of the run my-run are left out, as this folder ")
+
+
+def test_the_rows_of_a_folder_are_read_once(here, monkeypatch):
+    read, files = zoo.runs.rows.read_rows, []
+    monkeypatch.setattr(zoo.runs.rows, "read_rows", lambda file: files.append(file) or read(file))
+    assert zoo.rows(here / "runs/my-run", other_code=True)
+    assert files == [here / "runs/my-run/results.jsonl"]
 
 
 def test_rows_that_other_code_measured_are_counted_aloud_or_marked(here, monkeypatch, caplog):

@@ -77,11 +77,11 @@ def _check_left(folder: RunFolder, after: TrainConfig, changes: Sequence[str]) -
 
 def _moved(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     """The places of a run's text, `data.path` or `data.cache`, that were given."""
-    place = {key: tree["data"][key.removeprefix("data.")] for key in keys}
-    for key, value in place.items():
+    place = {name: tree["data"][name] for name in (key.removeprefix("data.") for key in keys)}
+    for name, value in place.items():
         if value is None:
-            refuse(key, value, "must be a folder")
-    return {key.removeprefix("data."): value for key, value in place.items()}
+            refuse(f"data.{name}", value, "must be a folder")
+    return place
 
 
 def with_place(data: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, Any]:

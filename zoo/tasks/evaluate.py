@@ -160,9 +160,12 @@ def _measure(
                 rows.append(step)
             yield step
         leaks = any(row["status"] == "leaks" for row in rows)
-        besides = [] if leaks else [*known_besides(run.folder, run.about, run.requested)]
-        if config.publish and not leaks:  # one table holds all lengths of a run
-            besides += other_lengths(run.folder, run.about, run.requested)
+        besides = []
+        if not leaks:
+            kept = run.folder.rows()
+            besides += known_besides(run.folder, kept, run.about, run.requested)
+            if config.publish:  # one table holds all lengths of a run
+                besides += other_lengths(run.folder, kept, run.about, run.requested)
         progress.clear()
         yield Measured(record, rows, besides, run.refused)
 

@@ -35,10 +35,11 @@ def all_known(
         about = row_identity(none, folder, torch.device("cpu"))
         runs.append(run_record(about, folder))
         weights = {k: v for k, v in about.items() if k not in MEASURED_BY}
-        found = [*known_besides(folder, weights, [])]
+        kept = folder.rows()
+        _report_renamed(folder, kept)
+        found = [*known_besides(folder, kept, weights, [])]
         of_now = [*map(_answered, found)]
-        _report_renamed(folder, folder.rows())
-        every = known_besides(folder, weights, [], any_code=True)
+        every = known_besides(folder, kept, weights, [], any_code=True)
         others = [row for row in every if row.get("other_code") and _answered(row) not in of_now]
         if other_code:
             found = [row | {"other_code": False} for row in found] + others
@@ -111,9 +112,14 @@ def run_record(about: Row, folder: RunFolder) -> Row:
 
 
 def known_besides(
-    folder: RunFolder, about: Row, requested: Sequence[Row], any_code: bool = False
+    folder: RunFolder,
+    kept: Sequence[Row],
+    about: Row,
+    requested: Sequence[Row],
+    any_code: bool = False,
 ) -> Iterator[Row]:
-    """Yield the latest answers of the same weights and code to what was not requested now.
+    """Yield the latest answers of the same weights and code, among the rows that a folder has
+    `kept`, to what was not requested now.
 
     These are the answers to the same questions under other extensions, and those to the questions
     of other tasks, at each length under the settings of the latest answer there. Of an extension
@@ -123,7 +129,7 @@ def known_besides(
     """
     apart, dtype = (*EXTENDED, *SHORTENED), about.get("dtype")
     alike = {name: value for name, value in about.items() if name not in apart}
-    every = [row for row in folder.rows() if row.keys() >= {"task", *EXTENDED}]
+    every = [row for row in kept if row.keys() >= {"task", *EXTENDED}]
     leaks = _standing_leaks(every, alike)
     now_known = {about["extension_settings"]} if requested else set()  # audited again
     yield from (leaks[name] | {"requested": False} for name in leaks.keys() - now_known)
@@ -145,11 +151,13 @@ def known_besides(
         yield from (row | {"requested": False} for row in _latest(answers))
 
 
-def other_lengths(folder: RunFolder, about: Row, requested: Sequence[Row]) -> Iterator[Row]:
+def other_lengths(
+    folder: RunFolder, kept: Sequence[Row], about: Row, requested: Sequence[Row]
+) -> Iterator[Row]:
     """Yield the latest answers of the same weights, read in the same way, at lengths that were not
     requested now, under the task's settings and on the part of the corpus that were."""
     alike = {name: about[name] for name in ("extension_settings", "dtype")}
-    for row in known_besides(folder, about, []):
+    for row in known_besides(folder, kept, about, []):
         if agrees(row, alike) and not any(agrees(row, one) for one in requested):
             places = {"length", "unit", "stride", *panel(row)}  # these follow from the lengths
             settings = ({k: v for k, v in one.items() if k not in places} for one in requested)
