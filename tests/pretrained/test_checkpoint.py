@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import CASES, LLAMA, PAIRS, SU, VOCAB, opened, save, scaled
+from checkpoints import CASES, LLAMA, LLAMA3, NEOX, PAIRS, SU, VOCAB, opened, save, scaled
 
 from zoo.errors import UserError
 from zoo.model.pretrained import check_unchanged, identify
@@ -71,10 +71,47 @@ def test_frequencies_that_follow_the_length_are_those_of_transformers(kind, tmp_
         assert torch.allclose(torch.cat(parts, 1)[:, -step:], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_every_rope_type_of_transformers_is_read_or_refused_by_name(tmp_path):
+ROPE_TYPES = {  # with settings of heads whose rotated part has eight channels
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 3.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "longrope": {"factor": 4.0, **SU},
+    "llama3": {key: value for key, value in LLAMA3.items() if not key.startswith("rope")},
+    "proportional": {"factor": 2.0},
+    "axial": {},
+}
+ROTATED = {  # the family, its options and the share of each head that is rotated
+    "llama": ("Llama", LLAMA, 1.0),
+    "qwen3": ("Qwen3", LLAMA | {"head_dim": 8}, 1.0),
+    "gpt_neox": ("GPTNeoX", NEOX, 0.5),
+}
+
+
+@pytest.mark.parametrize("family", ROTATED)
+@pytest.mark.parametrize("kind", ROPE_TYPES)
+def test_every_rope_type_of_transformers_is_read_or_refused_by_its_name(
+    kind, family, tmp_path, monkeypatch
+):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    assert {*ROPE_INIT_FUNCTIONS} - {"default"} == {*SCALINGS}
+    assert {*ROPE_INIT_FUNCTIONS} <= {*ROPE_TYPES}
+    name, options, share = ROTATED[family]
+    supported = kind == "default" or kind in SCALINGS
+    if supported and (kind != "proportional" or share == 1):
+        more = {"partial_rotary_factor": share} if share < 1 else {}
+        case = name, options | scaled(kind, **ROPE_TYPES[kind], **more)
+        monkeypatch.setitem(CASES, "scaled", case)
+        theirs, ours = save(tmp_path, "scaled"), opened(tmp_path)
+        tokens = torch.randint(0, VOCAB, (2, 15))
+        with torch.no_grad():
+            expected = theirs(tokens, use_cache=False).logits
+        assert torch.allclose(ours(tokens), expected, atol=1e-5, rtol=1e-5)
+    if not supported or kind == "proportional":
+        save(tmp_path, family)
+        altered(tmp_path, **scaled(kind, **ROPE_TYPES[kind], partial_rotary_factor=0.5))
+        with pytest.raises(UserError, match=rf"^config.json: rope_scaling.rope_type='{kind}': "):
+            opened(tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -138,7 +175,6 @@ def altered(folder: Path, **changes) -> None:
         ({"logit_softcapping": 30.0}, "logit_softcapping=30.0"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "rope_type='su'"),
-        (scaled("proportional", partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
         (scaled("longrope", factor=4.0, attention_factor=1.7, **SU), "attention_factor=1.7"),
         ({"hidden_size": "wide"}, "hidden_size='wide'"),
     ],

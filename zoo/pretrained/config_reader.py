@@ -59,8 +59,7 @@ class Reader:
                 raise unsupported(key, value)
 
 
-def unsupported(key: str, value: Any) -> UserError:
+def unsupported(key: str, value: Any, rule: str = "is not supported") -> UserError:
     return UserError(
-        f"config.json: {key}={value!r}: is not supported. Use a checkpoint whose settings are all "
-        "supported."
+        f"config.json: {key}={value!r}: {rule}. Use a checkpoint whose settings are all supported."
     )

@@ -4,7 +4,7 @@ Each function translates a `config.json` into options of `train.py`; see zoo.pre
 """
 
 from zoo.pretrained.config_reader import Reader, unsupported
-from zoo.pretrained.rope_scaling import rotary
+from zoo.pretrained.rope_scaling import rope_type, rotary
 
 
 def llama(read: Reader) -> list[str]:
@@ -132,9 +132,14 @@ def backbone(read: Reader, width: int, heads: int, eps: str, tied: bool) -> list
 
 
 def partial_rotary(read: Reader, default: float) -> tuple[float, Reader]:
-    """The share of each head that is rotated, and a reader of the config without it."""
+    """The share of each head that is rotated, and a reader of the config without it.
+
+    Of `proportional`, which depends on it, the reader keeps it.
+    """
     parameters = dict(read.get("rope_parameters", {}) or read.get("rope_scaling", {}))
     share = parameters.pop("partial_rotary_factor", None)
     share = share or read.get("partial_rotary_factor", default)
+    if rope_type(parameters) == "proportional":
+        parameters["partial_rotary_factor"] = share
     without = {"rope_parameters": parameters, "rope_scaling": None, "partial_rotary_factor": None}
     return float(share), Reader({**read.config, **without}, read.read)

@@ -35,8 +35,9 @@ def rotary(read: Reader, length: int, base_key: str = "rope_theta") -> list[str]
     old, new = read.get("rope_scaling", {}), read.get("rope_parameters", {})
     scaling = {**old, **new}
     base = scaling.pop("rope_theta", None) or read.get(base_key, 10000.0)
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    scaling.pop("type", None)
+    kind = rope_type(scaling)
+    for key in ("rope_type", "type"):
+        scaling.pop(key, None)
     words = [f"model.positions.rope_base={float(base)}"]
     if kind == "default":
         _nothing_left(scaling)
@@ -47,6 +48,10 @@ def rotary(read: Reader, length: int, base_key: str = "rope_theta") -> list[str]
     if before is not None:
         scaling["original_max_position_embeddings"] = before  # counts before the one beside it
     return words + SCALINGS[kind](scaling, length)
+
+
+def rope_type(scaling: Mapping[str, Any]) -> str:
+    return scaling.get("rope_type") or scaling.get("type") or "default"
 
 
 def _nothing_left(scaling: Mapping[str, Any]) -> None:
@@ -94,10 +99,14 @@ def _as_it_is(_scaling: Settings, _factor: float, _before: int) -> None:
 
 
 def _proportional(scaling: Settings, length: int) -> list[str]:
-    """As linear, where all channels are rotated; its factor is 1 unless given."""
+    """As linear, where all channels are rotated; its factor is 1 unless given.
+
+    A part of them has other frequencies than under any other type: by the width of the whole head.
+    """
     share = scaling.pop("partial_rotary_factor", None)
     if share not in (None, 1.0):
-        raise unsupported("rope_scaling.partial_rotary_factor", share)
+        rule = f"is supported where whole heads are rotated (partial_rotary_factor is {share})"
+        raise unsupported("rope_scaling.rope_type", "proportional", rule)
     return _scaled("pi", {}, _as_it_is)({"factor": 1.0, **scaling}, length)
 
 
