@@ -213,6 +213,19 @@ def test_a_module_stays_quantized_wherever_it_goes(bits, name):
     assert found.parts[0].is_meta or torch.equal(found.restored(), expected)
 
 
+@pytest.mark.parametrize("name", MOVES)
+@pytest.mark.parametrize("bits", BITS)
+def test_what_is_written_in_c_gets_no_address(bits, name):
+    """`to_dlpack` calls no method of the tensor; whoever reads from a null pointer crashes."""
+    layer = nn.Linear(GROUP, GROUP, bias=False)
+    layer.weight = nn.Parameter(QuantizedWeight.of(layer.weight, bits), False)
+    weight = MOVES[name](layer).weight
+    row = QuantizedWeight.of(torch.randn(1, GROUP), bits)  # one of a size has any stride
+    for one in (weight, weight.detach(), weight.data, weight.clone(), row):
+        with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+            torch.utils.dlpack.to_dlpack(one)
+
+
 def test_arrays_are_of_the_restored_weight():
     weight = QuantizedWeight.of(torch.randn(GROUP, GROUP), "int4")
     for read in (torch.from_dlpack, np.from_dlpack, np.asarray, torch.Tensor.numpy):

@@ -14,6 +14,7 @@ Products are in `zoo.ops.quantized_linear`: on the CPU they read the bits, elsew
 restored for each: the memory is saved, time is not.
 """
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -122,7 +123,10 @@ class QuantizedWeight(OwnProducts):
     @staticmethod
     def __new__(cls, parts: tuple[Tensor, Tensor], dtype: torch.dtype) -> Any:
         size, device = shape(*parts), parts[0].device
-        return Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        # What is written in C, such as torch.utils.dlpack.to_dlpack, would take a null pointer.
+        torch._C._set_throw_on_mutable_data_ptr(made)
+        return made
 
     def __init__(self, parts: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
         del dtype
@@ -166,6 +170,12 @@ class QuantizedWeight(OwnProducts):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self.parts, self.dtype, isinstance(self, nn.Parameter))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedWeight":
+        if id(self) not in memo:  # Tensor's own takes the address
+            parts = copy.deepcopy(self.parts, memo)
+            memo[id(self)] = _rebuild(parts, self.dtype, isinstance(self, nn.Parameter))
+        return memo[id(self)]
 
     def cut(self, chunks: int) -> "list[QuantizedWeight]":
         """As `chunk` along the outputs."""
