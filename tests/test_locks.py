@@ -5,19 +5,24 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
-from building import ROOT
+from building import ROOT, write_text
 
 from zoo.errors import UserError
 from zoo.locks import alone_on_machine, fcntl
+from zoo.runs.folder import RunFolder
 
 pytestmark = pytest.mark.skipif(fcntl is None, reason="Windows has no locks of folders")
 
 HOLD = """
-import time
+import sys, time
+from pathlib import Path
 from zoo.locks import alone_on_machine
-with alone_on_machine():
+with alone_on_machine(Path(sys.argv[1])):
     print("inside", flush=True)
     time.sleep(100)
 """
@@ -29,12 +34,25 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
-def test_one_at_a_time_is_alone_on_the_machine():
+@contextmanager
+def holder(group: Path) -> Iterator[subprocess.Popen]:
+    """A process that is alone for a group, and stays so."""
+    command = [sys.executable, "-c", HOLD, str(group)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "inside\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_one_at_a_time_is_alone_on_the_machine(tmp_path):
     inside, most = 0, 0
 
     def enter() -> None:
         nonlocal inside, most
-        with alone_on_machine():
+        with alone_on_machine(tmp_path):
             inside += 1
             most = max(most, inside)
             time.sleep(0.01)
@@ -46,35 +64,49 @@ def test_one_at_a_time_is_alone_on_the_machine():
     for thread in threads:
         thread.join()
     assert most == 1
+    assert not [*tmp_path.iterdir()]
 
 
-def test_a_process_that_is_killed_lets_the_next_in():
-    command = [sys.executable, "-c", HOLD]
-    holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
+def test_a_process_that_is_killed_lets_the_next_of_its_group_in_and_others_need_not_wait(tmp_path):
     entered, waiting = [], threading.Event()
 
     def enter() -> None:
         waiting.set()
-        with alone_on_machine():
-            entered.append(holder.poll())
+        with alone_on_machine(tmp_path / "run"):
+            entered.append(process.poll())
 
-    with holder:
-        assert holder.stdout.readline() == "inside\n"
+    with holder(tmp_path / "run") as process:
+        with alone_on_machine(tmp_path / "other"):
+            assert process.poll() is None
         thread = threading.Thread(target=enter, daemon=True)
         thread.start()
         waiting.wait()
         time.sleep(0.1)
         assert not entered
-        holder.kill()
+        process.kill()
         thread.join(timeout=10)
     assert len(entered) == 1
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_folder_that_cannot_be_locked_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with (
         pytest.raises(UserError, match=r"^TMPDIR=.*none: must be a folder that can be locked \("),
-        alone_on_machine(),
+        alone_on_machine(tmp_path),
     ):
         pass
+
+
+@pytest.mark.slow
+def test_a_run_with_divided_weights_does_not_wait_for_another_one_of_the_machine(tmp_path):
+    write_text(tmp_path)
+    words = ["model=mamba", "size=tiny", "data=text", "data.path=text", "logger=none"]
+    words += ["match=none", "seq_len=32", "batch_size=2", "trainer.max_steps=1", "valid_windows=2"]
+    words += ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true"]
+    command = [sys.executable, str(ROOT / "train.py"), *words, "name=b"]
+    with holder(tmp_path / "runs/a") as other:  # as one that was suspended while it builds
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert other.poll() is None
+    assert done.returncode == 0, done.stderr
+    assert RunFolder.open(tmp_path / "runs/b").info["status"] == "done"

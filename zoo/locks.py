@@ -1,10 +1,12 @@
 """An exclusive lock on an open file, which goes with the process that holds it."""
 
+import hashlib
 import os
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 from zoo.errors import refuse
@@ -31,27 +33,46 @@ def lock_file(file: IO, *, wait: bool) -> None:
 
 
 @contextmanager
-def alone_on_machine() -> Iterator[None]:
-    """Wait until no other process of this machine is in here; on Windows, for none.
+def alone_on_machine(group: Path) -> Iterator[None]:
+    """Wait until no other process of this machine is in here for the same group; on Windows, for
+    none.
 
-    What is locked is the folder of temporary files, so that nothing is left behind. UserError where
-    its file system has no locks.
+    What is locked is a file of the group in the folder of temporary files, which goes with the last
+    process: the group itself, a run's folder, may lie on a file system of several machines.
+    UserError where there are no locks.
     """
     if fcntl is None:
         yield
         return
-    path, folder = tempfile.gettempdir(), -1
+    name = hashlib.sha256(str(group.resolve()).encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"zoo-{name}.lock"
+    held = -1
     try:
         try:
-            folder = os.open(path, os.O_RDONLY)
-            fcntl.flock(folder, fcntl.LOCK_EX)
+            held = _locked(path)
         except OSError as error:
             rule = f"must be a folder that can be locked ({error.strerror})"
-            refuse("TMPDIR", path, rule, "Use one of this machine's own file systems")
+            refuse("TMPDIR", path.parent, rule, "Use one of this machine's own file systems")
         yield
     finally:
-        if folder >= 0:
-            os.close(folder)
+        if held >= 0:
+            path.unlink(missing_ok=True)  # while it is locked
+            os.close(held)
+
+
+def _locked(path: Path) -> int:
+    """A descriptor of the file at a path, which is there and locked."""
+    assert fcntl is not None
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file).st_nlink:
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # whoever had it has removed it: the next one makes another
 
 
 def _lock_byte(file: IO) -> bool:

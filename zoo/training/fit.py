@@ -85,7 +85,7 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
     check_data(data, folder)
     lightning.seed_everything(config.seed, verbose=False)
     cut, parts, empty = _cutting(config), None, None
-    with alone_on_machine() if cut else nullcontext():
+    with alone_on_machine(folder.path) if cut else nullcontext():
         model, sizes, checkpoint, weights = _build(config, folder, data.vocab_size)
         facts = _facts(config, data, model, sizes)
         if cut:

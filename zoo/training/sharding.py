@@ -7,9 +7,9 @@ for weights, gradients and moments falls with the number of processes, and a ste
 process up to rounding.
 
 Each process builds the whole model, from the same seed or checkpoint, and keeps its part of it;
-those of a machine do so one after another, so that its memory must hold the whole for one of them,
-whatever their number. So they read whole checkpoints. When training ends the first process builds
-the whole once more, to audit it.
+those of a run and a machine do so one after another, so that memory must hold the whole for one of
+them, whatever their number. So they read whole checkpoints. When training ends the first process
+builds the whole once more, to audit it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,12 +35,13 @@ class FullySharded(ModelParallelStrategy):
 
     Args:
         processes: among which the weights are divided, all of the run's.
+        run: its folder.
         in_parts: hand on each process's parts instead, for `zoo.model.shards` to write.
     """
 
-    def __init__(self, processes: int, in_parts: bool = False) -> None:
+    def __init__(self, processes: int, run: Path, in_parts: bool = False) -> None:
         super().__init__(data_parallel_size=processes, tensor_parallel_size=1)
-        self.in_parts = in_parts
+        self.run, self.in_parts = run, in_parts
 
     def model_to_device(self) -> None:
         """Nothing: `fully_shard` has moved it, and moving makes new weights without their marks."""
@@ -66,7 +67,7 @@ class FullySharded(ModelParallelStrategy):
         Its weights are left out: the model has its parts of them already.
         """
         del weights_only
-        with alone_on_machine():
+        with alone_on_machine(self.run):
             found = read_file(Path(checkpoint_path))
             saved = zip(self.optimizers, found["optimizer_states"], strict=True)
             states = [_parts_of_state(*each) for each in saved]
