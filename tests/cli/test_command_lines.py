@@ -83,7 +83,8 @@ def written(folder: Path) -> list[str]:
     ]
 
 
-EVAL = ("weights", "device", "split", "fresh", "threads", "against", "checkpoint", "data.path")
+EVAL = ("weights", "device", "split", "fresh", "threads", "against", "checkpoint")
+EVAL += ("data", "data.path")
 TASKS = ("generate", "perplexity", "passkey", "stream", "accuracy", "speed", "longrope")
 OF_CHAT = ("prompt", "tokens", "temperature", "top_p", "seed", "stop", "device", "weights", "top_k")
 OF_EXPORT = {
@@ -95,7 +96,7 @@ OWN = {
     **{"weights": ("int8", "int4", "int2", "null"), "split": ("valid", "test", "train", "all")},
     **{"checkpoint": ("EXPORTED", "nowhere", "RUN"), "against": ("published", "null", "x")},
     **{"device": ("cpu", "auto", "cuda", "cpu:9", "tpu"), "fresh": ("true", "false", "1")},
-    **{"data.path": ("nowhere", ".", "null")},
+    **{"data.path": ("nowhere", ".", "null"), "data": ("text", "jsonl", "stdlib", "parity", "x")},
 }
 TUNED = {"optim.lr": ("1e-3,2e-3", "nan,1e-3", "0,1"), "seed": ("0,1", "-1,0", "a,b")}
 

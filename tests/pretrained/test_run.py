@@ -8,12 +8,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from building import write_byte_level, write_text
 from torch.nn.functional import cross_entropy
 
+from zoo.cli import eval as eval_program
 from zoo.cli.eval import main
+from zoo.cli.launch import spelt
+from zoo.config.compose import compose_tree, composing, parse
+from zoo.config.groups import CONFIGS
+from zoo.config.schema.data import DataPlace
 from zoo.config.schema.train import TrainConfig
 from zoo.data.loader import evaluation_bytes, evaluation_text, train_loader
+from zoo.errors import UserError
 from zoo.model.export import export
 from zoo.model.language_model import load_language_model
 from zoo.runs.folder import RunFolder
@@ -21,6 +28,7 @@ from zoo.training.windows import Windows, open_data, validation
 
 transformers = pytest.importorskip("transformers")
 SLOPES = ["extension=alibi_interpolation", "extension.factor=2"]
+PLACES = ("name", "path", "cache", "tokenizer")
 MEASURE = ["task=perplexity", "task.perplexity.lengths=[32,64]", "task.perplexity.units=2"]
 
 
@@ -91,6 +99,46 @@ def test_a_tokenizer_may_be_named_where_the_checkpoint_has_none(words, checkpoin
         assert main([*words, "data.tokenizer=bytes"]) == 0
     finally:
         named.rename(own)
+
+
+@pytest.mark.parametrize("name", DataPlace.model_fields["name"].annotation.__args__[0].__args__)
+def test_every_corpus_can_be_named_as_train_py_names_it(name, words, tmp_path, monkeypatch):
+    section = yaml.safe_load((CONFIGS / "data" / f"{name}.yaml").read_text())
+    opened = []
+    monkeypatch.setattr(eval_program, "check_source", opened.append)
+    words = [word for word in words if not word.startswith("data.path=")]
+    own = [key for key in DataPlace.model_fields if key in section and key not in PLACES]
+    values = {key: "7" if key == "documents" else "x" for key in own}
+    if "path" in section:
+        words.append("data.path=x")
+    given = [f"data={name}", *(f"data.{key}={value}" for key, value in values.items())]
+    with composing("eval"):
+        tree = compose_tree("eval", parse(spelt("eval", [*words, *given])))
+    config = eval_program.check(tree, [])
+    assert config.data.name == name
+    (text,) = opened
+    assert text["name"] == name
+    assert {key: str(text[key]) for key in own} == values
+    for key in sorted({*DataPlace.model_fields} - {*section} - {"tokenizer"}):
+        bad = {**tree, "data": {**tree["data"], key: 7 if key == "documents" else "x"}}
+        with pytest.raises(UserError, match=f"data={name} has no such option"):
+            eval_program.check(bad, [])
+
+
+def test_records_are_read_and_a_run_keeps_its_own_corpus(words, tmp_path, capsys):
+    records = tmp_path / "records.jsonl"
+    lines = (json.dumps({"body": f"{n} " + "some words of a text " * 9}) for n in range(400))
+    records.write_text("\n".join(lines))
+    words = [word for word in words if not word.startswith("data.path=")]
+    assert main([*words, "data=jsonl", f"data.path={records}", "data.field=body"]) == 0
+    folder, rows = measured(tmp_path)
+    assert {row["status"] for row in rows} == {"ok"}
+    options = [f"run={folder.path}", *MEASURE, "report=null", "logger=none"]
+    assert main([*options, "data=jsonl"]) == 0
+    capsys.readouterr()
+    assert main([*options, "data=text"]) == 2
+    said = "data=text: the run was trained on data=jsonl, and is measured on that. Leave it out."
+    assert said in capsys.readouterr().err
 
 
 def test_a_folder_gives_its_run_its_whole_name(words, checkpoint, tmp_path):

@@ -74,6 +74,18 @@ def test_the_curve_is_averaged_over_seeds_by_token_count():
     assert point["positions"] == "0 to 3"
 
 
+def test_bits_of_positions_are_those_of_all_their_bytes():
+    """Tokens of a vocabulary have bytes of their own number: a mean over tokens is another."""
+    row = score_row("mamba", 1024, 2.0, protocol="blocks") | {"tokenizer": "a0b1 257 ends"}
+    row["curve"] = {"edges": [1, 3, 8, 1025], "bits_per_byte": [6.0, 3.0, 1.0]}
+    row["curve"] |= {"count": [100, 100, 256], "bytes": [100, 500, 800]}
+    points = positions(gather([row], []), "perplexity").points
+    total = (6.0 * 100 + 3.0 * 500 + 1.0 * 800) / 1400
+    assert [point["y"] for point in points] == [pytest.approx(total)]
+    del row["curve"]["bytes"]
+    assert positions(gather([row], []), "perplexity").points == []  # of before: not known
+
+
 def test_the_table_by_position_has_octaves_and_the_last_one_in_halves():
     edges = [1, 64, 128, 256, 512, 609, 724, 861, 1025]
     bits = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 8.0, 9.0]

@@ -240,6 +240,20 @@ def test_positions_are_kept_whole_in_the_file_the_row_names(store, tmp_path):
             assert np.flatnonzero(kept["count"]).tolist() == [*range(row["length"])][-scored:]
 
 
+def test_no_row_writes_over_the_positions_of_another(store, tmp_path):
+    """Whatever distinguishes two measurements of one protocol and length, both keep their files."""
+    model, rows = Remembers(memory=20), []
+    for units, split in ((1, "test"), (2, "test"), (2, "valid")):
+        context = replace(make_context(model, tmp_path, store), split=split)
+        model.logits.data *= 1 if split == "test" else 2  # as of another text
+        rows += measure(Perplexity, context, lengths=[32], units=units)
+    files = {row["positions_file"] for row in rows}
+    assert len(files) == len({row["nll_sum"] for row in rows}) == len(rows)
+    for row in rows:
+        with np.load(tmp_path / row["positions_file"], allow_pickle=False) as kept:
+            assert kept["nll_sum"].sum() == row["nll_sum"]
+
+
 def test_text_is_read_once_for_all_lengths_whose_windows_start_there(store, tmp_path):
     model = Remembers(memory=1)
     context = make_context(model, tmp_path, store)

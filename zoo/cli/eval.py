@@ -70,7 +70,7 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
         trained = folders[0].config
         check_applies(config.extension, position_schemes(trained.model))
         check_composition(config.extension, stages_of(trained), given)
-        if config.data.path or config.data.cache:
+        if any(value is not None for value in plain(config.data).values()):
             check_source(with_place(plain(trained)["data"], plain(config.data)))
     return config
 
@@ -138,9 +138,10 @@ def _check_checkpoint(checkpoint: str, config: EvalConfig) -> None:
 
 def _text(config: EvalConfig) -> dict[str, Any]:
     """The data section of the text that a checkpoint is measured on."""
-    default = yaml.safe_load((CONFIGS / "data" / "text.yaml").read_text(encoding="utf-8"))
-    given = {key: value for key, value in plain(config.data).items() if value is not None}
-    return {**default, "tokenizer": None, **given}
+    file = CONFIGS / "data" / f"{config.data.name or 'text'}.yaml"
+    return with_place(
+        {**yaml.safe_load(file.read_text(encoding="utf-8")), "tokenizer": None}, plain(config.data)
+    )
 
 
 def _print(text: str) -> None:

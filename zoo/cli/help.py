@@ -11,6 +11,7 @@ import yaml
 from zoo.cli.listing import summary
 from zoo.config.compose import SCHEMAS
 from zoo.config.groups import CONFIGS, choices, groups
+from zoo.config.schema.data import DataPlace
 from zoo.config.tree import leaves
 
 WIDTH, COLUMN = 100, 36  # characters
@@ -48,7 +49,8 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "eval": {
         "What is measured": (
-            *("run", "checkpoint", "split", "data.path", "data.cache", "data.tokenizer"),
+            *("run", "checkpoint", "split"),
+            *(f"data.{name}" for name in DataPlace.model_fields),
         ),
         "Where and how": (
             "report",

@@ -56,7 +56,7 @@ def _launch(program: str, argv: list[str], usage: str, check: Check, job: Job) -
     if flags.explain and program != "train":
         refuse_path("--explain", "says what a training run costs", "Use it with train.py")
     with composing(program):
-        overrides = parse(flags.words)
+        overrides = parse(spelt(program, flags.words))
         check_launcher(overrides, flags.multirun)
         if flags.multirun:
             check_hydra(program, overrides)
@@ -72,6 +72,14 @@ def _launch(program: str, argv: list[str], usage: str, check: Check, job: Job) -
             words = [for_hydra(program, override, params) for override in overrides]
             return sweep(program, words, arms, configs, check, job)
     return job(configs[0], None)
+
+
+def spelt(program: str, words: Sequence[str]) -> list[str]:
+    """The words with `data=text` as `data.name=text` for eval.py, where data is no group of files:
+    all that a run has of it is known, and a checkpoint's tokenizer is its own."""
+    if program != "eval":
+        return [*words]
+    return [f"data.name={w.removeprefix('data=')}" if w.startswith("data=") else w for w in words]
 
 
 # Hydra's launchers that are packages of their own, and what these are called.

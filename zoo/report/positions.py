@@ -1,9 +1,8 @@
 """Figures by position in the text: which rows become which lines."""
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
 from itertools import pairwise
+from typing import NamedTuple
 
 from zoo.report.axes import Axis
 from zoo.report.charts import Spec
@@ -15,6 +14,20 @@ from zoo.report.tables import Table, Td
 from zoo.report.words import DASH, score, short
 
 MIN_TOKENS = 256  # scored tokens that a point rests on at least
+
+
+class Bucket(NamedTuple):
+    """What was scored at the positions from `first` to before `end`."""
+
+    first: int
+    end: int
+    bits: float  # of all its text
+    bytes: float
+    tokens: float
+
+    def joined(self, after: "Bucket") -> "Bucket":
+        sums = (a + b for a, b in zip(self[2:], after[2:], strict=True))
+        return Bucket(self.first, after.end, *sums)
 
 
 def positions(results: Results, task: str) -> Lines:
@@ -44,17 +57,14 @@ def position_table(results: Results) -> Table | None:
     ends = [length // 8, length // 4, length // 2, length * 2**-0.5, math.inf]
     columns: dict[tuple[int, int], dict[str, float]] = {}
     for label, mine in rows.items():
-        parts: dict[int, list[tuple[int, int, float, float]]] = defaultdict(list)
-        for (first, end), (amount, tokens) in sorted(
-            _total([row["curve"] for row in mine]).items()
-        ):
-            place = next(n for n, last in enumerate(ends) if math.sqrt((first + 1) * end) < last)
-            parts[place].append((first, end, amount, tokens))
+        parts: dict[int, Bucket] = {}
+        for one in _total([row["curve"] for row in mine]):
+            middle = math.sqrt((one.first + 1) * one.end)
+            place = next(n for n, last in enumerate(ends) if middle < last)
+            parts[place] = parts[place].joined(one) if place in parts else one
         for part in parts.values():
-            tokens = sum(one[3] for one in part)
-            if tokens >= MIN_TOKENS:
-                place = part[0][0], part[-1][1]
-                columns.setdefault(place, {})[label] = sum(one[2] for one in part) / tokens
+            if part.tokens >= MIN_TOKENS:
+                columns.setdefault((part.first, part.end), {})[label] = part.bits / part.bytes
     if len(columns) < 2:
         return None
     caption = f"Bits per byte by position in the text, in blocks of {length:,} (lower is better)."
@@ -67,60 +77,69 @@ def position_table(results: Results) -> Table | None:
 
 
 def _longest(results: Results, task: str, label: str) -> list[Row]:
-    """An arm's rows with a curve, of the longest length that it could read."""
+    """An arm's rows with a curve, of the longest length that it could read.
+
+    Curves of before they had their bytes are those of texts whose tokens are bytes, or left out.
+    """
     equal = {"protocol": "blocks"} if task == "perplexity" else {}
     rows = results.where(task=task, label=label, status="ok", **equal)
-    rows = [row for row in rows if isinstance(row.get("curve"), dict)]
+    rows = [
+        row
+        for row in rows
+        if isinstance(row.get("curve"), dict)
+        and ("bytes" in row["curve"] or row.get("tokenizer") == "bytes")
+    ]
     longest = max((row["length"] for row in rows), default=0)
     return [row for row in rows if row["length"] == longest]
 
 
 def _curve(label: str, curves: list[Row]) -> list[Spec]:
-    """Points at the middle of ranges of positions, averaged over seeds by token count.
+    """Points at the middle of ranges of positions, over all bytes of all seeds.
 
     A range is as many neighbouring buckets as hold `MIN_TOKENS` tokens: a few tokens, such as those
     at the very first and last positions, differ by a bit and more from what a model scores there.
     """
     points = []
-    for first, end, bits, tokens in _pooled(_total(curves)):
-        where = {"x": math.sqrt((first + 1) * end), "y": bits, "low": None, "high": None}
-        tip = {"positions": f"{first:,} to {end - 1:,}", "bits per byte": score(bits)}
-        points.append({"arm": label, **where, **tip, "scored tokens": f"{tokens:,.0f}"})
+    for one in _pooled(_total(curves)):
+        bits, middle = one.bits / one.bytes, math.sqrt((one.first + 1) * one.end)
+        where = {"x": middle, "y": bits, "low": None, "high": None}
+        tip = {"positions": f"{one.first:,} to {one.end - 1:,}", "bits per byte": score(bits)}
+        points.append({"arm": label, **where, **tip, "scored tokens": f"{one.tokens:,.0f}"})
     return points
 
 
-def _total(curves: list[Row]) -> dict[tuple[int, int], list[float]]:
-    """(first position, end) of every bucket -> [sum, tokens] over curves."""
-    total: dict[tuple[int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+def _total(curves: list[Row]) -> list[Bucket]:
+    """The buckets of positions, in order, over all curves."""
+    total: dict[tuple[int, int], Bucket] = {}
     for curve in curves:
         edges, bits = curve["edges"], curve["bits_per_byte"]
         if edges != curves[-1]["edges"]:  # of an older version: its ranges would overlap
             continue
         # Where nothing was counted, every position was scored at least once.
         counts = curve.get("count") or [b - a for a, b in pairwise(edges)]
-        for *bucket, value, weight in zip(edges, edges[1:], bits, counts, strict=False):
-            if finite(value) and finite(weight) and weight > 0:
-                total[bucket[0], bucket[1]][0] += value * weight
-                total[bucket[0], bucket[1]][1] += weight
-    return total
+        sizes = curve.get("bytes") or counts
+        for *place, value, size, tokens in zip(edges, edges[1:], bits, sizes, counts, strict=False):
+            if finite(value) and finite(size) and finite(tokens) and size > 0:
+                first, end = place
+                found = Bucket(first, end, value * size, size, tokens)
+                total[first, end] = (
+                    total[first, end].joined(found) if (first, end) in total else found
+                )
+    return sorted(total.values())
 
 
-def _pooled(total: Mapping[tuple[int, int], list[float]]) -> list[tuple[int, int, float, float]]:
-    """(first position, end, mean, tokens) of neighbouring buckets with `MIN_TOKENS` tokens or more.
+def _pooled(total: list[Bucket]) -> list[Bucket]:
+    """Neighbouring buckets together, each range of `MIN_TOKENS` tokens or more.
 
     What is left at the end joins the range before it, where there is one.
     """
-    pools: list[tuple[int, int, float, float]] = []  # first, end, sum, tokens
-
-    def join(end: int, amount: float, tokens: float) -> None:
-        first, _, before, had = pools.pop()
-        pools.append((first, end, before + amount, had + tokens))
-
-    for (first, end), (amount, tokens) in sorted(total.items()):
-        if pools and pools[-1][3] < MIN_TOKENS:
-            join(end, amount, tokens)
+    pools: list[Bucket] = []
+    for one in total:
+        if pools and pools[-1].tokens < MIN_TOKENS:
+            pools[-1] = pools[-1].joined(one)
         else:
-            pools.append((first, end, amount, tokens))
-    if len(pools) > 1 and pools[-1][3] < MIN_TOKENS:
-        join(*pools.pop()[1:])
-    return [(first, end, amount / tokens, tokens) for first, end, amount, tokens in pools]
+            pools.append(one)
+    if len(pools) > 1 and pools[-1].tokens < MIN_TOKENS:
+        last = pools.pop()
+        pools[-1] = pools[-1].joined(last)
+    return pools

@@ -85,14 +85,17 @@ def _moved(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
 
 
 def with_place(data: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's data section with the path and the cache where its text is now.
+    """A data section with the path and the cache where its text is now.
 
-    Raises UserError where its text has no such place.
+    Raises UserError where its text has no such place, or is of another corpus.
     """
     moved = {key: value for key, value in place.items() if value is not None}
+    if (name := moved.get("name", data["name"])) != data["name"]:
+        rule = f"the run was trained on data={data['name']}, and is measured on that"
+        refuse("data", name, rule, "Leave it out")
     for key, value in moved.items():
         if key not in data:
-            rule = f"data={data['name']}, on which the run was trained, has no such option"
+            rule = f"data={data['name']} has no such option"
             refuse(f"data.{key}", value, rule, "Leave it out")
     return {**data, **moved}
 

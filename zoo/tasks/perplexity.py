@@ -6,11 +6,12 @@ A causal model's outputs do not depend on what comes after, so a window is read 
 lengths and protocols that have windows which start there: from the longest length to the shortest.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import exp, log
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -285,16 +286,16 @@ class Reading:
         length, size = tally.length, int(tally.position_bytes.sum())
         nll_sum, count = float(tally.position_sums.sum()), int(tally.position_counts.sum())
         units = bits_per_byte(tally.unit_sums, tally.unit_bytes)
-        file_name = f"perplexity-{question['protocol']}-{length}-{self.context.extension}.npz"
-        path = self.context.folder / "results" / file_name
+        arrays: dict[str, Any] = {
+            "nll_sum": tally.position_sums,
+            "count": tally.position_counts,
+            "unit_nll_sum": tally.unit_sums,
+        }
+        name = f"perplexity-{question['protocol']}-{length}-{_digest(arrays.values())}.npz"
+        path = self.context.folder / "results" / name
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as file:
-            np.savez(
-                file,
-                nll_sum=tally.position_sums,
-                count=tally.position_counts,
-                unit_nll_sum=tally.unit_sums,
-            )
+            np.savez(file, **arrays)
         row = {
             "windows": len(self.text) * len(tally.windows),
             "nll_sum": nll_sum,
@@ -316,6 +317,12 @@ class Reading:
         return row
 
 
+def _digest(arrays: Iterable[np.ndarray]) -> str:
+    """Of their numbers: a row's file keeps its name as long as it has these, and no other row of
+    another split, text or form of the weights writes over it."""
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:12]
+
+
 def entropy(tokens: Int[np.ndarray, "..."]) -> float:
     """Nats per token of the best model that knows their frequencies and no context."""
     counts = np.unique(tokens, return_counts=True)[1]
@@ -324,7 +331,7 @@ def entropy(tokens: Int[np.ndarray, "..."]) -> float:
 
 
 def _curve(tally: Tally) -> Row:
-    """The scores by position: log-spaced buckets, the score and number of tokens of each."""
+    """The scores by position: log-spaced buckets, the score, tokens and bytes of each."""
     edges = position_edges(tally.length)
     sums = in_buckets(tally.position_sums, edges)
     counts = in_buckets(tally.position_counts, edges)
@@ -333,4 +340,5 @@ def _curve(tally: Tally) -> Row:
         "edges": edges.tolist(),
         "bits_per_byte": bits_per_byte(sums, sizes),
         "count": counts.tolist(),
+        "bytes": sizes.tolist(),
     }

@@ -108,6 +108,7 @@ def _read(context: EvalContext, tokens: int, chunk: int) -> Row:
             "edges": edges.tolist(),
             "bits_per_byte": bits_per_byte(sums, sizes),
             "count": count.tolist(),
+            "bytes": sizes.tolist(),
         },
         "tokens_per_second": tokens / (ended - began),
         "late_tokens_per_second": (tokens - last[0]) / (ended - last[1]),

@@ -1,7 +1,7 @@
 """The options data.*; further keys belong to the corpus that reads them."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -40,10 +40,21 @@ class Data(OpenSection):
 class DataPlace(Section):
     """Where a run's text is now, if not where the run was trained on it; a checkpoint's text."""
 
+    name: Literal["text", "jsonl", "parquet", "hf", "pg19", "stdlib"] | None = Field(
+        default=None,
+        description="the corpus, written data=<name>, a checkpoint is measured on; null: text",
+    )
     path: str | None = Field(
         default=None, description="where the runs' text is now; null: where they were trained on it"
     )
     cache: str | None = Field(default=None, description="where its tokens are kept; null: as then")
     tokenizer: str | None = Field(
         default=None, description="of the text for a checkpoint=; null: the checkpoint's own"
+    )
+    field: str | None = Field(
+        default=None, description="a checkpoint's: which field of its records holds the text"
+    )
+    dataset: str | None = Field(default=None, description="a checkpoint's: that of data=hf")
+    documents: Positive | None = Field(
+        default=None, description="a checkpoint's: the first so many of data=hf or pg19"
     )

@@ -89,7 +89,8 @@ class EvalConfig(Section):
     def _measures(self) -> "EvalConfig":
         if self.run is None and self.checkpoint is None:
             refuse("run", "", "must be given (run folder, or a pattern such as 'runs/compare/*')")
-        if self.checkpoint is not None and self.data.path is None:
+        named = self.data.name in ("hf", "pg19", "stdlib")  # these have no path
+        if self.checkpoint is not None and self.data.path is None and not named:
             refuse(
                 "checkpoint",
                 self.checkpoint,
