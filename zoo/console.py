@@ -1,13 +1,22 @@
 """What the programs print for their user, a line at a time."""
 
+import os
 import sys
 
 _label = ""
 
 
 def say(text: str) -> None:
-    """One line on stderr, beside what the program produces."""
-    sys.stderr.write(f"{_label}{text}\n")
+    """One line on stderr, beside what the program produces.
+
+    Where nobody reads any more (a closed terminal, `| head -1`), the work goes on without: what it
+    has to say is in its folder too.
+    """
+    try:
+        sys.stderr.write(f"{_label}{text}\n")
+        sys.stderr.flush()
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, to the end of the process
 
 
 def label(text: str) -> None:

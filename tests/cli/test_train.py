@@ -1,5 +1,6 @@
 """train.py by its run folder: it continues, refuses and sweeps; in place of learning, a stub."""
 
+import contextlib
 import errno
 import json
 import os
@@ -13,6 +14,7 @@ from building import ROOT, files_below, write_checkpoint
 
 import zoo.runs.claim
 import zoo.runs.files
+from zoo.console import say
 from zoo.errors import UserError
 from zoo.runs.find import find_runs
 from zoo.runs.folder import RunFolder
@@ -29,6 +31,7 @@ def train(tmp_path, monkeypatch, capfd) -> Callable:
         from zoo.cli import train
 
         module = types.ModuleType("zoo.training.fit")
+        module.open_own = lambda config, folder: None  # type: ignore[attr-defined]
         module.train = learner  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "zoo.training.fit", module)
         capfd.readouterr()
@@ -290,3 +293,15 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew_in_silence(train):
         code, error = train(*words, learner=refuse)
         assert code == 2
         assert "mine: has lost the checkpoints of its 7 steps" in error
+
+
+def test_a_run_goes_on_where_nobody_reads_its_lines(monkeypatch):
+    """A closed pipe is no reason to fail: of a tuning, it would count against the rate."""
+    read, write = os.pipe()
+    os.close(read)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(write, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
+        say("a line")
+        say("another")
+        assert sys.stderr is not closed
+        monkeypatch.undo()

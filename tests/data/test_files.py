@@ -2,9 +2,8 @@
 
 import gzip
 import importlib
-import io
 import os
-import types
+import random
 from pathlib import Path
 
 import pytest
@@ -110,27 +109,27 @@ def test_frames_of_a_compressed_file_follow_one_another(tmp_path):
         assert (file.readline(), file.tell()) == (b"beta\n", len(one) + 10)
 
 
-def test_a_stream_that_reads_short_and_has_no_lines_is_read_whole(tmp_path, monkeypatch):
-    class Frames(io.RawIOBase):  # as zstandard's, one frame a read
-        def __init__(self, path, mode):
-            self.left = Path(path).read_bytes().splitlines(keepends=True)
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
+@pytest.mark.parametrize("size", [200, 10**6], ids=["one block", "many"])
+def test_a_compressed_file_cut_anywhere_is_one_line_and_never_a_shorter_text(tmp_path, name, size):
+    text = random.Random(size).randbytes(size // 2).hex().encode()
+    whole = compress(tmp_path / name, text).read_bytes()
+    path = tmp_path / name
+    shares = (0.001, 0.2, 0.5, 0.9, 0.99999)
+    for end in sorted({max(1, int(len(whole) * share)) for share in shares} | {len(whole) - 1}):
+        path.write_bytes(whole[:end])
+        with pytest.raises(UserError, match=rf"{name}: cannot be read \(.*\)\. Check") as caught:
+            read_text(path)
+        assert "\n" not in str(caught.value)
+        path.write_bytes(whole + whole[:end])  # in a second frame
+        with pytest.raises(UserError, match="cannot be read"):
+            read_text(path)
 
-        def readable(self):
-            return True
 
-        def readinto(self, buffer):
-            frame = self.left.pop(0) if self.left else b""
-            buffer[: len(frame)] = frame
-            return len(frame)
-
-    frames = types.SimpleNamespace(open=Frames)
-    monkeypatch.setattr(importlib, "import_module", lambda name: frames)
-    path = tmp_path / "a.txt.zst"
-    path.write_bytes(b"one\ntwo\nthree\n")
-    assert read_text(path) == b"one\ntwo\nthree\n"
-    assert read_text(path, 6) == b"one\ntw"
-    with opened(path) as file:
-        assert list(file) == [b"one\n", b"two\n", b"three\n"]
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match=r"pipe\.txt: is no regular file"):
+        find_files(str(tmp_path / "pipe.txt"), ".txt")
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b[:20], lambda b: b"no archive"])

@@ -27,13 +27,22 @@ def lines(texts: list[str]) -> str:
     return "".join(f"{json.dumps({'id': i, 'text': text})}\n" for i, text in enumerate(texts))
 
 
+def compressed(data: bytes, suffix: str) -> bytes:
+    if suffix == ".zst":
+        return pytest.importorskip("zstandard").compress(data)
+    return gzip.compress(data) if suffix == ".gz" else data
+
+
 def write(path: Path, texts: list[str]) -> Path:
     """The texts as records, in the format that the file's name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
+    if ".parquet" in path.name:
         arrow = pytest.importorskip("pyarrow")
         table = arrow.table({"id": list(range(len(texts))), "text": texts})
-        importlib.import_module("pyarrow.parquet").write_table(table, path, row_group_size=7)
+        plain = path.parent / "plain"
+        importlib.import_module("pyarrow.parquet").write_table(table, plain, row_group_size=7)
+        path.write_bytes(compressed(plain.read_bytes(), path.suffix))
+        plain.unlink()
     elif path.suffix == ".gz":
         path.write_bytes(gzip.compress(lines(texts).encode()))
     else:
@@ -45,10 +54,12 @@ def documents(corpus, split: str) -> list[str]:
     return bytes(corpus.text(split)).decode().split("\0")[:-1]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.parquet.gz", "a.parquet.zst"]
+)
 def test_every_record_is_a_document_of_one_split(tmp_path, name):
     path = write(tmp_path / name, [*TEXTS, TEXTS[3], ""])  # a copy, and an empty one
-    kind = "parquet" if name.endswith("parquet") else "jsonl"
+    kind = "parquet" if ".parquet" in name else "jsonl"
     check_source(spec(path, kind))
     corpus = open_corpus(spec(path, kind), tmp_path / "cache")
     found = [document for split in SPLITS for document in documents(corpus, split)]
@@ -105,6 +116,20 @@ def test_a_record_that_is_no_document_is_refused_in_one_line(tmp_path, line, lat
             call()
         assert "\n" not in str(caught.value)
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("line", [b'{"text": "\xff"}', b'{"text": "a\0"}'])
+def test_bytes_that_are_no_text_are_named_as_such(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(TEXTS).encode() + line + b"\n")
+    with pytest.raises(UserError, match=r"a\.jsonl:61: is not text \(.* at byte 1\d of the line\)"):
+        open_corpus(spec(path), tmp_path / "cache")
+
+
+def test_a_file_of_too_few_documents_is_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", TEXTS[:2])
+    with pytest.raises(UserError, match=r"a\.jsonl: has 2 different documents"):
+        open_corpus(spec(path), tmp_path / "cache")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

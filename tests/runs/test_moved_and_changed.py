@@ -76,8 +76,10 @@ def test_another_text_is_refused_by_resume_and_eval_and_nothing_changes(place, c
     for words in (["data.path=other"], []):
         if not words:
             Path("text/train/a.txt").write_text("another text " * 200)
-        with pytest.raises(UserError, match=r"is not the text that .*mine was trained on so far"):
-            run("train", f"resume={RUN}", "trainer.max_steps=6", *words)
+        finished = [] if words else [[]]  # without steps to train, as well
+        for more in (["trainer.max_steps=6"], *finished):
+            with pytest.raises(UserError, match=r"is not the text that .*mine was trained on so"):
+                run("train", f"resume={RUN}", *more, *words)
         assert (RUN / "config.yaml").read_bytes() == before["config.yaml"]
         now, then = RunFolder.open(RUN).info, json.loads(before["run.json"])
         kept = ("status", "reason", "step", "fingerprint", "sources", "data")

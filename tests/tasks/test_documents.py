@@ -12,6 +12,9 @@ from fakes import Reader, TextsApart, make_context, text_store
 
 from zoo.config.compose import compose
 from zoo.config.groups import choices
+from zoo.data.long_contexts import GENERATED
+from zoo.data.long_prompts import fitting
+from zoo.data.tokenizers import BYTE_TOKENIZER
 from zoo.errors import UserError
 from zoo.model.backbone import BackboneState
 from zoo.runs.folder import RunFolder
@@ -152,6 +155,38 @@ def test_every_data_set_that_may_be_chosen_has_its_benchmark():
     assert {one.metric for one in BENCHMARKS.values()} == {*METRICS}
 
 
+@pytest.mark.parametrize("dataset", BENCHMARKS)
+def test_the_right_answer_has_room_or_the_line_says_how_many_tokens_it_has(dataset, tmp_path):
+    """Of every data set a model that writes the right answer scores 1, as bytes too, or nothing is
+    measured."""
+    place = "the old lighthouse behind the seventh hill of the long northern road"
+    options: dict = {"dataset": dataset, "examples": 4, "lengths": [4000]}
+    if dataset not in GENERATED:
+        file = tmp_path / "examples.jsonl"
+        file.write_text(json.dumps({"context": "A text.", "input": "Where?", "answers": [place]}))
+        options["path"] = str(file)
+    right = {}
+
+    def listening(prompt: str) -> str:
+        return f" {right.get(prompt, place)}."
+
+    for number in range(4 if dataset in GENERATED else 0):
+        made = fitting(
+            BYTE_TOKENIZER, dataset, [0, number], TEXT, 4000 - Documents(**options)._answer_tokens
+        )
+        right[bytes(made.tokens).decode()] = ", ".join(made.answers)
+    metric = BENCHMARKS[dataset].metric
+    if metric == "exact":
+        with pytest.raises(UserError, match="tokens=64: an answer that scores has 69 tokens"):
+            rows(tmp_path, listening, **options)
+        options["tokens"] = 70
+    (row,) = rows(tmp_path, listening, **options)
+    assert metric in ("rouge", "f1") or row["score"] == 1
+    if metric == "found":
+        with pytest.raises(UserError, match=r"tokens=7: an answer that scores has \d+ tokens"):
+            rows(tmp_path, listening, **options, tokens=7)
+
+
 FILE = {"dataset": "qasper", "path": "examples.jsonl"}
 
 
@@ -241,7 +276,7 @@ def test_every_benchmark_of_documents_is_a_task_by_name(tmp_path, monkeypatch):
     for name in BY_NAME[1:]:
         task = compose("eval", ["run=x", f"task={name}"]).task["documents"]
         assert (task.options["dataset"], task.options["truncate"]) == (name, "middle")
-    words = ["task=quality", f"task.documents.path={file}", "task.documents.tokens=3"]
+    words = ["task=quality", f"task.documents.path={file}", "task.documents.tokens=7"]
     assert import_module("zoo.cli.eval").main(["run=runs/run", *words, *options]) == 0
     (row,) = RunFolder.open("runs/run").rows()
     assert (row["dataset"], row["status"], row["cut"]) == ("quality", "ok", 0.5)

@@ -138,6 +138,7 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
         refuse_path(str(folder), rule, "Put them back, or train a new run with fresh=true")
     check_code(config, folder)
     if folder.is_trained(config):
+        check_text(config, folder, apart=arm is not None)
         say(f"already trained: {folder} (fresh=true trains again)")
     else:
         message = describe_continuation(folder.config, config, step_of(last))
@@ -161,6 +162,21 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
     if audit.get("ok") is False:
         raise RunError(f"{folder}: the model leaks and will not be ranked: {audit['reason']}")
     return 0
+
+
+def check_text(config: TrainConfig, folder: RunFolder, apart: bool) -> None:
+    """Refuse a finished run's text that is another now: these options would train another run.
+
+    `apart`: in a process beside this one, which is still to be forked from.
+    """
+    if apart:
+        processes.load("zoo.training.fit")
+    from zoo.training.fit import open_own
+
+    if apart and processes.can_fork():
+        processes.run(open_own, config, folder)
+    else:
+        open_own(config, folder)
 
 
 def check_code(config: TrainConfig, folder: RunFolder) -> None:

@@ -11,7 +11,7 @@ import importlib
 import io
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -20,6 +20,7 @@ from zoo.errors import UserError, refuse, refuse_path
 SPLITS = ("train", "valid", "test")
 COMPRESSED = (".gz", ".zst")
 HEAD_BYTES, HEAD_FILES = 4096, 1000  # the early check reads no more
+READ_BYTES = 2**15  # of a compressed file at once
 
 Documents = Iterable[tuple[str, bytes]]  # name and text, UTF-8 without NUL
 
@@ -56,7 +57,8 @@ def find_files(path: str | None, suffix: str) -> Files:
     if not _is_folder(root):
         if not root.exists():
             refuse_path(root, "does not exist", "Give data.path=<folder, file or pattern>")
-        _stat(root)
+        if not stat.S_ISREG(_stat(root).st_mode):  # a pipe, a device: read once, or for ever
+            refuse_path(root, "is no regular file", "Give data.path=<folder, file or pattern>")
         return Files(root.parent, {"": [root]})
     folders = [split for split in SPLITS if _is_folder(root / split)]
     _require_all_splits(root, folders)
@@ -149,11 +151,16 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         refuse_unreadable(path, error)
 
 
-class _Seekable(io.RawIOBase):
-    """A stream that seeks forward although it says, as zstandard's does, that it cannot seek."""
+class _Frames(io.RawIOBase):
+    """The decompressed bytes of a .zst file, by the package zstandard.
 
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
+    The package's own stream takes a file that was cut short for a whole one, and does not seek.
+    """
+
+    def __init__(self, path: Path, frame: Callable[[], Any]) -> None:
+        self.file = open(path, "rb")  # noqa: SIM115, closed below
+        self.frame, self.new_frame = frame(), frame
+        self.begun, self.left, self.at = False, b"", 0
 
     def readable(self) -> bool:
         return True
@@ -162,17 +169,33 @@ class _Seekable(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        return self.stream.readinto(buffer)
+        while not self.left:
+            data = self.frame.unused_data or self.file.read(READ_BYTES)
+            if not data:
+                if self.begun and not self.frame.eof:
+                    raise EOFError("it ends within compressed data")
+                return 0
+            if self.frame.eof:
+                self.frame = self.new_frame()
+            self.begun, self.left = True, self.frame.decompress(data)
+        count = min(len(buffer), len(self.left))
+        buffer[:count], self.left = self.left[:count], self.left[count:]
+        self.at += count
+        return count
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        return self.stream.seek(offset, whence)
+        end = offset + (self.at if whence == io.SEEK_CUR else 0)
+        if whence == io.SEEK_END or end < self.at:
+            raise io.UnsupportedOperation("only forward")
+        while self.at < end and self.read(min(end - self.at, READ_BYTES)):
+            pass
+        return self.at
 
     def tell(self) -> int:
-        return self.stream.tell()
+        return self.at
 
     def close(self) -> None:
-        if not self.closed:
-            self.stream.close()
+        self.file.close()
         super().close()
 
 
@@ -181,10 +204,11 @@ def _open(path: Path) -> Any:
         return gzip.open(path, "rb")
     if path.suffix.lower() != ".zst":
         return open(path, "rb")
-    for name in ("compression.zstd", "zstandard"):
-        with contextlib.suppress(ImportError):
-            # Buffered: zstandard's own stream reads short at a frame's end, and has no lines.
-            return io.BufferedReader(_Seekable(importlib.import_module(name).open(path, "rb")))
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("compression.zstd").open(path, "rb")
+    with contextlib.suppress(ImportError):
+        package = importlib.import_module("zstandard")
+        return io.BufferedReader(_Frames(path, package.ZstdDecompressor().decompressobj))
     refuse_path(path, "needs the package zstandard", "Run pip install zstandard, or use .gz")
 
 

@@ -3,12 +3,15 @@
 import importlib
 import importlib.util
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from zoo.data.files import HEAD_FILES, SPLITS, Documents, Files, opened, text_fault
+from zoo.data.files import COMPRESSED, HEAD_FILES, SPLITS, Documents, Files, opened, text_fault
 from zoo.data.splits import split_documents, without_copies
 from zoo.errors import UserError, refuse, refuse_path
 
@@ -31,7 +34,9 @@ def check_records(kind: str, files: Files, field: str) -> None:
 def split_records(kind: str, files: Files, field: str) -> dict[str, Documents]:
     """The documents of each split: by folder where there are folders, else by content."""
     if "" in files.groups:
-        return split_documents(lambda: _documents(kind, files, "", field), str(files.root))
+        every = files.every()
+        name = str(every[0] if len(every) == 1 else files.root)
+        return split_documents(lambda: _documents(kind, files, "", field), name)
     return without_copies({s: partial(_documents, kind, files, s, field) for s in SPLITS})
 
 
@@ -53,6 +58,9 @@ def _read_jsonl(path: Path) -> Records:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            if fault := text_fault(line):
+                rule = f"is not text ({fault[1]} at byte {fault[0]} of the line)"
+                refuse_path(f"{path}:{number}", rule, "Write UTF-8, without NUL bytes")
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
@@ -64,7 +72,7 @@ def _read_jsonl(path: Path) -> Records:
 
 def _read_parquet(path: Path, fields: list[str]) -> Records:
     require_package("pyarrow", "data=parquet")
-    with opened(path) as file:
+    with opened(path) as stream, _any_part(path, stream) as file:
         table = importlib.import_module("pyarrow.parquet").ParquetFile(file)
         names = table.schema_arrow.names
         known = [name for name in fields if name in names]
@@ -73,6 +81,17 @@ def _read_parquet(path: Path, fields: list[str]) -> Records:
             for record in batch.to_pylist():
                 number += 1
                 yield number, record
+
+
+@contextmanager
+def _any_part(path: Path, stream: BinaryIO) -> Iterator[Any]:
+    """A stream that can be read in any order: a copy of a compressed one, in a file of its own."""
+    if path.suffix.lower() not in COMPRESSED:
+        yield stream
+        return
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(stream, copy)
+        yield copy
 
 
 def document_of(record: Mapping[str, Any], field: str, place: str) -> bytes:

@@ -62,7 +62,7 @@ ANSWER = Benchmark("", "f1", 32, "Read the text and answer the question briefly.
 BENCHMARKS = {
     "variable_tracking": Benchmark("variable tracking", "found", 64),
     "common_words": Benchmark("common words", "found", 96),
-    "babilong": Benchmark("facts in a text", "found", 8),
+    "babilong": Benchmark("facts in a text", "found", 16),
     "gov_report": SUMMARY._replace(title="GovReport"),
     "qmsum": SUMMARY._replace(title="QMSum"),
     "narrative_qa": ANSWER._replace(title="NarrativeQA"),
@@ -228,15 +228,26 @@ class Documents(Task):
         return self.tokens or self.benchmark.tokens
 
     def _check_prompts(self, context: EvalContext, lengths: Sequence[int]) -> None:
-        """Refuse lengths in which no prompt fits, before anything is measured."""
+        """Refuse lengths in which no prompt fits, and answers without room, before anything is
+        measured."""
+        tokenizer, answer, found = context.corpus.tokenizer, self._answer_tokens, []
         if self.dataset not in GENERATED:
             for length in lengths:
-                self._prompts(context, length)
-            return
-        text, answer = self._background(context), self._answer_tokens
-        for number in range(self.examples):
-            seed = [self.seed, number]
-            least(context.corpus.tokenizer, self.dataset, seed, text, min(lengths) - answer, answer)
+                found = self._prompts(context, length)
+        else:
+            text, most = self._background(context), min(lengths) - answer
+            for number in range(self.examples):
+                seed = [self.seed, number]
+                found.append(least(tokenizer, self.dataset, seed, text, most, answer))
+        needed = max(self._least_answer(tokenizer, prompt.answers) for prompt in found)
+        if needed > answer:
+            rule = f"an answer that scores has {needed} tokens of this tokenizer"
+            refuse("task.documents.tokens", answer, rule, f"Use at least {needed}")
+
+    def _least_answer(self, tokenizer: Tokenizer, answers: Sequence[str]) -> int:
+        """The tokens of the shortest right answer where one of fewer words is no answer."""
+        every = {"found": [", ".join(answers)], "exact": answers}.get(self.benchmark.metric, [])
+        return min((len(tokenizer.tokens(f" {one}")) for one in every), default=0)
 
     def _background(self, context: EvalContext) -> list[str]:
         """The sentences among which generated examples are hidden."""

@@ -68,6 +68,13 @@ from zoo.training.windows import Windows, open_data, validation
 log = logging.getLogger("zoo")
 
 
+def open_own(config: TrainConfig, folder: RunFolder) -> Corpus | SyntheticData:
+    """What the run is trained on. UserError where that is not what it began on."""
+    data = open_data(config.data, config.seq_len)
+    check_data(data, folder)
+    return data
+
+
 def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> None:
     """Train the configured model in its run folder, from its last whole checkpoint if it has one.
 
@@ -81,8 +88,7 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
     stop, first = current(), is_first()
     stop.check()
     _prepare_process(config, first)
-    data = open_data(config.data, config.seq_len)
-    check_data(data, folder)
+    data = open_own(config, folder)
     lightning.seed_everything(config.seed, verbose=False)
     cut, parts, empty = _cutting(config), None, None
     with alone_on_machine(folder.path) if cut else nullcontext():
