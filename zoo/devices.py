@@ -45,6 +45,14 @@ def check_accelerator(accelerator: Any) -> None:
         refuse("trainer.accelerator", accelerator, "there is none here", "Use auto or cpu")
 
 
+def check_device(name: str) -> None:
+    """Raise UserError where the machine has no device of this name, such as cuda:1."""
+    kind, _, number = name.partition(":")
+    lacks_cuda = kind == "cuda" and int(number or 0) >= cuda_devices()
+    if lacks_cuda or (kind == "mps" and sys.platform != "darwin"):
+        refuse("device", name, "is not available here (there is none)", "Use device=auto")
+
+
 def check_deterministic(accelerator: Any, deterministic: Any) -> None:
     """Raise UserError where deterministic algorithms are required that PyTorch has not got."""
     if deterministic is True and on_cuda(accelerator):

@@ -1,13 +1,19 @@
 """Every program begins in `zoo.__main__`."""
 
+import itertools
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from building import ROOT
 
 from zoo.__main__ import PROGRAMS, main
+from zoo.config.compose import composing
+from zoo.config.groups import CONFIGS
+from zoo.errors import FORM
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -36,6 +42,60 @@ def test_a_mistake_is_one_line_with_exit_code_2(words, message, capsys):
     assert not out
     assert message in error
     assert error.count("\n") == 1
+
+
+def method(name: str) -> list[str]:
+    tree = yaml.safe_load((CONFIGS / "compress" / f"{name}.yaml").read_text())["method"]
+    return [f"method.{key}" for key, value in tree.items() if isinstance(value, int | float)]
+
+
+BY = "by=gone rate=0.5 question=Why? instruction=Say"
+NUMBERS = {  # options of each program that are numbers, beside words that go well with them
+    "shrink": ("run=gone", ["rank", "sparsity"]),
+    "compress": ("file=text.txt method=truncation", ["rate", "tokens"]),
+    "compress ": (f"file=text.txt method=llmlingua {BY}", method("llmlingua")),
+    "compress  ": (f"file=text.txt method=longllmlingua {BY}", method("longllmlingua")),
+    "chat": ("run=gone", ["tokens", "temperature", "top_p", "seed", "extension.factor"]),
+    "recipe": (
+        "yarn_twice data=text data.path=gone",
+        ["size.heads", "seq_len", "trainer.max_steps", "optim.lr", "seed", "extension.factor"],
+    ),
+    "tune": ("model=xpos data=text data.path=gone", ["size.heads", "seq_len", "optim.lr", "seed"]),
+    "train": ("model=learned data=text data.path=gone", ["seq_len", "size.heads", "size.width"]),
+    "patterns": ("extension=dca", ["extension.attention.chunk", "extension.factor"]),
+    "paper": ("dca_pg19 checkpoint=gone data.path=gone", ["lengths", "threads"]),
+    "eval": ("run=gone", ["task.perplexity.stride", "threads", "sequence_parallel"]),
+}
+NONE = ("-1", "nan", "inf", "abc", "")  # values that no number has
+RARE = ("0", "1e-9")  # that some have
+
+
+@pytest.mark.parametrize("program", NUMBERS)
+def test_a_number_that_cannot_be_is_refused_as_the_option_that_was_given(
+    program, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("A text. And more of it.")
+    words, options = NUMBERS[program]
+    cases = itertools.product(options, NONE + RARE)
+    with composing("train"):  # reads the YAML files once
+        codes = {
+            (option, value): (
+                main([program.strip(), *words.split(), f"{option}={value}"]),
+                capsys.readouterr().err.splitlines(),
+            )
+            for option, value in cases
+        }
+    for (option, value), (code, lines) in codes.items():
+        if value in RARE and not (len(lines) == 1 and f"{option}=" in lines[0]):
+            continue  # it is such a number: something that is not there was refused, or nothing
+        assert code == 2, (option, value)
+        (line,) = lines
+        said = line[line.index(option) :]
+        typed = [value, str(float(value))] if value == "1e-9" else [value]
+        assert any(said.startswith(f"{option}={one}: ") for one in typed), line
+        assert FORM.fullmatch(said), line
+    assert {*Path().iterdir()} <= {Path("text.txt"), Path(".data")}
 
 
 # What these do without a word is their plain form; each has a test of its own.

@@ -1,12 +1,14 @@
 """Options of eval.py that contradict one another are refused before torch is imported."""
 
 import pytest
-from building import train_config
+from building import ARCHITECTURES, train_config
 
 from zoo.config.compose import compose
 from zoo.config.groups import choices
 from zoo.config.measurable import check_measurable, unmeasurable
 from zoo.errors import FORM, UserError
+from zoo.model.build import build_model
+from zoo.model.extend import rotary_positions
 
 RUNS = {
     "text": train_config("size=tiny"),
@@ -49,3 +51,16 @@ def test_a_checkpoint_is_of_text_and_runs_that_cannot_be_opened_are_left_to_thei
     with pytest.raises(UserError, match=r"^task=accuracy: measures examples of a synthetic task"):
         check_measurable(accuracy, [None])
     check_measurable(accuracy, [])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_frequencies_are_searched_of_models_that_have_some_which_a_scaling_acts_on(name):
+    config = compose("eval", ["run=any", "task=longrope", *REQUIRED["longrope"]])
+    trained = train_config(f"model={name}", "size=tiny", "size.layers=8", "match=none")
+    ropes = rotary_positions(build_model(trained, 8)[0])
+    scaled = any("zoo.positions.scaling" in rope.scaled_by for rope in ropes)
+    why = unmeasurable("longrope", config, trained)
+    assert bool(why) == (not scaled)
+    assert not why or FORM.fullmatch(why)
+    extended = compose("eval", ["run=any", "task=longrope", "extension=dca", *REQUIRED["longrope"]])
+    assert unmeasurable("longrope", extended, trained)

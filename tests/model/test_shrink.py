@@ -162,7 +162,7 @@ def test_what_is_exported_is_the_product(runs, tmp_path):
         ("run=x sparsity=nan", "sparsity=nan: must be above 0 and below 1, or 2:4."),
         ("run=x sparsity=1:4", "sparsity=1:4: must be above 0 and below 1, or 2:4."),
         ("run=x rank=1000000", "rank=1000000: must be a whole number from 1 to 131072."),
-        ("run=x sparsity=1e-9", "sparsity=1e-09: is no number of"),
+        ("run=x sparsity=1e-9", "sparsity=1e-9: rounds to none of"),
         ("run=x sparsity=0.9999999", "sparsity=0.9999999: leaves nothing of a matrix of"),
         ("run=x rank=100000", "rank=100000: products of that rank have no fewer numbers"),
         ("run=x sparsity=0.5", "x-sparsity0.5: exists already. Name another folder"),

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from zoo.cli import eval as eval_program
 from zoo.cli.eval import main
 from zoo.cli.launch import spelt
+from zoo.cli.train import main as train
 from zoo.config.compose import compose_tree, composing, parse
 from zoo.config.groups import CONFIGS
 from zoo.config.schema.data import DataPlace
@@ -156,7 +157,6 @@ def test_it_scores_the_bytes_of_the_text_and_random_weights_know_nothing(words, 
 
 
 def test_it_is_fine_tuned_as_a_run(words, tmp_path):
-    from zoo.cli.train import main as train
 
     assert main(words) == 0
     folder, _ = measured(tmp_path)
@@ -307,7 +307,6 @@ def test_a_checkpoint_is_made_smaller_and_reads_from_a_quantized_cache(words, tm
 
 
 def test_a_checkpoint_teaches_a_run_of_its_tokens(checkpoint, words, tmp_path):
-    from zoo.cli.train import main as train
 
     place = [word for word in words if word.startswith("data.")]
     tokens = [f"data.tokenizer={checkpoint / 'tokenizer.json'}", "data.end_token=257"]
@@ -318,3 +317,23 @@ def test_a_checkpoint_teaches_a_run_of_its_tokens(checkpoint, words, tmp_path):
     record = RunFolder.open(tmp_path / "runs" / "student").info["teacher"]
     assert record["run"] == str(checkpoint)
     assert len(record["weights"]) == 64
+
+
+@pytest.mark.parametrize("option", ["checkpoint", "finetune"])
+def test_an_extension_that_does_not_act_is_refused_before_the_text_is_read(
+    option, tmp_path, monkeypatch, capsys
+):
+    def read(*_):
+        raise AssertionError("the text was read")
+
+    checkpoints = pytest.importorskip("checkpoints")  # transformers
+    monkeypatch.setattr("zoo.training.pretrained.open_data", read)
+    checkpoints.save(tmp_path / "mamba", "mamba")
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books/a.txt").write_text("text " * 100)
+    words = [f"{option}={tmp_path / 'mamba'}", f"data.path={tmp_path / 'books'}"]
+    words += ["data.tokenizer=bytes", "extension=pi", "extension.factor=2", "logger=none"]
+    program = main if option == "checkpoint" else train
+    assert program([*words, f"runs={tmp_path / 'runs'}"]) == 2
+    assert "extension=pi: acts on positions=" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

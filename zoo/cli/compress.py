@@ -17,6 +17,7 @@ import yaml
 from zoo.cli.guard import read_options, run_program
 from zoo.config.compose import compose
 from zoo.config.groups import CONFIGS, choices
+from zoo.config.measurable import RANKING
 from zoo.config.sizes import read_sizes
 from zoo.console import say
 from zoo.errors import UserError, choose, refuse
@@ -171,6 +172,9 @@ def _method(given: dict[str, str], settings: list[str]) -> tuple[Any, float | No
     except UserError as error:
         raise UserError(str(error).removeprefix("compress.")) from None
     assert found.method is not None
+    if found.method.target == RANKING and "question" not in given:  # also where nothing is dropped
+        rule = f"must be given for method={name}, which ranks paragraphs by it"
+        refuse("question", "", rule, "Use method=llmlingua without one")
     if "tokens" not in given:
         return found.method.load(), found.rate, None
     tokens = read_sizes(given["tokens"])

@@ -22,7 +22,7 @@ from zoo.config.stages import check_composition, stages_of
 from zoo.config.validate import plain, validate
 from zoo.console import say
 from zoo.data.sources import check_source
-from zoo.devices import cuda_devices
+from zoo.devices import check_device, cuda_devices
 from zoo.errors import UserError, refuse
 from zoo.runs.files import ROWS, check_file, check_report
 from zoo.runs.find import find_runs
@@ -56,6 +56,7 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
         check_report("report", config.report)
     if config.publish is not None:
         check_file("publish", str(config.publish), ROWS, "file of published rows", "rows.json")
+    check_device(config.device)
     _check_ranks(config)
     folders = find_runs(config.run, config.runs) if config.run else []
     check_measurable(config, _trained(config, folders))
@@ -88,7 +89,9 @@ def job(config: EvalConfig, arm: Arm | None) -> int:
         from zoo.training.pretrained import pretrained_run  # heavy: seconds
 
         text = _text(config)
-        folders.append(pretrained_run(Path(config.checkpoint), text, Path(config.runs)))
+        folders.append(
+            pretrained_run(Path(config.checkpoint), text, Path(config.runs), config.extension)
+        )
     from zoo.tasks.evaluate import evaluate
     from zoo.tasks.isolation import here
 

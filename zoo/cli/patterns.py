@@ -160,8 +160,8 @@ def main(argv: Sequence[str]) -> int:
         check_place("folder", str(folder / "extensions.png"))
     drawn = one_pattern(options) if options else sheets()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, png in drawn:
+        for name, png in drawn:  # the first is drawn, or refused, before a folder is made
+            folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / name) as file:
                 file.write(png)
             sys.stdout.write(f"{folder / name}\n")

@@ -24,9 +24,12 @@ from zoo.cli.guard import run_program
 from zoo.config.applicability import check_applies, position_schemes
 from zoo.config.compose import compose, composing, parse
 from zoo.config.groups import CONFIGS, choices
+from zoo.config.measurable import check_measurable
 from zoo.config.stages import tuned_length
 from zoo.config.tree import within
 from zoo.console import say
+from zoo.data.sources import check_source
+from zoo.devices import check_accelerator, check_deterministic, check_device
 from zoo.errors import choose, refuse, refuse_path
 
 USAGE = """zoo recipe <name> [option=value ...]    carry out a published recipe of several stages
@@ -85,13 +88,20 @@ def _check(name: str, found: Sequence[tuple[str, list[str]]], given: Sequence[st
         value = str(one.input_line).partition("=")[2]
         refuse(one.key_or_group, value, "names several values, and a recipe takes one", "Give one")
     base = compose("train", found[0][1])
+    if base.data.task is None:
+        check_source(base.data.model_dump())
     for program, step in found:
         keys = {word.partition("=")[0] for word in step}
         of_model = [word for word in first if word.partition("=")[0] not in keys]
         if program == "eval":
-            check_applies(compose("eval", step).extension, position_schemes(base.model))
+            measured = compose("eval", step)
+            check_device(measured.device)
+            check_applies(measured.extension, position_schemes(base.model))
+            check_measurable(measured, [base])
             continue
         config = compose("train", [*step, *of_model])
+        check_accelerator(config.trainer.accelerator)
+        check_deterministic(config.trainer.accelerator, config.trainer.deterministic)
         check_applies(config.extension, position_schemes(base.model))
         window = tuned_length(config.extension, [], base.seq_len)
         if "batch_tokens" in keys and "seq_len" not in keys and config.batch_tokens < window:

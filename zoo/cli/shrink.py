@@ -4,6 +4,7 @@ The new run is measured like any other, and tuned by `zoo train finetune=<new fo
 its ranks and its zeros. Where a run has been made already the same command says so.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ from zoo.cli.guard import read_options, run_program
 from zoo.config.schema.model import PAIRS, Shrunk
 from zoo.config.sizes import read_count
 from zoo.console import say
-from zoo.errors import refuse, refuse_path
+from zoo.errors import UserError, refuse, refuse_path
 from zoo.runs.files import check_place
 
 USAGE = """zoo shrink run=<run folder> rank=<n> | sparsity=<share> | sparsity=2:4 [to=<new folder>]
@@ -44,7 +45,11 @@ def _shrink(words: Sequence[str]) -> int:
         check_place("to", given["to"])
     from zoo.training.shrunk import shrunk_run  # heavy: seconds
 
-    say(shrunk_run(how, Path(given["to"]) if "to" in given else None))
+    try:
+        say(shrunk_run(how, Path(given["to"]) if "to" in given else None))
+    except UserError as error:  # as it was written: 1e-9, where a number would be shown as 1e-09
+        ((name, typed),) = settings.items()
+        raise UserError(re.sub(rf"^{name}=\S+: ", f"{name}={typed}: ", str(error))) from None
     return 0
 
 

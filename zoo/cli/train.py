@@ -105,7 +105,8 @@ def _as_of_run(tree: dict[str, Any], given: list[str]) -> tuple[dict[str, Any], 
     check_source({**data, "tokenizer": data["tokenizer"] or "bytes"})
     from zoo.training.pretrained import pretrained_run  # heavy: seconds
 
-    folder = pretrained_run(place, data, Path(tree["runs"]))
+    extension = validate(TrainConfig, tree).extension
+    folder = pretrained_run(place, data, Path(tree["runs"]), extension)
     others = [key for key in given if not within(key, ("data",))]
     return {**tree, "finetune": str(folder.path)}, others
 

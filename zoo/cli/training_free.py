@@ -4,6 +4,7 @@ A line each, as options of eval.py: `extension=dca`, or `extension=pi extension.
 extension needs a factor. Left out are those that train, search first, or act on other positions.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -37,7 +38,7 @@ def training_free(factor: str) -> Iterator[list[str]]:
 def main(argv: Sequence[str]) -> int:
     """Print the lines. UserError unless `argv` is one number of at least 1."""
     try:
-        good = len(argv) == 1 and float(argv[0]) >= 1
+        good = len(argv) == 1 and 1 <= float(argv[0]) < math.inf
     except ValueError:
         good = False
     if not good:

@@ -3,10 +3,13 @@
 By `rate` a share of the tokens is kept. By `flops` as many as the reading model has operations left
 for, after those of the scorer: at one number of operations, compression included, all methods can
 be compared, and with a model that reads everything. What a scorer computes depends a little on what
-it keeps, so that the rate is found on the first prompt of each length, and is that of all others.
+it keeps, and a method may keep some tokens more than its share: each prompt is shortened again
+until it takes no more than it may, from the share of the first prompt of its length on.
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +22,7 @@ from zoo.errors import UserError, below, refuse
 from zoo.model.flops import ReadingCost
 from zoo.model.language_model import load_language_model
 
-FIXED_POINT, CLOSE = 8, 0.005  # readings of the first prompt at most; share of the operations
+TRIES, CLOSE = 8, 0.01  # shortenings towards the operations, and the share of them left over
 
 
 class CompressionError(UserError):
@@ -48,7 +51,7 @@ class Compressor:
     given: int = 0
     flops: float = 0.0
     scored: float = 0.0
-    _rates: dict[int, float] = field(default_factory=dict)  # by the tokens of a prompt
+    _targets: dict[int, int] = field(default_factory=dict)  # tokens kept, by those of a prompt
     _known: dict[tuple[Any, ...], tuple[list[int], float]] = field(default_factory=dict)
 
     def __call__(self, tokens: Sequence[int], question: Sequence[int] = ()) -> list[int]:
@@ -80,46 +83,54 @@ class Compressor:
         text, question_text = ("".join(self.reader.decode(part)) for part in (tokens, question))
         tokenizer = self.scorer.tokenizer if self.scorer else self.reader
         prompt = prompt_of(text, tokenizer, question=question_text)
-        rate = self._rate(prompt, len(tokens) + len(question))
-        kept, scored = self._compressed(prompt, rate)
-        if tokenizer.name == self.reader.name:
-            return prompt.tokens(kept), scored
-        return self.reader.tokens(prompt.text(kept)), scored
+        if self.config.rate is not None:
+            return self._compressed(prompt, self.config.rate)
+        return self._affordable(prompt, len(tokens) + len(question), self.config.flops or 0.0)
 
     def _compressed(self, prompt: Prompt, rate: float) -> tuple[list[int], float]:
-        """The pieces that are left of a prompt, and the scorer's operations."""
+        """The reader's tokens that are left of a prompt, and the scorer's operations."""
         assert self.config.method is not None
         before = self.scorer.flops if self.scorer else 0.0
         kept = compressed(self.config.method.load(), self.scorer, prompt, rate=rate)
-        return kept, self.scorer.flops - before if self.scorer else 0.0
+        spent = self.scorer.flops - before if self.scorer else 0.0
+        if self.scorer is None or self.scorer.tokenizer.name == self.reader.name:
+            return prompt.tokens(kept), spent
+        return self.reader.tokens(prompt.text(kept)), spent
 
-    def _rate(self, prompt: Prompt, size: int) -> float:
-        """The share that is kept of a prompt of `size` tokens, in the reader's tokenizer."""
-        if self.config.rate is not None:
-            return self.config.rate
-        if size not in self._rates:
-            self._rates[size] = self._affordable(prompt, size, self.config.flops or 0.0)
-        return self._rates[size]
-
-    def _affordable(self, prompt: Prompt, size: int, flops: float) -> float:
-        """The largest share for which so many operations suffice; 1 where they do for all.
+    def _affordable(self, prompt: Prompt, size: int, flops: float) -> tuple[list[int], float]:
+        """The most of a prompt of `size` tokens, in the reader's tokenizer, for which so many
+        operations suffice; all of it where they do.
 
         Raises:
-            UserError: the scorer alone computes more.
+            UserError: they suffice for nothing.
         """
-        if (whole := self.cost.tokens(flops)) >= size:
-            return 1.0
-        spent, before = 0.0, flops
-        for _ in range(FIXED_POINT if self.scorer else 0):
-            if abs(spent - before) < CLOSE * flops:
+        whole = self.cost.tokens(flops)
+        if whole >= size:
+            return self._compressed(prompt, 1.0)
+        low, high = 0, max(whole, 1) + 1  # targets within the operations, and beyond
+        below, above = flops, math.inf  # by how many; halved where the other end moves (Illinois)
+        target, found, least = self._targets.get(size, max(whole, 1)), None, math.inf
+        for count in itertools.count(1):
+            left, spent = self._compressed(prompt, target / size)
+            used = spent + self.cost.of(len(left))
+            least = min(least, used)
+            if used <= flops:
+                low, below, above, found = target, flops - used, above / 2, (left, spent)
+            else:
+                high, below, above = target, below / 2, used - flops
+            close = used <= flops and used >= (1 - CLOSE) * flops
+            if high - low <= 1 or close or (found and count >= TRIES):
                 break
-            rate = max(self.cost.tokens(flops - spent), 1) / size
-            spent, before = self._compressed(prompt, rate)[1], spent
-        if (left := self.cost.tokens(flops - spent)) < 1:
-            needs = spent + self.cost.of(1)
-            rule = f"is less than the {needs:.3g} that a prompt of {size:,} tokens takes at least"
+            if found and above < math.inf:
+                target = round(low + below / (below + above) * (high - low))
+            else:  # by larger and larger steps, as a method may keep the same units for several
+                target += count * (self.cost.tokens(max(flops - spent, 0.0)) - len(left))
+            target = min(max(target, low + 1), high - 1)
+        if found is None:
+            rule = f"is less than the {least:.3g} that a prompt of {size:,} tokens takes at least"
             refuse("flops", f"{flops:g}", rule, "Use more, a smaller scorer, or shorter prompts")
-        return min(left, whole) / size
+        self._targets.setdefault(size, low)
+        return found
 
     def _named(self, error: UserError) -> str:
         """The refusal of a method, which knows the last names of its options alone."""

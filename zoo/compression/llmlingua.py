@@ -16,13 +16,14 @@ tau L tokens. A text without parts is its paragraphs, as demonstrations.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from zoo.compression.prompt import Prompt
 from zoo.compression.scorer import Prefix, Scorer
+from zoo.config.domains import Positive, Range
 
 SEGMENT = 200  # tokens: the authors' program; the paper has 100
 
@@ -39,10 +40,10 @@ def compress(
     prompt: Prompt,
     budget: int,
     *,
-    segment: int = SEGMENT,
-    instruction_rate: float = 0.85,
-    question_rate: float = 0.9,
-    granularity: float = 2.0,
+    segment: Positive = SEGMENT,
+    instruction_rate: Annotated[float, Range(0, 1)] = 0.85,
+    question_rate: Annotated[float, Range(0, 1)] = 0.9,
+    granularity: Annotated[float, Range(1)] = 2.0,
 ) -> list[int]:
     """Keep `budget` tokens of a prompt.
 

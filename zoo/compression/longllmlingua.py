@@ -12,6 +12,7 @@ recovery of subsequences, which mends an answer afterwards, is not part of a com
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float
@@ -19,6 +20,7 @@ from jaxtyping import Float
 from zoo.compression.llmlingua import SEGMENT, PromptPart, TokenInformation, budgets, by_token
 from zoo.compression.prompt import Prompt
 from zoo.compression.scorer import Scorer
+from zoo.config.domains import Positive, Range
 from zoo.errors import refuse
 
 RESTRICTION = " We can get the answer to this question in the given documents."
@@ -29,11 +31,11 @@ def compress(
     prompt: Prompt,
     budget: int,
     *,
-    segment: int = SEGMENT,
-    instruction_rate: float = 0.85,
-    question_rate: float = 1.0,
-    granularity: float = 2.0,
-    spread: float = 0.3,
+    segment: Positive = SEGMENT,
+    instruction_rate: Annotated[float, Range(0, 1)] = 0.85,
+    question_rate: Annotated[float, Range(0, 1)] = 1.0,
+    granularity: Annotated[float, Range(1)] = 2.0,
+    spread: Annotated[float, Range(0, 1)] = 0.3,
 ) -> list[int]:
     """Keep `budget` tokens of a prompt, the documents that its question is about first.
 

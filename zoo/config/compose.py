@@ -5,6 +5,7 @@ misspelt one gets the nearest right name; afterwards `resolve` spells out what t
 to names (a hybrid's pattern, where positions act) and the schema checks every value.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -34,6 +35,7 @@ from zoo.config.schemes import scheme
 from zoo.config.stored import refuse_renamed
 from zoo.config.trainer_arguments import TRAINER_OWNED, TRAINER_REFUSED, trainer_parameters
 from zoo.config.tree import leaves
+from zoo.config.validate import check_option
 from zoo.config.validate import plain as plain
 from zoo.config.validate import validate as validate
 from zoo.errors import choose, nearest, refuse, refuse_path, refuse_unknown, shown
@@ -132,6 +134,7 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
                     OmegaConf.update(tree, key, scheme(value, key), merge=False, force_add=True)
                 else:
                     OmegaConf.update(tree, key, value, force_add=True)
+        _check_sources(program, tree)
         container: Any = OmegaConf.to_container(tree, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         message = str(error).splitlines()[0].removesuffix(".")
@@ -145,6 +148,17 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
             about = f" ({field.description})" if field and field.description else ""
             refuse(path, "", f"must be given{about}")
     return container
+
+
+def _check_sources(program: str, tree: DictConfig) -> None:
+    """Refuse a bad value of an option that others are taken from, such as ${seq_len}, as its own.
+
+    What is taken from it would be refused first, by a name that nobody has given.
+    """
+    raw: Any = OmegaConf.to_container(tree, resolve=False)
+    found = (re.fullmatch(r"\$\{([a-z_.]+)\}", str(value)) for _, value in leaves(raw))
+    for path in dict.fromkeys(match[1] for match in found if match):
+        check_option(SCHEMAS[program], path, OmegaConf.select(tree, path))
 
 
 def _complete_model(tree: DictConfig, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from zoo.config.applicability import position_schemes
 from zoo.config.schema.eval import EvalConfig
 from zoo.config.schema.train import TrainConfig
 from zoo.config.schemes import declared
@@ -51,6 +52,12 @@ def unmeasurable(task: str, config: EvalConfig, trained: TrainConfig | None) -> 
         if (ranks := config.sequence_parallel or 1) > 1:
             rule = "a text that is read both ways is not split over processes"
             return sentence(f"sequence_parallel={ranks}", rule, "Leave it out")
+    if trained is not None and declared(target, "rescales") and not _is_rotary(trained):
+        rule = f"rescales rotary frequencies, and model={trained.model.name} has none"
+        return sentence(f"task={task}", rule, "Measure a rotary model")
+    if declared(target, "rescales") and config.extension.name != "none":
+        rule = f"must be none with task={task}, which searches for the model as it was trained"
+        return sentence(f"extension={config.extension.name}", rule)
     if compress.method is None:
         return ""
     if not declared(target, "compresses"):
@@ -60,6 +67,11 @@ def unmeasurable(task: str, config: EvalConfig, trained: TrainConfig | None) -> 
         rule = "ranks documents by a question, and the prompt has none"
         return sentence(f"compress={compress.name}", rule, "Use compress=llmlingua")
     return ""
+
+
+def _is_rotary(trained: TrainConfig) -> bool:
+    """Whether a scaling of rotary frequencies acts on the model."""
+    return any("zoo.positions.scaling" in one.scaled_by for one in position_schemes(trained.model))
 
 
 def _not_together(task: str, config: EvalConfig) -> str:

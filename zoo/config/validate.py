@@ -3,9 +3,9 @@
 import re
 from collections.abc import Sequence
 from types import NoneType
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from zoo.config.domains import typed
@@ -22,6 +22,20 @@ def validate(schema: type[Config], tree: dict[str, Any]) -> Config:
         return schema.model_validate(tree)
     except ValidationError as error:
         raise UserError(_explain(error.errors(include_url=False), schema)) from None
+
+
+def check_option(schema: type[BaseModel], path: str, value: Any) -> None:
+    """Refuse the value of one option, by its dotted path, as `validate` refuses it."""
+    owner: Any = schema
+    for name in path.split("."):
+        field = owner.model_fields[name]
+        owner = field.annotation
+    try:
+        TypeAdapter(Annotated[field.annotation, *field.metadata]).validate_python(value)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        errors = [one | {"loc": (*path.split("."), *one["loc"])} for one in errors]
+        raise UserError(_explain(errors, schema)) from None
 
 
 def _explain(errors: list[ErrorDetails], schema: type[BaseModel]) -> str:

@@ -98,7 +98,12 @@ def prune_matrices(model: Backbone, sparsity: float | str) -> None:
         sizes = [layer.weight.numel() for layer in layers]
         zeros = [round(float(sparsity) * size) for size in sizes]  # as torch.nn.utils.prune counts
         if not any(zeros):
-            refuse("sparsity", sparsity, f"is no number of {max(sizes)}", "Use a larger share")
+            refuse(
+                "sparsity",
+                sparsity,
+                f"rounds to none of {max(sizes)} numbers",
+                "Use a larger share",
+            )
         if any(zero == size for zero, size in zip(zeros, sizes, strict=True)):
             rule = f"leaves nothing of a matrix of {min(sizes)} numbers"
             refuse("sparsity", sparsity, rule, "Use a smaller share")

@@ -64,6 +64,7 @@ class LongRope(Task):
             Quantity(field="bits_per_byte", name="bits per byte", better="lower", form="score"),
         ),
     )
+    rescales = True
     # A question has the number of texts that there are, and the composition where it is on_top.
     unidentifying = ("texts", "chunk", "composition")
     factor: Annotated[float, Range(above=1, most=2**20)]

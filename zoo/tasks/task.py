@@ -48,6 +48,8 @@ class Task:
     has_question: ClassVar[bool] = False
     # Whether several processes may read its texts together, EvalContext.ranks.
     reads_together: ClassVar[bool] = False
+    # Whether it searches for other rotary frequencies of the model as it was trained.
+    rescales: ClassVar[bool] = False
     # Settings that do not change an answer: which questions there are, and how a text is cut.
     unidentifying: ClassVar[tuple[str, ...]] = ("lengths", "chunk")
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zoo.config.applicability import check_applies, position_schemes
+from zoo.config.schema.model import Extension
 from zoo.console import say
 from zoo.data.corpora import Corpus
 from zoo.data.tokenizers import BYTES, bos_of
@@ -24,7 +26,9 @@ from zoo.runs.provenance import provenance
 from zoo.training.windows import open_data
 
 
-def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> RunFolder:
+def pretrained_run(
+    checkpoint: Path, data: Mapping[str, Any], runs: Path, extension: Extension | None = None
+) -> RunFolder:
     """The run of a checkpoint on a text: the one made before, or a new one.
 
     Args:
@@ -32,11 +36,12 @@ def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> Run
         data: a data section, as configs/data has it. Without `tokenizer` the checkpoint's is used.
             Texts begin with the token that the tokenizer puts before them, if any.
         runs: the folder that holds the run folders.
+        extension: under which it will be read, which is refused before the text is.
 
     Raises:
         UserError: where the checkpoint is not whole, is of no known family or needs what the
-            zoo does not compute, where its tokenizer is missing, and where its weights changed
-            since the run was made.
+            zoo does not compute, where its tokenizer is missing, where the extension does not act
+            on the model, and where its weights changed since the run was made.
     """
     section, own = dict(data), data.get("tokenizer") is None
     described, tokenizer = read_checkpoint(checkpoint, runs / ".tokenizers" if own else None)
@@ -45,6 +50,8 @@ def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> Run
     if section["tokenizer"] != BYTES:
         section["bos_token"] = bos_of(section["tokenizer"])
     config = pretrained_config(described, checkpoint, section, runs)
+    if extension is not None:
+        check_applies(extension, position_schemes(config.model))
     text = open_data(config.data, config.seq_len)
     assert isinstance(text, Corpus)
     if text.vocab_size > described.vocab_size:
