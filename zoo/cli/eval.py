@@ -56,8 +56,8 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
         check_report("report", config.report)
     if config.publish is not None:
         check_file("publish", str(config.publish), ROWS, "file of published rows", "rows.json")
-    check_device(config.device)
     _check_ranks(config)
+    check_device(config.device)
     folders = find_runs(config.run, config.runs) if config.run else []
     check_measurable(config, _trained(config, folders))
     if config.checkpoint:
