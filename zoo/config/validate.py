@@ -26,15 +26,17 @@ def validate(schema: type[Config], tree: dict[str, Any]) -> Config:
 
 def check_option(schema: type[BaseModel], path: str, value: Any) -> None:
     """Refuse the value of one option, by its dotted path, as `validate` refuses it."""
+    *sections, last = path.split(".")
     owner: Any = schema
-    for name in path.split("."):
-        field = owner.model_fields[name]
-        owner = field.annotation
+    for name in sections:
+        owner = owner.model_fields[name].annotation
+    field = owner.model_fields[last]
     try:
         TypeAdapter(Annotated[field.annotation, *field.metadata]).validate_python(value)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        errors = [one | {"loc": (*path.split("."), *one["loc"])} for one in errors]
+        for one in errors:
+            one["loc"] = (*sections, last, *one["loc"])
         raise UserError(_explain(errors, schema)) from None
 
 
