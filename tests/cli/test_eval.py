@@ -56,7 +56,7 @@ def test_options_that_contradict_one_another_are_refused_before_anything_heavy(
 
     RunFolder.create(Path("runs/a"), train_config("size=tiny", "logger=none"), {})
     for words, said in (
-        ("task=length_extension sequence_parallel=2", "sequence_parallel=2: task=passkey reads"),
+        ("task=extrapolation sequence_parallel=2", "sequence_parallel=2: task=speed reads"),
         ("task=accuracy", "task=accuracy: measures examples of a synthetic task, and data="),
     ):
         assert program.main(["run=a", *words.split()]) == 2

@@ -22,11 +22,12 @@ from zoo.model.chunks import bytes_sent, chunk_loss, split_over
 from zoo.model.extend import extend, places
 from zoo.model.quantization import quantize_cache
 from zoo.parallel.ranks import Ranks
-from zoo.tasks.context import EvalContext, nats
-from zoo.tasks.readers import chunk_nats
+from zoo.tasks.context import EvalContext, check_state, nats
+from zoo.tasks.readers import chunk_nats, read_prompt
 
 ROWS, VOCABULARY, TRAINED = 2, 32, 16
 CHUNK = 7  # tokens that are read at a time where a text is scored
+NEXT = 3  # tokens that are read on from the state after a prompt
 
 
 class Case(NamedTuple):
@@ -72,7 +73,8 @@ def differences(ranks: Ranks, case: Case, length: int) -> dict[str, float]:
     tokens = torch.randint(VOCABULARY, (ROWS, length + 1))
     if case.kv_cache is not None:
         alone = nats(model(tokens[:, :-1]), tokens[:, 1:])
-        return {"scores": _apart(_scores(model, ranks, tokens), alone)}
+        found = {"scores": _apart(_scores(model, ranks, tokens), alone)}
+        return found | _continued(model, ranks, tokens)
     before = ranks.bytes_sent
     inputs, labels = tokens[:, :-1], tokens[:, 1:].clone()
     labels[:, 1 : length // 2 : 2] = NO_LABEL  # a chunk's share of the labels is not of the tokens
@@ -86,7 +88,9 @@ def differences(ranks: Ranks, case: Case, length: int) -> dict[str, float]:
     chunks = split_over(model, ranks, length).chunks().values()
     for chunk, own in zip(chunks, read, strict=True):
         outputs[:, chunk] = own
-    summed, scores = part.detach(), _scores(model, ranks, tokens) if positions is None else None
+    summed, scores, more = part.detach(), None, {}
+    if positions is None:
+        scores, more = _scores(model, ranks, tokens), _continued(model, ranks, tokens)
     for x in (outputs, summed, unexpected.abs_()):
         dist.all_reduce(x)
     found = {}
@@ -102,20 +106,46 @@ def differences(ranks: Ranks, case: Case, length: int) -> dict[str, float]:
     about = {"outputs": _apart(outputs, read[-1]), "loss": _apart(summed, whole)}
     if scores is not None:
         about["scores"] = _apart(scores, nats(model.head(read[-1]), tokens[:, 1:]))
+    about |= more
     about["bytes"] = unexpected.item()
     return about | {n: _apart(found[n], p.grad) for n, p in model.named_parameters()}
 
 
 def _scores(model: Backbone, ranks: Ranks, tokens: Tensor) -> Tensor:
     """What every token costs as it is measured: in all ranks' chunks."""
-    context = EvalContext(
-        model=model, data=cast(Any, None), folder=Path(), train_length=TRAINED, ranks=ranks
-    )
+    context = _context(model, ranks)
     with context.arithmetic():
         found = chunk_nats(context, tokens, CHUNK)
         ranks.finish()
         dist.all_reduce(found)
     return found.clone()
+
+
+def _continued(model: Backbone, ranks: Ranks, tokens: Tensor) -> dict[str, float]:
+    """Of the logits behind a prompt, and of more tokens that one rank reads from the state."""
+    prompt, then = tokens[:, :-NEXT], tokens[:, -NEXT:]
+    context, alone = _context(model, ranks), _context(model, Ranks(1, 0))
+    found = []
+    for one in (context, alone):
+        with one.arithmetic():
+            read = read_prompt(one, prompt, CHUNK) if prompt.shape[1] >= one.ranks.size else None
+            one.ranks.finish()
+            logits = torch.zeros(len(tokens), 1 + NEXT, model.vocab_size, dtype=torch.float64)
+            if read is not None:
+                check_state(model, read[1], len(tokens))
+                logits = torch.cat([model.head(read[0]), model(then, read[1])[0]], 1)
+            if one is context:
+                dist.all_reduce(logits)
+            found.append(logits.clone())
+    if prompt.shape[1] < ranks.size:
+        return {}
+    return {"read on": _apart(*found)}
+
+
+def _context(model: Backbone, ranks: Ranks) -> EvalContext:
+    return EvalContext(
+        model=model, data=cast(Any, None), folder=Path(), train_length=TRAINED, ranks=ranks
+    )
 
 
 def _apart(one: Tensor, other: Tensor | None) -> float:

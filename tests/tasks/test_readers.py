@@ -20,10 +20,14 @@ READING = Path(__file__).with_name("reading.py")
 def test_rows_of_two_processes_are_those_of_one_and_a_lost_process_is_said(tmp_path):
     runs = tmp_path / "runs"
     models = {"a": "mamba", "b": "transformer", "killed": "transformer", "raises": "transformer"}
+    models |= {"first": "transformer", "second": "mamba"}
     for name, model in models.items():
         run_folder(runs / name, f"model={model}")
-    words = ["run=any", "task=perplexity", "report=null", "threads=1", "task.perplexity.units=2"]
-    words += ["task.perplexity.lengths=[1,32,300]", "task.perplexity.chunk=40"]
+    words = ["run=any", "task=length_extension", "report=null", "threads=1"]
+    words += ["task.perplexity.units=2", "task.perplexity.lengths=[1,32,300]"]
+    words += ["task.perplexity.chunk=40", "task.passkey.lengths=[100,101]"]
+    words += ["task.passkey.repeats=2", "task.passkey.depths=3", "task.passkey.candidates=3"]
+    words += ["task.passkey.chunk=40"]
     done = subprocess.run(
         [sys.executable, str(READING), str(runs), *words],
         **{"cwd": tmp_path, "capture_output": True, "text": True},
@@ -32,11 +36,15 @@ def test_rows_of_two_processes_are_those_of_one_and_a_lost_process_is_said(tmp_p
     kept = {name: RunFolder.open(runs / name).rows() for name in models}
     for name in "ab":
         one, two = ([row for row in kept[name] if row.get("ranks") == n] for n in (None, 2))
-        places = [(row["protocol"], row["length"]) for row in one]
-        assert places == [(row["protocol"], row["length"]) for row in two]
-        assert len(places) == 6
+        places = [(row["task"], row.get("protocol"), row["length"]) for row in one]
+        assert places == [(row["task"], row.get("protocol"), row["length"]) for row in two]
+        assert len(places) == 8
         for alone, row in zip(one, two, strict=True):
-            if row["length"] == 1:
+            if row["task"] == "passkey":
+                assert row["status"] == alone["status"] == "ok", row["reason"]
+                for of in ("correct_by_depth", "exact_by_depth", "state_bytes", "prompt_flops"):
+                    assert row[of] == alone[of]
+            elif row["length"] == 1:
                 assert row["status"] == "not_applicable"
                 assert row["reason"] == "1 tokens cannot be split over 2 processes"
             else:
@@ -48,10 +56,25 @@ def test_rows_of_two_processes_are_those_of_one_and_a_lost_process_is_said(tmp_p
         ("killed", "process 2 of 2 was ended by SIGKILL"),
         ("raises", "process 1 of 2: RuntimeError: no such layer"),
     ):
-        (row,) = [row for row in kept[name] if row["status"] == "failed"]
-        assert row["task"] == "perplexity"
-        assert row["reason"].startswith(reason)
-        assert row["ranks"] == 2
+        failed = [row for row in kept[name] if row["status"] == "failed"]
+        assert [row["task"] for row in failed] == ["perplexity", "passkey"]
+        for row in failed:
+            assert row["reason"].startswith(reason)
+            assert row["ranks"] == 2
+    for name, reason in (
+        ("first", "process 1 of 2 was ended by SIGKILL"),
+        ("second", "process 2 of 2 was ended by SIGKILL"),
+    ):
+        rows = [row for row in kept[name] if row.get("ranks")]
+        failed = [row for row in rows if row["status"] == "failed"]
+        assert [row["task"] for row in failed] == ["perplexity", "passkey"]
+        assert all(row["reason"].startswith(reason) for row in failed), failed
+        found = [row for row in rows if row["status"] == "ok"]
+        sessions = {row["length"]: row["session"] for row in found}
+        assert len(found) == 6
+        # What was found of the longest length is not measured again.
+        assert (sessions[300] != sessions[32]) == (name == "second")
+        assert sessions[32] == sessions[100] == sessions[101]
     assert "Traceback" not in done.stderr, done.stderr
 
 

@@ -9,14 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from building import ROOT, train_config, write_text
 from torch.utils._pytree import tree_leaves
 
-from zoo.errors import RunError, UserError
+from zoo.errors import UserError
 from zoo.model import checkpoint
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model, count_parameters
@@ -249,13 +248,3 @@ def test_windows_that_carry_their_state_read_as_one_long_window(architecture, ti
     torch.testing.assert_close((first + second) / 2, whole, rtol=1e-10, atol=1e-12)
     alone = model.loss(tokens[:, 64:])
     assert abs(second - alone) > 1e-6, "what it carries changes nothing"
-
-
-def test_a_port_that_is_taken_is_said_in_one_line(monkeypatch):
-    def meet(*_, **__):
-        raise torch.distributed.DistNetworkError("port: 7, name: EADDRINUSE, message: in use")
-
-    monkeypatch.setenv("MASTER_PORT", "7")
-    trainer = SimpleNamespace(fit=meet, _signal_connector=SimpleNamespace())
-    with pytest.raises(RunError, match=r"^port 7, .* taken by another program .* tries another$"):
-        fit._fit(trainer, None, None, None)  # type: ignore[arg-type]

@@ -143,9 +143,17 @@ def _child(
 
 
 def _portable(error: BaseException) -> BaseException:
-    """The error as it can be sent, the traceback's text as its cause."""
+    """The error as it can be sent, the traceback's text as its cause.
+
+    RunError where another program has the port that the processes were to meet by.
+    """
     from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 
+    if type(error).__name__ == "DistNetworkError" and "EADDRINUSE" in str(error):
+        rule = (
+            f"port {os.environ['MASTER_PORT']}, by which its processes meet, was taken by another"
+        )
+        error = RunError(f"{rule} program meanwhile; the same command tries another port")
     known = isinstance(error, UserError | RunError | KeyboardInterrupt)
     sent = error if known else ExceptionWithTraceback(error, error.__traceback__)
     try:

@@ -80,4 +80,6 @@ def _not_together(task: str, config: EvalConfig) -> str:
     if ranks == 1 or declared(config.task[task].target, "reads_together"):
         return ""
     rule = f"task={task} reads every text in one process"
-    return sentence(f"sequence_parallel={ranks}", rule, "Use task=perplexity, or leave it out")
+    return sentence(
+        f"sequence_parallel={ranks}", rule, "Use task=perplexity, passkey or facts, or leave it out"
+    )

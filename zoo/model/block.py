@@ -131,7 +131,7 @@ def _apply(
         return sublayer(x, **more), None
     if isinstance(state, HandOver):
         read = partial(_apply, sublayer, cross_layer=cross_layer)
-        return state.read(read, x, sublayer.empty_state(len(x))), ()
+        return state.read(read, x, sublayer.empty_state(len(x)))
     if isinstance(state, RowStates) and not sublayer.takes_rows:
         return _apply_by_row(sublayer, x, state, cross_layer)
     found: Any = None

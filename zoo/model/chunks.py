@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +14,15 @@ from zoo.model.backbone import Backbone, BackboneState
 from zoo.model.block import BlockState
 from zoo.parallel.hand_over import HEADER_BYTES, HandOver
 from zoo.parallel.ranks import Ranks, Split
+
+
+class Chunk(NamedTuple):
+    """A chunk of texts that was read: its tokens, what the head reads there, and the state after
+    it where that is kept."""
+
+    tokens: slice
+    x: Float[Tensor, "b chunk width"]
+    after: BackboneState | None
 
 
 def split_over(
@@ -27,19 +37,25 @@ def split_over(
 
 
 def state_before(
-    model: Backbone, split: Split, place: int, empty: BackboneState | None = None
+    model: Backbone,
+    split: Split,
+    place: int,
+    empty: BackboneState | None = None,
+    keeps: bool = False,
 ) -> BackboneState:
     """The state before the chunk at a place.
 
     It serves one pass: what a layer keeps is received when the layer is called, and what it leaves
-    is sent on. `empty` is the model's empty state, where the model's weights are not here now.
+    is sent on. `empty` is the model's empty state, where the model's weights are not here now;
+    `keeps` that of HandOver.
     """
     blocks, numbers = [], itertools.count()
     for block in (empty or model.empty_state(1)).blocks:
-        keeps = (
-            HandOver(split, place, next(numbers)) if tree_leaves(own) else own for own in block
+        given = (
+            HandOver(split, place, next(numbers), keeps) if tree_leaves(own) else own
+            for own in block
         )
-        blocks.append(BlockState(*keeps))
+        blocks.append(BlockState(*given))
     return BackboneState(tuple(blocks), split.chunks()[place].start)
 
 
@@ -49,8 +65,10 @@ def read_chunks(
     tokens: Int[Tensor, "b t"],
     positions: Tensor | None = None,
     empty: BackboneState | None = None,
-) -> Iterator[tuple[slice, Float[Tensor, "b chunk width"]]]:
-    """Yield this rank's chunks of texts, and what the head reads there, as they are done.
+    keep_last: bool = False,
+) -> Iterator[Chunk]:
+    """Yield this rank's chunks of texts as they are done; with `keep_last` the text's last one with
+    the state after it.
 
     A rank reads its parts block by block. Of two parts the later one is some blocks behind the
     earlier. All ranks take the blocks of all parts in one order, by the sum of a block's number and
@@ -59,7 +77,8 @@ def read_chunks(
     """
     chunks, readings = split.chunks(), {}
     for place, chunk in chunks.items():
-        state = state_before(model, split, place, empty)
+        keeps = keep_last and place == split.last
+        state = state_before(model, split, place, empty, keeps)
         readings[place] = model.hidden_by_block(tokens[:, chunk], state, positions)
 
     def turn(step: tuple[int, int]) -> tuple[int, int, int]:
@@ -74,7 +93,9 @@ def read_chunks(
         try:
             next(readings[place])
         except StopIteration as end:
-            yield chunks[place], end.value[0]
+            x, after = end.value
+            keeps = keep_last and place == split.last
+            yield Chunk(chunks[place], x, after if keeps else None)
 
 
 def chunk_loss(
@@ -94,7 +115,7 @@ def chunk_loss(
     """
     split = split_over(model, ranks, tokens.shape[1], in_order=empty is not None)
     count, parts = (labels != NO_LABEL).sum().clamp(min=1), []
-    for chunk, x in read_chunks(model, split, tokens, positions, empty):
+    for chunk, x, _ in read_chunks(model, split, tokens, positions, empty):
         nll = model.summed_nll(x, labels[:, chunk]) / count * weight
         share = (chunk.stop - chunk.start) / tokens.shape[1]
         parts.append(model.with_auxiliary(nll, share))

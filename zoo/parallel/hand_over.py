@@ -48,15 +48,16 @@ class HandOver:
         split: the text's, over its ranks.
         place: of the chunk.
         number: of the sublayer in its model.
+        keeps: return the state after the chunk as well, which takes its memory.
     """
 
-    def __init__(self, split: Split, place: int, number: int) -> None:
-        self.split, self.place, self.tag = split, place, number * TAGS
+    def __init__(self, split: Split, place: int, number: int, keeps: bool = False) -> None:
+        self.split, self.place, self.tag, self.keeps = split, place, number * TAGS, keeps
         self.received: dict[str, list[Any]] = {}  # leaves of each field of the state before
         self.sent: dict[str, list[Tensor]] = {}  # shapes of the tensors of the state after
 
-    def read(self, sublayer: Read, x: Tensor, empty: Any) -> Tensor:
-        """The sublayer's output for the chunk x.
+    def read(self, sublayer: Read, x: Tensor, empty: Any) -> tuple[Tensor, Any]:
+        """The sublayer's output for the chunk x, and its state after it or ().
 
         A second call, as activation checkpointing makes it, repeats the first and sends nothing.
 
@@ -71,7 +72,8 @@ class HandOver:
             this.finish(after)
         finally:
             _current = outer
-        return _Tied.apply(y, *this.ties) if this.ties else y
+        y = _Tied.apply(y, *this.ties) if this.ties else y
+        return y, after if self.keeps else ()
 
     def send(self, leaves: list[Any], tag: int, device: torch.device) -> None:
         """Send a field of the state after the chunk to the next chunk's rank."""

@@ -16,11 +16,12 @@ What is low at every length was not learned: train with `data.passkey=`.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, cast
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from zoo.config.domains import Count, Lengths, Range, Seed
 from zoo.data.loader import begun, evaluation_text
@@ -28,7 +29,6 @@ from zoo.data.passkey import DIGITS, QUESTION, passkey_prompt, prompt_tokens, ra
 from zoo.data.tokenizers import Encode
 from zoo.errors import refuse
 from zoo.measurement import Declaration, Quantity
-from zoo.model.backbone import BackboneState
 from zoo.report.statistics import wilson
 from zoo.tasks.context import (
     EvalContext,
@@ -37,10 +37,12 @@ from zoo.tasks.context import (
     check_length,
     check_state,
     chunk_tokens,
+    finite,
     nats,
 )
 from zoo.tasks.memory import check_memory
 from zoo.tasks.perplexity import BATCH_TOKENS, TIMES
+from zoo.tasks.readers import add_up, check_split, read_prompt
 from zoo.tasks.task import PROMPT_FLOPS, STATE, Task, lengths_of
 
 PAD = -1  # after the end of a key that has fewer tokens than another
@@ -84,6 +86,7 @@ class Passkey(Task):
     )
     compresses: ClassVar[bool] = True
     has_question: ClassVar[bool] = True
+    reads_together: ClassVar[bool] = True
     states: ClassVar[str] = "a passkey"
     lengths: Lengths | None = None
     depths: Annotated[int, Range(1, 1024)] = 5
@@ -207,15 +210,7 @@ def _answer(
     chunk: int,
 ) -> Bool[np.ndarray, "b 2"]:
     """Whether each prompt's first answer is the likeliest, and is what greedy decoding writes."""
-    model, text = context.model, torch.from_numpy(prompts)
-    x, state = None, model.empty_state(len(text))
-    for piece in text.split(chunk, 1):
-        x, after = model.hidden(piece.to(context.device), state)
-        state = cast(BackboneState, after)
-        context.progress.advance(piece.numel())
-    check_state(model, state, len(text))
-    assert x is not None, "a prompt has tokens"
-    last = model.head(x[:, -1:])  # of a whole prompt they would take more than its reading
+    check_split(context, prompts.shape[1])
     longest = max(len(answer) for several in answers for answer in several)
     padded = np.full((len(answers), len(answers[0]), longest), PAD)
     for row, several in enumerate(answers):
@@ -224,7 +219,28 @@ def _answer(
             refuse("task", "passkey", rule, "Measure another task")
         for column, answer in enumerate(several):
             padded[row, column, : len(answer)] = answer
-    wanted = torch.from_numpy(padded).to(context.device)  # PAD is not scored
+    text = torch.from_numpy(prompts)
+    right = add_up(context, answered, text, torch.from_numpy(padded), chunk)
+    if context.ranks.size > 1:
+        context.progress.advance(text.numel())
+    return finite(right) > 0
+
+
+def answered(
+    context: EvalContext,
+    prompts: Int[Tensor, "b t"],
+    padded: Int[Tensor, "b candidates k"],
+    chunk: int,
+) -> Float[Tensor, "b 2"]:
+    """1 where each prompt's first answer is the likeliest, and where it is what greedy decoding
+    writes; nan where outputs are not finite, 0 in a process that does not read a prompt's end."""
+    model, wanted = context.model, padded.to(context.device)
+    read = read_prompt(context, prompts, chunk)
+    if read is None:
+        return torch.zeros(len(prompts), 2, device=context.device)
+    x, state = read
+    check_state(model, state, len(prompts))
+    last, longest = model.head(x), wanted.shape[2]
     costs = []
     for answer in wanted.unbind(1):
         logits = last
@@ -232,11 +248,10 @@ def _answer(
             logits = torch.cat([last, model(answer[:, :-1].clamp(min=0), state)[0]], 1)
         costs.append(nats(logits, answer.clamp(min=0)).masked_fill(answer == PAD, 0).sum(1))
     first, *others = costs
-    if not torch.isfinite(torch.stack(costs)).all():
-        raise ArithmeticError("the model's outputs are not finite numbers")
     written = [last.argmax(-1)]
     for _ in range(longest - 1):
         logits, state = model(written[-1], state)
         written.append(logits[:, -1:].argmax(-1))
     same = (torch.cat(written, 1) == wanted[:, 0]) | (wanted[:, 0] == PAD)
-    return torch.stack([first < torch.stack(others).amin(0), same.all(1)], 1).cpu().numpy()
+    right = torch.stack([first < torch.stack(others).amin(0), same.all(1)], 1).float()
+    return right if torch.isfinite(torch.stack(costs)).all() else right.fill_(torch.nan)

@@ -3,15 +3,17 @@
     read_together   what each process does: the first one measures, the others serve it
     serve           open the models that the first process opens, read their chunks of its texts
     score_text      the cost of a text, alone or together
+    read_prompt     what the head reads last in a text and the state after it, in one process
+    add_up          the sum of what all processes compute, each from its chunks
 
 The first process has the tasks and writes the rows. A text goes to all, each reads its chunks as in
-training (zoo.parallel), and what they cost is added up in the first. There is no state after a text
-that is read together, as no process has all of it.
+training (zoo.parallel), and what they find is added up in the first. The state after a text is
+whole where its last chunk was read, if the text is read for it.
 """
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from zoo.data.loader import begun
 from zoo.errors import RunError
+from zoo.model.backbone import BackboneState
 from zoo.model.chunks import read_chunks, split_over
 from zoo.parallel.ranks import Ranks
 from zoo.runs.files import one_line
@@ -30,6 +33,7 @@ from zoo.tasks.context import EvalContext, NotApplicableError, finite, nats, sco
 WAIT = timedelta(days=7)  # for a text: the first process may do something else meanwhile
 LOST = "gloo"  # in the message of a process whose peer has ended
 
+Share = Callable[..., Tensor]  # (context, ...) -> what a process finds, 0 where others do
 Open = Callable[[RunFolder], EvalContext]
 
 
@@ -83,7 +87,7 @@ def serve(open_run: Open) -> None:
         else:
             assert context is not None
             with context.arithmetic():
-                _read(context, *command)
+                _share(context, *command)
 
 
 def open_together(folder: RunFolder) -> None:
@@ -102,26 +106,39 @@ def score_text(
     With several each reads about `chunk` tokens at a time at most. Raises NotApplicableError for
     fewer tokens than processes, ArithmeticError where the model gives no finite numbers.
     """
-    ranks, length = context.ranks, tokens.shape[1] - 1
-    if ranks.size == 1:
+    if context.ranks.size == 1:
         return score(context, tokens, chunk=chunk)[0]
-    if length < ranks.size:
-        raise NotApplicableError(f"{length} tokens cannot be split over {ranks.size} processes")
-    text = begun(tokens, context.bos)
-    try:
-        _send((text, chunk))
-    except Exception as error:  # a process ended between two texts
-        raise OutOfStepError(error) from error
-    found = _read(context, text, chunk)
+    check_split(context, tokens.shape[1] - 1)
+    text = torch.as_tensor(begun(tokens, context.bos), dtype=torch.int64)
+    found = add_up(context, chunk_nats, text, chunk)
     context.progress.advance(found.numel())
     return finite(found)
 
 
-def _read(context: EvalContext, tokens: Int[np.ndarray, "b t1"], chunk: int) -> Tensor:
-    """This process's nats of the text, in the first process those of all."""
+def check_split(context: EvalContext, tokens: int) -> None:
+    """Raise NotApplicableError for fewer tokens than processes."""
+    if tokens < (size := context.ranks.size):
+        raise NotApplicableError(f"{tokens} tokens cannot be split over {size} processes")
+
+
+def add_up(context: EvalContext, share: Share, *arguments: Any) -> Tensor:
+    """The sum over all processes of `share(context, *arguments)`; called in the first one.
+
+    An error in any of them ends the measurement: what depends on numbers alone is to be a number.
+    """
+    if context.ranks.size == 1:
+        return share(context, *arguments)
     try:
-        text = torch.as_tensor(tokens, dtype=torch.int64)
-        found = chunk_nats(context, text, chunk)
+        _send((share, *arguments))
+    except Exception as error:  # a process ended between two texts
+        raise OutOfStepError(error) from error
+    return _share(context, share, *arguments)
+
+
+def _share(context: EvalContext, share: Share, *arguments: Any) -> Tensor:
+    """This process's share, in the first process the sum of all."""
+    try:
+        found = share(context, *arguments)
         context.ranks.finish()
         dist.reduce(found, 0)
     except Exception as error:
@@ -135,11 +152,34 @@ def chunk_nats(
     """Nats of tokens 1.. in this rank's chunks, 0 in those of others."""
     model, targets, found = context.model, tokens[:, 1:], None
     split = split_over(model, context.ranks, targets.shape[1], chunk=chunk)
-    for own, x in read_chunks(model, split, tokens[:, :-1]):
+    for own, x, _ in read_chunks(model, split, tokens[:, :-1]):
         part = nats(model.head(x), targets[:, own])
         found = part.new_zeros(targets.shape) if found is None else found
         found[:, own] = part
     assert found is not None  # no rank is without a chunk
+    return found
+
+
+def read_prompt(
+    context: EvalContext, tokens: Int[Tensor, "b t"], chunk: int
+) -> tuple[Float[Tensor, "b 1 width"], BackboneState] | None:
+    """What the head reads at the last token, and the state after it.
+
+    None in the processes that do not read the last chunk.
+    """
+    model, ranks, found = context.model, context.ranks, None
+    if ranks.size == 1:
+        after = model.empty_state(len(tokens))
+        for piece in tokens.split(chunk, 1):
+            x, left = model.hidden(piece.to(context.device), after)
+            after = cast(BackboneState, left)
+            context.progress.advance(piece.numel())
+            found = x[:, -1:], after
+        return found
+    split = split_over(model, ranks, tokens.shape[1], chunk=chunk)
+    for _, x, after in read_chunks(model, split, tokens, keep_last=True):
+        if after is not None:
+            found = x[:, -1:], after
     return found
 
 

@@ -1,7 +1,6 @@
 """Trains the model of a configuration in its run folder, through Lightning's Trainer."""
 
 import logging
-import os
 import re
 import sys
 import warnings
@@ -267,8 +266,7 @@ def _versions(config: TrainConfig) -> dict[str, str | None]:
 def _fit(trainer: lightning.Trainer, learner: Learner, windows: Windows, last: Path | None) -> None:
     """Run Lightning's `fit` without its signal handlers; a stop raises KeyboardInterrupt.
 
-    RunError where another program has the port that the processes were to meet by, or one of them
-    is waited for too long.
+    RunError where a process is waited for too long.
     """
     # Lightning's handler of SIGTERM broadcasts while the other processes do something else.
     trainer._signal_connector.register_signal_handlers = lambda: None
@@ -276,12 +274,6 @@ def _fit(trainer: lightning.Trainer, learner: Learner, windows: Windows, last: P
         trainer.fit(
             learner, datamodule=windows, ckpt_path=str(last) if last else None, weights_only=True
         )
-    except torch.distributed.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        port = os.environ["MASTER_PORT"]
-        rule = f"port {port}, by which its processes meet, was taken by another program meanwhile"
-        raise RunError(f"{rule}; the same command tries another") from None
     except RuntimeError as error:
         waited = re.search(r"[Tt]imed out waiting (\d+)ms", str(error))
         if waited is None:

@@ -74,7 +74,7 @@ class EvalConfig(Section):
     sequence_parallel: Annotated[Positive, Field(le=MAX_RANKS)] | None = Field(
         default=None,
         description="processes that read one text together, a part of it each, on the CPU; of "
-        "task=perplexity",
+        "task=perplexity|passkey|facts",
     )
     report: Path | None = Field(description="HTML file to write the report to; null: none")
     against: Literal["published"] | None = Field(
