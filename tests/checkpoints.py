@@ -215,4 +215,4 @@ def opened(folder: Path, dtype: torch.dtype | None = torch.float32) -> Backbone:
     check_checkpoint(folder)
     described = describe(read_json(folder / "config.json"))
     config = pretrained_config(described, folder, TEXT, folder)
-    return load_pretrained(config, dtype).eval().requires_grad_(False)
+    return load_pretrained(config, dtype, described).eval().requires_grad_(False)

@@ -1,8 +1,10 @@
 """Checkpoints saved by `transformers`, opened here: logits are theirs, what differs is refused."""
 
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -282,21 +284,51 @@ def damage_another_size(folder: Path) -> None:
     altered(folder, intermediate_size=48)
 
 
-def damage_no_embedding(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
+def damage_fewer_tokens(folder: Path) -> None:
     save(folder, "llama")
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.embed_tokens.weight"]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    altered(folder, vocab_size=VOCAB - 1)
+
+
+def damage_countless_layers(folder: Path) -> None:
+    save(folder, "llama")
+    altered(folder, num_hidden_layers=10**7)
+
+
+def damage_no_embedding(folder: Path) -> None:
+    save_with(folder, "model.embed_tokens.weight", lambda _: None)
 
 
 def damage_a_tensor_less(folder: Path) -> None:
+    save_with(folder, "model.layers.1.mlp.up_proj.weight", lambda _: None)
+
+
+def damage_not_a_number(folder: Path) -> None:
+    save_with(folder, "model.norm.weight", lambda weight: weight.index_fill(0, LAST, math.nan))
+
+
+def damage_infinite(folder: Path) -> None:
+    save_with(folder, "model.norm.weight", lambda weight: weight.index_fill(0, LAST, -math.inf))
+
+
+def damage_integers(folder: Path) -> None:
+    save_with(folder, "model.layers.1.mlp.up_proj.weight", lambda weight: weight.to(torch.int8))
+
+
+def damage_an_embedding_of_no_rows(folder: Path) -> None:
+    save_with(folder, "model.embed_tokens.weight", lambda _: torch.tensor(1.0))
+
+
+LAST = torch.tensor([31])
+
+
+def save_with(folder: Path, name: str, change: Callable[[torch.Tensor], Any]) -> None:
+    """A Llama one of whose weights was changed; None leaves it out."""
     from safetensors.torch import load_file, save_file
 
     save(folder, "llama")
     weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
+    weights[name] = change(weights[name])
+    weights = {name: weight for name, weight in weights.items() if weight is not None}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 

@@ -1,6 +1,7 @@
 """A GGUF file gives the weights, the options and the tokens of the model it was made of."""
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+import zoo
+from zoo.data.tokenizers import bos_of, open_tokenizer
 from zoo.errors import UserError
+from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.pretrained.families import describe
 from zoo.pretrained.gguf import GGUFFile
 
@@ -39,16 +43,21 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight[order].reshape(rows, columns)
 
 
-def write(path: Path, quantised: str = "F32", **fields) -> dict[str, np.ndarray]:
-    """A Llama of one layer and random weights; returns these under transformers' names."""
+def write(
+    path: Path, quantised: str = "F32", without: str = "", groups: int = GROUPS, **fields
+) -> dict[str, np.ndarray]:
+    """A Llama of one layer and random weights; returns these under transformers' names.
+
+    Its metadata have no key `without`, and those of `fields` beside theirs, or instead of them.
+    """
     draw = np.random.default_rng(0)
     shapes = {
         "model.embed_tokens": (VOCAB, WIDTH),
         "model.norm": (WIDTH,),
         "model.layers.0.input_layernorm": (WIDTH,),
         "model.layers.0.self_attn.q_proj": (WIDTH, WIDTH),
-        "model.layers.0.self_attn.k_proj": (WIDTH // 2, WIDTH),
-        "model.layers.0.self_attn.v_proj": (WIDTH // 2, WIDTH),
+        "model.layers.0.self_attn.k_proj": (WIDTH * groups // HEADS, WIDTH),
+        "model.layers.0.self_attn.v_proj": (WIDTH * groups // HEADS, WIDTH),
         "model.layers.0.self_attn.o_proj": (WIDTH, WIDTH),
         "model.layers.0.post_attention_layernorm": (WIDTH,),
         "model.layers.0.mlp.gate_proj": (HIDDEN, WIDTH),
@@ -78,7 +87,7 @@ def write(path: Path, quantised: str = "F32", **fields) -> dict[str, np.ndarray]
     writer.add_embedding_length(WIDTH)
     writer.add_feed_forward_length(HIDDEN)
     writer.add_head_count(HEADS)
-    writer.add_head_count_kv(GROUPS)
+    writer.add_head_count_kv(groups)
     writer.add_rope_freq_base(20000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(VOCAB)
@@ -89,8 +98,14 @@ def write(path: Path, quantised: str = "F32", **fields) -> dict[str, np.ndarray]
     writer.add_token_types([1] * 256 + [3, 1, 1, 1])
     writer.add_token_merges(MERGES)
     writer.add_eos_token_id(256)
+    written = writer.kv_data[0]
     for key, value in fields.items():
-        writer.add_uint32(key.replace("__", "."), value)
+        name = key.replace("__", ".")
+        if name in written:
+            written[name].value = value
+        else:
+            writer.add_uint32(name, value)
+    written.pop(without, None)
     kind = gguf.GGMLQuantizationType[quantised]
     for name, weight in weights.items():
         inside = name.removesuffix(".weight")
@@ -98,7 +113,7 @@ def write(path: Path, quantised: str = "F32", **fields) -> dict[str, np.ndarray]
         block = "blk.0." if "layers.0" in name else ""
         stored = weight
         if last in ("q_proj", "k_proj"):
-            stored = permuted(weight, HEADS if last == "q_proj" else GROUPS)
+            stored = permuted(weight, HEADS if last == "q_proj" else groups)
         if stored.ndim == 2:
             stored = gguf.quants.quantize(stored, kind)
             writer.add_tensor(f"{block}{names[last]}.weight", stored, raw_dtype=kind)
@@ -176,3 +191,88 @@ def test_the_json_is_what_tokenizers_writes(tmp_path):
     write(tmp_path / "a.gguf")
     tree = json.loads(GGUFFile(tmp_path / "a.gguf").tokenizer())
     assert tree["model"]["merges"] == [["a", "b"], ["ab", "c"], ["Ġ", "1"]]
+
+
+KEYS = {  # of what `write` writes, with what a file without them means; None: it is refused
+    **{f"llama.{key}": None for key in ("block_count", "context_length", "embedding_length")},
+    **{f"llama.{key}": None for key in ("feed_forward_length", "attention.head_count")},
+    "llama.attention.layer_norm_rms_epsilon": None,
+    "llama.attention.head_count_kv": HEADS,
+    "llama.rope.freq_base": 10000.0,
+    "llama.rope.dimension_count": WIDTH // HEADS,
+    "llama.vocab_size": VOCAB,
+    "general.architecture": None,
+    "tokenizer.ggml.model": None,
+    "tokenizer.ggml.pre": "default",
+    "tokenizer.ggml.tokens": None,
+    "tokenizer.ggml.token_type": [1] * VOCAB,
+    "tokenizer.ggml.merges": None,
+}
+
+
+def test_a_key_that_is_absent_has_the_default_of_the_format_or_is_named(tmp_path):
+    path = tmp_path / "a.gguf"
+    write(path)
+    keys = [name for name in gguf.GGUFReader(path).fields if not name.startswith("GGUF.")]
+    assert {*keys} == {*KEYS, "tokenizer.ggml.eos_token_id"}
+
+    def read() -> tuple:
+        file = GGUFFile(path)
+        return file.config(), json.loads(file.tokenizer()), describe(file.config())
+
+    for key, default in KEYS.items():
+        write(path, without=key, groups=HEADS)
+        if default is None:
+            with pytest.raises(UserError, match=rf"^checkpoint={path}: has no {key}\. Give"):
+                read()
+        else:
+            config, tokenizer, described = read()
+            write(path, groups=HEADS, **{key.replace(".", "__"): default})
+            written, *others = read()
+            # config.json's reader takes as many keys and values as queries, and whole heads
+            assert config == {key: config[key] and value for key, value in written.items()}
+            assert [tokenizer, described] == others, key
+    write(path, without="tokenizer.ggml.eos_token_id")
+    assert describe(GGUFFile(path).config()).end_token is None
+
+
+def parts_of(path: Path) -> tuple:
+    """What makes the model: the options, its tokenizer's name and a digest of its weights."""
+    described, file = read_checkpoint(path, path.parent)
+    name = open_tokenizer(str(file), described.end_token, bos_of(str(file))).name
+    weights = GGUFFile(path).weights()
+    return described, name, {key: one.numpy().tobytes() for key, one in weights.items()}
+
+
+def logits_of(path: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return zoo.load(path).backbone(torch.arange(40)[None])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_changed_bytes_are_refused_in_one_line_or_give_a_model(seed, tmp_path):
+    """Of everything but the weights, whose numbers may be any."""
+    draw, path = random.Random(seed), tmp_path / "a.gguf"
+    write(path)
+    changed, end = bytearray(path.read_bytes()), gguf.GGUFReader(path).data_offset
+    before = parts_of(path)
+    for _ in range(draw.choice((1, 1, 3))):
+        changed[draw.randrange(end)] = draw.choice((0, 1, 127, 128, 255, draw.randrange(256)))
+    path.write_bytes(changed)
+    said = ""
+    try:
+        described, _, weights = parts_of(path)
+        if (described, weights) != (before[0], before[2]):  # or it is another tokenizer at most
+            assert logits_of(path).isfinite().all()
+    except UserError as error:
+        said = str(error)
+    assert "\n" not in said
+    assert "config.json" not in said
+
+
+def test_a_number_that_is_not_finite_is_refused(tmp_path):
+    path = tmp_path / "a.gguf"
+    write(path)
+    path.write_bytes(path.read_bytes()[:-4] + np.float32("nan").tobytes())
+    with pytest.raises(UserError, match=r"blocks\.0\.\S+\.weight has a number that is not finite"):
+        zoo.load(path)

@@ -34,6 +34,7 @@ from zoo.model.scoring import write_texts
 from zoo.model.weights import Weights, choose_weights, loaded_in, quantize_as
 from zoo.ops.dtypes import wide_dtype
 from zoo.pretrained.checkpoint import read_checkpoint
+from zoo.pretrained.families import Description
 from zoo.runs.folder import RunFolder
 
 TOKENS = 128  # that `generate` writes by default
@@ -239,9 +240,9 @@ def load_language_model(
         backbone = load(folder, where, loaded_in(form))
         extension = Extension.model_validate(with_found_factors(plain(extension), place))
     elif os.path.isfile(place) or os.path.isfile(place / "config.json"):
-        config, tokenizer = _read(place)
+        config, tokenizer, described = _read(place)
         form = choose_weights(chosen.weights, config, where)
-        backbone = load_pretrained(config, loaded_in(form))
+        backbone = load_pretrained(config, loaded_in(form), described)
         backbone = backbone.to(where).eval().requires_grad_(False)
     else:
         refuse_path(place, "is no run and no checkpoint", "Give a run folder, such as runs/<name>")
@@ -254,13 +255,14 @@ def load_language_model(
     )
 
 
-def _read(checkpoint: Path) -> tuple[TrainConfig, Tokenizer]:
-    """The configuration and the tokenizer of a checkpoint, without a text to measure it on."""
+def _read(checkpoint: Path) -> tuple[TrainConfig, Tokenizer, Description]:
+    """The configuration and tokenizer of a checkpoint, without a text to measure it on."""
     with TemporaryDirectory() as folder:
         described, file = read_checkpoint(checkpoint, Path(folder))
         tokenizer = open_tokenizer(str(file), described.end_token, bos_of(str(file)))
     data = plain(compose("train").data)
-    return pretrained_config(described, checkpoint, data, Path("runs")), tokenizer
+    config = pretrained_config(described, checkpoint, data, Path("runs"))
+    return config, tokenizer, described
 
 
 def _tokenizer_of(data: Data) -> Tokenizer:

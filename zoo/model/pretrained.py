@@ -6,7 +6,7 @@ folder or GGUF file, and `run.json` holds what identifies the files.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,7 +21,13 @@ from zoo.model.convert import from_transformers
 from zoo.model.extend import extend_as_trained
 from zoo.pretrained.families import Description
 from zoo.pretrained.gguf import GGUFFile
-from zoo.pretrained.weights import digest_files, open_weights, stored_dtype, weight_files
+from zoo.pretrained.weights import (
+    DTYPES,
+    digest_files,
+    open_weights,
+    stored_dtype,
+    weight_files,
+)
 
 
 def checkpoint_files(checkpoint: Path) -> list[Path]:
@@ -65,38 +71,54 @@ def _stamps(files: list[Path]) -> dict[str, list[int]]:
 
 
 def pretrained_weights(
-    config: TrainConfig, dtype: torch.dtype | None = torch.float32
+    config: TrainConfig, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """The tensors of a run's checkpoint under the zoo's names, in `dtype` (None: as they are
-    stored), mapped from its files where they can be."""
+    """The tensors of a run's checkpoint under the zoo's names, in `dtype`, mapped from its files
+    where they can be. Raises UserError for one that is stored in integers."""
     assert config.checkpoint is not None
     checkpoint = Path(config.checkpoint)
     if checkpoint.is_file():
         stored = {name: one.to(dtype) for name, one in GGUFFile(checkpoint).weights().items()}
     else:
         stored = open_weights(checkpoint, dtype)
-    return from_transformers(stored, config.size.heads)
+    weights = from_transformers(stored, config.size.heads)
+    for name, weight in weights.items():
+        if weight.dtype != dtype:
+            form = str(weight.dtype).removeprefix("torch.")
+            rule = f"its weights must be of {', '.join(DTYPES.values())}, and {name} is of {form}"
+            refuse("checkpoint", str(checkpoint), rule, "Use a checkpoint in one of these")
+    return weights
 
 
-def load_pretrained(config: TrainConfig, dtype: torch.dtype | None = torch.float32) -> Backbone:
+def load_pretrained(
+    config: TrainConfig,
+    dtype: torch.dtype | None = torch.float32,
+    described: Description | None = None,
+) -> Backbone:
     """The model that a run was made of, on the CPU.
 
     Weights that are stored in `dtype` are not copied: parameters are views of the mapped files.
-    With None all are kept in the one dtype that most are stored in.
-    Raises UserError where the weights do not fit the model that config.json describes.
+    With None all are kept in the one dtype that most are stored in. `described` is what the
+    checkpoint says of itself, where no run was made of it yet.
+    Raises UserError where the weights do not fit the model that is described, and where one is not
+    finite.
     """
     assert config.checkpoint is not None
     checkpoint = Path(config.checkpoint)
-    if dtype is None:
-        dtype = getattr(torch, dtype_on_disk(checkpoint))
-    weights = pretrained_weights(config, dtype)
+    form: torch.dtype = dtype or getattr(torch, dtype_on_disk(checkpoint))
+    weights = pretrained_weights(config, form)
     if "embedding.weight" not in weights:
         refuse("checkpoint", str(checkpoint), "has no embedding", "Give a whole checkpoint")
+    if described is not None and (why := _other_counts(described, config, weights)):
+        _refuse_misfit(checkpoint, why)
     with torch.device("meta"):
         model, _ = build_model(config, len(weights["embedding.weight"]))
     if why := misfit(model, weights):
-        rule = f"config.json's model does not fit its weights ({why})"
-        refuse("checkpoint", str(checkpoint), rule, "Give a whole checkpoint")
+        _refuse_misfit(checkpoint, why)
+    for name, weight in weights.items():
+        if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
+            rule = f"{name} has a number that is not finite in {str(form).removeprefix('torch.')}"
+            refuse("checkpoint", str(checkpoint), rule, "Give a whole checkpoint")
     if config.model.tied:
         del weights["head.weight"]  # one tensor, not two
     model.load_state_dict(weights, strict=False, assign=True)
@@ -151,6 +173,28 @@ def _merged(words: Sequence[str]) -> list[str]:
             found = {key: one for key, one in found.items() if not key.startswith(name)}
         found[name] = value
     return [f"{name}={value}" for name, value in found.items()]
+
+
+def _refuse_misfit(checkpoint: Path, why: str) -> NoReturn:
+    model = "its keys' model" if checkpoint.is_file() else "config.json's model"
+    rule = f"{model} does not fit its weights ({why})"
+    refuse("checkpoint", str(checkpoint), rule, "Give a whole checkpoint")
+
+
+def _other_counts(
+    described: Description, config: TrainConfig, weights: Mapping[str, Tensor]
+) -> str | None:
+    """How many tokens or layers are described, where the weights have others; None where not.
+
+    Looked at before the model is built, which takes time and memory by the number of layers.
+    """
+    tokens = weights["embedding.weight"].shape[:1].numel()
+    if described.vocab_size != tokens:
+        return f"{described.vocab_size:,} tokens there and {tokens:,} here"
+    layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    if described.own is None and config.size.layers != layers:
+        return f"{config.size.layers:,} layers there and {layers:,} here"
+    return None
 
 
 def dtype_on_disk(checkpoint: Path) -> str:

@@ -10,12 +10,13 @@ Source: the GGUF specification of ggml, and llama.cpp's converter for the permut
 
 import importlib
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from zoo.errors import UserError, refuse
+from zoo.errors import UserError, refuse, shown
 
 if TYPE_CHECKING:  # torch takes seconds, and what is refused is refused at once
     from torch import Tensor
@@ -35,7 +36,9 @@ NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 SAFETENSORS = "Use the model's safetensors"
-SPECIAL = (3, 4)  # token types: control, user-defined
+WHOLE = "Give a whole GGUF file"
+REQUIRED = object()  # of a key without a default
+NORMAL, SPECIAL = 1, (3, 4)  # token types; special are control and user-defined
 DIGITS = {"type": "Digits", "individual_digits": True}
 BYTE_LEVEL = {
     "type": "ByteLevel",
@@ -50,6 +53,36 @@ PRE_TOKENIZERS = {  # tokenizer.ggml.pre -> how text is cut before merging
 }
 # Metadata that describes the file and not the model.
 DESCRIPTIVE = re.compile(r"(GGUF|general|quantize|tokenizer)\.")
+
+
+def _integer(least: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and value >= least
+
+
+KINDS: dict[str, Callable[[Any], bool]] = {  # what a key's value must be
+    "an integer >= 1": _integer(1),
+    "an integer >= 0": _integer(0),
+    "a number > 0": lambda value: type(value) is float and 0 < value < math.inf,
+    "true or false": lambda value: type(value) is bool,
+    "a text": lambda value: type(value) is str,
+    "a list of texts": lambda value: all(type(one) is str for one in _items(value)),
+    "a list of integers": lambda value: all(type(one) is int for one in _items(value)),
+}
+COUNT, TOKEN, NUMBER, FLAG, TEXT, TEXTS, INTEGERS = KINDS
+# The names of `transformers` -> the keys below `llama.`, what they must be and llama.cpp's default.
+# None leaves it to the reader of config.json, whose default is the same.
+HYPER_PARAMETERS = {
+    "hidden_size": ("embedding_length", COUNT, REQUIRED),
+    "num_hidden_layers": ("block_count", COUNT, REQUIRED),
+    "num_attention_heads": ("attention.head_count", COUNT, REQUIRED),
+    "num_key_value_heads": ("attention.head_count_kv", COUNT, None),
+    "intermediate_size": ("feed_forward_length", COUNT, REQUIRED),
+    "max_position_embeddings": ("context_length", COUNT, REQUIRED),
+    "rms_norm_eps": ("attention.layer_norm_rms_epsilon", NUMBER, REQUIRED),
+    "rope_theta": ("rope.freq_base", NUMBER, 10000.0),
+    "head_dim": ("rope.dimension_count", COUNT, None),
+    "vocab_size": ("vocab_size", COUNT, None),
+}
 
 
 class GGUFFile:
@@ -68,40 +101,53 @@ class GGUFFile:
             ) from None
         self.path, self._gguf = path, gguf
         try:
-            self._reader = gguf.GGUFReader(path)
-        except (OSError, ValueError, IndexError) as error:
-            line = (str(error).splitlines() or [""])[0]
+            self._reader = _reader(gguf, path)
+        except Exception as error:  # another package's parser, which damage may stop anywhere
+            line = (str(error).splitlines() or [""])[0] or type(error).__name__
             raise UserError(f"checkpoint={path}: must be a whole GGUF file ({line}).") from None
-        if (kind := self._field("general.architecture")) != "llama":
-            raise UserError(
-                f"checkpoint={path}: general.architecture={kind} is not read from GGUF. "
-                "Use the model's safetensors."
-            )
+        if (kind := self._value("general.architecture", TEXT)) != "llama":
+            self._refuse(f"general.architecture={kind} is not read from GGUF", SAFETENSORS)
+        self._check_places()
 
-    def _field(self, name: str, default: Any = None) -> Any:
-        field = self._reader.get_field(name)
-        return default if field is None else field.contents()
+    def _refuse(self, rule: str, advice: str = WHOLE) -> NoReturn:
+        refuse("checkpoint", self.path, rule, advice)
+
+    def _value(self, key: str, kind: str, default: Any = REQUIRED) -> Any:
+        """The value of a key, of one of KINDS, or the default where the file has none."""
+        field = self._reader.get_field(key)
+        if field is None:
+            if default is REQUIRED:
+                self._refuse(f"has no {key}")
+            return default
+        try:
+            value = field.contents()
+        except UnicodeDecodeError:
+            self._refuse(f"{key} is damaged (it is not UTF-8)")
+        if not KINDS[kind](value):
+            self._refuse(f"{key}={shown(value)}, which must be {kind}")
+        return value
+
+    def _check_places(self) -> None:
+        """Refuse tensors that do not lie one behind the other, as the format has them."""
+        step = self._reader.alignment
+        place = self._reader.data_offset
+        for tensor in self._reader.tensors:
+            if tensor.data_offset != place:
+                self._refuse(f"{tensor.name} is damaged (its place in the file)")
+            place += math.ceil(tensor.n_bytes / step) * step
 
     def config(self) -> dict[str, Any]:
         """The file's hyper-parameters under the names of `transformers`' LlamaConfig."""
-        known = {
-            "hidden_size": "embedding_length",
-            "num_hidden_layers": "block_count",
-            "num_attention_heads": "attention.head_count",
-            "num_key_value_heads": "attention.head_count_kv",
-            "intermediate_size": "feed_forward_length",
-            "max_position_embeddings": "context_length",
-            "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-            "rope_theta": "rope.freq_base",
-            "head_dim": "rope.dimension_count",
-            "vocab_size": "vocab_size",
-        }
-        read = {f"llama.{name}" for name in known.values()}
+        read = {f"llama.{name}" for name, _, _ in HYPER_PARAMETERS.values()}
         for name in self._reader.fields:
             if name not in read and not DESCRIPTIVE.match(name):
-                refuse("checkpoint", self.path, f"{name} is not supported", SAFETENSORS)
-        config = {ours: self._field(f"llama.{name}") for ours, name in known.items()}
-        config = {key: value for key, value in config.items() if value is not None}
+                self._refuse(f"{name} is not supported", SAFETENSORS)
+        config = {
+            ours: self._value(f"llama.{name}", kind, default)
+            for ours, (name, kind, default) in HYPER_PARAMETERS.items()
+        }
+        if config["vocab_size"] is None:
+            config["vocab_size"] = len(self._value("tokenizer.ggml.tokens", TEXTS))
         # Stored in float32: 1e-5 comes back as 9.999999747378752e-06.
         for key in ("rms_norm_eps", "rope_theta"):
             config[key] = float(f"{config[key]:.6g}")
@@ -109,14 +155,14 @@ class GGUFFile:
         return {
             "model_type": "llama",
             "tie_word_embeddings": "output.weight" not in names,
-            "eos_token_id": self._field("tokenizer.ggml.eos_token_id"),
+            "eos_token_id": self._value("tokenizer.ggml.eos_token_id", TOKEN, None),
             **config,
         }
 
     def weights(self) -> "dict[str, Tensor]":
         """Every tensor, dequantised to float32, under the names of LlamaForCausalLM."""
-        heads = self._field("llama.attention.head_count")
-        groups = self._field("llama.attention.head_count_kv", heads)
+        heads = self._value("llama.attention.head_count", COUNT)
+        groups = self._value("llama.attention.head_count_kv", COUNT, heads)
         return dict(self._tensors({"attn_q": heads, "attn_k": groups}))
 
     def _tensors(self, heads: dict[str, int]) -> "Iterator[tuple[str, Tensor]]":
@@ -126,11 +172,17 @@ class GGUFFile:
             found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", stored.name)
             block, kind = found.groups("") if found else ("", "")
             if kind not in NAMES:
-                rule = f"the model has no tensor {stored.name}"
-                refuse("checkpoint", self.path, rule, SAFETENSORS)
-            values = self._gguf.quants.dequantize(stored.data, stored.tensor_type)
+                self._refuse(f"the model has no tensor {stored.name}", SAFETENSORS)
+            try:
+                values = self._gguf.quants.dequantize(stored.data, stored.tensor_type)
+            except NotImplementedError:
+                form = stored.tensor_type.name
+                self._refuse(f"{stored.name} is stored as {form}, which is not read", SAFETENSORS)
             tensor = torch.from_numpy(values.copy() if not values.flags.writeable else values)
             if kind in heads:
+                if tensor.dim() != 2 or len(tensor) % (2 * heads[kind]):
+                    sizes = [*tensor.shape]
+                    self._refuse(f"{stored.name} of {sizes} has not {heads[kind]} heads")
                 tensor = _halves_apart(tensor, heads[kind])
             place = f"model.layers.{block}." if block else ""
             yield f"{place}{NAMES[kind]}.weight", tensor
@@ -140,23 +192,32 @@ class GGUFFile:
 
         Raises UserError for another kind of tokeniser, or another way to cut text before merging.
         """
-        kind, pre = (
-            self._field("tokenizer.ggml.model"),
-            self._field("tokenizer.ggml.pre", "default"),
-        )
+        kind = self._value("tokenizer.ggml.model", TEXT)
+        pre = self._value("tokenizer.ggml.pre", TEXT, "default")
         if kind != "gpt2" or pre not in PRE_TOKENIZERS:
             raise UserError(
                 f"checkpoint={self.path}: tokenizer.ggml.model={kind}, pre={pre} is unknown. Give "
                 "the model's own file: data.tokenizer=<tokenizer.json>."
             )
-        tokens, types = (
-            self._field("tokenizer.ggml.tokens"),
-            self._field("tokenizer.ggml.token_type"),
-        )
-        merges = [pair.split(" ") for pair in self._field("tokenizer.ggml.merges")]
+        tokens = self._value("tokenizer.ggml.tokens", TEXTS)
+        types = self._value("tokenizer.ggml.token_type", INTEGERS, [NORMAL] * len(tokens))
+        if len(types) != len(tokens):
+            rule = f"tokenizer.ggml.token_type has {len(types)} values for {len(tokens)} tokens"
+            self._refuse(rule)
+        merges = [pair.split(" ") for pair in self._value("tokenizer.ggml.merges", TEXTS)]
+        known = {*tokens}
+        for pair in merges:
+            if len(pair) != 2 or not {*pair, "".join(pair)} <= known:
+                self._refuse(f"tokenizer.ggml.merges has {' '.join(pair)!r}, which are no tokens")
         special = [i for i, kind in enumerate(types) if kind in SPECIAL]
-        bos = self._field("tokenizer.ggml.bos_token_id")
-        bos = bos if self._field("tokenizer.ggml.add_bos_token", False) else None
+        bos = None
+        if self._value("tokenizer.ggml.add_bos_token", FLAG, False):
+            bos = self._value("tokenizer.ggml.bos_token_id", TOKEN)
+            if bos >= len(tokens):
+                rule = (
+                    f"tokenizer.ggml.bos_token_id={bos}, which must be one of {len(tokens)} tokens"
+                )
+                self._refuse(rule)
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         added = [{"id": i, "content": tokens[i], "special": True, **flags} for i in special]
         model = {
@@ -175,6 +236,27 @@ class GGUFFile:
             },
             ensure_ascii=False,
         )
+
+
+def _reader(gguf: Any, path: Path) -> Any:
+    """The package's reader, which refuses to read beyond the end of the file.
+
+    Its own reads there give empty arrays: it would go on for as long as a damaged length says.
+    """
+
+    class BoundedReader(gguf.GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
+            values = super()._get(offset, dtype, count, *rest, **named)
+            if len(values) != count:
+                raise ValueError(f"it ends at byte {len(self.data)}")
+            return values
+
+    return BoundedReader(path)
+
+
+def _items(value: Any) -> list[Any]:
+    """The items of a list; of what is none, itself, which is of another kind than any item."""
+    return value if isinstance(value, list) else [None]
 
 
 def _before(token: str, number: int) -> dict[str, Any]:

@@ -92,6 +92,7 @@ def open_weights(folder: Path, dtype: "torch.dtype | None" = None) -> "dict[str,
 
     Those that are stored in it are mapped from the files, the others are converted one by one, each
     from a mapping of its own, whose pages go with it; with None all are mapped, in their own dtype.
+    What is stored in another dtype than DTYPES has keeps it.
     Raises UserError where a file is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
@@ -102,7 +103,7 @@ def open_weights(folder: Path, dtype: "torch.dtype | None" = None) -> "dict[str,
             with safe_open(file, framework="pt") as opened:
                 names = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 (no mapping)
                 for name, stored in names.items():
-                    if dtype is None or DTYPES.get(stored) == kept:
+                    if dtype is None or DTYPES.get(stored, kept) == kept:
                         tensors[name] = opened.get_tensor(name)
             for name in names:
                 if name not in tensors:

@@ -110,7 +110,7 @@ def open_teacher(path: Path, config: TrainConfig) -> Teacher:
         described, file = read_checkpoint(path, Path(folder))
         tokenizer = open_tokenizer(str(file), described.end_token, bos_of(str(file)))
     own = pretrained_config(described, path, plain(config.data), Path(config.runs))
-    model = load_pretrained(own).eval().requires_grad_(False)
+    model = load_pretrained(own, described=described).eval().requires_grad_(False)
     return Teacher(model, tokenizer.name, identify(path)["sha256"], own.trainer.precision)
 
 

@@ -71,7 +71,7 @@ def pretrained_run(
         return folder
     say(f"{checkpoint}: {described.family}, reading its weights")
     found = identify(checkpoint)
-    model = load_pretrained(config)
+    model = load_pretrained(config, described=described)
     info = {
         "status": "done",
         "id": uuid.uuid4().hex[:12],
