@@ -96,6 +96,17 @@ def test_many_prompts_are_written_on_as_each_alone(here):
         assert found == [model.generate(prompt, tokens=20, **how) for prompt in prompts]
 
 
+@pytest.mark.parametrize("of", [list, tuple, np.array, torch.tensor, str])
+def test_prompts_may_be_of_every_annotated_type(here, of):
+    model = zoo.load(here / "runs/my-run", device="cpu")
+    given = ["def", "x"] if of is str else [of([100, 101, 102]), of([120])]
+    found = model.generate_many(given, tokens=4)
+    assert found == [model.generate(one, tokens=4) for one in given]
+    assert found == model.generate_many(["def", "x"], tokens=4)
+    with pytest.raises(UserError, match=r"^prompts=.+: must be a list, each .+$"):
+        model.generate_many([np.ones((3, 40))], tokens=4)
+
+
 def test_a_checkpoint_needs_no_text(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("tokenizers")

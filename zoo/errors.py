@@ -73,6 +73,7 @@ def shown(value: Any) -> str:
         text = f"[{','.join(map(shown, value))}]"
     else:
         text = str(value)
+    text = re.sub(r"\s*\n\s*", " ", text)  # of an array, or a text of several lines
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
 
 

@@ -4,6 +4,7 @@ import io
 import logging
 
 import pytest
+import torch
 from building import train_on_text
 
 import zoo
@@ -32,6 +33,27 @@ def test_each_line_is_added_to_the_text(run, monkeypatch, capsys):
     assert said.out == "".join(f"{piece}\n" for piece in written)
     assert "[5 tokens, " in said.err
     assert "text 23, state " in said.err
+
+
+def test_random_numbers_go_on_from_reply_to_reply(run, monkeypatch, capsys):
+    draws: list[int] = []
+
+    def start(self):
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def draw(_):
+            draws.append(int(torch.randint(0, 256, (1,), generator=generator)))
+            return 65
+
+        return draw
+
+    monkeypatch.setattr("zoo.model.generation.Sampling.start", start)
+    for _ in range(2):
+        monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n"))
+        assert main(["chat", run, "tokens=8", "temperature=1", "seed=3", "device=cpu"]) == 0
+    first, second, *again = [draws[i : i + 8] for i in range(0, 32, 8)]
+    assert first != second
+    assert again == [first, second]
 
 
 def test_what_modules_log_waits_for_the_end_of_a_text(capsys):
@@ -67,10 +89,22 @@ def test_a_place_may_have_an_equals_sign_and_input_may_be_closed(run, tmp_path, 
         (["RUN", "top_k=4"], "zoo chat: top_k=4: unknown option. Did you mean 'top_p'?"),
         (["RUN", "stop=[x,'']"], "zoo chat: stop="),
         (["RUN", "prompt=[x,y]"], "zoo chat: prompt=[x,y]: must be one text."),
+        *[
+            (
+                ["RUN", f"prompt={value}"],
+                f"zoo chat: prompt={value}: must be one text. Quote what is read",
+            )
+            for value in ("3", "null", "true", "1.5")
+        ],
+        (
+            ["RUN", "prompt=${seq_len}"],
+            "zoo chat: prompt=${seq_len}: ${..} has the value of an option, ",
+        ),
+        (["RUN", "stop=[${x}]"], "zoo chat: stop=[${x}]: ${..} has the value of an option, "),
         (["nowhere"], "zoo chat: nowhere: is no run and no checkpoint."),
     ],
 )
 def test_a_mistake_is_one_line(run, words, line, capsys):
-    assert main(["chat", *[run if word == "RUN" else word for word in words]]) == 2
+    assert main(["chat", *(run if word == "RUN" else word for word in words)]) == 2
     (said,) = capsys.readouterr().err.splitlines()[-1:]
     assert said.startswith(line)

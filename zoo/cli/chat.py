@@ -3,6 +3,7 @@
 What was read and written stays in the model's state, so that a line costs its own tokens alone.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from time import perf_counter
 from zoo.cli.guard import held_back, run_program
 from zoo.config.compose import compose
 from zoo.console import say
-from zoo.errors import UserError, refuse, refuse_path, refuse_unknown
+from zoo.errors import UserError, refuse, refuse_path, refuse_unknown, sentence
 
 USAGE = """zoo chat run=<run folder> | checkpoint=<folder or file> [option=value ...]
 write on with a model: each line is added to the text, and the model goes on from there
@@ -35,6 +36,7 @@ An empty line lets the model write on. Ctrl-D ends.
 """
 TASK = "task.generate."
 OF_TASK = ("prompt", "tokens", "temperature", "top_p", "seed", "stop")
+INTERPOLATED = re.compile(r"(?<!\\)\$\{")  # the value of another option
 PLACES = ("run", "checkpoint")
 OPTIONS = (*PLACES, *OF_TASK, "device", "weights", "kv_cache", "extension")
 
@@ -66,8 +68,8 @@ def chat(words: Sequence[str]) -> int:
         how.check()
         if not isinstance(how.prompt, str):
             refuse(f"{TASK}prompt", how.prompt, "must be one text")
-    except UserError as error:  # options have short names here
-        raise UserError(str(error).removeprefix(TASK)) from None
+    except UserError as error:
+        raise UserError(_of_chat(str(error), others)) from None
     from zoo.model.generation import write_text  # heavy: seconds
     from zoo.model.language_model import load_language_model
     from zoo.report.words import size
@@ -93,3 +95,17 @@ def chat(words: Sequence[str]) -> int:
         said = f"{count} tokens, {count / seconds:,.1f} a second; text {writer.tokens:,}"
         say(f"[{said}, state {size(writer.state_bytes)}]")
     return 0
+
+
+def _of_chat(said: str, words: Sequence[str]) -> str:
+    """What eval.py says of these words, in the options of this command, whose names are short."""
+    said = said.removeprefix("run=x task=generate ").replace(TASK, "")
+    values = [word.removeprefix(TASK) for word in words if INTERPOLATED.search(word)]
+    if values and "Interpolation" in said:
+        rule = "${..} has the value of an option, and there is none of that name"
+        return sentence(values[0], rule, "Write \\${ for these characters")
+    setting, text, _ = said.partition(": must be text")
+    if setting.startswith("prompt=") and text:
+        advice = "Quote what is read as something else: prompt='\"3\"'"
+        return sentence(setting, "must be one text", advice)
+    return said

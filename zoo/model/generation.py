@@ -95,6 +95,8 @@ class Writer:
         self._last: list[int] = []  # tokens of the text, of which its last are needed
         self._logits: Tensor | None = None  # after what was read
         self.written = 0  # tokens drawn so far, ends of documents apart
+        self._sampling: Sampling | None = None  # how tokens were drawn last, and what draws them
+        self._draw: Callable[[Float[Tensor, " v"]], int] | None = None
 
     @property
     def last_tokens(self) -> list[int]:
@@ -155,11 +157,15 @@ class Writer:
     def write(self, count: int, sampling: Sampling, end: int | None = None) -> Iterator[int]:
         """Draw up to `count` tokens, which become part of the text; stops before the token `end`.
 
+        Random numbers go on from those of the last call of the same `sampling`.
+
         Raises UserError where the text would become longer than the model can read, and
         ArithmeticError where the model gives no finite numbers.
         """
         self.check_length(count)
-        draw = sampling.start()
+        if self._draw is None or self._sampling != sampling:
+            self._sampling, self._draw = sampling, sampling.start()
+        draw = self._draw
         for _ in range(count):
             logits = self.next_logits()
             least, most = logits.aminmax()  # NaN where there is one

@@ -151,6 +151,7 @@ class LanguageModel:
         those of `stream`.
         """
         check("rows", rows, Positive, ROWS)
+        prompts = [_plain(one) for one in prompts] if isinstance(prompts, list | tuple) else prompts
         check("prompts", prompts, Sequence[str | Sequence[int]])
         sampling, words = self._checked(tokens, temperature, top_p, seed, stop)
         texts = []
@@ -186,13 +187,18 @@ class LanguageModel:
     def _tokens(self, name: str, given: Any, kind: Any = str | Sequence[int]) -> list[int]:
         """The tokens of the argument `name`. UserError where it is of no such kind, or a token is
         none of the model's."""
-        tokens = given.tolist() if hasattr(given, "tolist") else given  # of NumPy or PyTorch
+        tokens = _plain(given)
         check(name, tokens, kind)
         found = self.encode(tokens) if isinstance(tokens, str) else [*map(int, tokens)]
         last = self.backbone.vocab_size - 1
         if bad := [token for token in found if not 0 <= token <= last]:
             refuse(name, bad[0], f"must be of the model's tokens, 0 to {last}")
         return found
+
+
+def _plain(given: Any) -> Any:
+    """An array of NumPy or PyTorch as lists; all else as it is."""
+    return given.tolist() if hasattr(given, "tolist") else given
 
 
 def load_language_model(
