@@ -157,7 +157,8 @@ def _check_sources(program: str, tree: DictConfig) -> None:
     """
     raw: Any = OmegaConf.to_container(tree, resolve=False)
     found = (re.fullmatch(r"\$\{([a-z_.]+)\}", str(value)) for _, value in leaves(raw))
-    for path in dict.fromkeys(match[1] for match in found if match):
+    known = {path for path, _ in leaves(raw)}  # of another name OmegaConf says that it is not found
+    for path in dict.fromkeys(match[1] for match in found if match and match[1] in known):
         check_option(SCHEMAS[program], path, OmegaConf.select(tree, path))
 
 
