@@ -233,6 +233,48 @@ def test_every_field_of_a_config_is_honoured_or_refused_by_name(case, tmp_path):
             assert torch.equal(again, logits_of(theirs)), (key, value)
 
 
+ODD = ([], {}, None, -1, 0, "x", 1e30, True)
+ABSENT = ("rope_scaling", "rope_theta", "head_dim", "partial_rotary_factor", "sliding_window")
+ABSENT += ("layer_types", "original_max_position_embeddings")
+
+
+@pytest.mark.parametrize("case", ["llama", "mamba"])
+def test_an_odd_value_of_a_key_is_refused_or_means_what_it_means_to_transformers(case, tmp_path):
+    theirs = save(tmp_path, case)
+    config = read_json(tmp_path / "config.json")
+    before, logits, refused = describe(config), logits_of(theirs), 0
+    inside = config.get("rope_parameters", {})
+    changes = [{key: value} for key in ({**config} | dict.fromkeys(ABSENT)) for value in ODD]
+    changes += [{"rope_parameters": inside | {key: value}} for key in inside for value in ODD]
+    for change in changes:
+        said, found = "", logits
+        try:
+            if describe(config | change) != before:
+                (tmp_path / "config.json").write_text(json.dumps(config | change))
+                with torch.no_grad():
+                    found = opened(tmp_path)(torch.arange(40)[None])
+        except UserError as error:
+            said = str(error)
+        refused += bool(said)
+        assert "\n" not in said, change
+        if not torch.allclose(found, logits, atol=1e-5):
+            expected = reopened(theirs, config | change, tmp_path)
+            assert expected is not None, change
+            assert torch.allclose(found, expected, atol=1e-5), change
+    assert refused > len(changes) / 3
+
+
+@pytest.mark.parametrize(
+    "old", [{"rope_type": "nope"}, {"type": "linear", "factor": 2.0}, {"rope_theta": 5.0}]
+)
+def test_rope_scaling_that_contradicts_rope_parameters_is_refused(old, tmp_path):
+    save(tmp_path, "llama")
+    config = read_json(tmp_path / "config.json")
+    describe(config | {"rope_scaling": config["rope_parameters"]})
+    with pytest.raises(UserError, match=r"rope_scaling=.*: says otherwise than rope_parameters"):
+        describe(config | {"rope_scaling": old})
+
+
 def logits_of(theirs: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return theirs(torch.arange(40)[None], use_cache=False).logits
@@ -244,7 +286,7 @@ def reopened(theirs: Any, config: dict[str, Any], folder: Path) -> torch.Tensor 
     try:
         again = type(theirs).from_pretrained(folder).eval()
         return logits_of(again)
-    except ValueError:
+    except (ValueError, TypeError, ArithmeticError):
         return None
 
 

@@ -120,7 +120,10 @@ def load_pretrained(
             rule = f"{name} has a number that is not finite in {str(form).removeprefix('torch.')}"
             refuse("checkpoint", str(checkpoint), rule, "Give a whole checkpoint")
     if config.model.tied:
-        del weights["head.weight"]  # one tensor, not two
+        head, embedding = weights.pop("head.weight"), weights["embedding.weight"]
+        if head is not embedding and not torch.equal(head, embedding):
+            rule = "its head is tied to its embedding, and its weights have another head"
+            refuse("checkpoint", str(checkpoint), rule, "Set tie_word_embeddings to false")
     model.load_state_dict(weights, strict=False, assign=True)
     if config.model.tied:
         model.head.weight = model.embedding.weight

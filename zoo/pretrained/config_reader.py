@@ -1,6 +1,7 @@
 """Reads the keys of a checkpoint's `config.json`, and refuses those that nothing has read."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,93 @@ SILENT = {
 }
 
 
+def _number(above: bool) -> Callable[[Any], bool]:
+    def fits(value: Any) -> bool:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            return False
+        return value > 0 if above else value >= 0
+
+    return fits
+
+
+def _whole(least: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and value >= least
+
+
+def _list(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: type(value) is list and all(map(fits, value))
+
+
+def _text(value: Any) -> bool:
+    return type(value) is str
+
+
+# What keys must be where they are there and not null, also those within rope_parameters. A key of
+# none of these may have one of few values alone, or is read by nothing.
+KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "an integer >= 1",
+        _whole(1),
+        """
+        hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size
+        max_position_embeddings vocab_size head_dim num_heads sliding_window state_size conv_kernel
+        lru_width conv1d_width attention_window_size context_length sliding_window_pattern
+        _sliding_window_pattern decay_low_rank_dim a_low_rank_dim v_low_rank_dim gate_low_rank_dim
+        original_max_position_embeddings""",
+    ),
+    ("an integer >= 0", _whole(0), "max_window_layers"),
+    (
+        "a number > 0",
+        _number(above=True),
+        """
+        rope_theta rotary_emb_base rope_local_base_freq partial_rotary_factor rotary_pct factor
+        attention_factor beta_fast beta_slow low_freq_factor high_freq_factor expand hidden_ratio
+        query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping logits_soft_cap""",
+    ),
+    (
+        "a number >= 0",
+        _number(above=False),
+        """
+        rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps mixer_rms_eps mscale
+        mscale_all_dim""",
+    ),
+    (
+        "true or false",
+        lambda value: type(value) is bool,
+        """
+        attention_bias mlp_bias tie_word_embeddings use_sliding_window use_parallel_residual
+        truncate""",
+    ),
+    ("a text", _text, "rope_type type"),
+    ("a list of texts", _list(_text), "layer_types block_types"),
+    ("a list of numbers", _list(_number(above=True)), "short_factor long_factor"),
+    (
+        "an object",
+        lambda value: type(value) is dict,
+        "rope_scaling rope_parameters full_attention sliding_attention zoo zoo_training",
+    ),
+    (
+        "an integer >= 1, or auto",
+        lambda value: value == "auto" or _whole(1)(value),
+        "time_step_rank",
+    ),
+    (
+        "an integer >= 0, or a list of them",
+        lambda value: _whole(0)(value) or _list(_whole(0))(value),
+        "eos_token_id",
+    ),
+)
+KEYS = {key: (words, fits) for words, fits, keys in KINDS for key in keys.split()}
+
+
+def check_kind(key: str, value: Any, inside: str = "") -> None:
+    """Refuse a value of another kind than the key's; `inside` is the object that has it."""
+    words, fits = KEYS.get(key, ("", None))
+    if fits is not None and value is not None and not fits(value):
+        name = f"{inside}.{key}" if inside else key
+        raise UserError(f"config.json: {name}={value!r}: must be {words}.")
+
+
 @dataclass
 class Reader:
     """Reads a config's keys, and remembers which were read."""
@@ -34,6 +122,11 @@ class Reader:
     def get(self, key: str, default: Any = None) -> Any:
         self.read.add(key)
         value = self.config.get(key)
+        check_kind(key, value)
+        for inner, one in value.items() if key.startswith("rope_") and type(value) is dict else ():
+            check_kind(inner, one, key)
+            for last, given in one.items() if type(one) is dict else ():
+                check_kind(last, given, f"{key}.{inner}")
         return default if value is None else value
 
     def number(self, key: str) -> Any:
@@ -49,7 +142,8 @@ class Reader:
     def only(self, key: str, *allowed: Any) -> None:
         """Refuse a key whose value needs what the zoo does not compute."""
         value = self.get(key)
-        if value is not None and value not in allowed:
+        same = [one for one in allowed if isinstance(one, bool) is isinstance(value, bool)]
+        if value is not None and value not in same:
             raise unsupported(key, value)
 
     def finish(self) -> None:

@@ -54,7 +54,7 @@ def describe(config: Config) -> Description:
         words, layers = words
     words += _trained(reader, any(word.startswith("seq_len=") for word in words))
     vocab_size = reader.number("vocab_size")
-    end = config.get("eos_token_id")
+    end = reader.get("eos_token_id")
     if isinstance(end, list):
         end = end[0] if end else None
     reader.finish()

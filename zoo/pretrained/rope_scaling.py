@@ -33,6 +33,9 @@ def rotary(read: Reader, length: int, base_key: str = "rope_theta") -> list[str]
         UserError: for what the zoo does not compute.
     """
     old, new = read.get("rope_scaling", {}), read.get("rope_parameters", {})
+    shared = {key for key in {*old} & {*new} if old[key] != new[key]}
+    if shared or (_names_type(old) and _names_type(new) and rope_type(old) != rope_type(new)):
+        raise unsupported("rope_scaling", old, "says otherwise than rope_parameters")
     scaling = {**old, **new}
     base = scaling.pop("rope_theta", None) or read.get(base_key, 10000.0)
     kind = rope_type(scaling)
@@ -52,6 +55,10 @@ def rotary(read: Reader, length: int, base_key: str = "rope_theta") -> list[str]
 
 def rope_type(scaling: Mapping[str, Any]) -> str:
     return scaling.get("rope_type") or scaling.get("type") or "default"
+
+
+def _names_type(scaling: Mapping[str, Any]) -> bool:
+    return rope_type(scaling) != "default" or "rope_type" in scaling
 
 
 def _nothing_left(scaling: Mapping[str, Any]) -> None:
