@@ -8,9 +8,9 @@ A row also carries its task's `Declaration`, so that whoever reads rows can draw
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 BITS = ("int8", "int4")  # of quantized weights, keys and values
 # What identifies a measurement beside its question: the text, how it was read, by what machine.
@@ -33,6 +33,7 @@ EARLIER_QUESTIONS = {
 }
 
 Form = Literal["score", "share", "count", "bytes"]
+LARGEST = 10**18  # of an integer in a row or record: beyond, neighbours are one float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +100,11 @@ def declared(row: Mapping[str, Any]) -> Declaration | None:
     found: Any = row.get("declares")
     try:
         known = {each.name for each in dataclasses.fields(Quantity)}
-        quantities = (
+        quantities = [
             Quantity(**{k: v for k, v in one.items() if k in known}) for one in found["quantities"]
-        )
+        ]
+        if not all(map(_is_quantity, quantities)):
+            return None
         return Declaration(
             title=str(found["title"]),
             about=str(found["about"]),
@@ -111,6 +114,104 @@ def declared(row: Mapping[str, Any]) -> Declaration | None:
         )
     except (TypeError, KeyError, AttributeError):
         return None
+
+
+def _is_quantity(one: Quantity) -> bool:
+    """Whether a quantity that was read from a file has values of its fields' kinds."""
+    texts = (one.field, one.name, one.unit, one.interval or "", one.chance or "")
+    known = one.better in ("lower", "higher", None) and one.form in get_args(Form)
+    return known and all(type(text) is str for text in texts) and type(one.where) is dict
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < LARGEST)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < LARGEST
+
+
+def _is_numbers(value: Any) -> bool:
+    return type(value) is list and all(one is None or _is_number(one) for one in value)
+
+
+def _is_interval(value: Any) -> bool:
+    return type(value) is list and len(value) == 2 and all(map(_is_number, value))
+
+
+def _is_texts(value: Any) -> bool:
+    return type(value) is list and all(type(one) is str for one in value)
+
+
+def _is_counts(value: Any) -> bool:
+    return type(value) is dict and all(map(_is_count, value.values()))
+
+
+def _is_curve(value: Any) -> bool:
+    """Whether it has the edges of buckets of positions, and lists of a number of each bucket."""
+    edges = value.get("edges") if type(value) is dict and "bits_per_byte" in value else None
+    if not (type(edges) is list and all(map(_is_count, edges)) and edges == sorted({*edges})):
+        return False
+    parts = [part for name, part in value.items() if name != "edges"]
+    return all(_is_numbers(part) and len(part) == len(edges) - 1 for part in parts)
+
+
+# What fields of a row, and of a run's record, must be where they are there and not null. Fields of
+# other names may be anything: reports read them where a declaration names them.
+KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "a text",
+        lambda value: type(value) is str,
+        """
+        run arm model size match data device dtype documents extension extension_settings commit
+        compression compression_family fingerprint measured_by phase protocol reason session sources
+        split state_passing status task time tokenizer positions_file found_file""",
+    ),
+    ("an integer >= 1", lambda value: _is_count(value) and value > 0, "length train_length"),
+    (
+        "an integer >= 0",
+        _is_count,
+        """
+        train_tokens train_steps parameters count correct seed step tokens_seen
+        threads windows window unit units most shown bytes state_bytes stride""",
+    ),
+    (
+        "a number",
+        _is_number,
+        """
+        lr extension_factor flops_per_token valid_loss seconds accuracy bits_per_byte perplexity
+        nll_sum chance bigram_bits unigram_bits uniform_bits value score""",
+    ),
+    ("two numbers", _is_interval, "interval"),
+    ("a list of numbers", _is_numbers, "accuracy_by_quarter correct_by_depth unit_bits"),
+    ("a list of texts", _is_texts, "question"),
+    ("true or false", lambda value: type(value) is bool, "requested pruned dirty"),
+    ("settings by name", lambda value: type(value) is dict, "settings extension_options versions"),
+    ("integers by name", _is_counts, "audited"),
+    ("edges and lists of a number for each bucket", _is_curve, "curve"),
+    ("a text, or settings by name", lambda value: type(value) in (str, dict), "audit"),
+    ("what a task declares", lambda value: declared({"declares": value}) is not None, "declares"),
+)
+FIELDS = {name: (words, fits) for words, fits, names in KINDS for name in names.split()}
+
+
+def wrong_field(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with the first field of a row or a record that is of another kind than it must
+    be, in words: "length must be an integer >= 0"; None where all are as they must be."""
+    for name, value in row.items():
+        words, fits = FIELDS.get(name, ("", None))
+        if fits is not None and value is not None and not fits(value):
+            return f"{name} must be {words}"
+    found = declared(row)
+    for one in found.quantities if found else ():
+        for name, words, fits in (
+            (one.field, "a number", _is_number),
+            (one.chance, "a number", _is_number),
+            (one.interval, "two numbers", _is_interval),
+        ):
+            if name and row.get(name) is not None and not fits(row[name]):
+                return f"{name} must be {words}"
+    return None
 
 
 def numbers(dtype: str, kv_cache: str | None) -> str:

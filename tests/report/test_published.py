@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from zoo.errors import UserError
-from zoo.report import published
+from zoo.report import published, write_report
 from zoo.report.rows import gather
 
 
@@ -181,3 +181,58 @@ def test_the_readme_has_the_published_numbers_of_mqar():
     for arm, values in shown.items():
         numbers = [cell.value for cell in cells[arm].values()]
         assert [value.strip() for value in values] == [f"{100 * n:.0f} %" for n in numbers if n]
+
+
+ODD = (None, [], {}, "x", -1, 0, 1e300, True, [None], "absent")
+
+
+def odd(part: dict, key: str, value) -> dict:
+    found = part | {key: value}
+    if value == "absent":
+        del found[key]
+    return found
+
+
+@pytest.mark.parametrize("value", ODD, ids=json.dumps)
+def test_a_field_of_another_kind_is_refused_or_drawn(value, tmp_path):
+    """Each field of a record or row of a published table in turn; what may be read is drawn all
+    together, each field of another record or row."""
+    all_rows, runs = published.unpack(published.read("text"))
+    parts, kept = {"rows": all_rows, "runs": runs}, []
+    keys = {(kind, key): None for kind, own in parts.items() for part in own for key in part}
+    for kind, key in keys:
+        part = odd(next(part for part in parts[kind] if key in part), key, value)
+        one = part if kind == "runs" else {"run": part.get("run"), "status": "done"}
+        rows = [part] if kind == "rows" else []
+        tree = {
+            "format": 1,
+            "machine": "m",
+            "common": {},
+            "runs": [one | {"fields": {}, "rows": rows}],
+        }
+        (tmp_path / "t.json").write_text(json.dumps(tree))
+        try:
+            published.read_file(tmp_path / "t.json")
+        except UserError as error:
+            said = str(error)
+        else:
+            kept.append((kind, key))
+            continue
+        assert "\n" not in said, key
+        assert "is no published table" in said, key
+    changed = {kind: [*part] for kind, part in parts.items()}
+    for number, (kind, key) in enumerate(kept):
+        having = [i for i, part in enumerate(parts[kind]) if key in part]
+        if key != "run":
+            i = having[number % len(having)]
+            changed[kind][i] = odd(changed[kind][i], key, value)
+    assert write_report(changed["rows"], changed["runs"], tmp_path / "report.html")
+
+
+def test_a_row_that_names_no_run_is_refused_before_anything_is_measured(tmp_path):
+    row = {"task": "accuracy", "status": "ok"}
+    tree = {"format": 1, "machine": "x", "common": {}}
+    tree["runs"] = [{"run": "a", "status": "done", "fields": {}, "rows": [row]}]
+    (tmp_path / "t.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"is no published table \(run is missing, in None\)"):
+        published.check_names(tmp_path / "t.json", [])

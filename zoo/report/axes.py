@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class Axis:
         log = not self.signed and high / low > self.log_from
         if log:
             air = (high / low) ** 0.04
-            low, high = low / air, high * air
+            low, high = low / air, min(high * air, sys.float_info.max)
         else:
             air = max((high - low) * 0.06, abs(high) * 0.01, 1e-3)
             low, high = low - air, high + air
@@ -57,7 +58,9 @@ def ticks(low: float, high: float, base: int, log: bool, most: int = 9) -> list[
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
         choices = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,))
-        series = ([step * 10.0**power for power in powers for step in steps] for steps in choices)
+        series = (
+            [float(f"{step}e{power}") for power in powers for step in steps] for steps in choices
+        )
         inside = [[value for value in values if low <= value <= high] for values in series]
         return next((values for values in inside if len(values) < most), inside[-1])
     rough = (high - low) / (most * 2 / 3)

@@ -46,7 +46,8 @@ def noise_floors(cells: Cells) -> dict[int, Floor]:
         freedom = sum(free for free, _ in several)
         if not any(spread for _, spread in several):
             continue
-        pooled = math.sqrt(sum(free * spread**2 for free, spread in several) / freedom)
+        pooled = math.hypot(*(math.sqrt(free) * spread for free, spread in several))
+        pooled /= math.sqrt(freedom)  # no overflow
         fewest = min(free + 1 for free, _ in several)
         value = student(freedom) * pooled * math.sqrt(2 / fewest)
         found[length] = Floor(value, fewest, len(several), any(c.seeds == 1 for c in column))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import choose, refuse, refuse_path
-from zoo.measurement import replaces
+from zoo.measurement import replaces, wrong_field
 
 Row = dict[str, Any]
 
@@ -140,17 +140,21 @@ def read_file(path: Path) -> dict[str, Any]:
 
 def _check(tree: Mapping[str, Any]) -> None:
     """Raise one of several errors for a tree that is not of `pack`'s form."""
+    if not isinstance(tree["machine"], str):
+        raise ValueError("machine must be a text")
+    parts = [tree["runs"], *(run["rows"] for run in tree["runs"])]
+    if not all(isinstance(part, list) for part in parts):
+        raise ValueError("runs and rows must be lists")
     rows, runs = unpack(tree)
     names = [run["run"] for run in runs]
     if len(names) != len({*names}):
         raise ValueError("it has two runs of one name")
-    texts = [tree["machine"], *names, *(row[key] for row in rows for key in ("task", "status"))]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("a name is no text")
-    if not all(
-        isinstance(part, list) for part in (tree["runs"], *(r["rows"] for r in tree["runs"]))
-    ):
-        raise ValueError("runs and rows must be lists")
+    needed = [("run", "task", "status")] * len(rows) + [("run", "status")] * len(runs)
+    for row, fields in zip([*rows, *runs], needed, strict=True):
+        why = wrong_field(row)
+        lacking = [f"{name} is missing" for name in fields if row.get(name) is None]
+        if why or lacking:
+            raise ValueError(f"{why or lacking[0]}, in {row.get('run')}")
 
 
 def require(fingerprints: Container[Any]) -> None:

@@ -36,7 +36,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     if freedom < 1:
         return None
     mean = sum(values) / len(values)
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / freedom)
+    spread = math.hypot(*(value - mean for value in values)) / math.sqrt(freedom)  # no overflow
     half = student(freedom) * spread / math.sqrt(len(values))
     return mean - half, mean + half
 

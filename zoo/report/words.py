@@ -7,6 +7,7 @@ from zoo.measurement import Form, Quantity
 from zoo.report.rows import Cell
 from zoo.report.statistics import missing
 
+HUGE = 1e6  # from here on numbers are printed as 1.23e+06: digits would say nothing
 TIMES, DASH, AT_LEAST, PLUS_MINUS = "\u00d7", "\u2013", "\u2265", "\u00b1"
 
 
@@ -15,13 +16,13 @@ def short(number: float) -> str:
     for unit, letter in ((2**20, "M"), (2**10, "k")):
         if number >= unit and number % (unit / 4) == 0:
             return f"{number / unit:g}{letter}"
-    return f"{number:,.0f}"
+    return f"{number:,.0f}" if number < 1e15 else f"{number:.3g}"
 
 
 def count(number: float) -> str:
     """Three significant digits with thousands: 12345.6 -> "12,300", 0.1234 -> "0.123"."""
     digits = f"{number:.3g}"
-    return f"{float(digits):,.0f}" if abs(number) >= 100 else digits
+    return f"{float(digits):,.0f}" if 100 <= abs(number) < 1e15 else digits
 
 
 def size(number: float) -> str:
@@ -40,17 +41,18 @@ def operations(number: float) -> str:
 
 def score(number: float) -> str:
     """Bits per byte."""
-    return f"{number:.3f}"
+    return f"{number:.3f}" if abs(number) < HUGE else f"{number:.3g}"
 
 
 def signed(number: float) -> str:
     """A change or difference in bits per byte."""
-    return f"{number:+.3f}"
+    return f"{number:+.3f}" if abs(number) < HUGE else f"{number:+.3g}"
 
 
 def share(number: float) -> str:
     """0.1 -> "10%", 0.0001 -> "0.01%"."""
-    return f"{100 * number:.0f}%" if number >= 0.01 or not number else f"{100 * number:.2g}%"
+    whole = 0.01 <= number < HUGE or not number
+    return f"{100 * number:.0f}%" if whole else f"{100 * number:.2g}%"
 
 
 def plain(value: object) -> str:

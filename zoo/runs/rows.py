@@ -9,7 +9,7 @@ from typing import Any
 
 from zoo.config.stored import row_as_now
 from zoo.errors import refuse_path
-from zoo.measurement import replaces
+from zoo.measurement import replaces, wrong_field
 from zoo.runs.files import altered, append_line, checked, one_line, parse_json
 
 log = logging.getLogger("zoo")
@@ -67,9 +67,6 @@ def _parse(line: bytes) -> dict[str, Any] | str:
         return "holds no measurement"
     if altered(row):
         return "was altered since it was written"
-    question = row.get("question") or []
-    if not isinstance(row.get("task", ""), str) or not isinstance(question, list):
-        return "holds no measurement"
-    if not all(isinstance(name, str) for name in question):
-        return "holds no measurement"
+    if why := wrong_field(row):
+        return f"holds no measurement ({why})"
     return row_as_now(row)
