@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from types import NoneType
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -32,7 +32,7 @@ def check_option(schema: type[BaseModel], path: str, value: Any) -> None:
         owner = owner.model_fields[name].annotation
     field = owner.model_fields[last]
     try:
-        TypeAdapter(Annotated[field.annotation, *field.metadata]).validate_python(value)
+        TypeAdapter(field.rebuild_annotation()).validate_python(value)
     except ValidationError as error:
         errors = error.errors(include_url=False)
         for one in errors:

@@ -130,7 +130,7 @@ class QuantizedWeight(OwnProducts):
 
     def __init__(self, parts: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
         del dtype
-        self.parts = parts
+        self.parts = parts  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @classmethod
     def of(cls, weight: Tensor, bits: Bits) -> "QuantizedWeight":
