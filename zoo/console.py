@@ -16,7 +16,7 @@ def say(text: str) -> None:
         sys.stderr.write(f"{_label}{text}\n")
         sys.stderr.flush()
     except OSError:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, to the end of the process
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, to the end of the process
 
 
 def label(text: str) -> None:

@@ -84,12 +84,15 @@ def test_a_recipe_that_is_none_is_refused_in_one_line(capfd):
 
 
 @pytest.mark.parametrize("name", choices("recipe"))
-def test_a_recipe_says_first_how_many_stages_it_has_and_what_each_runs(name, monkeypatch, capfd):
+def test_a_recipe_says_first_how_many_stages_it_has_and_what_each_runs(
+    name, monkeypatch, capfd, tmp_path
+):
+    words = [*SMALL, *search(name), f"data.path={write_text(tmp_path)}"]
     began: list[list[str]] = []
     for program in ("train", "eval"):
         monkeypatch.setattr(f"zoo.cli.{program}.main", lambda words: began.append(words) or 3)
-    assert main([name, *SMALL, *search(name)]) == 3
-    found = steps(name, [*SMALL, *search(name)])
+    assert main([name, *words]) == 3
+    found = steps(name, words)
     assert began == [found[0][1]]
     lines = [f"zoo {program} {' '.join(words)}" for program, words in found]
     listed = [f"  {number}. {line}" for number, line in enumerate(lines, 1)]

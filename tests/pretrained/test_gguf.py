@@ -249,7 +249,7 @@ def logits_of(path: Path) -> torch.Tensor:
         return zoo.load(path).backbone(torch.arange(40)[None])
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(25))
 def test_changed_bytes_are_refused_in_one_line_or_give_a_model(seed, tmp_path):
     """Of everything but the weights, whose numbers may be any."""
     draw, path = random.Random(seed), tmp_path / "a.gguf"

@@ -193,11 +193,19 @@ def odd(part: dict, key: str, value) -> dict:
     return found
 
 
+def fewer_rows(rows: list[dict], runs: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Two runs of a table, of its first arms, with rows of two lengths."""
+    arms = list(dict.fromkeys(run["arm"] for run in runs))[:2]
+    runs = [next(run for run in runs if run["arm"] == arm) for arm in arms]
+    names = {run["run"] for run in runs}
+    return [row for row in rows if row["run"] in names and row["length"] in (512, 1024)], runs
+
+
 @pytest.mark.parametrize("value", ODD, ids=json.dumps)
 def test_a_field_of_another_kind_is_refused_or_drawn(value, tmp_path):
     """Each field of a record or row of a published table in turn; what may be read is drawn all
     together, each field of another record or row."""
-    all_rows, runs = published.unpack(published.read("text"))
+    all_rows, runs = fewer_rows(*published.unpack(published.read("text")))
     parts, kept = {"rows": all_rows, "runs": runs}, []
     keys = {(kind, key): None for kind, own in parts.items() for part in own for key in part}
     for kind, key in keys:

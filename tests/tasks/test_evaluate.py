@@ -580,7 +580,7 @@ def test_a_quantity_that_is_no_finite_number_or_left_out_is_a_failure_of_any_tas
     part = config.task[name]
     cls = part.load().func if hasattr(part.load(), "func") else part.load()
     quantity = cls.declares.quantities[0]
-    row = {each.field: 0.0 for each in cls.declares.quantities}
+    row = {each.field: 0 for each in cls.declares.quantities}
     row |= {**quantity.where, quantity.field: value}
     reason = f"no finite number: {quantity.name}"
     if value is None:

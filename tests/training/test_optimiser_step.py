@@ -214,8 +214,10 @@ def test_a_run_that_pauses_ends_as_the_unbroken_one(optim, text, tmp_path):
 
 @pytest.mark.parametrize("parts", [(1, ROWS), (ROWS, 1)])
 def test_a_run_goes_on_in_other_micro_batches_after_any_step(parts, text, tmp_path):
-    whole = run(text, tmp_path / "whole", model="mamba")
-    other = run(text, tmp_path / "parts", model="mamba", pauses=[1, 2, 4, 5], parts=parts)
+    # A gradient near 0 is all rounding, of which AdamW with a small eps makes a step of full size.
+    how = {"model": "mamba", "optim.eps": 1e-2}
+    whole = run(text, tmp_path / "whole", **how)
+    other = run(text, tmp_path / "parts", pauses=[1, 2, 4, 5], parts=parts, **how)
     for column in ("train_loss", "grad_norm"):
         assert logged(other, column) == pytest.approx(logged(whole, column), rel=1e-5)
     for key, weight in trained(whole).items():
