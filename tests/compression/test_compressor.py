@@ -46,7 +46,7 @@ def test_shortening_and_reading_take_the_operations_that_are_given(method):
     assert made.row["prompt_flops"] == 0  # the row took them
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "merges"])
+@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("merges", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_no_prompt_takes_more_than_the_operations_that_are_given(method, tokenizer, tmp_path):
     """Whatever came before it: prompts of one length differ in what a scorer computes for them."""

@@ -145,6 +145,7 @@ def with_parts(config, subclassed, which):
     return config.model_copy(update={"model": model})
 
 
+@pytest.mark.slow  # 12 s
 def test_a_subclass_of_any_mixer_is_matched_and_reads_both_ways_as_it(subclassed):
     for name in ARCHITECTURES:
         words = ("objective=masked",) if name in ENCODERS else ()

@@ -186,6 +186,9 @@ def test_the_readme_has_the_published_numbers_of_mqar():
 ODD = (None, [], {}, "x", -1, 0, 1e300, True, [None], "absent")
 
 
+DRAWN = (None, 0, 1e300, "absent")  # of these a field may have most; a report takes a second
+
+
 def odd(part: dict, key: str, value) -> dict:
     found = part | {key: value}
     if value == "absent":
@@ -228,6 +231,8 @@ def test_a_field_of_another_kind_is_refused_or_drawn(value, tmp_path):
             continue
         assert "\n" not in said, key
         assert "is no published table" in said, key
+    if value not in DRAWN:
+        return
     changed = {kind: [*part] for kind, part in parts.items()}
     for number, (kind, key) in enumerate(kept):
         having = [i for i, part in enumerate(parts[kind]) if key in part]
