@@ -191,7 +191,6 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("integers by name", _is_counts, "audited"),
     ("edges and lists of a number for each bucket", _is_curve, "curve"),
     ("a text, or settings by name", lambda value: type(value) in (str, dict), "audit"),
-    ("what a task declares", lambda value: declared({"declares": value}) is not None, "declares"),
 )
 FIELDS = {name: (words, fits) for words, fits, names in KINDS for name in names.split()}
 
@@ -204,6 +203,8 @@ def wrong_field(row: Mapping[str, Any]) -> str | None:
         if fits is not None and value is not None and not fits(value):
             return f"{name} must be {words}"
     found = declared(row)
+    if found is None and row.get("declares") is not None:
+        return "declares must be what a task declares"
     for one in found.quantities if found else ():
         for name, words, fits in (
             (one.field, "a number", _is_number),

@@ -31,7 +31,6 @@ def train(tmp_path, monkeypatch, capfd) -> Callable:
         from zoo.cli import train
 
         module = types.ModuleType("zoo.training.fit")
-        module.open_own = lambda config, folder: None  # type: ignore[attr-defined]
         module.train = learner  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "zoo.training.fit", module)
         capfd.readouterr()

@@ -21,6 +21,7 @@ from zoo.config.groups import CONFIGS
 from zoo.config.schema.data import DataPlace
 from zoo.config.schema.train import TrainConfig
 from zoo.data.loader import evaluation_bytes, evaluation_text, train_loader
+from zoo.data.sources import NAMES
 from zoo.errors import UserError
 from zoo.model.export import export
 from zoo.model.language_model import load_language_model
@@ -102,7 +103,7 @@ def test_a_tokenizer_may_be_named_where_the_checkpoint_has_none(words, checkpoin
         named.rename(own)
 
 
-@pytest.mark.parametrize("name", DataPlace.model_fields["name"].annotation.__args__[0].__args__)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_corpus_can_be_named_as_train_py_names_it(name, words, tmp_path, monkeypatch):
     section = yaml.safe_load((CONFIGS / "data" / f"{name}.yaml").read_text())
     opened = []

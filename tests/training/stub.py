@@ -82,7 +82,6 @@ def building(config, folder, until=None) -> None:
 
 def main(how: str, words: list[str]) -> int:
     module = types.ModuleType("zoo.training.fit")
-    module.open_own = lambda config, folder: None  # type: ignore[attr-defined]
     module.train = globals()[how.removesuffix("_in_a_thread")]  # type: ignore[attr-defined]
     sys.modules["zoo.training.fit"] = module
     rehearsal = types.ModuleType("zoo.training.rehearse")

@@ -23,7 +23,7 @@ from zoo.data.sources import check_source
 from zoo.devices import check_accelerator, check_deterministic
 from zoo.errors import RunError, refuse, refuse_path
 from zoo.runs.checkpoints import step_of
-from zoo.runs.claim import changed_code, claim, recording_changes
+from zoo.runs.claim import changed_code, check_data, claim, recording_changes
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import run_name
 from zoo.runs.resume import finetuned, resumed
@@ -139,7 +139,7 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
         refuse_path(str(folder), rule, "Put them back, or train a new run with fresh=true")
     check_code(config, folder)
     if folder.is_trained(config):
-        check_text(config, folder, apart=arm is not None)
+        check_text(config, folder)
         say(f"already trained: {folder} (fresh=true trains again)")
     else:
         message = describe_continuation(folder.config, config, step_of(last))
@@ -165,19 +165,13 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
     return 0
 
 
-def check_text(config: TrainConfig, folder: RunFolder, apart: bool) -> None:
-    """Refuse a finished run's text that is another now: these options would train another run.
+def check_text(config: TrainConfig, folder: RunFolder) -> None:
+    """Refuse a finished run's text that is another now: these options would train another run."""
+    if config.data.task is None and folder.info.get("fingerprint"):
+        from zoo.data.corpora import open_corpus  # numpy
 
-    `apart`: in a process beside this one, which is still to be forked from.
-    """
-    if apart:
-        processes.load("zoo.training.fit")
-    from zoo.training.fit import open_own
-
-    if apart and processes.can_fork():
-        processes.run(open_own, config, folder)
-    else:
-        open_own(config, folder)
+        text = open_corpus(config.data.model_dump(), Path(config.data.options["cache"]))
+        check_data(text.name, text.fingerprint, folder)
 
 
 def check_code(config: TrainConfig, folder: RunFolder) -> None:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from zoo.data.records import SUFFIXES, document_of, read_records
+from zoo.data.records import SUFFIXES, encoded, read_records
 from zoo.errors import refuse, refuse_path
 
 
@@ -153,8 +153,8 @@ def read_examples(path: Path, fields: Sequence[str], instruction: str) -> Iterat
         ):
             rule = f"{place} has no text or list of texts of that name"
             refuse("task.documents.fields", answers, rule, f"Use {', '.join(record)}")
-        for part in (*found.values(), *right):
-            document_of({"text": part}, "text", place)  # refused where it is no text
+        for part in (*filter(None, found.values()), *right):
+            encoded(part, place)
         yield Example(instruction, found[text] or "", found.get(question) or "", right)
 
 

@@ -104,6 +104,11 @@ def document_of(record: Mapping[str, Any], field: str, place: str) -> bytes:
     if not isinstance(text, str):
         advice = "Give a field that is text in every record"
         refuse("data.field", field, f"it is no text in {place}", advice)
+    return encoded(text, place)
+
+
+def encoded(text: str, place: str) -> bytes:
+    """The bytes of a text. UserError where UTF-8 has none for it, or NUL is among them."""
     try:
         document = text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair

@@ -34,7 +34,7 @@ def _number(above: bool) -> Callable[[Any], bool]:
     return fits
 
 
-def _whole(least: int) -> Callable[[Any], bool]:
+def whole_number(least: int) -> Callable[[Any], bool]:
     return lambda value: type(value) is int and value >= least
 
 
@@ -42,7 +42,7 @@ def _list(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: type(value) is list and all(map(fits, value))
 
 
-def _text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     return type(value) is str
 
 
@@ -51,7 +51,7 @@ def _text(value: Any) -> bool:
 KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "an integer >= 1",
-        _whole(1),
+        whole_number(1),
         """
         hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size
         max_position_embeddings vocab_size head_dim num_heads sliding_window state_size conv_kernel
@@ -59,7 +59,7 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _sliding_window_pattern decay_low_rank_dim a_low_rank_dim v_low_rank_dim gate_low_rank_dim
         original_max_position_embeddings""",
     ),
-    ("an integer >= 0", _whole(0), "max_window_layers"),
+    ("an integer >= 0", whole_number(0), "max_window_layers"),
     (
         "a number > 0",
         _number(above=True),
@@ -82,8 +82,8 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         attention_bias mlp_bias tie_word_embeddings use_sliding_window use_parallel_residual
         truncate""",
     ),
-    ("a text", _text, "rope_type type"),
-    ("a list of texts", _list(_text), "layer_types block_types"),
+    ("a text", is_text, "rope_type type"),
+    ("a list of texts", _list(is_text), "layer_types block_types"),
     ("a list of numbers", _list(_number(above=True)), "short_factor long_factor"),
     (
         "an object",
@@ -92,12 +92,12 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "an integer >= 1, or auto",
-        lambda value: value == "auto" or _whole(1)(value),
+        lambda value: value == "auto" or whole_number(1)(value),
         "time_step_rank",
     ),
     (
         "an integer >= 0, or a list of them",
-        lambda value: _whole(0)(value) or _list(_whole(0))(value),
+        lambda value: whole_number(0)(value) or _list(whole_number(0))(value),
         "eos_token_id",
     ),
 )

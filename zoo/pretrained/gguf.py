@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from zoo.errors import UserError, refuse, shown
+from zoo.pretrained.config_reader import is_text, whole_number
 
 if TYPE_CHECKING:  # torch takes seconds, and what is refused is refused at once
     from torch import Tensor
@@ -55,17 +56,13 @@ PRE_TOKENIZERS = {  # tokenizer.ggml.pre -> how text is cut before merging
 DESCRIPTIVE = re.compile(r"(GGUF|general|quantize|tokenizer)\.")
 
 
-def _integer(least: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and value >= least
-
-
 KINDS: dict[str, Callable[[Any], bool]] = {  # what a key's value must be
-    "an integer >= 1": _integer(1),
-    "an integer >= 0": _integer(0),
+    "an integer >= 1": whole_number(1),
+    "an integer >= 0": whole_number(0),
     "a number > 0": lambda value: type(value) is float and 0 < value < math.inf,
     "true or false": lambda value: type(value) is bool,
-    "a text": lambda value: type(value) is str,
-    "a list of texts": lambda value: all(type(one) is str for one in _items(value)),
+    "a text": is_text,
+    "a list of texts": lambda value: all(map(is_text, _items(value))),
     "a list of integers": lambda value: all(type(one) is int for one in _items(value)),
 }
 COUNT, TOKEN, NUMBER, FLAG, TEXT, TEXTS, INTEGERS = KINDS

@@ -149,12 +149,11 @@ def _check(tree: Mapping[str, Any]) -> None:
     names = [run["run"] for run in runs]
     if len(names) != len({*names}):
         raise ValueError("it has two runs of one name")
-    needed = [("run", "task", "status")] * len(rows) + [("run", "status")] * len(runs)
-    for row, fields in zip([*rows, *runs], needed, strict=True):
-        why = wrong_field(row)
-        lacking = [f"{name} is missing" for name in fields if row.get(name) is None]
-        if why or lacking:
-            raise ValueError(f"{why or lacking[0]}, in {row.get('run')}")
+    for parts, needed in ((rows, ("run", "task", "status")), (runs, ("run", "status"))):
+        for part in parts:
+            lacking = (f"{name} is missing" for name in needed if part.get(name) is None)
+            if why := wrong_field(part) or next(lacking, None):
+                raise ValueError(f"{why}, in {part.get('run')}")
 
 
 def require(fingerprints: Container[Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.config.schema.train import TrainConfig
-from zoo.errors import UserError, refuse_path
+from zoo.errors import UserError, refuse, refuse_path
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import identity, run_name
 from zoo.runs.provenance import changed, digest, provenance, sources
@@ -123,3 +123,19 @@ def trained_by(info: Mapping[str, Any]) -> str | None:
     parts += [info.get("sources") or "unknown"]
     name = "+".join(dict.fromkeys(parts))
     return None if name == "unknown" else name
+
+
+def check_data(name: str, fingerprint: str, folder: RunFolder) -> None:
+    """Refuse to go on with a run on another text or task than it began on."""
+    info = folder.info
+    began = info.get("fingerprint")
+    if info["step"] and began and began != fingerprint:
+        has_path = "path" in folder.config.data.options
+        place = ", say where it is now with data.path=<folder>" if has_path else ""
+        refuse(
+            "data",
+            name,
+            f"is not the text that {folder} was trained on so far (its fingerprint is "
+            f"{fingerprint[:8]}, the run's {began[:8]})",
+            f"Restore it{place}, or train anew with fresh=true",
+        )

@@ -37,6 +37,7 @@ from zoo.model.lora import add_adapters, trained_names
 from zoo.model.pretrained import misfit
 from zoo.ops.runtime import dispatch
 from zoo.ops.runtime.allocator import tune_allocator
+from zoo.runs.claim import check_data
 from zoo.runs.folder import RunFolder
 from zoo.runs.provenance import digest, sources, versions
 from zoo.runs.stopping import current
@@ -55,7 +56,6 @@ from zoo.training.partition import (
 from zoo.training.pruning import KeepZeros
 from zoo.training.records import (
     audit_trained,
-    check_data,
     conclude,
     end_wandb,
     record_start,
@@ -65,13 +65,6 @@ from zoo.training.unused import every_weight_learns
 from zoo.training.windows import Windows, open_data, validation
 
 log = logging.getLogger("zoo")
-
-
-def open_own(config: TrainConfig, folder: RunFolder) -> Corpus | SyntheticData:
-    """What the run is trained on. UserError where that is not what it began on."""
-    data = open_data(config.data, config.seq_len)
-    check_data(data, folder)
-    return data
 
 
 def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> None:
@@ -87,7 +80,8 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
     stop, first = current(), is_first()
     stop.check()
     _prepare_process(config, first)
-    data = open_own(config, folder)
+    data = open_data(config.data, config.seq_len)
+    check_data(data.name, data.fingerprint, folder)
     lightning.seed_everything(config.seed, verbose=False)
     cut, parts, empty = _cutting(config), None, None
     with alone_on_machine(folder.path) if cut else nullcontext():

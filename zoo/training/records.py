@@ -15,7 +15,6 @@ from zoo.config.validate import plain
 from zoo.console import say
 from zoo.data.corpora import Corpus
 from zoo.data.examples import SyntheticData
-from zoo.errors import refuse
 from zoo.model.audit import AUTOCAST, audit, stretch
 from zoo.model.backbone import Backbone
 from zoo.model.device import device_name
@@ -125,19 +124,3 @@ def record_documents(corpus: Corpus, folder: RunFolder) -> None:
             if len(by_file) < len(names[store.name]):
                 names[store.name] = by_file
     write_text(folder.path / "documents.json", json.dumps(names, indent=0) + "\n")
-
-
-def check_data(data: Corpus | SyntheticData, folder: RunFolder) -> None:
-    """Refuse to go on with a run on another text or task than it began on."""
-    info = folder.info
-    began = info.get("fingerprint")
-    if info["step"] and began and began != data.fingerprint:
-        has_path = "path" in folder.config.data.options
-        place = ", say where it is now with data.path=<folder>" if has_path else ""
-        refuse(
-            "data",
-            data.name,
-            f"is not the text that {folder} was trained on so far (its fingerprint is "
-            f"{data.fingerprint[:8]}, the run's {began[:8]})",
-            f"Restore it{place}, or train anew with fresh=true",
-        )
