@@ -46,6 +46,37 @@ def test_an_arm_of_one_seed_leaves_the_floor_of_the_others_and_has_a_higher_one(
     assert not is_noise(Cell(between, seeds=9), with_one)
 
 
+STEADY = [[1.0, 1.02, 1.01], [2.0, 2.01, 2.03], [1.5, 1.52, 1.49]]
+
+
+@pytest.mark.parametrize("broken", [[[3.0, 9.0, 6.0]], [[3.0, 9.0, 6.0], [4.0, 2.0, 8.0]]])
+def test_arms_that_break_by_chance_leave_the_floor_of_the_others(broken):
+    alone, beside = (noise_floors(cells(*arms))[64] for arms in (STEADY, STEADY + broken))
+    assert beside.value == pytest.approx(alone.value, rel=1e-12)
+    assert beside.outlying == {f"arm {3 + i}" for i in range(len(broken))}
+    together = [statistics.variance(arm) for arm in STEADY + broken]
+    t = {8: 2.306, 10: 2.228}[2 * len(together)]  # Student's, two-sided 5 %
+    assert beside.whole == pytest.approx(t * (statistics.fmean(together) * 2 / 3) ** 0.5, rel=1e-9)
+    apart = Cell(10 * alone.value, seeds=3)
+    assert not is_noise(apart, beside, "arm 0", "arm 1")
+    assert is_noise(apart, beside, "arm 0", "arm 3")
+    assert is_noise(apart, beside, "arm 3", "arm 0")
+    assert "times it against arm 3" in beside.source
+
+
+def test_of_arms_that_differ_alike_hardly_any_is_left_out():
+    draw, left_out, rounds = random.Random(0), 0, 2000
+    for _ in range(rounds):
+        arms = [[draw.gauss(0, 0.3) for _ in range(3)] for _ in range(6)]
+        left_out += bool(noise_floors(cells(*arms))[64].outlying)
+    assert left_out / rounds < 0.05
+
+
+def test_of_two_arms_neither_is_left_out_nor_where_the_others_are_equal_to_the_last_bit():
+    assert not noise_floors(cells([1.0, 1.01], [2.0, 5.0]))[64].outlying
+    assert not noise_floors(cells([1.0, 1.0], [2.0, 2.0], [3.0, 3.1]))[64].outlying
+
+
 def noisy(gap: float) -> list[dict]:
     """Two arms of two seeds that differ by 0.1 in each, and between the arms by `gap`."""
     return [

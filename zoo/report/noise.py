@@ -4,10 +4,15 @@ What two arms differ by is a result only where it is more. The standard deviatio
 pooled over all arms with several; of two means of k seeds the difference then exceeds
 t sqrt(2 / k) times it once in 20 (Student's t, two-sided, with the pooled degrees of freedom).
 The floor is given for arms of several seeds; a difference of fewer is held against a higher one.
+
+An arm that breaks at a length does so by much more or less from seed to seed, and says nothing of
+how sure the others are. Where an arm's deviation is over `OUTLYING` times that of all steadier
+ones, half of the arms at least, it is left out, and what is compared with it is held against the
+floor of all.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from zoo.report.rows import Cell, Cells, Results
@@ -15,6 +20,7 @@ from zoo.report.statistics import student
 
 NOISE_FLOOR = "noise floor"  # the name of its row in a table
 NOISE = "noise"  # the kind of a difference below it
+OUTLYING = 5.0  # times the deviation of the other arms together
 
 
 @dataclass(frozen=True)
@@ -25,33 +31,66 @@ class Floor:
     seeds: int  # of each of two arms: the fewest of those that have several
     arms: int  # with several seeds, from which it is known
     single: bool = False  # whether another arm has one seed
+    outlying: frozenset[str] = frozenset()  # the arms that it leaves out
+    whole: float = 0.0  # the floor of differences from these, where there are any
 
     @property
     def source(self) -> str:
         """What it rests on, in words."""
         said = f"{self.seeds} seeds each, from {self.arms} arm{'s' if self.arms > 1 else ''}"
+        if self.outlying:
+            times = self.whole / self.value
+            said += f"; {times:.1f} times it against {', '.join(sorted(self.outlying))}"
         return f"{said}; {self.of(1) / self.value:.1f} times it for one seed" * self.single or said
 
-    def of(self, seeds: int) -> float:
-        """The floor of a difference between means of so many seeds, or of more."""
-        return self.value * math.sqrt(self.seeds / max(1, min(seeds, self.seeds)))
+    def of(self, seeds: int, *arms: str) -> float:
+        """The floor of a difference between means of so many seeds, or of more, of these arms."""
+        value = self.whole if self.outlying.intersection(arms) else self.value
+        return value * math.sqrt(self.seeds / max(1, min(seeds, self.seeds)))
 
 
 def noise_floors(cells: Cells) -> dict[int, Floor]:
     """Length -> the floor there, at the lengths where an arm has several seeds that differ."""
     found: dict[int, Floor] = {}
     for length in next(iter(cells.values()), {}):
-        column = [mine[length] for mine in cells.values() if mine[length].seeds]
-        several = [(cell.seeds - 1, cell.spread) for cell in column if cell.spread is not None]
-        freedom = sum(free for free, _ in several)
-        if not any(spread for _, spread in several):
+        column = {label: mine[length] for label, mine in cells.items() if mine[length].seeds}
+        several = {label: cell for label, cell in column.items() if cell.spread is not None}
+        if not any(cell.spread for cell in several.values()):
             continue
-        pooled = math.hypot(*(math.sqrt(free) * spread for free, spread in several))
-        pooled /= math.sqrt(freedom)  # no overflow
-        fewest = min(free + 1 for free, _ in several)
-        value = student(freedom) * pooled * math.sqrt(2 / fewest)
-        found[length] = Floor(value, fewest, len(several), any(c.seeds == 1 for c in column))
+        alike = _alike(several)
+        fewest = min(cell.seeds for cell in several.values())
+        value, whole = (_floor(arms, fewest) for arms in (alike, several))
+        single = any(cell.seeds == 1 for cell in column.values())
+        outlying = frozenset(several.keys() - alike.keys())
+        found[length] = Floor(value, fewest, len(alike), single, outlying, whole)
     return found
+
+
+def _alike(several: Mapping[str, Cell]) -> dict[str, Cell]:
+    """The arms whose seeds differ by about as much: the steadier half, and on from there."""
+    ordered = sorted(several.items(), key=lambda pair: pair[1].spread or 0.0)
+    alike = dict(ordered[: max(2, math.ceil(len(ordered) / 2))])
+    for label, cell in ordered[len(alike) :]:
+        others, _ = _pooled(alike)
+        if others and (cell.spread or 0.0) > OUTLYING * others:
+            break
+        alike[label] = cell
+    return alike
+
+
+def _pooled(several: Mapping[str, Cell]) -> tuple[float, int]:
+    """The standard deviation of all arms together, and its degrees of freedom."""
+    freedom = [cell.seeds - 1 for cell in several.values()]
+    parts = (
+        math.sqrt(free) * (cell.spread or 0.0)
+        for free, cell in zip(freedom, several.values(), strict=True)
+    )
+    return math.hypot(*parts) / math.sqrt(sum(freedom)), sum(freedom)  # no overflow
+
+
+def _floor(several: Mapping[str, Cell], seeds: int) -> float:
+    deviation, freedom = _pooled(several)
+    return student(freedom) * deviation * math.sqrt(2 / seeds)
 
 
 def score_noise(results: Results, protocol: str) -> dict[int, Floor]:
@@ -59,9 +98,11 @@ def score_noise(results: Results, protocol: str) -> dict[int, Floor]:
     return noise_floors(results.cells("perplexity", "bits_per_byte", protocol=protocol))
 
 
-def is_noise(cell: Cell, floor: Floor | None) -> bool:
-    """Whether a difference is no larger than the seed alone makes."""
-    return floor is not None and cell.value is not None and abs(cell.value) <= floor.of(cell.seeds)
+def is_noise(cell: Cell, floor: Floor | None, *arms: str) -> bool:
+    """Whether a difference between these arms is no larger than the seed alone makes."""
+    if floor is None or cell.value is None:
+        return False
+    return abs(cell.value) <= floor.of(cell.seeds, *arms)
 
 
 def noise_words(cells: Cells, text: Callable[[float], str]) -> str:

@@ -105,7 +105,7 @@ def _agreement(
             swapped.append(pair)
             seeds = min(len(both[0][arm]) for arm in pair)
             sure = (
-                floor and abs(gap) > floor.of(seeds)
+                floor and abs(gap) > floor.of(seeds, *pair)
                 for gap, floor in zip(apart, noise, strict=True)
             )
             if all(sure):

@@ -170,6 +170,7 @@ def grid(
     for label, mine in cells.items():
         note = "requested now" if results.requested(label) else ""
         row = [Td(label, apart[label], APART) if label in apart else Td(label, note)]
+        pair = (label, results.reference or "")
         for reason, group in groupby(mine, key=lambda length: mine[length].reason):
             same = list(group)
             if reason:
@@ -181,7 +182,7 @@ def grid(
                     kind = "best"
                 elif top and tied and tied(label, top, length):
                     kind = "tie"
-                elif not best and is_noise(mine[length], noise.get(length)):
+                elif not best and is_noise(mine[length], noise.get(length), *pair):
                     kind = NOISE
                 row.append(_value(mine[length], text, kind, sure, says_two=seeds != {2}))
         table.rows.append(row)

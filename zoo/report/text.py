@@ -137,10 +137,11 @@ def _compared_as_text(results: Results, protocol: str, heads: list[list[str]]) -
         compared.append(("cost of fewer bits, against the same runs in plain numbers", costs, {}))
     said = []
     for title, cells, noise in compared:
-        lines = [
-            [_marked(results, label), *(_signed(cell, noise.get(n)) for n, cell in mine.items())]
-            for label, mine in cells.items()
-        ]
+        lines = []
+        for label, mine in cells.items():
+            pair = (label, results.reference or "")
+            shown = (_signed(cell, noise.get(n), *pair) for n, cell in mine.items())
+            lines.append([_marked(results, label), *shown])
         marked = any(text.endswith(IS_NOISE) for line in lines for text in line)
         notes = [IS_NOISE_EXPLAINED] if marked else []
         if lines:
@@ -149,11 +150,11 @@ def _compared_as_text(results: Results, protocol: str, heads: list[list[str]]) -
     return said
 
 
-def _signed(cell: Cell, floor: Floor | None = None) -> str:
+def _signed(cell: Cell, floor: Floor | None = None, *pair: str) -> str:
     if cell.value is None:
         return DASH
     sure = f" {PLUS_MINUS}{score(cell.half)}" if cell.half else ""
-    return signed(cell.value) + sure + IS_NOISE * is_noise(cell, floor)
+    return signed(cell.value) + sure + IS_NOISE * is_noise(cell, floor, *pair)
 
 
 def _marked(results: Results, label: str) -> str:
