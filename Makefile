@@ -9,7 +9,7 @@ RUN := $(BIN)/python
 INSTALL := $(RUN) -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo compare study mqar-state many-shot compression claims no-position scalings quantization length-extension real test shapes lint constraints bench gpu-check clean
+.PHONY: help env env-dev demo compare study mqar-state many-shot compression claims no-position state-passing scalings quantization length-extension real test shapes lint constraints bench gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -110,6 +110,13 @@ no-position: .venv/ready  ## drop the positions of rotary models, tune them with
 	    threads=1 trainer.max_steps=400 optim.lr=1e-3 optim.warmup_steps=20 || exit; done; done
 	$(RUN) eval.py run='runs/no_position/transformer-*' $(MEASURED) extension=drope
 	$(RUN) eval.py run='runs/no_position*/*' $(MEASURED)
+
+state-passing: .venv/ready  ## train recurrent models on from empty and from passed states, on BOOKS=<folder of books>
+	$(RUN) train.py -m experiment=state_passing data=text data.path=$(BOOKS)
+	for run in runs/state_passing/*; do for states in none carry; do \
+	  $(RUN) train.py finetune=$$run state_passing=$$states runs=runs/state_passing_tuned logger=none \
+	    threads=1 trainer.max_steps=250 batch_size=4 optim.lr=1e-3 optim.warmup_steps=20 || exit; done; done
+	$(RUN) eval.py run='runs/state_passing*/*' $(MEASURED) logger=none threads=1
 
 scalings: .venv/ready  ## one rotary model under every scaling, untuned and tuned, on BOOKS=<folder of books>
 	$(RUN) train.py -m experiment=scalings data=text data.path=$(BOOKS)

@@ -202,11 +202,13 @@ def test_accuracies_are_compared_seed_by_seed_by_the_nearer_ends_of_their_interv
 
 
 def test_arms_are_distinguished_by_the_states_they_were_trained_with():
-    bits = {("none", 1): 2.0, ("none", 16): 2.4, ("carry", 1): 2.0, ("carry", 16): 2.0}
+    bits = {("deltanet", "none", 1): 2.0, ("deltanet", "none", 16): 2.4}
+    bits |= {("deltanet tuned", states, 1): 2.0 for states in ("none", "carry")}
+    bits |= {("deltanet tuned", "none", 16): 2.4, ("deltanet tuned", "carry", 16): 2.0}
     rows = [
-        row("deltanet", times, value + 1e-4 * seed, seed)
-        | {"state_passing": states, "run": f"{states}-{seed}"}
-        for (states, times), value in bits.items()
+        row(arm, times, value + 1e-4 * seed, seed)
+        | {"state_passing": states, "run": f"{arm}-{states}-{seed}"}
+        for (arm, states, times), value in bits.items()
         for seed in (0, 1)
     ]
     (found,) = judge(gather(rows, []))

@@ -49,7 +49,7 @@ def row_identity(
     stages = stages_of(trained)
     if trained.finetune or trained.extension.name != "none":
         how = "tuned" if trained.finetune else "trained"
-        name += f" {how} with {_chain(stages)}"
+        name += f" {how}" if _chain(stages) == "none" else f" {how} with {_chain(stages)}"
     name += _shrunk(trained)
     dtype = str(AUTOCAST.get(trained.trainer.precision, torch.float32)).removeprefix("torch.")
     return {
