@@ -9,28 +9,37 @@ static Form *const FORMS[] = {real_products, bfloat16_products, int8_products, i
 const Int max_heads = MAX_HEADS;
 
 typedef struct {
+    Int form, bytes, scales; /* its place in FORMS; columns of its bits and of their scales */
+} Kept;
+
+typedef struct {
     Int width, inner, outputs[MANY]; /* of x; of what W_last reads; of the matrices that read x */
-    Int form, bytes, scales, last_form, last_bytes, last_scales;
+    Kept first, last, selection, step; /* those that read x; W_last; W_x and W_dt */
     Int norm, post_norm, head_norm, activation; /* of the latter one more, 0 without */
     Int heads, kv_heads, head_width, pairs, keys;
+    Int states, rank, taps;
     Int threads;
 } Sizes;
 
-typedef struct { /* any of the weights may be null but those of the matrices themselves */
-    const Real *weight[MANY], *bias[MANY];
-    const int8_t *bits[MANY];
-    const uint16_t *scale[MANY];
-    const Real *last_weight, *last_bias;
-    const int8_t *last_bits;
-    const uint16_t *last_scale;
+typedef struct { /* plain numbers, or bits and their scales; the bias may be null */
+    const Real *weight, *bias;
+    const int8_t *bits;
+    const uint16_t *scale;
+} Matrix;
+
+typedef struct { /* any of the vectors may be null */
+    Matrix first[MANY], last, selection, step;
     const Real *x, *onto;
     Real *y;
     const Real *norm_weight, *norm_bias, *post_weight, *post_bias, *q_norm, *k_norm;
-    const Real *numbers; /* of the norms: eps; that of post_norm; that of heads; of the scores: scale */
+    const Real *numbers; /* as below: what is under the roots of the norms, the scores' scale */
     const Real *cos, *sin; /* (pairs) */
     Real *k, *v;           /* (keys, kv_heads, head_width), the last of which is written here */
+    const Real *conv_weight, *conv_bias, *A_log, *D; /* (inner, taps or states), or (inner) */
+    const Real *conv, *h;                            /* (taps - 1, inner), (inner, states) */
+    Real *conv_after, *h_after;
 } Arrays;
-enum { EPS, POST_EPS, HEAD_EPS, SCALE };
+enum { EPS, POST_EPS, HEAD_EPS, SCALE, SELECTION_EPS };
 
 INLINE Real root(Real x) { return sizeof(Real) == 8 ? sqrt(x) : sqrtf(x); }
 INLINE Vec weight_or(const Real *w, Int c, Int count, Real absent) {
@@ -77,24 +86,25 @@ INLINE Vec activated(Vec v, Int activation) {
 
 INLINE Rows one_row(Real *at) { return (Rows){at, 0, 0}; }
 
+INLINE Product product(const Matrix *m, Int inputs, Int outputs, Real *x, Real *y) {
+    return (Product){1, inputs, outputs, one_row(x), one_row(y), m->weight, 0, m->bits, m->scale, m->bias, 0};
+}
+
 /* The products of norm(x) with up to MANY matrices, to places behind one another. */
 static int project(const Sizes *s, const Arrays *a, Real *u, Real *to) {
     Product of[MANY] = {};
     int many = 0;
     normalise(u, a->x, a->norm_weight, a->norm_bias, s->width, a->numbers[EPS], s->norm);
     for (; many < MANY && s->outputs[many]; to += s->outputs[many++])
-        of[many] = (Product){1, s->width, s->outputs[many], one_row(u), one_row(to),
-                             a->weight[many], 0, a->bits[many], a->scale[many],
-                             a->bias[many], 0};
-    return FORMS[s->form](of, many, s->threads);
+        of[many] = product(&a->first[many], s->width, s->outputs[many], u, to);
+    return FORMS[s->first.form](of, many, s->threads);
 }
 
 /* y = onto + norm'(W_last z + b_last) */
 static int add(const Sizes *s, const Arrays *a, Real *z, Real *u) {
     const Int n = s->width;
-    Product last = {1, s->inner, n, one_row(z), one_row(u), a->last_weight, 0,
-                    a->last_bits, a->last_scale, a->last_bias, 0};
-    if (FORMS[s->last_form](&last, 1, s->threads)) return 1;
+    Product last = product(&a->last, s->inner, n, z, u);
+    if (FORMS[s->last.form](&last, 1, s->threads)) return 1;
     if (s->post_norm)
         normalise(u, u, a->post_weight, a->post_bias, n, a->numbers[POST_EPS], s->post_norm - 1);
     for (Int c = 0; c < n; c += LANES) store(a->y + c, load(a->onto + c, n - c) + load(u + c, n - c), n - c);
@@ -149,12 +159,76 @@ static int attended(const Sizes *s, const Arrays *a, Real *u, Real *q) {
     return add(s, a, out, u);
 }
 
+/* y = silu(w * (the last taps inputs) + b), channel by channel, and the inputs to come back to. */
+static void convolve(const Sizes *s, const Arrays *a, Real *y, const Real *x) {
+    const Int n = s->inner, kept = s->taps - 1;
+    for (Int c = 0; c < n; c++) {
+        const Real *w = a->conv_weight + c * s->taps;
+        Real sum = a->conv_bias ? a->conv_bias[c] : 0;
+        for (Int i = 0; i < kept; i++) sum += w[i] * a->conv[i * n + c];
+        y[c] = sum + w[kept] * x[c];
+    }
+    for (Int c = 0; c < n; c += LANES) store(y + c, activated(load(y + c, n - c), SILU), n - c);
+    memcpy(a->conv_after, a->conv + n, (kept - 1) * n * sizeof *x);
+    memcpy(a->conv_after + (kept - 1) * n, x, n * sizeof *x);
+}
+
+/* One channel: h' = exp(dt A) h + dt B x with A = -exp(A_log), and the sum of C h' by lanes. */
+INLINE Vec remember(const Sizes *s, const Arrays *a, Int c, Real dt, Real x, const Real *B, const Real *C) {
+    const Int n = s->states;
+    const Vec log2e = splat((Real)LOG2E);
+    Vec sum = {};
+    for (Int i = 0; i < n; i += LANES) {
+        Vec rate = load(a->A_log + c * n + i, n - i), decay;
+        exp2_products(&rate, log2e, &rate, 1, ANY);
+        rate *= -dt;
+        exp2_products(&decay, log2e, &rate, 1, ANY);
+        Vec h = decay * load(a->h + c * n + i, n - i) + dt * x * load(B + i, n - i);
+        store(a->h_after + c * n + i, h, n - i);
+        sum += h * load(C + i, n - i);
+    }
+    return sum;
+}
+
+/* u <- (C h' + D u) silu(z), where dt is still without its softplus. */
+static void scan(const Sizes *s, const Arrays *a, Real *u, const Real *dt, const Real *B, const Real *C,
+                 const Real *z) {
+    const Int n = s->inner;
+    for (Int c = 0; c < n; c += LANES) {
+        Vec step = load(dt + c, n - c), x = load(u + c, n - c), sums[LANES] = {};
+        softplus(&step, 0, &step, 1);
+        for (Int i = 0; i < min_int(LANES, n - c); i++) sums[i] = remember(s, a, c + i, step[i], x[i], B, C);
+        Vec y = row_sums(sums) + load(a->D + c, n - c) * x;
+        store(u + c, y * activated(load(z + c, n - c), SILU), n - c);
+    }
+}
+
+/* W_last ((C h + D u) silu(z)): matrix 0 makes u, before its convolution, and z. */
+static int selective(const Sizes *s, const Arrays *a, Real *norm_x, Real *uz) {
+    const Int n = s->inner, parts[] = {s->rank, s->states, s->states}, low = s->rank + 2 * s->states;
+    Real *z = uz + n, *u = z + n, *dt = u + n, *selected = dt + n, *B = selected + s->rank, *C = B + s->states;
+    Product selection = product(&a->selection, n, low, u, selected);
+    Product step = product(&a->step, s->rank, n, selected, dt);
+    if (project(s, a, norm_x, uz)) return 1;
+    convolve(s, a, u, uz);
+    if (FORMS[s->selection.form](&selection, 1, s->threads)) return 1;
+    if (a->numbers[SELECTION_EPS] > 0) {
+        Real *part = selected;
+        for (int i = 0; i < 3; part += parts[i++])
+            normalise(part, part, 0, 0, parts[i], a->numbers[SELECTION_EPS], RMS);
+    }
+    if (FORMS[s->step.form](&step, 1, s->threads)) return 1;
+    scan(s, a, u, dt, B, C, z);
+    return add(s, a, u, norm_x);
+}
+
 typedef int Half(const Sizes *s, const Arrays *a, Real *u, Real *rest);
 
 static int run(Sizes s, Arrays a, Half *half) {
     Int numbers = s.width + s.heads * s.head_width;
     for (int m = 0; m < MANY; m++) numbers += s.outputs[m];
     numbers += ceil_div(s.keys, CHUNK) * s.heads * (s.head_width + PARTS);
+    if (s.states) numbers += 2 * s.inner + s.rank + 2 * s.states;
     Real *u = malloc(numbers * sizeof *u);
     if (!u) return 1;
     const unsigned before = flush_denormals();
@@ -166,3 +240,4 @@ static int run(Sizes s, Arrays a, Half *half) {
 
 int feed_forward(Sizes s, Arrays a) { return run(s, a, fed_forward); }
 int attention(Sizes s, Arrays a) { return run(s, a, attended); }
+int selective_state(Sizes s, Arrays a) { return run(s, a, selective); }

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.mixers.feed_forward import ACTIVATIONS, MLP, SwiGLU
+from zoo.mixers.mamba import Mamba
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model.backbone import NORMS
 from zoo.model.block import Block
 from zoo.model.quantization import QuantizedWeight
 from zoo.ops import decode_block
-from zoo.ops.decode_block import Attention, FeedForward, HalfEnds, half
+from zoo.ops.decode_block import Attention, FeedForward, HalfEnds, SelectiveState, half
 from zoo.ops.linear import Linear
 from zoo.ops.rms_norm import RMSNorm
 from zoo.ops.runtime.checks import check
@@ -47,6 +48,15 @@ CASES = [
     *itertools.product(["plain"], FEED_FORWARDS, ["rms_norm"], [False], [False]),
     *itertools.product(["plain"], ["not gated"], NORMS, [False, True], [False, True]),
 ]
+MAMBA = {
+    "plain": {},
+    "one state, two taps": {"state_size": 1, "conv_width": 2, "dt_rank": 1, "inner_width": 37},
+    "odd, normalised": {"state_size": 21, "dt_rank": 5, "inner_width": 150, "input_norm_eps": 1e-5},
+}
+MAMBA_CASES = [
+    *itertools.product(MAMBA, ["rms_norm"], [False]),
+    *itertools.product(["odd, normalised"], NORMS, [False, True]),
+]
 
 
 def block_of(attention: str, feed_forward: str, norm: str, parallel: bool, post: bool) -> Any:
@@ -60,21 +70,44 @@ def block_of(attention: str, feed_forward: str, norm: str, parallel: bool, post:
         parallel_residual=parallel,
         post_norm=post,
     )
+    return with_random_vectors(block)
+
+
+def mamba_of(mixer: str, norm: str, post: bool) -> Any:
+    torch.manual_seed(0)
+    block = Block(
+        width=WIDTH,
+        mixer=Mamba(width=WIDTH, **MAMBA[mixer]),
+        feed_forward=None,
+        norm=lambda width: NORMS[norm](width, eps=1e-5),
+        post_norm=post,
+    )
+    return with_random_vectors(block)
+
+
+def with_random_vectors(block: Any) -> Any:
     for parameter in block.parameters():
         if parameter.dim() == 1:
             nn.init.normal_(parameter)
     return block.double().requires_grad_(False)
 
 
+BOTH = [
+    pytest.param(lambda: block_of("offset", "gated silu", "layer_norm", False, True), id="both"),
+    pytest.param(lambda: mamba_of("odd, normalised", "layer_norm", True), id="mamba"),
+]
+
+
 def read(block: Any, tokens: int = 4, dtype=None) -> list[Tensor]:
-    """Outputs of a few tokens one by one, and the keys and values cached behind them."""
+    """Outputs of a few tokens one by one, and what the mixer keeps behind them: keys and values, or
+    the inputs of the convolution and the state."""
     dtype = dtype or block.mixer_norm.weight.dtype
     generator, state, found = torch.Generator().manual_seed(1), block.empty_state(1), []
     for _ in range(tokens):
         x = torch.randn(1, 1, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
         y, state = block(x, state, {})
         found.append(y)
-    return [*found, state.mixer.k, state.mixer.v]
+    return [*found, *state.mixer[:2]]
 
 
 def in_one_call(block: Any, **more) -> list[Tensor]:
@@ -110,6 +143,22 @@ def test_a_token_is_what_the_operations_one_by_one_make_of_it(case, poisoned):
         assert (y - exact).norm() <= 4e-6 * exact.norm()
 
 
+@pytest.mark.parametrize("case", MAMBA_CASES, ids=lambda case: ", ".join(map(str, case)))
+def test_a_selective_state_is_what_the_operations_one_by_one_make_of_it(case, poisoned):
+    block = mamba_of(*case)
+    expected = one_by_one(block)
+    torch.testing.assert_close(in_one_call(block), expected, rtol=1e-11, atol=1e-11)
+    for y, exact in zip(in_one_call(block.float()), expected, strict=True):
+        assert (y - exact).norm() <= 4e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("case", [*MAMBA])
+def test_a_selective_state_reads_matrices_in_few_bits(case, bits):
+    block = quantized(mamba_of(case, "rms_norm", False), bits)
+    torch.testing.assert_close(in_one_call(block), one_by_one(block), rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 @pytest.mark.parametrize("name", ["grouped keys", "wide heads"])
 def test_matrices_in_few_bits_are_read_as_by_products_of_their_own(name, bits):
@@ -134,8 +183,9 @@ def assert_as_one_by_one(block: Any) -> None:
         torch.testing.assert_close(read(block), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_whatever_happens_to_a_weight_is_in_the_next_token():
-    block = block_of("offset", "odd, with biases", "layer_norm", False, True)
+@pytest.mark.parametrize("made", BOTH)
+def test_whatever_happens_to_a_weight_is_in_the_next_token(made):
+    block = made()
     assert_as_one_by_one(block)
     for name, parameter in [*block.named_parameters()]:
         owner = block.get_submodule(name.rpartition(".")[0])
@@ -166,10 +216,13 @@ def read_without_gradient(block: Any) -> list[Tensor]:
     return read(block)
 
 
-def test_every_hook_is_called_for_every_token():
-    block = block_of("wide heads", "gated silu", "rms_norm", False, True)
+@pytest.mark.parametrize("made", BOTH)
+def test_every_hook_is_called_for_every_token(made):
+    block = made()
+    weights_alone = ("mixer.in_proj", "mixer.dt_proj")  # are read, the layers never called
     for name, module in block.named_modules():
-        if not name or isinstance(module, Rope):  # the block itself; what no operation calls
+        # the block itself; what no operation calls
+        if not name or isinstance(module, Rope) or name in weights_alone:
             continue
         for register in (module.register_forward_hook, module.register_forward_pre_hook):
             called: list[str] = []
@@ -185,7 +238,7 @@ def test_every_hook_is_called_for_every_token():
     handle = nn.modules.module.register_module_forward_hook(lambda *_: everywhere.append(1))
     read_without_gradient(block)
     handle.remove()
-    assert len(everywhere) > 4 * 10
+    assert len(everywhere) > 4 * 5
 
 
 def test_what_it_does_not_compute_is_left_to_the_operations():
@@ -247,15 +300,16 @@ def test_a_class_that_computes_something_else_is_not_taken_for_the_one_it_derive
         assert not torch.equal(before[2], read_without_gradient(block)[2])
 
 
-def test_several_texts_that_go_on_from_one_state_have_each_its_own():
-    block = block_of("grouped keys", "gated silu", "rms_norm", False, False)
+@pytest.mark.parametrize("made", BOTH)
+def test_several_texts_that_go_on_from_one_state_have_each_its_own(made):
+    block = made()
     x, y = torch.randn(2, 1, 1, WIDTH, dtype=torch.float64)
     with torch.no_grad():
         _, state = block(x, block.empty_state(1), {})
-        cached = state.mixer.k.clone()
+        cached = [one.clone() for one in state.mixer[:2]]
         first, _ = block(x, state, {})
         other, _ = block(y, state, {})
-        assert torch.equal(state.mixer.k, cached)
+        assert all(map(torch.equal, state.mixer[:2], cached))
         assert torch.equal(first, block(x, state, {})[0])
         assert torch.equal(other, block(y, state, {})[0])
 
@@ -290,6 +344,30 @@ def test_keys_that_do_not_fit_are_refused():
         )
 
 
+@pytest.mark.mistyped
+def test_states_that_do_not_fit_are_refused():
+    block, x = mamba_of("plain", "rms_norm", False), torch.randn(1, 1, WIDTH, dtype=torch.float64)
+    mixer, inner = block.mixer, 2 * WIDTH
+    within, layers = (mixer.x_proj, mixer.dt_proj, mixer), (mixer.in_proj,)
+    ends = HalfEnds(x, x, block.mixer_norm)
+    with torch.no_grad():
+        found = half(ends, SelectiveState(16, 6, 4, 0.0), layers, mixer.out_proj, within)
+        assert found is not None
+        conv, h = torch.ones(1, 3, inner).double(), torch.ones(1, inner, 16).double()
+        for states in (
+            (conv[:, 1:], h),
+            (conv, h[..., :15].contiguous()),
+            (conv, h[:, 1:]),
+            (conv.float(), h),
+            (conv, h.mT.contiguous().mT),
+        ):
+            with pytest.raises(ValueError, match="must be"):
+                found.selective_state(*states)
+        for sizes in ((16, 5, 4), (15, 6, 4), (16, 6, 3), (16, 6, 1)):
+            between = SelectiveState(*sizes, 0.0)
+            assert half(ends, between, layers, mixer.out_proj, within) is None
+
+
 def test_heads_beyond_the_most_are_left_to_the_operations():
     assert decode_block.KERNEL.constant("max_heads", torch.float32) == decode_block.MAX_HEADS
 
@@ -317,7 +395,8 @@ def norm_of(weight: Tensor) -> RMSNorm:
 
 def random_decode_block_call(draw: fuzz.Draw) -> fuzz.Call:
     width = draw.size(16, zero=False)
-    return (_random_attention if draw.chance(0.5) else _random_feed_forward)(draw, width)
+    kinds = (_random_attention, _random_feed_forward, _random_selective_state)
+    return draw.random.choice(kinds)(draw, width)
 
 
 def _random_feed_forward(draw: fuzz.Draw, width: int) -> fuzz.Call:
@@ -342,6 +421,50 @@ def _random_feed_forward(draw: fuzz.Draw, width: int) -> fuzz.Call:
         return (onto + F.linear(hidden, down, bias),)
 
     return fuzz.Call(run, [draw.layout(draw.values(*s)) for s in shapes], gradients=False)
+
+
+def _random_selective_state(draw: fuzz.Draw, width: int) -> fuzz.Call:
+    inner, states = draw.size(32, zero=False), draw.size(16, zero=False)
+    rank, taps = draw.size(zero=False), draw.random.randint(2, 8)
+    eps = draw.random.choice([0.0, 1e-5])
+    shapes = [(1, 1, width), (1, 1, width), (width,), (2 * inner, width), (width, inner)]
+    shapes += [(rank + 2 * states, inner), (inner, rank), (inner,), (inner, taps), (inner,)]
+    shapes += [(inner, states), (inner,), (1, taps - 1, inner), (1, inner, states)]
+
+    def run(backend, x, onto, weight, w_in, w_out, w_x, w_dt, b_dt, *more):
+        *parameters, conv, h = more
+        if backend == "native":
+            shapes = {"x": "1 1 d", "onto": "1 1 d", "weight": "d", "w_in": "i2 d"}
+            shapes |= {"w_out": "d i", "w_x": "r2n i", "w_dt": "i r", "b_dt": "i"}
+            requested(shapes, x, onto, weight, w_in, w_out, w_x, w_dt, b_dt)
+            ends = HalfEnds(x.contiguous(), onto.contiguous(), norm_of(weight))
+            holder = nn.Module()
+            names = ("conv_weight", "conv_bias", "A_log", "D")
+            for name, one in zip(names, parameters, strict=True):
+                holder.register_parameter(name, nn.Parameter(one.contiguous(), False))
+            within = (layer_of(w_x, None), layer_of(w_dt, b_dt), holder)
+            between = SelectiveState(states, rank, taps, eps)
+            found = half(ends, between, (layer_of(w_in, None),), layer_of(w_out, None), within)
+            assert found is not None
+            return found.selective_state(conv.contiguous(), h.contiguous())
+        conv_weight, conv_bias, A_log, D = parameters
+        p, z = F.linear(F.rms_norm(x, weight.shape, weight, 1e-5), w_in).chunk(2, -1)
+        inputs = torch.cat([conv, p], 1)
+        c = F.silu((inputs.mT * conv_weight).sum(-1) + conv_bias)
+        parts = F.linear(c, w_x).split([rank, states, states], -1)
+        if eps:
+            parts = [F.rms_norm(one, one.shape[-1:], eps=eps) for one in parts]
+        r, B, C = parts
+        dt = F.softplus(F.linear(r, w_dt, b_dt))
+        h = torch.exp(-dt[..., None] * A_log.exp()) * h + (dt * c)[..., None] * B[:, None]
+        y = ((h * C[:, None]).sum(-1) + D * c)[None] * F.silu(z)
+        return onto + F.linear(y, w_out), inputs[:, 1:], h
+
+    products = range(3, 7)  # of numbers about one, so that the next one's are not far from it
+    values = [
+        draw.values(*s) / (s[-1] ** 0.5 if i in products else 1) for i, s in enumerate(shapes)
+    ]
+    return fuzz.Call(run, [*map(draw.layout, values)], gradients=False)
 
 
 def _random_attention(draw: fuzz.Draw, width: int) -> fuzz.Call:

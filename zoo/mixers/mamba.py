@@ -18,9 +18,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.config.domains import Positive, Range
-from zoo.mixers.base import Mixer, MixerOutput, no_weight_decay
+from zoo.mixers.base import CrossLayer, Mixer, MixerOutput, State, no_weight_decay
 from zoo.mixers.parts import conv_weight, no_inputs, wide_zeros
 from zoo.ops.causal_conv import causal_conv
+from zoo.ops.decode_block import HalfEnds, SelectiveState, half
 from zoo.ops.linear import Linear, linear, linears
 from zoo.ops.selective_scan import selective_scan
 from zoo.parallel.hand_over import publish
@@ -115,6 +116,23 @@ class Mamba(Mixer):
         publish(h=h)
         y = self.out_proj(y)
         return y if state is None else (y, MambaState(conv, h))
+
+    def half_of_a_token(
+        self, ends: HalfEnds, state: State, cross_layer: CrossLayer | None
+    ) -> tuple[Tensor, State] | None:
+        if type(state) is not MambaState or self.backend not in ("auto", "native"):
+            return None
+        conv, h = state
+        if conv.dtype != ends.x.dtype or h.dtype != ends.x.dtype or self.in_proj.bias is not None:
+            return None
+        sizes = (self.state_size, self.dt_rank, self.conv_width)
+        between = SelectiveState(*sizes, self.input_norm_eps or 0.0)
+        within = (self.x_proj, self.dt_proj, self)
+        found = half(ends, between, (self.in_proj,), self.out_proj, within)
+        if found is None:
+            return None
+        y, *after = found.selective_state(conv.contiguous(), h.contiguous())
+        return y, MambaState(*after)
 
     def empty_state(self, batch: int) -> MambaState:
         weight = self.in_proj.weight

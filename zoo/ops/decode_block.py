@@ -3,6 +3,9 @@
     feed_forward    onto + norm'(W_last (f(W_1 u) * W_0 u))           u = norm(x)
     attention       onto + norm'(W_last (softmax(scale q k^T) v * sigmoid(W_3 u)))
                     q, k = R norm_q(W_0 u), R norm_k(W_1 u),  v = W_2 u, over all cached keys
+    selective state onto + norm'(W_last ((C h + D c) * silu(z)))
+                    (p, z) = W_0 u,  c = silu(convolution of p),  (r, B, C) = W_x c
+                    h = exp(-dt exp(A_log)) h' + dt B c,  dt = softplus(W_dt r + b)
 
 Without the gates W_1 and W_3, the norms, the biases and the rotation R where there are none.
 Matrices are plain numbers or in 8 or 4 bits (zoo.ops.quantized_linear). Whether the kernel computes
@@ -32,36 +35,50 @@ LAYER = NORMS[nn.LayerNorm]
 PLAIN, INT8, INT4 = 0, 2, 3  # forms of a matrix, likewise
 
 _FIRST = ("", *range(1, MAX_MATRICES))
+
+
+def _matrix(rows: str, columns: str, form: str, place: object = "", prefix: str = "") -> dict:
+    """The arrays of a matrix, as the kernel has them: their names and shapes."""
+    shapes = f"{rows} {columns}", rows, f"{rows} {form}bytes", f"{rows} {form}scales"
+    return {f"{prefix}{n}{place}": x for n, x in zip(_KINDS, shapes, strict=True)}
+
+
+_KINDS = ("weight", "bias", "bits", "scale")
+_MATRICES = [_matrix(f"outputs{i}", "width", "", i) for i in _FIRST]
+_LAST = _matrix("width", "inner", "last_", prefix="last_")
+_SELECTION = _matrix("rank+2*states", "inner", "selection_", prefix="selection_")
+_STEP = _matrix("inner", "rank", "step_", prefix="step_")
+_ALL_MATRICES = [*_MATRICES, _LAST, _SELECTION, _STEP]
+_VECTORS = ("conv_weight", "conv_bias", "A_log", "D")
 KERNEL = CpuKernel(
     "decode_block/decode_block.c",
     sizes=" ".join(["width inner", *(f"outputs{i}" for i in _FIRST)])
-    + " form bytes scales last_form last_bytes last_scales norm post_norm head_norm activation"
-    " heads<=max_heads kv_heads head_width pairs keys",
+    + "".join(f" {m}form {m}bytes {m}scales" for m in ("", "last_", "selection_", "step_"))
+    + " norm post_norm head_norm activation"
+    " heads<=max_heads kv_heads head_width pairs keys states rank taps",
     rows={},
-    pointers={f"weight{i}": f"outputs{i} width" for i in _FIRST}
-    | {f"bias{i}": f"outputs{i}" for i in _FIRST}
-    | {f"bits{i}": f"outputs{i} bytes" for i in _FIRST}
-    | {f"scale{i}": f"outputs{i} scales" for i in _FIRST}
+    pointers={name: shape for matrix in _ALL_MATRICES for name, shape in matrix.items()}
     | {
-        "last_weight": "width inner",
-        "last_bias": "width",
-        "last_bits": "width last_bytes",
-        "last_scale": "width last_scales",
         "x onto y": "1 1 width",
         "norm_weight norm_bias post_norm_weight post_norm_bias": "width",
         "q_norm k_norm": "head_width",
-        "numbers": "4",
+        "numbers": "5",
         "cos sin": "1 1 pairs",
         "k v": "1 keys kv_heads head_width",
+        "conv_weight": "inner taps",
+        "conv_bias": "inner",
+        "A_log": "inner states",
+        "D": "inner",
+        "conv": "1 taps-1 inner",
+        "h": "1 inner states",
+        "conv_after": "1 taps-1 inner",
+        "h_after": "1 inner states",
     },
-    outputs="y k v",
-    dtypes={f"bits{i}": torch.int8 for i in _FIRST}
-    | {f"scale{i}": torch.bfloat16 for i in _FIRST}
-    | {"last_bits": torch.int8, "last_scale": torch.bfloat16},
+    outputs="y k v conv_after h_after",
+    dtypes={name: torch.int8 for matrix in _ALL_MATRICES for name in matrix if "bits" in name}
+    | {name: torch.bfloat16 for matrix in _ALL_MATRICES for name in matrix if "scale" in name},
 )
-KEYS = [*KERNEL.bounds].index("keys")
-_MATRICES = [(f"weight{i}", f"bits{i}", f"scale{i}", f"bias{i}") for i in _FIRST]
-_LAST = ("last_weight", "last_bits", "last_scale", "last_bias")
+INNER, KEYS = map([*KERNEL.bounds].index, ("inner", "keys"))
 
 DTYPES = (torch.float32, torch.float64)
 MAX_BOUND = 4096  # halves of blocks whose calls are remembered
@@ -92,6 +109,18 @@ class Attention(NamedTuple):
     scale: float
 
 
+class SelectiveState(NamedTuple):
+    """W_last ((C h + D c) * silu(z)), of a matrix that makes c's inputs and z of u."""
+
+    states: int  # of each channel
+    rank: int  # of the matrix that makes the step
+    taps: int  # of the convolution
+    eps: float  # under the root by which r, B and C are normalised each; 0 where they are not
+
+
+Between = FeedForward | Attention | SelectiveState
+
+
 class _Bound(NamedTuple):
     """A half's call, and all that it depends on; None where the kernel does not compute it."""
 
@@ -105,16 +134,17 @@ _bound: dict[int, _Bound] = {}
 
 def half(
     ends: HalfEnds,
-    between: FeedForward | Attention,
+    between: Between,
     layers: Sequence[nn.Module],
     last: nn.Module,
-    head_norms: Sequence[nn.Module] = (),
+    within: Sequence[nn.Module] = (),
 ) -> "Half | None":
     """The half of a block that is made of these; None where the kernel does not compute it.
 
-    `layers` read the normalised x, `last` what is made of these; `head_norms` are those of queries
-    and keys. A call is checked and its words are written once; after that it is looked up by all
-    that they were made of: the addresses, types and shapes of the weights.
+    `layers` read the normalised x, `last` what is made of these. What is `within` are the norms of
+    queries and keys, or W_x, W_dt and the module that has the parameters of a selective state. A
+    call is checked and its words are written once; after that it is looked up by all that they were
+    made of: the addresses, types and shapes of the weights.
     """
     x, onto, norm, post_norm = ends
     dtype, shape = x.dtype, x.shape
@@ -127,7 +157,7 @@ def half(
     if dtype not in DTYPES or onto.dtype != dtype or not (_dense(x) and _dense(onto)):
         return None
     key: list[Any] = [dtype, shape[2], torch.get_num_threads(), between, len(layers)]
-    modules = (norm, *layers, last, *head_norms, *([] if post_norm is None else [post_norm]))
+    modules = (norm, *layers, last, *within, *([] if post_norm is None else [post_norm]))
     for module in modules:
         if is_hooked(module):
             return None
@@ -145,7 +175,7 @@ def half(
     if bound is None or bound.key != key:
         if len(_bound) >= MAX_BOUND:
             _bound.clear()
-        bound = _bound[id(last)] = _bind(key, ends, between, layers, last, head_norms)
+        bound = _bound[id(last)] = _bind(key, ends, between, layers, last, within)
     return None if bound.call is None else Half(x, onto, between, bound.call, modules)
 
 
@@ -160,7 +190,7 @@ class Half:
         self,
         x: Float[Tensor, "1 1 d"],
         onto: Float[Tensor, "1 1 d"],
-        between: FeedForward | Attention,
+        between: Between,
         call: BoundCall,
         modules: Sequence[nn.Module],
     ) -> None:
@@ -196,6 +226,30 @@ class Half:
         sizes[KEYS] = keys
         return self._run(sizes, words)
 
+    def selective_state(
+        self, conv: Float[Tensor, "1 w c"], h: Float[Tensor, "1 c n"]
+    ) -> tuple[Float[Tensor, "1 1 d"], Float[Tensor, "1 w c"], Float[Tensor, "1 c n"]]:
+        """The output of one whose `between` is a SelectiveState, and its two states after it.
+
+        `conv` are the last inputs of the convolution. Raises `ValueError` on shapes that do not
+        fit.
+        """
+        assert isinstance(self.between, SelectiveState)
+        states, _, taps, _ = self.between
+        sizes, words, at, _ = self.call
+        words, inner = words[:], sizes[INNER]
+        after = []
+        for name, x, shape in (
+            ("conv", conv, (1, taps - 1, inner)),
+            ("h", h, (1, inner, states)),
+        ):
+            if x.shape != shape or x.dtype != self.x.dtype or not _dense(x):
+                raise ValueError(f"decode_block: {tuple(x.shape)} {x.dtype} must be {shape}")
+            y = torch.empty_like(x)
+            words[at[name]], words[at[f"{name}_after"]] = x.data_ptr(), y.data_ptr()
+            after.append(y)
+        return self._run(sizes, words), *after
+
     def _run(self, sizes: "array[int]", words: "array[int]") -> Tensor:
         record("decode_block", "native")
         at, x, onto, y = self.call.at, self.x, self.onto, torch.empty_like(self.x)
@@ -209,10 +263,10 @@ class Half:
 def _bind(
     key: list[Any],
     ends: HalfEnds,
-    between: FeedForward | Attention,
+    between: Between,
     layers: Sequence[nn.Module],
     last: nn.Module,
-    head_norms: Sequence[nn.Module],
+    within: Sequence[nn.Module],
 ) -> _Bound:
     """Check what a half is made of, and bind a call to it."""
     parts = _Parts(ends.x)
@@ -221,18 +275,26 @@ def _bind(
     complete = complete and parts.add_norm(ends.norm, "norm", 0)
     if ends.post_norm is not None:
         complete = complete and parts.add_norm(ends.post_norm, "post_norm", 1)
-    for norm, name in zip(head_norms, ("q_norm", "k_norm"), strict=False):
-        complete = complete and parts.add_head_norm(norm, name)
+    if isinstance(between, SelectiveState):
+        complete = complete and parts.add_selection(between, *within)
+    else:
+        for norm, name in zip(within, ("q_norm", "k_norm"), strict=False):
+            complete = complete and parts.add_head_norm(norm, name)
     if not (complete and parts.fit(between)) or KERNEL.usable() is not True:
         return _Bound(key, None)
     outputs = (*parts.outputs, *[0] * (MAX_MATRICES - len(parts.outputs)))
-    forms = *parts.forms[0], *parts.forms[-1]
+    forms = [*parts.forms[:1], *parts.forms[len(layers) :], *[(0, 0, 0)] * 2][:4]
+    activation, heads, state = 0, (0, 0, 0, 0, 1), (0, 0, 0)
     if isinstance(between, FeedForward):
-        function, rest = "feed_forward", (ACTIVATIONS.index(between.activation), 0, 0, 0, 0, 1)
-    else:
-        function, rest = "attention", (0, *between[:4], 1)
+        function, activation = "feed_forward", ACTIVATIONS.index(between.activation)
+    elif isinstance(between, Attention):
+        function, heads = "attention", (*between[:4], 1)
         parts.numbers[3] = between.scale
-    sizes = (parts.width, parts.inner, *outputs, *forms, *parts.norms, *rest)
+    else:
+        function, state = "selective_state", between[:3]
+        parts.numbers[4] = between.eps
+    sizes = (parts.width, parts.inner, *outputs, *(n for form in forms for n in form))
+    sizes += (*parts.norms, activation, *heads, *state)
     all_numbers = numbers(ends.x.dtype, *parts.numbers)
     call = KERNEL.bind(function, sizes, numbers=all_numbers, **parts.given)
     return _Bound(key, call, all_numbers)
@@ -246,10 +308,11 @@ class _Parts:
         self.given: dict[str, Tensor] = {}
         self.outputs: list[int] = []
         self.forms: list[tuple[int, int, int]] = []  # of each matrix: form, columns of its parts
-        self.norms, self.numbers = [0, 0, 0], [1.0, 1.0, 1.0, 1.0]
+        self.norms, self.numbers = [0, 0, 0], [1.0, 1.0, 1.0, 1.0, 0.0]
 
-    def add_matrix(self, layer: nn.Module, names: Sequence[str]) -> bool:
+    def add_matrix(self, layer: nn.Module, of: dict[str, str]) -> bool:
         """What a layer multiplies by, if it does no more than that."""
+        names = [*of]
         if type(layer) is not Linear:
             return False
         weight, bias = layer.weight, layer.bias
@@ -260,7 +323,7 @@ class _Parts:
             if weight.parts is None or not all(self._reads(x, x.dtype) for x in weight.parts):
                 return False
             bits, scale = weight.parts
-            self.given[names[1]], self.given[names[2]] = bits, scale
+            self.given[names[2]], self.given[names[3]] = bits, scale
             columns = scale.shape[1]
             form = INT8 if columns == 1 else INT4, bits.shape[1], columns
         elif self._reads(weight, self.dtype):
@@ -272,11 +335,13 @@ class _Parts:
             whole = bias.shape == (n,)  # PyTorch broadcasts another
             if not whole or not self._reads(bias, self.dtype):
                 return False
-            self.given[names[3]] = bias
+            self.given[names[1]] = bias
         self.forms.append(form)
-        if names is _LAST:
+        if of is _LAST:
             self.inner = k
             return n == self.width
+        if of is _SELECTION or of is _STEP:
+            return True
         self.outputs.append(n)
         return k == self.width and form == self.forms[0]
 
@@ -302,10 +367,31 @@ class _Parts:
         self.given[name], self.norms[2], self.numbers[2] = norm.weight, kind + 1, norm.eps
         return True
 
-    def fit(self, between: FeedForward | Attention) -> bool:
+    def add_selection(
+        self, sizes: SelectiveState, selection: Any, step: Any, parameters: nn.Module
+    ) -> bool:
+        """W_x, W_dt and the parameters of a selective state."""
+        states, rank, taps, _ = sizes
+        inner, own = self.inner, parameters._parameters
+        shapes = dict(
+            zip(_VECTORS, ((inner, taps), (inner,), (inner, states), (inner,)), strict=True)
+        )
+        if not (self.add_matrix(selection, _SELECTION) and self.add_matrix(step, _STEP)):
+            return False
+        for name, shape in shapes.items():
+            one = own.get(name)
+            if one is None or one.shape != shape or not self._reads(one, self.dtype):
+                return False
+            self.given[name] = one
+        matrices = (selection.weight.shape, step.weight.shape)
+        return matrices == ((rank + 2 * states, inner), (inner, rank)) and taps > 1
+
+    def fit(self, between: Between) -> bool:
         """Whether the matrices' shapes are those of a half."""
         if isinstance(between, FeedForward):
             return len(self.outputs) in (1, 2) and {*self.outputs} == {self.inner}
+        if isinstance(between, SelectiveState):
+            return self.outputs == [2 * self.inner]
         heads, kv_heads, width, pairs, _ = between
         inner, narrow = heads * width, kv_heads * width
         fits = self.inner == inner and self.outputs[:3] == [inner, narrow, narrow]
