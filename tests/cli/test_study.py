@@ -23,6 +23,7 @@ def test_arms_that_differ_in_single_values_alone_are_composed_once(monkeypatch):
     monkeypatch.setattr(
         compose, "hydra_compose", lambda *a, **k: composed.append(a) or whole(*a, **k)
     )
+    compose._composed.cache_clear()  # of what other tests composed
     words = ["model=lstm,nope", "optim.lr=1e-3,2e-3", "seed=0,1", "data=parity", "seq_len=16"]
     arms = composed_arms("train", words, check)
     assert [(c.model.name, c.optim.lr, c.seed) for _, c in arms] == [

@@ -1,5 +1,6 @@
 """What options and YAML files mean: sizes, hybrids, positions, parts, names of runs."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,20 @@ def test_sizes_are_read_in_lists_and_in_the_arguments_of_the_zoo():
     assert part.options["lengths"] == [512, 4096]
     mixer = compose("train", ["model=mamba", "model.mixer.inner_width=1k"]).model.blocks[0].mixer
     assert mixer.options["inner_width"] == 1024
+
+
+def test_a_yaml_file_that_changes_is_read_again_and_nobody_changes_what_is_kept(
+    tmp_path, monkeypatch
+):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for module in ("zoo.config.compose", "zoo.config.groups"):
+        monkeypatch.setattr(f"{module}.CONFIGS", tmp_path / "configs")
+    file = tmp_path / "configs/optim/adamw.yaml"
+    optim = compose("train", ["optim.lr=1e-2"]).optim
+    found = compose("train", []).optim
+    assert (optim.lr, found.lr) == (1e-2, 1e-3)
+    file.write_text(file.read_text().replace("lr: 1.0e-3", "lr: 0.125"))
+    assert compose("train", []).optim.lr == 0.125
 
 
 def test_arguments_are_read_from_the_source():

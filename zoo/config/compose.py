@@ -5,6 +5,7 @@ misspelt one gets the nearest right name; afterwards `resolve` spells out what t
 to names (a hybrid's pattern, where positions act) and the schema checks every value.
 """
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -179,13 +180,26 @@ def compose_groups(program: str, overrides: Sequence[Override], hydra: bool = Fa
             choose(group, "null" if value is None else str(value), choices(group))
         if _chooses_a_file(program, override):
             words.append((override.input_line or "").lstrip("+"))
-    return deepcopy(_composed(GlobalHydra.instance().hydra, program, tuple(words), hydra))
+    # Hydra's own section has the folder that it was started in.
+    within = GlobalHydra.instance().hydra if hydra else _yaml_files()
+    return deepcopy(_composed(within, program, tuple(words), hydra))
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=256)
 def _composed(_within: object, program: str, words: tuple[str, ...], hydra: bool) -> DictConfig:
-    """What Hydra composes in one `composing`; the arms of a sweep choose the same few files."""
+    """What Hydra composes of these files; the arms of a sweep choose the same few."""
     return hydra_compose(program, [*words], return_hydra_config=hydra)
+
+
+def _yaml_files() -> tuple[object, ...]:
+    """What Hydra reads now: the folders that it searches, and when each of our files changed."""
+    searched = GlobalHydra.instance().config_loader().get_search_path().get_path()
+    found: list[object] = [element.path for element in searched]
+    for folder, _, names in os.walk(CONFIGS):
+        for name in sorted(names):
+            about = os.stat(os.path.join(folder, name))
+            found.append((folder, name, about.st_mtime_ns, about.st_size))
+    return tuple(found)
 
 
 def _chooses_a_file(program: str, override: Override) -> bool:
