@@ -242,11 +242,133 @@ INLINE void int4_whole(const Product *p, const Span4 *from, Int r, Int o, int so
     ALL(m, some) *output(p, r, o + m) = total((Vec)(sums[m] + zeros[m])) + bias(p, o + m);
 }
 #else
-enum { SPAN8 = 0, SPAN4 = 0 };
-typedef Real Span8, Span4;
+enum { SPAN8 = 0 };
+typedef Real Span8;
 static int spread8(const Real *x, Int k, Span8 *to) { return (void)x, (void)k, (void)to, 0; }
-static int spread4(const Real *x, Int k, Span4 *to) { return (void)x, (void)k, (void)to, 0; }
 #define int8_whole(p, from, r, o)
+#endif
+
+/* With AVX2 alone, 4 bits are multiplied as numbers of 16, by X = 2^12 x1 + x0 of these. A step is two
+ * groups, one in each half of a register, whose words hold inputs 2 j, 2 j + 16, 2 j + 1, 2 j + 17. */
+#if !(defined(__AVX512VNNI__) && defined(__AVX512BW__)) && defined(__AVX2__) && LANES == 8
+enum { LIMB = 12, AHEAD = 4096, PLACES = 4, STEPS = 4, SPAN4 = 2 * STEPS * GROUP, LARGEST = 127 << 16 };
+
+typedef struct {
+    int16_t x[STEPS][PLACES][2][16]; /* of each place in a word, x0 and x1 */
+    int32_t offset[STEPS][8];
+    float unit[2 * STEPS], sum[2 * STEPS]; /* of each group */
+} __attribute__((aligned(BYTES))) Span4;
+
+/* The unit of a group; -1 where its numbers are not all finite or too small to divide by. */
+INLINE float unit_of(const float *x) {
+    Vec most = {}, flaw = {};
+    for (int i = 0; i < GROUP; i += LANES) {
+        Vec v = load(x + i, LANES);
+        flaw += v - v;
+        most = larger(most, larger(v, -v));
+    }
+    SPREAD((&most), larger, 1)
+    if (total(flaw) != 0) return -1;
+    return most[0] == 0 ? 0 : most[0] < 1e-30f ? -1 : most[0] / LARGEST;
+}
+/* The words of a group, for each place and limb, to places that lie 16 apart; what a lane of their
+ * products with the weights has too much. */
+INLINE void cut(const __m256i *whole, int16_t *to, int32_t *offset) {
+    int32_t all[2][LANES];
+    ALL(half, 2) {
+        const __m256i a = _mm256_add_epi32(whole[half], whole[half + 2]);
+        _mm256_storeu_si256((__m256i *)all[half], a);
+    }
+    ALL(lane, 4) {
+        const int32_t *four = &all[lane / 2][lane % 2 * 4];
+        offset[lane] = -8 * (four[0] + four[1] + four[2] + four[3]);
+    }
+    ALL(half, 2) { /* inputs 0 .. 15, then 16 .. 31 */
+        __m256i limbs[2][2];
+        ALL(i, 2) {
+            const __m256i v = whole[2 * half + i], round = _mm256_set1_epi32(1 << (LIMB - 1));
+            limbs[1][i] = _mm256_srai_epi32(_mm256_add_epi32(v, round), LIMB);
+            limbs[0][i] = _mm256_sub_epi32(v, _mm256_slli_epi32(limbs[1][i], LIMB));
+        }
+        ALL(n, 2) { /* in order, then those at even places before those at odd ones */
+            __m256i v = _mm256_permute4x64_epi64(_mm256_packs_epi32(limbs[n][0], limbs[n][1]), 0xd8);
+            const __m256i even = _mm256_srai_epi32(_mm256_slli_epi32(v, 16), 16);
+            v = _mm256_permute4x64_epi64(_mm256_packs_epi32(even, _mm256_srai_epi32(v, 16)), 0xd8);
+            int16_t *at = to + (2 * half + n) * 16;
+            _mm_store_si128((__m128i *)at, _mm256_castsi256_si128(v));
+            _mm_store_si128((__m128i *)(at + 4 * 16), _mm256_extracti128_si256(v, 1));
+        }
+    }
+}
+/* Returns 0 where the numbers do not fit. */
+ONCE int spread4(const float *x, Int k, Span4 *to) {
+    for (; k > 0; to++) {
+        memset(to, 0, sizeof *to);
+        for (Int g = 0; g < 2 * STEPS && k > 0; g++, x += GROUP, k -= GROUP) {
+            if ((to->unit[g] = unit_of(x)) < 0) return 0;
+            const float per = to->unit[g] ? 1 / to->unit[g] : 0;
+            __m256i whole[PLACES];
+            Vec sum = {};
+            ALL(i, PLACES) {
+                Vec v = load(x + i * LANES, LANES);
+                whole[i] = _mm256_cvtps_epi32((__m256)(v * per));
+                sum += v;
+            }
+            to->sum[g] = total(sum);
+            cut(whole, &to->x[g / 2][0][0][g % 2 * 8], to->offset[g / 2] + g % 2 * 4);
+        }
+    }
+    return 1;
+}
+
+INLINE __m256i aligned(const void *from) { return _mm256_load_si256(from); }
+INLINE void int4_whole(const Product *p, const Span4 *from, Int r, Int o, int some) {
+    const Int groups = p->inputs / GROUP, bytes = groups * (GROUP / 2);
+    const int8_t *q = p->bits + o * bytes;
+    const uint16_t *scales = p->scales + o * groups * 2;
+    const __m256i eights = _mm256_set1_epi8((char)0x88), lowest = _mm256_set1_epi16(0x0f);
+    Vec sums[TOGETHER] = {}, zeros[TOGETHER] = {};
+    for (Int g = 0; g < groups; g += 2 * STEPS, from++) {
+        const Int count = min_int(2 * STEPS, groups - g);
+        Vec scale[TOGETHER];
+        ALL(m, some / 2) __builtin_prefetch(scales + AHEAD / 8 + 2 * some * g + 32 * m);
+        ALL(m, some) {
+            const uint16_t *at = scales + 2 * (m * groups + g);
+            __m256i pairs = _mm256_setzero_si256();
+            if (count == 2 * STEPS) pairs = _mm256_loadu_si256((const __m256i *)at);
+            else memcpy(&pairs, at, 2 * count * sizeof *at);
+            scale[m] = (Vec)_mm256_slli_epi32(pairs, 16) * load(from->unit, LANES);
+            zeros[m] += (Vec)_mm256_and_si256(pairs, _mm256_set1_epi32(-0x10000)) * load(from->sum, LANES);
+        }
+        for (int i = 0; 2 * i < count; i++) {
+            const __m256i both = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+            const __m256i which = _mm256_add_epi32(both, _mm256_set1_epi32(2 * i));
+            const int8_t *ahead = q + AHEAD + some * (g + 2 * i) * (GROUP / 2);
+            if (i % 2 == 0) ALL(m, some) __builtin_prefetch(ahead + m * 64);
+            ALL(m, some) {
+                const int8_t *at = q + m * bytes + (g + 2 * i) * (GROUP / 2);
+                __m256i w, low = aligned(from->offset[i]), high = _mm256_setzero_si256();
+                if (count - 2 * i > 1) w = _mm256_loadu_si256((const __m256i *)at);
+                else w = _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)at));
+                w = _mm256_xor_si256(w, eights);
+                ALL(t, PLACES) {
+                    __m256i four = t ? _mm256_srli_epi16(w, 4 * t) : w;
+                    if (t < PLACES - 1) four = _mm256_and_si256(four, lowest);
+                    low = _mm256_add_epi32(low, _mm256_madd_epi16(four, aligned(from->x[i][t][0])));
+                    high = _mm256_add_epi32(high, _mm256_madd_epi16(four, aligned(from->x[i][t][1])));
+                }
+                low = _mm256_add_epi32(low, _mm256_slli_epi32(high, LIMB));
+                sums[m] += (Vec)_mm256_cvtepi32_ps(low)
+                         * (Vec)_mm256_permutevar8x32_ps((__m256)scale[m], which);
+            }
+        }
+    }
+    ALL(m, some) *output(p, r, o + m) = total(sums[m] + zeros[m]) + bias(p, o + m);
+}
+#elif !(defined(__AVX512VNNI__) && defined(__AVX512BW__) && LANES == 16)
+enum { SPAN4 = 0 };
+typedef Real Span4;
+static int spread4(const Real *x, Int k, Span4 *to) { return (void)x, (void)k, (void)to, 0; }
 #define int4_whole(p, from, r, o, some)
 #endif
 
