@@ -2,9 +2,12 @@
 
 import copy
 import functools
+import gc
 import inspect
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from types import ModuleType
 
@@ -28,6 +31,28 @@ from zoo.runs.files import one_line
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in as many processes as cores
 settings.register_profile("no wall clock", deadline=None)  # a loaded machine is no failure
 settings.load_profile("no wall clock")
+
+
+TEMPORARY = "ZOO_TEST_TEMPORARY"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What libraries and programs leave in the temporary folder goes with the session.
+
+    Folders of tests stay where pytest keeps them.
+    """
+    if TEMPORARY not in os.environ:  # pytest-xdist's workers have the folder of their session
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+        os.environ[TEMPORARY] = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="zoo-")
+        place = os.environ[TEMPORARY]
+        config.add_cleanup(lambda: shutil.rmtree(place, ignore_errors=True))
+    tempfile.tempdir = os.environ[TEMPORARY]
+    gc.disable()  # until all tests are imported, none of which is garbage
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.freeze()  # what was imported is not looked through again
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -402,11 +402,15 @@ def test_state_carried_between_windows_is_out_of_the_graph_and_bounded(model):
     assert state.tokens_seen == 4 * window
 
 
-def train(model: nn.Module, batches, steps: int, rate: float = 3e-3) -> float:
+def train(model: Backbone, batches, steps: int, rate: float, below: float = -math.inf) -> float:
+    """The last loss of so many steps, or the first that is below `below`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    loss = torch.tensor(math.inf)
     for _ in range(steps):
         optimizer.zero_grad()
         loss = model.loss(next(batches))
+        if loss < below:
+            break
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -417,30 +421,42 @@ def test_it_overfits_one_batch(model):
     model = model.float()
     batch = random_tokens(model, 33, batch=4)
     start = float(model.loss(batch).detach())
-    end = train(model, iter(lambda: batch, None), 80, 1e-2)
+    end = train(model, iter(lambda: batch, None), 80, 1e-2, below=0.2 * start)
     rule = f"80 steps on one batch bring the loss from {start:.2f} to {end:.2f}, not below a fifth"
     holds(end < 0.2 * start, rule, "Check that outputs depend on inputs, and the initialisation.")
 
 
-def fresh_noise(seed: int):
+def fresh_noise(seed: int, rows: int):
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield torch.randint(VOCABULARY, (16, 33), generator=generator)
+        yield torch.randint(VOCABULARY, (rows, 33), generator=generator)
 
 
-def canary(model: Backbone) -> float:
-    """Loss on fresh uniform noise after training on uniform noise, less ln V, in nats."""
-    train(model, fresh_noise(1), 60)
+def foreseen(model: Backbone) -> float:
+    """By how many standard errors the logits of fresh uniform noise prefer the token that comes.
+
+    Whatever else a model has learned of noise, it prefers each token alike to the mean of all.
+    """
+    noise, found = fresh_noise(2, 16), []
     with torch.no_grad():
-        test = fresh_noise(2)
-        return sum(float(model.loss(next(test))) for _ in range(8)) / 8 - math.log(VOCABULARY)
+        for _ in range(8):
+            tokens = next(noise)
+            logits = model(tokens[:, :-1])
+            found.append(logits.gather(2, tokens[:, 1:, None])[..., 0] - logits.mean(-1))
+    excess = torch.stack(found)
+    return float(excess.mean() / excess.std() * excess.numel() ** 0.5)
 
 
-def test_the_canary_lives_no_one_predicts_noise(model):
-    """Less than ln V on unpredictable tokens means that the model sees the future."""
-    gain = canary(model.float())
-    rule = f"noise is predicted {-gain:.3g} nats better than by guessing"
-    holds(gain > -0.005, rule, FUTURE)
+# The longer training finds weaker leaks: an input that has a tenth of the next one in it.
+@pytest.mark.parametrize(
+    ("rows", "steps", "rate"), [(8, 40, 1e-2), pytest.param(16, 60, 3e-3, marks=pytest.mark.slow)]
+)
+def test_the_canary_lives_no_one_predicts_noise(model, rows, steps, rate):
+    """A model trained on noise that foresees other noise sees the future."""
+    train(model.float(), fresh_noise(1, rows), steps, rate)
+    apart = foreseen(model)
+    rule = f"noise is predicted: the token that comes is preferred by {apart:.3g} standard errors"
+    holds(apart < 5, rule, FUTURE)
 
 
 @pytest.fixture(params=ENCODERS)

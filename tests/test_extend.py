@@ -67,6 +67,7 @@ def tokens(length: int) -> torch.Tensor:
     return torch.randint(32, (2, length), generator=torch.Generator().manual_seed(1))
 
 
+@torch.no_grad()
 def test_any_chunking_gives_the_whole_also_across_a_switch_of_the_scaling(name, tiny):
     model = extend(tiny(MODEL_OF.get(name, "transformer")), extension(name), TRAINED)
     text = tokens(5 * TRAINED + 3)

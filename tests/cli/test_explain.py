@@ -1,14 +1,14 @@
 """What a run is said to cost is what it costs."""
 
 import re
-import subprocess
-import sys
 
 import pytest
-from building import ROOT, train_config
+from building import train_config
 
 import zoo.cli.explain
+from zoo.cli.eval import main as eval_main
 from zoo.cli.explain import PROBE, explain, peak, step_bytes
+from zoo.cli.train import main as train_main
 from zoo.config.groups import choices
 from zoo.model.build import build_model, count_parameters
 from zoo.report.words import size
@@ -85,17 +85,17 @@ def test_what_split_windows_send_is_that_of_the_busiest_process():
     assert f"up to {size(sent)} for states of split windows and their gradients" in text
 
 
-def test_the_program_prints_it_and_writes_nothing(tmp_path):
-    words = [sys.executable, "train.py", "--explain", "-m", "model=mamba,rwkv4", "size=tiny"]
-    words += ["seq_len=64", f"runs={tmp_path / 'runs'}"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    models = re.findall(r"^model +(\w+), [\d,]+ parameters", done.stdout, re.MULTILINE)
+def test_the_program_prints_it_and_writes_nothing(tmp_path, capfd):
+    words = ["--explain", "-m", "model=mamba,rwkv4", "size=tiny"]
+    assert train_main([*words, "seq_len=64", f"runs={tmp_path / 'runs'}"]) == 0
+    said = capfd.readouterr()
+    models = re.findall(r"^model +(\w+), [\d,]+ parameters", said.out, re.MULTILINE)
     assert models == ["mamba", "rwkv4"]
-    assert "profiler" not in done.stdout + done.stderr
+    assert "profiler" not in said.out + said.err
     assert not [*tmp_path.iterdir()]
-    done = subprocess.run([sys.executable, "eval.py", "--explain"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.strip().endswith(
+    assert eval_main(["--explain"]) == 2
+    said = capfd.readouterr()
+    assert not said.out
+    assert said.err.strip().endswith(
         "--explain: says what a training run costs. Use it with train.py."
     )

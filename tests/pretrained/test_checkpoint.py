@@ -116,6 +116,7 @@ def test_every_rope_type_of_transformers_is_read_or_refused_by_its_name(
             opened(tmp_path)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
 def test_prefill_and_decoding_give_the_tokens_of_transformers(case, tmp_path):
     theirs, ours = save(tmp_path, case), opened(tmp_path)
