@@ -1,5 +1,6 @@
 """Sweeps: an arm is the run that its options make alone."""
 
+import functools
 import shutil
 
 import pytest
@@ -46,6 +47,26 @@ def test_an_arm_of_a_sweep_is_the_run_that_its_options_make_alone(option, values
     arms = swept(f"{option}={','.join(values)}", *beside)
     alone = [train_config(f"{option}={value}", *beside) for value in values]
     assert [arm.model_dump() for arm in arms] == [one.model_dump() for one in alone]
+
+
+@pytest.mark.usefixtures("in_empty_folder")
+@pytest.mark.parametrize(
+    ("word", "values"),
+    [
+        ("model=glob(trans*)", ["transformer", "transformer_conv"]),
+        ("model=glob([mamba*,alibi],exclude=mamba2)", ["alibi", "mamba"]),
+        ("seed=range(0,3)", [0, 1, 2]),
+        ("seed=choice(4,2)", [4, 2]),
+        ("seed=sort(4,2)", [2, 4]),
+        ("seed=tag(few,choice(4,2))", [4, 2]),
+        ("optim.lr=range(1e-3,4e-3,1e-3)", [0.001, 0.002, 0.003]),
+    ],
+)
+def test_every_way_to_name_several_values_sweeps_over_these(word, values):
+    found = swept(word, "size=tiny")
+    names = word.partition("=")[0].split(".")
+    names += ["name"] * (names == ["model"])
+    assert [functools.reduce(getattr, names, arm) for arm in found] == values
 
 
 @pytest.mark.usefixtures("in_empty_folder")

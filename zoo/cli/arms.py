@@ -1,12 +1,15 @@
 """The arms of a sweep: composed from a command line and checked before any starts."""
 
 import itertools
+import math
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from pydantic import BaseModel
 
 from zoo.config.compose import compose_groups, compose_tree, composing, parse
@@ -23,6 +26,8 @@ from zoo.runs.stopping import handled
 Config = TypeVar("Config", bound=BaseModel)
 Check = Callable[[dict[str, Any], list[str]], Config]  # composed tree, options given -> config
 Job = Callable[[Config, "Arm | None"], int]  # config, which arm of a sweep -> exit code
+
+MAX_ARMS = 10_000  # of a sweep: all are composed and checked before the first one starts
 
 
 @dataclass
@@ -99,14 +104,25 @@ def _arms(overrides: list[Override], params: dict[str, str]) -> list[list[Overri
     more = parse([f"{key}={value}" for key, value in params.items() if key not in given])
     every = [*more, *overrides]
     counted = [o for o in every if not o.is_sweep_override() or o.is_discrete_sweep()]
-    return [list(arm) for arm in itertools.product(*map(_values, counted))]
+    values = [_values(override) for override in counted]
+    if math.prod(map(len, values)) > MAX_ARMS:
+        several = " ".join(str(o.input_line) for o in counted if o.is_sweep_override())
+        refuse_path(several, f"names over {MAX_ARMS:,} runs", "Split it into several sweeps")
+    return [list(arm) for arm in itertools.product(*values)]
 
 
 def _values(override: Override) -> list[Override]:
     if not override.is_sweep_override():
         return [override]
-    key = override.key_or_group
-    return [parse([f"{key}={value}"])[0] for value in override.sweep_string_iterator()]
+    key, line = override.key_or_group, str(override.input_line)
+    override.config_loader = GlobalHydra.instance().config_loader()  # where glob(...) looks
+    try:
+        values = [*itertools.islice(override.sweep_string_iterator(), MAX_ARMS + 1)]
+    except (HydraException, ValueError) as error:
+        refuse_path(line, f"cannot be read: {one_line(error)}", "See --hydra-help")
+    if not values:
+        refuse_path(line, "names no value", "Give one at least")
+    return [parse([f"{key}={value}"])[0] for value in values]
 
 
 def _check_distinct(arms: list[list[Override]], configs: list[Any]) -> None:

@@ -54,7 +54,7 @@ def sweep(
         with _announced(Path(configs[0].runs)):
             returned = front.multirun(config_name=program, task_function=task, overrides=words)
     except HydraException as error:
-        refuse_path(" ".join(words), str(error).splitlines()[0], "See --hydra-help")
+        refuse_path(_label(words), str(error).splitlines()[0], "See --hydra-help")
     except Exception as error:  # an arm raises nothing: this is the launcher's own
         if program == "train":
             pairs = enumerate(zip(arms, configs, strict=True), 1)
