@@ -18,8 +18,6 @@ INSIDE = {
 # Calls whose line is not written in place, by file: each passes on one that has the form.
 PASSED_ON: dict[str, int] = {
     "zoo/cli/chat.py": 1,  # the configuration's, under the program's short names
-    "zoo/cli/compress.py": 2,  # the configuration's and a method's, under the program's short names
-    "zoo/cli/paper.py": 1,  # the configuration's, under the program's short name
     "zoo/cli/shrink.py": 1,  # an option's, as it was written
     "zoo/config/validate.py": 2,  # made of pydantic's error
     "zoo/data/store.py": 1,  # a tokenizer's, with the document it fails on

@@ -8,7 +8,8 @@ import difflib
 import json
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,13 +69,30 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         text = json.dumps(value)
     elif isinstance(value, float):
-        text = f"{value!r}".removesuffix(".0")
+        text = numeral(value).removesuffix(".0")
     elif isinstance(value, list | tuple):
         text = f"[{','.join(map(shown, value))}]"
     else:
         text = str(value)
     text = re.sub(r"\s*\n\s*", " ", text)  # of an array, or a text of several lines
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
+
+def numeral(value: float) -> str:
+    """The number as people type it: 1e-9 and 1e30, which Python writes 1e-09 and 1e+30."""
+    return re.sub(r"e(-?)\+?0*(?=\d)", r"e\1", repr(value))
+
+
+@contextmanager
+def short_names(*places: str) -> Iterator[None]:
+    """Within, errors name options as a command does that leaves out the places where they are."""
+    try:
+        yield
+    except UserError as error:
+        said = str(error)
+        for place in places:
+            said = said.removeprefix(place)
+        raise UserError(said) from None
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

@@ -174,6 +174,7 @@ def altered(folder: Path, **changes) -> None:
         ({"model_type": "absent"}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types=["),
+        ({"layer_types": []}, "layer_types=[]: must be a list of one text or more"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"logit_softcapping": 30.0}, "logit_softcapping=30.0"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -20,7 +20,7 @@ from zoo.config.groups import CONFIGS, choices
 from zoo.config.measurable import RANKING
 from zoo.config.sizes import read_sizes
 from zoo.console import say
-from zoo.errors import UserError, choose, refuse
+from zoo.errors import choose, refuse, short_names
 from zoo.runs.files import check_place, write_text
 
 USAGE = """zoo compress file=<text> by=<run or checkpoint> rate=<share> [option=value ...]
@@ -84,10 +84,8 @@ def compress(words: Sequence[str]) -> int:
     if size < 2:
         rule = f"has {size} token, and one must be left" if size else "is empty"
         refuse("file", given["file"], rule, "Give a longer text")
-    try:
+    with short_names("text="):
         kept = compressed(method, scorer, prompt, rate=rate, tokens=tokens)
-    except UserError as error:  # options have short names here
-        raise UserError(str(error).removeprefix("text=")) from None
     if not {*kept} & {number for part in prompt.demonstrations for number in part}:
         option = "tokens" if "tokens" in given else "rate"
         refuse(option, given[option], "leaves nothing of the file itself", "Keep more of it")
@@ -167,10 +165,8 @@ def _method(given: dict[str, str], settings: list[str]) -> tuple[Any, float | No
         refuse("device", given["device"], f"method={name} runs no model", "Leave it out")
     by = [f"compress.by={given['by']}"] if needs else []
     words = ["run=x", f"compress={name}", f"compress.rate={given.get('rate', 0.5)}", *by, *settings]
-    try:
+    with short_names("compress."):
         found = compose("eval", words).compress
-    except UserError as error:
-        raise UserError(str(error).removeprefix("compress.")) from None
     assert found.method is not None
     if found.method.target == RANKING and "question" not in given:  # also where nothing is dropped
         rule = f"must be given for method={name}, which ranks paragraphs by it"

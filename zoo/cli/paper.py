@@ -14,7 +14,7 @@ from zoo.cli.guard import run_program
 from zoo.config.compose import compose
 from zoo.config.groups import CONFIGS
 from zoo.console import say
-from zoo.errors import UserError, choose, refuse, refuse_path
+from zoo.errors import choose, refuse, refuse_path, short_names
 
 TABLES = sorted(path.stem for path in (CONFIGS / "papers").glob("*.yaml"))
 USAGE = f"""zoo paper <table> checkpoint=<model> data.path=<text> [option=value ...]
@@ -56,11 +56,8 @@ def _paper(words: Sequence[str]) -> int:
         if slot and slot not in runs:
             lines.append((row, None))
             continue
-        try:
+        with short_names(*[table["option"].removesuffix("lengths")] * bool(lengths)):
             code, found = _measured(row, table, [*common, *others], runs.get(slot))
-        except UserError as error:  # the option has a short name here
-            place = table["option"].removesuffix("lengths") if lengths else ""
-            raise UserError(str(error).removeprefix(place)) from None
         failed |= code != 0
         lines.append((row, found))
     say("\n".join(_table(table, lines)))

@@ -47,7 +47,7 @@ def _shrink(words: Sequence[str]) -> int:
 
     try:
         say(shrunk_run(how, Path(given["to"]) if "to" in given else None))
-    except UserError as error:  # as it was written: 1e-9, where a number would be shown as 1e-09
+    except UserError as error:  # as it was written: 1k, where a number would be shown as 1024
         ((name, typed),) = settings.items()
         raise UserError(re.sub(rf"^{name}=\S+: ", f"{name}={typed}: ", str(error))) from None
     return 0

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_arg
 
 import yaml
 
-from zoo.errors import nearest, refuse, shown
+from zoo.errors import nearest, numeral, refuse, shown
 
 
 class Range(NamedTuple):
@@ -123,7 +123,7 @@ def refusal(value: Any, kind: Any, default: Any = ...) -> tuple[str, str]:
 def typed(value: Any) -> str:
     """The value so that 2.0 differs from 2, and the text 'true' from the switch."""
     if isinstance(value, float):
-        return repr(value)
+        return numeral(value)
     with suppress(yaml.YAMLError):  # what is no YAML is read as nothing else
         if isinstance(value, str) and yaml.safe_load(value or "''") != value:
             return shown(f"'{value}'")

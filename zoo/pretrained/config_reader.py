@@ -83,7 +83,11 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         truncate""",
     ),
     ("a text", is_text, "rope_type type"),
-    ("a list of texts", _list(is_text), "layer_types block_types"),
+    (
+        "a list of one text or more",  # an empty one says nothing of any layer
+        lambda value: value != [] and _list(is_text)(value),
+        "layer_types block_types",
+    ),
     ("a list of numbers", _list(_number(above=True)), "short_factor long_factor"),
     (
         "an object",
