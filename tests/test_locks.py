@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from building import ROOT, write_text
+from building import ROOT
 
 from zoo.errors import UserError
 from zoo.locks import alone_on_machine, fcntl
-from zoo.runs.folder import RunFolder
 
 pytestmark = pytest.mark.skipif(fcntl is None, reason="Windows has no locks of folders")
 
@@ -97,17 +96,3 @@ def test_a_folder_that_cannot_be_locked_is_refused(tmp_path, monkeypatch):
         alone_on_machine(tmp_path),
     ):
         pass
-
-
-@pytest.mark.slow
-def test_a_run_with_divided_weights_does_not_wait_for_another_one_of_the_machine(tmp_path):
-    write_text(tmp_path)
-    words = ["model=mamba", "size=tiny", "data=text", "data.path=text", "logger=none"]
-    words += ["match=none", "seq_len=32", "batch_size=2", "trainer.max_steps=1", "valid_windows=2"]
-    words += ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true"]
-    command = [sys.executable, str(ROOT / "train.py"), *words, "name=b"]
-    with holder(tmp_path / "runs/a") as other:  # as one that was suspended while it builds
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert other.poll() is None
-    assert done.returncode == 0, done.stderr
-    assert RunFolder.open(tmp_path / "runs/b").info["status"] == "done"

@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -21,7 +21,6 @@ from zoo.cli import train as program
 from zoo.runs.folder import RunFolder
 
 if TYPE_CHECKING:
-    from zoo.config.schema.train import TrainConfig
     from zoo.model.backbone import Backbone
 
 Layout = tuple[int, int, int, str]
@@ -77,8 +76,8 @@ def in_dtype(dtype: str) -> None:
 
     from zoo.training import fit
 
-    def build(config: TrainConfig, vocab_size: int) -> tuple[Backbone, dict[str, int]]:
-        model, sizes = built(config, vocab_size)
+    def build(*given: Any) -> tuple[Backbone, dict[str, int]]:
+        model, sizes = built(*given)
         return model.to(getattr(torch, dtype)), sizes  # some weights are float32 by name
 
     built, fit.build_model = fit.build_model, build

@@ -6,25 +6,32 @@ That they train what one process does is in test_ranks.
 import json
 import subprocess
 import sys
-import weakref
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from building import train_config, write_text
-from torch import Tensor
+from building import ARCHITECTURES, train_config
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._pytree import tree_leaves
 
+from zoo.config.schema.model import Shrunk
 from zoo.config.validate import plain
 from zoo.errors import UserError
+from zoo.model import shards
+from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
+from zoo.model.flops import forward_flops
 from zoo.runs.folder import RunFolder
 from zoo.runs.resume import resumed
 from zoo.training import partition
+from zoo.training.fit import _build
 from zoo.training.partition import process_count, sharded
-from zoo.training.sharding import cut, shard
+from zoo.training.sharding import Cut, shard
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -83,63 +90,147 @@ def test_parts_are_refused_of_weights_that_are_not_divided():
         train_config("trainer=ddp", "trainer.checkpoint=sharded")
 
 
-@pytest.mark.parametrize("words", [["model=mamba"], ["model=transformer", "model.sink_token=true"]])
-def test_parts_of_all_processes_are_the_whole_bit_for_bit_and_nothing_else_is_kept(words):
-    config, count = train_config(*words, "size=tiny", "seq_len=32", "match=none"), 3
-
-    def built():
-        torch.manual_seed(0)
-        return build_model(config, 256)[0]
-
-    whole, several = built(), []
-    marks = [vars(weight) for weight in whole.parameters()]
-    assert any(marks)
-    for index in range(count):
-        model = built()
-        weights = [weakref.ref(weight) for weight in model.parameters()]
-        several.append(cut(model, index, count))
-        assert not any(weight() for weight in weights)
-        assert [vars(weight) for weight in model.parameters()] == marks
-        assert all(weight.is_meta for weight in model.parameters())
-        assert model.head.weight is model.embedding.weight
-    parts: list[Tensor] = [
-        torch.cat(every) for every in zip(*(one.values() for one in several), strict=True)
-    ]
-    assert all(map(torch.equal, parts, whole.parameters()))
-    sizes = [sum(p.untyped_storage().nbytes() for p in one.values()) for one in several]
-    assert max(sizes) < 0.4 * sum(sizes)
+COUNT = 3  # processes
 
 
-def test_divided_weights_have_the_values_and_the_marks_of_the_whole(tmp_path):
-    config = train_config("model=mamba", "size=tiny", "seq_len=32", "match=none")
-    store = f"file://{tmp_path}/store"
-    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        model = build_model(config, 256)[0]
-        marks = [dict(vars(weight)) for weight in model.parameters()]
-        values = [weight.detach().clone() for weight in model.parameters()]
-        assert any(marks)
+def numbers(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() for x in tensors if not x.is_meta)
+
+
+def built(folder: RunFolder, cut: Cut | None = None) -> Backbone:
+    torch.manual_seed(0)
+    return _build(folder.config, folder, 256, cut)[0]
+
+
+def parts_of(model: Backbone, cut: Cut, whole: Backbone) -> list[Tensor]:
+    """A process's parts of a model, which has no weights left and else is as the whole is."""
+    assert all(weight.is_meta for weight in model.parameters())
+    assert [*map(vars, model.parameters())] == [*map(vars, whole.parameters())]
+    assert (model.head.weight is model.embedding.weight) == (
+        whole.head.weight is whole.embedding.weight
+    )
+    return [cut.parts[weight] for weight in model.parameters()]
+
+
+def check_whole(several: list[list[Tensor]], whole: Backbone) -> None:
+    together = [torch.cat(every) for every in zip(*several, strict=True)]
+    assert all(map(torch.equal, together, whole.parameters()))
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def save(folder: RunFolder, model: Backbone, in_parts: bool) -> None:
+    """A checkpoint of other weights than the model has, whole or in parts."""
+    file = folder.path / "checkpoints/step=1.ckpt"
+    file.parent.mkdir(exist_ok=True)
+    with torch.no_grad():
+        weights = {f"model.{name}": x + 1 for name, x in model.state_dict().items()}
+    tree: dict[str, Any] = {"state_dict": weights, "global_step": 1}
+    if in_parts:
         mesh = init_device_mesh("cpu", (1,))
-        shard(model, cut(model, 0, 1), model.blocks, (), mesh, alike=True)
-        for weight, mark, value in zip(model.parameters(), marks, values, strict=True):
-            assert vars(weight).items() >= mark.items()
-            assert isinstance(weight, DTensor)
-            assert torch.equal(weight.full_tensor(), value)
-        assert model.head.weight is model.embedding.weight
-    finally:
-        dist.destroy_process_group()
+        tree["state_dict"] = {n: distribute_tensor(x, mesh, [Shard(0)]) for n, x in weights.items()}
+        tree = shards.write(tree, shards.folder_of(file))
+    torch.save(tree, file)
+    folder.update(step=1)
 
 
-@pytest.mark.slow
-def test_processes_hold_the_whole_model_one_after_another_and_then_their_parts(tmp_path):
-    write_text(tmp_path)
-    command = [sys.executable, str(Path(__file__).with_name("peaks.py"))]
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "sink_token", "factored"])
+def test_parts_of_all_processes_are_the_whole_and_no_process_ever_holds_it(name, tmp_path):
+    """Bit for bit, whatever draws them; at most the parts, and the embedding or one block more."""
+    words = {"sink_token": ["model.sink_token=true"], "factored": ["model=mamba"]}
+    words = words.get(name, [f"model={name}"])
+    config = train_config(*words, "size=tiny", "seq_len=64", "match=none")
+    model = build_model(config, 256)[0]
+    most = max(numbers(block.parameters()) for block in [*model.blocks, model.embedding])
+    if name == "factored":
+        config = config.model_copy(update={"shrunk": Shrunk(run=str(tmp_path), rank=4)})
+    folder = RunFolder.create(tmp_path / "run", config, {})
+
+    class Watched(Cut):
+        def __call__(self, module: nn.Module) -> None:
+            here = {weight for weight in module.parameters() if not weight.is_meta}
+            self.most = max(getattr(self, "most", 0), numbers(here))
+            super().__call__(module)
+            assert not numbers(module.parameters())
+
+    whole, several = built(folder), []
+    cut, model = Cut(0, 1), whole
+    for index in range(COUNT):
+        model = built(folder, cut := Watched(index, COUNT))
+        assert cut.most <= most
+        several.append(parts_of(model, cut, whole))
+    sizes = [sum(part.untyped_storage().nbytes() for part in one) for one in several]
+    assert max(sizes) < 0.4 * sum(sizes)
+    with cut.zeros(model):
+        assert forward_flops(model, 16) == forward_flops(whole, 16)
+        states = (tree_leaves(one.empty_state(1)) for one in (model, whole))
+        assert all(map(torch.equal, *(map(torch.as_tensor, state) for state in states)))
+    check_whole(several, whole)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_each_process_reads_its_parts_of_a_checkpoint(goes_on, in_parts, group, tmp_path):
+    """Of the run that is tuned, and of its own, which has trained frequencies beside them."""
+    same = ["model=transformer", "size=tiny", "seq_len=64", "match=none"]
+    first = RunFolder.create(tmp_path / "base", train_config(*same), {})
+    save(first, built(first), in_parts)
+    words = [*same, f"finetune={first.path}", "extension=clex", "extension.factor=4"]
+    folder = RunFolder.create(tmp_path / "run", train_config(*words), {})
+    if goes_on:
+        save(folder, built(folder), in_parts)
+    whole = built(folder)
+    assert whole.frequencies is not None
+    if goes_on:
+        assert not torch.equal(whole.head.weight, built(first).head.weight)
+    several = []
+    for index in range(COUNT):
+        model = built(folder, cut := Cut(index, COUNT))
+        several.append(parts_of(model, cut, whole))
+    check_whole(several, whole)
+
+
+def test_another_models_checkpoint_is_refused_by_parts_as_by_a_whole(tmp_path):
+    wide, narrow = (train_config("size=tiny", f"size.width={w}", "match=none") for w in (64, 32))
+    folder = RunFolder.create(tmp_path / "run", wide, {})
+    save(RunFolder.create(tmp_path / "other", narrow, {}), built(folder), in_parts=False)
+    said = []
+    for cut in (None, Cut(0, 2)):
+        with pytest.raises(UserError, match="does not fit the checkpoint") as caught:
+            built(RunFolder.open(tmp_path / "other"), cut)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
+def test_divided_weights_have_the_values_and_the_marks_of_the_whole(group):
+    config = train_config("model=mamba", "size=tiny", "seq_len=32", "match=none")
+    model = build_model(config, 256)[0]
+    marks = [dict(vars(weight)) for weight in model.parameters()]
+    values = [weight.detach().clone() for weight in model.parameters()]
+    assert any(marks)
+    (cut := Cut(0, 1))(model)
+    shard(model, cut.parts, model.blocks, (), group, alike=True)
+    for weight, mark, value in zip(model.parameters(), marks, values, strict=True):
+        assert vars(weight).items() >= mark.items()
+        assert isinstance(weight, DTensor)
+        assert torch.equal(weight.full_tensor(), value)
+    assert model.head.weight is model.embedding.weight
+    assert not cut.parts
+
+
+@pytest.mark.slow  # half a minute
+def test_processes_hold_their_parts_and_little_more(tmp_path):
+    command = [sys.executable, str(Path(__file__).with_name("peaks.py")), "model=transformer"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = [json.loads((tmp_path / f"parts-{rank}.json").read_text()) for rank in (0, 1)]
-    first, second = sorted(found, key=lambda one: one["before"][0])
-    assert first["cut"][0] <= second["before"][0]
-    for one in found:
-        whole = one["built"][1] - one["before"][1]
-        assert whole > 190 * 2**20
-        assert one["cut"][1] - one["before"][1] < 0.65 * whole
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"memory-{rank}.json").read_text())
+        assert found["weights"] > 200e6
+        assert found["building"] < 0.65 * found["weights"]  # a half, and one block of twelve
+        assert found["training"] < 2.6 * found["weights"]  # a half four times, and gathered ones

@@ -29,7 +29,7 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def _check_tied(model: "Backbone", weights: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+def check_tied(model: "Backbone", weights: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
     """Refuse weights of an untied head for a model that has none: the last to be loaded would be
     both."""
     head, embedding = (weights.get(f"{prefix}{name}.weight") for name in ("head", "embedding"))
@@ -74,7 +74,8 @@ class Backbone(nn.Module):
     learned token is before every text, at position 0, whose output nobody reads: the learnable sink
     of Xiao 2023 (section 3.3, arXiv 2309.17453), which extension=streaming_llm keeps with sinks=1.
     `checkpoint_activations` computes each block again in the backward pass instead of keeping what
-    it computed: whole, or so many tokens at a time (zoo.model.recompute).
+    it computed: whole, or so many tokens at a time (zoo.model.recompute). `built` is called with
+    the embedding and with each block as soon as they have their first weights, which it may take.
     """
 
     stages: tuple[tuple[Any, int], ...] = ()  # extensions of zoo.model.extend, windows trained on
@@ -102,6 +103,7 @@ class Backbone(nn.Module):
         tied: bool = True,
         sink_token: bool = False,
         checkpoint_activations: bool | int = False,
+        built: Callable[[nn.Module], None] = lambda _: None,
     ) -> None:
         super().__init__()
         self.vocab_size, self.width = vocab_size, width
@@ -109,6 +111,7 @@ class Backbone(nn.Module):
         self.checkpoint_activations = checkpoint_activations
         self.embedding = nn.Embedding(vocab_size, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
+        built(self.embedding)
         self.positions = positions
         make_norm = partial(NORMS[norm], eps=norm_eps)
         self.embedding_norm = make_norm(width) if embedding_norm else None
@@ -125,6 +128,7 @@ class Backbone(nn.Module):
                 parallel_residual=parallel_residual,
                 post_norm=post_norm,
             )
+            built(block)
             blocks.append(block)
         self.blocks = nn.ModuleList(blocks)
         self.norm = make_norm(width)
@@ -133,7 +137,7 @@ class Backbone(nn.Module):
         if tied:
             self.head.weight = self.embedding.weight
         self.sink = no_weight_decay(nn.Parameter(torch.randn(width) * 0.02)) if sink_token else None
-        self.register_load_state_dict_pre_hook(_check_tied)
+        self.register_load_state_dict_pre_hook(check_tied)
         self.register_load_state_dict_pre_hook(_rename_weights)
 
     def forward(

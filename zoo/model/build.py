@@ -29,8 +29,14 @@ TOLERANCE = 0.01  # arms of a comparison differ by at most this share of the par
 STEPS = (16, 8, 4, 2, 1)  # widths are multiples of the first of these that meets the tolerance
 
 
-def build_model(config: TrainConfig, vocab_size: int) -> tuple[Backbone, dict[str, int]]:
+def build_model(
+    config: TrainConfig, vocab_size: int, built: Callable[[nn.Module], None] = lambda _: None
+) -> tuple[Backbone, dict[str, int]]:
     """The configured model, and the settings that `match` found: {"layers": 7, ...}.
+
+    Args:
+        built: called with each part of the model that has its first weights, and at the end with
+            the whole; it may take them away.
 
     Raises UserError where an architecture refuses an argument, or where no setting of the knobs
     meets the reference within 1 %.
@@ -39,9 +45,15 @@ def build_model(config: TrainConfig, vocab_size: int) -> tuple[Backbone, dict[st
     try:
         if config.match == "params":
             knobs = _match(config, vocab_size)
-        model = assemble(config, vocab_size, knobs)
+        model = assemble(config, vocab_size, knobs, built)
         if config.shrunk is not None and config.shrunk.rank is not None:
-            factorize(model, config.shrunk.rank, LowRank.in_place_of)
+
+            def unit(dense: nn.Linear, rank: int) -> LowRank:
+                built(made := LowRank.in_place_of(dense, rank))
+                return made
+
+            factorize(model, config.shrunk.rank, unit)
+        built(model)
     except UserError:
         raise
     except (TypeError, ValueError) as error:  # such as sizes larger than a tensor can be
@@ -85,8 +97,14 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def assemble(config: TrainConfig, vocab_size: int, knobs: Mapping[str, int]) -> Backbone:
-    """The configured model with the layers and widths that `knobs` name in place of its own."""
+def assemble(
+    config: TrainConfig,
+    vocab_size: int,
+    knobs: Mapping[str, int],
+    built: Callable[[nn.Module], None] = lambda _: None,
+) -> Backbone:
+    """The configured model with the layers and widths that `knobs` name in place of its own;
+    `built` is the Backbone's."""
     model, width = config.model, config.size.width
     embedded = model.embedding_positions
     return Backbone(
@@ -110,6 +128,7 @@ def assemble(config: TrainConfig, vocab_size: int, knobs: Mapping[str, int]) -> 
         tied=model.tied,
         sink_token=model.sink_token,
         checkpoint_activations=config.checkpoint_activations,
+        built=built,
     )
 
 

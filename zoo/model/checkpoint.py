@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,27 @@ def load(
     return model.to(device, dtype).eval().requires_grad_(False)
 
 
-def load_weights(model: Backbone, weights: dict[str, Tensor], folder: RunFolder) -> None:
-    """Give a model the weights of a run. UserError where they are another model's."""
+def load_weights(
+    model: Backbone,
+    weights: dict[str, Tensor],
+    folder: RunFolder,
+    load: Callable[[Backbone, dict[str, Tensor]], Any] = Backbone.load_state_dict,
+) -> None:
+    """Give a model the weights of a run, by `load`. UserError where they are another model's."""
     try:
-        model.load_state_dict(weights)
+        load(model, weights)
     except (RuntimeError, TypeError) as error:
         why = misfit(model, weights) or str(error).splitlines()[0]
         rule = f"config.yaml's model does not fit the checkpoint ({why})"
         refuse_path(str(folder), rule, REPLACE)
 
 
-def trained_weights(folder: RunFolder) -> dict[str, Tensor]:
-    """The model's weights in a run's last good checkpoint. UserError where it has none."""
+def trained_weights(folder: RunFolder, mapped: bool = False) -> dict[str, Tensor]:
+    """The model's weights in a run's last good checkpoint, `mapped` as in `read_file`. UserError
+    where it has none."""
     if folder.config.checkpoint:
         return pretrained_weights(folder.config)
-    return _with_base(folder, checkpoint_weights(folder))
+    return _with_base(folder, weights_in(_a_checkpoint(folder, mapped)[1]))
 
 
 def checkpoint_weights(folder: RunFolder) -> dict[str, Tensor]:
@@ -91,8 +98,8 @@ def base_of(folder: RunFolder) -> RunFolder:
     return base
 
 
-def _a_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]]:
-    path, state = last_checkpoint(folder)
+def _a_checkpoint(folder: RunFolder, mapped: bool = False) -> tuple[Path, dict[str, Any]]:
+    path, state = last_checkpoint(folder, mapped)
     if path is None:
         step = folder.info["step"]
         rule = f"has no checkpoint{f' of its {step:,} steps' if step else ' yet'}"
@@ -105,23 +112,27 @@ def weights_in(state: dict[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix("model."): value for name, value in stored.items()}
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path, mapped: bool = False) -> dict[str, Any]:
     """What a checkpoint holds, on the CPU, its tensors put together where they are in parts.
+
+    With `mapped` nothing is read yet that `stored` does not read: tensors are mapped from the file,
+    and in the place of one that is in parts is what reads it.
 
     Raises what PyTorch does for a file that it cannot read or that holds more than tensors and
     plain containers, and ValueError where parts are missing or damaged.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     if isinstance(state, dict) and "shards" in state:
         from zoo.model import shards  # torch.distributed.checkpoint
 
-        return shards.read(state, shards.folder_of(path))
+        read = shards.unread if mapped else shards.read
+        return read(state, shards.folder_of(path))
     return state
 
 
-def last_checkpoint(folder: RunFolder) -> tuple[Path | None, dict[str, Any]]:
-    """The file of a run's last checkpoint that can be read, and what it holds; (None, {}) before
-    the first.
+def last_checkpoint(folder: RunFolder, mapped: bool = False) -> tuple[Path | None, dict[str, Any]]:
+    """The file of a run's last checkpoint that can be read, and what it holds, `mapped` as in
+    `read_file`; (None, {}) before the first.
 
     What PyTorch cannot read, or refuses to, is passed over in words like what is damaged. UserError
     where none is left.
@@ -129,7 +140,7 @@ def last_checkpoint(folder: RunFolder) -> tuple[Path | None, dict[str, Any]]:
     unread = ""
     for whole in folder.whole_checkpoints():
         try:
-            state = read_file(whole.path)
+            state = read_file(whole.path, mapped)
             if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
                 raise ValueError("it holds no weights")
             if type(state.get("global_step")) is not int:

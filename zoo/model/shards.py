@@ -6,6 +6,7 @@ folder is PyTorch's format (torch.distributed.checkpoint). Read, it is the check
 tensors that one process writes.
 """
 
+import functools
 import hashlib
 import io
 import pickle
@@ -63,38 +64,65 @@ def write(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**named, HASHES: {file: digest for those in hashes for file, digest in those.items()}}
 
 
+class Unread:
+    """A tensor of a folder of shards that is read, as a whole, when it is needed."""
+
+    def __init__(self, reader: "_Reader", name: str, about: TensorStorageMetadata) -> None:
+        self.reader, self.name = reader, name
+        self.shape, self.dtype = about.size, about.properties.dtype
+
+    def read(self) -> Tensor:
+        found = torch.empty(self.shape, dtype=self.dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this process alone reads
+            load({self.name: found}, storage_reader=self.reader, no_dist=True)
+        return found
+
+
 def read(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The checkpoint with whole tensors in the place of their names, on the CPU.
 
     Raises ValueError where a file is missing, damaged or not one that `write` writes.
     """
+    known: dict[str, Tensor] = {}  # of weights that are tied, once
+
+    def whole(one: Unread) -> Tensor:
+        if one.name not in known:
+            known[one.name] = one.read()
+        return known[one.name]
+
+    return tree_map_only(Unread, whole, unread(tree, folder))
+
+
+def unread(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The checkpoint with an `Unread` in the place of each tensor's name. ValueError as `read`."""
     for name, digest in tree[HASHES].items():
         file = folder / name
         if Path(name).name != name or not file.is_file() or _hash(file) != digest:
             raise ValueError(f"{folder.name}/{name} is missing or damaged")
     reader = _Reader(folder)
-    found: dict[str, Tensor] = {}
+    found: dict[str, Unread] = {}
     for name, about in reader.read_metadata().state_dict_metadata.items():
         if not isinstance(about, TensorStorageMetadata):
             raise ValueError(f"{folder.name} holds more than tensors")
-        found[name] = torch.empty(about.size, dtype=about.properties.dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this process alone reads
-        load(dict(found), storage_reader=reader, no_dist=True)
+        found[name] = Unread(reader, name, about)
 
-    def whole(text: str) -> Any:
+    def stored(text: str) -> Any:
         return found[text.removeprefix(PART)] if text.startswith(PART) else text
 
     rest = {key: value for key, value in tree.items() if key != HASHES}
-    return tree_map_only(str, whole, rest)
+    return tree_map_only(str, stored, rest)
 
 
 class _Reader(FileSystemReader):
     """PyTorch's reader, which calls nothing that a folder's index names."""
 
+    @functools.cached_property
+    def index(self) -> Metadata:
+        return _Index(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
+
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        index = (Path(self.path) / ".metadata").read_bytes()
-        return _Index(io.BytesIO(index)).load()
+        return self.index
 
 
 class _Index(pickle.Unpickler):

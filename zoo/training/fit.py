@@ -4,11 +4,10 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
@@ -60,9 +59,13 @@ from zoo.training.records import (
     end_wandb,
     record_start,
 )
+from zoo.training.rehearse import FROZEN_BYTES, machine_memory
 from zoo.training.trainer import make_trainer
 from zoo.training.unused import every_weight_learns
 from zoo.training.windows import Windows, open_data, validation
+
+if TYPE_CHECKING:
+    from zoo.training.sharding import Cut
 
 log = logging.getLogger("zoo")
 
@@ -83,12 +86,11 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
     data = open_data(config.data, config.seq_len)
     check_data(data.name, data.fingerprint, folder)
     lightning.seed_everything(config.seed, verbose=False)
-    cut, parts, empty = _cutting(config), None, None
-    with alone_on_machine(folder.path) if cut else nullcontext():
-        model, sizes, checkpoint, weights = _build(config, folder, data.vocab_size)
+    cut = _cutting(config)
+    model, sizes, checkpoint, weights = _build(config, folder, data.vocab_size, cut)
+    with cut.zeros(model) if cut else nullcontext():
         facts = _facts(config, data, model, sizes)
-        if cut:
-            weights, empty, parts = {}, model.empty_state(1), cut(model)
+        empty = model.empty_state(1) if cut else None
     before = (folder.info.get("teacher") or {}).get("weights")
     taught = distillation(config, data.tokenizer_name, data.vocab_size, before)
     if taught is not None:
@@ -111,7 +113,7 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
         record_start(config, folder, data, trainer, facts)
     try:
         with stop.deferred():
-            learner = _learner(config, model, taught, parts, empty)
+            learner = _learner(config, model, taught, cut.parts if cut else None, empty)
             _fit(trainer, learner, Windows(data, config), checkpoint)
     except NonFiniteError as error:
         good = folder.checkpoint()
@@ -125,11 +127,27 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
         raise KeyboardInterrupt(f"stopped by {by} at step {trainer.global_step}")
     if first:
         if trainer.global_step >= config.trainer.max_steps:
-            if sharded(config):  # this process has a part of it
-                model = _build(config, folder, data.vocab_size)[0]
-            model.to(trainer.strategy.root_device)  # which fit has left
-            folder.update(audit=audit_trained(model, data, config))
+            folder.update(audit=_audit(config, folder, data, model, trainer.strategy.root_device))
         conclude(config, folder, trainer, metrics)
+
+
+def _audit(
+    config: TrainConfig,
+    folder: RunFolder,
+    data: Corpus | SyntheticData,
+    model: Backbone,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The audit of the trained model, which is built as a whole where this process has a part."""
+    if sharded(config):
+        memory, size = machine_memory(), FROZEN_BYTES * count_parameters(model)
+        if memory is not None and 2 * size > memory:  # what was trained is still in the other half
+            reason = f"the model has {size / 1e9:.3g} GB, too much for one process"
+            log.warning("the audit for leaks could not be carried out: %s", reason)
+            return {"ok": None, "reason": reason}
+        model = _build(config, folder, data.vocab_size)[0]
+    model.to(device)  # which fit has left
+    return audit_trained(model, data, config)
 
 
 def _prepare_process(config: TrainConfig, first: bool) -> None:
@@ -142,42 +160,52 @@ def _prepare_process(config: TrainConfig, first: bool) -> None:
     elif (processes := processes_here(config)) > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     dispatch.reset()
-    if config.allocator == "tuned" and (line := tune_allocator()):
+    if config.allocator == "tuned" and (line := tune_allocator(returns=sharded(config))):
         log.info("%s; allocator=system leaves it alone", line)
 
 
 def _build(
-    config: TrainConfig, folder: RunFolder, vocab_size: int
+    config: TrainConfig, folder: RunFolder, vocab_size: int, cut: "Cut | None" = None
 ) -> tuple[Backbone, dict[str, int], Path | None, dict[str, Tensor]]:
     """Build the model with the weights it starts from.
+
+    Where weights are divided `cut` takes this process's parts of them, and of a checkpoint it is
+    restored from nothing else is read.
 
     Returns it, the sizes that `match` chose, the checkpoint it was restored from, if any, and what
     that holds.
     """
-    model, sizes = build_model(config, vocab_size + (config.objective == "masked"))
-    checkpoint, state = last_checkpoint(folder)
+    take, load = cut or (lambda _: None), cut.load if cut else Backbone.load_state_dict
+    model, sizes = build_model(config, vocab_size + (config.objective == "masked"), take)
+    checkpoint, state = last_checkpoint(folder, mapped=cut is not None)
     restored, adapts = weights_in(state), config.lora.rank is not None
     for stage in config.stages:
         extend(model, stage.extension, stage.seq_len)
+    take(model)  # frequencies
     if config.finetune and (adapts or not checkpoint):
-        weights = trained_weights(base_of(folder) if adapts else RunFolder.open(config.finetune))
-        if why := misfit(model, weights):
-            rule = f"its weights do not fit this model ({why})"
-            refuse("finetune", config.finetune, rule, "Leave the options of the model out")
-        model.load_state_dict(weights)
+        # What has to be converted or merged is a whole: in one process after another.
+        with alone_on_machine(folder.path) if cut else nullcontext():
+            base = base_of(folder) if adapts else RunFolder.open(config.finetune)
+            weights = trained_weights(base, mapped=cut is not None)
+            if why := misfit(model, weights):
+                rule = f"its weights do not fit this model ({why})"
+                refuse("finetune", config.finetune, rule, "Leave the options of the model out")
+            load(model, weights)
+            del weights
     extend(model, config.extension, config.seq_len)
+    take(model)
     if restored and not adapts:
-        load_weights(model, restored, folder)
+        load_weights(model, restored, folder, load)
     return model, sizes, checkpoint, restored
 
 
-def _cutting(config: TrainConfig) -> Callable[[Backbone], dict[int, Tensor]] | None:
-    """What leaves this process its part of a whole model, where weights are divided."""
+def _cutting(config: TrainConfig) -> "Cut | None":
+    """What takes this process's parts of the weights, where these are divided."""
     if not sharded(config):
         return None
-    from zoo.training.sharding import cut  # a second to import
+    from zoo.training.sharding import Cut  # a second to import
 
-    return partial(cut, index=process_index(), count=process_count(config))
+    return Cut(process_index(), process_count(config))
 
 
 def _adapt(
@@ -234,7 +262,7 @@ def _learner(
     config: TrainConfig,
     model: Backbone,
     taught: Distillation | None,
-    parts: dict[int, Tensor] | None,
+    parts: dict[Tensor, Tensor] | None,
     empty: BackboneState | None,
 ) -> Learner:
     return Learner(

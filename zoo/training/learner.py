@@ -63,7 +63,7 @@ class Learner(lightning.LightningModule):
         rows: int | None = None,
         sequence_parallel: int = 1,
         distillation: Distillation | None = None,
-        parts: dict[int, Tensor] | None = None,
+        parts: dict[Tensor, Tensor] | None = None,
         empty: BackboneState | None = None,
         versions: Mapping[str, str | None] | None = None,
     ) -> None:

@@ -6,27 +6,31 @@ again, with that part's gradient and the optimiser's moments of it (ZeRO's third
 for weights, gradients and moments falls with the number of processes, and a step is that of one
 process up to rounding.
 
-Each process builds the whole model, from the same seed or checkpoint, and keeps its part of it;
-those of a run and a machine do so one after another, so that memory must hold the whole for one of
-them, whatever their number. So they read whole checkpoints. When training ends the first process
-builds the whole once more, to audit it.
+No process has to hold the whole model. Each draws every weight from the run's seed, block by block
+as one process does, and keeps its part of a block before it builds the next. Of a checkpoint it
+reads its part of one tensor after another. But checkpoints of whole tensors pass through the memory
+of the first process, with the moments (`trainer.checkpoint=sharded` writes parts), and it audits
+the trained model as a whole where that fits.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
+from zoo.config.stored import weights_as_now
 from zoo.errors import refuse
-from zoo.locks import alone_on_machine
+from zoo.model.backbone import Backbone, check_tied
 from zoo.model.checkpoint import read_file
+from zoo.model.pretrained import misfit
+from zoo.model.shards import Unread
 from zoo.training.distributed import rank, whole
 
 
@@ -35,13 +39,12 @@ class FullySharded(ModelParallelStrategy):
 
     Args:
         processes: among which the weights are divided, all of the run's.
-        run: its folder.
         in_parts: hand on each process's parts instead, for `zoo.model.shards` to write.
     """
 
-    def __init__(self, processes: int, run: Path, in_parts: bool = False) -> None:
+    def __init__(self, processes: int, in_parts: bool = False) -> None:
         super().__init__(data_parallel_size=processes, tensor_parallel_size=1)
-        self.run, self.in_parts = run, in_parts
+        self.in_parts = in_parts
 
     def model_to_device(self) -> None:
         """Nothing: `fully_shard` has moved it, and moving makes new weights without their marks."""
@@ -67,11 +70,10 @@ class FullySharded(ModelParallelStrategy):
         Its weights are left out: the model has its parts of them already.
         """
         del weights_only
-        with alone_on_machine(self.run):
-            found = read_file(Path(checkpoint_path))
-            saved = zip(self.optimizers, found["optimizer_states"], strict=True)
-            states = [_parts_of_state(*each) for each in saved]
-            return {**found, "state_dict": {}, "optimizer_states": states}
+        found = read_file(Path(checkpoint_path), mapped=True)
+        saved = zip(self.optimizers, found["optimizer_states"], strict=True)
+        states = [_parts_of_state(*each) for each in saved]
+        return {**found, "state_dict": {}, "optimizer_states": states}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -90,41 +92,84 @@ def _parts_of_state(optimizer: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
     return {**saved, "state": state}
 
 
-Parts = dict[int, Tensor]  # of weights, by their number among a module's
-
-
-def cut(module: nn.Module, index: int, count: int) -> Parts:
-    """Return a process's parts of a module's weights, and leave these without memory.
+class Cut:
+    """Takes a process's parts of a model's weights while it is built, and leaves these without
+    memory.
 
     A part is what `fully_shard` gives that process: a chunk of the first dimension.
 
     Args:
         index: of the process among `count`, from 0.
     """
-    parts, without = {}, {}
-    for number, weight in enumerate(module.parameters()):
-        chunks = weight.detach().chunk(count)
-        mine = chunks[index] if index < len(chunks) else weight.detach()[:0]
-        parts[number] = mine.clone()
-        without[weight] = torch.empty_like(weight, device="meta")
-    _replace(module, without)
-    return parts
+
+    def __init__(self, index: int, count: int) -> None:
+        self.index, self.count = index, count
+        self.parts: dict[Tensor, Tensor] = {}  # by the weight without memory
+
+    def chunk(self, x: Tensor) -> Tensor:
+        """This process's chunk of a tensor, no view of it."""
+        chunks = x.detach().chunk(self.count)
+        return (chunks[self.index] if self.index < len(chunks) else x.detach()[:0]).clone()
+
+    def __call__(self, module: nn.Module) -> None:
+        """Cut those weights of a module that have memory."""
+        without = {}
+        for weight in module.parameters():
+            if not weight.is_meta:
+                without[weight] = nn.Parameter(weight.to("meta"), weight.requires_grad)
+                self.parts[without[weight]] = self.chunk(weight)
+        _replace(module, without)
+
+    def load(self, model: Backbone, stored: Mapping[str, Any]) -> None:
+        """Give the parts of a model's weights the values of stored ones, one after another.
+
+        Args:
+            stored: tensors, or what reads them (`zoo.model.shards.Unread`), as `load_state_dict`
+                takes them.
+
+        Raises RuntimeError where they are another model's.
+        """
+        stored = dict(stored)
+        weights_as_now(stored)
+        if why := misfit(model, stored):
+            raise RuntimeError(why)
+        loaded: set[Tensor] = set()
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            value = stored[name]
+            part = self.chunk(value.read() if isinstance(value, Unread) else value)
+            if weight in loaded:  # the head that is the embedding
+                check_tied(model, {name: part, "embedding.weight": self.parts[weight]}, "")
+            self.parts[weight].copy_(part)
+            loaded.add(weight)
+
+    @contextmanager
+    def zeros(self, module: nn.Module) -> Iterator[None]:
+        """Give a module zeros for the weights that it left, which take no memory either: what
+        depends on their shapes alone can be computed then."""
+        zeros = {
+            weight: nn.Parameter(weight.new_zeros((), device="cpu").expand(weight.shape))
+            for weight in self.parts
+        }
+        _replace(module, zeros)
+        try:
+            yield
+        finally:
+            _replace(module, {zero: weight for weight, zero in zeros.items()})
 
 
 def _replace(module: nn.Module, by: Mapping[Tensor, Tensor]) -> None:
-    """Put other tensors in the places of a module's weights, with the marks of these."""
-    new = {}
-    for weight, tensor in by.items():
-        new[weight] = nn.Parameter(tensor, weight.requires_grad)
-        vars(new[weight]).update(vars(weight))
+    """Put other parameters in the places of a module's, with the marks of these."""
+    for weight, new in by.items():
+        vars(new).update(vars(weight))
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False, remove_duplicate=False):
-            part.register_parameter(name, new[weight])
+            if weight in by:
+                part.register_parameter(name, cast(nn.Parameter, by[weight]))
 
 
 def shard(
     module: nn.Module,
-    parts: Parts,
+    parts: dict[Tensor, Tensor],
     blocks: Iterable[nn.Module],
     methods: Iterable[str],
     mesh: DeviceMesh,
@@ -133,20 +178,22 @@ def shard(
     """Divide a module's weights among the processes of a mesh, those of each block together.
 
     Args:
-        parts: this process's, as `cut` has returned them.
+        parts: this process's, as a `Cut` has taken them; none are left in it.
         methods: of the module, which compute with its weights beside `forward`.
         alike: whether a step has a gradient of the same weights in all processes.
     """
-    marks = [dict(vars(weight)) for weight in module.parameters()]
+    before = list(module.parameters())
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
     divided: dict[Tensor, Tensor] = {}
-    for number, weight in enumerate(module.parameters()):  # new ones, without the marks of the old
-        vars(weight).update(marks[number])
-        like, mine = cast(DTensor, weight), parts.pop(number).to(mesh.device_type)
+    for old, weight in zip(before, module.parameters(), strict=True):
+        vars(weight).update(vars(old))  # new ones have no marks
+        like, mine = cast(DTensor, weight), parts.pop(old).to(mesh.device_type, weight.dtype)
         about = {"shape": like.shape, "stride": like.stride(), "run_check": False}
-        divided[weight] = DTensor.from_local(mine, mesh, like.placements, **about)
+        whole = DTensor.from_local(mine, mesh, like.placements, **about)
+        divided[weight] = nn.Parameter(whole, old.requires_grad)
+    parts.clear()  # of layers that others have replaced
     _replace(module, divided)
     for method in methods:
         register_fsdp_forward_method(module, method)
@@ -171,10 +218,14 @@ def gathered(tree: Any) -> Any:
 
 
 def part_of(value: Any, weight: Tensor) -> Any:
-    """This process's part of a whole tensor of a weight's shape; any other value as it is."""
-    if not isinstance(value, Tensor) or value.shape != weight.shape:
+    """This process's part of a stored tensor of a weight's shape; any other value as it is."""
+    if not isinstance(value, Tensor | Unread):
         return value
+    here = value.read() if isinstance(value, Unread) else value
+    if here.shape != weight.shape:
+        return here.clone()  # not mapped from a file any longer
     like = cast(DTensor, weight)
-    here, mesh = value.to(like.device), like.device_mesh
-    mine = distribute_tensor(here, mesh, like.placements, src_data_rank=None)
-    return mine.clone()  # not a view of the whole
+    mesh = like.device_mesh
+    mine = Cut(mesh.get_local_rank(), mesh.size()).chunk(here).to(like.device)
+    about = {"shape": like.shape, "stride": like.stride(), "run_check": False}
+    return DTensor.from_local(mine, mesh, like.placements, **about)

@@ -51,7 +51,7 @@ def make_trainer(
     }
 
     def make(**more: Any) -> lightning.Trainer:
-        own = _sharding(config, folder) if sharded(config) else {"plugins": [CheckpointReader()]}
+        own = _sharding(config) if sharded(config) else {"plugins": [CheckpointReader()]}
         always: dict[str, Any] = {"enable_checkpointing": False, "default_root_dir": folder.path}
         return lightning.Trainer(**{**defaults, **options, **own, **always, **more})
 
@@ -67,12 +67,12 @@ def make_trainer(
     return make(callbacks=[*callbacks], logger=wandb_logger(config, folder, facts))
 
 
-def _sharding(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
+def _sharding(config: TrainConfig) -> dict[str, Any]:
     """The options of Lightning's Trainer for a model that is divided among processes."""
     from zoo.training.sharding import FullySharded  # a second to import
 
     in_parts = config.trainer.checkpoint == "sharded"
-    strategy = FullySharded(process_count(config), folder.path, in_parts)
+    strategy = FullySharded(process_count(config), in_parts)
     found: dict[str, Any] = {"strategy": strategy}
     precision = config.trainer.precision
     if precision == "bf16-mixed":  # which the strategy refuses by name: autocast is beside it

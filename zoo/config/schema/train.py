@@ -108,7 +108,8 @@ class TrainConfig(Section):
         default="refuse", description="accept: continue a run that was trained by other code"
     )
     allocator: Literal["tuned", "system"] = Field(
-        description="tuned: let the C library keep freed memory, which is faster (glibc)"
+        description="tuned: let the C library keep freed memory, which is faster (glibc); under "
+        "trainer=fsdp return it, which saves weights"
     )
     threads: Threads | None = Field(description="CPU threads; null: all cores")
     workers: Annotated[Natural, Field(le=64)] = Field(
