@@ -100,6 +100,16 @@ def test_every_row_says_who_was_measured_and_how(model, tmp_path):
     assert "transformer" in said
 
 
+def test_wandbs_files_are_beside_the_runs_wherever_they_are(model, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(zoo.tasks.evaluate, "mirror", lambda *given, **_: found.append(given[2]))
+    one, two = (run_folder(tmp_path / place / "a") for place in ("here", "there"))
+    words = [f"runs={tmp_path / 'runs'}", "logger=wandb"]
+    run_eval([one], *words)
+    run_eval([one, two], *words)  # which have no folder in common
+    assert found == [tmp_path / "here", tmp_path / "runs"]
+
+
 def test_what_is_known_is_reused_and_reported(model, tmp_path):
     folder = run_folder(tmp_path / "a")
     _, first, rows = run_eval([folder])

@@ -105,7 +105,9 @@ def evaluate(
         _print_reasons(folder, found.rows)
     if len(errors) == len(folders):
         raise errors[0] if len(errors) == 1 else _none_opened(errors)
-    apart(_report, config, rows, runs, say)  # the libraries that draw keep threads
+    places = {folder.path.resolve().parent for folder in folders}
+    beside = folders[0].path.parent if len(places) == 1 else Path(config.runs)
+    apart(_report, config, rows, runs, beside, say)  # the libraries that draw keep threads
     statuses = {row["status"] for row in rows if row.get("requested", True)}
     failed = errors or {"failed", "leaks"} & statuses or "ok" not in statuses
     return int(bool(failed))
@@ -193,9 +195,14 @@ def _print_reasons(folder: RunFolder, rows: Sequence[Row]) -> None:
 
 
 def _report(
-    config: EvalConfig, rows: list[Row], runs: list[Row], say: Callable[[str], None]
+    config: EvalConfig,
+    rows: list[Row],
+    runs: list[Row],
+    beside: Path,
+    say: Callable[[str], None],
 ) -> None:
-    """Write the report and mirror it as configured; `say` the table and the report's file."""
+    """Write the report and mirror it as configured, W&B's files in the folder `beside`; `say` the
+    table and the report's file."""
     if config.publish:
         table = Path(config.publish)
         tree, anew = published.added(table, rows, runs)
@@ -211,5 +218,5 @@ def _report(
     said = write_report(*shown, report) if report else terminal(gather(*shown))
     if config.logger.name == "wandb":
         about = {"project": config.logger.project, "config": plain(config), "report": report}
-        mirror(rows, runs, Path(config.runs), config.logger.mode, **about)
+        mirror(rows, runs, beside, config.logger.mode, **about)
     say(f"{said}\n\nreport: {report}" if report else said)
