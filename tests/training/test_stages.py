@@ -24,6 +24,7 @@ from zoo.model import checkpoint
 from zoo.model.extend import extend, places, rotary_positions
 from zoo.runs.claim import claim
 from zoo.runs.folder import RunFolder
+from zoo.tasks.identity import stages_in_words
 from zoo.training import fit
 
 L, PAIRS = 16, 16  # tokens of the base's windows; rotary pairs of a head at size tiny
@@ -309,6 +310,17 @@ def test_a_chain_of_stages_is_trained_resumed_and_measured_and_its_label_says_it
     text = torch.randint(256, (1, 8 * L))
     before.load_state_dict(checkpoint.trained_weights(two))
     assert torch.equal(before(text), after(text))
+
+
+def test_stages_without_an_extension_are_named_by_their_lengths():
+    none = Extension.model_validate(extensions()["none"])
+    first, second = (none.model_copy(update={"original_length": n}) for n in (L, 2 * L))
+    pi = composed("pi", 4).model_copy(update={"original_length": L})
+    assert not stages_in_words([(first, L)])
+    assert stages_in_words([(first, 2 * L), (second, 4 * L)]) == " (16 to 32), then (32 to 64)"
+    assert (
+        stages_in_words([(pi, 4 * L), (none, 4 * L)]) == " with pi x4 (16 to 64), then (64 to 64)"
+    )
 
 
 def test_a_stage_that_replaces_has_the_bases_length_and_one_on_top_the_tuned_one(program):

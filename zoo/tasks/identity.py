@@ -49,7 +49,7 @@ def row_identity(
     stages = stages_of(trained)
     if trained.finetune or trained.extension.name != "none":
         how = "tuned" if trained.finetune else "trained"
-        name += f" {how}" if _chain(stages) == "none" else f" {how} with {_chain(stages)}"
+        name += f" {how}{stages_in_words(stages)}"
     name += _shrunk(trained)
     dtype = str(AUTOCAST.get(trained.trainer.precision, torch.float32)).removeprefix("torch.")
     return {
@@ -141,16 +141,15 @@ def weights_of(folder: RunFolder) -> Row:
     return {"train_tokens": tokens, "train_steps": step}
 
 
-def _chain(stages: Stages) -> str:
+def stages_in_words(stages: Stages) -> str:
     """The stages of a training in words; of several, each with the lengths it went from and to."""
     words = [_label(extension, stages[:number]) for number, (extension, _) in enumerate(stages)]
-    if len(stages) == 1:
-        return words[0]
-    chain = []
-    for number, (extension, seq_len) in enumerate(stages):
-        start = extension.original_length or seq_len
-        chain.append(f"{words[number]} ({start} to {trained_length(extension, seq_len)})")
-    return ", then ".join(chain)
+    words = ["" if word == "none" else f" {word}" for word in words]
+    if len(stages) > 1:
+        for number, (extension, seq_len) in enumerate(stages):
+            start = extension.original_length or seq_len
+            words[number] += f" ({start} to {trained_length(extension, seq_len)})"
+    return " with" * (stages[0][0].name != "none") + ", then".join(words)
 
 
 def _label(extension: Extension, below: Stages = ()) -> str:
