@@ -18,7 +18,7 @@ typedef struct {
 
 int forward(Sizes s, Arrays a) {
     attend((Attention){s.batch, s.keys, s.heads, s.kv_heads, s.width, s.value_width, a.q, a.k, a.v,
-                       a.out, a.lse, a.partial, *a.scale, 0},
+                       a.out, a.lse, a.partial, *a.scale, 0, 0},
            s.threads);
     return 0;
 }

@@ -1,6 +1,6 @@
 /* Softmax attention of one query per text over any number of keys, forward; README.md says how. */
 #pragma once
-#include "../common.h"
+#include "../bfloat16.h"
 
 enum {
     CHUNK = 128,    /* keys of a unit of work */
@@ -16,8 +16,15 @@ typedef struct {
     Rows out, lse; /* lse may be null */
     Real *partial; /* (b, chunks, heads, value_width + PARTS) */
     Real scale;
+    int narrow; /* whether k and v are in bfloat16 */
     Int chunks; /* of the keys; `attend` counts them */
 } Attention;
+
+/* Channels of keys or values from place `at` on. */
+INLINE Vec cached(const Real *from, Int at, Int count, int narrow) {
+    return narrow ? widened((const uint16_t *)from + at, count) : load(from + at, count);
+}
+INLINE Int place(Rows a, Int b, Int t) { return b * a.batch + t * a.row; }
 
 INLINE Real largest(Vec v) { /* of the lanes; NaN does not count */
     SPREAD((&v), larger, 1)
@@ -31,64 +38,70 @@ INLINE Real exponential(Real below) {
 
 /* Fetches the keys of the next scores and the values of these: heads lie side by side, so that one
  * head alone is read in pieces too short for the processor to fetch ahead by itself. */
-INLINE void fetch(const Attention *j, Int b, Int first, Int end) {
-    const Int line = 64 / sizeof(Real);
-    const Int wide = j->kv_heads * j->width, values = j->kv_heads * j->value_width;
+INLINE void fetch(const Attention *j, Int b, Int first, Int end, int narrow) {
+    const Int size = narrow ? sizeof(uint16_t) : sizeof(Real);
+    const Int wide = size * j->kv_heads * j->width, values = size * j->kv_heads * j->value_width;
+    const char *k = (const char *)j->k.data, *v = (const char *)j->v.data;
     for (Int i = first; i < min_int(first + LANES, end); i++)
-        for (Int c = 0; c < values; c += line) __builtin_prefetch(row(j->v, b, i) + c, 0, 2);
+        for (Int c = 0; c < values; c += 64) __builtin_prefetch(v + size * place(j->v, b, i) + c, 0, 2);
     for (Int i = first + LANES; i < min_int(first + 2 * LANES, j->keys); i++)
-        for (Int c = 0; c < wide; c += line) __builtin_prefetch(row(j->k, b, i) + c, 0, 2);
+        for (Int c = 0; c < wide; c += 64) __builtin_prefetch(k + size * place(j->k, b, i) + c, 0, 2);
 }
 
 /* Scores of LANES keys from the first on, `count` of them there, for one query of d channels. */
-INLINE Vec scores(const Real *q, Rows k, Int b, Int first, Int count, Int offset, Int d) {
-    const Real *keys[LANES];
+INLINE Vec scores(const Real *q, Rows k, Int b, Int first, Int count, Int offset, Int d, int narrow) {
+    Int keys[LANES];
     Vec sums[LANES] = {};
-    for (int i = 0; i < LANES; i++) keys[i] = row(k, b, first + min_int(i, count - 1)) + offset;
+    for (int i = 0; i < LANES; i++) keys[i] = place(k, b, first + min_int(i, count - 1)) + offset;
     for (Int c = 0; c < d; c += LANES) {
         Vec x = load(q + c, d - c);
-        ALL(i, LANES) sums[i] += x * load(keys[i] + c, d - c);
+        ALL(i, LANES) sums[i] += x * cached(k.data, keys[i] + c, d - c, narrow);
     }
     return row_sums(sums);
 }
 
 /* Adds weights times values, of `many` queries and `columns` vectors of channels from c on. */
 INLINE void weigh(const Attention *j, Int b, Int first, Int count, Int g, Int c, Real *const *out,
-                  const Real (*weights)[CHUNK], int many, int columns) {
+                  const Real (*weights)[CHUNK], int many, int columns, int narrow) {
     const Int e = j->value_width;
     Vec sums[QUERIES][COLUMNS] = {};
     for (Int i = 0; i < count; i++) {
-        const Real *from = row(j->v, b, first + i) + g * e + c;
+        const Int from = place(j->v, b, first + i) + g * e + c;
         Vec v[COLUMNS];
-        ALL(n, columns) v[n] = load(from + n * LANES, e - c - n * LANES);
+        ALL(n, columns) v[n] = cached(j->v.data, from + n * LANES, e - c - n * LANES, narrow);
         ALL(m, many) ALL(n, columns) sums[m][n] += weights[m][i] * v[n];
     }
     ALL(m, many) ALL(n, columns) store(out[m] + c + n * LANES, sums[m][n], e - c - n * LANES);
 }
-#define WEIGH(many, columns)                                                                     \
-    ONCE void weigh_##many##_##columns(const Attention *j, Int b, Int first, Int count, Int g, Int c, \
-                                       Real *const *out, const Real (*weights)[CHUNK]) {         \
-        weigh(j, b, first, count, g, c, out, weights, many, columns);                            \
+#define WEIGH(name, many, columns, narrow)                                                       \
+    ONCE void name##_##many##_##columns(const Attention *j, Int b, Int first, Int count, Int g, Int c, \
+                                        Real *const *out, const Real (*weights)[CHUNK]) {        \
+        weigh(j, b, first, count, g, c, out, weights, many, columns, narrow);                    \
     }
-WEIGH(1, 1) WEIGH(1, 4) WEIGH(2, 1) WEIGH(2, 4) WEIGH(3, 1) WEIGH(3, 4) WEIGH(4, 1) WEIGH(4, 4)
+#define WEIGHS(name, narrow)                                                                     \
+    WEIGH(name, 1, 1, narrow) WEIGH(name, 1, 4, narrow) WEIGH(name, 2, 1, narrow)                \
+    WEIGH(name, 2, 4, narrow) WEIGH(name, 3, 1, narrow) WEIGH(name, 3, 4, narrow)                \
+    WEIGH(name, 4, 1, narrow) WEIGH(name, 4, 4, narrow)
+#define ALL_WEIGHS(name)                                                                         \
+    {{name##_1_1, name##_1_4}, {name##_2_1, name##_2_4},                                         \
+     {name##_3_1, name##_3_4}, {name##_4_1, name##_4_4}}
+WEIGHS(weigh_real, 0)
+WEIGHS(weigh_narrow, 1)
 typedef void Weigh(const Attention *, Int, Int, Int, Int, Int, Real *const *, const Real (*)[CHUNK]);
-static Weigh *const WEIGHS[QUERIES][2] = {{weigh_1_1, weigh_1_4},
-                                       {weigh_2_1, weigh_2_4},
-                                       {weigh_3_1, weigh_3_4},
-                                       {weigh_4_1, weigh_4_4}};
+static Weigh *const WEIGH_BY[2][QUERIES][2] = {ALL_WEIGHS(weigh_real), ALL_WEIGHS(weigh_narrow)};
 
 /* All heads over one chunk of keys. */
-static void chunk_unit(const void *job, Int unit) {
-    const Attention *j = job;
+INLINE void attend_chunk(const Attention *j, Int unit, int narrow) {
     const Int b = unit / j->chunks, first = unit % j->chunks * CHUNK, h = j->heads;
     const Int count = min_int(CHUNK, j->keys - first), d = j->width, e = j->value_width;
     const Int shared = h / j->kv_heads;
     Real *partial = j->partial + unit * h * (e + PARTS);
     Real weights[MAX_HEADS][CHUNK] __attribute__((aligned(BYTES)));
     for (Int i = 0; i < count; i += LANES) {
-        fetch(j, b, first + i, first + count);
+        fetch(j, b, first + i, first + count, narrow);
         for (Int n = 0; n < h; n++) {
-            Vec s = scores(row(j->q, b, 0) + n * d, j->k, b, first + i, count - i, n / shared * d, d);
+            const Real *q = row(j->q, b, 0) + n * d;
+            Vec s = scores(q, j->k, b, first + i, count - i, n / shared * d, d, narrow);
             s *= j->scale;
             if (count - i < LANES)
                 for (Int lane = count - i; lane < LANES; lane++) s[lane] = -INFINITY;
@@ -116,9 +129,15 @@ static void chunk_unit(const void *job, Int unit) {
             for (Int m = 0; m < many; m++) out[m] = partial + (n + m) * (e + PARTS);
             Int c = 0;
             for (; c + COLUMNS * LANES <= e; c += COLUMNS * LANES)
-                WEIGHS[many - 1][1](j, b, first, count, g, c, out, weights + n);
-            for (; c < e; c += LANES) WEIGHS[many - 1][0](j, b, first, count, g, c, out, weights + n);
+                WEIGH_BY[narrow][many - 1][1](j, b, first, count, g, c, out, weights + n);
+            for (; c < e; c += LANES) WEIGH_BY[narrow][many - 1][0](j, b, first, count, g, c, out, weights + n);
         }
+}
+
+static void chunk_unit(const void *job, Int unit) {
+    const Attention *j = job;
+    if (j->narrow) attend_chunk(j, unit, 1);
+    else attend_chunk(j, unit, 0);
 }
 
 /* The partial results of one text, merged as `zoo.ops.merge` does. */

@@ -18,6 +18,7 @@ typedef struct {
     Int norm, post_norm, head_norm, activation; /* of the latter one more, 0 without */
     Int heads, kv_heads, head_width, pairs, keys;
     Int states, rank, taps;
+    Int narrow; /* whether all but `numbers`, cos, sin, h and scales are in bfloat16 */
     Int threads;
 } Sizes;
 
@@ -87,7 +88,8 @@ INLINE Vec activated(Vec v, Int activation) {
 INLINE Rows one_row(Real *at) { return (Rows){at, 0, 0}; }
 
 INLINE Product product(const Matrix *m, Int inputs, Int outputs, Real *x, Real *y) {
-    return (Product){1, inputs, outputs, one_row(x), one_row(y), m->weight, 0, m->bits, m->scale, m->bias, 0};
+    return (Product){1, inputs, outputs, one_row(x), one_row(y), m->weight,
+                     (const uint16_t *)m->weight, m->bits, m->scale, m->bias, 0};
 }
 
 /* The products of norm(x) with up to MANY matrices, to places behind one another. */
@@ -142,16 +144,23 @@ static void prepare(const Sizes *s, const Arrays *a, Real *y, const Real *x, Int
     }
 }
 
+/* Numbers to place `at` of an array that is kept. */
+static void keep(const Sizes *s, Real *to, Int at, const Real *from, Int count) {
+    if (s->narrow) store_narrowed((uint16_t *)to + at, from, count);
+    else memcpy(to + at, from, count * sizeof *to);
+}
+
 /* W_last softmax(q k^T) v: matrices 0, 1, 2 are those of q, k and v, 3 that of the output's gate. */
 static int attended(const Sizes *s, const Arrays *a, Real *u, Real *q) {
     const Int d = s->head_width, h = s->heads, g = s->kv_heads, last = (s->keys - 1) * g * d;
     Real *k = q + h * d, *v = k + g * d, *gate = v + g * d, *out = gate + s->outputs[3], *partial = out + h * d;
     if (project(s, a, u, q)) return 1;
     prepare(s, a, q, q, h, a->q_norm);
-    prepare(s, a, a->k + last, k, g, a->k_norm);
-    memcpy(a->v + last, v, g * d * sizeof *v);
+    prepare(s, a, k, k, g, a->k_norm);
+    keep(s, a->k, last, k, g * d);
+    keep(s, a->v, last, v, g * d);
     attend((Attention){1, s->keys, h, g, d, d, one_row(q), {a->k, 0, g * d}, {a->v, 0, g * d},
-                       one_row(out), {}, partial, a->numbers[SCALE], 0},
+                       one_row(out), {}, partial, a->numbers[SCALE], s->narrow, 0},
            s->threads);
     if (s->outputs[3])
         for (Int c = 0; c < h * d; c += LANES)
@@ -224,7 +233,7 @@ static int selective(const Sizes *s, const Arrays *a, Real *norm_x, Real *uz) {
 
 typedef int Half(const Sizes *s, const Arrays *a, Real *u, Real *rest);
 
-static int run(Sizes s, Arrays a, Half *half) {
+static int run_wide(Sizes s, Arrays a, Half *half) {
     Int numbers = s.width + s.heads * s.head_width;
     for (int m = 0; m < MANY; m++) numbers += s.outputs[m];
     numbers += ceil_div(s.keys, CHUNK) * s.heads * (s.head_width + PARTS);
@@ -235,6 +244,47 @@ static int run(Sizes s, Arrays a, Half *half) {
     const int failed = half(&s, &a, u, u + s.width);
     restore_denormals(before);
     free(u);
+    return failed;
+}
+
+typedef struct {
+    const Real **of;
+    Int count;
+} Vector;
+
+/* Vectors in bfloat16 are widened first, and what is made of them is narrowed behind. */
+static int run(Sizes s, Arrays a, Half *half) {
+    if (!s.narrow) return run_wide(s, a, half);
+    const Int w = s.width, inner = s.inner, before = s.taps ? (s.taps - 1) * inner : 0;
+    Vector of[] = {{&a.x, w}, {&a.onto, w}, {&a.norm_weight, w}, {&a.norm_bias, w}, {&a.post_weight, w},
+                   {&a.post_bias, w}, {&a.q_norm, s.head_width}, {&a.k_norm, s.head_width},
+                   {&a.conv_weight, inner * s.taps}, {&a.conv_bias, inner}, {&a.A_log, inner * s.states},
+                   {&a.D, inner}, {&a.conv, before}, {&a.last.bias, w},
+                   {&a.selection.bias, s.rank + 2 * s.states}, {&a.step.bias, inner},
+                   {&a.first[0].bias, s.outputs[0]}, {&a.first[1].bias, s.outputs[1]},
+                   {&a.first[2].bias, s.outputs[2]}, {&a.first[3].bias, s.outputs[3]}};
+    enum { VECTORS = sizeof of / sizeof *of };
+    Real *const y = a.y, *const conv_after = a.conv_after;
+    Int numbers = w + before;
+    for (int i = 0; i < VECTORS; i++) numbers += *of[i].of ? of[i].count : 0;
+    Real *const wide = malloc(numbers * sizeof *wide), *to = wide + w + before;
+    if (!wide) return 1;
+    for (int i = 0; i < VECTORS; i++)
+        if (*of[i].of) {
+            const uint16_t *from = (const uint16_t *)*of[i].of;
+            const Int n = of[i].count;
+            for (Int c = 0; c < n; c += LANES) store(to + c, widened(from + c, n - c), n - c);
+            *of[i].of = to;
+            to += n;
+        }
+    a.y = wide;
+    a.conv_after = wide + w;
+    const int failed = run_wide(s, a, half);
+    if (!failed) {
+        store_narrowed((uint16_t *)y, a.y, w);
+        if (conv_after) store_narrowed((uint16_t *)conv_after, a.conv_after, before);
+    }
+    free(wide);
     return failed;
 }
 

@@ -1,9 +1,6 @@
 /* Products of a few rows with matrices of plain numbers; README.md says how. */
 #pragma once
-#include "../common.h"
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+#include "../bfloat16.h"
 
 enum {
     MANY = 4,       /* matrices of a call */
@@ -54,29 +51,10 @@ INLINE const Product *product_of(const Products *j, Int unit, Int *o, Int *end) 
     return p;
 }
 
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-
-/* Numbers in bfloat16, which are the upper halves of those in single precision. */
-INLINE Vec widened(const uint16_t *from) {
-#if defined(__AVX512F__) && LANES == 16 /* one instruction, of which GCC makes many */
-    Words words = (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
-#elif defined(__AVX2__) && LANES == 8
-    Words words = (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
-#else
-    Words words = __builtin_convertvector(*(const Halves *)from, Words);
-#endif
-    return __builtin_convertvector((Floats)(words << 16), Vec);
-}
-
 /* LANES weights, or `count` and zeros. */
 INLINE Vec weights(const Product *p, Int at, Int count, int narrow) {
     if (!narrow) return load(p->weight + at, count);
-    if (count >= LANES) return widened(p->narrow + at);
-    uint16_t some[LANES] = {};
-    memcpy(some, p->narrow + at, count * sizeof *some);
-    return widened(some);
+    return widened(p->narrow + at, count);
 }
 
 /* Output o of rows r .. r + many. */

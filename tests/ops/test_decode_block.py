@@ -1,5 +1,7 @@
 """Half of a block in one call is that half operation by operation, whatever it is made of."""
 
+import copy
+import functools
 import itertools
 from typing import Any
 
@@ -18,6 +20,7 @@ from zoo.model.quantization import QuantizedWeight
 from zoo.ops import decode_block
 from zoo.ops.decode_block import Attention, FeedForward, HalfEnds, SelectiveState, half
 from zoo.ops.linear import Linear
+from zoo.ops.quantized_linear import restored
 from zoo.ops.rms_norm import RMSNorm
 from zoo.ops.runtime.checks import check
 from zoo.ops.runtime.dispatch import reset, select_backend, used_backends
@@ -98,13 +101,13 @@ BOTH = [
 ]
 
 
-def read(block: Any, tokens: int = 4, dtype=None) -> list[Tensor]:
+def read(block: Any, tokens: int = 4, dtype=None, given=torch.float64) -> list[Tensor]:
     """Outputs of a few tokens one by one, and what the mixer keeps behind them: keys and values, or
     the inputs of the convolution and the state."""
     dtype = dtype or block.mixer_norm.weight.dtype
     generator, state, found = torch.Generator().manual_seed(1), block.empty_state(1), []
     for _ in range(tokens):
-        x = torch.randn(1, 1, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+        x = torch.randn(1, 1, WIDTH, generator=generator, dtype=torch.float64).to(given).to(dtype)
         y, state = block(x, state, {})
         found.append(y)
     return [*found, *state.mixer[:2]]
@@ -150,6 +153,40 @@ def test_a_selective_state_is_what_the_operations_one_by_one_make_of_it(case, po
     torch.testing.assert_close(in_one_call(block), expected, rtol=1e-11, atol=1e-11)
     for y, exact in zip(in_one_call(block.float()), expected, strict=True):
         assert (y - exact).norm() <= 4e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("bits", [None, "int8", "int4"])
+@pytest.mark.parametrize(
+    "made",
+    [
+        *(functools.partial(block_of, *case) for case in CASES),
+        *(functools.partial(mamba_of, *case) for case in MAMBA_CASES),
+    ],
+    ids=lambda made: ", ".join(map(str, made.args)),
+)
+def test_in_bfloat16_only_what_leaves_a_block_is_rounded(made, bits, poisoned):
+    block = made().bfloat16()
+    if bits is not None:
+        quantized(block, bits)
+    found = in_one_call(block)
+    exact = one_by_one(made_exact(block), given=torch.bfloat16)
+    by_operations = one_by_one(block)
+    for y, operations, expected in zip(found, by_operations, exact, strict=True):
+        assert y.dtype == operations.dtype
+        error = (y - expected).norm()
+        assert error <= 2.0**-8 * expected.norm()
+        assert error <= 1.1 * (operations - expected).norm()
+
+
+def made_exact(block: Any) -> Any:
+    """The same block in float64, whose weights have the same numbers."""
+    exact = copy.deepcopy(block)
+    for layer in exact.modules():
+        for name, weight in [*layer._parameters.items()]:
+            if isinstance(weight, QuantizedWeight):
+                wide = restored(*weight.parts, torch.float64)
+                layer._parameters[name] = nn.Parameter(wide, False)
+    return exact.double()
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
@@ -253,7 +290,6 @@ def test_what_it_does_not_compute_is_left_to_the_operations():
     assert used(lambda: read(block))
     with torch.autocast("cpu", torch.bfloat16):
         assert not used(lambda: read(block.float()))
-    assert not used(lambda: read(block.bfloat16()))
     block.double()
     names = [*dict(block.named_parameters())]
     x, state = torch.randn(1, 1, WIDTH, dtype=torch.float64), block.empty_state(1)

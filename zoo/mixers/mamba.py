@@ -22,6 +22,7 @@ from zoo.mixers.base import CrossLayer, Mixer, MixerOutput, State, no_weight_dec
 from zoo.mixers.parts import conv_weight, no_inputs, wide_zeros
 from zoo.ops.causal_conv import causal_conv
 from zoo.ops.decode_block import HalfEnds, SelectiveState, half
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.linear import Linear, linear, linears
 from zoo.ops.selective_scan import selective_scan
 from zoo.parallel.hand_over import publish
@@ -123,7 +124,8 @@ class Mamba(Mixer):
         if type(state) is not MambaState or self.backend not in ("auto", "native"):
             return None
         conv, h = state
-        if conv.dtype != ends.x.dtype or h.dtype != ends.x.dtype or self.in_proj.bias is not None:
+        wide = h.dtype == wide_dtype(ends.x)
+        if conv.dtype != ends.x.dtype or not wide or self.in_proj.bias is not None:
             return None
         sizes = (self.state_size, self.dt_rank, self.conv_width)
         between = SelectiveState(*sizes, self.input_norm_eps or 0.0)

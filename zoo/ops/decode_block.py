@@ -8,9 +8,10 @@
                     h = exp(-dt exp(A_log)) h' + dt B c,  dt = softplus(W_dt r + b)
 
 Without the gates W_1 and W_3, the norms, the biases and the rotation R where there are none.
-Matrices are plain numbers or in 8 or 4 bits (zoo.ops.quantized_linear). Whether the kernel computes
-a half is decided by what it is made of (`half`); the caller has the same half operation by
-operation, for all else: gradients, transforms, autocast, hooks, other types, several tokens.
+Matrices are plain numbers or in 8 or 4 bits (zoo.ops.quantized_linear). In bfloat16 all is computed
+in float32, and only what leaves the call is rounded. Whether the kernel computes a half is decided
+by what it is made of (`half`); the caller has the same half operation by operation, for all else:
+gradients, transforms, autocast, hooks, other types, several tokens.
 """
 
 from array import array
@@ -21,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from zoo.ops.dtypes import wide_dtype
 from zoo.ops.linear import Linear, OwnProducts, globally_hooked, is_hooked
 from zoo.ops.rms_norm import OffsetRMSNorm, RMSNorm
 from zoo.ops.runtime.cpu import BoundCall, CpuKernel, numbers
@@ -32,7 +34,7 @@ MAX_HEADS = 128
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # as the kernel counts them
 NORMS: dict[type[nn.Module], int] = {RMSNorm: 0, OffsetRMSNorm: 1, nn.LayerNorm: 2}  # likewise
 LAYER = NORMS[nn.LayerNorm]
-PLAIN, INT8, INT4 = 0, 2, 3  # forms of a matrix, likewise
+PLAIN, BFLOAT16, INT8, INT4 = 0, 1, 2, 3  # forms of a matrix, likewise
 
 _FIRST = ("", *range(1, MAX_MATRICES))
 
@@ -50,12 +52,18 @@ _SELECTION = _matrix("rank+2*states", "inner", "selection_", prefix="selection_"
 _STEP = _matrix("inner", "rank", "step_", prefix="step_")
 _ALL_MATRICES = [*_MATRICES, _LAST, _SELECTION, _STEP]
 _VECTORS = ("conv_weight", "conv_bias", "A_log", "D")
+_BITS = {
+    name: torch.int8 if "bits" in name else torch.bfloat16
+    for matrix in _ALL_MATRICES
+    for name in matrix
+    if "bits" in name or "scale" in name
+}
 KERNEL = CpuKernel(
     "decode_block/decode_block.c",
     sizes=" ".join(["width inner", *(f"outputs{i}" for i in _FIRST)])
     + "".join(f" {m}form {m}bytes {m}scales" for m in ("", "last_", "selection_", "step_"))
     + " norm post_norm head_norm activation"
-    " heads<=max_heads kv_heads head_width pairs keys states rank taps",
+    " heads<=max_heads kv_heads head_width pairs keys states rank taps narrow",
     rows={},
     pointers={name: shape for matrix in _ALL_MATRICES for name, shape in matrix.items()}
     | {
@@ -75,12 +83,15 @@ KERNEL = CpuKernel(
         "h_after": "1 inner states",
     },
     outputs="y k v conv_after h_after",
-    dtypes={name: torch.int8 for matrix in _ALL_MATRICES for name in matrix if "bits" in name}
-    | {name: torch.bfloat16 for matrix in _ALL_MATRICES for name in matrix if "scale" in name},
+    dtypes=_BITS,
+)
+_WIDE = ("numbers", "cos", "sin", "h", "h_after")  # in float32 where all else is in bfloat16
+NARROW = KERNEL.with_dtypes(
+    {name: torch.bfloat16 for name in KERNEL.pointers if name not in _WIDE} | _BITS
 )
 INNER, KEYS = map([*KERNEL.bounds].index, ("inner", "keys"))
 
-DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 MAX_BOUND = 4096  # halves of blocks whose calls are remembered
 
 
@@ -195,6 +206,7 @@ class Half:
         modules: Sequence[nn.Module],
     ) -> None:
         self.x, self.onto, self.between, self.call = x, onto, between, call
+        self.wide = wide_dtype(x)  # of cosines and sines, and of h
         self.modules = modules  # whose weights the call reads
 
     def feed_forward(self) -> Float[Tensor, "1 1 d"]:
@@ -217,9 +229,9 @@ class Half:
         _, kv_heads, width, pairs, _ = self.between
         sizes, words, at, _ = self.call
         keys, sizes, words, dtype = k.shape[1], sizes[:], words[:], self.x.dtype
-        cached, angles = (1, max(keys, 1), kv_heads, width), (1, 1, pairs)
-        for x, shape in ((k, cached), (v, cached), (cos, angles), (sin, angles)):
-            if x.shape != shape or x.dtype != dtype or not x.is_contiguous():
+        cached, angles = ((1, max(keys, 1), kv_heads, width), dtype), ((1, 1, pairs), self.wide)
+        for x, (shape, wanted) in ((k, cached), (v, cached), (cos, angles), (sin, angles)):
+            if x.shape != shape or x.dtype != wanted or not x.is_contiguous():
                 raise ValueError(f"decode_block: {tuple(x.shape)} {x.dtype} must be {shape}")
         words[at["k"]], words[at["v"]] = k.data_ptr(), v.data_ptr()
         words[at["cos"]], words[at["sin"]] = cos.data_ptr(), sin.data_ptr()
@@ -239,11 +251,11 @@ class Half:
         sizes, words, at, _ = self.call
         words, inner = words[:], sizes[INNER]
         after = []
-        for name, x, shape in (
-            ("conv", conv, (1, taps - 1, inner)),
-            ("h", h, (1, inner, states)),
+        for name, x, shape, dtype in (
+            ("conv", conv, (1, taps - 1, inner), self.x.dtype),
+            ("h", h, (1, inner, states), self.wide),
         ):
-            if x.shape != shape or x.dtype != self.x.dtype or not _dense(x):
+            if x.shape != shape or x.dtype != dtype or not _dense(x):
                 raise ValueError(f"decode_block: {tuple(x.shape)} {x.dtype} must be {shape}")
             y = torch.empty_like(x)
             words[at[name]], words[at[f"{name}_after"]] = x.data_ptr(), y.data_ptr()
@@ -269,7 +281,8 @@ def _bind(
     within: Sequence[nn.Module],
 ) -> _Bound:
     """Check what a half is made of, and bind a call to it."""
-    parts = _Parts(ends.x)
+    x = ends.x
+    parts = _Parts(x)
     matrices = [parts.add_matrix(*one) for one in zip(layers, _MATRICES, strict=False)]
     complete = all(matrices) and len(matrices) == len(layers) and parts.add_matrix(last, _LAST)
     complete = complete and parts.add_norm(ends.norm, "norm", 0)
@@ -294,9 +307,10 @@ def _bind(
         function, state = "selective_state", between[:3]
         parts.numbers[4] = between.eps
     sizes = (parts.width, parts.inner, *outputs, *(n for form in forms for n in form))
-    sizes += (*parts.norms, activation, *heads, *state)
-    all_numbers = numbers(ends.x.dtype, *parts.numbers)
-    call = KERNEL.bind(function, sizes, numbers=all_numbers, **parts.given)
+    narrow = x.dtype == torch.bfloat16
+    sizes += (*parts.norms, activation, *heads, *state, int(narrow))
+    all_numbers = numbers(wide_dtype(x), *parts.numbers)
+    call = (NARROW if narrow else KERNEL).bind(function, sizes, numbers=all_numbers, **parts.given)
     return _Bound(key, call, all_numbers)
 
 
@@ -328,7 +342,7 @@ class _Parts:
             form = INT8 if columns == 1 else INT4, bits.shape[1], columns
         elif self._reads(weight, self.dtype):
             self.given[names[0]] = weight
-            form = PLAIN, 0, 0
+            form = BFLOAT16 if self.dtype == torch.bfloat16 else PLAIN, 0, 0
         else:
             return False
         if bias is not None:

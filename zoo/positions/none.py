@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from zoo.ops.dtypes import wide_dtype
 from zoo.positions.base import CrossLayer, Positions
 
 
@@ -20,5 +21,5 @@ class NoPositions(Positions):
     def rotation_of_a_token(
         self, position: int, like: Tensor, cross_layer: CrossLayer | None
     ) -> tuple[Tensor, Tensor] | None:
-        none = like.new_empty((1, 1, 0))
+        none = like.new_empty((1, 1, 0), dtype=wide_dtype(like))
         return None if self.pattern or self.softcap is not None else (none, none)

@@ -247,7 +247,7 @@ class Rope(Positions):
         if placed or self.pattern or self.softcap is not None or not self.inv_freq:
             return None
         tokens = range(position, position + 1)
-        return rotary_tables(self.inv_freq, tokens, like.device, like.dtype)
+        return rotary_tables(self.inv_freq, tokens, like.device, wide_dtype(like))
 
     def _frequencies(self, cross_layer: CrossLayer) -> tuple[Frequencies, Any]:
         """Return those of a training window's length, and their attention factor."""

@@ -1,5 +1,6 @@
 """Calls the C kernels on CPU tensors, after checking all that a kernel would read or write."""
 
+import copy
 import ctypes
 import functools
 import os
@@ -82,6 +83,13 @@ class CpuKernel:
         self._arrays = _words(self._count)
         self.usable = functools.cache(self._usable)
         self._cached_plan = functools.lru_cache(256)(self._plan)
+
+    def with_dtypes(self, dtypes: Mapping[str, torch.dtype]) -> "CpuKernel":
+        """Return the same kernel, for arrays in other dtypes."""
+        other = copy.copy(self)
+        other.dtypes = dtypes
+        other._cached_plan = functools.lru_cache(256)(other._plan)
+        return other
 
     def _usable(self) -> bool | str:
         """Return True where the kernel can run, else the reason why not, for `select_backend`."""
