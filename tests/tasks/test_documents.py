@@ -10,6 +10,7 @@ import torch
 from building import train_on_text
 from fakes import Reader, TextsApart, make_context, text_store
 
+import zoo
 from zoo.config.compose import compose
 from zoo.config.groups import choices
 from zoo.data.long_contexts import GENERATED
@@ -147,7 +148,7 @@ def test_what_was_measured_is_known_by_the_files_contents(tmp_path):
     (one,) = rows(tmp_path, lambda _: "", **options)
     write_file(tmp_path, 11)
     (other,) = rows(tmp_path, lambda _: "", **options)
-    assert one["data"] != other["data"]
+    assert one["examples"] != other["examples"]
 
 
 def test_every_data_set_that_may_be_chosen_has_its_benchmark():
@@ -280,4 +281,5 @@ def test_every_benchmark_of_documents_is_a_task_by_name(tmp_path, monkeypatch):
     assert import_module("zoo.cli.eval").main(["run=runs/run", *words, *options]) == 0
     (row,) = RunFolder.open("runs/run").rows()
     assert (row["dataset"], row["status"], row["cut"]) == ("quality", "ok", 0.5)
+    assert [known["dataset"] for known in zoo.rows("runs/run")] == ["quality"]
     assert "QuALITY, exact match" in (tmp_path / "report.html").read_text()

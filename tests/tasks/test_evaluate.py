@@ -380,6 +380,19 @@ def test_every_task_says_which_of_a_rows_fields_are_its_question(model, tmp_path
         assert earlier | settings == {"task", *row["question"]} | settings
 
 
+@pytest.mark.parametrize("field", ["data", "seed", "fingerprint"])
+def test_a_task_does_not_write_over_what_is_known_of_the_run(field, model, tmp_path, monkeypatch):
+    before = Perplexity.questions
+    named = lambda *words: [one | {field: "another"} for one in before(*words)]  # noqa: E731
+    monkeypatch.setattr(Perplexity, "questions", named)
+    folder = run_folder(tmp_path / "a")
+    run_eval([folder], "task=perplexity")
+    for row in folder.rows():
+        assert row["status"] == "failed"
+        assert row["reason"] == f"{field} of the task's rows is the run's own field"
+        assert row[field] != "another"
+
+
 class ReadsAhead(Remembers):
     """Knows each token that it is to predict, where the state is not empty or always."""
 

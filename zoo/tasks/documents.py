@@ -170,10 +170,10 @@ class Documents(Task):
         _ = context.corpus
         data: Row = {"dataset": self.dataset}
         if self.path is not None:
-            data["data"] = _digest(self.path)
+            data["examples"] = _digest(self.path)
         if self.shots_path is not None:
             data["demonstrations"] = _digest(self.shots_path)
-            if data["demonstrations"] == data["data"]:
+            if data["demonstrations"] == data["examples"]:
                 rule = "holds the very examples that are measured"
                 advice = "Give the file of the training examples"
                 refuse("task.documents.shots_path", self.shots_path, rule, advice)

@@ -164,7 +164,11 @@ class MeasuredRun:
         if needed := [*wanted, *unaudited, *seen]:
             leaks.check(needed)
         for question, outcome, found in _answers(task, context, wanted):
-            row = leaks.judge(named | question | outcome.row | (outcome.value or {}) | found)
+            answer = question | (outcome.value or {})
+            row = leaks.judge(named | answer | outcome.row | found)
+            if taken := sorted(name for name in answer.keys() & named if row[name] != named[name]):
+                reason = f"{', '.join(taken)} of the task's rows is the run's own field"
+                row |= named | {"status": "failed", "reason": reason}
             if row["status"] == "ok" and (names := lacking(task.declares, row)):
                 row |= {"status": "failed", "reason": f"the task left out {', '.join(names)}"}
             if row["status"] == "ok" and (names := not_finite(task.declares, row)):
