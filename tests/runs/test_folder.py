@@ -19,7 +19,7 @@ import zoo.runs.folder
 from zoo.config.compose import compose
 from zoo.errors import UserError
 from zoo.runs import checkpoints
-from zoo.runs.files import one_line, replacing
+from zoo.runs.files import CHECKED, one_line, replacing
 from zoo.runs.find import find_runs
 from zoo.runs.folder import RunFolder
 
@@ -361,6 +361,31 @@ def test_rows_that_are_none_are_left_out_and_said(folder, caplog):
     file.write_bytes(file.read_bytes().replace(b"6.0", b"9.0"))
     assert [row["length"] for row in folder.rows()] == [1]
     assert "line 12 was altered since it was written and is left out" in caplog.text
+
+
+def without_hash(file: Path, **changes) -> dict:
+    """Rewrite the one record in a file without its hash; return it."""
+    record = json.loads(file.read_text()) | changes
+    del record["check"]
+    file.write_text(f"{json.dumps(record)}\n")
+    return record
+
+
+@pytest.mark.parametrize("mark", CHECKED)
+def test_a_hash_that_is_absent_is_missed_where_every_row_and_record_has_one(folder, mark, caplog):
+    row = {"task": "speed", "length": 1, "tokens_per_second": 5.0}
+    for known in (row, row | {mark: "155f139780d6"}):
+        caplog.clear()
+        (folder.path / "results.jsonl").unlink(missing_ok=True)
+        folder.append_row(known)
+        changed = without_hash(folder.path / "results.jsonl", tokens_per_second=9.0)
+        assert folder.rows() == ([] if mark in known else [changed])
+        said = "line 1 was altered since it was written and is left out"
+        assert (said in caplog.text) == (mark in known)
+        folder.update(**{mark: "155f139780d6"} if mark in known else {"note": "of before"})
+        without_hash(folder.path / "run.json", step=190)
+        assert RunFolder.open(folder.path).info["step"] == 190
+        assert ("run.json was altered since it was written" in caplog.text) == (mark in known)
 
 
 def test_metrics_that_are_none_are_left_out_and_said(folder, caplog):

@@ -19,6 +19,8 @@ from zoo.errors import RunError, UserError, refuse, refuse_path, sentence
 
 MAX_TEXT_BYTES = 2**26  # of a file that is read whole; ours have a few thousand
 CHECK = "check"  # the field that holds the hash of the others
+# Fields that came with it: the records of runs have the first, and so have rows.
+CHECKED = ("sources", "measured_by")
 
 
 def one_line(error: BaseException) -> str:
@@ -185,9 +187,11 @@ def checked(record: Mapping[str, Any]) -> dict[str, Any]:
 def altered(record: dict[str, Any]) -> bool:
     """Remove the hash from a record and return whether another field was changed since.
 
-    Older records without a hash count as unaltered.
+    A record without a hash is unaltered where it is older than hashes: it has no field of CHECKED.
     """
-    return CHECK in record and record.pop(CHECK) != _hash(record)
+    if CHECK not in record:
+        return any(name in record for name in CHECKED)
+    return record.pop(CHECK) != _hash(record)
 
 
 def _hash(fields: Mapping[str, Any]) -> str:
