@@ -59,6 +59,9 @@ def test_the_runs_of_a_recipe_are_named_in_its_folder(name):
         "longrope_progressive device=cuda:99": "device=cuda:99: is not available here",
         "longrope_progressive model=alibi": "task=longrope: rescales rotary frequencies",
         "yarn_twice data=text data.path=gone": "gone: does not exist.",
+        "yarn_twice report=/proc/x.html": "report=/proc/x.html: cannot be written",
+        "longrope_progressive report=.": "report=.: cannot be written, it is a folder",
+        "yarn_twice extension.factor=8": "extension.factor=8: yarn_twice sets it in each of its",
         "yarn_twice seed=0,1": "seed=0,1: names several values",
         "longformer_staged size=tiny,small": "size=tiny,small: names several values",
     }.items(),
@@ -106,7 +109,8 @@ def test_a_recipe_says_first_how_many_stages_it_has_and_what_each_runs(
 def test_an_option_that_no_stage_takes_is_refused_before_the_first(name, monkeypatch, capfd):
     for program in ("train", "eval"):
         monkeypatch.setattr(f"zoo.cli.{program}.main", lambda _: pytest.fail("a stage began"))
-    owned = {f"{key}=x": "sets it in each of its stages. Leave it out." for key in OF_RECIPE}
+    own = (*OF_RECIPE, "extension.factor", "extension.scaling.beta_fast")
+    owned = {f"{key}=x": "sets it in each of its stages. Leave it out." for key in own}
     unused = {"task.speed.lengths=[8]": f"no stage of {name} takes it. Leave it out."}
     wrong = {"task.perplexity.lenths=[8]": "unknown option.", "siez=tiny": "unknown option."}
     wrong |= {"seq_len=-1": "must be", "optim.lr=abc": "must be", "device": "must be one recipe"}

@@ -11,8 +11,8 @@ trained twice, so that the same command goes on where it stopped. An option that
     logger, threads, runs                                           to every step
     any other                                                       to the steps of `zoo train`
 
-and takes the place of a step's own. All steps are listed, and their options checked, before the
-first begins.
+and takes the place of a step's own; extensions and their settings are the recipe's. All steps are
+listed, and their options checked, before the first begins.
 """
 
 import importlib
@@ -31,6 +31,7 @@ from zoo.console import say
 from zoo.data.sources import check_source
 from zoo.devices import check_accelerator, check_deterministic, check_device
 from zoo.errors import choose, refuse, refuse_path
+from zoo.runs.files import check_report
 
 USAGE = """zoo recipe <name> [option=value ...]    carry out a published recipe of several stages
 the stages are listed first, and the same command goes on where it was stopped
@@ -43,7 +44,7 @@ recipes: {recipes}
 FIRST = ("model", "size", "match", "hybrid", "objective", "seed", "seq_len", "data")
 OF_EVAL = ("device", "report")
 OF_BOTH = ("logger", "threads", "runs")
-OF_RECIPE = ("name", "finetune", "resume", "run", "checkpoint", "task")
+OF_RECIPE = ("name", "finetune", "resume", "run", "checkpoint", "task", "extension")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +79,7 @@ def _check(name: str, found: Sequence[tuple[str, list[str]]], given: Sequence[st
     first = [word for word in found[0][1] if within(word.partition("=")[0], FIRST)]
     for word in given:
         key, _, value = word.partition("=")
-        if key in OF_RECIPE:
+        if within(key, OF_RECIPE) and not key.startswith("task."):
             refuse(key, value, f"{name} sets it in each of its stages", "Leave it out")
         if not any(word in step for _, step in found):
             refuse(key, value, f"no stage of {name} takes it", "Leave it out")
@@ -95,6 +96,8 @@ def _check(name: str, found: Sequence[tuple[str, list[str]]], given: Sequence[st
         of_model = [word for word in first if word.partition("=")[0] not in keys]
         if program == "eval":
             measured = compose("eval", step)
+            if measured.report is not None:
+                check_report("report", measured.report)
             check_device(measured.device)
             check_applies(measured.extension, position_schemes(base.model))
             check_measurable(measured, [base])
