@@ -198,7 +198,7 @@ def test_a_missing_split_is_refused(split, tmp_path):
 def test_two_files_are_too_few_to_split(flat, tmp_path):
     (flat / "a.txt").unlink()
     (flat / "b.txt").unlink()
-    refused(text(flat), "flat: has 2 different files", tmp_path / "cache")
+    refused(text(flat), "flat: has 2 files", tmp_path / "cache")
 
 
 def test_three_files_of_which_two_are_the_same_are_too_few(flat, tmp_path):
@@ -254,6 +254,18 @@ def test_an_unreadable_folder_is_refused(flat, tmp_path, monkeypatch):
 
     monkeypatch.setattr(files.os, "scandir", closed)
     refused(text(flat), r"flat: cannot be read \(Permission denied", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"), [(["x"], "1 different file,"), (["x", "y"], "2 different files,")]
+)
+def test_only_different_files_are_counted_as_such(texts, said, tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(texts[i % len(texts)])
+    refused(text(tmp_path), f"has {said} too few to split", tmp_path / "cache", early=False)
+    for i in (2, 3):
+        (tmp_path / f"{i}.txt").unlink()
+    refused(text(tmp_path), "has 2 files, too few to split", tmp_path / "cache")
 
 
 def test_a_dangling_link_is_refused(flat, tmp_path):

@@ -137,3 +137,11 @@ def test_without_its_package_it_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package datasets\. Run pip install datasets"):
         check_source(spec(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["hf", "pg19"])
+def test_a_package_that_is_missing_is_named_before_what_the_files_are(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="needs the package datasets"):
+        check_source(spec(tmp_path, name=name, cache=str(tmp_path / "cache")))

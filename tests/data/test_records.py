@@ -96,6 +96,8 @@ BAD = {
     "7": r"a\.jsonl:1: is no JSON object\. Write one object per line",
     "{": r"a\.jsonl:1: is no JSON object",
     "[" * 10**5: r"a\.jsonl:1: is no JSON object",
+    f'{{"text": "x", "n": {"7" * 5000}}}': r"a\.jsonl:1: has an integer of more than 4,300 digits",
+    r'{"text": "x", "te\u0078t": "y"}': r"a\.jsonl:1: has text more than once\. Keep one",
     '{"txet": "x", "n": 1}': r"data\.field=text: .*a\.jsonl:1 has no such field\. Use one of: txet",
     "{}": r"has no such field\. Give records that have a text field",
     '{"text": 7}': r"data\.field=text: it is no text in .*a\.jsonl:1",
@@ -116,6 +118,29 @@ def test_a_record_that_is_no_document_is_refused_in_one_line(tmp_path, line, lat
             call()
         assert "\n" not in str(caught.value)
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_a_field_that_is_not_read_may_be_there_twice(tmp_path):
+    path = tmp_path / "a.jsonl"
+    twice = ['{"n": 1, "n": 2, "text": "x"}\n', '{"n": {"text": 1, "text": 2}, "text": "y"}\n']
+    path.write_text(lines(TEXTS) + "".join(twice))
+    corpus = open_corpus(spec(path), tmp_path / "cache")
+    found = [document for split in SPLITS for document in documents(corpus, split)]
+    assert sorted(found) == sorted([*TEXTS, "x", "y"])
+
+
+def test_two_columns_of_the_name_that_is_read_are_refused(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    columns = [[str(i) for i in range(60)], TEXTS, TEXTS]
+    path = tmp_path / "a.parquet"
+    for names in (["id", "id", "text"], ["id", "text", "text"]):
+        table = arrow.Table.from_arrays([arrow.array(each) for each in columns], names=names)
+        importlib.import_module("pyarrow.parquet").write_table(table, path)
+        if names.count("text") == 1:
+            check_source(spec(path, "parquet"))
+    for call in (check_source, lambda one: open_corpus(one, tmp_path / "cache")):
+        with pytest.raises(UserError, match=r"a\.parquet: has 2 columns text\. Rename all but one"):
+            call(spec(path, "parquet"))
 
 
 @pytest.mark.parametrize("line", [b'{"text": "\xff"}', b'{"text": "a\0"}'])

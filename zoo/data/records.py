@@ -4,7 +4,9 @@ import importlib
 import importlib.util
 import json
 import shutil
+import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -50,10 +52,23 @@ def _documents(kind: str, files: Files, split: str, field: str) -> Documents:
 def read_records(kind: str, path: Path, fields: list[str]) -> Records:
     """The records of a file with their numbers, of Parquet with these fields alone where it has
     one. UserError where the file is damaged or cannot be read."""
-    return _read_jsonl(path) if kind == "jsonl" else _read_parquet(path, fields)
+    return _read_jsonl(path, fields) if kind == "jsonl" else _read_parquet(path, fields)
 
 
-def _read_jsonl(path: Path) -> Records:
+class _Repeated(dict[str, Any]):
+    """A JSON object that has a name more than once; the last value counts."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.repeated = {name for name, count in Counter(n for n, _ in pairs).items() if count > 1}
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else _Repeated(pairs)
+
+
+def _read_jsonl(path: Path, fields: list[str]) -> Records:
     with opened(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -62,11 +77,17 @@ def _read_jsonl(path: Path) -> Records:
                 rule = f"is not text ({fault[1]} at byte {fault[0]} of the line)"
                 refuse_path(f"{path}:{number}", rule, "Write UTF-8, without NUL bytes")
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
+                record = json.loads(line, object_pairs_hook=_object)
+            except (json.JSONDecodeError, RecursionError):
                 record = None
+            except ValueError:  # the one other: Python reads no longer integers
+                rule = f"has an integer of more than {sys.get_int_max_str_digits():,} digits"
+                refuse_path(f"{path}:{number}", rule, "Write it as text, or leave it out")
             if not isinstance(record, dict):
                 refuse_path(f"{path}:{number}", "is no JSON object", "Write one object per line")
+            if isinstance(record, _Repeated):
+                for name in [name for name in fields if name in record.repeated]:
+                    refuse_path(f"{path}:{number}", f"has {name} more than once", "Keep one")
             yield number, record
 
 
@@ -76,6 +97,10 @@ def _read_parquet(path: Path, fields: list[str]) -> Records:
         table = importlib.import_module("pyarrow.parquet").ParquetFile(file)
         names = table.schema_arrow.names
         known = [name for name in fields if name in names]
+        for name in known:
+            if names.count(name) > 1:
+                rule = f"has {names.count(name)} columns {name}"
+                refuse_path(path, rule, "Rename all but one of them")
         number = 0
         for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=known or names):
             for record in batch.to_pylist():

@@ -32,6 +32,7 @@ from zoo.data.tokenizers import identify_tokenizer
 from zoo.errors import choose, refuse, refuse_path
 
 NAMES = ("stdlib", "text", "jsonl", "parquet", "hf", "pg19")
+HUB = ("hf", "pg19")
 Spec = Mapping[str, Any]  # configs/data/*.yaml
 
 STDLIB_HELD_OUT = 400_000  # bytes, at least, of the standard library for each of valid and test
@@ -60,21 +61,26 @@ def check_source(spec: Spec) -> None:
     """
     choose("data.eval_documents", spec["eval_documents"], ("whole", "joined"))
     identify_tokenizer(spec["tokenizer"])
-    find_source(spec)
     name = spec["name"]
+    if name in HUB:  # what is missing to read them comes before what they hold
+        _check_hub(spec)
+        if not store_folder(spec, spec.get("cache") or ".data").exists():
+            if name == "pg19":
+                hub.require_hub(name, hub.PG19)
+            else:
+                hub.check_dataset(spec["dataset"])
+    find_source(spec)
     if name == "text":
         for path in itertools.islice(_text_files(spec).every(), HEAD_FILES):
             read_text(path, HEAD_BYTES)
     elif name in SUFFIXES:
         check_records(name, find_files(spec["path"], SUFFIXES[name]), spec["field"])
-    elif name in ("pg19", "hf") and not store_folder(spec, spec.get("cache") or ".data").exists():
-        hub.require_hub(name, hub.PG19) if name == "pg19" else hub.check_dataset(spec["dataset"])
 
 
 def find_source(spec: Spec) -> Source:
     """The source that a data configuration names; lists files, reads none. Raises UserError."""
     name = choose("data.name", spec["name"], NAMES)
-    if name in ("pg19", "hf"):
+    if name in HUB:
         return _hub_source(spec)
     if name == "stdlib":
         files = _stdlib_files()
@@ -101,15 +107,21 @@ def store_folder(spec: Spec, cache: str | Path) -> Path:
     return Path(cache) / f"{name}-{_fingerprint(what)[:12]}"
 
 
-def _hub_source(spec: Spec) -> Source:
+def _check_hub(spec: Spec) -> None:
     count = spec.get("documents")
     if count is not None and (type(count) is not int or count < 1):
         refuse("data.documents", count, "must be a positive number or null")
+    if spec["name"] == "hf" and not spec["dataset"]:
+        rule = "must be a folder or the name of a data set on the hub"
+        refuse("data.dataset", spec["dataset"], rule)
+
+
+def _hub_source(spec: Spec) -> Source:
+    _check_hub(spec)
+    count = spec.get("documents")
     if spec["name"] == "pg19":
         return Source(_fingerprint([hub.PG19, count]), lambda: hub.pg19_documents(count))
     dataset, field = spec["dataset"], spec["field"]
-    if not dataset:
-        refuse("data.dataset", dataset, "must be a folder or the name of a data set on the hub")
     folder = Path(dataset).expanduser()
     stamps = file_stamps(Files(folder, {"": list_files(folder, "")})) if folder.is_dir() else []
     what = [dataset, field, count, stamps]
@@ -143,7 +155,7 @@ def _stdlib_documents(files: Files) -> dict[str, Documents]:
 def _text_files(spec: Spec) -> Files:
     files = find_files(spec["path"], ".txt")
     if "" in files.groups and len(files.every()) > 1:
-        _enough(files.root, files.every())
+        _enough(files.root, files.every(), "")
     return files
 
 
@@ -156,7 +168,7 @@ def _text_documents(files: Files) -> dict[str, Documents]:
         if not found:
             refuse_path(files.root / split, "every file is empty", "Add text to it")
     if "" in distinct:
-        splits = split_files(files.root, _enough(files.root, distinct[""].values()))
+        splits = split_files(files.root, _enough(files.root, distinct[""].values(), "different "))
     else:
         for one, other in itertools.combinations(SPLITS, 2):
             for twin in distinct[one].keys() & distinct[other].keys():
@@ -173,11 +185,14 @@ def _named(files: Files, paths: Iterable[Path]) -> Documents:
     return ((files.name(path), read_text(path)) for path in paths)
 
 
-def _enough(root: Path, files: Iterable[Path]) -> list[Path]:
+def _enough(root: Path, files: Iterable[Path], kind: str) -> list[Path]:
+    """The files, of which there are enough; `kind` says which are counted."""
     found = list(files)
     if len(found) < len(SPLITS):
         advice = "Give at least 3, folders train, valid and test, or a single file"
-        refuse_path(root, f"has {len(found)} different files, too few to split", advice)
+        refuse_path(
+            root, f"has {len(found)} {kind}file{'s' * (len(found) != 1)}, too few to split", advice
+        )
     return found
 
 
