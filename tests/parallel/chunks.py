@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,11 +24,13 @@ from zoo.model.extend import extend, places
 from zoo.model.quantization import quantize_cache
 from zoo.parallel.ranks import Ranks
 from zoo.tasks.context import EvalContext, check_state, nats
+from zoo.tasks.memory import peak_bytes
 from zoo.tasks.readers import chunk_nats, read_prompt
 
 ROWS, VOCABULARY, TRAINED = 2, 32, 16
 CHUNK = 7  # tokens that are read at a time where a text is scored
 NEXT = 3  # tokens that are read on from the state after a prompt
+LONG = 1024  # tokens of the window whose memory is measured
 
 
 class Case(NamedTuple):
@@ -111,6 +114,32 @@ def differences(ranks: Ranks, case: Case, length: int) -> dict[str, float]:
     return about | {n: _apart(found[n], p.grad) for n, p in model.named_parameters()}
 
 
+def share_of_memory(ranks: Ranks) -> float:
+    """The most that a rank holds at a time in a step of the transformer, of what one process does.
+
+    Beyond the weights: of tensors, which are the same in every call.
+    """
+    config = train_config("model=transformer", "size=small", f"seq_len={LONG}", "match=none")
+    model = build_model(config, VOCABULARY)[0]
+    tokens = torch.randint(VOCABULARY, (1, LONG + 1))
+
+    def split() -> None:
+        chunk_loss(model, ranks, tokens[:, :-1], tokens[:, 1:]).backward()
+        ranks.finish()
+
+    def peak(step: Callable[[], None]) -> float:
+        step()  # fills the tables that are kept
+        model.zero_grad(set_to_none=True)
+        most = peak_bytes(torch.device("cpu"), step)
+        model.zero_grad(set_to_none=True)
+        assert most
+        return float(most)
+
+    most = torch.tensor(peak(split), dtype=torch.float64)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.item() / peak(lambda: model.loss(tokens).backward())
+
+
 def _scores(model: Backbone, ranks: Ranks, tokens: Tensor) -> Tensor:
     """What every token costs as it is measured: in all ranks' chunks."""
     context = _context(model, ranks)
@@ -164,6 +193,7 @@ def read_all(cases: dict[str, Case], report: Path) -> None:
     for name, case in cases.items():
         for length in case.lengths:
             found[f"{name} {length}"] = differences(ranks, case, length)
+    memory = share_of_memory(ranks)
     if not ranks.index:
-        report.write_text(json.dumps(found))
+        report.write_text(json.dumps({"cases": found, "memory": memory}))
     dist.destroy_process_group()

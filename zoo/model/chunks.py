@@ -50,9 +50,10 @@ def state_before(
     `keeps` that of HandOver.
     """
     blocks, numbers = [], itertools.count()
+    again = torch.is_grad_enabled() and bool(model.checkpoint_activations)
     for block in (empty or model.empty_state(1)).blocks:
         given = (
-            HandOver(split, place, next(numbers), keeps) if tree_leaves(own) else own
+            HandOver(split, place, next(numbers), keeps, again) if tree_leaves(own) else own
             for own in block
         )
         blocks.append(BlockState(*given))
@@ -88,8 +89,7 @@ def read_chunks(
 
     steps = itertools.product(range(len(model.blocks) + 1), readings)
     for at, _, place in sorted(map(turn, steps)):
-        if not torch.is_grad_enabled():  # the backward pass needs what was sent
-            split.ranks.enter(at)
+        split.ranks.enter(at)
         try:
             next(readings[place])
         except StopIteration as end:

@@ -49,17 +49,22 @@ class HandOver:
         place: of the chunk.
         number: of the sublayer in its model.
         keeps: return the state after the chunk as well, which takes its memory.
+        again: keep what was received for a second call, which takes its memory until then.
     """
 
-    def __init__(self, split: Split, place: int, number: int, keeps: bool = False) -> None:
-        self.split, self.place, self.tag, self.keeps = split, place, number * TAGS, keeps
-        self.received: dict[str, list[Any]] = {}  # leaves of each field of the state before
+    def __init__(
+        self, split: Split, place: int, number: int, keeps: bool = False, again: bool = False
+    ) -> None:
+        self.split, self.place, self.tag = split, place, number * TAGS
+        self.keeps, self.again = keeps, again
+        self.received: dict[str, list[Any]] = {}  # leaves of each field, for a second call
         self.sent: dict[str, list[Tensor]] = {}  # shapes of the tensors of the state after
 
     def read(self, sublayer: Read, x: Tensor, empty: Any) -> tuple[Tensor, Any]:
         """The sublayer's output for the chunk x, and its state after it or ().
 
-        A second call, as activation checkpointing makes it, repeats the first and sends nothing.
+        A second call, as activation checkpointing makes it, repeats the first and sends nothing;
+        it needs `again`, as nothing is sent to it either.
 
         Args:
             empty: its state before a text.
@@ -72,6 +77,7 @@ class HandOver:
             this.finish(after)
         finally:
             _current = outer
+            this.arrived.clear()  # the pass and its state hold each other until Python collects
         y = _Tied.apply(y, *this.ties) if this.ties else y
         return y, after if self.keeps else ()
 
@@ -140,7 +146,7 @@ class _Pass:
             found = hand_over.received.get(name)
             if found is None:
                 found = hand_over.receive(len(leaves), self.tags[name], self.device)
-            if torch.is_grad_enabled():  # for a second call
+            if hand_over.again:
                 hand_over.received[name] = found
             leaves = found
         if (tensors := _tensors(leaves)) and torch.is_grad_enabled():

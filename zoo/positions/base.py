@@ -138,9 +138,12 @@ class Positions(PositionScheme):
         if not causal or q.shape[1] == 1:  # the last token sees every key
             return attention([Part(q, k, v), *sinks], softcap=self.softcap, backend=backend)
         past = k.shape[1] - q.shape[1]
-        parts = [Part(q, k[:, past:], v[:, past:], causal=True)]
-        if past:
-            parts.append(Part(q, k[:, :past], v[:, :past]))
+        if not past:
+            parts = [Part(q, k, v, causal=True)]
+        else:  # one split has one gradient, where two slices each have one of every key
+            cut = past, q.shape[1]
+            (past_k, own_k), (past_v, own_v) = k.split(cut, 1), v.split(cut, 1)
+            parts = [Part(q, own_k, own_v, causal=True), Part(q, past_k, past_v)]
         return attention([*parts, *sinks], softcap=self.softcap, backend=backend)
 
     def rotation_of_a_token(
