@@ -192,6 +192,15 @@ def test_what_the_zoo_does_not_compute_is_refused_by_name(changes, said, tmp_pat
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("scalar", [1e30, 1e-30, 0.5])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_a_scale_of_scores_that_no_heads_have_is_refused(family, scalar, tmp_path):
+    save(tmp_path, family)
+    altered(tmp_path, query_pre_attn_scalar=scalar)
+    with pytest.raises(UserError, match=r"query_pre_attn_scalar=\S+: must be a number from 1 to"):
+        opened(tmp_path)
+
+
 def test_every_key_of_every_family_is_read_or_known_to_be_silent(tmp_path):
     """A key that no table knows is refused: none of a family's own may be."""
     for case in CASES:

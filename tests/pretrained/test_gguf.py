@@ -44,7 +44,12 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write(
-    path: Path, quantised: str = "F32", without: str = "", groups: int = GROUPS, **fields
+    path: Path,
+    quantised: str = "F32",
+    without: str = "",
+    groups: int = GROUPS,
+    head: int = WIDTH // HEADS,
+    **fields,
 ) -> dict[str, np.ndarray]:
     """A Llama of one layer and random weights; returns these under transformers' names.
 
@@ -55,10 +60,10 @@ def write(
         "model.embed_tokens": (VOCAB, WIDTH),
         "model.norm": (WIDTH,),
         "model.layers.0.input_layernorm": (WIDTH,),
-        "model.layers.0.self_attn.q_proj": (WIDTH, WIDTH),
-        "model.layers.0.self_attn.k_proj": (WIDTH * groups // HEADS, WIDTH),
-        "model.layers.0.self_attn.v_proj": (WIDTH * groups // HEADS, WIDTH),
-        "model.layers.0.self_attn.o_proj": (WIDTH, WIDTH),
+        "model.layers.0.self_attn.q_proj": (HEADS * head, WIDTH),
+        "model.layers.0.self_attn.k_proj": (groups * head, WIDTH),
+        "model.layers.0.self_attn.v_proj": (groups * head, WIDTH),
+        "model.layers.0.self_attn.o_proj": (WIDTH, HEADS * head),
         "model.layers.0.post_attention_layernorm": (WIDTH,),
         "model.layers.0.mlp.gate_proj": (HIDDEN, WIDTH),
         "model.layers.0.mlp.up_proj": (HIDDEN, WIDTH),
@@ -91,7 +96,7 @@ def write(
     writer.add_rope_freq_base(20000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(VOCAB)
-    writer.add_rope_dimension_count(WIDTH // HEADS)
+    writer.add_rope_dimension_count(head)
     writer.add_tokenizer_model(fields.pop("tokenizer", "gpt2"))
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list([*letters(), *TOKENS])
@@ -185,6 +190,38 @@ def test_a_truncated_file_is_refused_in_one_line(length, tmp_path):
     with pytest.raises(UserError) as error:
         GGUFFile(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_ends_within_its_header_says_where(tmp_path):
+    path, cut = tmp_path / "a.gguf", tmp_path / "cut.gguf"
+    write(path)
+    whole, end = path.read_bytes(), gguf.GGUFReader(path).data_offset
+    for length in [*range(1, 200, 7), *range(200, end, 331), end - 1]:
+        cut.write_bytes(whole[:length])
+        line = rf"^checkpoint={cut}: must be a whole GGUF file \(it ends at byte {length}\)\.$"
+        with pytest.raises(UserError, match=line):
+            GGUFFile(cut)
+
+
+def test_the_width_of_heads_is_the_one_of_keys_and_values(tmp_path):
+    path, own = tmp_path / "a.gguf", WIDTH // HEADS
+    write(path)
+    plain = describe(GGUFFile(path).config())
+    both = ("llama__attention__key_length", "llama__attention__value_length")
+    for names in (both, both[:1], both[1:]):
+        write(path, **dict.fromkeys(names, own))
+        assert describe(GGUFFile(path).config()) == plain
+        write(path, without="llama.rope.dimension_count", **dict.fromkeys(names, own))
+        assert describe(GGUFFile(path).config()) == plain
+    write(path, head=6, **dict.fromkeys(both, 6))
+    assert "model.mixer.head_width=6" in describe(GGUFFile(path).config()).words
+    assert logits_of(path).isfinite().all()
+    for lengths in ((6, own), (own, 6), (6, 6)):  # the last: a part of each head is rotated
+        write(path, **dict(zip(both, lengths, strict=True)))
+        with pytest.raises(
+            UserError, match=rf"^checkpoint={path}: .* not read\. Use the model's s"
+        ):
+            GGUFFile(path).config()
 
 
 def test_the_json_is_what_tokenizers_writes(tmp_path):

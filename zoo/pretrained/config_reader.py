@@ -66,7 +66,12 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         """
         rope_theta rotary_emb_base rope_local_base_freq partial_rotary_factor rotary_pct factor
         attention_factor beta_fast beta_slow low_freq_factor high_freq_factor expand hidden_ratio
-        query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping logits_soft_cap""",
+        attn_logit_softcapping final_logit_softcapping logits_soft_cap""",
+    ),
+    (
+        "a number from 1 to 1048576",  # a width of heads: scores are scaled by 1 / its root
+        lambda value: _number(above=True)(value) and 1 <= value <= 2**20,
+        "query_pre_attn_scalar",
     ),
     (
         "a number >= 0",

@@ -136,6 +136,7 @@ class GGUFFile:
     def config(self) -> dict[str, Any]:
         """The file's hyper-parameters under the names of `transformers`' LlamaConfig."""
         read = {f"llama.{name}" for name, _, _ in HYPER_PARAMETERS.values()}
+        read |= {"llama.attention.key_length", "llama.attention.value_length"}
         for name in self._reader.fields:
             if name not in read and not DESCRIPTIVE.match(name):
                 self._refuse(f"{name} is not supported", SAFETENSORS)
@@ -143,6 +144,8 @@ class GGUFFile:
             ours: self._value(f"llama.{name}", kind, default)
             for ours, (name, kind, default) in HYPER_PARAMETERS.items()
         }
+        width = config["hidden_size"] // config["num_attention_heads"]
+        config["head_dim"] = self._head_width(config["head_dim"], width)
         if config["vocab_size"] is None:
             config["vocab_size"] = len(self._value("tokenizer.ggml.tokens", TEXTS))
         # Stored in float32: 1e-5 comes back as 9.999999747378752e-06.
@@ -155,6 +158,22 @@ class GGUFFile:
             "eos_token_id": self._value("tokenizer.ggml.eos_token_id", TOKEN, None),
             **config,
         }
+
+    def _head_width(self, rotated: int | None, default: int) -> int | None:
+        """The width of a head, of which all is `rotated`; None where the file does not say it."""
+        lengths = {
+            name: self._value(f"llama.attention.{name}_length", COUNT, None)
+            for name in ("key", "value")
+        }
+        if not any(lengths.values()):
+            return rotated
+        keys, values = (length or default for length in lengths.values())
+        if values != keys:
+            self._refuse(f"values of {values} beside keys of {keys} are not read", SAFETENSORS)
+        if rotated not in (None, keys):
+            rule = f"llama.rope.dimension_count={rotated} of heads of {keys} is not read"
+            self._refuse(rule, SAFETENSORS)
+        return keys
 
     def weights(self) -> "dict[str, Tensor]":
         """Every tensor, dequantised to float32, under the names of LlamaForCausalLM."""
@@ -243,10 +262,11 @@ def _reader(gguf: Any, path: Path) -> Any:
 
     class BoundedReader(gguf.GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
-            values = super()._get(offset, dtype, count, *rest, **named)
-            if len(values) != count:
+            import numpy as np
+
+            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
                 raise ValueError(f"it ends at byte {len(self.data)}")
-            return values
+            return super()._get(offset, dtype, count, *rest, **named)
 
     return BoundedReader(path)
 
