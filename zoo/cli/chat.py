@@ -12,7 +12,7 @@ from time import perf_counter
 from zoo.cli.guard import held_back, run_program
 from zoo.config.compose import compose
 from zoo.console import say
-from zoo.errors import UserError, refuse, refuse_path, refuse_unknown, sentence
+from zoo.errors import UserError, refuse, refuse_path, refuse_unknown, sentence, short_names
 
 USAGE = """zoo chat run=<run folder> | checkpoint=<folder or file> [option=value ...]
 write on with a model: each line is added to the text, and the model goes on from there
@@ -63,11 +63,12 @@ def chat(words: Sequence[str]) -> int:
     others = [word for word in options if word not in extension]
     others = [f"{TASK}{word}" if word.split("=")[0] in OF_TASK else word for word in others]
     try:
-        config = compose("eval", ["run=x", "task=generate", *others])
-        how = config.task["generate"].load()()
-        how.check()
-        if not isinstance(how.prompt, str):
-            refuse(f"{TASK}prompt", how.prompt, "must be one text")
+        with short_names("run=x task=generate ", TASK):
+            config = compose("eval", ["run=x", "task=generate", *others])
+            how = config.task["generate"].load()()
+            how.check()
+            if not isinstance(how.prompt, str):
+                refuse(f"{TASK}prompt", how.prompt, "must be one text")
     except UserError as error:
         raise UserError(_of_chat(str(error), others)) from None
     from zoo.model.generation import write_text  # heavy: seconds
@@ -98,8 +99,7 @@ def chat(words: Sequence[str]) -> int:
 
 
 def _of_chat(said: str, words: Sequence[str]) -> str:
-    """What eval.py says of these words, in the options of this command, whose names are short."""
-    said = said.removeprefix("run=x task=generate ").replace(TASK, "")
+    """What eval.py says of these words, in the terms of this command."""
     values = [word.removeprefix(TASK) for word in words if INTERPOLATED.search(word)]
     if values and "Interpolation" in said:
         rule = "${..} has the value of an option, and there is none of that name"
