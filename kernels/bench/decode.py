@@ -100,13 +100,14 @@ class Ours:
 class OneRead:
     """What a token costs at least: all weights are read once.
 
-    Array after array by PyTorch's sum, whose calls count too: 2 ms of them for 300 arrays.
+    As one sum over a buffer of as many bytes: a call for each of 300 arrays takes 2 ms by itself.
     """
 
     def __init__(self, ours: Ours) -> None:
         parameters = [*ours.writer.model.parameters()]
         parts = [part for one in parameters for part in getattr(one, "parts", None) or (one,)]
-        self.parts = [part.view(-1).view(torch.uint8) for part in parts]
+        count = sum(part.numel() * part.element_size() for part in parts)
+        self.buffer = torch.ones(count // 8, dtype=torch.int64)
 
     def read(self, prompt: list[int]) -> list[int]:
         del prompt
@@ -114,9 +115,8 @@ class OneRead:
 
     def write(self, count: int) -> list[int]:
         """Read all of them so many times; there are no tokens."""
-        for part in self.parts * count:
-            whole = part.numel() // 8 * 8
-            part[:whole].view(torch.int64).sum()
+        for _ in range(count):
+            self.buffer.sum()
         return []
 
 
