@@ -23,7 +23,7 @@ def test_two_means_of_one_arm_differ_by_more_than_the_floor_once_in_twenty():
     draw, beyond, rounds = random.Random(0), 0, 4000
     for _ in range(rounds):
         arms = [[draw.gauss(0, 0.3) for _ in range(3)] for _ in range(4)]
-        floor = noise_floors(cells(*arms))[64]
+        floor = noise_floors(cells(*arms), "score")[64]
         apart = statistics.mean(arms[0]) - statistics.mean(arms[1])
         beyond += not is_noise(Cell(apart, seeds=3), floor)
     assert 0.035 < beyond / rounds < 0.065
@@ -31,12 +31,12 @@ def test_two_means_of_one_arm_differ_by_more_than_the_floor_once_in_twenty():
 
 @pytest.mark.parametrize("arms", [[], [[1.0], [2.0]], [[1.0, 1.0], [2.0, 2.0]]])
 def test_no_floor_is_known_where_no_seeds_differ(arms):
-    assert not noise_floors(cells(*arms))
+    assert not noise_floors(cells(*arms), "score")
 
 
 def test_an_arm_of_one_seed_leaves_the_floor_of_the_others_and_has_a_higher_one():
-    alike = noise_floors(cells([1.0, 1.2, 1.1], [2.0, 2.1, 2.3]))[64]
-    with_one = noise_floors(cells([1.0, 1.2, 1.1], [2.0, 2.1, 2.3], [5.0]))[64]
+    alike = noise_floors(cells([1.0, 1.2, 1.1], [2.0, 2.1, 2.3]), "score")[64]
+    with_one = noise_floors(cells([1.0, 1.2, 1.1], [2.0, 2.1, 2.3], [5.0]), "score")[64]
     assert with_one.value == alike.value
     assert (alike.source, alike.seeds) == ("3 seeds each, from 2 arms", 3)
     assert with_one.source == "3 seeds each, from 2 arms; 1.7 times it for one seed"
@@ -51,7 +51,7 @@ STEADY = [[1.0, 1.02, 1.01], [2.0, 2.01, 2.03], [1.5, 1.52, 1.49]]
 
 @pytest.mark.parametrize("broken", [[[3.0, 9.0, 6.0]], [[3.0, 9.0, 6.0], [4.0, 2.0, 8.0]]])
 def test_arms_that_break_by_chance_leave_the_floor_of_the_others(broken):
-    alone, beside = (noise_floors(cells(*arms))[64] for arms in (STEADY, STEADY + broken))
+    alone, beside = (noise_floors(cells(*arms), "score")[64] for arms in (STEADY, STEADY + broken))
     assert beside.value == pytest.approx(alone.value, rel=1e-12)
     assert beside.outlying == {f"arm {3 + i}" for i in range(len(broken))}
     together = [statistics.variance(arm) for arm in STEADY + broken]
@@ -64,17 +64,26 @@ def test_arms_that_break_by_chance_leave_the_floor_of_the_others(broken):
     assert "times it against arm 3" in beside.source
 
 
+@pytest.mark.parametrize("form", ["share", "count", "bytes"])
+def test_of_shares_and_speeds_every_arm_counts(form):
+    arms = [*STEADY, [0.29, 0.31, 0.96]]
+    floor = noise_floors(cells(*arms), form)[64]
+    together = statistics.fmean(statistics.variance(arm) for arm in arms)
+    assert floor.value == pytest.approx(2.306 * (together * 2 / 3) ** 0.5, rel=1e-9)
+    assert (floor.outlying, floor.arms) == (frozenset(), 4)
+
+
 def test_of_arms_that_differ_alike_hardly_any_is_left_out():
     draw, left_out, rounds = random.Random(0), 0, 2000
     for _ in range(rounds):
         arms = [[draw.gauss(0, 0.3) for _ in range(3)] for _ in range(6)]
-        left_out += bool(noise_floors(cells(*arms))[64].outlying)
+        left_out += bool(noise_floors(cells(*arms), "score")[64].outlying)
     assert left_out / rounds < 0.05
 
 
 def test_of_two_arms_neither_is_left_out_nor_where_the_others_are_equal_to_the_last_bit():
-    assert not noise_floors(cells([1.0, 1.01], [2.0, 5.0]))[64].outlying
-    assert not noise_floors(cells([1.0, 1.0], [2.0, 2.0], [3.0, 3.1]))[64].outlying
+    assert not noise_floors(cells([1.0, 1.01], [2.0, 5.0]), "score")[64].outlying
+    assert not noise_floors(cells([1.0, 1.0], [2.0, 2.0], [3.0, 3.1]), "score")[64].outlying
 
 
 def noisy(gap: float) -> list[dict]:

@@ -109,7 +109,7 @@ def scores(results: Results, protocol: str) -> Lines:
         f"scores-{protocol}",
         by_length(results, cells, "bits per byte", score),
         tested(results),
-        replace(y, title=y.title + noise_words(cells, score)),
+        replace(y, title=y.title + noise_words(cells, "score")),
         f"Bits per byte by test length, {PROTOCOLS[protocol].lower()}, one line per arm.",
         trained(results),
         level,
@@ -213,7 +213,7 @@ def quantity_figure(results: Results, task: str, quantity: Quantity) -> Lines:
     title = caption(quantity)
     if level is not None:
         title += f", {FORMS[quantity.form].text(level)} by chance"
-    title += "" if quantity.cost else noise_words(cells, FORMS[quantity.form].text)
+    title += "" if quantity.cost else noise_words(cells, quantity.form)
     where = "-".join(map(str, quantity.where.values()))
     return Lines(
         "-".join(filter(None, (task, quantity.field, where))),

@@ -5,18 +5,21 @@ pooled over all arms with several; of two means of k seeds the difference then e
 t sqrt(2 / k) times it once in 20 (Student's t, two-sided, with the pooled degrees of freedom).
 The floor is given for arms of several seeds; a difference of fewer is held against a higher one.
 
-An arm that breaks at a length does so by much more or less from seed to seed, and says nothing of
-how sure the others are. Where an arm's deviation is over `OUTLYING` times that of all steadier
-ones, half of the arms at least, it is left out, and what is compared with it is held against the
-floor of all.
+An arm whose bits per byte break at a length breaks by much more or less from seed to seed, and says
+nothing of how sure the others are. Where an arm's deviation is over `OUTLYING` times that of all
+steadier ones, half of the arms at least, it is left out, and what is compared with it is held
+against the floor of all. Of shares of right answers none is left out: whether a task is learned is
+a matter of the seed for any arm, also for those whose few seeds all learned it.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from zoo.measurement import Form
 from zoo.report.rows import Cell, Cells, Results
 from zoo.report.statistics import student
+from zoo.report.words import FORMS
 
 NOISE_FLOOR = "noise floor"  # the name of its row in a table
 NOISE = "noise"  # the kind of a difference below it
@@ -49,15 +52,19 @@ class Floor:
         return value * math.sqrt(self.seeds / max(1, min(seeds, self.seeds)))
 
 
-def noise_floors(cells: Cells) -> dict[int, Floor]:
-    """Length -> the floor there, at the lengths where an arm has several seeds that differ."""
+def noise_floors(cells: Cells, form: Form) -> dict[int, Floor]:
+    """Length -> the floor there, at the lengths where an arm has several seeds that differ.
+
+    Args:
+        form: of the values: a "score" is bits per byte.
+    """
     found: dict[int, Floor] = {}
     for length in next(iter(cells.values()), {}):
         column = {label: mine[length] for label, mine in cells.items() if mine[length].seeds}
         several = {label: cell for label, cell in column.items() if cell.spread is not None}
         if not any(cell.spread for cell in several.values()):
             continue
-        alike = _alike(several)
+        alike = _alike(several) if form == "score" else several
         fewest = min(cell.seeds for cell in several.values())
         value, whole = (_floor(arms, fewest) for arms in (alike, several))
         single = any(cell.seeds == 1 for cell in column.values())
@@ -95,7 +102,7 @@ def _floor(several: Mapping[str, Cell], seeds: int) -> float:
 
 def score_noise(results: Results, protocol: str) -> dict[int, Floor]:
     """The floors of bits per byte."""
-    return noise_floors(results.cells("perplexity", "bits_per_byte", protocol=protocol))
+    return noise_floors(results.cells("perplexity", "bits_per_byte", protocol=protocol), "score")
 
 
 def is_noise(cell: Cell, floor: Floor | None, *arms: str) -> bool:
@@ -105,7 +112,7 @@ def is_noise(cell: Cell, floor: Floor | None, *arms: str) -> bool:
     return abs(cell.value) <= floor.of(cell.seeds, *arms)
 
 
-def noise_words(cells: Cells, text: Callable[[float], str]) -> str:
+def noise_words(cells: Cells, form: Form) -> str:
     """The largest floor of a figure, for its title; nothing where none is known."""
-    floors = [floor.value for floor in noise_floors(cells).values()]
-    return f", noise floor {text(max(floors))}" if floors else ""
+    floors = [floor.value for floor in noise_floors(cells, form).values()]
+    return f", noise floor {FORMS[form].text(max(floors))}" if floors else ""

@@ -243,7 +243,7 @@ def score_blocks(results: Results, look: Mapping[str, Style]) -> list[FigureBloc
         cells = results.cells("perplexity", "bits_per_byte", protocol=protocol)
         caption, tied = f"Bits per byte. {words}.", ties(results, protocol)
         best = min if one_text(results) else None
-        noise = noise_floors(cells)
+        noise = noise_floors(cells, "score")
         table = tables.grid(results, cells, caption, score, best, tied, noise=noise)
         block = _block(scores(results, protocol), words, table, look=look, named=True, height=380)
         blocks.append(replace(block, more=tuple(_compared(results, protocol, look))))

@@ -64,7 +64,9 @@ def agreements(one: Results, other: Results, task: str) -> list[Agreement]:
     for quantity in shown_quantities(one, task):
         if quantity.better is None:
             continue
-        floors = [noise_floors(part.measured(task, quantity)) for part in (one, other)]
+        floors = [
+            noise_floors(part.measured(task, quantity), quantity.form) for part in (one, other)
+        ]
         values = [_values(part, task, quantity) for part in (one, other)]
         for length in sorted(values[0].keys() & values[1].keys()):
             first, second = (side[length] for side in values)

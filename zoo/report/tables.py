@@ -86,7 +86,7 @@ def quantity_table(results: Results, task: str, quantity: Quantity) -> Table | N
     chances = ", ".join(map(words.text, results.chances(task, quantity)))
     said = f"{caption(quantity)}." + (f" Chance: {chances}." if chances else "")
     best = {"lower": min, "higher": max, None: None}[quantity.better]
-    noise = noise_floors(cells)
+    noise = noise_floors(cells, quantity.form)
     apart = incomparable(results, task, quantity)
     tied = overlapping(cells)
     return grid(results, cells, said, words.text, best, tied, words.sure, noise, apart)

@@ -114,7 +114,7 @@ def _scores_as_text(results: Results, reasons: list[str]) -> list[str]:
     for label, mine in cells.items():
         gain = [_signed(gained[label][lengths[-1]])] if gained else []
         lines.append([_marked(results, label), *map(shown, mine.values()), known(label), *gain])
-    noise = noise_floors(cells)
+    noise = noise_floors(cells, "score")
     if noise:
         floors = (score(noise[n].value) if n in noise else DASH for n in lengths)
         lines.append([NOISE_FLOOR, *floors, "", *([""] if gained else [])])
