@@ -137,26 +137,7 @@ def quantized(block: Any, bits: Any) -> Any:
     return block
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: ", ".join(map(str, case)))
-def test_a_token_is_what_the_operations_one_by_one_make_of_it(case, poisoned):
-    block = block_of(*case)
-    expected = one_by_one(block)
-    torch.testing.assert_close(in_one_call(block), expected, rtol=1e-11, atol=1e-11)
-    for y, exact in zip(in_one_call(block.float()), expected, strict=True):
-        assert (y - exact).norm() <= 4e-6 * exact.norm()
-
-
-@pytest.mark.parametrize("case", MAMBA_CASES, ids=lambda case: ", ".join(map(str, case)))
-def test_a_selective_state_is_what_the_operations_one_by_one_make_of_it(case, poisoned):
-    block = mamba_of(*case)
-    expected = one_by_one(block)
-    torch.testing.assert_close(in_one_call(block), expected, rtol=1e-11, atol=1e-11)
-    for y, exact in zip(in_one_call(block.float()), expected, strict=True):
-        assert (y - exact).norm() <= 4e-6 * exact.norm()
-
-
-@pytest.mark.parametrize("bits", [None, "int8", "int4"])
-@pytest.mark.parametrize(
+every_block = pytest.mark.parametrize(
     "made",
     [
         *(functools.partial(block_of, *case) for case in CASES),
@@ -164,6 +145,19 @@ def test_a_selective_state_is_what_the_operations_one_by_one_make_of_it(case, po
     ],
     ids=lambda made: ", ".join(map(str, made.args)),
 )
+
+
+@every_block
+def test_a_token_is_what_the_operations_one_by_one_make_of_it(made, poisoned):
+    block = made()
+    expected = one_by_one(block)
+    torch.testing.assert_close(in_one_call(block), expected, rtol=1e-11, atol=1e-11)
+    for y, exact in zip(in_one_call(block.float()), expected, strict=True):
+        assert (y - exact).norm() <= 4e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("bits", [None, "int8", "int4"])
+@every_block
 def test_in_bfloat16_only_what_leaves_a_block_is_rounded(made, bits, poisoned):
     block = made().bfloat16()
     if bits is not None:

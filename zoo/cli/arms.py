@@ -104,16 +104,19 @@ def _arms(overrides: list[Override], params: dict[str, str]) -> list[list[Overri
     more = parse([f"{key}={value}" for key, value in params.items() if key not in given])
     every = [*more, *overrides]
     counted = [o for o in every if not o.is_sweep_override() or o.is_discrete_sweep()]
-    values = [_values(override) for override in counted]
-    if math.prod(map(len, values)) > MAX_ARMS:
+    named = [_words(o) if o.is_sweep_override() else [o] for o in counted]
+    if math.prod(map(len, named)) > MAX_ARMS:
         several = " ".join(str(o.input_line) for o in counted if o.is_sweep_override())
         refuse_path(several, f"names over {MAX_ARMS:,} runs", "Split it into several sweeps")
-    return [list(arm) for arm in itertools.product(*values)]
+    return [list(arm) for arm in itertools.product(*([*map(_read, each)] for each in named))]
 
 
-def _values(override: Override) -> list[Override]:
-    if not override.is_sweep_override():
-        return [override]
+def _read(option: str | Override) -> Override:
+    return parse([option])[0] if isinstance(option, str) else option
+
+
+def _words(override: Override) -> list[str]:
+    """The options, one value each, that an option of several values stands for."""
     key, line = override.key_or_group, str(override.input_line)
     override.config_loader = GlobalHydra.instance().config_loader()  # where glob(...) looks
     try:
@@ -122,7 +125,7 @@ def _values(override: Override) -> list[Override]:
         refuse_path(line, f"cannot be read: {one_line(error)}", "See --hydra-help")
     if not values:
         refuse_path(line, "names no value", "Give one at least")
-    return [parse([f"{key}={value}"])[0] for value in values]
+    return [f"{key}={value}" for value in values]
 
 
 def _check_distinct(arms: list[list[Override]], configs: list[Any]) -> None:
