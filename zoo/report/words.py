@@ -1,5 +1,6 @@
 """Numbers in words: how tables, figures and the terminal print them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,9 +21,12 @@ def short(number: float) -> str:
 
 
 def count(number: float) -> str:
-    """Three significant digits with thousands: 12345.6 -> "12,300", 0.1234 -> "0.123"."""
+    """Three significant digits: 12345.6 -> "12,300", 4.45e10 -> "44.5 G", 0.1234 -> "0.123"."""
     digits = f"{number:.3g}"
-    return f"{float(digits):,.0f}" if 100 <= abs(number) < 1e15 else digits
+    power, letter = _scale(abs(float(digits)))
+    if power < 6:
+        return f"{float(digits):,.0f}" if abs(number) >= 100 else digits
+    return f"{number / 10**power:.3g} {letter}"
 
 
 def size(number: float) -> str:
@@ -34,9 +38,16 @@ def size(number: float) -> str:
 
 def operations(number: float) -> str:
     """2.5e8 -> "250 MFLOP"."""
-    power = next((n for n in (12, 9, 6, 3) if number >= 10**n), 0)
-    letter = {0: "", 3: "k", 6: "M", 9: "G", 12: "T"}[power]
+    power, letter = _scale(number)
     return f"{number / 10**power:.4g} {letter}FLOP"
+
+
+def _scale(number: float) -> tuple[int, str]:
+    """The power of a thousand that a number is written in, with its letter."""
+    scales = ((12, "T"), (9, "G"), (6, "M"), (3, "k"))
+    return next(
+        ((power, letter) for power, letter in scales if 10**power <= number < math.inf), (0, "")
+    )
 
 
 def score(number: float) -> str:
