@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from building import train_config
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.config.schema.model import Extension
 from zoo.config.schema.train import TrainConfig
@@ -140,6 +141,48 @@ def share_of_memory(ranks: Ranks) -> float:
     return most.item() / peak(lambda: model.loss(tokens).backward())
 
 
+class _Log(TorchDispatchMode):
+    """What a rank does, in order: `attends`, `sends` and `receives`."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__()
+        self.done: list[str] = []
+        for name in ("send", "receive"):
+            setattr(ranks, name, self._logged(getattr(ranks, name), f"{name}s"))
+
+    def _logged(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def logged(*args: Any) -> Any:
+            self.done.append(name)
+            return call(*args)
+
+        return logged
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "attention" in op.name():
+            self.done.append("attends")
+        return op(*args, **(kwargs or {}))
+
+
+def waits_for_attention(ranks: Ranks) -> bool:
+    """Whether any rank attends before it has sent all keys of a block of the transformer, or waits
+    for their gradients before it has computed its own attention's."""
+    ranks = Ranks(ranks.size, ranks.index)
+    config = train_config("model=transformer", "size=tiny", "size.layers=1", "match=none")
+    model, tokens = build_model(config, VOCABULARY)[0], torch.randint(VOCABULARY, (1, 65))
+    with _Log(ranks) as log:
+        loss = chunk_loss(model, ranks, tokens[:, :-1], tokens[:, 1:])
+        forward, log.done = log.done, []
+        loss.backward()
+        backward = log.done
+    ranks.finish()
+    assert {"attends", "sends", "receives"} <= {*forward} | {*backward}
+    late = "sends" in forward[forward.index("attends") :]
+    early = "receives" in backward[: len(backward) - backward[::-1].index("attends")]
+    found = torch.tensor(int(late or early))
+    dist.all_reduce(found)
+    return bool(found)
+
+
 def _scores(model: Backbone, ranks: Ranks, tokens: Tensor) -> Tensor:
     """What every token costs as it is measured: in all ranks' chunks."""
     context = _context(model, ranks)
@@ -193,7 +236,8 @@ def read_all(cases: dict[str, Case], report: Path) -> None:
     for name, case in cases.items():
         for length in case.lengths:
             found[f"{name} {length}"] = differences(ranks, case, length)
-    memory = share_of_memory(ranks)
+    about = {"cases": found, "memory": share_of_memory(ranks)}
+    about["waits"] = ranks.size > 1 and waits_for_attention(ranks)
     if not ranks.index:
-        report.write_text(json.dumps({"cases": found, "memory": memory}))
+        report.write_text(json.dumps(about))
     dist.destroy_process_group()

@@ -1,24 +1,31 @@
 """What it costs to split a window: time and memory of a step over ranks against one process.
 
+So many processes of one thread each are measured against one process, in turns.
+
 `python tests/parallel/cost.py [ranks=2] [rounds=3] [what=step] [json=] [option of train.py ...]`
 
 `what=scores` measures a text instead, as `eval.py task=perplexity` reads it; `json=<file>` adds a
 row to the file.
 
-Time is that of ranks which each have a core of their own, on whatever machine: every rank has a
+CPU time is that of ranks which each have a core of their own, on whatever machine: every rank has a
 clock of its CPU time, a message brings the sender's, and who receives one from the future waits
 until then. What messages themselves take is left out. It is given over that of one process with one
-thread, divided by the number of ranks, which no number of threads can undercut.
+thread, divided by the number of ranks, which no number of threads can undercut. Wall time is given
+over that of one process with as many threads as there are ranks; it holds only of a machine that
+does nothing else and has a core for each. Memory is the most that tensors take at a time.
 """
 
 import json
 import statistics
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -29,6 +36,35 @@ from zoo.cli import processes
 CLOCK = 16  # of a message's tag: the sender's clock
 SHORT = 1024  # tokens
 CHUNK = 4096  # tokens read at a time where a text is measured: task.perplexity.chunk
+
+
+class Spent(NamedTuple):
+    """What a call took: seconds of a clock and of the wall's, and the most bytes of tensors."""
+
+    seconds: float
+    wall: float
+    bytes: float
+
+    @classmethod
+    def by(cls, call: Callable[[], None], clock: Callable[[], float]) -> "Spent":
+        import torch
+
+        from zoo.tasks.memory import peak_bytes
+
+        spent: list[float] = []
+
+        def timed() -> None:
+            started, wall = clock(), time.perf_counter()
+            call()
+            spent.extend([clock() - started, time.perf_counter() - wall])
+
+        peak = peak_bytes(torch.device("cpu"), timed)
+        seconds, seconds_of_wall = spent
+        return cls(seconds, seconds_of_wall, float(peak or 0))
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def measure(words: list[str], rounds: int, what: str, file: str | None) -> None:
@@ -44,7 +80,6 @@ def measure(words: list[str], rounds: int, what: str, file: str | None) -> None:
     from zoo.model.chunks import chunk_loss
     from zoo.parallel.ranks import Ranks
     from zoo.tasks.context import EvalContext, score
-    from zoo.tasks.memory import peak_bytes
     from zoo.tasks.readers import chunk_nats
 
     class Timed(Ranks):
@@ -97,41 +132,58 @@ def measure(words: list[str], rounds: int, what: str, file: str | None) -> None:
         dist.all_gather(found, torch.tensor([x], dtype=torch.float64))
         return [float(one) for one in found]
 
-    alone, together, waits = [], [], []
+    found: dict[str, list[Any]] = defaultdict(list)
     for turn in range(rounds + 1):  # the first, of a short text, builds kernels
         text = tokens if turn else tokens[:, : SHORT + 1]
-        start = time.thread_time()
-        whole(text)  # in every rank, so that both are measured beside the same others
-        spent = time.thread_time() - start
-        start, waited = ranks.clock(), ranks.waited
-        ranks.waited -= start  # all clocks begin at 0
-        split(text)
-        took, waited = gathered(ranks.clock()), gathered(ranks.waited + start - waited)
-        if turn and ranks.index == 0:
-            alone.append(spent)
-            together.append(max(took))
-            waits.append([f"{w / max(took):.2f}" for w in waited])
+        # In every rank, so that both are measured beside the same others.
         model.zero_grad(set_to_none=True)
-    device = torch.device("cpu")
-    memory = [peak_bytes(device, split)]
-    model.zero_grad(set_to_none=True)
-    peaks = gathered(float(memory[0] or 0))
+        alone = Spent.by(partial(whole, text), time.thread_time)
+        model.zero_grad(set_to_none=True)
+        dist.barrier()
+        ranks.waited = waited = -time.thread_time()  # all clocks begin at 0
+        together = Spent.by(partial(split, text), ranks.clock)
+        clocks, waits = gathered(together.seconds), gathered(ranks.waited - waited)
+        walls, peaks = gathered(together.wall), gathered(together.bytes)
+        model.zero_grad(set_to_none=True)
+        if ranks.index == 0:
+            torch.set_num_threads(ranks.size)
+            threads = Spent.by(partial(whole, text), time.perf_counter)
+            torch.set_num_threads(1)
+            if turn:
+                found["seconds_alone"].append(alone.seconds)
+                found["seconds_together"].append(max(clocks))
+                found["waiting"].append([round(wait / max(clocks), 3) for wait in waits])
+                found["wall_alone"].append(threads.wall)
+                found["wall_together"].append(max(walls))
+                found["bytes_alone"].append(int(alone.bytes))
+                found["bytes_of_ranks"].append([int(peak) for peak in peaks])
+        dist.barrier()
     if ranks.index == 0:
-        most = peak_bytes(device, whole) or 0
-        ratios = [b * ranks.size / a for a, b in zip(alone, together, strict=True)]
+        pairs = zip(found["seconds_together"], found["seconds_alone"], strict=True)
+        times = [together * ranks.size / alone for together, alone in pairs]
+        walls = [b / a for b, a in zip(found["wall_together"], found["wall_alone"], strict=True)]
+        memory = [
+            max(parts) / most
+            for parts, most in zip(found["bytes_of_ranks"], found["bytes_alone"], strict=True)
+        ]
         if file:
             row = {"model": config.model.name, "parameters": count_parameters(model)}
-            row |= {"what": what, "options": words, "length": length, "ranks": ranks.size}
-            row |= {"seconds_alone": alone, "seconds_together": together, "time_ratios": ratios}
-            row |= {"bytes_alone": most, "bytes_of_ranks": [int(peak) for peak in peaks]}
+            given = [word for word in sys.argv[1:] if not word.startswith("json=")]
+            row |= {"what": what, "command": " ".join(["cost.py", *given])}
+            row |= {"options": words, "length": length, "ranks": ranks.size}
+            row |= {"time_ratios": times, "wall_ratios": walls, "memory_ratios": memory, **found}
             row |= {"date": datetime.now(UTC).date().isoformat(), "machine": machine()}
             rows = json.loads(Path(file).read_text()) if Path(file).is_file() else []
             Path(file).write_text(json.dumps([*rows, row], indent=1) + "\n")
+        n = ranks.size
         sys.stdout.write(
-            f"{config.model.name} {length} tokens, {what}, {ranks.size} ranks: time "
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) of "
-            f"{statistics.median(alone):.2f} s / {ranks.size}, waiting {waits[-1]}; memory "
-            f"{[f'{peak / most:.2f}' for peak in peaks]} of {most / 2**20:.0f} MiB\n"
+            f"{config.model.name}, {length} tokens, {what}, {n} processes of one thread:\n"
+            f"CPU time    {_spread(times)} of 1/{n} of one process's "
+            f"{statistics.median(found['seconds_alone']):.2f} s, waiting {found['waiting'][-1]}\n"
+            f"wall time   {_spread(walls)} of one process's with {n} threads, "
+            f"{statistics.median(found['wall_alone']):.2f} s\n"
+            f"memory      {_spread(memory)} of one process's "
+            f"{statistics.median(found['bytes_alone']) / 2**20:.0f} MiB\n"
         )
     dist.barrier()
     dist.destroy_process_group()

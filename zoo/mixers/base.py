@@ -67,6 +67,7 @@ class Mixer(nn.Module):
     recurrent: bool = True  # the state's size does not grow with the tokens seen
     extendable: ClassVar[bool] = False  # extensions act on its `positions`, a scheme
     takes_rows: ClassVar[bool] = False  # forward may be given `RowStates` with one token of each
+    publishes_first: ClassVar[bool] = False  # the state after a chunk, before it computes with it
     scheme: ClassVar[str] = ""  # the class of it, where the mixer has one of its own
 
     def forward(self, x: Tensor, state: State = None) -> Any:

@@ -46,6 +46,7 @@ from zoo.mixers.base import (
 from zoo.mixers.parts import KeyValues, MultiHead, append, no_keys
 from zoo.ops.kernel_attention import kernel_attention, weight_sums
 from zoo.ops.rms_norm import RMSNorm
+from zoo.parallel.hand_over import publish
 from zoo.positions.alibi import ALiBi
 from zoo.positions.base import build_positions
 from zoo.positions.none import NoPositions
@@ -75,6 +76,7 @@ class ReLUAttention(MultiHead):
 
     recurrent = False
     uses_cross_layer: ClassVar[bool] = True
+    publishes_first: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -130,12 +132,14 @@ class ReLUAttention(MultiHead):
         start = state.tokens_seen if state else 0
         q, k, v = self.qkv(x)
         q, k = self.positions.prepare(q, k, start)
+        tokens_seen = start + x.shape[1]
         if state:
             k, v = append(state.k, k), append(state.v, v)
+            publish(k=k, v=v, tokens_seen=tokens_seen)
         if self.training and cross_layer is not None and (self.norm_loss or self.entropy_loss):
             add_auxiliary_loss(cross_layer, self._loss(q, k))
         y = self.o_proj(self._attend(q, k, v).to(v.dtype))
-        return y if state is None else (y, KeyValues(k, v, start + x.shape[1]))
+        return y if state is None else (y, KeyValues(k, v, tokens_seen))
 
     def _loss(self, q: Tensor, k: Tensor) -> Tensor:
         """What norm_loss and entropy_loss cost, a scalar."""

@@ -84,6 +84,7 @@ class SoftmaxAttention(Mixer):
     uses_cross_layer: ClassVar[bool] = True
     extendable: ClassVar[bool] = True
     takes_rows: ClassVar[bool] = True
+    publishes_first: ClassVar[bool] = True
     kv_cache: "QuantizedCache | PagedCache | None" = None  # of a model that is only measured
 
     def __init__(

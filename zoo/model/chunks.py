@@ -1,7 +1,8 @@
 """A text split over ranks: a rank's chunks of it, their part of the loss, and what it sends."""
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 from zoo.data.synthetic import NO_LABEL
 from zoo.model.backbone import Backbone, BackboneState
-from zoo.model.block import BlockState
 from zoo.parallel.hand_over import HEADER_BYTES, HandOver
 from zoo.parallel.ranks import Ranks, Split
 
@@ -42,21 +42,27 @@ def state_before(
     place: int,
     empty: BackboneState | None = None,
     keeps: bool = False,
+    published: Callable[[], None] | None = None,
 ) -> BackboneState:
     """The state before the chunk at a place.
 
     It serves one pass: what a layer keeps is received when the layer is called, and what it leaves
     is sent on. `empty` is the model's empty state, where the model's weights are not here now;
-    `keeps` that of HandOver.
+    `keeps` that of HandOver. `published` is called once in every block whose mixer keeps a state,
+    when that after the chunk is published.
     """
     blocks, numbers = [], itertools.count()
     again = torch.is_grad_enabled() and bool(model.checkpoint_activations)
     for block in (empty or model.empty_state(1)).blocks:
-        given = (
-            HandOver(split, place, next(numbers), keeps, again) if tree_leaves(own) else own
-            for own in block
-        )
-        blocks.append(BlockState(*given))
+        given = {
+            name: HandOver(
+                *(split, place, next(numbers), keeps, again),
+                published if name == "mixer" else None,
+            )
+            for name, own in block._asdict().items()
+            if tree_leaves(own)
+        }
+        blocks.append(block._replace(**given))
     return BackboneState(tuple(blocks), split.chunks()[place].start)
 
 
@@ -75,27 +81,55 @@ def read_chunks(
     earlier. All ranks take the blocks of all parts in one order, by the sum of a block's number and
     its part's, the order in which a state could reach them at the earliest: so nobody waits for a
     rank that waits for him.
+
+    Where every block publishes before it computes, both parts are at one block instead, the later
+    one within the earlier one's call: all keys of a block are sent before anybody attends, and
+    nobody waits for attention. The backward pass goes the reverse way: attention of both parts
+    first, then the gradients of keys from the last part to the first. Activations that are
+    computed again leave no room for it, as the later part would be in the earlier one's.
     """
     chunks, readings = split.chunks(), {}
+    read = dict.fromkeys(chunks, 0)  # blocks
+    first, *later = chunks
+    at_once = len(later) == 1 and split.chunks_each == 1 and _publishes_first(model, empty)
+
+    def advance(place: int) -> None:
+        read[place] += 1
+        next(readings[place])
+
     for place, chunk in chunks.items():
         keeps = keep_last and place == split.last
-        state = state_before(model, split, place, empty, keeps)
+        inner = functools.partial(advance, *later) if at_once and place == first else None
+        state = state_before(model, split, place, empty, keeps, inner)
         readings[place] = model.hidden_by_block(tokens[:, chunk], state, positions)
 
-    def turn(step: tuple[int, int]) -> tuple[int, int, int]:
+    def turn(step: tuple[int, int]) -> tuple[int, int, int, int]:
         block, place = step
         part = split.part(place)
-        return block + part, -part, place
+        return (block, part, place, block) if at_once else (block + part, -part, place, block)
 
     steps = itertools.product(range(len(model.blocks) + 1), readings)
-    for at, _, place in sorted(map(turn, steps)):
+    for at, _, place, block in sorted(map(turn, steps)):
+        if read[place] > block:  # within the earlier part's call
+            continue
         split.ranks.enter(at)
         try:
-            next(readings[place])
+            advance(place)
         except StopIteration as end:
             x, after = end.value
             keeps = keep_last and place == split.last
             yield Chunk(chunks[place], x, after if keeps else None)
+
+
+def _publishes_first(model: Backbone, empty: BackboneState | None) -> bool:
+    """Whether every block knows its state after a chunk before most of its work, read once."""
+    if model.checkpoint_activations and torch.is_grad_enabled():
+        return False
+    states = (empty or model.empty_state(1)).blocks
+    return all(
+        block.mixer.publishes_first and not tree_leaves(state.feed_forward)
+        for block, state in zip(model.layers, states, strict=True)
+    )
 
 
 def chunk_loss(

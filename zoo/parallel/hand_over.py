@@ -15,7 +15,9 @@ its state, and after it has left it, no other rank waits for. So a pass over L l
 by N - 1 times what one layer does in between. The other way, to read each chunk from the empty
 state, to compose the maps of all chunks and to correct the outputs, does that part twice in every
 layer: handing over is the cheaper while there are fewer ranks than layers. Softmax attention has
-nothing in between: its keys are published before it attends, and all ranks attend at once.
+nothing in between: its keys are published before it attends, and all ranks attend at once. Of two
+chunks of one rank the later one is read while the earlier one's call is at that place
+(`zoo.model.chunks.read_chunks`).
 """
 
 import functools
@@ -50,13 +52,20 @@ class HandOver:
         number: of the sublayer in its model.
         keeps: return the state after the chunk as well, which takes its memory.
         again: keep what was received for a second call, which takes its memory until then.
+        published: called once, when all of the state after the chunk is published.
     """
 
     def __init__(
-        self, split: Split, place: int, number: int, keeps: bool = False, again: bool = False
+        self,
+        split: Split,
+        place: int,
+        number: int,
+        keeps: bool = False,
+        again: bool = False,
+        published: Callable[[], None] | None = None,
     ) -> None:
         self.split, self.place, self.tag = split, place, number * TAGS
-        self.keeps, self.again = keeps, again
+        self.keeps, self.again, self.published = keeps, again, published
         self.received: dict[str, list[Any]] = {}  # leaves of each field, for a second call
         self.sent: dict[str, list[Tensor]] = {}  # shapes of the tensors of the state after
 
@@ -173,6 +182,9 @@ class _Pass:
                 sent = hand_over.sent[name]
                 tag = self.tags[name]
                 self._tie(_Sent.apply(hand_over, tag, sent, self._anchor(), *tensors))
+        if hand_over.published and len(self.published) == len(self.fields):
+            then, hand_over.published = hand_over.published, None
+            then()
 
     def finish(self, after: Any) -> None:
         """Send what was not published, and receive what was not read."""

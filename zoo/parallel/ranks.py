@@ -57,10 +57,12 @@ class Ranks:
         return like
 
     def enter(self, turn: int) -> None:
-        """Begin a turn: what was sent in a turn is received in the next, and is not kept longer.
+        """Begin a turn: what was sent in a turn is received by the end of the next, and not kept
+        longer.
 
         Nobody waits for a rank that waits for him, as long as all ranks take turns in order and
-        what a turn receives was sent in an earlier one.
+        what a turn receives was sent in an earlier one, or in this one by a call that waits for
+        nothing that is sent later.
         """
         self._turn = turn
         self.finish(before=turn - 1)
