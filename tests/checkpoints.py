@@ -10,8 +10,8 @@ from zoo.model.backbone import Backbone
 from zoo.model.pretrained import load_pretrained
 from zoo.pretrained.checkpoint import check_checkpoint
 from zoo.pretrained.families import describe
+from zoo.pretrained.options import pretrained_config
 from zoo.pretrained.weights import read_json
-from zoo.training.pretrained import pretrained_config
 
 transformers = pytest.importorskip("transformers")
 

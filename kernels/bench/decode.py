@@ -29,10 +29,11 @@ from record import record
 from zoo.config.compose import compose
 from zoo.config.validate import plain
 from zoo.model.generation import Sampling, Writer
-from zoo.model.pretrained import load_pretrained, pretrained_config
+from zoo.model.pretrained import load_pretrained
 from zoo.model.quantization import quantize
 from zoo.ops import linear
 from zoo.pretrained.checkpoint import read_checkpoint
+from zoo.pretrained.options import pretrained_config
 
 SHAPES = {  # the published ones
     "llama": (

@@ -57,6 +57,7 @@ def test_options_that_contradict_one_another_are_refused_before_anything_heavy(
     RunFolder.create(Path("runs/a"), train_config("size=tiny", "logger=none"), {})
     for words, said in (
         ("task=extrapolation sequence_parallel=2", "sequence_parallel=2: task=speed reads"),
+        ("extension=dca extension.factor=4", "extension.factor=4: extension=dca has no scaling"),
         ("task=accuracy", "task=accuracy: measures examples of a synthetic task, and data="),
     ):
         assert program.main(["run=a", *words.split()]) == 2

@@ -219,7 +219,6 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_written(words, comma
         "run=x task.perplexity.lenghts=[1]": "Did you mean 'task.perplexity.lengths'?",
         "run=x device=gpu0": "device=gpu0",
         "run=x extension.name=yarn extension.factor=4": "Use extension=yarn.",
-        "run=x extension=dca extension.factor=4": "extension=dca has no scaling that uses it",
         "run=x extension=window extension.attention.sinks=4": "the variant with 0. Choose another",
         "run=x threads=100000": "threads=100000: must be less than or equal to 1024",
         "run=[]": "run=[]: must be a run folder, a pattern or a list of them",

@@ -25,9 +25,9 @@ from zoo.model.checkpoint import load
 from zoo.model.convert import from_transformers
 from zoo.model.export import export
 from zoo.model.extend import extend_as_trained
-from zoo.model.pretrained import pretrained_config
 from zoo.model.transformers_config import foreign
 from zoo.pretrained.checkpoint import read_checkpoint
+from zoo.pretrained.options import pretrained_config
 from zoo.runs.folder import RunFolder
 from zoo.runs.resume import finetuned
 from zoo.tasks.extensions import check_extension

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from zoo.model.backbone import Backbone
-from zoo.model.pretrained import load_pretrained, pretrained_config
+from zoo.model.pretrained import load_pretrained
 from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.pretrained.gguf import GGUFFile
+from zoo.pretrained.options import pretrained_config
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("gguf")

@@ -12,18 +12,19 @@ from zoo.cli import processes
 from zoo.cli.arms import Arm
 from zoo.cli.launch import launch
 from zoo.config.applicability import check_applies, position_schemes
-from zoo.config.effects import check_compression, check_extension, check_names
+from zoo.config.effects import check_compression, check_extension, check_names, check_reads
 from zoo.config.groups import CONFIGS
 from zoo.config.measurable import check_measurable
 from zoo.config.resolve import resolve
 from zoo.config.schema.eval import EvalConfig
 from zoo.config.schema.train import TrainConfig
 from zoo.config.stages import check_composition, stages_of
-from zoo.config.validate import plain, validate
+from zoo.config.validate import plain, refuse_missing, validate
 from zoo.console import say
 from zoo.data.sources import check_source
 from zoo.devices import check_device, cuda_devices
 from zoo.errors import UserError, refuse
+from zoo.pretrained.options import described_config
 from zoo.runs.files import ROWS, check_file, check_report
 from zoo.runs.find import find_runs
 from zoo.runs.folder import RunFolder
@@ -49,9 +50,8 @@ is wrong or no run can be measured. Damaged runs of a pattern keep their place i
 def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
     """The configuration of a composed tree, its runs found. Imports nothing heavy."""
     check_names("eval", tree, given)
-    config = validate(EvalConfig, resolve(tree))
-    check_extension(config.extension, given)
-    check_compression(config.compress, given)
+    tree = resolve(tree)
+    config = validate(EvalConfig, tree, partly=True)
     if config.report is not None:
         check_report("report", config.report)
     if config.publish is not None:
@@ -59,21 +59,42 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
     _check_ranks(config)
     check_device(config.device)
     folders = find_runs(config.run, config.runs) if config.run else []
-    check_measurable(config, _trained(config, folders))
     if config.checkpoint:
         _check_checkpoint(config.checkpoint, config)
+    trained = [*_trained(config, folders)]
+    check_measurable(config, trained)
     if folders and not config.checkpoint and all(map(_without_weights, folders)):
         names = ", ".join(map(str, folders[:3])) + ", ..." * (len(folders) > 3)
         raise UserError(f"run={names}: has no checkpoint. Train it again with train.py fresh=true.")
     # Of several, one without weights keeps its row and says why.
     if len(folders) == 1 and not config.checkpoint:
         RunFolder.open(folders[0].path).checkpoint()
-        trained = folders[0].config
-        check_applies(config.extension, position_schemes(trained.model))
-        check_composition(config.extension, stages_of(trained), given)
-        if any(value is not None for value in plain(config.data).values()):
-            check_source(with_place(plain(trained)["data"], plain(config.data)))
+    _check_extension(config, trained, given)
+    refuse_missing(EvalConfig, tree)
+    check_extension(config.extension, given)
+    check_compression(config.compress, given)
+    moved = any(value is not None for value in plain(config.data).values())
+    if len(folders) == 1 and not config.checkpoint and moved:
+        check_source(with_place(plain(trained[0])["data"], plain(config.data)))
     return config
+
+
+def _check_extension(
+    config: EvalConfig, trained: Sequence[TrainConfig], given: Sequence[str]
+) -> None:
+    """Refuse an extension that acts on none of the models, of several of which one has its row, and
+    one that trains."""
+    refused: list[UserError] = []
+    for one in trained:
+        try:
+            check_applies(config.extension, position_schemes(one.model))
+            check_composition(config.extension, stages_of(one), given)
+            break
+        except UserError as error:
+            refused.append(error)
+    if refused and len(refused) == len(trained):
+        raise refused[0]
+    check_reads(config.extension)
 
 
 def job(config: EvalConfig, arm: Arm | None) -> int:
@@ -89,9 +110,7 @@ def job(config: EvalConfig, arm: Arm | None) -> int:
         from zoo.training.pretrained import pretrained_run  # heavy: seconds
 
         text = _text(config)
-        folders.append(
-            pretrained_run(Path(config.checkpoint), text, Path(config.runs), config.extension)
-        )
+        folders.append(pretrained_run(Path(config.checkpoint), text, Path(config.runs)))
     from zoo.tasks.evaluate import evaluate
     from zoo.tasks.isolation import here
 
@@ -111,13 +130,13 @@ def _check_ranks(config: EvalConfig) -> None:
         say(line)
 
 
-def _trained(config: EvalConfig, folders: Sequence[RunFolder]) -> Iterator[TrainConfig | None]:
+def _trained(config: EvalConfig, folders: Sequence[RunFolder]) -> Iterator[TrainConfig]:
     """How the runs and the checkpoint were trained; damaged ones have their rows."""
     for folder in folders:
         with suppress(UserError):
             yield RunFolder.open(folder.path).config
     if config.checkpoint:
-        yield None
+        yield described_config(Path(config.checkpoint), _text(config), Path(config.runs))
 
 
 def _without_weights(folder: RunFolder) -> bool:

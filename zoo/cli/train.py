@@ -10,14 +10,13 @@ import yaml
 from zoo.cli import processes
 from zoo.cli.arms import Arm
 from zoo.cli.launch import launch
-from zoo.config.applicability import check_applies, position_schemes
 from zoo.config.effects import check_adapters, check_effects, check_names, notes
 from zoo.config.groups import CONFIGS
 from zoo.config.resolve import resolve
 from zoo.config.schedule import describe_continuation
 from zoo.config.schema.train import TrainConfig
 from zoo.config.tree import within
-from zoo.config.validate import validate
+from zoo.config.validate import plain, validate
 from zoo.console import say
 from zoo.data.sources import check_source
 from zoo.devices import check_accelerator, check_deterministic
@@ -57,7 +56,6 @@ def check(tree: dict[str, Any], given: list[str]) -> TrainConfig:
         config = resumed(tree, given)
     elif tree["finetune"]:
         config = finetuned(*_as_of_run(resolve(tree), given))
-        check_applies(config.extension, position_schemes(config.model))
     else:
         config = validate(TrainConfig, resolve(tree))
     if config.optim.continuation != "cosine" and not tree["resume"]:
@@ -91,6 +89,7 @@ def _as_of_run(tree: dict[str, Any], given: list[str]) -> tuple[dict[str, Any], 
     if not place.is_file() and not (place / "config.json").is_file():
         return tree, given
     from zoo.pretrained.checkpoint import check_checkpoint
+    from zoo.pretrained.options import described_config
 
     data = dict(tree["data"])
     if "data" not in given and "data.path" in given:  # not of the default corpus, which has none
@@ -103,10 +102,11 @@ def _as_of_run(tree: dict[str, Any], given: list[str]) -> tuple[dict[str, Any], 
         data["tokenizer"] = None  # the checkpoint's own
     check_checkpoint(place, data["tokenizer"])
     check_source({**data, "tokenizer": data["tokenizer"] or "bytes"})
+    own = plain(described_config(place, data, Path(tree["runs"])))
+    validate(TrainConfig, {**tree, **{key: own[key] for key in ("model", "size", "objective")}})
     from zoo.training.pretrained import pretrained_run  # heavy: seconds
 
-    extension = validate(TrainConfig, tree).extension
-    folder = pretrained_run(place, data, Path(tree["runs"]), extension)
+    folder = pretrained_run(place, data, Path(tree["runs"]))
     others = [key for key in given if not within(key, ("data",))]
     return {**tree, "finetune": str(folder.path)}, others
 

@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from zoo.config.effects import check_reads
 from zoo.config.groups import CONFIGS, choices, completed, groups
 from zoo.config.introspect import target_parameters
 from zoo.config.resolve import resolve
@@ -60,7 +61,10 @@ def compose(program: str, words: Sequence[str] = ()) -> TrainConfig | EvalConfig
     """The configuration of `program` under options such as `model=mamba`, checked."""
     with composing(program):
         tree = compose_tree(program, parse(words))
-    return validate(SCHEMAS[program], resolve(tree))
+    config = validate(SCHEMAS[program], resolve(tree))
+    if isinstance(config, EvalConfig):
+        check_reads(config.extension)
+    return config
 
 
 def parse(words: Sequence[str]) -> list[Override]:
@@ -140,14 +144,6 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
     except (HydraException, OmegaConfBaseException) as error:
         message = str(error).splitlines()[0].removesuffix(".")
         refuse_path(" ".join(_words(overrides)), message, "See --help for the options")
-    for path, value in leaves(container):
-        if value == "???":
-            field, owner = None, SCHEMAS[program]
-            for name in path.split("."):
-                field = getattr(owner, "model_fields", {}).get(name)
-                owner = field.annotation if field else None
-            about = f" ({field.description})" if field and field.description else ""
-            refuse(path, "", f"must be given{about}")
     return container
 
 

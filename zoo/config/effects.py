@@ -189,6 +189,15 @@ def check_extension(extension: Extension, given: Sequence[str], longer: bool = F
         )
 
 
+def check_reads(extension: Extension) -> None:
+    """Refuse to read texts under an extension that draws the positions of training windows."""
+    if extension.positions is not None:
+        name = extension.name
+        train = f"Train with it (python train.py finetune=<run folder> extension={name})"
+        advice = f"{train}, and measure that run with extension=none"
+        refuse("extension", name, "is a way to train", advice)
+
+
 def check_adapters(lora: Lora) -> None:
     """Refuse adapters where the package that trains them is missing."""
     if lora.rank is not None and find_spec("peft") is None:

@@ -1,6 +1,9 @@
 """The YAML groups in configs/."""
 
 import functools
+import os
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -53,7 +56,18 @@ def model_section(name: str) -> dict[str, Any]:
 
 def inherited(name: str, group: str = "model") -> dict[str, Any]:
     """A YAML of a group over those its `defaults` name, as Hydra merges them."""
-    part: Any = OmegaConf.load(CONFIGS / group / f"{name}.yaml")
+    folder = CONFIGS / group
+    stamps = sorted(
+        (file.name, (at := file.stat()).st_mtime_ns, at.st_size) for file in os.scandir(folder)
+    )
+    return deepcopy(_inherited(name, folder, tuple(stamps)))
+
+
+@functools.lru_cache(maxsize=256)
+def _inherited(name: str, folder: Path, _stamps: tuple[object, ...]) -> dict[str, Any]:
+    """The same, read once while no file of the folder changes: a refusal that names what acts on a
+    model reads every extension and every model."""
+    part: Any = OmegaConf.load(folder / f"{name}.yaml")
     parents = [parent for parent in part.pop("defaults", []) if parent != "_self_"]
-    merged: Any = OmegaConf.merge(*[inherited(parent, group) for parent in parents], part)
+    merged = OmegaConf.merge(*[_inherited(parent, folder, _stamps) for parent in parents], part)
     return OmegaConf.to_container(merged)  # type: ignore[return-value]

@@ -11,12 +11,9 @@ from zoo.errors import UserError, sentence
 RANKING = "zoo.compression.longllmlingua.compress"  # needs a question
 
 
-def check_measurable(config: EvalConfig, runs: Iterable[TrainConfig | None]) -> None:
+def check_measurable(config: EvalConfig, runs: Iterable[TrainConfig]) -> None:
     """Refuse texts that are split where a task reads them whole, and an evaluation of which no task
     measures any run; of several runs or tasks, those that do not go together have their rows.
-
-    Args:
-        runs: how they were trained; None for a pretrained checkpoint, which is of text.
     """
     for name in config.task:
         if why := _not_together(name, config):
@@ -32,27 +29,27 @@ def check_measurable(config: EvalConfig, runs: Iterable[TrainConfig | None]) -> 
         raise UserError(first)
 
 
-def unmeasurable(task: str, config: EvalConfig, trained: TrainConfig | None) -> str:
+def unmeasurable(task: str, config: EvalConfig, trained: TrainConfig) -> str:
     """Why a task cannot measure a run under the options, as a refusal, or nothing."""
     if why := _not_together(task, config):
         return why
     target, compress = config.task[task].target, config.compress
-    reads, data = declared(target, "reads"), "a text" if trained is None else trained.data.name
-    examples = trained is not None and trained.data.task is not None
+    reads, data = declared(target, "reads"), trained.data.name
+    examples = trained.data.task is not None
     if examples and reads == "text":
         rule = f"reads a text, and data={data} is a synthetic task"
         return sentence(f"task={task}", rule, "Use task=accuracy")
     if not examples and reads == "examples":
         rule = f"measures examples of a synthetic task, and data={data} is a text"
         return sentence(f"task={task}", rule, "Use task=perplexity")
-    if trained is not None and trained.objective == "masked":
+    if trained.objective == "masked":
         if not declared(target, "both_ways"):
             rule = "reads from left to right, and a model of objective=masked reads both ways"
             return sentence(f"task={task}", rule, "Use task=perplexity or task=speed")
         if (ranks := config.sequence_parallel or 1) > 1:
             rule = "a text that is read both ways is not split over processes"
             return sentence(f"sequence_parallel={ranks}", rule, "Leave it out")
-    if trained is not None and declared(target, "rescales") and not _is_rotary(trained):
+    if declared(target, "rescales") and not _is_rotary(trained):
         rule = f"rescales rotary frequencies, and model={trained.model.name} has none"
         return sentence(f"task={task}", rule, "Measure a rotary model")
     if declared(target, "rescales") and config.extension.name != "none":

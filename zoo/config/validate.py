@@ -11,17 +11,58 @@ from pydantic_core import ErrorDetails
 from zoo.config.domains import typed
 from zoo.config.schema.eval import EvalConfig
 from zoo.config.schema.train import TrainConfig
-from zoo.errors import UserError, refuse_unknown, sentence, shown
+from zoo.config.tree import flat
+from zoo.errors import UserError, refuse, refuse_unknown, sentence, shown
 
 Config = TypeVar("Config", TrainConfig, EvalConfig)
 
 
-def validate(schema: type[Config], tree: dict[str, Any]) -> Config:
-    """The typed configuration, or one line about the first thing wrong with it."""
+MISSING = "???"  # of a value that a YAML file leaves to the command
+
+
+def validate(schema: type[Config], tree: dict[str, Any], partly: bool = False) -> Config:
+    """The typed configuration, or one line about the first thing wrong with it.
+
+    A value that is still to be given is refused last: to give it mends nothing where the rest does
+    not go together. `partly`: not at all, by `refuse_missing` once more is known; what comes of the
+    configuration until then must not depend on those values.
+    """
     try:
-        return schema.model_validate(tree)
+        config = schema.model_validate(_without_missing(tree))
     except ValidationError as error:
         raise UserError(_explain(error.errors(include_url=False), schema)) from None
+    if not partly:
+        refuse_missing(schema, tree)
+    return config
+
+
+def refuse_missing(schema: type[BaseModel], tree: dict[str, Any]) -> None:
+    """Refuse a value that was not given and has no default."""
+    for path, value in flat(tree).items():
+        if value == MISSING:
+            field, owner = None, schema
+            for name in path.split("."):
+                field = getattr(owner, "model_fields", {}).get(name)
+                owner = field.annotation if field else None
+            about = f" ({field.description})" if field and field.description else ""
+            refuse(_as_written(path), "", f"must be given{about}")
+
+
+def _without_missing(tree: Any) -> Any:
+    """The tree without the values that are still to be given."""
+    if isinstance(tree, list):
+        return [_without_missing(item) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    known = {key: _without_missing(value) for key, value in tree.items() if value != MISSING}
+    if "scaling" in tree and tree.get("factor") == MISSING:
+        known["factor"] = 1  # an extension's, which has none by default
+    return known
+
+
+def _as_written(path: str) -> str:
+    """A place in the configuration as its option is written."""
+    return re.sub(r"^model\.blocks\.\d+", "model", path)
 
 
 def check_option(schema: type[BaseModel], path: str, value: Any) -> None:
@@ -42,8 +83,7 @@ def check_option(schema: type[BaseModel], path: str, value: Any) -> None:
 
 def _explain(errors: list[ErrorDetails], schema: type[BaseModel]) -> str:
     error = errors[0]
-    path = ".".join(str(key) for key in error["loc"])
-    path = re.sub(r"^model\.blocks\.\d+", "model", path)  # as the option is written
+    path = _as_written(".".join(str(key) for key in error["loc"]))
     given, context = error["input"], error.get("ctx", {})
     if error["type"] == "extra_forbidden":
         parent: Any = schema

@@ -29,12 +29,13 @@ from zoo.model.checkpoint import load
 from zoo.model.device import pick_device
 from zoo.model.extend import extend
 from zoo.model.generation import Sampling, Writer, write_text
-from zoo.model.pretrained import load_pretrained, pretrained_config
+from zoo.model.pretrained import load_pretrained
 from zoo.model.scoring import write_texts
 from zoo.model.weights import Weights, choose_weights, loaded_in, quantize_as
 from zoo.ops.dtypes import wide_dtype
 from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.pretrained.families import Description
+from zoo.pretrained.options import pretrained_config
 from zoo.runs.folder import RunFolder
 
 TOKENS = 128  # that `generate` writes by default

@@ -8,7 +8,7 @@ from zoo.config.schedule import continued
 from zoo.config.schema.train import TrainConfig
 from zoo.config.stages import check_composition, original_length, stages_of, tuned_length
 from zoo.config.tree import flat, within
-from zoo.config.validate import plain, validate
+from zoo.config.validate import plain, refuse_missing, validate
 from zoo.errors import refuse
 from zoo.runs.checkpoints import step_of
 from zoo.runs.folder import RunFolder
@@ -128,14 +128,16 @@ def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     if before.finetune or before.stages or before.extension.name != "none":
         own = {"run": str(folder), "seq_len": base["seq_len"], "extension": base["extension"]}
         inherited["stages"] = [*inherited["stages"], own]
-    extension = with_found_factors(tree["extension"], folder.path)
-    config = validate(TrainConfig, {**tree, **inherited, "finetune": str(folder)})
+    tree = {**tree, **inherited, "finetune": str(folder)}
+    config = validate(TrainConfig, tree, partly=True)
     check_composition(config.extension, stages, given)
+    refuse_missing(TrainConfig, tree)
+    extension = with_found_factors(tree["extension"], folder.path)
     length = original_length(config.extension, stages, before.seq_len)
     extension["original_length"] = length
+    tree["extension"] = extension
     if "seq_len" not in given:
-        inherited["seq_len"] = tuned_length(config.extension, stages, before.seq_len)
-    tree = {**tree, **inherited, "extension": extension, "finetune": str(folder)}
+        tree["seq_len"] = tuned_length(config.extension, stages, before.seq_len)
     return validate(TrainConfig, tree)
 
 

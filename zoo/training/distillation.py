@@ -28,9 +28,10 @@ from zoo.model.backbone import Backbone
 from zoo.model.build import count_parameters
 from zoo.model.checkpoint import load
 from zoo.model.flops import forward_flops
-from zoo.model.pretrained import identify, load_pretrained, pretrained_config
+from zoo.model.pretrained import identify, load_pretrained
 from zoo.ops.dtypes import wide_dtype
 from zoo.pretrained.checkpoint import read_checkpoint
+from zoo.pretrained.options import pretrained_config
 from zoo.runs.claim import weights_of
 from zoo.runs.folder import RunFolder
 

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zoo.config.applicability import check_applies, position_schemes
-from zoo.config.schema.model import Extension
 from zoo.console import say
 from zoo.data.corpora import Corpus
 from zoo.data.tokenizers import BYTES, bos_of
@@ -17,18 +15,16 @@ from zoo.model.pretrained import (
     check_unchanged,
     identify,
     load_pretrained,
-    pretrained_config,
 )
 from zoo.pretrained.checkpoint import read_checkpoint
+from zoo.pretrained.options import pretrained_config
 from zoo.runs.claim import check_same_run
 from zoo.runs.folder import RunFolder
 from zoo.runs.provenance import provenance
 from zoo.training.windows import open_data
 
 
-def pretrained_run(
-    checkpoint: Path, data: Mapping[str, Any], runs: Path, extension: Extension | None = None
-) -> RunFolder:
+def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> RunFolder:
     """The run of a checkpoint on a text: the one made before, or a new one.
 
     Args:
@@ -36,12 +32,11 @@ def pretrained_run(
         data: a data section, as configs/data has it. Without `tokenizer` the checkpoint's is used.
             Texts begin with the token that the tokenizer puts before them, if any.
         runs: the folder that holds the run folders.
-        extension: under which it will be read, which is refused before the text is.
 
     Raises:
         UserError: where the checkpoint is not whole, is of no known family or needs what the
-            zoo does not compute, where its tokenizer is missing, where the extension does not act
-            on the model, and where its weights changed since the run was made.
+            zoo does not compute, where its tokenizer is missing, and where its weights changed
+            since the run was made.
     """
     section, own = dict(data), data.get("tokenizer") is None
     described, tokenizer = read_checkpoint(checkpoint, runs / ".tokenizers" if own else None)
@@ -50,8 +45,6 @@ def pretrained_run(
     if section["tokenizer"] != BYTES:
         section["bos_token"] = bos_of(section["tokenizer"])
     config = pretrained_config(described, checkpoint, section, runs)
-    if extension is not None:
-        check_applies(extension, position_schemes(config.model))
     text = open_data(config.data, config.seq_len)
     assert isinstance(text, Corpus)
     if text.vocab_size > described.vocab_size:

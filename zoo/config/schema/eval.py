@@ -104,13 +104,4 @@ class EvalConfig(Section):
                 "a run keeps the tokenizer that it was trained with",
                 "Leave it out",
             )
-        if self.extension.positions is not None:
-            name = self.extension.name
-            refuse(
-                "extension",
-                name,
-                "is a way to train",
-                f"Train with it (python train.py finetune=<run folder> extension={name}), and "
-                "measure that run with extension=none",
-            )
         return self

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from zoo.config.applicability import check_applies, position_schemes
 from zoo.config.schema.data import Data
 from zoo.config.schema.model import Extension, Lora, Model, Shrunk, Size, Stage
 from zoo.config.schema.optim import Optim
@@ -126,6 +127,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
+        check_applies(self.extension, position_schemes(self.model))
         acts = self.extension.scaling is not None or self.extension.attention is not None
         if acts and not self.finetune and not self.checkpoint and not self.shrunk:
             name = self.extension.name
