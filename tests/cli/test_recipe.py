@@ -1,5 +1,6 @@
 """Every published recipe of several stages is carried out at tiny scale, by one command."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,10 @@ def test_the_runs_of_a_recipe_are_named_in_its_folder(name):
     {
         "yarn_twice model=mamba": "extension=yarn: acts on positions=",
         "dca_over_pi model=alibi": "extension=pi: acts on positions=",
-        "dca_over_pi seq_len=32 batch_tokens=64": "batch_tokens=64: must be at least 128, the win",
+        "dca_over_pi seq_len=32 batch_tokens=64": "batch_tokens=64: must be at least seq_len=128",
+        "yarn_twice optim.warmup_steps=300": "optim.warmup_steps=300: must be at most trainer.max",
+        "yarn_twice trainer.accumulate_grad_batches=8": "accumulate_grad_batches=8: must divide",
+        "longformer_staged extension=none": "extension=none: longformer_staged sets it",
         "dca_over_pi device=cuda:99": "device=cuda:99: is not available here",
         "longrope_progressive device=cuda:99": "device=cuda:99: is not available here",
         "longrope_progressive model=alibi": "task=longrope: rescales rotary frequencies",
@@ -92,11 +96,20 @@ def test_a_recipe_says_first_how_many_stages_it_has_and_what_each_runs(
 ):
     words = [*SMALL, *search(name), f"data.path={write_text(tmp_path)}"]
     began: list[list[str]] = []
+    checked = []
     for program in ("train", "eval"):
+        check = importlib.import_module(f"zoo.cli.{program}").check
+
+        def noted(tree, given, check=check, program=program):
+            checked.append((program, given))
+            return check(tree, given)
+
+        monkeypatch.setattr(f"zoo.cli.{program}.check", noted)
         monkeypatch.setattr(f"zoo.cli.{program}.main", lambda words: began.append(words) or 3)
     assert main([name, *words]) == 3
     found = steps(name, words)
     assert began == [found[0][1]]
+    assert checked == [(one, [word.partition("=")[0] for word in words]) for one, words in found]
     lines = [f"zoo {program} {' '.join(words)}" for program, words in found]
     listed = [f"  {number}. {line}" for number, line in enumerate(lines, 1)]
     first = f"stage 1 of {len(found)}: {lines[0]}"

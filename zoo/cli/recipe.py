@@ -16,22 +16,22 @@ listed, and their options checked, before the first begins.
 """
 
 import importlib
+import tempfile
+import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 
 from zoo.cli.guard import run_program
-from zoo.config.applicability import check_applies, position_schemes
-from zoo.config.compose import compose, composing, parse
+from zoo.cli.launch import spelt
+from zoo.config.compose import compose_tree, composing, parse
 from zoo.config.groups import CONFIGS, choices
-from zoo.config.measurable import check_measurable
-from zoo.config.stages import tuned_length
 from zoo.config.tree import within
 from zoo.console import say
-from zoo.data.sources import check_source
-from zoo.devices import check_accelerator, check_deterministic, check_device
-from zoo.errors import choose, refuse, refuse_path
-from zoo.runs.files import check_report
+from zoo.errors import UserError, choose, refuse, refuse_path
+from zoo.runs.folder import RunFolder
+from zoo.runs.identity import run_name
 
 USAGE = """zoo recipe <name> [option=value ...]    carry out a published recipe of several stages
 the stages are listed first, and the same command goes on where it was stopped
@@ -75,8 +75,8 @@ def recipe(words: Sequence[str]) -> int:
 
 
 def _check(name: str, found: Sequence[tuple[str, list[str]]], given: Sequence[str]) -> None:
-    """Refuse, before the first stage, an option that is none, or that the recipe has no use for."""
-    first = [word for word in found[0][1] if within(word.partition("=")[0], FIRST)]
+    """Refuse, before the first stage, what any of them would, and an option that the recipe has no
+    use for."""
     for word in given:
         key, _, value = word.partition("=")
         if within(key, OF_RECIPE) and not key.startswith("task."):
@@ -88,28 +88,38 @@ def _check(name: str, found: Sequence[tuple[str, list[str]]], given: Sequence[st
     for one in several:
         value = str(one.input_line).partition("=")[2]
         refuse(one.key_or_group, value, "names several values, and a recipe takes one", "Give one")
-    base = compose("train", found[0][1])
-    if base.data.task is None:
-        check_source(base.data.model_dump())
-    for program, step in found:
-        keys = {word.partition("=")[0] for word in step}
-        of_model = [word for word in first if word.partition("=")[0] not in keys]
-        if program == "eval":
-            measured = compose("eval", step)
-            if measured.report is not None:
-                check_report("report", measured.report)
-            check_device(measured.device)
-            check_applies(measured.extension, position_schemes(base.model))
-            check_measurable(measured, [base])
-            continue
-        config = compose("train", [*step, *of_model])
-        check_accelerator(config.trainer.accelerator)
-        check_deterministic(config.trainer.accelerator, config.trainer.deterministic)
-        check_applies(config.extension, position_schemes(base.model))
-        window = tuned_length(config.extension, [], base.seq_len)
-        if "batch_tokens" in keys and "seq_len" not in keys and config.batch_tokens < window:
-            rule = f"must be at least {window}, the windows of {config.name}"
-            refuse("batch_tokens", config.batch_tokens, rule, "Use more, or a smaller seq_len")
+    runs = next(word[5:] for word in found[0][1] if word.startswith("runs="))
+    with tempfile.TemporaryDirectory() as trained, composing("train"):
+        for number, (program, step) in enumerate(found, 1):
+            try:
+                _check_stage(program, [_moved(word, runs, trained) for word in step])
+            except UserError as error:
+                said = str(error).replace(trained, runs)
+                if number > 1:
+                    said = f"{said.removesuffix('.')} (stage {number} of {name})."
+                raise UserError(said) from None
+
+
+def _check_stage(program: str, step: Sequence[str]) -> None:
+    """Refuse what the stage's program would, where the runs of the stages before are folders; leave
+    one of its own, as if it were trained."""
+    words = spelt(program, step)
+    check = importlib.import_module(f"zoo.cli.{program}").check
+    tree = compose_tree(program, parse(words))
+    config = check(tree, [word.partition("=")[0] for word in words])
+    if program == "train":
+        done = {"status": "done", "step": config.trainer.max_steps}
+        folder = RunFolder.create(Path(config.runs) / run_name(config), config, done)
+        weights = folder.path / f"checkpoints/step={config.trainer.max_steps}.ckpt"
+        zipfile.ZipFile(weights, "w").close()
+
+
+def _moved(word: str, runs: str, trained: str) -> str:
+    """A word with the folder of the recipe's runs in another place."""
+    key, _, value = word.partition("=")
+    if key not in ("finetune", "run", "runs"):
+        return word
+    return f"{key}={trained}{value.removeprefix(runs)}"
 
 
 def steps(name: str, given: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
