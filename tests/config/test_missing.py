@@ -61,7 +61,8 @@ def test_an_extension_that_does_not_act_on_a_model_is_named_before_its_factor(
     kinds = set()
     for name in ARCHITECTURES:
         own: Any = OmegaConf.create({**base, "model": model_section(name)})
-        tree: Any = resolve(OmegaConf.to_container(own, resolve=True) | {"match": "none"})
+        whole: Any = OmegaConf.to_container(own, resolve=True)
+        tree: Any = resolve({**whole, "match": "none"})
         config = validate(TrainConfig, tree)
         acting = frozenset(position_schemes(config.model))
         folder = tmp_path / name
