@@ -127,8 +127,9 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
-        check_applies(self.extension, position_schemes(self.model))
         acts = self.extension.scaling is not None or self.extension.attention is not None
+        if acts or self.extension.positions is not None:
+            check_applies(self.extension, position_schemes(self.model))
         if acts and not self.finetune and not self.checkpoint and not self.shrunk:
             name = self.extension.name
             refuse(
