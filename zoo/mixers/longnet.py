@@ -37,7 +37,7 @@ from zoo.attention.window import last_tokens
 from zoo.config.domains import Positive
 from zoo.mixers.base import MixerOutput, State, linear, residual_gain
 from zoo.mixers.parts import MultiHead, no_keys
-from zoo.ops.attention import Part, attend
+from zoo.ops.attention import Part, attend, own_and_past
 from zoo.ops.merge import Partial, merge
 from zoo.positions.base import build_positions
 from zoo.positions.none import NoPositions
@@ -163,10 +163,7 @@ class LongNet(MultiHead):
             return attend([Part(q, k, v, mask=mask)], backend=self.backend)
         if q.shape[1] == 1:
             return attend([Part(q, k, v)], backend=self.backend)
-        parts = [Part(q, k[:, past:], v[:, past:], causal=True)]
-        if past:
-            parts.append(Part(q, k[:, :past], v[:, :past]))
-        return attend(parts, backend=self.backend)
+        return attend(own_and_past(q, k, v), backend=self.backend)
 
     def empty_state(self, batch: int) -> LongNetState:
         weight = self.k_proj.weight

@@ -55,7 +55,8 @@ def aft_full(
 def _tile(left: Tensor, right: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Average over all keys for the last queries: dense over the past, causal over their own."""
     w, past = left @ right.t(), len(right) - len(left)
-    parts = [causal_sums(w[:, past:], k[:, past:], v[:, past:])]
-    if past:
-        parts.append(dense_sums(w[:, :past], k[:, :past], v[:, :past]))
-    return average(parts)
+    if not past:
+        return average([causal_sums(w, k, v)])
+    cut = past, len(left)  # one split has one gradient, where two slices each have one of all keys
+    before, own = zip(*(x.split(cut, 1) for x in (w, k, v)), strict=True)
+    return average([causal_sums(*own), dense_sums(*before)])

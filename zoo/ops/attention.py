@@ -44,6 +44,17 @@ class Part(NamedTuple):
     times: float = 1.0  # that each key counts in the softmax over all parts
 
 
+def own_and_past(q: Tensor, k: Tensor, v: Tensor) -> list[Part]:
+    """Return the parts of causal attention of the last t of n tokens: their own keys and those
+    before, if any."""
+    past = k.shape[1] - q.shape[1]
+    if not past:
+        return [Part(q, k, v, causal=True)]
+    cut = past, q.shape[1]  # one split has one gradient, where two slices each have one of all keys
+    (past_k, own_k), (past_v, own_v) = k.split(cut, 1), v.split(cut, 1)
+    return [Part(q, own_k, own_v, causal=True), Part(q, past_k, past_v)]
+
+
 def attend(
     parts: Sequence[Part],
     *,

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from zoo.errors import refuse
-from zoo.ops.attention import Part, attention
+from zoo.ops.attention import Part, attention, own_and_past
 from zoo.positions.base import CrossLayer, Positions, placed_positions
 
 CHUNK = 2048  # queries that share an origin; keeps slope * j small where it matters
@@ -103,9 +103,7 @@ class ALiBi(Positions):
             q_biased, k_biased = add_bias_channels(
                 rows, k[:, :end], past, self.slope_factor, keys_at
             )
-            parts = [Part(q_biased, k_biased[:, past:], v[:, past:end], causal=True)]
-            if past:
-                parts.append(Part(q_biased, k_biased[:, :past], v[:, :past]))
+            parts = own_and_past(q_biased, k_biased, v[:, :end])
             outs.append(attention(parts, scale=1.0, backend=backend))
         return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
 

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from zoo.errors import UserError, below, refuse
-from zoo.ops.attention import Part, attention
+from zoo.ops.attention import Part, attention, own_and_past
 
 if TYPE_CHECKING:  # which rotates by what this package defines
     from zoo.attention.pattern import AttentionPattern
@@ -137,14 +137,8 @@ class Positions(PositionScheme):
             return self.pattern(q, k, v, start, backend, sinks, self.softcap)
         if not causal or q.shape[1] == 1:  # the last token sees every key
             return attention([Part(q, k, v), *sinks], softcap=self.softcap, backend=backend)
-        past = k.shape[1] - q.shape[1]
-        if not past:
-            parts = [Part(q, k, v, causal=True)]
-        else:  # one split has one gradient, where two slices each have one of every key
-            cut = past, q.shape[1]
-            (past_k, own_k), (past_v, own_v) = k.split(cut, 1), v.split(cut, 1)
-            parts = [Part(q, own_k, own_v, causal=True), Part(q, past_k, past_v)]
-        return attention([*parts, *sinks], softcap=self.softcap, backend=backend)
+        parts = [*own_and_past(q, k, v), *sinks]
+        return attention(parts, softcap=self.softcap, backend=backend)
 
     def rotation_of_a_token(
         self, position: int, like: Tensor, cross_layer: CrossLayer | None
