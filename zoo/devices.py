@@ -1,10 +1,12 @@
-"""What a machine's devices do where a run does not say it: precision, TF32, how many.
+"""What a machine has and its devices do where a run does not say it: memory, precision, TF32.
 
 Nothing heavy is imported where there is no NVIDIA driver.
 """
 
 import ctypes
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from zoo.errors import refuse
@@ -79,3 +81,17 @@ def cuda_line(precision: str, used: int) -> str:
     found = cuda_devices()
     more = f"; trainer.devices={found} takes all" if used < found else ""
     return f"trainer.precision={precision} on {used} of {found} CUDA devices{more}"
+
+
+def machine_memory() -> int | None:
+    """Bytes of this machine's memory that a process may use; None where that is unknown."""
+    try:
+        found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found.append(int(Path(limit).read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # none, or `max`
+            continue
+    return min(found)

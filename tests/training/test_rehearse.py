@@ -10,10 +10,11 @@ from building import ROOT, train_config
 
 import zoo.training.rehearse
 from zoo.cli.train import main
+from zoo.devices import machine_memory
 from zoo.errors import UserError
 from zoo.mixers.mamba import Mamba
 from zoo.model.build import build_model
-from zoo.training.rehearse import machine_memory, rehearse
+from zoo.training.rehearse import rehearse
 
 GB = 10**9
 

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,17 +21,20 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_leaves
 
 from zoo.config.schema.model import Shrunk
+from zoo.config.stored import WEIGHTS
 from zoo.config.validate import plain
 from zoo.errors import UserError
-from zoo.model import shards
+from zoo.model import checkpoint, shards
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.flops import forward_flops
 from zoo.runs.folder import RunFolder
 from zoo.runs.resume import resumed
-from zoo.training import partition
+from zoo.tasks.leaks import leaked_in_training
+from zoo.training import fit, partition
 from zoo.training.fit import _build
 from zoo.training.partition import process_count, sharded
+from zoo.training.rehearse import FROZEN_BYTES
 from zoo.training.sharding import Cut, shard
 
 
@@ -207,16 +211,47 @@ def test_each_process_reads_its_parts_of_a_checkpoint(goes_on, in_parts, group, 
     check_whole(several, whole)
 
 
-def test_another_models_checkpoint_is_refused_by_parts_as_by_a_whole(tmp_path):
+def test_another_models_checkpoint_is_refused_by_parts_as_by_a_whole(tmp_path, monkeypatch):
+    """In one look at it, whether a run goes on from it or is tuned from it."""
     wide, narrow = (train_config("size=tiny", f"size.width={w}", "match=none") for w in (64, 32))
     folder = RunFolder.create(tmp_path / "run", wide, {})
     save(RunFolder.create(tmp_path / "other", narrow, {}), built(folder), in_parts=False)
-    said = []
-    for cut in (None, Cut(0, 2)):
-        with pytest.raises(UserError, match="does not fit the checkpoint") as caught:
-            built(RunFolder.open(tmp_path / "other"), cut)
-        said.append(str(caught.value))
-    assert said[0] == said[1]
+    tuned = narrow.model_copy(update={"finetune": str(tmp_path / "other")})
+    RunFolder.create(tmp_path / "tuned", tuned, {})
+    looks, misfit = [], checkpoint.misfit
+    monkeypatch.setattr(checkpoint, "misfit", lambda *given: looks.append(given) or misfit(*given))
+    for name, rule in (
+        ("other", "does not fit the checkpoint"),
+        ("tuned", "do not fit this model"),
+    ):
+        said = []
+        for cut in (None, Cut(0, 2)):
+            with pytest.raises(UserError, match=rule) as caught:
+                built(RunFolder.open(tmp_path / name), cut)
+            said.append(str(caught.value))
+        assert said[0] == said[1]
+    assert len(looks) == 4
+
+
+def test_a_part_of_a_base_is_read_under_todays_names(tmp_path):
+    """As a whole is: weights have had other names."""
+    config = train_config("size=tiny", "seq_len=64", "match=none", "model=t5")
+    first = RunFolder.create(tmp_path / "base", config, {})
+    save(first, built(first), in_parts=False)
+    file = first.path / "checkpoints/step=1.ckpt"
+    tree, old = torch.load(file), {new: old for old, new in WEIGHTS.items()}
+    renamed = {
+        next((n.removesuffix(new) + old[new] for new in old if n.endswith(new)), n): x
+        for n, x in tree["state_dict"].items()
+    }
+    assert renamed.keys() != tree["state_dict"].keys()
+    torch.save({**tree, "state_dict": renamed}, file)
+    tuned = RunFolder.create(
+        tmp_path / "run", config.model_copy(update={"finetune": str(first.path)}), {}
+    )
+    whole, cut = built(tuned), Cut(0, 1)
+    check_whole([parts_of(built(tuned, cut), cut, whole)], whole)
+    assert torch.equal(whole.head.weight, tree["state_dict"]["model.head.weight"])
 
 
 def test_divided_weights_have_the_values_and_the_marks_of_the_whole(group):
@@ -245,3 +280,23 @@ def test_processes_hold_their_parts_and_little_more(tmp_path):
         assert found["weights"] > 200e6
         assert found["building"] < 0.65 * found["weights"]  # a half, and one block of twelve
         assert found["training"] < 2.6 * found["weights"]  # a half four times, and gathered ones
+
+
+def test_a_whole_model_that_memory_does_not_hold_is_not_audited(tmp_path, monkeypatch, caplog):
+    config = train_config("trainer=fsdp", "size=tiny", "seq_len=32", "match=none")
+    folder = RunFolder.create(tmp_path / "run", config, {})
+    model, data = built(folder), cast(Any, SimpleNamespace(vocab_size=256))
+    size, audited = FROZEN_BYTES * numbers(model.parameters()), []
+    monkeypatch.setattr(
+        fit, "audit_trained", lambda whole, *_: audited.append(whole) or {"ok": True}
+    )
+    for memory, ok in ((2 * size - 1, None), (2 * size, True), (None, True)):
+        monkeypatch.setattr(fit, "machine_memory", lambda memory=memory: memory)
+        found = fit._audit(config, folder, data, model, torch.device("cpu"))
+        assert found["ok"] is ok
+        assert not leaked_in_training({"audit": found})
+    assert len(audited) == 2
+    assert model not in audited  # which is built anew, from the checkpoint
+    (line,) = caplog.messages
+    assert line.startswith("the audit for leaks could not be carried out: the model has 0.000")
+    assert "GB, too much for one process" in line

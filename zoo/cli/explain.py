@@ -11,6 +11,7 @@ import logging
 import torch
 
 from zoo.config.schema.train import TrainConfig
+from zoo.devices import machine_memory
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model, count_parameters
 from zoo.model.chunks import bytes_sent
@@ -29,7 +30,7 @@ from zoo.training.partition import (
     ranks_per_window,
     sharded,
 )
-from zoo.training.rehearse import FROZEN_BYTES, TRAINED_BYTES, machine_memory, rehearse
+from zoo.training.rehearse import FROZEN_BYTES, TRAINED_BYTES, rehearse
 from zoo.training.windows import vocabulary
 
 log = logging.getLogger("zoo")

@@ -3,12 +3,14 @@
 import logging
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from zoo.config.stored import weights_as_now
 from zoo.errors import refuse_path
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
@@ -42,23 +44,31 @@ def load(
         refuse_path(path, "holds no model of this package (it has no embedding)", REPLACE)
     model, _ = build_model(folder.config, vocabulary.shape[0])
     extend_as_trained(model, folder.config)
-    load_weights(model, weights, folder)
+    load_weights(model, weights, partial(refuse_checkpoint, folder))
     return model.to(device, dtype).eval().requires_grad_(False)
 
 
 def load_weights(
     model: Backbone,
     weights: dict[str, Tensor],
-    folder: RunFolder,
+    refused: Callable[[str], NoReturn],
     load: Callable[[Backbone, dict[str, Tensor]], Any] = Backbone.load_state_dict,
 ) -> None:
-    """Give a model the weights of a run, by `load`. UserError where they are another model's."""
+    """Give a model weights by `load`, or raise what `refused` does for how they differ from its."""
+    weights = {**weights}
+    weights_as_now(weights)
+    if why := misfit(model, weights):
+        refused(why)
     try:
         load(model, weights)
     except (RuntimeError, TypeError) as error:
-        why = misfit(model, weights) or str(error).splitlines()[0]
-        rule = f"config.yaml's model does not fit the checkpoint ({why})"
-        refuse_path(str(folder), rule, REPLACE)
+        refused(str(error).splitlines()[0])
+
+
+def refuse_checkpoint(folder: RunFolder, why: str) -> NoReturn:
+    """Refuse a run whose checkpoint holds another model's weights."""
+    rule = f"config.yaml's model does not fit the checkpoint ({why})"
+    refuse_path(str(folder), rule, REPLACE)
 
 
 def trained_weights(folder: RunFolder, mapped: bool = False) -> dict[str, Tensor]:

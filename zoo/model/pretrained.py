@@ -159,7 +159,7 @@ def dtype_on_disk(checkpoint: Path) -> str:
 def misfit(model: Backbone, weights: Mapping[str, Tensor]) -> str | None:
     """How given weights differ from a model's in names or shapes, in words; None where they fit."""
     needed = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    given = {name: tuple(weight.shape) for name, weight in weights.items()}
+    given = {name: tuple(getattr(weight, "shape", ())) for name, weight in weights.items()}
     differ = [name for name in {**needed, **given} if needed.get(name) != given.get(name)]
     if not differ:
         return None

@@ -6,8 +6,9 @@ import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import lightning
 import torch
@@ -17,7 +18,7 @@ from zoo.config.schema.train import TrainConfig
 from zoo.console import say
 from zoo.data.corpora import Corpus
 from zoo.data.examples import SyntheticData
-from zoo.devices import cuda_line, prepare
+from zoo.devices import cuda_line, machine_memory, prepare
 from zoo.errors import RunError, refuse, refuse_path
 from zoo.locks import alone_on_machine
 from zoo.model.backbone import Backbone, BackboneState
@@ -27,13 +28,13 @@ from zoo.model.checkpoint import (
     base_of,
     last_checkpoint,
     load_weights,
+    refuse_checkpoint,
     trained_weights,
     weights_in,
 )
 from zoo.model.extend import extend
 from zoo.model.flops import forward_flops
 from zoo.model.lora import add_adapters, trained_names
-from zoo.model.pretrained import misfit
 from zoo.ops.runtime import dispatch
 from zoo.ops.runtime.allocator import tune_allocator
 from zoo.runs.claim import check_data
@@ -59,7 +60,7 @@ from zoo.training.records import (
     end_wandb,
     record_start,
 )
-from zoo.training.rehearse import FROZEN_BYTES, machine_memory
+from zoo.training.rehearse import FROZEN_BYTES
 from zoo.training.trainer import make_trainer
 from zoo.training.unused import every_weight_learns
 from zoo.training.windows import Windows, open_data, validation
@@ -187,16 +188,18 @@ def _build(
         with alone_on_machine(folder.path) if cut else nullcontext():
             base = base_of(folder) if adapts else RunFolder.open(config.finetune)
             weights = trained_weights(base, mapped=cut is not None)
-            if why := misfit(model, weights):
-                rule = f"its weights do not fit this model ({why})"
-                refuse("finetune", config.finetune, rule, "Leave the options of the model out")
-            load(model, weights)
+            load_weights(model, weights, partial(_refuse_base, config), load)
             del weights
     extend(model, config.extension, config.seq_len)
     take(model)
     if restored and not adapts:
-        load_weights(model, restored, folder, load)
+        load_weights(model, restored, partial(refuse_checkpoint, folder), load)
     return model, sizes, checkpoint, restored
+
+
+def _refuse_base(config: TrainConfig, why: str) -> NoReturn:
+    rule = f"its weights do not fit this model ({why})"
+    refuse("finetune", config.finetune, rule, "Leave the options of the model out")
 
 
 def _cutting(config: TrainConfig) -> "Cut | None":

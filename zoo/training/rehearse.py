@@ -6,8 +6,6 @@ and too little memory are each refused in one line before the run folder exists.
 
 import logging
 import math
-import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from zoo.config.schema.train import TrainConfig
 from zoo.config.schema.trainer import Trainer
+from zoo.devices import machine_memory
 from zoo.errors import UserError, refuse
 from zoo.model.backbone import Backbone
 from zoo.model.block import takes_state
@@ -141,20 +140,6 @@ def _check_memory(
             "trainer.accumulate_grad_batches=<parts of a step>, checkpoint_activations=true, "
             "a shorter seq_len or a smaller size."
         )
-
-
-def machine_memory() -> int | None:
-    """Bytes of this machine's memory that a process may use; None where that is unknown."""
-    try:
-        found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    except (AttributeError, ValueError, OSError):  # Windows
-        return None
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            found.append(int(Path(limit).read_text(encoding="utf-8")))
-        except (OSError, ValueError):  # none, or `max`
-            continue
-    return min(found)
 
 
 def _activations_per_row(config: TrainConfig, vocab_size: int, knobs: dict[str, int]) -> float:

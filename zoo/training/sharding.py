@@ -25,11 +25,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from zoo.config.stored import weights_as_now
 from zoo.errors import refuse
 from zoo.model.backbone import Backbone, check_tied
 from zoo.model.checkpoint import read_file
-from zoo.model.pretrained import misfit
 from zoo.model.shards import Unread
 from zoo.training.distributed import rank, whole
 
@@ -124,15 +122,11 @@ class Cut:
         """Give the parts of a model's weights the values of stored ones, one after another.
 
         Args:
-            stored: tensors, or what reads them (`zoo.model.shards.Unread`), as `load_state_dict`
-                takes them.
+            stored: tensors, or what reads them (`zoo.model.shards.Unread`), of the model's names
+                and shapes, as `load_weights` has seen.
 
-        Raises RuntimeError where they are another model's.
+        Raises RuntimeError where its head is its embedding, and theirs is not.
         """
-        stored = dict(stored)
-        weights_as_now(stored)
-        if why := misfit(model, stored):
-            raise RuntimeError(why)
         loaded: set[Tensor] = set()
         for name, weight in model.named_parameters(remove_duplicate=False):
             value = stored[name]
