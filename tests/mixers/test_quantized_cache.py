@@ -7,7 +7,7 @@ from building import train_config
 
 from zoo.config.applicability import acts_on, declared_by
 from zoo.config.compose import compose
-from zoo.config.groups import choices, extensions
+from zoo.config.groups import choices, extensions, model_section
 from zoo.errors import UserError
 from zoo.mixers.base import count_bytes
 from zoo.mixers.quantized_cache import RECENT, quantize, restore
@@ -100,13 +100,19 @@ def test_a_number_is_within_half_a_step_and_constants_stay():
     assert torch.isfinite(huge).all()
 
 
+def parts(name: str) -> list[str]:
+    """The models that make up one, itself or those of its pattern; read, as all workers collect."""
+    pattern = model_section(name).get("pattern", [name])
+    return [entry.rpartition("*")[2] for entry in pattern]
+
+
+def is_softmax(name: str) -> bool:
+    return model_section(name)["mixer"]["_target_"].endswith(".SoftmaxAttention")
+
+
 def cases() -> list[tuple[str, str]]:
     """Every model with such a cache, and every extension that needs no training on one."""
-    models = []
-    for name in choices("model"):
-        layers = train_config(f"model={name}", "size=tiny").model.blocks
-        if any(part.mixer.target.endswith(".SoftmaxAttention") for part in layers):
-            models.append((name, "none"))
+    models = [(name, "none") for name in choices("model") if any(map(is_softmax, parts(name)))]
     acting = [name for name, tree in extensions().items() if not tree.get("positions")]
     rotary = declared_by("zoo.positions.rope.Rope")
     on_rope = [name for name in acting if acts_on(extensions()[name], rotary)]
