@@ -17,7 +17,7 @@ from zoo.cli.eval import main
 from zoo.cli.launch import spelt
 from zoo.cli.train import main as train
 from zoo.config.compose import compose_tree, composing, parse
-from zoo.config.groups import CONFIGS
+from zoo.config.groups import CONFIGS, corpora
 from zoo.config.schema.data import DataPlace
 from zoo.config.schema.train import TrainConfig
 from zoo.data.loader import evaluation_bytes, evaluation_text, train_loader
@@ -101,6 +101,10 @@ def test_a_tokenizer_may_be_named_where_the_checkpoint_has_none(words, checkpoin
         assert main([*words, "data.tokenizer=bytes"]) == 0
     finally:
         named.rename(own)
+
+
+def test_the_corpora_that_are_named_are_those_that_can_be_opened():
+    assert {*corpora()} == {*NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)

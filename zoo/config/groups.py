@@ -44,6 +44,12 @@ def completed(name: str, model: dict[str, Any]) -> dict[str, Any]:
     return whole
 
 
+def corpora() -> dict[str, dict[str, Any]]:
+    """The YAML of every text by its name: those of data= that are no synthetic task."""
+    trees = {name: inherited(name, "data") for name in choices("data")}
+    return {name: tree for name, tree in trees.items() if "task" not in tree}
+
+
 def extensions() -> dict[str, dict[str, Any]]:
     """Every extension's YAML by its name."""
     return {name: inherited(name, "extension") for name in choices("extension")}

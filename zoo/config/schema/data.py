@@ -1,13 +1,14 @@
 """The options data.*; further keys belong to the corpus that reads them."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from zoo.config.groups import corpora
 from zoo.config.schema.sections import DataPart, OpenSection, Section
 from zoo.config.schema.values import Fraction, Name, Positive
-from zoo.errors import refuse
+from zoo.errors import choose, refuse
 
 
 class Data(OpenSection):
@@ -40,7 +41,7 @@ class Data(OpenSection):
 class DataPlace(Section):
     """Where a run's text is now, if not where the run was trained on it; a checkpoint's text."""
 
-    name: Literal["text", "jsonl", "parquet", "hf", "pg19", "stdlib"] | None = Field(
+    name: Name | None = Field(
         default=None,
         description="the corpus, written data=<name>, a checkpoint is measured on; null: text",
     )
@@ -58,3 +59,9 @@ class DataPlace(Section):
     documents: Positive | None = Field(
         default=None, description="a checkpoint's: the first so many of data=hf or pg19"
     )
+
+    @model_validator(mode="after")
+    def _is_corpus(self) -> "DataPlace":
+        if self.name is not None:
+            choose("name", self.name, corpora(), kind="corpus")
+        return self

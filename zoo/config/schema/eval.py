@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from zoo.config.groups import corpora
 from zoo.config.schema.data import DataPlace
 from zoo.config.schema.model import Extension
 from zoo.config.schema.sections import CompressionPart, Section, TaskPart
@@ -89,8 +90,8 @@ class EvalConfig(Section):
     def _measures(self) -> "EvalConfig":
         if self.run is None and self.checkpoint is None:
             refuse("run", "", "must be given (run folder, or a pattern such as 'runs/compare/*')")
-        named = self.data.name in ("hf", "pg19", "stdlib")  # these have no path
-        if self.checkpoint is not None and self.data.path is None and not named:
+        placed = "path" in corpora()[self.data.name or "text"]
+        if self.checkpoint is not None and self.data.path is None and placed:
             refuse(
                 "checkpoint",
                 self.checkpoint,
