@@ -68,7 +68,10 @@ EFFECTS = {  # argument: a value unlike the default, and what the Trainer then i
     "accelerator": ("cpu", lambda t: t.strategy.root_device.type == "cpu"),
     "devices": ("1", lambda t: t.num_devices == 1),
     "strategy": ("ddp", lambda t: isinstance(t.strategy, DDPStrategy)),
-    "checkpoint": ("sharded trainer.strategy=fsdp", lambda t: t.strategy.in_parts),
+    "checkpoint": (
+        "sharded trainer.strategy=fsdp",
+        lambda t: any(getattr(one, "divided", None) == "sharded" for one in t.callbacks),
+    ),
     "num_nodes": ("2", lambda t: t.num_nodes == 2),
     "sequence_parallel": ("2", lambda t: t.num_devices == 2),
     "accumulate_grad_batches": ("3", lambda t: t.accumulate_grad_batches == 3),

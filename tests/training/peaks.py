@@ -83,7 +83,8 @@ def main(count: int, tunes: bool, words: list[str]) -> None:
         common = [w for w in [*common, *sizes] if not w.startswith(("size", "match"))]
         sizes = ["finetune=runs/whole"]
     name = f"name={'tuned' if tunes else 'whole'}-{count}" if tunes or count > 1 else "name=whole"
-    train(*common, *sizes, *given(count, 1, 1, "sharded"), name, "threads=1", *words)
+    divided = [w for w in given(count, 1, 1, "sharded") if w.partition("=")[0] not in given_here]
+    train(*common, *sizes, *divided, name, "threads=1", *words)
     for rank in range(count):
         one = json.loads(Path(f"memory-{rank}.json").read_text())
         parts = {name: f"{value / one['weights']:.2f}" for name, value in one.items()}

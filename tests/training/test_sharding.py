@@ -6,6 +6,8 @@ That they train what one process does is in test_ranks.
 import json
 import subprocess
 import sys
+import weakref
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,6 +213,35 @@ def test_each_process_reads_its_parts_of_a_checkpoint(goes_on, in_parts, group, 
     check_whole(several, whole)
 
 
+def test_a_checkpoint_of_whole_tensors_is_written_a_tensor_at_a_time(group, tmp_path, monkeypatch):
+    weights = {"a": torch.randn(7, 5), "b": torch.randn(5, 4).T, "none": torch.empty(0, 3)}
+    parts = {name: distribute_tensor(x, group, [Shard(0)]) for name, x in weights.items()}
+    moments = [{"step": torch.tensor(4.0), "part": parts["b"].detach()}, {"name": "é", "of": 2}]
+    whole, held = DTensor.full_tensor, []
+
+    def watched(part: DTensor) -> Tensor:
+        assert not any(one() is not None for one in held)
+        found = whole(part).clone()
+        held.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(DTensor, "full_tensor", watched)
+    tree = {"state_dict": {**parts, "tied": parts["a"]}, "optimizer_states": moments}
+    with open(tmp_path / "whole.ckpt", "w+b") as file:
+        shards.write_whole(tree, file)
+    assert len(held) == 4
+    found = torch.load(tmp_path / "whole.ckpt", weights_only=True)
+    assert found["state_dict"].pop("tied") is found["state_dict"]["a"]
+    assert all(torch.equal(found["state_dict"][name], x) for name, x in weights.items())
+    (first, second), state = found["optimizer_states"], found["state_dict"]
+    assert first["step"] == 4
+    assert torch.equal(first["part"], weights["b"])
+    assert second == {"name": "é", "of": 2}
+    assert [*state] == [*weights]
+    with zipfile.ZipFile(tmp_path / "whole.ckpt") as archive:
+        assert archive.testzip() is None
+
+
 def test_another_models_checkpoint_is_refused_by_parts_as_by_a_whole(tmp_path, monkeypatch):
     """In one look at it, whether a run goes on from it or is tuned from it."""
     wide, narrow = (train_config("size=tiny", f"size.width={w}", "match=none") for w in (64, 32))
@@ -270,9 +301,11 @@ def test_divided_weights_have_the_values_and_the_marks_of_the_whole(group):
     assert not cut.parts
 
 
-@pytest.mark.slow  # half a minute
-def test_processes_hold_their_parts_and_little_more(tmp_path):
+@pytest.mark.slow  # half a minute each
+@pytest.mark.parametrize("checkpoint", ["sharded", "whole"])
+def test_processes_hold_their_parts_and_little_more(checkpoint, tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("peaks.py")), "model=transformer"]
+    command.append(f"trainer.checkpoint={checkpoint}")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):

@@ -1,7 +1,7 @@
-"""Checkpoints whose tensors are written in parts, by every process its own.
+"""Checkpoints of tensors that are divided among processes: whole, or each process's own parts.
 
-A run's `checkpoints/step=<number>.ckpt` then holds, in the place of each tensor, the name that it
-has in the folder `step=<number>.shards` beside it, and the hashes of that folder's files. The
+In parts, a run's `checkpoints/step=<number>.ckpt` holds, in the place of each tensor, the name that
+it has in the folder `step=<number>.shards` beside it, and the hashes of that folder's files. The
 folder is PyTorch's format (torch.distributed.checkpoint). Read, it is the checkpoint of whole
 tensors that one process writes.
 """
@@ -9,10 +9,14 @@ tensors that one process writes.
 import functools
 import hashlib
 import io
+import mmap
+import os
 import pickle
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -22,9 +26,15 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
+from torch.serialization import set_default_mmap_options, skip_data
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 HASHES = "shards"  # of a checkpoint's entries: {file: sha256}
+BLOCK_BYTES = 2**20
+# Of an archive (APPNOTE.TXT of PKWARE, sections 4.3.7 and 4.3.12): where in an entry's own header
+# the lengths of its name and of what follows begin; where in the directory its checksum does; and
+# the directory's bytes for it without these.
+LENGTHS, CHECKSUM, ENTRY_BYTES = 26, 16, 46
 PART = "in the shards: "  # begins what is in the place of a tensor
 # What the folder's index may name: a pickle, which else could call any code.
 OF_METADATA = ("Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING")
@@ -62,6 +72,64 @@ def write(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     own = [*folder.glob(f"__{rank}_*"), *([folder / ".metadata"] if rank == 0 else [])]
     dist.all_gather_object(hashes, {file.name: _hash(file) for file in own})
     return {**named, HASHES: {file: digest for those in hashes for file, digest in those.items()}}
+
+
+def write_whole(tree: dict[str, Any], file: BinaryIO | None) -> None:
+    """Write the whole tensors of `tree`, of which every process has parts, as one process does.
+
+    A file of the same size is written first, and filled with one tensor after another, so that no
+    process has more than one whole tensor in memory. Every process must call it.
+
+    Args:
+        file: open for reading and writing, in the first process; None in the others.
+    """
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    places = {id(x): place for place, x in enumerate(tensors)}  # of weights that are tied, one
+    stored = _laid_out(tree, file) if file else None
+    for place in places.values():
+        x = tensors[place].detach()
+        whole = x.full_tensor() if isinstance(x, DTensor) else x
+        if stored:
+            stored[place].copy_(whole)
+        del whole  # before the next one is put together
+    if file:
+        del stored
+        _correct_checksums(file)
+
+
+def _laid_out(tree: dict[str, Any], file: BinaryIO) -> list[Tensor]:
+    """The tensors of a file of `tree`, without values yet: written to, they change the file."""
+    empty: dict[int, Tensor] = {}  # memory that is not written to takes none
+
+    def without_values(x: Tensor) -> Tensor:
+        return empty.setdefault(id(x), torch.empty(x.shape, dtype=x.dtype))
+
+    with skip_data():
+        torch.save(tree_map_only(Tensor, without_values, tree), file)
+    file.flush()
+    if hasattr(os, "posix_fallocate"):  # where a disk that is full is found before it is written to
+        os.posix_fallocate(file.fileno(), 0, file.tell())
+    with set_default_mmap_options(mmap.MAP_SHARED):
+        mapped = torch.load(file.name, weights_only=True, mmap=True)
+    return [leaf for leaf in tree_leaves(mapped) if isinstance(leaf, Tensor)]
+
+
+def _correct_checksums(file: BinaryIO) -> None:
+    """Give the directory of an archive, which ends `file`, the checksums of what was filled in."""
+    with zipfile.ZipFile(file) as archive:
+        at, entries = archive.start_dir, archive.infolist()
+    for entry in entries:
+        file.seek(entry.header_offset + LENGTHS)
+        name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+        file.seek(entry.header_offset + LENGTHS + 4 + name + extra)
+        checksum, left = 0, entry.file_size
+        while left:
+            block = file.read(min(left, BLOCK_BYTES))
+            assert block
+            checksum, left = zlib.crc32(block, checksum), left - len(block)
+        file.seek(at + CHECKSUM)
+        file.write(checksum.to_bytes(4, "little"))
+        at += ENTRY_BYTES + len(entry.filename.encode()) + len(entry.extra) + len(entry.comment)
 
 
 class Unread:

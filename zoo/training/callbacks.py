@@ -3,9 +3,10 @@
 import os
 import shutil
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning
 import torch
@@ -65,10 +66,10 @@ class Checkpoints(AtStepEnds):
         every: int,
         tokens_per_step: int,
         stop: Stop,
-        in_parts: bool = False,
+        divided: str | None = None,
     ) -> None:
         self.folder, self.every, self.tokens_per_step = folder, every, tokens_per_step
-        self.in_parts = in_parts  # each process writes its own part of every tensor
+        self.divided = divided  # weights: write them `whole`, or `sharded` by every process its own
         self.stop, self.interrupted = stop, False
         self._saved = 0
 
@@ -90,13 +91,19 @@ class Checkpoints(AtStepEnds):
         folder = self.folder.path / "checkpoints"
         path = folder / f"step={step:08d}.ckpt"
         checkpoint = trainer._checkpoint_connector.dump_checkpoint()  # what save_checkpoint writes
-        if self.in_parts:
+        write: Callable[[Any, BinaryIO | None], None] = _write
+        if self.divided:
             from zoo.model import shards  # torch.distributed.checkpoint
 
-            checkpoint = shards.write(checkpoint, shards.folder_of(path))
-        if trainer.is_global_zero:
+            if self.divided == "whole":
+                write = shards.write_whole
+            else:
+                checkpoint = shards.write(checkpoint, shards.folder_of(path))
+        if not trainer.is_global_zero:
+            write(checkpoint, None)
+        else:
             with replacing(path) as file:
-                torch.save(checkpoint, file)
+                write(checkpoint, file)
                 seal(file, self.folder.info.get("id"), step)
             for old in sorted(folder.glob("step=*.ckpt"))[:-MAX_CHECKPOINTS]:
                 os.remove(old)
@@ -105,6 +112,11 @@ class Checkpoints(AtStepEnds):
                     shutil.rmtree(parts)
             self.folder.update(step=step, tokens_seen=step * self.tokens_per_step)
         self._saved = step
+
+
+def _write(checkpoint: Any, file: BinaryIO | None) -> None:
+    if file:
+        torch.save(checkpoint, file)
 
 
 class CheckpointReader(TorchCheckpointIO):

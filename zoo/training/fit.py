@@ -252,8 +252,8 @@ def _callbacks(
     }
     valid = validation(data, config)
     metrics = MetricsLogger(folder, valid=valid, valid_every=config.valid_every, **shared)
-    in_parts = config.trainer.checkpoint == "sharded"
-    return metrics, Checkpoints(folder, every=config.save_every, in_parts=in_parts, **shared)
+    divided = (config.trainer.checkpoint or "whole") if sharded(config) else None
+    return metrics, Checkpoints(folder, every=config.save_every, divided=divided, **shared)
 
 
 def _keep_zeros(config: TrainConfig, model: Backbone) -> list[Any]:

@@ -8,9 +8,9 @@ process up to rounding.
 
 No process has to hold the whole model. Each draws every weight from the run's seed, block by block
 as one process does, and keeps its part of a block before it builds the next. Of a checkpoint it
-reads its part of one tensor after another. But checkpoints of whole tensors pass through the memory
-of the first process, with the moments (`trainer.checkpoint=sharded` writes parts), and it audits
-the trained model as a whole where that fits.
+reads its part of one tensor after another, and of one that it writes as a whole it holds one tensor
+at a time besides (`trainer.checkpoint=sharded` writes parts). But the first process audits the
+trained model as a whole where that fits.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,26 +23,22 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
 
 from zoo.errors import refuse
 from zoo.model.backbone import Backbone, check_tied
 from zoo.model.checkpoint import read_file
 from zoo.model.shards import Unread
-from zoo.training.distributed import rank, whole
 
 
 class FullySharded(ModelParallelStrategy):
-    """Lightning's strategy, with checkpoints that hold whole tensors as those of one process do.
+    """Lightning's strategy, which hands on each process's parts for `zoo.model.shards` to write.
 
     Args:
         processes: among which the weights are divided, all of the run's.
-        in_parts: hand on each process's parts instead, for `zoo.model.shards` to write.
     """
 
-    def __init__(self, processes: int, in_parts: bool = False) -> None:
+    def __init__(self, processes: int) -> None:
         super().__init__(data_parallel_size=processes, tensor_parallel_size=1)
-        self.in_parts = in_parts
 
     def model_to_device(self) -> None:
         """Nothing: `fully_shard` has moved it, and moving makes new weights without their marks."""
@@ -52,15 +48,13 @@ class FullySharded(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole weights in the first process, None for each in the others; all must call it."""
+        """This process's parts of the weights."""
         assert self.model is not None
-        weights = self.model.state_dict(keep_vars=True)
-        return weights if self.in_parts else gathered(weights)
+        return self.model.state_dict(keep_vars=True)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """As `lightning_module_state_dict`, of an optimiser."""
-        state = getattr(optimizer, "_optimizer", optimizer).state_dict()
-        return state if self.in_parts else gathered(state)
+        """This process's parts of an optimiser's state."""
+        return getattr(optimizer, "_optimizer", optimizer).state_dict()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: Any = None) -> dict[str, Any]:
         """What a checkpoint holds, of the optimisers this process's parts.
@@ -196,19 +190,6 @@ def shard(
             rule = "needs a newer PyTorch with trainer.sequence_parallel"
             refuse("trainer.strategy", "fsdp", rule, "Use PyTorch 2.13 or trainer=ddp")
         cast(FSDPModule, module).set_reduce_scatter_unused_params(True)
-
-
-def gathered(tree: Any) -> Any:
-    """The tree with its parts of tensors as whole tensors in the first process, None in others."""
-    known: dict[int, Tensor | None] = {}  # of weights that are tied, once
-
-    def put_together(part: DTensor) -> Tensor | None:
-        if id(part) not in known:
-            found = whole(part.detach())
-            known[id(part)] = None if rank() else found.cpu()
-        return known[id(part)]
-
-    return tree_map_only(DTensor, put_together, tree)
 
 
 def part_of(value: Any, weight: Tensor) -> Any:

@@ -71,9 +71,7 @@ def _sharding(config: TrainConfig) -> dict[str, Any]:
     """The options of Lightning's Trainer for a model that is divided among processes."""
     from zoo.training.sharding import FullySharded  # a second to import
 
-    in_parts = config.trainer.checkpoint == "sharded"
-    strategy = FullySharded(process_count(config), in_parts)
-    found: dict[str, Any] = {"strategy": strategy}
+    found: dict[str, Any] = {"strategy": FullySharded(process_count(config))}
     precision = config.trainer.precision
     if precision == "bf16-mixed":  # which the strategy refuses by name: autocast is beside it
         kind = check_devices(config.trainer)
