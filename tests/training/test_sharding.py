@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from building import ARCHITECTURES, train_config
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -26,10 +27,12 @@ from zoo.config.schema.model import Shrunk
 from zoo.config.stored import WEIGHTS
 from zoo.config.validate import plain
 from zoo.errors import UserError
-from zoo.model import checkpoint, shards
+from zoo.model import checkpoint, lora, shards
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.flops import forward_flops
+from zoo.model.pretrained import pretrained_weights
+from zoo.runs.claim import weights_of
 from zoo.runs.folder import RunFolder
 from zoo.runs.resume import resumed
 from zoo.tasks.leaks import leaked_in_training
@@ -210,6 +213,61 @@ def test_each_process_reads_its_parts_of_a_checkpoint(goes_on, in_parts, group, 
     for index in range(COUNT):
         model = built(folder, cut := Cut(index, COUNT))
         several.append(parts_of(model, cut, whole))
+    check_whole(several, whole)
+
+
+def test_each_process_converts_its_parts_of_pretrained_weights_alone(tmp_path):
+    config = train_config("model=transformer", "size=tiny", "seq_len=64", "match=none")
+    config = config.model_copy(update={"checkpoint": str(tmp_path)})
+    whole, several = build_model(config, 256)[0], []
+    half = {name: x.bfloat16().clone() for name, x in whole.state_dict().items()}
+    save_file(half, tmp_path / "model.safetensors")
+    stored = pretrained_weights(config, None)
+    assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
+    whole.load_state_dict(pretrained_weights(config))
+    for index in range(COUNT):
+        model = build_model(config, 256, cut := Cut(index, COUNT))[0]
+        cut.load(model, stored)
+        several.append(parts_of(model, cut, whole))
+    check_whole(several, whole)
+    save_file({**half, "norm.weight": half["norm.weight"].int()}, tmp_path / "model.safetensors")
+    for dtype in (None, torch.float32):
+        with pytest.raises(UserError, match=r"norm\.weight is of int32"):
+            pretrained_weights(config, dtype)
+
+
+def test_each_process_adds_adapters_to_its_parts_alone(tmp_path, monkeypatch):
+    """Of a run of adapters that is tuned on: one weight after another is put together."""
+    same = ["model=transformer", "size=tiny", "seq_len=64", "match=none"]
+    base = RunFolder.create(tmp_path / "base", train_config(*same), {})
+    save(base, built(base), in_parts=False)
+    config = train_config(*same, f"finetune={base.path}", "lora.rank=2")
+    tuned = RunFolder.create(tmp_path / "tuned", config, {"base": {"weights": weights_of(base)}})
+    model, adapters = built(base), {}
+    for name in lora.adapted_layers(model, config.lora):
+        outputs, inputs = model.get_parameter(f"{name}.weight").shape
+        adapters |= {f"model.{name}{lora.A}": torch.randn(2, inputs)}
+        adapters |= {f"model.{name}{lora.B}": torch.randn(outputs, 2)}
+    (tuned.path / "checkpoints").mkdir(exist_ok=True)
+    tree = {"state_dict": adapters, "global_step": 1}
+    torch.save(tree, tuned.path / "checkpoints/step=1.ckpt")
+    tuned.update(step=1)
+    folder = RunFolder.create(tmp_path / "run", train_config(*same, f"finetune={tuned.path}"), {})
+    whole, read, held = built(folder), lora._Merged.read, []
+    name = "blocks.0.mixer.q_proj.weight"
+    assert not torch.equal(whole.get_parameter(name), model.get_parameter(name))
+
+    def watched(one: Any) -> Tensor:
+        assert not any(other() is not None for other in held)
+        held.append(weakref.ref(found := read(one)))
+        return found
+
+    monkeypatch.setattr(lora._Merged, "read", watched)
+    several = []
+    for index in range(COUNT):
+        model = built(folder, cut := Cut(index, COUNT))
+        several.append(parts_of(model, cut, whole))
+    assert len(held) == COUNT * len(adapters) // 2
     check_whole(several, whole)
 
 

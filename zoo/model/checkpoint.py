@@ -72,11 +72,14 @@ def refuse_checkpoint(folder: RunFolder, why: str) -> NoReturn:
 
 
 def trained_weights(folder: RunFolder, mapped: bool = False) -> dict[str, Tensor]:
-    """The model's weights in a run's last good checkpoint, `mapped` as in `read_file`. UserError
-    where it has none."""
+    """The model's weights in a run's last good checkpoint. UserError where it has none.
+
+    With `mapped` as in `read_file`: adapters are added when a weight is read, and pretrained
+    weights have the dtype that they are stored in.
+    """
     if folder.config.checkpoint:
-        return pretrained_weights(folder.config)
-    return _with_base(folder, weights_in(_a_checkpoint(folder, mapped)[1]))
+        return pretrained_weights(folder.config, None if mapped else torch.float32)
+    return _with_base(folder, weights_in(_a_checkpoint(folder, mapped)[1]), mapped)
 
 
 def checkpoint_weights(folder: RunFolder) -> dict[str, Tensor]:
@@ -84,11 +87,14 @@ def checkpoint_weights(folder: RunFolder) -> dict[str, Tensor]:
     return weights_in(_a_checkpoint(folder)[1])
 
 
-def _with_base(folder: RunFolder, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_base(
+    folder: RunFolder, weights: dict[str, Tensor], mapped: bool = False
+) -> dict[str, Tensor]:
     """The weights of a run's model from those in its checkpoint, which may be adapters alone."""
     if folder.config.lora.rank is None:
         return weights
-    return merged(trained_weights(base_of(folder)), weights, folder.config.lora)
+    base = trained_weights(base_of(folder), mapped)
+    return merged(base, weights, folder.config.lora, later=mapped)
 
 
 def base_of(folder: RunFolder) -> RunFolder:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from zoo.config.schema.model import Lora
 from zoo.errors import refuse_unknown
 from zoo.model.backbone import Backbone
+from zoo.model.later import Later, read
 
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"  # peft's names, behind the layer's
 
@@ -81,12 +82,26 @@ def trained_names(model: nn.Module) -> set[str]:
     return {name for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def merged(base: Mapping[str, Tensor], trained: Mapping[str, Tensor], lora: Lora) -> dict[str, Any]:
+class _Merged(Later):
+    """A weight and (alpha / rank) B A."""
+
+    def __init__(self, weight: Tensor | Later, a: Tensor, b: Tensor, scale: float) -> None:
+        self.weight, self.a, self.b, self.scale = weight, a, b, scale
+        self.shape, self.dtype = weight.shape, weight.dtype
+
+    def read(self) -> Tensor:
+        return read(self.weight) + self.scale * (self.b @ self.a)
+
+
+def merged(
+    base: Mapping[str, Any], trained: Mapping[str, Tensor], lora: Lora, later: bool = False
+) -> dict[str, Any]:
     """The weights of a tuned model: those of its base, the adapters added, and what is new.
 
     Args:
         base: every weight of the model that was tuned, by its name in a Backbone.
         trained: what a checkpoint of the tuned run holds, by its name there.
+        later: leave each sum to be computed when it is read.
     """
     assert lora.rank is not None
     scale = lora.alpha_or_default / lora.rank
@@ -94,9 +109,8 @@ def merged(base: Mapping[str, Tensor], trained: Mapping[str, Tensor], lora: Lora
     for name, weight in trained.items():
         if name.endswith(A):
             layer = name.removesuffix(A)
-            found[f"{layer}.weight"] = base[f"{layer}.weight"] + scale * (
-                trained[layer + B] @ weight
-            )
+            one = _Merged(base[f"{layer}.weight"], weight, trained[layer + B], scale)
+            found[f"{layer}.weight"] = one if later else one.read()
         elif not name.endswith(B):
             found[name] = weight
     return found

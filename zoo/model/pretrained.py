@@ -69,19 +69,22 @@ def _stamps(files: list[Path]) -> dict[str, list[int]]:
 
 
 def pretrained_weights(
-    config: TrainConfig, dtype: torch.dtype = torch.float32
+    config: TrainConfig, dtype: torch.dtype | None = torch.float32
 ) -> dict[str, Tensor]:
     """The tensors of a run's checkpoint under the zoo's names, in `dtype`, mapped from its files
-    where they can be. Raises UserError for one that is stored in integers."""
+    where they can be; with None each in its own. Raises UserError for one that is stored in
+    integers."""
     assert config.checkpoint is not None
     checkpoint = Path(config.checkpoint)
     if checkpoint.is_file():
-        stored = {name: one.to(dtype) for name, one in GGUFFile(checkpoint).weights().items()}
+        stored = GGUFFile(checkpoint).weights()
+        stored = {name: one.to(dtype or one.dtype) for name, one in stored.items()}
     else:
         stored = open_weights(checkpoint, dtype)
     weights = from_transformers(stored, config.size.heads)
+    allowed = [dtype] if dtype else [getattr(torch, name) for name in DTYPES.values()]
     for name, weight in weights.items():
-        if weight.dtype != dtype:
+        if weight.dtype not in allowed:
             form = str(weight.dtype).removeprefix("torch.")
             rule = f"its weights must be of {', '.join(DTYPES.values())}, and {name} is of {form}"
             refuse("checkpoint", str(checkpoint), rule, "Use a checkpoint in one of these")

@@ -29,6 +29,8 @@ from torch.distributed.tensor import DTensor
 from torch.serialization import set_default_mmap_options, skip_data
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from zoo.model.later import Later
+
 HASHES = "shards"  # of a checkpoint's entries: {file: sha256}
 BLOCK_BYTES = 2**20
 # Of an archive (APPNOTE.TXT of PKWARE, sections 4.3.7 and 4.3.12): where in an entry's own header
@@ -132,7 +134,7 @@ def _correct_checksums(file: BinaryIO) -> None:
         at += ENTRY_BYTES + len(entry.filename.encode()) + len(entry.extra) + len(entry.comment)
 
 
-class Unread:
+class Unread(Later):
     """A tensor of a folder of shards that is read, as a whole, when it is needed."""
 
     def __init__(self, reader: "_Reader", name: str, about: TensorStorageMetadata) -> None:

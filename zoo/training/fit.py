@@ -184,7 +184,7 @@ def _build(
         extend(model, stage.extension, stage.seq_len)
     take(model)  # frequencies
     if config.finetune and (adapts or not checkpoint):
-        # What has to be converted or merged is a whole: in one process after another.
+        # A GGUF file is converted as a whole: in one process after another.
         with alone_on_machine(folder.path) if cut else nullcontext():
             base = base_of(folder) if adapts else RunFolder.open(config.finetune)
             weights = trained_weights(base, mapped=cut is not None)

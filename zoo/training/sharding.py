@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from zoo.errors import refuse
 from zoo.model.backbone import Backbone, check_tied
 from zoo.model.checkpoint import read_file
-from zoo.model.shards import Unread
+from zoo.model.later import Later, read
 
 
 class FullySharded(ModelParallelStrategy):
@@ -116,15 +116,14 @@ class Cut:
         """Give the parts of a model's weights the values of stored ones, one after another.
 
         Args:
-            stored: tensors, or what reads them (`zoo.model.shards.Unread`), of the model's names
-                and shapes, as `load_weights` has seen.
+            stored: tensors, or each a `Later`, of the model's names and shapes, as `load_weights`
+                has seen.
 
         Raises RuntimeError where its head is its embedding, and theirs is not.
         """
         loaded: set[Tensor] = set()
         for name, weight in model.named_parameters(remove_duplicate=False):
-            value = stored[name]
-            part = self.chunk(value.read() if isinstance(value, Unread) else value)
+            part = self.chunk(read(stored[name]))
             if weight in loaded:  # the head that is the embedding
                 check_tied(model, {name: part, "embedding.weight": self.parts[weight]}, "")
             self.parts[weight].copy_(part)
@@ -194,9 +193,9 @@ def shard(
 
 def part_of(value: Any, weight: Tensor) -> Any:
     """This process's part of a stored tensor of a weight's shape; any other value as it is."""
-    if not isinstance(value, Tensor | Unread):
+    if not isinstance(value, Tensor | Later):
         return value
-    here = value.read() if isinstance(value, Unread) else value
+    here = read(value)
     if here.shape != weight.shape:
         return here.clone()  # not mapped from a file any longer
     like = cast(DTensor, weight)
