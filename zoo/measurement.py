@@ -172,7 +172,7 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "an integer >= 0",
         _is_count,
         """
-        train_tokens train_steps parameters count correct seed step tokens_seen
+        train_tokens train_steps lost_steps parameters count correct seed step tokens_seen
         threads windows window unit units most shown bytes state_bytes stride""",
     ),
     (

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from zoo.model import shards
+from zoo.runs.checkpoints import shards_of
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def written(mesh, tmp_path):
         "optimizer_states": [{"state": state, "param_groups": [{"params": [0]}]}],
         "version": "2",
     }
-    folder = shards.folder_of(tmp_path / "step=1.ckpt")
+    folder = shards_of(tmp_path / "step=1.ckpt")
     return shards.write(tree, folder), folder, weight, moment
 
 

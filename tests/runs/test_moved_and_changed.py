@@ -5,11 +5,15 @@ import io
 import json
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_altered_files import MEASURE, RUN, carry_out, original, same, truth  # noqa: F401
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import zoo.runs.claim
 import zoo.tasks.measured_run
@@ -17,7 +21,9 @@ from zoo.cli import eval as eval_program
 from zoo.cli import train as train_program
 from zoo.config.compose import compose_tree, composing, parse
 from zoo.errors import UserError
-from zoo.model import checkpoint
+from zoo.model import checkpoint, shards
+from zoo.runs import checkpoints
+from zoo.runs.files import replacing
 from zoo.runs.folder import RunFolder
 
 EVAL = [f"run={RUN}", "report=null", "logger=none", *MEASURE]
@@ -132,6 +138,95 @@ def test_after_a_damaged_checkpoint_rows_are_of_the_weights_that_were_measured(p
     assert {(row["train_steps"], row["train_tokens"]) for row in rows} == {(2, 64)}
     found = {(row["protocol"], row["length"]): row["bits_per_byte"] for row in rows}
     assert found == truth[1][2]
+
+
+def whole(path: Path) -> checkpoints.Checkpoint:
+    found = checkpoints.read(path)
+    assert found is not None
+    return found
+
+
+def divide(path: Path) -> None:
+    """Writes a checkpoint's weights in parts."""
+    before, state = whole(path), torch.load(path, weights_only=True)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        weights = state["state_dict"].items()
+        parts = {name: distribute_tensor(x, mesh, [Shard(0)]) for name, x in weights}
+        state = shards.write(state | {"state_dict": parts}, checkpoints.shards_of(path))
+    finally:
+        dist.destroy_process_group()
+    with replacing(path) as file:
+        torch.save(state, file)
+        checkpoints.seal(file, before.run, before.step or 0, state[shards.HASHES])
+    assert whole(path) != before
+
+
+def spoil(path: Path, damage: str) -> Callable[[], None]:
+    """Damages a checkpoint; returns what puts it back."""
+    part = checkpoints.shards_of(path) / (".metadata" if "index" in damage else "__0_0.distcp")
+    file = part if "part" in damage else path
+    content, more = file.read_bytes(), part.with_name("__1_0.distcp")
+    if "gone" in damage:
+        file.unlink()
+    elif damage == "unreadable":
+        before = whole(path)
+        with replacing(path) as archive:
+            torch.save({"state_dict": Harmful(), "global_step": 4}, archive)
+            checkpoints.seal(archive, before.run, 4)
+    elif damage == "one part more":
+        more.write_bytes(content)
+    else:
+        file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+
+    def put_back() -> None:
+        file.write_bytes(content)
+        more.unlink(missing_ok=True)
+
+    return put_back
+
+
+DAMAGES = ["changed", "unreadable", "part gone", "one part more", "index of parts changed"]
+MORE = ["gone", "part changed", "index of parts gone"]  # 2 s each
+
+
+@pytest.mark.parametrize(
+    "damage", [*DAMAGES, *(pytest.param(one, marks=pytest.mark.slow) for one in MORE)]
+)
+def test_nothing_takes_the_place_of_a_lost_checkpoint_unsaid(damage, place, truth):  # noqa: F811
+    """The run trains its lost steps again; a run tuned from it names the weights that it began
+    with; adapters are not merged with others than they were trained beside."""
+    last = RUN / "checkpoints" / "step=00000004.ckpt"
+    if "part" in damage:
+        divide(last)
+    assert (
+        run("train", f"finetune={RUN}", *TUNE[:2], *TUNE[3:], "name=adapters", "lora.rank=2") == 0
+    )
+    adapters = RunFolder.open("runs/adapters")
+    merged = checkpoint.trained_weights(adapters)
+    put_back = spoil(last, damage)
+    with pytest.raises(UserError, match=r"adapters: .* the run .*mine, whose "):
+        checkpoint.trained_weights(adapters)
+    if damage == "unreadable":  # which is known once it is read
+        checkpoints._rejected.clear()  # as in another process
+        recorded = adapters.info["base"]
+        adapters.update(base=recorded | {"weights": whole(last).content})
+        with pytest.raises(UserError, match="whose last checkpoint cannot be read"):
+            checkpoint.trained_weights(adapters)
+        adapters.update(base=recorded)
+    assert run("train", f"finetune={RUN}", *TUNE) == 0
+    older = whole(last.with_name("step=00000002.ckpt"))
+    assert RunFolder.open("runs/tuned").info["base"]["weights"] == older.content
+    assert run("eval", *EVAL) == 0
+    assert {row["lost_steps"] for row in RunFolder.open(RUN).rows()} == {2}
+    put_back()
+    assert same(checkpoint.trained_weights(adapters), merged)
+    if damage == "unreadable":
+        return  # a seal that holds is believed until the file is read
+    spoil(last, damage)
+    assert run("train", f"resume={RUN}") == 0
+    assert same(checkpoint.trained_weights(RunFolder.open(RUN)), truth[0][4])
 
 
 def unseal(path: Path, spoil: bool) -> None:

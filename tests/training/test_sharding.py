@@ -32,6 +32,7 @@ from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.flops import forward_flops
 from zoo.model.pretrained import pretrained_weights
+from zoo.runs.checkpoints import shards_of
 from zoo.runs.claim import weights_of
 from zoo.runs.folder import RunFolder
 from zoo.runs.resume import resumed
@@ -144,7 +145,7 @@ def save(folder: RunFolder, model: Backbone, in_parts: bool) -> None:
     if in_parts:
         mesh = init_device_mesh("cpu", (1,))
         tree["state_dict"] = {n: distribute_tensor(x, mesh, [Shard(0)]) for n, x in weights.items()}
-        tree = shards.write(tree, shards.folder_of(file))
+        tree = shards.write(tree, shards_of(file))
     torch.save(tree, file)
     folder.update(step=1)
 

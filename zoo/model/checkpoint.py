@@ -17,7 +17,7 @@ from zoo.model.build import build_model
 from zoo.model.extend import extend_as_trained
 from zoo.model.lora import merged
 from zoo.model.pretrained import check_unchanged, load_pretrained, misfit, pretrained_weights
-from zoo.runs.checkpoints import reject
+from zoo.runs.checkpoints import reject, shards_of
 from zoo.runs.claim import weights_of
 from zoo.runs.files import one_line
 from zoo.runs.folder import RunFolder
@@ -93,8 +93,24 @@ def _with_base(
     """The weights of a run's model from those in its checkpoint, which may be adapters alone."""
     if folder.config.lora.rank is None:
         return weights
-    base = trained_weights(base_of(folder), mapped)
+    base = base_weights(folder, base_of(folder), mapped)
     return merged(base, weights, folder.config.lora, later=mapped)
+
+
+def base_weights(folder: RunFolder, base: RunFolder, mapped: bool = False) -> dict[str, Tensor]:
+    """The weights of the run that a run fine-tunes, `mapped` as in `read_file`.
+
+    UserError where they are not those that its run.json names: of a checkpoint that turns out to be
+    unreadable the one before is read.
+    """
+    weights, recorded = (
+        trained_weights(base, mapped),
+        (folder.info.get("base") or {}).get("weights"),
+    )
+    if recorded is not None and recorded != weights_of(base):
+        rule = f"fine-tunes the run {base}, whose last checkpoint cannot be read"
+        refuse_path(str(folder), rule, "Put it back, or fine-tune anew with fresh=true")
+    return weights
 
 
 def base_of(folder: RunFolder) -> RunFolder:
@@ -142,7 +158,7 @@ def read_file(path: Path, mapped: bool = False) -> dict[str, Any]:
         from zoo.model import shards  # torch.distributed.checkpoint
 
         read = shards.unread if mapped else shards.read
-        return read(state, shards.folder_of(path))
+        return read(state, shards_of(path))
     return state
 
 

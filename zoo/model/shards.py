@@ -12,6 +12,7 @@ import io
 import mmap
 import os
 import pickle
+import shutil
 import warnings
 import zipfile
 import zlib
@@ -49,14 +50,10 @@ INDEX = {("torch.distributed.checkpoint.metadata", name) for name in OF_METADATA
 }
 
 
-def folder_of(file: Path) -> Path:
-    """The folder of a checkpoint's shards."""
-    return file.with_suffix(".shards")
-
-
 def write(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Write the parts of all tensors in `tree` that are divided; every process must call it.
 
+    What was in the folder before is gone: a killed run may have left parts of more processes.
     Returns the tree with their names in their place, and the hashes of the files.
     """
     parts: dict[str, Tensor] = {}
@@ -69,6 +66,9 @@ def write(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
         return PART + names[id(part)]
 
     named = tree_map_only(DTensor, name, tree)
+    if dist.get_rank() == 0 and folder.exists():
+        shutil.rmtree(folder)
+    dist.barrier()
     save(dict(parts), checkpoint_id=folder)
     rank, hashes = dist.get_rank(), [{} for _ in range(dist.get_world_size())]
     own = [*folder.glob(f"__{rank}_*"), *([folder / ".metadata"] if rank == 0 else [])]

@@ -30,14 +30,21 @@ def banners(results: Results) -> list[str]:
     said += _unequal_sizes(results)
     for task in ("speed", "perplexity"):
         for field in ("device", "threads", "dtype"):
-            values = {plain(row.get(field)) for row in results.where(task=task, status="ok")}
-            if len(values) > 1 and (task == "speed" or field == "dtype"):
-                said.append(f"The {task} rows differ in {field}: {', '.join(sorted(values))}.")
+            arms = defaultdict(set)
+            for row in results.where(task=task, status="ok"):
+                arms[plain(row.get(field))].add(row["label"])
+            if len(arms) > 1 and (task == "speed" or field == "dtype"):
+                parts = (f"{value} ({names(sorted(arms[value]))})" for value in sorted(arms))
+                said.append(f"The {task} rows differ in {field}: {'; '.join(parts)}.")
     said += _unequal_settings(results)
     if waiting := [
         f"{run.get('run')} ({unfinished(run)})" for run in results.runs if unfinished(run)
     ]:
         said.append(f"Runs that have not finished: {names(waiting)}.")
+    lost = {row.get("run"): row["lost_steps"] for row in results.rows if row.get("lost_steps")}
+    if lost:
+        who = [f"{run} (its last {steps:,} steps)" for run, steps in lost.items()]
+        said.append(f"Measured without steps whose checkpoints are lost: {names(who)}.")
     if lone := _single(results):
         who = _who(lone, _measured(results))
         said.append(

@@ -1,8 +1,9 @@
 """Recognises whole checkpoint files, and those of another run, without importing torch.
 
 A checkpoint is torch's zip archive. Its end, where zip keeps a comment, holds a seal: the run's id,
-the step, and a hash over every byte before. Older files without a seal are checked by the CRC of
-each part, which does not cover the archive's own directory.
+the step, where tensors are written in parts a hash over the files of these, and a hash over every
+byte before. Older files without a seal are checked by the CRC of each part, which does not cover
+the archive's own directory.
 """
 
 import functools
@@ -11,7 +12,7 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -20,8 +21,11 @@ from zoo.errors import refuse_path
 
 log = logging.getLogger("zoo")
 
-SEAL = re.compile(rb"zoo run=([0-9a-f]{12}|-{12}) step=(\d{12}) sha256=([0-9a-f]{64})")
+SEAL = re.compile(
+    rb"zoo run=([0-9a-f]{12}|-{12}) step=(\d{12})(?: shards=([0-9a-f]{64}))? sha256=([0-9a-f]{64})"
+)
 SEAL_BYTES = len("zoo run=") + 12 + len(" step=") + 12 + len(" sha256=") + 64
+MOST_SEAL_BYTES = SEAL_BYTES + len(" shards=") + 64
 BLOCK_BYTES = 1 << 20
 
 
@@ -34,14 +38,26 @@ class Checkpoint(NamedTuple):
     content: str  # a hash: equal means the same weights
 
 
-def seal(file: BinaryIO, run: str | None, step: int) -> None:
-    """Append the seal to a whole archive in `file`, which is open for reading and writing."""
-    head = f"zoo run={run or '-' * 12} step={step:012d} sha256=".encode()
+def shards_of(path: Path) -> Path:
+    """The folder of the parts that a checkpoint's tensors are written in, if they are."""
+    return path.with_suffix(".shards")
+
+
+def seal(
+    file: BinaryIO, run: str | None, step: int, shards: Mapping[str, str] | None = None
+) -> None:
+    """Append the seal to a whole archive in `file`, which is open for reading and writing.
+
+    `shards` are the hashes of the files in the folder of its parts.
+    """
+    parts = f" shards={_together(shards)}" if shards else ""
+    head = f"zoo run={run or '-' * 12} step={step:012d}{parts} sha256=".encode()
+    size = len(head) + 64
     file.seek(-2, os.SEEK_END)
     if file.read(2) != b"\0\0":
         raise ValueError("the archive has a comment already")
     file.seek(-2, os.SEEK_END)
-    file.write(SEAL_BYTES.to_bytes(2, "little"))  # the comment's length, which ends the archive
+    file.write(size.to_bytes(2, "little"))  # the comment's length, which ends the archive
     file.seek(0)
     digest = _hash(file, file.seek(0, os.SEEK_END))
     digest.update(head)
@@ -52,8 +68,7 @@ def seal(file: BinaryIO, run: str | None, step: int) -> None:
 def read(path: Path) -> Checkpoint | None:
     """Return the checkpoint in a file, None where it is damaged. UserError where unreadable."""
     try:
-        status = path.stat()
-        file = (path, status.st_mtime_ns, status.st_size, status.st_ino)
+        file = _as_it_is(path)
         return None if file in _rejected else _read(*file)
     except PermissionError as error:
         refuse_path(path, f"cannot be read ({error.strerror})", "Change its permissions")
@@ -64,27 +79,55 @@ def read(path: Path) -> Checkpoint | None:
 def reject(path: Path) -> None:
     """Treat a file as damaged from now on, because PyTorch could not read it."""
     with suppress(OSError):
-        status = path.stat()
-        _rejected.add((path, status.st_mtime_ns, status.st_size, status.st_ino))
+        _rejected.add(_as_it_is(path))
 
 
-_rejected: set[tuple[Path, int, int, int]] = set()
+State = tuple[Path, tuple[tuple[str, int, int, int], ...]]  # what changes where a file does
+_rejected: set[State] = set()
+
+
+def _as_it_is(path: Path) -> State:
+    files = [path, *_files_of(shards_of(path))]
+    found = ((file, file.stat()) for file in files)
+    return path, tuple((file.name, s.st_mtime_ns, s.st_size, s.st_ino) for file, s in found)
+
+
+def _files_of(shards: Path) -> list[Path]:
+    return [*shards.glob("__*.distcp"), *shards.glob(".metadata")]
 
 
 @functools.lru_cache(maxsize=64)
-def _read(path: Path, *_: int) -> Checkpoint | None:
+def _read(path: Path, _: object) -> Checkpoint | None:
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - SEAL_BYTES))
-        sealed = SEAL.fullmatch(file.read())
+        file.seek(max(0, size - MOST_SEAL_BYTES))
+        end = file.read()
+        sealed = SEAL.fullmatch(end) or SEAL.fullmatch(end[-SEAL_BYTES:])
         if not sealed:
             return _unsealed(path)
-        digest = _hash(file, size - SEAL_BYTES)
+        digest = _hash(file, size - len(sealed[0]))
         digest.update(sealed[0][:-64])
-        if digest.hexdigest() != sealed[3].decode():
+        if digest.hexdigest() != sealed[4].decode():
             return None
-        run = None if sealed[1].startswith(b"-") else sealed[1].decode()
-        return Checkpoint(path, run, int(sealed[2]), sealed[3].decode())
+    if sealed[3] and _together(_hashes(path)).encode() != sealed[3]:
+        return None
+    run = None if sealed[1].startswith(b"-") else sealed[1].decode()
+    return Checkpoint(path, run, int(sealed[2]), sealed[4].decode())
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    """The hashes of the files in the folder of a checkpoint's parts, by their names."""
+    hashes = {}
+    for part in _files_of(shards_of(path)):
+        with part.open("rb") as file:
+            hashes[part.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _together(hashes: Mapping[str, str]) -> str:
+    """One hash over the hashes of several files and their names."""
+    lines = (f"{name} {digest}\n" for name, digest in sorted(hashes.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _hash(file: BinaryIO, size: int) -> "hashlib._Hash":

@@ -115,9 +115,15 @@ class RunFolder:
         self.update(status="stopped", reason=reason)
 
     def is_trained(self, config: TrainConfig) -> bool:
-        """Whether the run has all the steps of `config`."""
-        info = self.info
-        return info["status"] == "done" and info["step"] >= config.trainer.max_steps
+        """Whether the run has all the steps of `config`: not where the last of them are lost.
+
+        UserError where there are checkpoints and none is whole.
+        """
+        info, steps = self.info, config.trainer.max_steps
+        if info["status"] != "done" or info["step"] < steps:
+            return False
+        last = next(self.whole_checkpoints(), None)
+        return last is None or last.step is None or last.step >= min(steps, info["step"])
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -108,7 +108,8 @@ def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     extension draws positions. Raises UserError where there is no whole run to start from.
     """
     folder = RunFolder.open(str(tree["finetune"]))
-    folder.checkpoint()
+    if folder.checkpoint() is None and not folder.config.checkpoint:
+        refuse("finetune", folder, "has no checkpoint to start from", "Train it first")
     base, before = plain(folder.config), folder.config
     kept = ("model", "size", "match", "objective")
     if fixed := [key for key in given if within(key, kept) and key != WINDOW]:

@@ -138,7 +138,8 @@ def weights_of(folder: RunFolder) -> Row:
     tokens = info.get("tokens_seen")
     if step != info["step"]:
         tokens = step * info["tokens_per_step"] if info.get("tokens_per_step") else None
-    return {"train_tokens": tokens, "train_steps": step}
+    lost = {"lost_steps": info["step"] - step} if step < info["step"] else {}
+    return {"train_tokens": tokens, "train_steps": step, **lost}
 
 
 def stages_in_words(stages: Stages) -> str:

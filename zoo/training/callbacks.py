@@ -19,7 +19,7 @@ from zoo.data.synthetic import NO_LABEL
 from zoo.model.checkpoint import read_file
 from zoo.ops.runtime.sizes import ceil_div
 from zoo.parallel.ranks import Ranks
-from zoo.runs.checkpoints import seal
+from zoo.runs.checkpoints import seal, shards_of
 from zoo.runs.files import replacing
 from zoo.runs.folder import RunFolder
 from zoo.runs.stopping import Stop
@@ -91,6 +91,7 @@ class Checkpoints(AtStepEnds):
         folder = self.folder.path / "checkpoints"
         path = folder / f"step={step:08d}.ckpt"
         checkpoint = trainer._checkpoint_connector.dump_checkpoint()  # what save_checkpoint writes
+        hashes = None  # of the files of its parts
         write: Callable[[Any, BinaryIO | None], None] = _write
         if self.divided:
             from zoo.model import shards  # torch.distributed.checkpoint
@@ -98,13 +99,14 @@ class Checkpoints(AtStepEnds):
             if self.divided == "whole":
                 write = shards.write_whole
             else:
-                checkpoint = shards.write(checkpoint, shards.folder_of(path))
+                checkpoint = shards.write(checkpoint, shards_of(path))
+                hashes = checkpoint[shards.HASHES]
         if not trainer.is_global_zero:
             write(checkpoint, None)
         else:
             with replacing(path) as file:
                 write(checkpoint, file)
-                seal(file, self.folder.info.get("id"), step)
+                seal(file, self.folder.info.get("id"), step, hashes)
             for old in sorted(folder.glob("step=*.ckpt"))[:-MAX_CHECKPOINTS]:
                 os.remove(old)
             for parts in folder.glob("step=*.shards"):

@@ -26,10 +26,10 @@ from zoo.model.build import build_model, count_parameters
 from zoo.model.checkpoint import (
     REPLACE,
     base_of,
+    base_weights,
     last_checkpoint,
     load_weights,
     refuse_checkpoint,
-    trained_weights,
     weights_in,
 )
 from zoo.model.extend import extend
@@ -187,7 +187,7 @@ def _build(
         # A GGUF file is converted as a whole: in one process after another.
         with alone_on_machine(folder.path) if cut else nullcontext():
             base = base_of(folder) if adapts else RunFolder.open(config.finetune)
-            weights = trained_weights(base, mapped=cut is not None)
+            weights = base_weights(folder, base, mapped=cut is not None)
             load_weights(model, weights, partial(_refuse_base, config), load)
             del weights
     extend(model, config.extension, config.seq_len)
