@@ -29,6 +29,10 @@ class RunError(RuntimeError):
     """Why a run cannot go on, in one line; the programs print it and exit with code 1."""
 
 
+class NonFiniteError(RunError):
+    """Training diverged: the loss or the gradient is not finite; names the step and the batch."""
+
+
 class NoStateError(TypeError):
     """A mixer that keeps no state was given one: it can be read whole, not in chunks."""
 

@@ -1,13 +1,17 @@
 """`zoo study` knows what is left of an experiment, and how long that takes."""
 
+import zipfile
+
 import pytest
 
 from zoo.cli.arms import composed_arms
-from zoo.cli.study import left, main, unfinished
+from zoo.cli.study import left, main
 from zoo.cli.train import check
-from zoo.cli.tune import Tuned, group
+from zoo.cli.tune import Tuned, add_rate, group
 from zoo.config import compose
 from zoo.runs.claim import claim
+
+pytest.importorskip("optuna", reason="zoo study needs Optuna")
 
 
 @pytest.fixture
@@ -38,21 +42,35 @@ def test_arms_that_differ_in_single_values_alone_are_composed_once(monkeypatch):
 def train(arm: Tuned, rate: float, seed: int, step: int, **other) -> None:
     folder = claim(arm.configs[rate, seed])
     folder.update(step=step, **other)
-    (folder.path / "metrics.csv").write_text(f"step,tokens_per_second\n{step},32\n")
+    rows = [f"{at},{1 / rate},32" for at in (20, 40, 80) if at <= step]
+    text = "\n".join(["step,valid_loss,tokens_per_second", *rows, ""])
+    (folder.path / "metrics.csv").write_text(text)
+    with zipfile.ZipFile(folder.path / f"checkpoints/step={step}.ckpt", "w") as file:
+        file.writestr("weights", "")
 
 
 def test_all_is_left_at_first_and_no_time_is_known(arms):
-    expected = "2 of 2 arms left (lstm, nope), at most 480 steps"
-    assert left(arms) == expected  # two rates and another seed, 80 steps each
+    expected = "2 of 2 arms left (lstm, nope), at most 640 steps"
+    assert left(arms) == expected  # twice the 80 steps of two seeds, of each
 
 
 def test_what_was_trained_and_pruned_is_not_left(arms):
-    train(arms[0], 1e-3, 0, 80, status="done")
-    train(arms[0], 2e-3, 0, 20, pruned=True)
-    assert left(arms[:1]).startswith("1 of 1 arms left (lstm), at most 80 steps, 0:02:40")
-    train(arms[0], 1e-3, 1, 80, status="done")
-    assert unfinished(arms) == arms[1:]
+    train(arms[0], 2e-3, 0, 80, status="done")
+    train(arms[0], 1e-3, 0, 20, pruned=True)
+    assert left(arms[:1]) == "1 of 1 arms left (lstm), at most 220 steps, 0:07:20"
+    add_rate(arms[0], 4e-3)  # the best was at the edge of the grid
+    train(arms[0], 4e-3, 0, 80, status="done")
+    assert left(arms[:1]) == "1 of 1 arms left (lstm), at most 80 steps, 0:02:40"
+    train(arms[0], 4e-3, 1, 80, status="done")
+    assert left(arms).startswith("1 of 2 arms left (nope), at most 320 steps")
     assert left(arms[:1]) == "all 1 arms are done"
+
+
+@pytest.mark.parametrize("word", ["recall", "--left"])
+def test_a_word_given_twice_is_refused(word, capfd):
+    assert main(["--left", "recall", word]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == f"zoo study: {word}: is given twice. Give it once."
 
 
 def test_an_unknown_experiment_is_refused_in_one_line(capfd):

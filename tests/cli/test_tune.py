@@ -1,20 +1,26 @@
 """`zoo tune`: rates compete on one seed, the best gets the others, and nothing is trained twice."""
 
+import functools
 import json
 import math
 import random
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
 
 from zoo.cli import tune as program
 from zoo.cli.arms import Arm, composed_arms
-from zoo.cli.study import unfinished
+from zoo.cli.study import left
 from zoo.cli.train import check
-from zoo.cli.tune import group
+from zoo.cli.tune import Tuned, group
 from zoo.config.schema.train import TrainConfig
-from zoo.errors import RunError
+from zoo.errors import NonFiniteError, RunError, UserError
 from zoo.runs.claim import claim
+from zoo.runs.folder import RunFolder
 
 pytest.importorskip("optuna", reason="zoo tune needs Optuna")
 
@@ -38,23 +44,32 @@ class Trains:
     def __call__(self, config: TrainConfig, arm: Arm) -> int:
         folder = claim(config)
         arm.folder = str(folder)
-        if self.breaks(config):
-            folder.update(status="failed")
-            raise RunError("the loss is nan at step 3")
-        until, since = arm.until or STEPS, folder.info["step"]
-        self.steps.append((config.model.name, config.optim.lr, config.seed, since, until))
-        with (folder.path / "metrics.csv").open("a") as file:
-            if not since:
-                file.write("step,valid_loss\n")
-            file.write(f"{until},{self.loss(config, until)}\n")
-        folder.update(step=until, status="done" if until == STEPS else "stopped")
+        with folder.training(keep=True):
+            until, since = arm.until or STEPS, folder.info["step"]
+            if self.breaks(config):
+                raise NonFiniteError("the loss is nan at step 3")
+            self.steps.append((config.model.name, config.optim.lr, config.seed, since, until))
+            with (folder.path / "metrics.csv").open("a") as file:
+                if not since:
+                    file.write("step,valid_loss\n")
+                file.write(f"{until},{self.loss(config, until)}\n")
+            with zipfile.ZipFile(folder.path / f"checkpoints/step={until:08d}.ckpt", "w") as file:
+                file.writestr("weights", "")
+            folder.update(step=until, status="done" if until == STEPS else "stopped")
         return 0
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
 def trains(monkeypatch) -> Trains:
     fake = Trains()
     monkeypatch.setattr(program, "job", fake)
+    for name in ("sources", "provenance"):  # slow to read
+        monkeypatch.setattr(f"zoo.runs.claim.{name}", lambda *_: {})
+    monkeypatch.setattr("os.fsync", lambda _: None)
     return fake
 
 
@@ -62,6 +77,26 @@ def words(place: Path, models: str = "lstm,nope") -> list[str]:
     swept = [f"model={models}", "optim.lr=1e-3,2e-3,4e-3,8e-3", "seed=0,1,2"]
     fixed = ["data=parity", "size=tiny", "seq_len=16", "batch_size=4", "optim.warmup_steps=5"]
     return [*swept, *fixed, f"trainer.max_steps={STEPS}", f"runs={place}", "logger=none"]
+
+
+@functools.cache
+def composed(models: str) -> list[tuple[list[str], TrainConfig]]:
+    return composed_arms("train", words(Path("runs"), models), check)
+
+
+def arms_in(place: Path, models: str = "lstm,nope") -> list[Tuned]:
+    """The arms of the command of `words`, composed once."""
+    moved = {"runs": str(place)}
+    return group([(line, config.model_copy(update=moved)) for line, config in composed(models)])
+
+
+def tune(place: Path, models: str = "lstm,nope") -> int:
+    return program.tune_arms(arms_in(place, models))
+
+
+def folder_of(place: Path, rate: float, seed: int = 0) -> RunFolder:
+    """The folder of an LSTM's run, which may not exist."""
+    return program.folder_of(arms_in(place, "lstm")[0].configs[rate, seed])
 
 
 def test_the_best_rate_of_each_arm_is_found_and_trained_with_every_seed(trains, tmp_path, capfd):
@@ -100,11 +135,183 @@ def test_a_rate_that_was_pruned_says_so_in_its_run(trains, tmp_path):
     assert all(info["step"] in (STEPS // 4, STEPS // 2) for info in pruned)
 
 
-def test_a_rate_that_diverges_is_one_rate_less_and_no_rate_is_a_failure(trains, tmp_path):
+def test_a_rate_that_diverges_is_one_rate_less_and_no_rate_is_a_failure(trains, tmp_path, capfd):
     trains.breaks = lambda config: config.optim.lr == BEST["lstm"]
     assert program.main(words(tmp_path / "a", "lstm")) == 0
     trains.breaks = lambda config: True
     assert program.main(words(tmp_path / "b", "lstm")) == 1
+    assert "lstm: no rate is chosen: all 4 diverged" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("figure", ["nan", "inf", "raised"])
+def test_a_rate_that_diverges_is_not_trained_again(trains, tmp_path, capfd, figure):
+    """Whether its training raises or only its validation loss is not finite."""
+    worst = BEST["lstm"]
+    if figure == "raised":
+        trains.breaks = lambda config: config.optim.lr == worst
+    else:
+        trains.loss = lambda config, step: (
+            float(figure) if config.optim.lr == worst else loss(config, step)
+        )
+    assert tune(tmp_path, "lstm") == 0
+    first, before = capfd.readouterr().err.splitlines()[-8:], list(trains.steps)
+    assert "best of 4 rates" in first[-1]
+    trains.breaks = lambda config: pytest.fail("trained again")
+    assert tune(tmp_path, "lstm") == 0
+    assert trains.steps == before
+    assert capfd.readouterr().err.splitlines()[-8:] == first
+
+
+@contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """Another process trains the run."""
+    (arm,) = arms_in(place, "lstm")
+    with claim(arm.configs[4e-3, 0]).lock():
+        yield
+
+
+@contextmanager
+def in_the_way(place: Path) -> Iterator[None]:
+    """A plain file has the name of the run's folder."""
+    place.mkdir()
+    path = folder_of(place, 4e-3).path
+    path.write_text("mine")
+    yield
+    path.unlink()
+
+
+FROM_OUTSIDE = {  # what keeps a run from its end, and what is said of it
+    locked: "is already being trained by process",
+    in_the_way: "there is no such run folder",
+    UserError("refused"): "refused",
+    RunError("the process was ended by SIGKILL"): "ended by SIGKILL",
+    OSError(28, "No space left on device"): "No space left on device",
+    MemoryError("no memory"): "MemoryError: no memory",
+    RuntimeError("CUDA out of memory"): "RuntimeError: CUDA out of memory",
+    ZeroDivisionError("a fault of the program"): "a fault of the program",
+}
+
+
+def name_of(kind: object) -> str:
+    return getattr(kind, "__name__", str(kind))
+
+
+@pytest.mark.parametrize("kind", FROM_OUTSIDE, ids=name_of)
+def test_what_fails_from_outside_chooses_no_rate_and_the_same_command_goes_on(
+    trains, tmp_path, capfd, kind
+):
+    place = tmp_path / "runs"
+
+    def fails(config: TrainConfig) -> bool:
+        if isinstance(kind, Exception) and (config.model.name, config.optim.lr) == ("lstm", 4e-3):
+            raise kind
+        return False
+
+    trains.breaks = fails
+    with nullcontext() if isinstance(kind, Exception) else kind(place):
+        assert tune(place) == 1
+    said = capfd.readouterr().err
+    (note,) = [line for line in said.splitlines() if line.startswith("lstm: ")]
+    assert note.startswith("lstm: no rate is chosen: ")
+    assert FROM_OUTSIDE[kind] in note
+    assert "nope: best of 4 rates" in said  # the other arm went on
+    stopped = [key for key in trains.steps if key[0] == "lstm"]
+    assert not stopped  # the rate in the middle of the grid comes first
+    trains.breaks = lambda config: False
+    assert tune(place) == 0
+    note, _ = capfd.readouterr().err.splitlines()[-2:]
+    assert note.startswith("lstm: best of 4 rates is 0.002; chosen by the mean of two seeds")
+    assert {rate for _, rate, *_ in trains.steps} == {1e-3, 2e-3, 4e-3, 8e-3}
+
+
+LOST = {  # damage to a file of the best rate's first run, and what is said of it
+    "checkpoints": lambda path: [file.unlink() for file in path.glob("*")],
+    "./checkpoints": lambda path: [file.write_text("damaged") for file in path.glob("*")],
+    "metrics.csv": lambda path: path.unlink(),
+    "./metrics.csv": lambda path: path.write_text(path.read_text().replace(",", ";")),
+    ".//metrics.csv": lambda path: path.write_text(path.read_text().replace("80,", "8O,")),
+    "config.yaml": lambda path: path.unlink(),
+    "./config.yaml": lambda path: path.write_text("seed: 1"),
+    "run.json": lambda path: path.unlink(),
+    "./run.json": lambda path: path.write_text("{"),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_is_lost_of_the_best_rate_is_said_and_no_rate_is_chosen(trains, tmp_path, capfd, name):
+    tune(tmp_path)
+    before, folder = list(trains.steps), folder_of(tmp_path, BEST["lstm"])
+    LOST[name](folder.path / name)
+    capfd.readouterr()
+    arms = arms_in(tmp_path)
+    assert left(arms).startswith("1 of 2 arms left (lstm), at most ")
+    assert str(folder) in left(arms)
+    assert tune(tmp_path) == 1
+    said = capfd.readouterr().err.splitlines()
+    (note,) = [line for line in said if line.startswith("lstm: no rate is chosen: ")]
+    assert str(folder) in note
+    assert said[-1].startswith("nope: best of 4 rates is 0.004")
+    assert len([line for line in said if str(folder) in line]) <= 4  # a warning, and in the table
+    assert trains.steps == before
+    shutil.rmtree(folder.path)
+    assert tune(tmp_path) == 0
+    assert trains.steps[len(before) :]
+    assert {key[:3] for key in trains.steps[len(before) :]} == {("lstm", BEST["lstm"], 0)}
+
+
+def test_last_steps_that_are_lost_are_trained_again(trains, tmp_path, capfd):
+    tune(tmp_path, "lstm")
+    before, folder = list(trains.steps), folder_of(tmp_path, BEST["lstm"])
+    (folder.path / "checkpoints/step=00000080.ckpt").unlink()
+    assert left(arms_in(tmp_path, "lstm")).startswith("1 of 1 arms left (lstm), at most ")
+    assert tune(tmp_path, "lstm") == 0
+    assert {key[:3] for key in trains.steps[len(before) :]} == {("lstm", BEST["lstm"], 0)}
+    assert left(arms_in(tmp_path, "lstm")) == "all 1 arms are done"
+
+
+def test_a_garbled_line_that_is_not_needed_is_named_and_the_table_is_the_same(
+    trains, tmp_path, capfd
+):
+    tune(tmp_path, "lstm")
+    first = capfd.readouterr().err.splitlines()[-1]
+    with (folder_of(tmp_path, BEST["lstm"]).path / "metrics.csv").open("a") as file:
+        file.write("garbage\n")
+    assert tune(tmp_path, "lstm") == 0
+    said = capfd.readouterr().err
+    assert said.splitlines()[-1] == first
+    assert said.count("1 lines hold no figures") == 1
+
+
+def test_a_study_that_was_cut_anywhere_is_not_done_and_goes_on_to_the_same_table(
+    trains, tmp_path, capfd
+):
+    """Cut after each single training: also between the second seeds of the best and its rival."""
+    whole = tmp_path / "whole"
+    tune(whole, "lstm")
+    expected = capfd.readouterr().err.splitlines()[-1]
+    count, arms = len(trains.steps), arms_in(tmp_path, "lstm")
+    for _ in range(count):
+        trains.steps.clear()
+        trains.breaks = lambda config: trains.steps and stop()
+        said = left(arms)
+        assert said.startswith("1 of 1 arms left (lstm), at most ")
+        most = int(said.split("at most ")[1].split(" steps")[0])
+        with suppress(KeyboardInterrupt):
+            tune(tmp_path, "lstm")
+        assert 0 < sum(until - since for *_, since, until in trains.steps) <= most
+    assert left(arms) == "all 1 arms are done"
+    capfd.readouterr()
+    trains.breaks = lambda config: pytest.fail("trained again")
+    assert tune(tmp_path, "lstm") == 0
+    assert capfd.readouterr().err.splitlines()[-1] == expected
+
+
+@pytest.mark.parametrize("option", ["name=x", "fresh=true"])
+def test_an_option_of_one_run_is_refused(trains, tmp_path, capfd, option):
+    assert program.main([*words(tmp_path), option]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"zoo tune: {option}: is of one run, and these are several.")
+    assert not trains.steps
 
 
 def test_without_optuna_the_grid_is_named(tmp_path, monkeypatch, capfd):
@@ -153,7 +360,7 @@ def test_a_best_rate_on_the_edge_gets_a_neighbour_beyond_it(
     program.main(words(tmp_path, "lstm"))
     assert trains.steps == before
     (arm,) = group(composed_arms("train", words(tmp_path, "lstm"), check))
-    assert not unfinished([arm])
+    assert left([arm]) == "all 1 arms are done"
 
 
 def test_a_best_rate_on_the_edge_is_named_where_another_would_cost_too_much(

@@ -15,14 +15,14 @@ import torch
 from building import ROOT, train_config, write_text
 from torch.utils._pytree import tree_leaves
 
-from zoo.errors import UserError
+from zoo.errors import NonFiniteError, UserError
 from zoo.model import checkpoint
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model, count_parameters
 from zoo.runs.claim import claim
 from zoo.runs.folder import RunFolder
 from zoo.training import fit
-from zoo.training.learner import Learner, NonFiniteError
+from zoo.training.learner import Learner
 
 TINY = ["size=tiny", "data=text", "seq_len=32", "batch_tokens=128", "logger=none", "match=none"]
 

@@ -18,7 +18,7 @@ from zoo.config.sizes import read_sizes
 from zoo.config.tree import leaves
 from zoo.config.validate import plain
 from zoo.console import say
-from zoo.errors import RunError, UserError, refuse, refuse_path
+from zoo.errors import NonFiniteError, RunError, UserError, refuse, refuse_path
 from zoo.runs.files import one_line
 from zoo.runs.identity import run_name
 from zoo.runs.stopping import handled
@@ -41,6 +41,7 @@ class Arm:
     folder: str | None = None  # noted by the job, like the validation loss
     loss: float | None = None
     failed: str | None = None
+    diverged: bool = False  # why it failed
     until: int | None = None  # the step to pause at; None: the last
 
 
@@ -56,7 +57,7 @@ def run_arm(arm: Arm, work: Callable[[], int]) -> None:
     except Exception as error:
         if not isinstance(error, UserError | RunError):
             traceback.print_exc()
-        arm.failed = one_line(error)
+        arm.failed, arm.diverged = one_line(error), isinstance(error, NonFiniteError)
 
 
 def composed_arms(

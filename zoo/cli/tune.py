@@ -9,9 +9,15 @@ the edge of the grid gets a neighbour beyond it first. Either is left out, and t
 where tuning would take more than twice the steps of the best rate with all its seeds. The seeds
 that remain are trained at the best rate alone. The same command again continues where it stopped;
 what finished is not trained twice.
+
+A rate drops out only where its training diverged. Whatever else keeps a run from its end (another
+process trains it, no memory, a damaged file) says nothing of the rate: no rate of that arm is
+chosen until the same command gets past it.
 """
 
+import functools
 import importlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +29,8 @@ from zoo.cli.guard import run_program
 from zoo.cli.train import check, job
 from zoo.config.schema.train import TrainConfig
 from zoo.console import label, say
-from zoo.errors import UserError, refuse_path
+from zoo.errors import RunError, UserError, refuse, refuse_path
+from zoo.runs.files import one_line
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import identity, run_name
 from zoo.runs.metrics import read_metrics
@@ -39,6 +46,11 @@ takes the options of `zoo train -m`; needs Optuna: pip install 'zoo[tune]'
 FACTOR = 2  # of the rates at a rung, one in so many goes on
 MAX_COST = 2  # tuning takes at most so many times the steps of the best rate with all its seeds
 FIRST = 4  # the first rung is at this fraction of the steps
+STOPS = (UserError, RunError, OSError)  # what ends the tuning of an arm, and of no other
+MENDED = (
+    "no rate is chosen; once that is mended the same command goes on, and trains a run again whose "
+    "folder was removed"
+)
 
 
 @dataclass
@@ -49,6 +61,9 @@ class Tuned:
     configs: dict[tuple[float, int], TrainConfig]
     outcomes: dict[tuple[float, int], Arm] = field(default_factory=dict)
     best: float | None = None
+    found: bool = False  # the best is the final one
+    stopped: str | None = None  # why no rate is chosen, where that is no fault of the rates
+    only_known: bool = False  # go by what was trained before: train nothing, write nothing
     reached: dict[float, int] = field(default_factory=dict)  # rate -> its last rung, first seed
 
     @property
@@ -91,8 +106,12 @@ class Tuned:
         return sorted(means, key=means.__getitem__)
 
 
+class UntrainedError(Exception):
+    """A run has steps left that an arm of `only_known` needs."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Tune and train all arms; returns the exit code, 1 where an arm has no rate that works."""
+    """Tune and train all arms; returns the exit code, 1 where an arm is left without a rate."""
     words = sys.argv[1:] if argv is None else list(argv)
     return run_program("zoo tune", USAGE.lstrip(), words, tune)
 
@@ -101,11 +120,32 @@ def tune(words: list[str]) -> int:
     """Carry the command out; see the module."""
     if not words:
         raise UserError("experiment=: must be given. See zoo tune --help.")
-    return tune_arms(group(composed_arms("train", words, check)))
+    composed = composed_arms("train", words, check)
+    for option in ("name", "resume", "fresh"):
+        if value := getattr(composed[0][1], option):
+            refuse(option, value, "is of one run, and these are several", "Leave it out")
+    return tune_arms(group(composed))
 
 
 def tune_arms(arms: Sequence[Tuned]) -> int:
     """Tune and train the arms, then list them; the exit code."""
+    optuna = load_optuna()
+    for number, arm in enumerate(arms, 1):
+        label(f"[{number}/{len(arms)} {arm.name}] ")
+        try:
+            halve(arm, optuna)
+        except STOPS as error:
+            arm.best, arm.stopped = None, one_line(error)
+            say(arm.stopped)
+            say(MENDED)
+        finally:
+            label("")
+    say(table(arms))
+    return int(any(arm.best is None for arm in arms))
+
+
+def load_optuna() -> Any:
+    """The library that prunes; UserError where it is not installed."""
     try:
         optuna = importlib.import_module("optuna")
     except ImportError:
@@ -115,14 +155,7 @@ def tune_arms(arms: Sequence[Tuned]) -> int:
             "Run pip install 'zoo[tune]', or train the whole grid: zoo train -m with these options",
         )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    for number, arm in enumerate(arms, 1):
-        label(f"[{number}/{len(arms)} {arm.name}] ")
-        try:
-            halve(arm, optuna)
-        finally:
-            label("")
-    say(table(arms))
-    return int(any(arm.best is None for arm in arms))
+    return optuna
 
 
 def group(composed: Sequence[tuple[list[str], TrainConfig]]) -> list[Tuned]:
@@ -145,7 +178,21 @@ def group(composed: Sequence[tuple[list[str], TrainConfig]]) -> list[Tuned]:
 
 
 def halve(arm: Tuned, optuna: Any) -> None:
-    """Find the arm's best rate, and train every seed at it; see the module."""
+    """Find the arm's best rate, and train every seed at it; see the module.
+
+    Raises one of STOPS where a run ends for another reason than its rate, or what is needed of a
+    finished one is gone.
+    """
+    find_rate(arm, optuna)
+    arm.found = True
+    if arm.best is not None:
+        for seed in arm.seeds[1:]:
+            train(arm, arm.best, seed)
+        _check_whole(arm, arm.best)
+
+
+def find_rate(arm: Tuned, optuna: Any) -> None:
+    """Find the arm's best rate, None where all diverged."""
     steps, first = arm.steps, arm.seeds[0]
     pruner = optuna.pruners.SuccessiveHalvingPruner(
         min_resource=max(1, steps // FIRST), reduction_factor=FACTOR
@@ -158,7 +205,8 @@ def halve(arm: Tuned, optuna: Any) -> None:
         return
     others = arm.seeds[1:]
     if (further := beyond(arm, arm.best)) and affordable(arm, 1 + len(others)):
-        say(f"lr={arm.best:g} is the best and at the edge of the grid: trying {further:g} too")
+        if not arm.only_known:
+            say(f"lr={arm.best:g} is the best and at the edge of the grid: trying {further:g} too")
         add_rate(arm, further)
         compete(arm, further, study, optuna)
         arm.best = arm.ranking([first])[0]
@@ -168,8 +216,6 @@ def halve(arm: Tuned, optuna: Any) -> None:
         for rate in (arm.best, rival):
             train(arm, rate, others[0])
         arm.best = next(iter(arm.ranking(arm.seeds[:2])), arm.best)
-    for seed in others:
-        train(arm, arm.best, seed)
 
 
 def compete(arm: Tuned, rate: float, study: Any, optuna: Any) -> None:
@@ -178,17 +224,19 @@ def compete(arm: Tuned, rate: float, study: Any, optuna: Any) -> None:
     trial, loss = study.ask(), None
     outcome = arm.outcomes[rate, first] = Arm(len(arm.outcomes) + 1, arm.name, "tune", first)
     for rung in rungs(max(1, steps // FIRST), steps):
-        loss = advance(arm.configs[rate, first], outcome, rung)
+        loss = advance(arm, rate, first, rung)
         if loss is None:
             break
         arm.reached[rate] = rung
         trial.report(loss, rung)
         if rung < steps and trial.should_prune():
             outcome.failed = message = f"pruned at step {rung} of {steps}"
-            folder = RunFolder(Path(outcome.folder or ""))
-            if folder.info["step"] <= rung:  # no second seed needed it since
-                folder.update(reason=message, pruned=True)
-            say(f"lr={rate:g}: {message}, validation loss {loss:.4f}")
+            if not arm.only_known:
+                folder = RunFolder(Path(outcome.folder or ""))
+                info = folder.info
+                if info["step"] <= rung and not info.get("diverged"):  # not trained on since
+                    folder.update(reason=message, pruned=True)
+                say(f"lr={rate:g}: {message}, validation loss {loss:.4f}")
             break
     if loss is None:
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -210,16 +258,16 @@ def finish(arm: Tuned, rate: float) -> None:
     """Train a rate that was pruned on the first seed to its end after all."""
     outcome = arm.outcomes[rate, arm.seeds[0]]
     if outcome.failed:
-        outcome.failed = None
-        advance(arm.configs[rate, arm.seeds[0]], outcome, arm.steps)
-        RunFolder(Path(outcome.folder or "")).update(reason=outcome.failed, pruned=False)
+        advance(arm, rate, arm.seeds[0], arm.steps)
+        if not arm.only_known:
+            RunFolder(Path(outcome.folder or "")).update(reason=outcome.failed, pruned=False)
 
 
 def train(arm: Tuned, rate: float, seed: int) -> None:
     """Train a rate with a further seed to the end, once."""
     if (rate, seed) not in arm.outcomes:
-        outcome = arm.outcomes[rate, seed] = Arm(len(arm.outcomes) + 1, arm.name, "tune", seed)
-        advance(arm.configs[rate, seed], outcome, arm.steps)
+        arm.outcomes[rate, seed] = Arm(len(arm.outcomes) + 1, arm.name, "tune", seed)
+        advance(arm, rate, seed, arm.steps)
 
 
 def beyond(arm: Tuned, rate: float) -> float | None:
@@ -252,29 +300,101 @@ def rungs(least: int, steps: int) -> Iterator[int]:
     yield steps
 
 
-def advance(config: TrainConfig, outcome: Arm, until: int) -> float | None:
-    """Train a run up to a step; its validation loss there, None where it failed."""
-    folder = RunFolder(Path(config.runs) / run_name(config))
-    if (known := _loss_at(folder, until)) is not None:
-        outcome.folder, outcome.loss = str(folder), known
-        return known
-    outcome.until = until if until < config.trainer.max_steps else None
+def advance(arm: Tuned, rate: float, seed: int, until: int) -> float | None:
+    """Train a run up to a step; its validation loss there, None where it diverged.
+
+    Raises one of STOPS where it ends for another reason, and UntrainedError where nothing is to be
+    trained.
+    """
+    config, outcome = arm.configs[rate, seed], arm.outcomes[rate, seed]
+    folder = folder_of(config)
+    loss, diverged = _figures(folder, until)
+    if loss is None and not diverged:
+        if not _is_past(folder, until):
+            _carry_out(arm, config, outcome, until)
+        loss, diverged = _figures(folder, until)
+        if loss is None and not diverged:
+            outcome.folder, outcome.failed = str(folder), "stopped"
+            rule = f"has lost its validation loss at step {until}"
+            refuse_path(folder.path / "metrics.csv", rule, f"Restore it, or remove {folder}")
+    outcome.folder, outcome.loss, outcome.failed = str(folder), loss, diverged
+    if diverged and not arm.only_known:
+        say(f"lr={rate:g} seed={seed}: {diverged}")
+    return loss
+
+
+def _carry_out(arm: Tuned, config: TrainConfig, outcome: Arm, until: int) -> None:
+    """Train a run up to a step; RunError where it ends for another reason than that it diverged."""
+    if arm.only_known:
+        raise UntrainedError(run_name(config))
+    outcome.until = until if until < arm.steps else None
     run_arm(outcome, lambda: job(config, outcome))
-    outcome.loss = None
-    if not outcome.failed:
-        outcome.loss = _loss_at(RunFolder(Path(outcome.folder or "")), until)
-    if outcome.loss is None:
-        outcome.failed = outcome.failed or f"no validation loss at step {until}"
-        say(f"lr={config.optim.lr:g} seed={config.seed}: {outcome.failed}")
-    return outcome.loss
+    if outcome.diverged:
+        folder_of(config).update(diverged=outcome.failed)
+    elif outcome.failed:
+        reason, outcome.failed, outcome.loss = outcome.failed, "stopped", None
+        raise RunError(f"lr={config.optim.lr:g} seed={config.seed}: {reason}")
 
 
-def _loss_at(folder: RunFolder, step: int) -> float | None:
-    if not (folder.path / "metrics.csv").is_file() or folder.info["step"] < step:
-        return None
-    rows = read_metrics(folder.path / "metrics.csv")
-    found = [row["valid_loss"] for row in rows if int(row["step"]) == step and row["valid_loss"]]
-    return float(found[-1]) if found else None
+def folder_of(config: TrainConfig) -> RunFolder:
+    """The folder of a run, which may not exist."""
+    return RunFolder(Path(config.runs) / run_name(config))
+
+
+def _is_past(folder: RunFolder, step: int) -> bool:
+    """Whether training a run up to a step would train nothing, so that its figures remain."""
+    if not folder.path.exists():
+        return False
+    info = RunFolder.open(folder.path).info
+    leaks = (info.get("audit") or {}).get("ok") is False
+    ended = info["step"] > step or (info["step"] == step and info["status"] == "done")
+    return ended and not leaks
+
+
+def _figures(folder: RunFolder, step: int) -> tuple[float | None, str | None]:
+    """A run's validation loss at a step, or how it diverged before that; neither where unknown."""
+    if not (folder.path / "run.json").is_file():
+        return None, None
+    info = folder.info
+    if info["step"] >= step and (info.get("audit") or {}).get("ok") is not False:
+        rows = [row for row in metrics_of(folder) if int(row["step"]) == step]
+        found = [row.get("valid_loss") for row in rows]
+        if losses := [float(loss) for loss in found if loss]:
+            finite = math.isfinite(losses[-1])
+            said = f"the validation loss is {losses[-1]} at step {step}"
+            return (losses[-1], None) if finite else (None, said)
+    return None, info.get("diverged")
+
+
+def metrics_of(folder: RunFolder) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv, read once as long as it is the same file."""
+    path = folder.path / "metrics.csv"
+    if not path.is_file():
+        return []
+    status = path.stat()
+    return _read_once(path, status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+@functools.cache
+def _read_once(path: Path, *_: int) -> list[dict[str, str]]:
+    return read_metrics(path)
+
+
+def _check_whole(arm: Tuned, best: float) -> None:
+    """Train the last steps of the best rate's runs again where they are lost; refuse lost runs.
+
+    Reports measure what their last checkpoints hold.
+    """
+    for seed in arm.seeds:
+        config, outcome = arm.configs[best, seed], arm.outcomes[best, seed]
+        if outcome.failed:
+            continue
+        folder = RunFolder.open(folder_of(config).path)
+        if folder.checkpoint() and not folder.is_trained(config):
+            _carry_out(arm, config, outcome, arm.steps)
+        if folder.checkpoint() is None or not folder.is_trained(config):
+            rule = "has lost the checkpoint of its last step"
+            refuse_path(folder.path, rule, "Restore it, or remove the folder")
 
 
 def table(arms: Sequence[Tuned]) -> str:
@@ -288,6 +408,9 @@ def table(arms: Sequence[Tuned]) -> str:
             rows.append((best, arm.name, f"{rate:g}", str(seed), loss, outcome.folder or ""))
         if arm.best is not None:
             notes.append(_chosen(arm, arm.best))
+        else:
+            why = arm.stopped or f"all {len(arm.rates)} diverged"
+            notes.append(f"{arm.name}: no rate is chosen: {why}")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join([*lines, "* the arm's best rate", *notes])

@@ -19,7 +19,7 @@ from zoo.console import say
 from zoo.data.corpora import Corpus
 from zoo.data.examples import SyntheticData
 from zoo.devices import cuda_line, machine_memory, prepare
-from zoo.errors import RunError, refuse, refuse_path
+from zoo.errors import NonFiniteError, RunError, refuse, refuse_path
 from zoo.locks import alone_on_machine
 from zoo.model.backbone import Backbone, BackboneState
 from zoo.model.build import build_model, count_parameters
@@ -43,7 +43,7 @@ from zoo.runs.provenance import digest, sources, versions
 from zoo.runs.stopping import current
 from zoo.training.callbacks import Checkpoints, MetricsLogger
 from zoo.training.distillation import Distillation, distillation
-from zoo.training.learner import Learner, NonFiniteError
+from zoo.training.learner import Learner
 from zoo.training.partition import (
     is_first,
     micro_batches,

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zoo.config.schedule import learning_rate_factor
 from zoo.config.schema.optim import Optim
-from zoo.errors import RunError, refuse_path
+from zoo.errors import NonFiniteError, refuse_path
 from zoo.model.backbone import Backbone, BackboneState
 from zoo.model.chunks import chunk_loss
 from zoo.model.lora import trained_names
@@ -28,10 +28,6 @@ from zoo.training.distributed import (
 )
 from zoo.training.optimisers import make_optimiser
 from zoo.training.partition import process_index
-
-
-class NonFiniteError(RunError):
-    """The loss or the gradient is not finite; names the step, the batch and the last checkpoint."""
 
 
 class Learner(lightning.LightningModule):
