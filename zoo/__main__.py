@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from zoo.cli.guard import guarded
+from zoo.cli.guard import explains, guarded
 from zoo.errors import refuse_unknown
 
 PROGRAMS = {  # the module and what it does
@@ -48,19 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the program and its words; None for those of the process.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    program, *rest = words or [""]
-    if program in ("-h", "--help"):
-        sys.stdout.write(USAGE)
+    return guarded("", lambda: _run(*(words or [""])))
+
+
+def _run(program: str, *rest: str) -> int:
+    words = [*rest]
+    if program in ("-h", "--help") and explains([program, *words], USAGE):
         return 0
-    return guarded("", lambda: _run(program, rest))
-
-
-def _run(program: str, words: list[str]) -> int:
     if program not in PROGRAMS:
         refuse_unknown(f"zoo {program}".rstrip(), "program", program, PROGRAMS)
-    if program in LINES and {"-h", "--help"} & {*words}:
-        sys.stdout.write(f"zoo {program}: {PROGRAMS[program][1]}\n{LINES[program]}\n")
-        return 0
+    if program in LINES:
+        usage = f"zoo {program}: {PROGRAMS[program][1]}\n{LINES[program]}\n"
+        if explains(words, usage):
+            return 0
     if "--list" in words:
         program, words = "list", [word for word in words if word != "--list"]
     return importlib.import_module(PROGRAMS[program][0]).main(words)

@@ -9,6 +9,7 @@ from building import train_on_text
 
 import zoo
 from zoo.__main__ import main
+from zoo.cli.chat import OPTIONS
 from zoo.cli.guard import held_back, log_plainly
 
 
@@ -71,6 +72,20 @@ def test_the_end_of_a_document_is_not_counted_as_written(run, monkeypatch, capsy
     monkeypatch.setattr("zoo.model.generation.Sampling.start", lambda _: lambda _: 0)
     assert main(["chat", run, "tokens=5", "device=cpu"]) == 0
     assert "[0 tokens, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [*OPTIONS[2:], "extension.factor"])
+def test_an_option_given_twice_is_named_as_it_was_given(option, capsys):
+    assert main(["chat", "run=gone", f"{option}=1", f"{option}=2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"zoo chat: {option}=2: {option} is given twice. Give each option once."
+
+
+def test_output_may_be_closed(run, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    assert main(["chat", run, "tokens=5", "device=cpu"]) == 0
 
 
 def test_a_place_may_have_an_equals_sign_and_input_may_be_closed(run, tmp_path, monkeypatch):

@@ -123,6 +123,32 @@ def test_every_program_explains_itself(program, capsys):
     assert not error
 
 
+@pytest.mark.parametrize("program", ["", *PROGRAMS])
+def test_help_beside_other_words_is_refused(program, capsys):
+    for words in (["--help", "extra"], ["-h", "seed=1"], ["--help", "--help"]):
+        assert main([*program.split(), *words]) == 2
+        out, error = capsys.readouterr()
+        assert not out
+        assert f"{' '.join(words)}: {words[0]} prints the usage alone." in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", ["", *PROGRAMS])
+def test_every_program_runs_where_its_output_is_closed(program, monkeypatch):
+    for words, code in ((["--help"], 0), (["--help", "extra"], 2)):
+        monkeypatch.setattr("sys.stdout", None)
+        monkeypatch.setattr("sys.stderr", None)
+        assert main([*program.split(), *words]) == code
+
+
+def test_a_process_that_begins_without_streams_gives_their_numbers_to_no_file():
+    code = "import os, sys; from zoo.__main__ import main; main(['list', 'sizes']); "
+    code += "sys.exit(0 if os.open('.', os.O_RDONLY) > 2 else 1)"
+    words = [sys.executable, "-c", code]
+    shell = 'exec "$@" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", shell, "sh", *words], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize("flag", ["--cfg hydra", "-sc install=bash"])
 def test_hydras_own_flags_work_behind_the_programs_name(flag):
     words = [sys.executable, "-m", "zoo", "train", *flag.split()]

@@ -55,8 +55,10 @@ def chat(words: Sequence[str]) -> int:
         given = " ".join(bare + named) or "no place"
         refuse_path(given, "must be one run or checkpoint", "Give it as run=<folder>")
     options = [word for word in words if word not in bare + named]
-    for word in options:
-        name = word.partition("=")[0]
+    names = [word.partition("=")[0] for word in options]
+    for place, (word, name) in enumerate(zip(options, names, strict=True)):
+        if name in names[:place]:
+            refuse_path(word, f"{name} is given twice", "Give each option once")
         if name not in OPTIONS and not name.startswith("extension."):
             refuse_unknown(word, "option", name, OPTIONS)
     extension = [word for word in options if word.startswith("extension")]

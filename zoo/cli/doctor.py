@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from zoo.cli.guard import explains
 from zoo.errors import refuse_path
 from zoo.ops.runtime import build, cuda, libraries, nvrtc
 from zoo.ops.runtime.cpu import CpuKernel
@@ -75,8 +76,7 @@ def _cache() -> str:
 
 def main(argv: Sequence[str] = ()) -> int:
     """Print the report; it takes no arguments but --help."""
-    if argv in (["--help"], ["-h"]):
-        sys.stdout.write(f"{__doc__}")
+    if explains(argv, f"{__doc__}"):
         return 0
     if argv:
         refuse_path(f"zoo doctor {argv[0]}", "must be `zoo doctor`, without arguments")

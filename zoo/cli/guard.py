@@ -5,6 +5,7 @@ train.py and eval.py, calls `guarded`, and so does each program that begins its 
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ def guarded(program: str, work: Callable[[], int]) -> int:
 
     `program` begins that line; "" where the error names what was called.
     """
+    _open_closed()
     log_plainly()
     name = f"{program}: " if program else ""
     try:
@@ -76,10 +78,36 @@ def run_program(
         work: carries them out.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    if {"-h", "--help"} & {*words}:
-        sys.stdout.write(usage)
-        return 0
-    return guarded(program, lambda: work(words))
+    return guarded(program, lambda: work(words) if not explains(words, usage) else 0)
+
+
+def explains(words: Sequence[str], usage: str) -> bool:
+    """Whether `--help` is given, and has been answered with the usage.
+
+    UserError where it is not alone: the other words would do nothing.
+    """
+    if not (flags := [word for word in words if word in ("-h", "--help")]):
+        return False
+    if len(words) > 1:
+        refuse_path(" ".join(words), f"{flags[0]} prints the usage alone", f"Use {flags[0]} alone")
+    sys.stdout.write(usage)
+    return True
+
+
+def _open_closed() -> None:
+    """Discard what is printed where the process began without a place for it (`>&-`).
+
+    A file that is opened later must not get the number of a closed stream: what libraries print
+    would go there.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, to the end
 
 
 def read_options(words: Sequence[str], allowed: Sequence[str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 from zoo.cli.arms import Check, Job, compose_arms, swept_by_experiment
-from zoo.cli.guard import guarded
+from zoo.cli.guard import explains, guarded
 from zoo.cli.help import help_text
 from zoo.cli.sweep import for_hydra, sweep
 from zoo.config.compose import composing, parse
@@ -42,10 +42,9 @@ def launch(program: str, argv: Sequence[str] | None, *, usage: str, check: Check
 
 
 def _launch(program: str, argv: list[str], usage: str, check: Check, job: Job) -> int:
-    flags = _flags().parse_intermixed_args(argv)
-    if flags.help:
-        sys.stdout.write(help_text(program, usage))
+    if {"-h", "--help"} & {*argv} and explains(argv, help_text(program, usage)):
         return 0
+    flags = _flags().parse_intermixed_args(argv)
     if flags.shell_completion or flags.info or flags.hydra_help or flags.cfg in ("hydra", "all"):
         before, sys.argv = sys.argv, [f"{program}.py", *argv]  # where Hydra reads its words
         try:
@@ -159,7 +158,6 @@ class _Flags(argparse.ArgumentParser):
 
 def _flags() -> argparse.ArgumentParser:
     flags = _Flags(add_help=False, allow_abbrev=False)
-    flags.add_argument("-h", "--help", action="store_true")
     flags.add_argument("-m", "--multirun", action="store_true")
     flags.add_argument("-c", "--cfg", choices=["job", "hydra", "all"])
     flags.add_argument("--explain", action="store_true")

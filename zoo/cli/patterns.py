@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from zoo.attention.pattern import AttentionPattern, distances
+from zoo.cli.guard import explains
 from zoo.config.compose import compose
 from zoo.config.groups import choices, extensions
 from zoo.errors import UserError, refuse
@@ -145,8 +146,7 @@ def _panel(name: str, grid: Grid, colors: alt.Scale) -> alt.Chart:
 
 def main(argv: Sequence[str]) -> int:
     """Write the sheets; returns the exit code. UserError for arguments it does not know."""
-    if {"-h", "--help"} & {*argv}:
-        sys.stdout.write(f"{__doc__}")
+    if explains(argv, f"{__doc__}"):
         return 0
     options = [word for word in argv if "=" in word]
     folders = [word for word in argv if "=" not in word]
