@@ -30,7 +30,7 @@ def plugins():
 
 
 def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "train.py"), "-m", "seed=0,1", *words, *SHORT]
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *words, *SHORT]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -55,7 +55,7 @@ def check_table(lines: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("plugins")
 def test_joblib_labels_the_lines_of_arms_side_by_side(tmp_path):
-    done = sweep(tmp_path, "launcher=local")
+    done = sweep(tmp_path, "seed=0,1", "launcher=local")
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     for number in (1, 2):
@@ -69,7 +69,8 @@ def test_joblib_labels_the_lines_of_arms_side_by_side(tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("plugins")
 def test_submitit_says_each_job_and_where_its_logs_are(tmp_path):
-    done = sweep(tmp_path, "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10")
+    words = ["seed=0,1", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"]
+    done = sweep(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     matches = [re.fullmatch(r"job (\d+): logs in (runs/\.sweeps/\S+)", line) for line in lines[:-3]]
@@ -81,6 +82,22 @@ def test_submitit_says_each_job_and_where_its_logs_are(tmp_path):
         said += [log.read_text() for log in (tmp_path / match[2]).glob("*_log.err")]
     assert sorted(text[:12] for text in said) == ["[1/2] seed=0", "[2/2] seed=1"]
     check_table(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("plugins")
+@pytest.mark.parametrize("launcher", ["launcher=local", "hydra/launcher=submitit_local"])
+def test_an_arm_that_fails_leaves_the_others_and_is_in_the_table(launcher, tmp_path):
+    """Half a minute each."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/two").write_text("no folder")
+    done = sweep(tmp_path, launcher, "seed=0", "name=one,two")
+    assert done.returncode == 1, done.stderr
+    one, two = [line for line in done.stderr.splitlines() if re.match(r"[12] +name=", line)]
+    assert re.search(r" \d\.\d{4} +runs/one$", one), one
+    assert two.split() == ["2", "name=two", "0", "failed"]
+    assert re.search(r"name=two .*: runs/two: ", done.stderr)
+    assert RunFolder.open(tmp_path / "runs/one").info["status"] == "done"
 
 
 def begun_job(folder: Path) -> tuple[subprocess.Popen, int]:
