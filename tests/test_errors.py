@@ -17,6 +17,7 @@ INSIDE = {
 
 # Calls whose line is not written in place, by file: each passes on one that has the form.
 PASSED_ON: dict[str, int] = {
+    "zoo/cli/recipe.py": 1,  # that of a stage, which it names
     "zoo/cli/chat.py": 1,  # the configuration's, under the program's short names
     "zoo/cli/shrink.py": 1,  # an option's, as it was written
     "zoo/config/validate.py": 2,  # made of pydantic's error

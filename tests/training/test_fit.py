@@ -21,7 +21,9 @@ from zoo.model.backbone import Backbone
 from zoo.model.build import build_model, count_parameters
 from zoo.runs.claim import claim
 from zoo.runs.folder import RunFolder
+from zoo.runs.stopping import Stop
 from zoo.training import fit
+from zoo.training.callbacks import MetricsLogger
 from zoo.training.learner import Learner
 
 TINY = ["size=tiny", "data=text", "seq_len=32", "batch_tokens=128", "logger=none", "match=none"]
@@ -145,6 +147,36 @@ def test_an_encoder_learns_what_was_masked(text):
     with open(folder.path / "metrics.csv") as file:
         logged = [float(row["valid_loss"]) for row in csv.DictReader(file) if row["valid_loss"]]
     assert logged[-1] < math.log(256) - 1
+
+
+@pytest.mark.parametrize("step", [2, 4, 5])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_validation_that_a_stop_cut_short_is_made_up_for(step, times, text, monkeypatch):
+    """After the last step, too, where nothing is left to train."""
+    words = ["trainer.max_steps=5", "valid_every=2", "save_every=2", "trainer.log_every_n_steps=1"]
+    stop, validate = Stop(), MetricsLogger._validate
+    monkeypatch.setattr(fit, "current", lambda: stop)
+    cuts = iter(range(times))
+
+    def cut(self, trainer, module):
+        at = max(trainer.global_step, self.reached)
+        if at >= step and next(cuts, None) is not None:
+            stop.requested = "SIGTERM"
+        return validate(self, trainer, module)
+
+    def figures(folder: RunFolder) -> list[tuple[str, str]]:
+        with open(folder.path / "metrics.csv") as file:
+            return [(row["step"], row["valid_loss"]) for row in csv.DictReader(file)]
+
+    whole = run_here(text, *words, "name=uncut")
+    monkeypatch.setattr(MetricsLogger, "_validate", cut)
+    for _ in range(times):
+        with pytest.raises(KeyboardInterrupt):
+            run_here(text, *words, "name=cut")
+        stop.requested = None
+    folder = run_here(text, *words, "name=cut")
+    assert figures(folder) == figures(whole)
+    assert folder.info["status"] == "done"
 
 
 def test_an_encoder_predicts_only_what_was_chosen(tiny):

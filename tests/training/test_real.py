@@ -97,7 +97,9 @@ def test_a_run_says_what_it_is_and_what_comes_next(runs):
 @pytest.mark.parametrize(("tokens", "vocabulary"), [(512, 256), (2048, 2**15), (2**16, 256)])
 def test_validation_takes_what_there_is_memory_for(tokens, vocabulary):
     valid = {"tokens": torch.zeros(9, tokens + 1, dtype=torch.long)}
-    metrics = MetricsLogger(None, valid=valid, valid_every=1, tokens_per_step=1, stop=Stop())  # type: ignore[arg-type]
+    metrics = MetricsLogger(
+        None, valid=valid, valid_every=1, reached=0, tokens_per_step=1, stop=Stop()
+    )  # type: ignore[arg-type]
     batches = metrics._batches(vocabulary)
     assert sum(len(batch["tokens"]) for batch in batches) == 9
     rows = len(batches[0]["tokens"])
@@ -107,7 +109,9 @@ def test_validation_takes_what_there_is_memory_for(tokens, vocabulary):
 
 
 def test_the_time_left_does_not_wrap_at_a_day(capsys, monkeypatch):
-    metrics = MetricsLogger(None, valid={}, valid_every=1, tokens_per_step=1, stop=Stop())  # type: ignore[arg-type]
+    metrics = MetricsLogger(
+        None, valid={}, valid_every=1, reached=0, tokens_per_step=1, stop=Stop()
+    )  # type: ignore[arg-type]
     metrics._said = -100.0
     monkeypatch.setattr(metrics, "_speed", lambda _: 1.0)
     metrics._say(1, 1 + 3 * 24 * 3600, torch.tensor(2.0))

@@ -31,6 +31,12 @@ class MetricsFile:
         """Add the figures of one step. ValueError for a column that was not declared."""
         append_line(self.path, self._csv([row]).rstrip("\n"))
 
+    def complete(self, row: Mapping[str, Any]) -> None:
+        """Add figures to the row of the step that was continued after, which is there."""
+        (*_, last) = (one for one in self.rows if int(one["step"]) == row["step"])
+        last |= row
+        write_text(self.path, self._csv(self.rows, header=True))
+
     def _csv(self, rows: Iterable[Mapping[str, Any]], header: bool = False) -> str:
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")

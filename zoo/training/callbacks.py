@@ -137,27 +137,43 @@ class MetricsLogger(AtStepEnds):
         *,
         valid: dict[str, Tensor],
         valid_every: int,
+        reached: int,
         tokens_per_step: int,
         stop: Stop,
     ) -> None:
         self.folder, self.valid, self.valid_every = folder, valid, valid_every
+        self.reached = reached  # the step that training goes on from
         self.tokens_per_step, self.stop = tokens_per_step, stop
         self.valid_loss: float | None = None  # the last
 
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Of a run that has all its steps Lightning trains none, and calls nothing below."""
+        if self.reached >= trainer.max_steps > 0:
+            self._begin(trainer, pl_module, self.reached)
+
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
-        self._first, self._began = trainer.global_step, time.monotonic()
+        self._begin(trainer, pl_module, trainer.global_step)
+        if self.valid_loss is not None:
+            pl_module.log("valid/loss", self.valid_loss)
+
+    def _begin(self, trainer: lightning.Trainer, module: Any, step: int) -> None:
+        """Open metrics.csv after `step`; validate there where a stop had cut that short."""
+        self._first, self._began = step, time.monotonic()
         self._said, self._validating = -SECONDS_BETWEEN_LINES, 0.0
         missing = False
         if trainer.is_global_zero:
-            self._writer = self.folder.metrics(COLUMNS, step=self._first)
-            here = [row for row in self._writer.rows if int(row["step"]) == self._first]
-            due = bool(here) and self._first % self.valid_every == 0
+            self._writer = self.folder.metrics(COLUMNS, step=step)
+            here = [row for row in self._writer.rows if int(row["step"]) == step]
+            due = bool(here) and (step % self.valid_every == 0 or step == trainer.max_steps)
             missing = due and not any(row.get("valid_loss") for row in here)
-        if any_process(missing, pl_module.device):  # a stop had cut the validation short
-            self.valid_loss = self._validate(trainer, pl_module)
+        if any_process(missing, module.device):
+            self.valid_loss = self._validate(trainer, module)
+            if self.valid_loss is None:
+                by = self.stop.requested or "SIGTERM"  # which another process may have received
+                raise KeyboardInterrupt(f"stopped by {by} at step {step}")
             if trainer.is_global_zero:
-                self._write(self._first, {"valid_loss": self.valid_loss})
+                self._writer.complete({"step": step, "valid_loss": self.valid_loss})
 
     def on_step_end(self, trainer: lightning.Trainer, module: Any) -> None:
         step, last = trainer.global_step, trainer.max_steps
@@ -173,6 +189,8 @@ class MetricsLogger(AtStepEnds):
             module.log("train/tokens_per_second", float(row["tokens_per_second"]))
         if step % self.valid_every == 0 or step == last:
             row["valid_loss"] = self.valid_loss = self._validate(trainer, module)
+            if self.valid_loss is not None:
+                module.log("valid/loss", self.valid_loss)
         if trainer.is_global_zero:
             if row:
                 self._write(step, row)
@@ -214,9 +232,7 @@ class MetricsLogger(AtStepEnds):
             sums = torch.stack(all_gather(sums.to(module.device))).sum(0).cpu()
         if sums[-1]:
             return None
-        loss = sum(sums[:-1].tolist()) / sum(_weight(batch) for batch in batches)
-        module.log("valid/loss", loss)
-        return loss
+        return sum(sums[:-1].tolist()) / sum(_weight(batch) for batch in batches)
 
     def _own_batches(self, count: int, module: Any) -> range:
         """Which of so many batches this process reads.

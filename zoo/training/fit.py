@@ -37,6 +37,7 @@ from zoo.model.flops import forward_flops
 from zoo.model.lora import add_adapters, trained_names
 from zoo.ops.runtime import dispatch
 from zoo.ops.runtime.allocator import tune_allocator
+from zoo.runs.checkpoints import step_of
 from zoo.runs.claim import check_data
 from zoo.runs.folder import RunFolder
 from zoo.runs.provenance import digest, sources, versions
@@ -102,7 +103,7 @@ def train(config: TrainConfig, folder: RunFolder, until: int | None = None) -> N
     if config.lora.rank is not None:
         facts |= _adapt(config, folder, model, weights)
     del weights  # as large as the model
-    metrics, checkpoints = _callbacks(config, folder, data)
+    metrics, checkpoints = _callbacks(config, folder, data, step_of(checkpoint))
     zeros = _keep_zeros(config, model)  # before a step is measured or saved
     alone = process_count(config) == 1 or sharded(config)
     alike = alone or every_weight_learns(model, config)
@@ -244,14 +245,15 @@ def _facts(
 
 
 def _callbacks(
-    config: TrainConfig, folder: RunFolder, data: Corpus | SyntheticData
+    config: TrainConfig, folder: RunFolder, data: Corpus | SyntheticData, reached: int
 ) -> tuple[MetricsLogger, Checkpoints]:
     shared: dict[str, Any] = {
         "tokens_per_step": config.batch_size * config.seq_len,
         "stop": current(),
     }
     valid = validation(data, config)
-    metrics = MetricsLogger(folder, valid=valid, valid_every=config.valid_every, **shared)
+    every = config.valid_every
+    metrics = MetricsLogger(folder, valid=valid, valid_every=every, reached=reached, **shared)
     divided = (config.trainer.checkpoint or "whole") if sharded(config) else None
     return metrics, Checkpoints(folder, every=config.save_every, divided=divided, **shared)
 
