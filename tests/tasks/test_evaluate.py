@@ -281,7 +281,7 @@ def test_the_report_has_the_same_questions_under_every_extension_measured_before
 
 
 def test_the_report_has_the_latest_answers_of_tasks_that_were_not_measured_now(model, tmp_path):
-    folder = run_folder(tmp_path / "a")
+    folder = run_folder(tmp_path / "a", "model=mamba")
     run_eval([folder], "task.perplexity.units=2", "task.perplexity.lengths=[32,64,128]")
     _, scores, _ = run_eval([folder])
     words = ["task=stream", "task.stream.tokens=100"]
@@ -296,7 +296,7 @@ def test_the_report_has_the_latest_answers_of_tasks_that_were_not_measured_now(m
     assert shown[0] == "Streaming at 100 tokens."  # what was requested comes first
     by_length = {row["length"]: row["units"] for row in all_known([folder])[0] if "units" in row}
     assert by_length == {32: 4, 64: 4, 128: 2}
-    _, alone, _ = run_eval([run_folder(tmp_path / "b")], *words)
+    _, alone, _ = run_eval([run_folder(tmp_path / "b", "model=mamba")], *words)
     assert "bits per byte by test length" not in alone
 
 
@@ -366,7 +366,7 @@ def test_answers_under_other_settings_of_a_task_are_kept_and_reused(model, tmp_p
 
 def test_every_task_says_which_of_a_rows_fields_are_its_question(model, tmp_path):
     """What a row records and what older rows are read by is the same."""
-    folder = run_folder(tmp_path / "a")
+    folder = run_folder(tmp_path / "a", "model=mamba")
     words = ["task=extrapolation", "task.speed.lengths=[16]"]
     words += ["task.perplexity.protocols=[half_tail,blocks,stride_tail,window_mean]"]
     run_eval([folder], *words)
@@ -612,6 +612,7 @@ def test_a_quantity_that_is_no_finite_number_or_left_out_is_a_failure_of_any_tas
     monkeypatch.setattr(cls, "questions", lambda self, context: [{"length": 32}])
     monkeypatch.setattr(cls, "still_valid", lambda self, context: True)
     monkeypatch.setattr(cls, "check", lambda self: None)
+    monkeypatch.setattr(cls, "check_model", lambda self, model: None)
     answer = Outcome(row, {"status": "ok", "reason": None, "seconds": 0.0})
     monkeypatch.setattr(cls, "answers", lambda self, context, wanted: [({"length": 32}, answer)])
     folder = run_folder(tmp_path / "a", *["data=parity"] * (cls.reads == "examples"))

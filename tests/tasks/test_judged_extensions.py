@@ -3,11 +3,14 @@
 import logging
 
 import pytest
+from building import ARCHITECTURES
 from test_evaluate import run_eval, run_folder
 
 from zoo.config.compose import compose
 from zoo.errors import UserError
+from zoo.model.build import build_model
 from zoo.runs.folder import RunFolder
+from zoo.tasks import measured_run
 from zoo.tasks.extensions import check_extension
 
 WIDE = ["extension=window", "extension.attention.window=64"]
@@ -47,3 +50,22 @@ def test_bits_of_a_cache_are_judged_with_it(tmp_path):
         judge(folders[1:], "kv_cache=int8")
     with pytest.raises(UserError, match=r"^kv_cache=int8: leaves the last 128 tokens as they are"):
         judge(folders[:1], "kv_cache=int8", *WIDE[:1], "extension.attention.window=32")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_stream_is_refused_before_the_weights_are_read_of_every_state_that_grows(
+    name, tmp_path, monkeypatch
+):
+    read = []
+    for what in ("open_data", "load"):
+        monkeypatch.setattr(measured_run, what, lambda *_, what=what: read.append(what))
+    words = [f"model={name}", "size=tiny", "size.layers=3", "match=none", "seq_len=64"]
+    folder = RunFolder.create(tmp_path / "a", compose("train", words), {"status": "done"})
+    model = build_model(folder.config, 8)[0]
+    said = ""
+    try:
+        run_eval([folder], "task=stream")
+    except UserError as error:
+        said = str(error)
+    assert ("its state grows with the text, to" in said) == (not model.recurrent), said
+    assert bool(read) == model.recurrent

@@ -178,4 +178,6 @@ def no_weight_decay(parameter: nn.Parameter) -> nn.Parameter:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype matrix products of `x` will have: autocast's where it is on, else x's own."""
     kind = x.device.type
+    if kind == "meta":  # which knows no autocast
+        return x.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -1,6 +1,6 @@
 """Judges how runs are to be read, for all of them before the first is measured."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -10,7 +10,8 @@ from zoo.config.schema.train import TrainConfig
 from zoo.config.validate import plain
 from zoo.errors import UserError
 from zoo.mixers.quantized_cache import CacheBits
-from zoo.model.build import build_model
+from zoo.model.backbone import Backbone
+from zoo.model.build import assemble
 from zoo.model.extend import extend, extend_as_trained
 from zoo.model.quantization import quantize_cache
 from zoo.runs.folder import RunFolder
@@ -48,21 +49,40 @@ def check_extension(
         raise errors[0]
 
 
+def without_weights(
+    config: TrainConfig,
+    extension: Extension,
+    kv_cache: CacheBits | None = None,
+    sized: Mapping[str, int] | None = None,
+) -> Backbone | None:
+    """A run's model as it is read, with no numbers in its weights; None where it takes these to
+    build it.
+
+    Args:
+        sized: what the run's `match` chose, without which the sizes are those of the options.
+
+    Raises:
+        UserError: it cannot be read under the extension, or with such a cache.
+    """
+    try:
+        with torch.device("meta"):
+            model = assemble(config, VOCABULARY, sized or {})
+        extend_as_trained(model, config)
+    except Exception:  # a layer that computes while it is built, say: reported when it is opened
+        return None
+    extend(model, extension, config.seq_len)
+    if kv_cache is not None:
+        quantize_cache(model, kv_cache)
+    return model
+
+
 def _refused(
     config: TrainConfig, extension: Extension, kv_cache: CacheBits | None
 ) -> UserError | None:
     """Why a run's model cannot be read so; None where it can, or where it takes its weights to
     know."""
     try:
-        with torch.device("meta"):
-            model, _ = build_model(config.model_copy(update={"match": "none"}), VOCABULARY)
-        extend_as_trained(model, config)
-    except Exception:  # a layer that computes while it is built, say: reported when it is opened
-        return None
-    try:
-        extend(model, extension, config.seq_len)
-        if kv_cache is not None:
-            quantize_cache(model, kv_cache)
+        without_weights(config, extension, kv_cache)
     except UserError as error:
         return error
     return None

@@ -28,6 +28,7 @@ from zoo.config.stages import scalings, stages_of, trained_length
 from zoo.data.loader import evaluation_bytes, evaluation_text
 from zoo.errors import below, refuse, refuse_path
 from zoo.measurement import Declaration, Quantity
+from zoo.model.backbone import Backbone
 from zoo.model.extend import Frequencies, frequencies, rotary_positions
 from zoo.positions.longrope import N_HATS, Rescale, Search
 from zoo.positions.rope import Rope
@@ -80,6 +81,11 @@ class LongRope(Task):
     seed: Seed = 0
     chunk: Count = 4096
 
+    def check_model(self, model: Backbone) -> None:
+        ropes = rotary_positions(model)
+        if not ropes or len({(rope.rotary_width, rope.rope_base) for rope in ropes}) > 1:
+            raise NotApplicableError("longrope needs rotary layers, all of one head width and base")
+
     def questions(self, context: EvalContext) -> list[Row]:
         """The one question.
 
@@ -89,6 +95,7 @@ class LongRope(Task):
         if context.model.quantized or context.model.quantized_cache:
             why = "factors are searched with numbers as they are, without weights= and kv_cache="
             raise NotApplicableError(why)
+        self.check_model(context.model)
         prepared = self._prepare(context)
         question = {"length": prepared.problem.length, "units": len(prepared.text)}
         return [{"split": "valid", **question, **self._composed()}]
@@ -172,8 +179,6 @@ class Problem:
 
 def _problem(context: EvalContext, factor: float, magnitude: str, composition: str) -> Problem:
     ropes = rotary_positions(context.model)
-    if not ropes or len({(rope.rotary_width, rope.rope_base) for rope in ropes}) > 1:
-        raise NotApplicableError("longrope needs rotary layers, all of one head width and base")
     if context.extension != "none":
         rule = "must be none with task=longrope, which searches for the model as it was trained"
         refuse("extension", context.extension, rule)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -37,6 +38,7 @@ from zoo.tasks.context import (
     run_guarded,
 )
 from zoo.tasks.diagnostics import diagnosed
+from zoo.tasks.extensions import without_weights
 from zoo.tasks.identity import (
     LABELS,
     compressed_identity,
@@ -108,6 +110,8 @@ class MeasuredRun:
         """
         opened, problem = None, _not_done(self.folder.info) or leaked_in_training(self.folder.info)
         reasons = {name: unmeasurable(name, self.config, self.folder.config) for name in tasks}
+        if not problem and not all(reasons.values()):
+            reasons = {name: reasons[name] or why for name, why in self._inapplicable(tasks)}
         if not problem and all(reasons.values()):  # there is no need to open it
             for name, why in reasons.items():
                 yield self.about | {"task": name} | failure_row(NotApplicableError(why))
@@ -142,6 +146,21 @@ class MeasuredRun:
                 yield self._recorded(named | failure_row(leak) | {"audited": leaks.audited})
             except Exception as error:
                 yield self._recorded(named | failure_row(error))
+
+    def _inapplicable(self, tasks: dict[str, Task]) -> Iterator[tuple[str, str]]:
+        """Each task with why the run's model cannot be measured by it, whatever its weights and
+        text are, or with nothing."""
+        config, why, model = self.config, "", None
+        try:
+            sized = self.folder.info.get("sized")
+            trained = self.folder.config
+            model = without_weights(trained, config.extension, config.kv_cache, sized)
+        except UserError as error:
+            why = str(error)
+        for name, task in tasks.items():
+            outcome = run_guarded(partial(task.check_model, model)) if model is not None else None
+            applies = outcome is None or outcome.row["status"] != "not_applicable"
+            yield name, why if applies else str(outcome and outcome.row["reason"])
 
     def _answer(
         self, task: Task, context: EvalContext, named: Row, leaks: Leaks, fresh: bool

@@ -20,6 +20,7 @@ from zoo.config.domains import Count, Lengths, Range, Several
 from zoo.data.loader import evaluation_bytes, evaluation_text
 from zoo.data.masking import mask_windows
 from zoo.measurement import Declaration, Quantity
+from zoo.model.backbone import Backbone
 from zoo.report.statistics import interval
 from zoo.runs.files import replacing
 from zoo.tasks.context import (
@@ -105,6 +106,12 @@ class Perplexity(Task):
         option = f"task.perplexity.lengths={longest}"
         check_memory(option, self.units * longest * TOKEN_BYTES, f"{self.units} stretches")
 
+    def check_model(self, model: Backbone) -> None:
+        super().check_model(model)
+        reasons = [_unsuited(model.causal, protocol) for protocol in self.protocols or ()]
+        if reasons and all(reasons):
+            raise NotApplicableError(reasons[0])
+
     def questions(self, context: EvalContext) -> Iterator[Row]:
         lengths = lengths_of(self.lengths, context, TIMES)
         protocols = self.protocols or (CAUSAL[:2] if context.model.causal else MASKED)
@@ -155,18 +162,22 @@ class Perplexity(Task):
 
 
 def _check_protocol(context: EvalContext, protocol: str) -> None:
-    causal = context.model.causal
     if context.compress and protocol not in PROMPTED:
         raise NotApplicableError(
             f"protocol {protocol} scores a text from its first token on: there is nothing before "
             "it to compress, as half_tail and stride_tail have"
         )
-    if causal == (protocol in MASKED):
-        reads, other = ("what is behind", CAUSAL) if causal else ("both ways", MASKED)
-        raise NotApplicableError(
-            f"protocol {protocol}: the model was trained to read {reads}, which "
-            f"{' | '.join(other)} measures"
-        )
+    if why := _unsuited(context.model.causal, protocol):
+        raise NotApplicableError(why)
+
+
+def _unsuited(causal: bool, protocol: str) -> str:
+    """Why a protocol does not measure how a model reads, or nothing."""
+    if causal != (protocol in MASKED):
+        return ""
+    reads, other = ("what is behind", CAUSAL) if causal else ("both ways", MASKED)
+    measured = f"{' | '.join(other)} measures"
+    return f"protocol {protocol}: the model was trained to read {reads}, which {measured}"
 
 
 class Window(NamedTuple):

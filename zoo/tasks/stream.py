@@ -9,6 +9,7 @@ import numpy as np
 from zoo.config.domains import MAX_LENGTH, Count, Range
 from zoo.data.store import TokenStore
 from zoo.measurement import Declaration, Quantity
+from zoo.model.backbone import Backbone
 from zoo.tasks.context import (
     EvalContext,
     NotApplicableError,
@@ -66,16 +67,20 @@ class Stream(Task):
         chunk = chunk_tokens(context, self.chunk)
         return [{"split": context.split, "length": self.tokens, "chunk": chunk}]
 
+    def check_model(self, model: Backbone) -> None:
+        if not model.recurrent:
+            held, read = model.state_bytes(self.tokens), f"{self.tokens:,} tokens"
+            why = f"its state grows with the text, to {held:,} bytes after {read}"
+            raise NotApplicableError(why)
+        check_length(model, self.tokens)
+
     def measure(self, context: EvalContext, question: Row) -> Row:
+        self.check_model(context.model)
         return _read(context, question["length"], question["chunk"])
 
 
 def _read(context: EvalContext, tokens: int, chunk: int) -> Row:
     model, store = context.model, context.store
-    if not model.recurrent:
-        held, read = model.state_bytes(tokens), f"{tokens:,} tokens"
-        raise NotApplicableError(f"its state grows with the text, to {held:,} bytes after {read}")
-    check_length(model, tokens)
     edges = position_edges(tokens)
     sums, sizes = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1, np.int64)
     context.progress.begin(f"stream of {tokens:,}", tokens)

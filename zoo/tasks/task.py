@@ -14,7 +14,8 @@ from typing import ClassVar
 from zoo.config.introspect import check_types, is_target
 from zoo.errors import UserError, below
 from zoo.measurement import Declaration, Quantity
-from zoo.tasks.context import EvalContext, Outcome, Row, run_guarded
+from zoo.model.backbone import Backbone
+from zoo.tasks.context import EvalContext, Outcome, Row, check_length, run_guarded
 
 # The bytes that a model keeps of what it has read: a cost that several tasks see.
 STATE = Quantity(
@@ -77,6 +78,12 @@ class Task:
 
         Raises UserError.
         """
+
+    def check_model(self, model: Backbone) -> None:
+        """Raise NotApplicableError where no question can be answered of a model, whatever its
+        weights and the text are: it is called before these are read, and has no weights."""
+        if lengths := getattr(self, "lengths", None):
+            check_length(model, min(lengths))
 
     def questions(self, context: EvalContext) -> Iterable[Row]:
         """The fields that distinguish each measurement from others, such as {"length": 512}."""
