@@ -125,7 +125,8 @@ def test_a_model_without_distances_is_refused_in_one_line(model, tiny):
     assert "\n" not in str(caught.value)
     leave_out = "none, lm_infinite, pcw, streaming_llm, structured, window"  # which leave keys out
     takes = "none" if model == "mamba" else leave_out
-    takes += ", or to train with randomised" if model == "learned" else ""
+    trained = "pose with extension.scaling=null, randomised"
+    takes += f", or to train with {trained}" if model == "learned" else ""
     assert str(caught.value).endswith(f". Use extension={takes}.")
     assert extend(tiny(model), extension("none"), TRAINED)
 

@@ -88,6 +88,22 @@ def test_an_extension_that_does_not_act_on_a_model_is_named_before_its_factor(
     assert len(kinds) > 5
 
 
+@pytest.mark.parametrize("model", ["alibi", "learned", "sinusoidal", "t5", "xpos", "transformer"])
+def test_what_a_refused_extension_advises_acts_on_the_model(model):
+    found = position_schemes(train_config(f"model={model}", "size=tiny").model)
+    kinds = applicability._applicable(found).removeprefix("extension=").split(", or to train with ")
+    advised = [word for kind in kinds for word in kind.split(", ")]
+    for words in advised:
+        name, *unscaled = words.split(" with ")
+        tree = resolve({"extension": extensions()[name]})["extension"]
+        assert name == "none" or any(
+            acts_on(tree | ({"scaling": None} if unscaled else {}), scheme) for scheme in found
+        )
+    assert ("pose with extension.scaling=null" in advised) == (
+        model in ("alibi", "learned", "sinusoidal")
+    )
+
+
 def tune(tree: dict[str, Any]) -> TrainConfig:
     return finetuned(tree, ["finetune", "extension"])
 

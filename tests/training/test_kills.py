@@ -12,6 +12,7 @@ import pytest
 import torch
 from building import write_text
 
+from zoo.runs.checkpoints import SEAL_BYTES
 from zoo.runs.folder import RunFolder
 
 HYBRID = ["model=hybrid", "model.pattern=[mamba,transformer]"]
@@ -68,6 +69,9 @@ def check(folder: Path, seed: int, kinds: dict[str, list[str]]) -> None:
         theirs = weights(killed)
         for name, weight in weights(whole).items():
             assert torch.equal(theirs[name], weight), (kind, name)
+        files = [folder.checkpoint() for folder in (whole, killed)]
+        content = [file.read_bytes()[:-SEAL_BYTES] for file in files if file is not None]
+        assert content[0] == content[1], kind  # the seal has the run's id
 
 
 def test_killed_and_resumed_is_bit_equal_to_unbroken(tmp_path):

@@ -13,6 +13,8 @@ from zoo.config.schema.model import Extension, Model
 from zoo.config.schemes import DEFAULT, declared, schemes, short_name
 from zoo.errors import refuse
 
+UNSCALED = "extension.scaling=null"
+
 
 class Declared(NamedTuple):
     """What the class of a position scheme declares, of what extensions act on."""
@@ -47,6 +49,8 @@ def position_schemes(model: Model) -> set[Declared]:
 def acts_on(tree: Mapping[str, Any], scheme: Declared) -> bool:
     """Whether an extension, as its YAML has it, acts on the scheme."""
     scaling, pattern, placed = tree["scaling"], tree["attention"], tree.get("positions")
+    if isinstance(scaling, str) and scaling in extensions():  # by its name, as YAMLs have it
+        scaling = extensions()[scaling]["scaling"]
     module = scaling["_target_"].rpartition(".")[0] if isinstance(scaling, dict) else None
     if scaling and not (module in scheme.scaled_by if module else scheme.takes_pattern):
         return False
@@ -75,7 +79,9 @@ def check_applies(extension: Extension, found: Iterable[Declared]) -> None:
     rule = f"acts on positions={', '.join(able)}, and this model has {here}"
     if not able:
         rule = "its scaling, attention pattern and positions act on no position scheme together"
-    refuse(option, extension.name, rule, _applicable(found))
+    own = extensions().get(extension.name, {})
+    advice = f"Use {UNSCALED}, or " if own and _acts_unscaled(own, found) else "Use "
+    refuse(option, extension.name, rule, f"{advice}{_applicable(found)}")
 
 
 def _own_schemes() -> list[str]:
@@ -84,11 +90,19 @@ def _own_schemes() -> list[str]:
     return [own for part in mixers if part and (own := declared(part["_target_"], "scheme"))]
 
 
+def _acts_unscaled(tree: Mapping[str, Any], found: Iterable[Declared]) -> bool:
+    """Whether an extension whose scaling is another one, by its name, acts on any without it."""
+    named = isinstance(tree["scaling"], str)
+    return named and any(acts_on({**tree, "scaling": None}, scheme) for scheme in found)
+
+
 def _applicable(found: list[Declared]) -> str:
     """Return, in words, which extensions act on such schemes."""
     names: dict[bool, list[str]] = {False: ["none"], True: []}
     for name, tree in extensions().items():
         if any(acts_on(tree, scheme) for scheme in found):
             names[bool(tree.get("positions"))].append(name)
-    advice = f"Use extension={', '.join(names[False])}"
+        elif _acts_unscaled(tree, found):
+            names[bool(tree.get("positions"))].append(f"{name} with {UNSCALED}")
+    advice = f"extension={', '.join(names[False])}"
     return advice + (f", or to train with {', '.join(names[True])}" if names[True] else "")

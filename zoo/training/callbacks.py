@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -91,6 +93,9 @@ class Checkpoints(AtStepEnds):
         folder = self.folder.path / "checkpoints"
         path = folder / f"step={step:08d}.ckpt"
         checkpoint = trainer._checkpoint_connector.dump_checkpoint()  # what save_checkpoint writes
+        # Lightning counts it after its callbacks: what goes on from here would be one behind.
+        checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] = step
+        checkpoint = _unshared(checkpoint)
         hashes = None  # of the files of its parts
         write: Callable[[Any, BinaryIO | None], None] = _write
         if self.divided:
@@ -119,6 +124,24 @@ class Checkpoints(AtStepEnds):
 def _write(checkpoint: Any, file: BinaryIO | None) -> None:
     if file:
         torch.save(checkpoint, file)
+
+
+def _unshared(tree: Any) -> Any:
+    """The same containers with one object for equal texts, and no other one in two places.
+
+    Pickled, they depend on their values alone: a run that went on from a checkpoint writes the
+    bytes that an unbroken one writes, and what names its weights by their hash finds them again.
+    """
+    if isinstance(tree, str):
+        return sys.intern(tree)
+    if type(tree) is list or type(tree) is tuple:
+        return type(tree)(map(_unshared, tree))
+    if type(tree) is dict or type(tree) is OrderedDict:
+        copy = type(tree)((_unshared(key), _unshared(value)) for key, value in tree.items())
+        for name, value in getattr(tree, "__dict__", {}).items():
+            setattr(copy, name, _unshared(value))  # a state_dict's versions of its modules
+        return copy
+    return tree
 
 
 class CheckpointReader(TorchCheckpointIO):
