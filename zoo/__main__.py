@@ -61,7 +61,7 @@ def _run(program: str, *rest: str) -> int:
         usage = f"zoo {program}: {PROGRAMS[program][1]}\n{LINES[program]}\n"
         if explains(words, usage):
             return 0
-    if "--list" in words:
+    if "--list" in words and not {"-h", "--help"} & {*words}:  # which goes alone
         program, words = "list", [word for word in words if word != "--list"]
     return importlib.import_module(PROGRAMS[program][0]).main(words)
 
