@@ -1,6 +1,8 @@
 """The command line: what is refused, in which words, how fast."""
 
+import dataclasses
 import importlib
+import itertools
 import os
 import resource
 import subprocess
@@ -10,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.conf import HydraConf
 
-from zoo.config.compose import compose
+from zoo.config.compose import compose, composing
 from zoo.errors import FORM
 from zoo.runs.folder import RunFolder
 
@@ -181,6 +184,9 @@ REFUSED = {
     "-m seed=0,1 hydra.sweep.subdir=null": "field 'hydra.sweep.subdir' is not Optional",
     "-m seed=0,1 hydra.job.chdir=foo": "hydra.job.chdir=foo: Value 'foo' is not a valid bool",
     "-m seed=0,1 hydra.foo=1": "hydra.foo=1: Key 'foo' not in 'HydraConf'",
+    "hydra.sweep.dir=foo": "hydra.sweep.dir=foo: a sweep's records are in the folder",
+    "experiment=text hydra.sweeper.params=null hydra.foo=1": "hydra.foo=1: acts on a sweep alone",
+    "hydra.sweeper.params=null": "hydra.sweeper.params=null: acts on a sweep alone. Add -m, or",
     "runs=/proc/zoo": "cannot be written",
 }
 
@@ -206,6 +212,29 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_written(words, comma
     assert words in OTHER_FORM or FORM.fullmatch(error.removeprefix("train.py: ").strip())
     assert "+" not in error.replace("._+-", "")  # never Hydra's advice to append with +
     assert written(tmp_path) == before
+
+
+@pytest.mark.parametrize("program", ["train", "eval"])
+def test_an_option_of_hydra_that_does_nothing_without_m_is_refused(program, command):
+    keys = [field.name for field in dataclasses.fields(HydraConf) if field.name != "defaults"]
+    keys += ["launcher.n_jobs", "sweep.dir", "sweeper.max_batch_size", "run.dir", "job.name"]
+    with composing(program):  # reads the YAML files once
+        for key, value in itertools.product(keys, ["null", "true"]):
+            code, out, error = command(program, f"hydra.{key}={value}", "--cfg", "job")
+            assert (code, out, error.count("\n")) == (2, "", 1), key
+            assert f"hydra.{key}" in error
+    code, out, error = command(program, "hydra.verbose=true", "--cfg", "job")
+    assert error == (
+        f"{program}.py: hydra.verbose=true: acts on a sweep alone. Add -m, or leave it out.\n"
+    )
+
+
+@pytest.mark.parametrize("word", ["hydra.verbose=true", "hydra/launcher=basic", "launcher=none"])
+def test_what_acts_on_a_sweep_alone_is_refused_by_tune(word, command):
+    code, out, error = command("tune", "model=xpos", word)
+    assert (code, out) == (2, "")
+    said = "acts on a sweep of train.py or eval.py alone. Leave it out."
+    assert error == f"zoo tune: {word}: {said}\n"
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,11 @@ def composed_arms(
     """What a sweep over `words` would run, checked: each arm's options and its configuration."""
     with composing(program):
         overrides = parse(list(words))
+        for one in overrides:
+            launches = one.is_hydra_override() or one.key_or_group == "launcher"
+            if launches and one.key_or_group != "hydra.sweeper.params":
+                rule = "acts on a sweep of train.py or eval.py alone"
+                refuse_path(str(one.input_line), rule, "Leave it out")
         params = swept_by_experiment(program, overrides, multirun=True)
         arms, configs = compose_arms(program, overrides, params, check)
     lines = [[bare(o.input_line) for o in arm] for arm in arms]

@@ -27,6 +27,7 @@ from zoo.cli.sweep import for_hydra, sweep
 from zoo.config.compose import composing, parse
 from zoo.config.groups import CONFIGS, choices
 from zoo.config.schema.train import TrainConfig
+from zoo.config.tree import within
 from zoo.config.validate import plain
 from zoo.errors import choose, refuse, refuse_path
 
@@ -57,8 +58,7 @@ def _launch(program: str, argv: list[str], usage: str, check: Check, job: Job) -
     with composing(program):
         overrides = parse(spelt(program, flags.words))
         check_launcher(overrides, flags.multirun)
-        if flags.multirun:
-            check_hydra(program, overrides)
+        check_hydra(program, overrides, flags.multirun)
         params = swept_by_experiment(program, overrides, flags.multirun)
         arms, configs = compose_arms(program, overrides, params, check)
         if flags.cfg:
@@ -108,17 +108,23 @@ def check_launcher(overrides: Sequence[Override], multirun: bool) -> None:
             refuse("fresh", True, rule, "Leave it out, and use another runs=<folder>")
 
 
-def check_hydra(program: str, overrides: Sequence[Override]) -> None:
-    """Refuse an option of Hydra's own, such as `hydra.launcher.n_jobs`, that it would not take."""
+def check_hydra(program: str, overrides: Sequence[Override], multirun: bool) -> None:
+    """Refuse an option of Hydra's own, such as `hydra.launcher.n_jobs`, that it would not take or
+    that does nothing: Hydra runs sweeps alone, and without -m an experiment's may be taken away."""
+    acts = ["hydra.sweeper.params"] * any(o.key_or_group == "experiment" for o in overrides)
     front = GlobalHydra.instance().hydra
     assert front is not None
     chosen = [o.input_line for o in overrides if o.key_or_group in ("launcher", "hydra/launcher")]
     for one in overrides:
         if not one.is_hydra_override() or one.input_line in chosen:
             continue
+        if one.is_sweep_override() and not multirun:
+            continue  # refused as such
         if one.key_or_group == "hydra.sweep.dir":
             rule = "a sweep's records are in the folder of its runs"
             refuse("hydra.sweep.dir", one.value(), rule, "Use runs=<folder>")
+        if not multirun and not within(one.key_or_group, acts):
+            refuse_path(str(one.input_line), "acts on a sweep alone", "Add -m, or leave it out")
         words = [str(word) for word in [*chosen, one.input_line]]
         try:
             composed = front.compose_config(program, words, RunMode.MULTIRUN)
