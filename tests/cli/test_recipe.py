@@ -1,13 +1,17 @@
 """Every published recipe of several stages is carried out at tiny scale, by one command."""
 
+import dataclasses
 import importlib
 from pathlib import Path
 
 import pytest
 from building import write_text
+from hydra.conf import HydraConf
 
 from zoo.cli.recipe import OF_RECIPE, main, steps
-from zoo.config.groups import choices
+from zoo.config.groups import choices, groups
+from zoo.config.schema.eval import EvalConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.runs.folder import RunFolder
 
 SMALL = ["size=tiny", "match=none", "seq_len=32", "data=text", "valid_windows=2", "logger=none"]
@@ -68,6 +72,16 @@ def test_the_runs_of_a_recipe_are_named_in_its_folder(name):
         "yarn_twice extension.factor=8": "extension.factor=8: yarn_twice sets it in each of its",
         "yarn_twice seed=0,1": "seed=0,1: names several values",
         "longformer_staged size=tiny,small": "size=tiny,small: names several values",
+        "yarn_twice experiment=text": "experiment=text: is of a sweep, and a stage is one run.",
+        "yarn_twice +launcher=local": "launcher=local: is of a sweep, and a stage is one run.",
+        "yarn_twice hydra/launcher=basic": "hydra/launcher=basic: is of a sweep",
+        "yarn_twice fresh=true": "fresh=true: begins runs that no later stage reads. Use another",
+        "yarn_twice runs=": "zoo recipe: runs=: must have at least 1 character.",
+        "yarn_twice runs='x'": "zoo recipe: runs='x': must be a path without quotes.",
+        "yarn_twice runs=${nope}": "zoo recipe: runs=${nope}: Interpolation key 'nope' not found.",
+        "yarn_twice seed=${nope}": "zoo recipe: seed=${nope}: Interpolation key 'nope' not found.",
+        "yarn_twice runs=/proc/zoo": "zoo recipe: runs=/proc/zoo: cannot be written",
+        f"yarn_twice runs={__file__}": f"zoo recipe: runs={__file__}: is a file. Name a folder",
     }.items(),
 )
 def test_what_a_later_stage_would_refuse_is_refused_before_the_first(
@@ -133,3 +147,28 @@ def test_an_option_that_no_stage_takes_is_refused_before_the_first(name, monkeyp
         assert line.startswith("zoo recipe: ")
         assert word.partition("=")[0] in line
         assert said in line
+
+
+OPTIONS = {"train": {*TrainConfig.model_fields}, "eval": {*EvalConfig.model_fields}}
+KEYS = sorted({key for program, own in OPTIONS.items() for key in (*own, *groups(program))})
+HYDRAS = [f"hydra.{field.name}" for field in dataclasses.fields(HydraConf)]
+
+
+@pytest.mark.parametrize("key", [*KEYS, "hydra", *HYDRAS, "hydra/launcher", "hydra.sweep.dir"])
+def test_every_option_goes_to_a_stage_or_is_refused_by_its_name_before_the_first(
+    key, monkeypatch, capfd
+):
+    for program in ("train", "eval"):
+        monkeypatch.setattr(f"zoo.cli.{program}.main", lambda _: pytest.fail("a stage began"))
+    assert main(["yarn_twice", f"{key}=[[a]]"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"zoo recipe: {key}"), line
+    said = ("sets it", "is of a sweep", "unknown option", "begins runs")
+    owned = any(part in line for part in said)
+    takers = {
+        program for program, words in steps("yarn_twice", [f"{key}=x"]) if f"{key}=x" in words
+    }
+    assert owned or takers
+    assert all(key in {*OPTIONS[program], *groups(program)} for program in takers if not owned)
+    for one in ("finetune", "resume", "extension", "run", "launcher", "fresh"):
+        assert f" {one}," not in line  # among what can be given

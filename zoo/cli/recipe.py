@@ -7,7 +7,7 @@ trained twice, so that the same command goes on where it stopped. An option that
     model, size, match, hybrid, objective, seed, seq_len, data.*    to the first step, as tuned runs
                                                                     keep these
     task.<task>.*                                                   to the steps of that task
-    device, report                                                  to the steps of `zoo eval`
+    device, report, split, kv_cache and the like of `zoo eval`       to its steps
     logger, threads, runs                                           to every step
     any other                                                       to the steps of `zoo train`
 
@@ -20,16 +20,23 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
+from zoo.cli.arms import bare
 from zoo.cli.guard import run_program
 from zoo.cli.launch import spelt
-from zoo.config.compose import compose_tree, composing, parse
-from zoo.config.groups import CONFIGS, choices
+from zoo.config.compose import check_key, compose_groups, compose_tree, composing, parse
+from zoo.config.groups import CONFIGS, choices, groups
+from zoo.config.schema.eval import EvalConfig
+from zoo.config.schema.train import TrainConfig
 from zoo.config.tree import within
+from zoo.config.validate import check_option
 from zoo.console import say
 from zoo.errors import UserError, choose, refuse, refuse_path
+from zoo.runs.files import check_place
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import run_name
 
@@ -42,8 +49,9 @@ the stages are listed first, and the same command goes on where it was stopped
 recipes: {recipes}
 """
 FIRST = ("model", "size", "match", "hybrid", "objective", "seed", "seq_len", "data")
-OF_EVAL = ("device", "report")
+OF_EVAL = tuple({*EvalConfig.model_fields} - {*TrainConfig.model_fields})
 OF_BOTH = ("logger", "threads", "runs")
+OF_SWEEPS = ("experiment", "launcher", "hydra")
 OF_RECIPE = ("name", "finetune", "resume", "run", "checkpoint", "task", "extension")
 
 
@@ -59,7 +67,8 @@ def recipe(words: Sequence[str]) -> int:
     if len(named) != 1:
         refuse_path(" ".join(named) or "no name", "must be one recipe", "See zoo recipe --help")
     name = choose("recipe", named[0], choices("recipe"))
-    given = [word for word in words if "=" in word]
+    given = [bare(word) for word in words if "=" in word]
+    _check_given(name, given)
     found = steps(name, given)
     _check(name, found, given)
     lines = [f"zoo {program} {' '.join(step)}" for program, step in found]
@@ -74,52 +83,81 @@ def recipe(words: Sequence[str]) -> int:
     return 0
 
 
+def _check_given(name: str, given: Sequence[str]) -> None:
+    """Refuse an option that is none of a recipe's, by the name that was given."""
+    with composing("train"):
+        overrides = parse(given)
+        known = _known()
+        for one in overrides:
+            key, value = one.key_or_group, str(one.input_line).partition("=")[2]
+            if within(key.replace("/", "."), OF_SWEEPS):
+                refuse(key, value, "is of a sweep, and a stage is one run", "Leave it out")
+            if key == "fresh":
+                refuse(key, value, "begins runs that no later stage reads", "Use another runs=")
+            if within(key, OF_RECIPE) and not key.startswith("task."):
+                refuse(key, value, f"{name} sets it in each of its stages", "Leave it out")
+            if one.is_sweep_override():
+                rule = "names several values, and a recipe takes one"
+                refuse(key, value, rule, "Give one")
+            if key.partition(".")[0] not in {*known, "task"}:
+                check_key(key, one.value(), OmegaConf.create(known), ())
+            if key == "runs":
+                check_option(TrainConfig, "runs", one.value())
+                if one.value() != value:
+                    refuse_path(f"runs={value}", "must be a path without quotes")
+
+
+def _known() -> dict[str, Any]:
+    """The trees of what can be given to a stage, by their first names."""
+    known: dict[str, Any] = {}
+    for program in ("eval", "train"):
+        tree: Any = OmegaConf.to_container(compose_groups(program, []))
+        known |= {**dict.fromkeys(groups(program)), **tree}
+    others = (*OF_RECIPE, *OF_SWEEPS, "fresh")
+    return {key: tree for key, tree in known.items() if key not in others}
+
+
 def _check(name: str, found: Sequence[tuple[str, list[str]]], given: Sequence[str]) -> None:
     """Refuse, before the first stage, what any of them would, and an option that the recipe has no
     use for."""
     for word in given:
-        key, _, value = word.partition("=")
-        if within(key, OF_RECIPE) and not key.startswith("task."):
-            refuse(key, value, f"{name} sets it in each of its stages", "Leave it out")
         if not any(word in step for _, step in found):
+            key, _, value = word.partition("=")
             refuse(key, value, f"no stage of {name} takes it", "Leave it out")
-    with composing("train"):
-        several = [one for one in parse(given) if one.is_sweep_override()]
-    for one in several:
-        value = str(one.input_line).partition("=")[2]
-        refuse(one.key_or_group, value, "names several values, and a recipe takes one", "Give one")
     runs = next(word[5:] for word in found[0][1] if word.startswith("runs="))
+    check_place("runs", runs)
+    if Path(runs).is_file():
+        refuse("runs", runs, "is a file", "Name a folder, which need not be there")
     with tempfile.TemporaryDirectory() as trained, composing("train"):
         for number, (program, step) in enumerate(found, 1):
+            words = [_moved(word, runs, trained) for word in step]
             try:
-                _check_stage(program, [_moved(word, runs, trained) for word in step])
-            except UserError as error:
-                said = str(error).replace(trained, runs)
+                _check_stage(program, words, trained)
+            except UserError as error:  # of Hydra's, names all that it was given
+                said = str(error).replace(" ".join(words), " ".join(given)).replace(trained, runs)
                 if number > 1:
                     said = f"{said.removesuffix('.')} (stage {number} of {name})."
                 raise UserError(said) from None
 
 
-def _check_stage(program: str, step: Sequence[str]) -> None:
-    """Refuse what the stage's program would, where the runs of the stages before are folders; leave
-    one of its own, as if it were trained."""
+def _check_stage(program: str, step: Sequence[str], trained: str) -> None:
+    """Refuse what the stage's program would, where the runs of the stages before are folders of
+    `trained`; leave one of its own, as if it were trained."""
     words = spelt(program, step)
     check = importlib.import_module(f"zoo.cli.{program}").check
     tree = compose_tree(program, parse(words))
     config = check(tree, [word.partition("=")[0] for word in words])
     if program == "train":
         done = {"status": "done", "step": config.trainer.max_steps}
-        folder = RunFolder.create(Path(config.runs) / run_name(config), config, done)
+        folder = RunFolder.create(Path(trained) / run_name(config), config, done)
         weights = folder.path / f"checkpoints/step={config.trainer.max_steps}.ckpt"
         zipfile.ZipFile(weights, "w").close()
 
 
 def _moved(word: str, runs: str, trained: str) -> str:
-    """A word with the folder of the recipe's runs in another place."""
+    """A word with the run that it names in another place."""
     key, _, value = word.partition("=")
-    if key not in ("finetune", "run", "runs"):
-        return word
-    return f"{key}={trained}{value.removeprefix(runs)}"
+    return f"{key}={trained}{value.removeprefix(runs)}" if key in ("finetune", "run") else word
 
 
 def steps(name: str, given: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
