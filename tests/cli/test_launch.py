@@ -157,6 +157,7 @@ REFUSED = {
     "mamba": "mamba: is no option. Did you mean 'model=mamba'?",
     "model=[": "model=[: cannot be read. Write lists as [a,b]",
     "~optim": "~optim: is no option. Options are written",
+    "~seed=0": "~seed=0: takes an option away, and every run has all. Leave it out.",
     "model=mamba model=alibi": "model=alibi: model is given twice",
     "model=transformer,mamba": "Add -m to run",
     "experiment=compare": "Add -m to run",

@@ -87,6 +87,8 @@ def parse(words: Sequence[str]) -> list[Override]:
                 "cannot be read",
                 "Write lists as [a,b] and quote special characters: 'k=\"a b\"'",
             )
+        if override.is_delete():
+            refuse_path(word, "takes an option away, and every run has all", "Leave it out")
         if override.key_or_group in found:
             refuse_path(word, f"{override.key_or_group} is given twice", "Give each option once")
         found[override.key_or_group] = override
