@@ -42,8 +42,9 @@ def train(tmp_path, monkeypatch, capfd) -> Callable:
 
 def learn(config, folder: RunFolder, *_) -> None:
     """Trains nothing, and says it did."""
-    write_checkpoint(folder, "step=00001000.ckpt")
-    folder.update(status="done", step=config.trainer.max_steps)
+    step = config.trainer.max_steps
+    write_checkpoint(folder, f"step={step:08d}.ckpt")
+    folder.update(status="done", step=step)
 
 
 def stop_after_7(config, folder: RunFolder, *_) -> None:
