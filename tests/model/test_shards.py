@@ -15,6 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from zoo.model import shards
 from zoo.runs.checkpoints import shards_of
+from zoo.runs.files import file_hash
 
 
 @pytest.fixture
@@ -81,6 +82,6 @@ def test_an_index_that_names_other_code_is_refused(what, written):
             return what, ("true",)
 
     (folder / ".metadata").write_bytes(pickle.dumps(Call()))
-    tree[shards.HASHES][".metadata"] = shards._hash(folder / ".metadata")
+    tree[shards.HASHES][".metadata"] = file_hash(folder / ".metadata")
     with pytest.raises(pickle.UnpicklingError, match="names "):
         shards.read(tree, folder)

@@ -273,6 +273,21 @@ def test_a_key_that_is_absent_has_the_default_of_the_format_or_is_named(tmp_path
     assert describe(GGUFFile(path).config()).end_token is None
 
 
+def test_a_file_is_opened_once_until_it_changes(tmp_path, monkeypatch):
+    write(path := tmp_path / "a.gguf")
+    opened = []
+    real = GGUFFile.__init__
+    monkeypatch.setattr(
+        GGUFFile, "__init__", lambda self, path: opened.append(path) or real(self, path)
+    )
+    described, _ = read_checkpoint(path, None)
+    assert read_checkpoint(path, tmp_path)[0] == described
+    assert len(opened) == 1
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="whole GGUF file"):
+        read_checkpoint(path, None)
+
+
 def parts_of(path: Path) -> tuple:
     """What makes the model: the options, its tokenizer's name and a digest of its weights."""
     described, file = read_checkpoint(path, path.parent)

@@ -30,7 +30,7 @@ from zoo.cli.train import check, job
 from zoo.config.schema.train import TrainConfig
 from zoo.console import label, say
 from zoo.errors import RunError, UserError, refuse, refuse_path
-from zoo.runs.files import one_line
+from zoo.runs.files import as_it_is, one_line
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import identity, run_name
 from zoo.runs.metrics import read_metrics
@@ -369,10 +369,7 @@ def _figures(folder: RunFolder, step: int) -> tuple[float | None, str | None]:
 def metrics_of(folder: RunFolder) -> list[dict[str, str]]:
     """The rows of a run's metrics.csv, read once as long as it is the same file."""
     path = folder.path / "metrics.csv"
-    if not path.is_file():
-        return []
-    status = path.stat()
-    return _read_once(path, status.st_mtime_ns, status.st_size, status.st_ino)
+    return _read_once(*as_it_is(path)) if path.is_file() else []
 
 
 @functools.cache

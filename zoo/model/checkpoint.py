@@ -103,10 +103,8 @@ def base_weights(folder: RunFolder, base: RunFolder, mapped: bool = False) -> di
     UserError where they are not those that its run.json names: of a checkpoint that turns out to be
     unreadable the one before is read.
     """
-    weights, recorded = (
-        trained_weights(base, mapped),
-        (folder.info.get("base") or {}).get("weights"),
-    )
+    weights = trained_weights(base, mapped)
+    recorded = (folder.info.get("base") or {}).get("weights")
     if recorded is not None and recorded != weights_of(base):
         rule = f"fine-tunes the run {base}, whose last checkpoint cannot be read"
         refuse_path(str(folder), rule, "Put it back, or fine-tune anew with fresh=true")

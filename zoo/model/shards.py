@@ -7,7 +7,6 @@ tensors that one process writes.
 """
 
 import functools
-import hashlib
 import io
 import mmap
 import os
@@ -31,6 +30,7 @@ from torch.serialization import set_default_mmap_options, skip_data
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zoo.model.later import Later
+from zoo.runs.files import file_hash
 
 HASHES = "shards"  # of a checkpoint's entries: {file: sha256}
 BLOCK_BYTES = 2**20
@@ -72,7 +72,7 @@ def write(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     save(dict(parts), checkpoint_id=folder)
     rank, hashes = dist.get_rank(), [{} for _ in range(dist.get_world_size())]
     own = [*folder.glob(f"__{rank}_*"), *([folder / ".metadata"] if rank == 0 else [])]
-    dist.all_gather_object(hashes, {file.name: _hash(file) for file in own})
+    dist.all_gather_object(hashes, {file.name: file_hash(file) for file in own})
     return {**named, HASHES: {file: digest for those in hashes for file, digest in those.items()}}
 
 
@@ -168,7 +168,7 @@ def unread(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The checkpoint with an `Unread` in the place of each tensor's name. ValueError as `read`."""
     for name, digest in tree[HASHES].items():
         file = folder / name
-        if Path(name).name != name or not file.is_file() or _hash(file) != digest:
+        if Path(name).name != name or not file.is_file() or file_hash(file) != digest:
             raise ValueError(f"{folder.name}/{name} is missing or damaged")
     reader = _Reader(folder)
     found: dict[str, Unread] = {}
@@ -201,8 +201,3 @@ class _Index(pickle.Unpickler):
         if (module, name) in INDEX or numbers:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"names {module}.{name}")
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

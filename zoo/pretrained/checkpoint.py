@@ -1,5 +1,7 @@
 """What a checkpoint's folder or GGUF file says of its model, and where its tokenizer is."""
 
+import copy
+import functools
 import hashlib
 from pathlib import Path
 
@@ -7,7 +9,7 @@ from zoo.errors import UserError, refuse
 from zoo.pretrained.families import Description, describe
 from zoo.pretrained.gguf import GGUFFile
 from zoo.pretrained.weights import read_json, weight_files
-from zoo.runs.files import write_text
+from zoo.runs.files import as_it_is, write_text
 
 TOKENIZER = "tokenizer.json"
 
@@ -42,16 +44,28 @@ def read_checkpoint(checkpoint: Path, tokenizers: Path | None) -> tuple[Descript
     if not checkpoint.is_file():
         described = _describe_folder(checkpoint)
         return described, None if tokenizers is None else _tokenizer_of_folder(checkpoint)
-    file = GGUFFile(checkpoint)
+    described, text = copy.deepcopy(_of_gguf(*as_it_is(checkpoint)))
     if tokenizers is None:
-        return describe(file.config()), None
-    text = file.tokenizer()
+        return described, None
+    text = text or GGUFFile(checkpoint).tokenizer()  # which says why there is none
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     target = tokenizers / f"{checkpoint.stem}-{digest}.json"
     if not target.is_file():
         tokenizers.mkdir(parents=True, exist_ok=True)
         write_text(target, text)
-    return describe(file.config()), target
+    return described, target
+
+
+@functools.lru_cache(maxsize=4)
+def _of_gguf(checkpoint: Path, *_: int) -> tuple[Description, str | None]:
+    """The description, and the tokenizer if it can be read: to open such a file takes seconds, and
+    to keep it open memory."""
+    file = GGUFFile(checkpoint)
+    described = describe(file.config())
+    try:
+        return described, file.tokenizer()
+    except UserError:
+        return described, None
 
 
 def _describe_folder(checkpoint: Path) -> Description:

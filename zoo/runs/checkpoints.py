@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from zoo.errors import refuse_path
+from zoo.runs.files import as_it_is, file_hash
 
 log = logging.getLogger("zoo")
 
@@ -68,8 +69,8 @@ def seal(
 def read(path: Path) -> Checkpoint | None:
     """Return the checkpoint in a file, None where it is damaged. UserError where unreadable."""
     try:
-        file = _as_it_is(path)
-        return None if file in _rejected else _read(*file)
+        files = _with_parts(path)
+        return None if files in _rejected else _read(files)
     except PermissionError as error:
         refuse_path(path, f"cannot be read ({error.strerror})", "Change its permissions")
     except OSError:
@@ -79,17 +80,16 @@ def read(path: Path) -> Checkpoint | None:
 def reject(path: Path) -> None:
     """Treat a file as damaged from now on, because PyTorch could not read it."""
     with suppress(OSError):
-        _rejected.add(_as_it_is(path))
+        _rejected.add(_with_parts(path))
 
 
-State = tuple[Path, tuple[tuple[str, int, int, int], ...]]  # what changes where a file does
-_rejected: set[State] = set()
+Files = tuple[tuple[Path, int, int, int], ...]
+_rejected: set[Files] = set()
 
 
-def _as_it_is(path: Path) -> State:
-    files = [path, *_files_of(shards_of(path))]
-    found = ((file, file.stat()) for file in files)
-    return path, tuple((file.name, s.st_mtime_ns, s.st_size, s.st_ino) for file, s in found)
+def _with_parts(path: Path) -> Files:
+    """A checkpoint's file and those of its parts, as they are."""
+    return tuple(map(as_it_is, (path, *_files_of(shards_of(path)))))
 
 
 def _files_of(shards: Path) -> list[Path]:
@@ -97,7 +97,8 @@ def _files_of(shards: Path) -> list[Path]:
 
 
 @functools.lru_cache(maxsize=64)
-def _read(path: Path, _: object) -> Checkpoint | None:
+def _read(files: Files) -> Checkpoint | None:
+    (path, *_), *parts = files
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - MOST_SEAL_BYTES))
@@ -109,19 +110,10 @@ def _read(path: Path, _: object) -> Checkpoint | None:
         digest.update(sealed[0][:-64])
         if digest.hexdigest() != sealed[4].decode():
             return None
-    if sealed[3] and _together(_hashes(path)).encode() != sealed[3]:
+    if sealed[3] and _together({p.name: file_hash(p) for p, *_ in parts}).encode() != sealed[3]:
         return None
     run = None if sealed[1].startswith(b"-") else sealed[1].decode()
     return Checkpoint(path, run, int(sealed[2]), sealed[4].decode())
-
-
-def _hashes(path: Path) -> dict[str, str]:
-    """The hashes of the files in the folder of a checkpoint's parts, by their names."""
-    hashes = {}
-    for part in _files_of(shards_of(path)):
-        with part.open("rb") as file:
-            hashes[part.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
 
 
 def _together(hashes: Mapping[str, str]) -> str:

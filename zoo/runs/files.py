@@ -194,6 +194,18 @@ def altered(record: dict[str, Any]) -> bool:
     return record.pop(CHECK) != _hash(record)
 
 
+def file_hash(file: Path) -> str:
+    """The sha256 of a file's contents."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def as_it_is(file: Path) -> tuple[Path, int, int, int]:
+    """A file with what changes when it is written to: the key of what was read of it."""
+    status = file.stat()
+    return file, status.st_mtime_ns, status.st_size, status.st_ino
+
+
 def _hash(fields: Mapping[str, Any]) -> str:
     text = json.dumps(json.loads(json.dumps(fields)), sort_keys=True)  # as it will be read again
     return hashlib.sha256(text.encode()).hexdigest()[:16]

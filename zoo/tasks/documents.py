@@ -21,7 +21,6 @@ demonstrations a prompt has room for (zoo.data.long_prompts). Xiong 2023 (arXiv 
 gives none for NarrativeQA, one for QMSum, two for Qasper and QuALITY.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -38,6 +37,7 @@ from zoo.measurement import Declaration, Quantity
 from zoo.model.generation import Sampling
 from zoo.model.scoring import write_many
 from zoo.report.statistics import interval
+from zoo.runs.files import file_hash
 from zoo.tasks.answers import METRICS
 from zoo.tasks.context import EvalContext, Row, check_length
 from zoo.tasks.task import STATE, Task, lengths_of
@@ -170,9 +170,9 @@ class Documents(Task):
         _ = context.corpus
         data: Row = {"dataset": self.dataset}
         if self.path is not None:
-            data["examples"] = _digest(self.path)
+            data["examples"] = file_hash(Path(self.path))
         if self.shots_path is not None:
-            data["demonstrations"] = _digest(self.shots_path)
+            data["demonstrations"] = file_hash(Path(self.shots_path))
             if data["demonstrations"] == data["examples"]:
                 rule = "holds the very examples that are measured"
                 advice = "Give the file of the training examples"
@@ -290,8 +290,3 @@ class Documents(Task):
         for example in islice(every, count):
             cue = "\n".join(part for part in (example.question, self.benchmark.cue) if part)
             yield example._replace(question=cue)
-
-
-def _digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
