@@ -55,6 +55,30 @@ def test_the_runs_of_a_recipe_are_named_in_its_folder(name):
 
 
 @pytest.mark.parametrize(
+    ("given", "own"), [("batch_size=4", "batch_tokens"), ("batch_tokens=4k", "x")]
+)
+@pytest.mark.parametrize("name", choices("recipe"))
+def test_windows_of_a_step_are_given_in_one_unit_to_every_stage(name, given, own):
+    for program, words in steps(name, [given]):
+        assert (given in words) == (program == "train")
+        assert not any(word.startswith(f"{own}=") for word in words)
+
+
+@pytest.mark.parametrize("name", choices("recipe"))
+def test_the_folder_of_a_recipe_may_end_in_a_slash(name, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for program in ("train", "eval"):
+        monkeypatch.setattr(f"zoo.cli.{program}.main", lambda _: 3)
+    begun = []
+    for runs in ("out", "out/"):
+        assert main([name, f"runs={runs}"]) == 3
+        begun.append(
+            capfd.readouterr().err.replace(f"runs={runs} ", "").replace(f"runs={runs}\n", "")
+        )
+    assert begun[0] == begun[1]
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     {
         "yarn_twice model=mamba": "extension=yarn: acts on positions=",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from zoo.config.compose import compose
+from zoo.config.compose import SCHEMAS, compose
 from zoo.config.introspect import target_parameters
 from zoo.config.sizes import read_count
 from zoo.errors import UserError
@@ -116,3 +116,16 @@ def test_the_same_options_give_the_same_name_wherever_they_run():
         assert run_name(compose("train", ["model=mamba", same])) == name
     for other in ["seed=1", "optim.lr=1", "model.mixer.state_size=8", "trainer.max_steps=7"]:
         assert run_name(compose("train", ["model=mamba", other])) != name
+
+
+@pytest.mark.parametrize("value", ["${nope}", "[[a]]"])
+@pytest.mark.parametrize("program", ["train", "eval"])
+def test_what_hydra_refuses_of_an_option_names_that_option_alone(program, value):
+    others = {"train": ["model=mamba", "threads=1"], "eval": ["run=x", "task=perplexity"]}[program]
+    given = {word.partition("=")[0] for word in others}
+    for key in sorted({*SCHEMAS[program].model_fields, "hydra.nope"} - given):
+        with pytest.raises(UserError) as refused:
+            compose(program, [*others, f"{key}={value}"])
+        message = str(refused.value)
+        assert message.startswith(key), message
+        assert not [word for word in others if word in message], message

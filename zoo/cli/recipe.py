@@ -51,6 +51,7 @@ recipes: {recipes}
 FIRST = ("model", "size", "match", "hybrid", "objective", "seed", "seq_len", "data")
 OF_EVAL = tuple({*EvalConfig.model_fields} - {*TrainConfig.model_fields})
 OF_BOTH = ("logger", "threads", "runs")
+SIZES = ("batch_size", "batch_tokens")  # one option in two units: either takes the other's place
 OF_SWEEPS = ("experiment", "launcher", "hydra")
 OF_RECIPE = ("name", "finetune", "resume", "run", "checkpoint", "task", "extension")
 
@@ -130,11 +131,11 @@ def _check(name: str, found: Sequence[tuple[str, list[str]]], given: Sequence[st
         refuse("runs", runs, "is a file", "Name a folder, which need not be there")
     with tempfile.TemporaryDirectory() as trained, composing("train"):
         for number, (program, step) in enumerate(found, 1):
-            words = [_moved(word, runs, trained) for word in step]
+            words = [_moved(word, runs.rstrip("/"), trained) for word in step]
             try:
                 _check_stage(program, words, trained)
-            except UserError as error:  # of Hydra's, names all that it was given
-                said = str(error).replace(" ".join(words), " ".join(given)).replace(trained, runs)
+            except UserError as error:
+                said = str(error).replace(trained, runs)
                 if number > 1:
                     said = f"{said.removesuffix('.')} (stage {number} of {name})."
                 raise UserError(said) from None
@@ -165,14 +166,16 @@ def steps(name: str, given: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
     file = CONFIGS / "recipe" / f"{name}.yaml"
     lines = yaml.safe_load(file.read_text(encoding="utf-8"))["steps"]
     runs = next((word[5:] for word in given if word.startswith("runs=")), f"runs/{name}")
+    placed = runs.rstrip("/")
     found = []
     for number, line in enumerate(lines):
         program, *own = line.split()
         task = next((word[5:] for word in own if word.startswith("task=")), None)
         taken = [word for word in given if _goes_to(word, program, number == 0, task)]
         keys = {word.partition("=")[0] for word in taken}
-        kept = [_placed(word, runs) for word in own if word.partition("=")[0] not in keys]
-        default = [f"runs={runs}"] + [f"report={runs}-report.html"] * (program == "eval")
+        keys |= {*SIZES} if keys & {*SIZES} else set()
+        kept = [_placed(word, placed) for word in own if word.partition("=")[0] not in keys]
+        default = [f"runs={runs}"] + [f"report={placed}-report.html"] * (program == "eval")
         default = [word for word in default if word.partition("=")[0] not in keys]
         found.append((program, [*kept, *taken, *default]))
     return found

@@ -49,7 +49,7 @@ FIRST = 4  # the first rung is at this fraction of the steps
 STOPS = (UserError, RunError, OSError)  # what ends the tuning of an arm, and of no other
 MENDED = (
     "no rate is chosen; once that is mended the same command goes on, and trains a run again whose "
-    "folder was removed"
+    "folder was removed (in place of fresh=true, which is of one run)"
 )
 
 

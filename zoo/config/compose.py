@@ -110,10 +110,6 @@ def parse(words: Sequence[str]) -> list[Override]:
     return list(found.values())
 
 
-def _words(overrides: Sequence[Override]) -> list[str]:
-    return [override.input_line or "" for override in overrides]
-
-
 def _swept_values(override: Override) -> list[str]:
     if override.is_sweep_override():
         return list(override.sweep_string_iterator())
@@ -127,6 +123,7 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
         also += [f"model.{key}" for key, f in Model.model_fields.items() if not f.is_required()]
     if {"resume", "finetune"} & {override.key_or_group for override in overrides}:
         also += ["data.path", "model.mixer.window"]  # of that run, whatever this tree's default is
+    read = overrides  # those that are read when a message comes
     try:
         tree = compose_groups(program, overrides)
         if "model" in tree:
@@ -134,6 +131,7 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
             _complete_model(tree, str(names[-1] if names else groups(program)["model"]))
         for override in overrides:
             if not _chooses_a_file(program, override):
+                read = [override]
                 refuse_renamed(override.key_or_group, override.value(), tree)
                 key, value = override.key_or_group, override.value()
                 check_key(key, value, tree, also)
@@ -141,12 +139,21 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
                     OmegaConf.update(tree, key, scheme(value, key), merge=False, force_add=True)
                 else:
                     OmegaConf.update(tree, key, value, force_add=True)
+        read = overrides
         _check_sources(program, tree)
         container: Any = OmegaConf.to_container(tree, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         message = str(error).splitlines()[0].removesuffix(".")
-        refuse_path(" ".join(_words(overrides)), message, "See --help for the options")
+        refuse_path(" ".join(_at_fault(read, message)), message, "See --help for the options")
     return container
+
+
+def _at_fault(overrides: Sequence[Override], message: str) -> list[str]:
+    """The words that a message of Hydra's is about: those it quotes, else those that take their
+    value from another option, else all."""
+    words = [override.input_line or "" for override in overrides]
+    quoted = [word for word in words if f"'{word.partition('=')[0]}'" in message]
+    return quoted or [word for word in words if "${" in word] or words
 
 
 def _check_sources(program: str, tree: DictConfig) -> None:
