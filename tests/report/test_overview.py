@@ -69,6 +69,24 @@ def test_an_arm_at_chance_on_every_task_has_not_learned():
     assert overview_of(rows).without == {"mamba": "has not learned"}
 
 
+def test_an_arm_that_was_never_measured_has_no_result_and_is_not_said_to_have_not_learned():
+    rows = [score_row("transformer", 512, 2.0, bigram_bits=3.0), passkeys("transformer", 512, 0.8)]
+    broken = {"run": "mamba-0", "arm": "mamba", "model": "mamba", "status": "diverged"}
+    whole = overview(gather(rows, [*run_records(rows), broken]))
+    assert whole
+    assert whole.without == {"mamba": "no result"}
+
+
+@pytest.mark.parametrize("ends", [(0.0, 0.0), (0.0, 0.3), (-0.1, 0.2), (0.9, 1.2), (1.0, 1.0)])
+def test_the_interval_of_a_share_is_drawn_as_it_is_within_the_bounds_of_shares(ends):
+    rows = [passkeys("mamba", length, 0.5) for length in (512, 1024)]
+    rows[1] |= {"interval": [*ends]}
+    whole = overview_of(rows)
+    spec = draw(whole.panels[0], whole, styles(gather(rows, [])), named=True)
+    (far,) = (point for point in spec.layer[0].data.values if not point["hollow"])
+    assert (far["low"], far["high"]) == (max(0.0, ends[0]), min(1.0, ends[1]))
+
+
 def test_an_arm_without_a_score_at_the_longest_length_keeps_its_hollow_mark():
     whole = overview_of(experiment())
     home, far = whole.panels[0].values["transformer-learned"]

@@ -91,10 +91,10 @@ def excluded(results: Results, tested: Sequence[Panel]) -> dict[str, str]:
             found[arm] = "not audited"
         elif arm in unlearned:
             found[arm] = unlearned[arm].words
-        elif all(_at_chance(panel, arm) for panel in tested):
-            found[arm] = NOT_LEARNED
         elif not any(arm in panel.values for panel in tested):
             found[arm] = "no result"
+        elif all(_at_chance(panel, arm) for panel in tested):
+            found[arm] = NOT_LEARNED
     return found
 
 
@@ -266,10 +266,12 @@ def _points(panel: Panel, whole: Overview, arm: str) -> list[Spec]:
         if cell is None or not finite(cell.value):
             continue
         hollow = cell is home
-        sure = finite(cell.low) and finite(cell.high) and not hollow
-        low, high = (cell.low, cell.high) if sure else (None, None)
-        if sure and panel.name == "recall":
-            low, high = max(0.0, cell.low or 0.0), min(1.0, cell.high or 1.0)
+        low, high = (None, None) if hollow else (cell.low, cell.high)
+        if finite(low) and finite(high):
+            if panel.name == "recall":
+                low, high = max(0.0, low), min(1.0, high)
+        else:
+            low, high = None, None
         interval = f"{panel.text(low)} to {panel.text(high)}" if low is not None else ""
         point = {"arm": arm, "x": cell.value, "low": low, "high": high, "hollow": hollow}
         point |= {"length": where, "value": panel.text(cell.value), "interval": interval}
