@@ -86,3 +86,13 @@ def test_what_fewer_bits_cost_is_the_difference_to_the_same_run_in_plain_numbers
     assert "cost of fewer bits" not in as_text(gather(alone, []))
     assert gather(alone, []).arms == ["mamba \u00b7 in int4", "transformer \u00b7 in int4"]
     assert len(quantization(results, "half_tail").points) == 6
+
+
+@pytest.mark.parametrize("field", ["device", "threads", "ranks"])
+def test_a_run_that_several_machines_read_counts_once_in_what_fewer_bits_cost(field):
+    rows = []
+    for dtype, other, bits in (("float32", 1, 2.0), ("float32", 2, 2.5), ("int8", 2, 2.6)):
+        rows.append(score_row("mamba", 512, bits, dtype=dtype) | {field: other})
+    ((label, found),) = quantization_costs(gather(rows, []), "half_tail").items()
+    assert label.endswith("in int8")
+    assert (found[512].seeds, found[512].value) == (1, pytest.approx(0.1))

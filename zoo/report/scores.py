@@ -1,11 +1,13 @@
 """What the report shows of scores in bits per byte: protocols, ties, effective context."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 from zoo.measurement import is_quantized, plain_numbers
-from zoo.report.rows import Cell, Cells, Results, Row, contrast, in_words
+from zoo.report.rows import SAME_TEXT, Cell, Cells, Results, Row, contrast, in_words
 from zoo.report.statistics import finite
 from zoo.report.tables import Table, Td, Tied, overlapping
 from zoo.report.validity import LEAKS, Unlearned, unlearned
@@ -34,6 +36,7 @@ EXPLAINED = {
 SAME_TOKENS = ("half_tail", "stride_tail", "masked")
 ALIKE = 1.1  # the most by which levels differ that are drawn as one
 NEAR = 1024  # tokens: what a text of this length does not show is the distant past
+MACHINE = ("device", "threads", "ranks")  # what the numbers of a row should not depend on
 SHARE = 0.05  # effective context: how much worse than at the training length still counts
 
 
@@ -143,7 +146,11 @@ def context_gains(results: Results, protocol: str) -> Cells:
 
 def quantization_costs(results: Results, protocol: str) -> Cells:
     """Bits per byte that fewer bits cost: of each arm whose weights or cache are quantized, less
-    those of the same runs in plain numbers at the same length. Empty where there is none."""
+    those of the same runs in plain numbers at the same length. Empty where there is none.
+
+    A run that was read in plain numbers several times, as by several machines, counts once: as it
+    was read most like the row in fewer bits.
+    """
     every, found = results.where(task="perplexity", protocol=protocol), {}
     plain = [row for row in every if not is_quantized(row.get("dtype"))]
 
@@ -156,12 +163,28 @@ def quantization_costs(results: Results, protocol: str) -> Cells:
             continue
         same = {reading(row, plain_numbers(row.get("dtype") or "")) for row in measured}
         base = [one for one in plain if reading(one, one.get("dtype")) in same]
-        if not base:
-            continue
-        found[label] = {
-            length: contrast(rows, [one for one in base if one.get("length") == length])
-            for length, rows in mine.items()
-        }
+        if base:
+            found[label] = {
+                length: contrast(rows, _counterparts(rows, base)) for length, rows in mine.items()
+            }
+    return found
+
+
+def _counterparts(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
+    """Of each run's rows at this length, of which there may be several, one of the same text."""
+
+    def alike(row: Row, other: Row) -> list[bool]:
+        text = all(row.get(name) == other.get(name) for name in SAME_TEXT)
+        return [
+            other["status"] == "ok",
+            text,
+            *(row.get(name) == other.get(name) for name in MACHINE),
+        ]
+
+    found = []
+    for row in rows:
+        same = [one for one in others if all(one.get(k) == row.get(k) for k in ("run", "length"))]
+        found += [max(same, key=functools.partial(alike, row))] if same else []
     return found
 
 
