@@ -297,3 +297,19 @@ def test_other_settings_of_a_task_at_one_length_are_reported():
         row | {"count": row["length"]} for row in answers("lstm", {64: 0.9, 512: 0.9}, **question)
     ]
     assert not any("rows differ" in line for line in banners(gather(rows, run_records(rows))))
+
+
+@pytest.mark.parametrize(
+    ("field", "one", "other"),
+    [
+        ("train_tokens", 10**10, 10**13),
+        ("train_tokens", 10**12, 10**12 + 1),
+        ("tokenizer", "tokenizer.json@0123456789ab", "tokenizer.json@ba9876543210"),
+        ("fingerprint", "f" * 64, "f" * 12 + "e" * 52),
+    ],
+)
+def test_whatever_two_arms_differ_in_makes_them_unequal(field, one, other):
+    rows = [score_row("mamba", 512, 2.0) | {field: one}]
+    rows.append(score_row("lstm", 512, 2.0) | {field: other})
+    (line,) = (line for line in banners(gather(rows, [])) if "fair comparison" in line)
+    assert "(mamba); " in line

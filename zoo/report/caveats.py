@@ -23,9 +23,11 @@ def banners(results: Results) -> list[str]:
         groups = defaultdict(list)
         for label in results.arms:
             if not missing(value := results.known(label, field)):
-                groups[plain(value)[:12]].append(label)
+                groups[plain(value)].append(label)
         if len(groups) > 1:
-            parts = "; ".join(f"{value} ({names(who)})" for value, who in groups.items())
+            hashed = field in ("fingerprint", "commit")
+            shown = {value: value[:12] if hashed else value for value in groups}
+            parts = "; ".join(f"{shown[value]} ({names(who)})" for value, who in groups.items())
             said.append(f"Not a fair comparison: the arms differ in {words}: {parts}.")
     said += _unequal_sizes(results)
     for task in ("speed", "perplexity"):
