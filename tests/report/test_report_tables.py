@@ -1,9 +1,13 @@
 """Tables and caveats, on rows made by hand with known answers."""
 
+import importlib
+
 import pytest
+import yaml
 from synthetic import experiment, identity, run_records, score_row
 
 import zoo.report.scores
+from zoo.config.groups import CONFIGS
 from zoo.report import tables
 from zoo.report.caveats import banners, failures, limits
 from zoo.report.charts import styles
@@ -12,6 +16,8 @@ from zoo.report.rows import Cell, gather
 from zoo.report.statistics import interval
 from zoo.report.text import as_text
 from zoo.report.words import DASH, TIMES, count, score, short, size
+from zoo.tasks.generate import Generate
+from zoo.tasks.task import Task
 
 
 def cells_of(*values, start=512):
@@ -334,3 +340,35 @@ def test_a_stream_alone_is_reported_in_the_terminal_too():
     assert "1,048,576" in text
     assert "mamba" in text
     assert "no score" not in text
+
+
+def tasks() -> list[type[Task]]:
+    """Every class that a YAML file of a task names."""
+    found = {}
+    for file in sorted((CONFIGS / "task").glob("*.yaml")):
+        for options in yaml.safe_load(file.read_text(encoding="utf-8")).values():
+            if isinstance(options, dict) and "_target_" in options:
+                module, _, name = options["_target_"].rpartition(".")
+                found[options["_target_"]] = getattr(importlib.import_module(module), name)
+    return [*found.values()]
+
+
+@pytest.mark.parametrize("task", tasks(), ids=lambda task: task.__name__)
+def test_no_quantity_of_a_task_is_of_rows_of_two_kinds(task):
+    """Rows of two protocols or data sets at one length are two numbers, of whatever quantity."""
+    wheres = [{*each.where} for each in task.declares.quantities if not each.cost]
+    assert all(where == wheres[0] for where in wheres)
+
+
+def test_several_prompts_of_a_run_count_as_their_mean():
+    rows = []
+    for arm, tokens in (("mamba", (10, 40)), ("transformer", (20, 60, None))):
+        for place, count_ in enumerate(tokens):
+            row = identity(arm) | {"task": "generate", "prompt": f"p{place}", "tokens": count_}
+            row |= {"tokens_per_second": None, "text": "x", "state_bytes": 8}
+            rows.append(row | {"declares": Generate.declares.plain(row)})
+    results = gather(rows, run_records(rows))
+    quantity = results.tasks["generate"].quantities[0]
+    assert quantity.name == "tokens written"
+    (table,) = tables.task_tables(results, "generate")
+    assert [row[1].text for row in table.rows] == ["25", "40"]

@@ -248,13 +248,19 @@ def _undeclared(task: str, rows: Sequence[Row]) -> Declaration:
 
 
 def by_run(rows: Sequence[Row], field: str) -> list[Row]:
-    """One row of each seed of each run, with a value if it has one in any."""
-    found: dict[Any, Row] = {}
+    """One row of each seed of each run: of several, as of several prompts, with their mean."""
+    every: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
-        who = row.get("run"), row.get("seed")
-        if who not in found or not fine([found[who]], field):
-            found[who] = row
-    return [*found.values()]
+        every[row.get("run"), row.get("seed")].append(row)
+    return [_as_one(fine(own, field) or own, field) for own in every.values()]
+
+
+def _as_one(rows: Sequence[Row], field: str) -> Row:
+    """A row with the mean of several, of which no single interval is that of the mean."""
+    if len(rows) == 1 or not fine(rows[:1], field):
+        return rows[0]
+    known = {key: value for key, value in rows[0].items() if all(r.get(key) == value for r in rows)}
+    return known | {"status": "ok", field: sum(row[field] for row in rows) / len(rows)}
 
 
 def _ends(own: Any) -> tuple[float, float] | None:

@@ -80,8 +80,10 @@ def _quantities() -> Iterator[Quantity]:
         if one.metric == "rouge":
             for n in (1, 2):
                 yield Quantity(field=f"rouge{n}", name=f"{one.title}, ROUGE-{n}", **options)
-    yield Quantity(field="cut", name="texts cut to the length", better=None, form="share")
-    yield Quantity(field="shots_read", name="demonstrations read", better=None)
+        where, words = {"dataset": name}, f"{one.title}, texts cut to the length"
+        yield Quantity(field="cut", name=words, better=None, form="share", where=where)
+        words = f"{one.title}, demonstrations read"
+        yield Quantity(field="shots_read", name=words, better=None, where=where)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,13 +64,17 @@ class PublishedPasskey(Task):
         about="A key of five digits is stated once in a filler that says the same over and over, "
         "and queried at the end, in the words of the papers.",
         quantities=(
-            Quantity(
-                field="exact",
-                name="passkeys found, as published",
-                better="higher",
-                form="share",
-                interval="interval",
-                chance="chance",
+            *(
+                Quantity(
+                    field="exact",
+                    name=f"passkeys found, as {paper} has it",
+                    better="higher",
+                    form="share",
+                    interval="interval",
+                    chance="chance",
+                    where={"protocol": protocol},
+                )
+                for protocol, paper in (("pi", "PI"), ("yarn", "YaRN"))
             ),
             Quantity(
                 field="k_max",
