@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zoo.data import files, hub, sources
+from zoo.data import corpora, files, hub, sources
 from zoo.data.corpora import open_corpus
 from zoo.data.sources import SPLITS, check_source, split_files
 from zoo.data.tokenizers import bytes_by_token, open_tokenizer
@@ -135,6 +135,33 @@ def test_tokens_follow_their_source(flat, tmp_path):
     second = open_corpus(text(flat), tmp_path / "cache")
     assert second.fingerprint != first.fingerprint
     assert b"another alpha" in itertools.chain(*map(documents, stores(second)))
+
+
+@pytest.mark.parametrize("left", [0.9, 1.1])
+@pytest.mark.parametrize("kind", ["one.txt", "flat", "split", "records.jsonl"])
+def test_files_that_change_while_they_are_read_are_refused(
+    kind, left, flat, split, tmp_path, monkeypatch
+):
+    """What was read of them as one split's could be read again as another's."""
+    lines = [f'{{"text": "line {number}"}}\n' for number in range(100)]
+    for name in ("one.txt", "records.jsonl"):
+        (tmp_path / name).write_text("".join(lines))
+    place = tmp_path / kind
+    file = place if place.is_file() else min(place.rglob("*.txt"))
+    whole, write_store = file.read_bytes(), corpora.write_store
+
+    def change(*words, **options):
+        write_store(*words, **options)
+        file.write_bytes((whole * 2)[: int(left * len(whole))])
+
+    name = "jsonl" if kind.endswith("jsonl") else "text"
+    spec = text(place, name=name, field="text")
+    with monkeypatch.context() as patch:
+        patch.setattr(corpora, "write_store", change)
+        with pytest.raises(UserError, match=r"while (it was|they were) read|is no JSON object"):
+            open_corpus(spec, tmp_path / "cache")
+    file.write_bytes(whole)
+    assert all(map(documents, stores(open_corpus(spec, tmp_path / "cache"))))
 
 
 @pytest.mark.parametrize("name", SPLITS)

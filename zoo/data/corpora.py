@@ -17,7 +17,7 @@ from zoo.data.passkey import Passkeys
 from zoo.data.sources import Source, find_source, store_folder
 from zoo.data.store import TokenStore, open_or_build, write_store
 from zoo.data.tokenizers import Tokenizer, tokenizer_of
-from zoo.errors import choose
+from zoo.errors import choose, refuse
 
 SCORED_TOKENS = 2**20  # of a split that the bigram model is scored on
 
@@ -113,7 +113,7 @@ def open_corpus(spec: Mapping[str, Any], cache: str | Path) -> Corpus:
         store_folder(spec, cache),
         SPLITS,
         source.fingerprint,
-        lambda folder: _build(folder, source, tokenizer),
+        lambda folder: _build(folder, spec, source, tokenizer),
     )
     return Corpus(
         name=spec["name"],
@@ -127,7 +127,9 @@ def open_corpus(spec: Mapping[str, Any], cache: str | Path) -> Corpus:
     )
 
 
-def _build(folder: Path, source: Source, tokenizer: Tokenizer) -> None:
+def _build(folder: Path, spec: Mapping[str, Any], source: Source, tokenizer: Tokenizer) -> None:
+    """Write the stores. UserError where the files change meanwhile: each is read several times, and
+    a text that moves from one to another would be in two splits."""
     for split, documents in source.documents().items():
         write_store(
             folder / split,
@@ -137,3 +139,6 @@ def _build(folder: Path, source: Source, tokenizer: Tokenizer) -> None:
             vocab_size=tokenizer.vocab_size,
             source=source.fingerprint,
         )
+    if find_source(spec).fingerprint != source.fingerprint:
+        rule = "its files changed while they were read"
+        refuse("data", spec["name"], rule, "Use the same command again")

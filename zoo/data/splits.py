@@ -73,7 +73,10 @@ def _stretch(files: Files, path: Path, start: int, stop: int) -> Iterator[tuple[
         file.seek(start)
         held, left = b"", stop - start
         while held or left:
-            held += file.read(min(left, MAX_DOCUMENT + BLOCK - len(held)))
+            more = file.read(min(left, MAX_DOCUMENT + BLOCK - len(held)))
+            if left and not more:  # as often as it is read
+                refuse_path(path, "became shorter while it was read", "Use the same command again")
+            held += more
             left = stop - file.tell()
             cut = len(held) if len(held) <= MAX_DOCUMENT else _paragraph(held, MAX_DOCUMENT)
             document, held = held[:cut], held[cut:]
