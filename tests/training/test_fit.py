@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from building import ROOT, train_config, write_text
+from lightning.pytorch.callbacks import Timer
 from torch.utils._pytree import tree_leaves
 
 from zoo.errors import NonFiniteError, UserError
@@ -177,6 +178,24 @@ def test_a_validation_that_a_stop_cut_short_is_made_up_for(step, times, text, mo
     folder = run_here(text, *words, "name=cut")
     assert figures(folder) == figures(whole)
     assert folder.info["status"] == "done"
+
+
+def test_a_stop_between_two_micro_batches_goes_on_from_the_states_of_the_step(text, monkeypatch):
+    """As `trainer.max_time` stops: what was read of the next step is read again."""
+    words = ["model=mamba", "state_passing=carry", "trainer.accumulate_grad_batches=2"]
+    words += ["trainer.max_steps=4", "trainer.max_time=00:01:00:00"]
+    whole = run_here(text, *words, "name=uncut")
+
+    def stop(_, trainer, *__):
+        trainer.should_stop = trainer.fit_loop.epoch_loop.total_batch_idx == 4
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Timer, "on_train_batch_end", stop)
+        folder = run_here(text, *words, "name=cut")
+    assert (folder.info["status"], folder.info["step"]) == ("stopped", 2)
+    folder = run_here(text, *words, "name=cut")
+    assert folder.info["status"] == "done"
+    assert all(map(torch.equal, weights(folder).values(), weights(whole).values()))
 
 
 def test_an_encoder_predicts_only_what_was_chosen(tiny):

@@ -72,7 +72,10 @@ class Learner(lightning.LightningModule):
         self.max_steps, self.seq_len = max_steps, seq_len
         self.passes_state = state_passing == "carry"
         self.micro_batches, self.rows = micro_batches, rows  # rows of a whole step
-        self.states: dict[int, Any] = {}  # micro-batch -> the state after its rows' last window
+        # Micro-batch -> the state after its rows' window of the last whole step; of the next step,
+        # which a stop may break off between two micro-batches, to be read from its start again.
+        self.states: dict[int, Any] = {}
+        self._after: dict[int, Any] = {}
         self.distillation = distillation
         self.strict_loading = all(weight.requires_grad for weight in model.parameters())
         self._losses: list[Tensor] = []  # of the step's micro-batches
@@ -101,7 +104,7 @@ class Learner(lightning.LightningModule):
             if state is None or bool(batch["restart"].any()):
                 state = self.model.empty_state(len(tokens))
             loss, state = self.model.loss(tokens, state)
-            self.states[micro] = self.model.truncate_state(state, self.seq_len)
+            self._after[micro] = self.model.truncate_state(state, self.seq_len)
         elif self.distillation is not None:
             loss = self.distillation.loss(self.model, tokens)
         else:
@@ -110,6 +113,7 @@ class Learner(lightning.LightningModule):
         if len(self._losses) == self.micro_batches:
             self.log("train/loss", torch.stack(self._losses).mean())
             self._losses.clear()
+            self.states, self._after = self._after, {}
         return loss
 
     def loss(self, batch: dict[str, Any], weight: float = 1.0) -> Tensor:
