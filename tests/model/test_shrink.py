@@ -8,6 +8,7 @@ import torch
 from building import train_config, train_on_text
 
 import zoo
+import zoo.runs.files
 import zoo.runs.folder
 from zoo.cli.eval import main as eval_main
 from zoo.cli.export import main as export_main
@@ -194,13 +195,31 @@ def test_a_model_without_a_matrix_is_refused_in_the_words_of_what_was_given(spar
         shrink(model, Shrunk(run="x", sparsity=sparsity))
 
 
-def test_a_smaller_run_that_cannot_be_written_leaves_no_folder(runs, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [(zoo.runs.folder, "write_info"), (torch, "save"), (zoo.runs.files.os, "fsync")],
+)
+def test_a_smaller_run_that_cannot_be_written_leaves_no_folder(
+    place, name, runs, monkeypatch, tmp_path
+):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(zoo.runs.folder, "write_info", full)
+    monkeypatch.setattr(place, name, full)
     assert main([f"run={runs / 'x'}", "rank=4", f"to={tmp_path / 'new/deep/out'}"]) == 2
     assert not [*tmp_path.iterdir()]
+
+
+def test_of_two_processes_at_once_the_second_writes_no_smaller_run(runs, monkeypatch, tmp_path):
+    create = RunFolder.create
+
+    def second(path, config, *words):
+        create(path, config, {"status": "done"})
+        return create(path, config, *words)
+
+    monkeypatch.setattr(RunFolder, "create", second)
+    assert main([f"run={runs / 'x'}", "rank=4", f"to={tmp_path / 'out'}"]) == 2
+    assert RunFolder.open(tmp_path / "out").checkpoint() is None
 
 
 def test_a_model_of_such_units_is_refused():

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from building import files_below, write_checkpoint
 
 import zoo.runs.files
@@ -19,6 +20,7 @@ import zoo.runs.folder
 from zoo.config.compose import compose
 from zoo.errors import UserError
 from zoo.runs import checkpoints
+from zoo.runs.claim import claim
 from zoo.runs.files import CHECKED, one_line, replacing
 from zoo.runs.find import find_runs
 from zoo.runs.folder import RunFolder
@@ -77,6 +79,7 @@ def test_a_kill_while_writing_leaves_the_last_state(folder, monkeypatch):
         with pytest.raises(Killed):
             folder.update(step=2)
     assert folder.info["step"] == 1
+    (folder.path / ".run.json.1.tmp").touch()
     with folder.lock():  # the next process cleans up
         assert not list(folder.path.rglob("*.tmp"))
 
@@ -124,9 +127,10 @@ def save_through_a_library(path: Path) -> None:
             raise RuntimeError("unexpected position in file") from None
 
 
-def test_an_error_that_is_not_the_disks_passes_and_leaves_no_draft(folder):
-    with pytest.raises(ZeroDivisionError), replacing(folder.path / "run.json"):
-        _ = 1 / 0
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_error_that_is_not_the_disks_passes_and_leaves_no_draft(folder, error):
+    with pytest.raises(error), replacing(folder.path / "run.json"):
+        raise error
     assert folder.info["commit"] == "abc"
     assert not list(folder.path.rglob("*.tmp"))
 
@@ -138,6 +142,29 @@ def test_only_one_process_trains_in_a_folder(folder):
             pass
     with folder.lock():
         pass
+
+
+@pytest.mark.parametrize("failing", ["write", "mkdir"])
+def test_a_folder_that_cannot_be_held_is_reported(folder, monkeypatch, failing):
+    (folder.path / "checkpoints").rmdir()
+    monkeypatch.setattr(os, failing, full_disk)
+    said = r"run: cannot be written \(No space left on device\)\. Free some space"
+    with pytest.raises(UserError, match=said), folder.lock():
+        pass
+
+
+def test_who_comes_second_with_other_options_is_refused(tmp_path, config, monkeypatch):
+    """Both have seen no folder of that name."""
+    own, create = config.model_copy(update={"name": "x", "runs": str(tmp_path)}), RunFolder.create
+    other = own.model_copy(update={"seed": 1})
+
+    def second(path, config, info):
+        create(path, other, info)
+        return create(path, config, info)
+
+    monkeypatch.setattr(RunFolder, "create", second)
+    with pytest.raises(UserError, match="holds another run, which differs in seed"):
+        claim(own)
 
 
 def flip(path: Path) -> None:
@@ -324,6 +351,21 @@ def test_another_runs_files_are_reported(tmp_path, config):
     shutil.copy(other.path / "run.json", one.path / "run.json")
     with pytest.raises(UserError, match=r"config\.yaml: was altered .* or is another run's"):
         RunFolder.open(one.path)
+
+
+@pytest.mark.parametrize("text", [checkpoints.PART + "0", "no such mark"])
+def test_parts_that_are_gone_are_missed_though_the_seal_is_older_than_that_over_parts(
+    tmp_path, text
+):
+    path = tmp_path / "step=00000003.ckpt"
+    torch.save({"state_dict": {"model.x": text}, "global_step": 3}, path)
+    with path.open("r+b") as file:
+        checkpoints.seal(file, "a" * 12, 3)
+    assert (checkpoints.read(path) is None) == text.startswith(checkpoints.PART)
+    shards = checkpoints.shards_of(path)
+    shards.mkdir()
+    (shards / "__0_0.distcp").touch()
+    assert checkpoints.read(path) is not None
 
 
 def test_a_flipped_bit_in_every_byte_of_a_sealed_checkpoint_is_reported(tmp_path):

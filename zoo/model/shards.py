@@ -30,6 +30,7 @@ from torch.serialization import set_default_mmap_options, skip_data
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zoo.model.later import Later
+from zoo.runs.checkpoints import PART
 from zoo.runs.files import file_hash
 
 HASHES = "shards"  # of a checkpoint's entries: {file: sha256}
@@ -38,7 +39,6 @@ BLOCK_BYTES = 2**20
 # the lengths of its name and of what follows begin; where in the directory its checksum does; and
 # the directory's bytes for it without these.
 LENGTHS, CHECKSUM, ENTRY_BYTES = 26, 16, 46
-PART = "in the shards: "  # begins what is in the place of a tensor
 # What the folder's index may name: a pickle, which else could call any code.
 OF_METADATA = ("Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING")
 OF_METADATA += ("ChunkStorageMetadata", "MetadataIndex", "StorageMeta")

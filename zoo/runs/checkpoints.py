@@ -26,6 +26,7 @@ SEAL = re.compile(
     rb"zoo run=([0-9a-f]{12}|-{12}) step=(\d{12})(?: shards=([0-9a-f]{64}))? sha256=([0-9a-f]{64})"
 )
 SEAL_BYTES = len("zoo run=") + 12 + len(" step=") + 12 + len(" sha256=") + 64
+PART = "in the shards: "  # begins what is in the place of a tensor that is in parts
 MOST_SEAL_BYTES = SEAL_BYTES + len(" shards=") + 64
 BLOCK_BYTES = 1 << 20
 
@@ -112,8 +113,17 @@ def _read(files: Files) -> Checkpoint | None:
             return None
     if sealed[3] and _together({p.name: file_hash(p) for p, *_ in parts}).encode() != sealed[3]:
         return None
+    if not sealed[3] and not parts and _names_parts(path):
+        return None
     run = None if sealed[1].startswith(b"-") else sealed[1].decode()
     return Checkpoint(path, run, int(sealed[2]), sealed[4].decode())
+
+
+def _names_parts(path: Path) -> bool:
+    """Whether the tensors of a checkpoint are in parts; earlier seals did not say so."""
+    with zipfile.ZipFile(path) as archive:
+        names = (name for name in archive.namelist() if name.endswith("data.pkl"))
+        return any(PART.encode() in archive.read(name) for name in names)
 
 
 def _together(hashes: Mapping[str, str]) -> str:

@@ -26,11 +26,15 @@ def claim(config: TrainConfig) -> RunFolder:
         number += 1
         path = first.with_name(f"{first.name}-{number}")
     base = _base(config)
-    if not path.exists():
+    if path.exists():
+        folder = RunFolder.open(path)
+    else:
         files = sources(config)
         made = {"id": uuid.uuid4().hex[:12], **provenance(), **base}
-        return RunFolder.create(path, config, {**made, "sources": digest(files), "files": files})
-    folder = RunFolder.open(path)
+        info = {**made, "sources": digest(files), "files": files}
+        folder = RunFolder.create(path, config, info)
+        if folder.created:
+            return folder
     check_same_run(folder, config, "Choose another name=, or use fresh=true")
     before = (folder.info.get("base") or {}).get("weights")
     if base and before is not None and before != base["base"]["weights"]:

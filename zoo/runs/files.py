@@ -48,7 +48,8 @@ def cannot_write(path: Path, error: BaseException) -> UserError | None:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Write `path` whole or not at all: into a draft beside it, to the disk, then renamed.
 
-    UserError where the disk is full or the folder read-only; the earlier file stays.
+    UserError where the disk is full or the folder read-only; the earlier file stays, as it does
+    where a stop by signal comes between.
     """
     draft = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     try:
@@ -61,10 +62,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk
             os.fsync(folder)
             os.close(folder)
-    except Exception as error:
+    except BaseException as error:
         with suppress(OSError):
             draft.unlink()
-        if isinstance(error, UserError) or not (refusal := cannot_write(path, error)):
+        known = isinstance(error, UserError) or not isinstance(error, Exception)
+        if known or not (refusal := cannot_write(path, error)):
             raise
         raise refusal from error
 

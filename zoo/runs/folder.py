@@ -17,7 +17,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,16 @@ class RunFolder:
         return str(self.path)
 
     @classmethod
-    def create(cls, path: Path, config: TrainConfig, info: Mapping[str, Any]) -> "RunFolder":
+    def create(
+        cls,
+        path: Path,
+        config: TrainConfig,
+        info: Mapping[str, Any],
+        fill: Callable[["RunFolder"], object] = lambda _: None,
+    ) -> "RunFolder":
         """Create a folder, which appears whole; the existing one if another process was first.
 
-        Raises UserError where it cannot be written.
+        `fill` writes what it holds from the start. Raises UserError where it cannot be written.
         """
         draft = cls(path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp"))
         try:
@@ -58,6 +64,7 @@ class RunFolder:
                 start = {"status": "running", "reason": None, "step": 0, "tokens_seen": 0}
                 write_info(draft.path / "run.json", {**start, **info})
                 draft.save_config(config)
+                fill(draft)
                 os.rename(draft.path, path)
         except (OSError, UserError) as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
@@ -145,12 +152,14 @@ class RunFolder:
         except OSError as error:
             raise cannot_write(path, error) or error from error
         with file:
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            for leftover in self.path.rglob(".*.tmp"):
-                leftover.unlink()
-            (self.path / "checkpoints").mkdir(exist_ok=True)
+            try:
+                file.truncate(0)
+                os.write(file.fileno(), str(os.getpid()).encode())
+                for leftover in self.path.rglob(".*.tmp"):
+                    leftover.unlink()
+                (self.path / "checkpoints").mkdir(exist_ok=True)
+            except OSError as error:
+                raise cannot_write(self.path, error) or error from error
             yield
 
     @contextmanager

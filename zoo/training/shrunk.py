@@ -1,6 +1,7 @@
 """Makes a run of a trained one with a smaller model, which is measured and tuned like any other."""
 
 import uuid
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,9 +59,9 @@ def shrunk_run(how: Shrunk, to: Path | None = None) -> str:
         "parameters": count_parameters(model),
         "flops_per_token": forward_flops(model, config.seq_len),
     }
-    folder = RunFolder.create(path, made, facts)
-    _save(folder, model)
-    folder.update(status="done")
+    folder = RunFolder.create(path, made, facts | {"status": "done"}, partial(_save, model=model))
+    if not folder.created:  # meanwhile, by another process
+        refuse_path(path, "exists already", "Name another folder: to=<new folder>")
     smaller = f"{count_parameters(model):,} of {before:,} parameters"
     return f"{folder}: {smaller}" + (f", {zeros:,} of them zero" if zeros else "")
 
