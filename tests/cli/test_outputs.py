@@ -4,6 +4,7 @@ Before anything is read or measured, in one line, and nothing is left behind.
 """
 
 import importlib
+import os
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,19 @@ def test_what_cannot_be_written_is_refused_first(
     assert f"{option}={place}: " in line
     assert "cannot be written" in line or "must be in a folder that is there" in line
     assert files_below(tmp_path) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+@pytest.mark.parametrize(("program", "option"), outputs())
+def test_a_pipe_is_not_waited_for(program, option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("some words of a text")
+    os.mkfifo("pipe")
+    words = [*PROGRAMS[program], f"{option}=pipe"]
+    assert importlib.import_module(f"zoo.cli.{program}").main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pipe" in line or "none: there is no such run folder" in line
+    assert Path("pipe").is_fifo()
 
 
 def test_a_folder_of_drawings_is_refused_first(tmp_path, monkeypatch):

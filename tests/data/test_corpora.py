@@ -5,6 +5,7 @@ import contextlib
 import importlib.machinery
 import importlib.util
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -443,6 +444,22 @@ def test_a_file_that_is_no_tokenizer_is_refused(flat, tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     spec = text(flat, tokenizer=str(tmp_path / "bad.json"))
     refused(spec, r"bad\.json: is no tokenizers JSON", tmp_path / "cache", early=False)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_a_tokenizer_that_is_no_regular_file_is_not_waited_for(flat, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    refused(
+        text(flat, tokenizer=str(tmp_path / "pipe")), r"\(no regular file\)", tmp_path / "cache"
+    )
+
+
+@pytest.mark.parametrize("name", ["text", "jsonl", "hf"])
+def test_the_home_of_nobody_is_refused(name, tmp_path):
+    place, none = "~nobody-of-this-name/x", {"field": "text", "documents": None}
+    spec = text(place, name=name, dataset=place, cache=str(tmp_path), **none)
+    with pytest.raises(UserError):
+        check_source(spec)
 
 
 def test_a_missing_tokenizers_package_is_reported(flat, tmp_path, words, monkeypatch):

@@ -86,7 +86,7 @@ def _as_of_run(tree: dict[str, Any], given: list[str]) -> tuple[dict[str, Any], 
     The run is made here, on the text of data.*, unless it was before.
     """
     place = Path(str(tree["finetune"]))
-    if not place.is_file() and not (place / "config.json").is_file():
+    if not os.path.isfile(place) and not os.path.isfile(place / "config.json"):
         return tree, given
     from zoo.pretrained.checkpoint import check_checkpoint
     from zoo.pretrained.options import described_config

@@ -50,7 +50,7 @@ def find_files(path: str | None, suffix: str) -> Files:
             f"must be a folder with {suffix} files (or with folders train, valid and test of "
             "them), a file, or a pattern such as 'docs/**/*.md'",
         )
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))  # as it is where there is no such user
     if glob.has_magic(path) and not os.path.lexists(place):
         return _by_pattern(place)
     root = place.resolve()

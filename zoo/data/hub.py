@@ -57,7 +57,7 @@ def dataset_documents(dataset: str, field: str, count: int | None) -> dict[str, 
 
 def check_dataset(dataset: str) -> None:
     """Refuse early: the package is missing, or the hub that a name needs is out of reach."""
-    if Path(dataset).expanduser().is_dir():
+    if os.path.isdir(os.path.expanduser(dataset)):
         require_package("datasets", f"data.dataset={dataset}")
     else:
         require_hub("hf", dataset)
@@ -69,7 +69,7 @@ def _own(ours: str, names: list[str]) -> str | None:
 
 def _load(dataset: str) -> Mapping[str, Any]:
     """The splits of a data set by name, streamed."""
-    library, folder = importlib.import_module("datasets"), Path(dataset).expanduser()
+    library, folder = importlib.import_module("datasets"), Path(os.path.expanduser(dataset))
     if any((folder / name).is_file() for name in SAVED):
         loaded = library.load_from_disk(str(folder))
         return loaded if isinstance(loaded, Mapping) else {"train": loaded}

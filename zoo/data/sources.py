@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import sysconfig
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -99,7 +100,7 @@ def store_folder(spec: Spec, cache: str | Path) -> Path:
     if name == "stdlib":
         place = str(_stdlib_root())
     elif "path" in spec:
-        place = str(Path(spec["path"] or "").expanduser().resolve())
+        place = str(Path(os.path.expanduser(spec["path"] or "")).resolve())
     else:
         place = spec.get("dataset") or ""
     what = [place, identify_tokenizer(spec["tokenizer"]), spec.get("documents")]
@@ -122,7 +123,7 @@ def _hub_source(spec: Spec) -> Source:
     if spec["name"] == "pg19":
         return Source(_fingerprint([hub.PG19, count]), lambda: hub.pg19_documents(count))
     dataset, field = spec["dataset"], spec["field"]
-    folder = Path(dataset).expanduser()
+    folder = Path(os.path.expanduser(dataset))
     stamps = file_stamps(Files(folder, {"": list_files(folder, "")})) if folder.is_dir() else []
     what = [dataset, field, count, stamps]
     return Source(_fingerprint(what), lambda: hub.dataset_documents(dataset, field, count))

@@ -1,10 +1,12 @@
 """From a document's bytes to its tokens: bytes by default, or a local `tokenizers` JSON."""
 
 import codecs
+import errno
 import hashlib
 import importlib
 import importlib.util
 import itertools
+import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -208,6 +210,8 @@ def identify_tokenizer(choice: str) -> str:
     if choice == BYTES:
         return BYTES
     try:
+        if os.path.exists(choice) and not os.path.isfile(choice):  # a pipe is read for ever
+            raise OSError(errno.EINVAL, "no regular file")
         digest = hashlib.sha256(Path(choice).read_bytes()).hexdigest()
     except OSError as error:
         rule = f"must be {BYTES} or a tokenizers JSON file that can be read ({error.strerror})"

@@ -113,6 +113,8 @@ def check_file(option: str, path: str, mark: bytes, what: str, name: str) -> Non
     if os.path.isdir(file):
         advice = f"Name a file in it, such as {file / name}"
         refuse(option, path, "cannot be written, it is a folder", advice)
+    if os.path.exists(file) and not os.path.isfile(file):  # a pipe, a device: waited for, for ever
+        refuse(option, path, "is no regular file", f"Name a file, such as {name}")
     try:
         if file.exists():
             open(file, "ab").close()
