@@ -11,6 +11,7 @@ from zoo.report.charts import styles
 from zoo.report.noise import is_noise, noise_floors
 from zoo.report.page import render
 from zoo.report.rows import Cell, gather, summary
+from zoo.report.scores import score_noise
 from zoo.report.text import as_text
 
 
@@ -132,3 +133,40 @@ def test_a_mean_of_two_seeds_says_so():
     third = score_row("mamba", 512, 4.05, seed=2, run="mamba-2")
     results = gather([*rows, third], run_records([*rows, third]))
     assert " 2 seeds</small>" in render(results, styles(results))
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_one_training_read_in_many_ways_is_no_more_trainings(seeds):
+    draw, beyond, rounds = random.Random(0), 0, 1000
+    for _ in range(rounds):
+        made: dict[str, dict[int, Cell]] = {}
+        for model, readings in (("a", 9), ("b", 1), ("c", 1)):
+            own = [draw.gauss(0, 0.3) for _ in range(seeds)]
+            for i in range(readings):
+                rows = [
+                    {"status": "ok", "value": i + value, "run": f"{model}{seed}"}
+                    for seed, value in enumerate(own)
+                ]
+                made[f"{model} read in way {i}"] = {64: summary(rows, "value")}
+        floor = noise_floors(made, "count")[64]
+        one, other = (made[f"{model} read in way 0"][64].value for model in "bc")
+        beyond += not is_noise(Cell(one - other, seeds=seeds), floor)
+    assert 0.03 < beyond / rounds < 0.07
+
+
+def test_an_arm_that_has_not_learned_says_nothing_of_how_sure_the_others_are():
+    rows = [
+        score_row(arm, 512, 2.0 + more + steps * seed, seed=seed, run=f"{arm}-{seed}")
+        | {"bigram_bits": 3.5}
+        for arm, more, steps in (
+            ("transformer", 0.0, 0.05),
+            ("mamba", 0.04, 0.05),
+            *((f"dull {n}", 1.6, 0.0005) for n in range(3)),
+        )
+        for seed in range(3)
+    ]
+    learned = [row for row in rows if "dull" not in row["arm"]]
+    alone, beside = (score_noise(gather(own, []), "half_tail")[512] for own in (learned, rows))
+    assert beside.value == alone.value > 0.05
+    assert beside.of(3, "dull 0") >= alone.value
+    assert re.search(r"\nmamba +\+0.040 .*~", as_text(gather(rows, [])))

@@ -8,9 +8,17 @@ from typing import Any
 from zoo.measurement import Form, Quantity
 from zoo.report.axes import Axis
 from zoo.report.charts import DISTINCT, Drawing, Spec, Style, grid, lines
-from zoo.report.noise import noise_words
+from zoo.report.noise import noise_floors, noise_words
 from zoo.report.rows import Cell, Cells, Results
-from zoo.report.scores import NEAR, PROTOCOLS, bigram, context_gains, headline, quantization_costs
+from zoo.report.scores import (
+    NEAR,
+    PROTOCOLS,
+    bigram,
+    context_gains,
+    headline,
+    quantization_costs,
+    score_noise,
+)
 from zoo.report.tables import costs, lengths_of, shown_quantities
 from zoo.report.timings import comparable, incomparable
 from zoo.report.words import DASH, FORMS, caption, score, share, short, signed, size, times
@@ -109,7 +117,7 @@ def scores(results: Results, protocol: str) -> Lines:
         f"scores-{protocol}",
         by_length(results, cells, "bits per byte", score),
         tested(results),
-        replace(y, title=y.title + noise_words(cells, "score")),
+        replace(y, title=y.title + noise_words(score_noise(results, protocol), "score")),
         f"Bits per byte by test length, {PROTOCOLS[protocol].lower()}, one line per arm.",
         trained(results),
         level,
@@ -213,7 +221,7 @@ def quantity_figure(results: Results, task: str, quantity: Quantity) -> Lines:
     title = caption(quantity)
     if level is not None:
         title += f", {FORMS[quantity.form].text(level)} by chance"
-    title += "" if quantity.cost else noise_words(cells, quantity.form)
+    title += "" if quantity.cost else noise_words(noise_floors(cells, quantity.form), quantity.form)
     where = "-".join(map(str, quantity.where.values()))
     return Lines(
         "-".join(filter(None, (task, quantity.field, where))),

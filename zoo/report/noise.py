@@ -4,20 +4,23 @@ What two arms differ by is a result only where it is more. The standard deviatio
 pooled over all arms with several; of two means of k seeds the difference then exceeds
 t sqrt(2 / k) times it once in 20 (Student's t, two-sided, with the pooled degrees of freedom).
 The floor is given for arms of several seeds; a difference of fewer is held against a higher one.
+Arms that are the same trainings, read in several ways, vary together and count as one.
 
 An arm whose bits per byte break at a length breaks by much more or less from seed to seed, and says
 nothing of how sure the others are. Where an arm's deviation is over `OUTLYING` times that of all
-steadier ones, half of the arms at least, it is left out, and what is compared with it is held
-against the floor of all. Of shares of right answers none is left out: whether a task is learned is
-a matter of the seed for any arm, also for those whose few seeds all learned it.
+steadier ones, half of the arms at least, it is left out, as is one that has not learned, whose
+seeds all score like a guess; what is compared with it is held against the floor of all, where that
+is higher. Of shares of right answers none is left out: whether a task is learned is a matter of the
+seed for any arm, also for those whose few seeds all learned it.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from zoo.measurement import Form
-from zoo.report.rows import Cell, Cells, Results
+from zoo.report.rows import Cell, Cells
 from zoo.report.statistics import student
 from zoo.report.words import FORMS
 
@@ -41,7 +44,7 @@ class Floor:
     def source(self) -> str:
         """What it rests on, in words."""
         said = f"{self.seeds} seeds each, from {self.arms} arm{'s' if self.arms > 1 else ''}"
-        if self.outlying:
+        if self.whole > self.value:
             times = self.whole / self.value
             said += f"; {times:.1f} times it against {', '.join(sorted(self.outlying))}"
         return f"{said}; {self.of(1) / self.value:.1f} times it for one seed" * self.single or said
@@ -52,24 +55,26 @@ class Floor:
         return value * math.sqrt(self.seeds / max(1, min(seeds, self.seeds)))
 
 
-def noise_floors(cells: Cells, form: Form) -> dict[int, Floor]:
+def noise_floors(cells: Cells, form: Form, unlearned: Collection[str] = ()) -> dict[int, Floor]:
     """Length -> the floor there, at the lengths where an arm has several seeds that differ.
 
     Args:
         form: of the values: a "score" is bits per byte.
+        unlearned: the arms that have not learned.
     """
     found: dict[int, Floor] = {}
     for length in next(iter(cells.values()), {}):
         column = {label: mine[length] for label, mine in cells.items() if mine[length].seeds}
         several = {label: cell for label, cell in column.items() if cell.spread is not None}
-        if not any(cell.spread for cell in several.values()):
+        learned = {label: cell for label, cell in several.items() if label not in unlearned}
+        if not any(cell.spread for cell in learned.values()):
             continue
-        alike = _alike(several) if form == "score" else several
+        alike = _alike(learned) if form == "score" else learned
         fewest = min(cell.seeds for cell in several.values())
         value, whole = (_floor(arms, fewest) for arms in (alike, several))
         single = any(cell.seeds == 1 for cell in column.values())
         outlying = frozenset(several.keys() - alike.keys())
-        found[length] = Floor(value, fewest, len(alike), single, outlying, whole)
+        found[length] = Floor(value, fewest, len(alike), single, outlying, max(value, whole))
     return found
 
 
@@ -87,22 +92,30 @@ def _alike(several: Mapping[str, Cell]) -> dict[str, Cell]:
 
 def _pooled(several: Mapping[str, Cell]) -> tuple[float, int]:
     """The standard deviation of all arms together, and its degrees of freedom."""
-    freedom = [cell.seeds - 1 for cell in several.values()]
-    parts = (
-        math.sqrt(free) * (cell.spread or 0.0)
-        for free, cell in zip(freedom, several.values(), strict=True)
-    )
-    return math.hypot(*parts) / math.sqrt(sum(freedom)), sum(freedom)  # no overflow
+    parts, every = [], 0
+    for trainings, cells in _by_trainings(several.values()):
+        freedom = sum(cell.seeds - 1 for cell in cells)
+        alone = (math.sqrt((cell.seeds - 1) / freedom) * (cell.spread or 0.0) for cell in cells)
+        own = max(1, len(trainings) - 1) if trainings else freedom
+        parts.append(math.sqrt(own) * math.hypot(*alone))  # no overflow
+        every += own
+    return math.hypot(*parts) / math.sqrt(every), every
+
+
+def _by_trainings(cells: Iterable[Cell]) -> list[tuple[frozenset[Any], list[Cell]]]:
+    """The cells by the trainings that they are of; those that have some in common together."""
+    groups: list[tuple[frozenset[Any], list[Cell]]] = []
+    for cell in cells:
+        same = [group for group in groups if group[0] & cell.trainings]
+        groups = [group for group in groups if group not in same]
+        trainings = cell.trainings.union(*(group[0] for group in same))
+        groups.append((trainings, [one for group in same for one in group[1]] + [cell]))
+    return groups
 
 
 def _floor(several: Mapping[str, Cell], seeds: int) -> float:
     deviation, freedom = _pooled(several)
     return student(freedom) * deviation * math.sqrt(2 / seeds)
-
-
-def score_noise(results: Results, protocol: str) -> dict[int, Floor]:
-    """The floors of bits per byte."""
-    return noise_floors(results.cells("perplexity", "bits_per_byte", protocol=protocol), "score")
 
 
 def is_noise(cell: Cell, floor: Floor | None, *arms: str) -> bool:
@@ -112,7 +125,7 @@ def is_noise(cell: Cell, floor: Floor | None, *arms: str) -> bool:
     return abs(cell.value) <= floor.of(cell.seeds, *arms)
 
 
-def noise_words(cells: Cells, form: Form) -> str:
+def noise_words(floors: Mapping[int, Floor], form: Form) -> str:
     """The largest floor of a figure, for its title; nothing where none is known."""
-    floors = [floor.value for floor in noise_floors(cells, form).values()]
-    return f", noise floor {FORMS[form].text(max(floors))}" if floors else ""
+    values = [floor.value for floor in floors.values()]
+    return f", noise floor {FORMS[form].text(max(values))}" if values else ""

@@ -29,7 +29,6 @@ from zoo.report.figures import (
     task_figures,
 )
 from zoo.report.headlines import heading, one_text, tiles
-from zoo.report.noise import noise_floors, score_noise
 from zoo.report.overview import draw, overview
 from zoo.report.pictures import pictures
 from zoo.report.positions import MIN_TOKENS, position_table, positions
@@ -53,6 +52,7 @@ from zoo.report.scores import (
     context_gains,
     contexts,
     quantization_costs,
+    score_noise,
     ties,
 )
 from zoo.report.sensitivity import rates_table
@@ -243,7 +243,7 @@ def score_blocks(results: Results, look: Mapping[str, Style]) -> list[FigureBloc
         cells = results.cells("perplexity", "bits_per_byte", protocol=protocol)
         caption, tied = f"Bits per byte. {words}.", ties(results, protocol)
         best = min if one_text(results) else None
-        noise = noise_floors(cells, "score")
+        noise = score_noise(results, protocol)
         table = tables.grid(results, cells, caption, score, best, tied, noise=noise)
         block = _block(scores(results, protocol), words, table, look=look, named=True, height=380)
         blocks.append(replace(block, more=tuple(_compared(results, protocol, look))))

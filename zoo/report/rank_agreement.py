@@ -22,6 +22,7 @@ from typing import Any
 from zoo.measurement import Quantity
 from zoo.report.noise import Floor, noise_floors
 from zoo.report.rows import Results, Row, by_run, fine, gather
+from zoo.report.scores import dead
 from zoo.report.tables import shown_quantities
 from zoo.report.text import aligned
 from zoo.report.words import DASH, caption
@@ -65,7 +66,12 @@ def agreements(one: Results, other: Results, task: str) -> list[Agreement]:
         if quantity.better is None:
             continue
         floors = [
-            noise_floors(part.measured(task, quantity), quantity.form) for part in (one, other)
+            noise_floors(
+                part.measured(task, quantity),
+                quantity.form,
+                dead(part) if quantity.form == "score" else (),
+            )
+            for part in (one, other)
         ]
         values = [_values(part, task, quantity) for part in (one, other)]
         for length in sorted(values[0].keys() & values[1].keys()):

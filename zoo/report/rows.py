@@ -42,6 +42,7 @@ class Cell:
     tried: int = 0
     reason: str = "not measured"
     spread: float | None = None  # standard deviation over seeds, of two or more
+    trainings: frozenset[Any] = frozenset()  # run and seed of each value, where they are known
 
     @property
     def half(self) -> float:
@@ -212,7 +213,8 @@ def summary(rows: Sequence[Row], field: str, own: str | None = None) -> Cell:
     over_seeds = None if alike else interval(values)
     low, high = over_seeds or _ends(good[0].get(own or "")) or interval(values) or (None, None)
     mean, spread = sum(values) / len(values), deviation(values)
-    return Cell(mean, low, high, len(values), len(rows), "", spread)
+    trainings = frozenset((row["run"], row.get("seed")) for row in good if row.get("run"))
+    return Cell(mean, low, high, len(values), len(rows), "", spread, trainings)
 
 
 def contrast(rows: Sequence[Row], others: Sequence[Row], times: float = 1.0) -> Cell:

@@ -7,6 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 from zoo.measurement import is_quantized, plain_numbers
+from zoo.report.noise import Floor, noise_floors
 from zoo.report.rows import SAME_TEXT, Cell, Cells, Results, Row, contrast, in_words
 from zoo.report.statistics import finite
 from zoo.report.tables import Table, Td, Tied, overlapping
@@ -75,6 +76,12 @@ def bigram(results: Results, protocol: str | None = None) -> float | None:
     if not found or found[-1] > ALIKE * found[0]:
         return None
     return found[len(found) // 2]
+
+
+def score_noise(results: Results, protocol: str) -> dict[int, Floor]:
+    """The noise floors of bits per byte, by length."""
+    cells = results.cells("perplexity", "bits_per_byte", protocol=protocol)
+    return noise_floors(cells, "score", dead(results))
 
 
 def ties(results: Results, protocol: str) -> Tied:

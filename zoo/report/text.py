@@ -4,7 +4,7 @@ import textwrap
 
 from zoo.report import equal_operations
 from zoo.report.caveats import failures
-from zoo.report.noise import NOISE_FLOOR, Floor, is_noise, noise_floors, score_noise
+from zoo.report.noise import NOISE_FLOOR, Floor, is_noise
 from zoo.report.positions import position_table
 from zoo.report.retrieval import both_table
 from zoo.report.rows import Cell, Results
@@ -17,6 +17,7 @@ from zoo.report.scores import (
     effective_contexts,
     headline,
     quantization_costs,
+    score_noise,
 )
 from zoo.report.sensitivity import rates_table
 from zoo.report.tables import (
@@ -114,7 +115,7 @@ def _scores_as_text(results: Results, reasons: list[str]) -> list[str]:
     for label, mine in cells.items():
         gain = [_signed(gained[label][lengths[-1]])] if gained else []
         lines.append([_marked(results, label), *map(shown, mine.values()), known(label), *gain])
-    noise = noise_floors(cells, "score")
+    noise = score_noise(results, protocol)
     if noise:
         floors = (score(noise[n].value) if n in noise else DASH for n in lengths)
         lines.append([NOISE_FLOOR, *floors, "", *([""] if gained else [])])
