@@ -1,5 +1,6 @@
 """A run's model, exported: `transformers` and the zoo open it with the same weights and logits."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from zoo.__main__ import main
 from zoo.cli.train import main as train
 from zoo.config.compose import compose
 from zoo.config.groups import extensions
+from zoo.config.introspect import constructor_parameters
+from zoo.config.schema.model import Model
 from zoo.config.schema.train import TrainConfig
 from zoo.config.stages import stages_of, trained_length
 from zoo.config.validate import plain, validate
@@ -58,7 +61,11 @@ FORMS = {  # what transformers has: its class, and the options of the run
     "mamba2": ("Mamba2ForCausalLM", ["model=mamba2", "model.norm_eps=1e-5"]),
     "rwkv": (
         "RwkvForCausalLM",
-        ["model=rwkv4", "model.norm=layer_norm", "model.embedding_norm=true"],
+        [
+            *("model=rwkv4", "model.norm=layer_norm"),
+            "model.embedding_norm=true",
+            "model.norm_eps=1e-5",
+        ],
     ),
 }
 
@@ -289,6 +296,11 @@ def test_its_tokenizer_gives_the_bytes_that_the_run_was_trained_on(tmp_path):
         (["model=gla"], "transformers", "format=transformers: has no architecture"),
         (["model.mixer.sink=true"], "transformers", "sink of attention"),
         (["extension=dca"], "transformers", "extension=dca"),
+        (
+            ["extension=dynamic_ntk", "extension.factor=2", "extension.step=16"],
+            "transformers",
+            "extension.step",
+        ),
         ([], "pickle", "format=pickle: must be auto, transformers, zoo or adapter"),
     ],
 )
@@ -319,6 +331,76 @@ def test_a_model_that_transformers_has_not_is_refused_for_what_differs(name):
         assert found == f"positions={scheme}"
     else:
         assert found == others.get(name, type(mixer).__name__)
+
+
+OTHERS = {  # an option's values beside its default, where they are no switch and no number
+    "norm": ["layer_norm", "rms_norm_offset"],
+    "norm_eps": [1e-5, 1e-4],
+    "activation": ["gelu"],
+    "input_norm_eps": [1e-5],
+    "positions": [{"_target_": "zoo.positions.local_rope.LocalRope", "window": 16}],
+    "score_scale": [0.5],
+    "score_softcap": [5.0],
+    "embedding_scale": [3.0],
+    "logit_softcap": [5.0],
+}
+SIZES = ("width", "layer", "layers", "heads", "kv_heads", "head_width", "causal", "backend")
+
+
+def computed_alike(run: RunFolder, to: Path) -> bool | None:
+    """Whether `transformers` computes what a run's model does; None where it is not exported so."""
+    if isinstance(foreign(load(run), run.config), str):
+        return None
+    export(run, to, "transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(to).eval()
+    tokens = torch.randint(0, 256, (1, 40))
+    with torch.no_grad():
+        expected = theirs(tokens, use_cache=False).logits
+        return torch.allclose(load(run)(tokens), expected, atol=1e-5, rtol=1e-5)
+
+
+# 4 s for the first, 1 to 3 s for each of the others
+@pytest.mark.parametrize(
+    "form",
+    [
+        "llama",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("neox", "mamba", "mamba2", "rwkv")),
+    ],
+)
+def test_every_option_of_a_model_and_its_parts_is_exported_or_refused(form, tmp_path):
+    """Whatever one sets: the model that is written computes the same, or there is none."""
+    base, found = plain(made(tmp_path, *FORMS[form][1]).config), {}
+    block = base["model"]["blocks"][0]
+    places = [("model", name) for name in Model.unwritten]
+    for slot in (slot for slot in ("mixer", "feed_forward") if block[slot]):
+        names = constructor_parameters(block[slot]["_target_"]) or []
+        places += [(slot, name) for name in names if name not in SIZES]
+    for slot, name in places:
+        for value in OTHERS.get(name, [True, False, 2, 8]):
+            tree = copy.deepcopy(base)
+            part = tree["model"] if slot == "model" else tree["model"]["blocks"][0][slot]
+            if part.get(name, ...) == value:
+                continue
+            part[name] = value
+            try:
+                config = validate(TrainConfig, tree)
+                model, _ = build_model(config, 256)
+            except UserError:  # of another type, or not with the others
+                continue
+            place = tmp_path / f"{slot}.{name}.{len(found)}"
+            run = stored(place, config, model)
+            found[slot, name, str(value)] = computed_alike(run, place / "out")
+            if name not in OTHERS:
+                break  # one that it takes is enough
+    assert {key[:2] for key in found} == {*places}
+    assert False not in found.values(), found
+    assert {True, None} <= {*found.values()}
+
+
+def test_a_window_of_the_trained_length_is_exported(tmp_path):
+    words = ["extension=window", "extension.attention.window=null", "extension.original_length=24"]
+    assert computed_alike(made(tmp_path, *words), tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["sliding_window"] == 24
 
 
 @pytest.mark.parametrize("match", ["params", "none"])

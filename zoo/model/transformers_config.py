@@ -4,12 +4,14 @@ The converse of zoo.pretrained.families. Sizes are read from the model, since ma
 some of them; what decides is read from its parts.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from zoo.config.schema.model import Extension
+from zoo.config.schema.model import Extension, Model
+from zoo.config.schema.sections import Component
 from zoo.config.schema.train import TrainConfig
 from zoo.config.schemes import short_name
 from zoo.config.stages import scalings, trained_length
@@ -37,6 +39,31 @@ class _DiffersError(Exception):
     """Why no architecture there computes the same."""
 
 
+LAST_EPS = 1e-5  # of the norm before an RWKV-4's head, whatever its config.json says
+
+# Options of a model and of a part that an architecture there has, or that are not of what it
+# computes; at any other value than its default every other option, old or new, is a difference.
+OF_THE_MODEL: dict[type, tuple[str, ...]] = {
+    SoftmaxAttention: ("parallel_residual",),
+    RWKV4: ("embedding_norm",),
+}
+OF_A_PART: dict[type, tuple[str, ...]] = {
+    SoftmaxAttention: (
+        *("heads", "kv_heads", "head_width", "positions", "backend"),
+        *("qkv_bias", "output_bias", "qk_norm", "norm_eps"),
+    ),
+    SwiGLU: ("hidden_width", "bias"),
+    MLP: ("hidden_width",),
+    RWKV4: ("backend",),
+    ChannelMixing: ("hidden_width",),
+    Mamba: (
+        *("inner_width", "state_size", "conv_width", "dt_rank"),
+        *("input_norm_eps", "backend"),
+    ),
+    Mamba2: ("heads", "head_width", "state_size", "conv_width", "norm_eps", "backend"),
+}
+
+
 def foreign(model: Backbone, config: TrainConfig) -> Foreign | str:
     """The architecture of `transformers` that computes the same; why there is none, in words."""
     try:
@@ -49,34 +76,38 @@ def _foreign(model: Backbone, config: TrainConfig) -> Foreign:
     options, parts = config.model, cast(Block, model.blocks[0]).named_sublayers()
     mixer, feed_forward = parts["mixer"], parts.get("feed_forward")
     _require(len(options.blocks) == 1, "its layers differ")
-    _require(options.blocks[0].short_conv is None, "short_conv")
+    block = options.blocks[0]
+    _require(block.short_conv is None, "short_conv")
     _require(options.embedding_positions is None, "positions at the embedding")
-    _require(not options.sink_token, "sink_token")
     _require(model.causal, "it reads both ways")
     _require(model.frequencies is None, "its rotary frequencies are trained")
+    _require_taken(options, "norm", "norm_eps", "tied", *OF_THE_MODEL.get(type(mixer), ()))
     common = {"hidden_size": model.width, "num_hidden_layers": len(model.blocks)}
-    norms = options.norm, options.embedding_norm
-    if type(mixer) is SoftmaxAttention and isinstance(mixer.positions, Rope):
+    if type(mixer) is SoftmaxAttention and type(mixer.positions) is Rope:
+        _require_known(block.mixer, mixer, "attention")
+        if block.feed_forward is not None and feed_forward is not None:
+            _require_known(block.feed_forward, feed_forward, "its feed-forward")
         return _attention(model, config, mixer, feed_forward, common)
     if type(mixer) is SoftmaxAttention:
         kind = type(mixer.positions)
         raise _DiffersError(f"positions={short_name(f'{kind.__module__}.{kind.__name__}')}")
     _require(type(mixer) in (RWKV4, Mamba, Mamba2), type(mixer).__name__)
-    _require(not options.parallel_residual, "parallel_residual")
+    _require_known(block.mixer, mixer, type(mixer).__name__)
     if type(mixer) is RWKV4:
         _require(type(feed_forward) is ChannelMixing, "its feed-forward")
         assert isinstance(feed_forward, ChannelMixing)
-        remedy = trained_with("model.norm=layer_norm", "model.embedding_norm=true")
-        _require(norms == ("layer_norm", True), f"an RWKV-4 there has other norms; {remedy}")
+        norms = options.norm, options.embedding_norm, options.norm_eps
+        words = "model.norm=layer_norm", "model.embedding_norm=true", f"model.norm_eps={LAST_EPS:g}"
+        why = f"an RWKV-4 there has other norms; {trained_with(*words)}"
+        _require(norms == ("layer_norm", True, LAST_EPS), why)
         sizes = {
             "attention_hidden_size": model.width,
             "intermediate_size": _rows(feed_forward.k_proj),
-            "layer_norm_epsilon": options.norm_eps,
+            "layer_norm_epsilon": LAST_EPS,
             "context_length": config.seq_len,
         }
         return Foreign("RwkvForCausalLM", "rwkv", common | sizes, convert.RWKV4)
     _require(feed_forward is None, "its feed-forward")
-    _require(not options.embedding_norm, "embedding_norm")
     _require(options.norm == "rms_norm", f"norm={options.norm}")
     common |= {"layer_norm_epsilon": options.norm_eps}
     if type(mixer) is Mamba:
@@ -119,8 +150,6 @@ def _attention(
     feed_forward: nn.Module | None,
     common: Mapping[str, Any],
 ) -> Foreign:
-    for name in ("sink", "logit_scale", "gate_proj"):
-        _require(_absent(mixer, name), f"{name} of attention")
     options, qkv, output = config.model, *_biases(mixer)
     window, scaling = _window(config), _scaling(mixer, config)
     sizes = {
@@ -147,8 +176,8 @@ def _attention(
             "rope_parameters": scaling | {"partial_rotary_factor": share},
         }
         return Foreign("GPTNeoXForCausalLM", "gpt_neox", sizes | more, convert.GPT_NEOX)
+    _require(options.norm == "rms_norm", f"norm={options.norm}")
     _require(not options.parallel_residual, "parallel_residual with RMSNorm")
-    _require(not options.embedding_norm, "embedding_norm")
     _require(type(feed_forward) is SwiGLU, "its feed-forward")
     assert isinstance(feed_forward, SwiGLU)
     assert isinstance(mixer.positions, Rope)
@@ -190,11 +219,6 @@ def _biases(mixer: SoftmaxAttention) -> tuple[bool, bool]:
     return mixer.q_proj.bias is not None, mixer.o_proj.bias is not None
 
 
-def _absent(mixer: SoftmaxAttention, name: str) -> bool:
-    value = getattr(mixer, name)
-    return value is None or value is False
-
-
 def _window(config: TrainConfig) -> int | None:
     """The window of extension=window without kept first tokens, part of the model."""
     pattern = config.extension.attention
@@ -205,6 +229,8 @@ def _window(config: TrainConfig) -> int | None:
     given = pattern.options
     plain = config.extension.name == "window" and not given.get("sinks")
     _require(plain, f"extension={config.extension.name}")
+    if given.get("window") is None:  # the length that it was trained at
+        return config.extension.original_length or config.seq_len
     return given["window"]
 
 
@@ -216,6 +242,7 @@ def _scaling(mixer: SoftmaxAttention, config: TrainConfig) -> dict[str, Any]:
     _require(not earlier or _replaces(config.extension), "scalings of several stages")
     if part is None:
         return {"rope_type": "default", "rope_theta": base}
+    _require(config.extension.step is None, "extension.step")
     kind, factor = part.target.rpartition(".")[2], config.extension.factor
     length = config.extension.original_length or config.seq_len
     found: dict[str, Any] = {"rope_theta": base, "factor": factor}
@@ -272,6 +299,20 @@ def _whole(inner: int, width: int, matched: bool) -> int:
 def trained_with(*words: str) -> str:
     """The settings, in words, that a run needs for an architecture there."""
     return f"trained with {' '.join(words)} it is exported so"
+
+
+def _require_taken(options: Model, *names: str) -> None:
+    """Every option of a model that is not among the names is at its default."""
+    for name, default in Model.unwritten.items():
+        _require(name in names or getattr(options, name) == default, name)
+
+
+def _require_known(part: Component, made: nn.Module, what: str) -> None:
+    """Every option of a part that is not in OF_A_PART is at its default."""
+    defaults = inspect.signature(type(made)).parameters
+    for name, value in part.options.items():
+        known = name in OF_A_PART.get(type(made), ()) or value == defaults[name].default
+        _require(known, f"{name} of {what}")
 
 
 def _require(holds: bool, why: str) -> None:
