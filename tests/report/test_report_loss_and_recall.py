@@ -14,6 +14,7 @@ from zoo.report.retrieval import (
     both_table,
     changes_of_both,
     depth_cells,
+    depth_map,
     forgetting,
     state_figure,
 )
@@ -99,6 +100,20 @@ def test_keys_are_counted_by_length_and_depth_over_all_seeds():
     cells = depth_cells(gather(rows, run_records(rows)))["mamba"]
     assert [cell["share"] for cell in cells] == [1, 1, 0.5, 0.5, 0.5]
     assert cells[0]["keys"] == "20 of 20"
+
+
+def test_a_depth_is_where_the_key_was_however_many_depths_a_length_has():
+    rows = [found("mamba", 512, 50, 1), found("mamba", 1024, 50, 1)]
+    rows[1] |= {"correct_by_depth": [5, 4, 3, 2, 1, 0, 1, 2, 3, 4], "count": 50}
+    rows.append(found("mamba", 2048, 50, 1) | {"correct_by_depth": [50]})
+    cells = depth_cells(gather(rows, run_records(rows)))["mamba"]
+    values = depth_map("mamba", cells).data.values
+    at = {(value["at"], value["depth"]): value["keys"] for value in values}
+    assert at["512", "100%"] == "10 of 10"
+    assert at["1k", "100%"] == "4 of 5"
+    assert [depth for length, depth in at if length == "512"] == ["0%", "25%", "50%", "75%", "100%"]
+    assert at["2k", "0%"] == "50 of 50"
+    assert len(at) == len(cells) == 16
 
 
 def test_every_arm_has_a_map_of_its_own_with_words_for_it():

@@ -182,13 +182,17 @@ def state_figure(results: Results) -> Lines:
 
 
 def depth_cells(results: Results) -> dict[str, list[Spec]]:
-    """Arm -> the share of keys found at each length and depth, pooled over its runs."""
-    found: dict[str, dict[tuple[int, int], list[int]]] = {}
+    """Arm -> the share of keys found at each length and depth, pooled over its runs.
+
+    A depth is a share of the text: rows of two lengths may have other numbers of depths.
+    """
+    found: dict[str, dict[tuple[int, float], list[int]]] = {}
     for row in results.where(task="passkey", status="ok"):
         right = row.get("correct_by_depth") or []
         if not right or not row.get("count"):
             continue
-        for depth, hits in enumerate(right):
+        for place, hits in enumerate(right):
+            depth = place / max(1, len(right) - 1)
             cell = found.setdefault(row["label"], {}).setdefault((row["length"], depth), [0, 0])
             cell[0] += hits
             cell[1] += row["count"] // len(right)
@@ -204,10 +208,12 @@ def depth_cells(results: Results) -> dict[str, list[Spec]]:
 
 def depth_map(label: str, values: list[Spec], width: int | str = "container") -> Drawing:
     """One arm's keys by length and depth: the brighter the more were found."""
-    depths = 1 + max(value["depth"] for value in values)
-    names = [f"{100 * depth / max(depths - 1, 1):.0f}%" for depth in range(depths)]
+    depths = sorted({value["depth"] for value in values})
+    digits = 0 if len({f"{depth:.2f}" for depth in depths}) == len(depths) else 2
+    names = [f"{depth:.{digits}%}" for depth in depths]
     values = [
-        value | {"depth": names[value["depth"]], "at": short(value["length"])} for value in values
+        value | {"depth": names[depths.index(value["depth"])], "at": short(value["length"])}
+        for value in values
     ]
     order = list(dict.fromkeys(value["at"] for value in values))
     axis = alt.Axis(title="length in tokens", labelAngle=0, grid=False)
@@ -223,7 +229,7 @@ def depth_map(label: str, values: list[Spec], width: int | str = "container") ->
     )
     about = f"Share of passkeys that {label} finds, by length and depth of the key."
     return alt.layer(*layers).properties(
-        width=width, height=STEP * depths, title=label, description=about
+        width=width, height=STEP * len(depths), title=label, description=about
     )
 
 
