@@ -1,5 +1,7 @@
 """Claims: judged where all they compare was measured, decided where an interval is on one side."""
 
+import itertools
+
 import pytest
 
 from zoo.report.claims import (
@@ -232,3 +234,37 @@ def test_an_arm_whose_accuracy_is_a_guess_decides_nothing():
     (found,) = judge(gather(rows, []))
     assert (found.claim.number, found.verdict) == (14, "not shown at this scale")
     assert "mamba has not learned" in found.why
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({}, ""),
+        ({"session": "b"}, "timed in another session"),
+        ({"threads": 8}, "timed with other threads"),
+        ({"device": "gpu"}, "timed on another machine"),
+    ],
+)
+def test_times_that_no_table_ranks_decide_no_claim(changed, why):
+    arms, rows = ("rwkv7", "retnet", "cosformer"), []
+    for arm, times, seed in itertools.product(arms, (1, 16), (0, 1)):
+        speed = {"task": "speed", "phase": "forward", "tokens_per_second": 9.0, "session": "a"}
+        speed |= changed if (arm, times) == ("retnet", 16) else {}
+        rows.append(copied(arm, times, 0, seed) | {"state_bytes": 8} | speed)
+        rows.append(copied(arm, times, 0, seed) | {"state_bytes": 8, "task": "speed"})
+        rows[-1] |= {"phase": "decode"}
+    (found,) = judge(gather(rows, []))
+    assert found.claim.number == 17
+    assert (found.verdict == "holds") == (not changed)
+    assert found.why == (f"retnet speed at 16 L was {why} than retnet speed at L" if why else "")
+
+
+def test_l_is_the_training_length_of_the_reference_also_among_a_part_of_the_rows():
+    rows = [
+        copied(arm, times, right, seed) | {"train_length": L if arm == "transformer" else 2 * L}
+        for arm, right in (("mamba", 0.9), ("gated_deltanet", 1.0), ("retnet", 0.4))
+        for times, seed in itertools.product((4, 8), (0, 1))
+    ]
+    rows += [copied("transformer", 4, 0.3, seed) for seed in (0, 1)]
+    (found,) = judge(gather(rows, []))
+    assert found.verdict == "holds"

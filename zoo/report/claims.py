@@ -12,6 +12,7 @@ is judged where all it compares was measured.
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +21,10 @@ from typing import Literal
 import yaml
 
 from zoo.paths import shipped
-from zoo.report.rows import Cell, Results, Row, contrast
+from zoo.report.rows import Cell, Results, Row, contrast, reference_arm
 from zoo.report.scores import dead
 from zoo.report.statistics import finite
+from zoo.report.timings import apart
 
 Verdict = Literal["holds", "does not hold", "not shown at this scale"]
 HOLDS: Verdict = "holds"
@@ -163,7 +165,7 @@ class Claim:
         if not self.where:
             return results
         rows = [r for r in results.rows if all(r.get(name) == one for name, one in self.where)]
-        return replace(results, rows=rows, reference=rows[0]["label"] if rows else None)
+        return replace(results, rows=rows, reference=reference_arm(rows))
 
     def bears_on(self, results: Results) -> bool:
         """Whether the rows have, at any length, what one of its comparisons needs of an arm."""
@@ -218,7 +220,18 @@ def _problem(results: Results, claim: Claim) -> str:
             return f"{score.arm} {why}"
         if score.times == 1 and rows and all(_at_chance(score, row) for row in rows):
             return f"{score.arm} has not learned: its {score.what} is what a guess would have"
-    return ""
+    whys = (why for each in claim.comparisons if (why := _timed_apart(each, results)))
+    return next(whys, "")
+
+
+def _timed_apart(each: Comparison, results: Results) -> str:
+    """Why the times that are compared may not be; nothing where they may, or are no times."""
+    if each.score.what != "speed":
+        return ""
+    pairs = itertools.product(each.score.rows(results), each.other.rows(results))
+    same = ((row, other) for row, other in pairs if row.get("seed") == other.get("seed"))
+    why = next((why for pair in same if (why := apart(*pair))), "")
+    return f"{each.score} was {why} than {each.other}" if why else ""
 
 
 def _at_chance(score: Score, row: Row) -> bool:

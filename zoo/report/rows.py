@@ -291,12 +291,17 @@ def gather(rows: Iterable[Mapping[str, Any]], runs: Iterable[Mapping[str, Any]])
     lengthen(records, runs)
     spread_leaks(records)
     arms = list(dict.fromkeys(row["label"] for row in records))
-    plain = [
+    return Results(records, runs, arms, reference_arm(records), tuple(rates))
+
+
+def reference_arm(rows: Sequence[Row]) -> str | None:
+    """The label of the arm that others are compared with: the plain transformer, or the first."""
+    plain = (
         row["label"]
-        for row in records
+        for row in rows
         if row.get("model") == "transformer" and row.get("extension") in (None, "none")
-    ]
-    return Results(records, runs, arms, next(iter(plain or arms), None), tuple(rates))
+    )
+    return next(itertools.chain(plain, (row["label"] for row in rows)), None)
 
 
 def unfinished(run: Mapping[str, Any]) -> str | None:

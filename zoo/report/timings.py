@@ -59,6 +59,12 @@ def incomparable(results: Results, task: str, quantity: Quantity) -> dict[str, s
     return {label: _word(own, most) for label, own in settings.items() if own != most}
 
 
+def apart(one: Row, other: Row) -> str:
+    """Why the times of two rows may not be compared; nothing where they may."""
+    settings = _setting([one]), _setting([other])
+    return "" if settings[0] == settings[1] else _word(*settings)
+
+
 def comparable(results: Results, task: str, quantity: Quantity) -> Cells:
     """What was measured of a quantity, without the arms whose times may not be compared."""
     without = incomparable(results, task, quantity)
