@@ -65,7 +65,8 @@ class Quantity:
     @property
     def timed(self) -> bool:
         """Whether it is a time or a rate, which depends on the machine and on its load."""
-        return self.cost and "second" in self.unit
+        said = f"{self.name}, {self.unit}"
+        return "per second" in said or "seconds" in said
 
     def of(self, row: Mapping[str, Any]) -> bool:
         """Whether a row is one of this quantity's."""

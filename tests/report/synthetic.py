@@ -1,14 +1,19 @@
 """Rows as `eval.py` would write them, with numbers made up to look like the real ones."""
 
+import importlib
 import itertools
 import math
 import random
 from typing import Any
 
+import yaml
+
+from zoo.config.groups import CONFIGS
 from zoo.tasks.passkey import Passkey
 from zoo.tasks.perplexity import Perplexity
 from zoo.tasks.speed import Speed
 from zoo.tasks.stream import Stream
+from zoo.tasks.task import Task
 
 TRAIN = 512
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -115,3 +120,14 @@ def experiment(arms: dict = ARMS, seeds: int = 1) -> list[dict[str, Any]]:
 def run_records(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The run.json of every run in the rows."""
     return [{"run": run, "status": "done"} for run in dict.fromkeys(row["run"] for row in rows)]
+
+
+def tasks() -> list[type[Task]]:
+    """Every class that a YAML file of a task names."""
+    found = {}
+    for file in sorted((CONFIGS / "task").glob("*.yaml")):
+        for options in yaml.safe_load(file.read_text(encoding="utf-8")).values():
+            if isinstance(options, dict) and "_target_" in options:
+                module, _, name = options["_target_"].rpartition(".")
+                found[options["_target_"]] = getattr(importlib.import_module(module), name)
+    return [*found.values()]

@@ -1,13 +1,9 @@
 """Tables and caveats, on rows made by hand with known answers."""
 
-import importlib
-
 import pytest
-import yaml
-from synthetic import experiment, identity, run_records, score_row
+from synthetic import experiment, identity, run_records, score_row, tasks
 
 import zoo.report.scores
-from zoo.config.groups import CONFIGS
 from zoo.report import tables
 from zoo.report.caveats import banners, failures, limits
 from zoo.report.charts import styles
@@ -16,8 +12,8 @@ from zoo.report.rows import Cell, gather
 from zoo.report.statistics import interval
 from zoo.report.text import as_text
 from zoo.report.words import DASH, TIMES, count, score, short, size
+from zoo.tasks.documents import Documents
 from zoo.tasks.generate import Generate
-from zoo.tasks.task import Task
 
 
 def cells_of(*values, start=512):
@@ -342,17 +338,6 @@ def test_a_stream_alone_is_reported_in_the_terminal_too():
     assert "no score" not in text
 
 
-def tasks() -> list[type[Task]]:
-    """Every class that a YAML file of a task names."""
-    found = {}
-    for file in sorted((CONFIGS / "task").glob("*.yaml")):
-        for options in yaml.safe_load(file.read_text(encoding="utf-8")).values():
-            if isinstance(options, dict) and "_target_" in options:
-                module, _, name = options["_target_"].rpartition(".")
-                found[options["_target_"]] = getattr(importlib.import_module(module), name)
-    return [*found.values()]
-
-
 @pytest.mark.parametrize("task", tasks(), ids=lambda task: task.__name__)
 def test_no_quantity_of_a_task_is_of_rows_of_two_kinds(task):
     """Rows of two protocols or data sets at one length are two numbers, of whatever quantity."""
@@ -372,3 +357,15 @@ def test_several_prompts_of_a_run_count_as_their_mean():
     assert quantity.name == "tokens written"
     (table,) = tables.task_tables(results, "generate")
     assert [row[1].text for row in table.rows] == ["25", "40"]
+
+
+def test_a_value_that_is_no_difference_is_not_grey_below_the_noise_floor():
+    rows = []
+    for arm, seed in (("mamba", 0), ("mamba", 1), ("lstm", 0), ("lstm", 1)):
+        for length in (512, 1024):
+            row = identity(arm, seed) | {"task": "documents", "dataset": "qasper", "length": length}
+            row |= {"score": 0.5, "cut": 0.1 + 0.8 * seed, "shots_read": 0.0, "state_bytes": 8}
+            rows.append(row | {"declares": Documents.declares.plain(row)})
+    found = tables.task_tables(gather(rows, run_records(rows)), "documents")
+    assert "noise floor" in {row[0].text for table in found for row in table.rows}
+    assert not {cell.kind for table in found for row in table.rows for cell in row} & {"noise"}

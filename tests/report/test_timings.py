@@ -1,7 +1,7 @@
 """Times are compared only among arms of one machine, one number of threads and one session."""
 
 import pytest
-from synthetic import experiment, run_records
+from synthetic import experiment, identity, run_records, tasks, with_declaration
 
 from zoo.report.charts import styles
 from zoo.report.figures import cost_figures
@@ -85,3 +85,27 @@ def test_seeds_of_two_sessions_are_no_session():
     results = gather(rows, [])
     shown = next(shown for shown in costs(results) if shown[1].timed)
     assert incomparable(results, *shown) == {"mamba": "timed in another session"}
+
+
+@pytest.mark.parametrize("task", tasks(), ids=lambda task: task.__name__)
+def test_whatever_is_counted_by_the_second_is_a_time(task):
+    for quantity in task.declares.quantities:
+        assert quantity.timed == ("per_second" in quantity.field or "seconds" in quantity.field)
+
+
+@pytest.mark.parametrize(("changed", "why"), OTHERS)
+def test_the_speed_of_reading_a_long_text_is_ranked_among_times_of_one_setting(changed, why):
+    rows = []
+    for arm, rate in (("mamba", 100.0), ("lstm", 90.0), ("far", 500.0)):
+        for length in (512, 1024):
+            row = identity(arm) | {"task": "stream", "length": length, "session": "a"}
+            row |= {"bits_per_byte": 2.0, "tokens_per_second": rate, "late_tokens_per_second": rate}
+            row |= {"session": None} if "time" in changed else {}
+            rows.append(with_declaration(row | (changed if arm == "far" else {})))
+    results = gather(rows, run_records(rows))
+    for quantity in results.tasks["stream"].quantities:
+        if "per_second" in quantity.field:
+            table = quantity_table(results, "stream", quantity)
+            assert table
+            assert [row[0].note for row in table.rows] == ["", "", why]
+            assert [row[1].kind for row in table.rows] == ["best", "", ""]

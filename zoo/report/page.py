@@ -268,7 +268,7 @@ def _compared(results: Results, protocol: str, look: Mapping[str, Style]) -> Ite
         )
     title = f"Bits per byte less those of {results.reference} on the same text."
     apart, noise = results.differences(protocol), score_noise(results, protocol)
-    table = tables.grid(results, apart, title, signed, noise=noise)
+    table = tables.grid(results, apart, title, signed, noise=noise, differences=True)
     yield FigureBlock(f"differences-{protocol}", title, "", None, table, [])
 
 

@@ -150,12 +150,14 @@ def grid(
     sure: Callable[[Cell], str] = plus_minus,
     noise: Mapping[int, Floor] | None = None,
     apart: Mapping[str, str] | None = None,
+    *,
+    differences: bool = False,
 ) -> Table | None:
     """Arms down, lengths across: the best of a column marked, and what does not differ from it.
 
-    Where a noise floor is given it is the last row; where no best is marked, values are differences
-    between arms, and those below the floor are marked as noise. `apart` has the arms that are not
-    compared with the others, each with the note that says why.
+    Where a noise floor is given it is the last row; where values are `differences` to the reference
+    arm, those below the floor are marked as noise. `apart` has the arms that are not compared with
+    the others, each with the note that says why.
     """
     if not cells:
         return None
@@ -182,7 +184,7 @@ def grid(
                     kind = "best"
                 elif top and tied and tied(label, top, length):
                     kind = "tie"
-                elif not best and is_noise(mine[length], noise.get(length), *pair):
+                elif differences and is_noise(mine[length], noise.get(length), *pair):
                     kind = NOISE
                 row.append(_value(mine[length], text, kind, sure, says_two=seeds != {2}))
         table.rows.append(row)
