@@ -2,20 +2,21 @@
 
 import functools
 import shutil
+from pathlib import Path
 
 import pytest
 from building import ARCHITECTURES, ROOT, train_config
 
 from zoo.cli.arms import Arm
 from zoo.cli.launch import launch
+from zoo.cli.train import check
 from zoo.config import compose, groups
 from zoo.config.schema.train import TrainConfig
+from zoo.runs.folder import RunFolder
 
 
 def swept(*words: str) -> list[TrainConfig]:
     """The configurations with which a sweep over `words` starts its arms."""
-    from zoo.cli.train import check
-
     started: list[TrainConfig] = []
 
     def job(config: TrainConfig, _arm: Arm | None) -> int:
@@ -47,6 +48,16 @@ def test_an_arm_of_a_sweep_is_the_run_that_its_options_make_alone(option, values
     arms = swept(f"{option}={','.join(values)}", *beside)
     alone = [train_config(f"{option}={value}", *beside) for value in values]
     assert [arm.model_dump() for arm in arms] == [one.model_dump() for one in alone]
+
+
+@pytest.mark.usefixtures("in_empty_folder")
+def test_runs_of_the_same_options_go_on_side_by_side_and_one_only_once(capsys):
+    """As fresh=true makes them: x, and x-2 beside it."""
+    for name in ("x", "x-2"):
+        RunFolder.create(Path(name), train_config("size=tiny"), {})
+    assert [one.resume for one in swept("resume=x,x-2")] == ["x", "x-2"]
+    assert launch("train", ["-m", "resume=x,./x"], usage="", check=check, job=pytest.fail) == 2
+    assert "resume=./x: is given twice" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("in_empty_folder")

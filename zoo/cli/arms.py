@@ -5,6 +5,7 @@ import math
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.core.global_hydra import GlobalHydra
@@ -139,7 +140,8 @@ def _check_distinct(arms: list[list[Override]], configs: list[Any]) -> None:
     seen = set()
     for arm, config in zip(arms, configs, strict=True):
         if isinstance(config, TrainConfig) and not config.fresh and not config.name:
-            name = run_name(config)
+            place = config.resume and Path(config.resume).resolve()  # of one name may be several
+            name = (place, run_name(config))
             if name in seen:
                 label = " ".join(str(override.input_line) for override in arm)
                 refuse_path(label, "is given twice", "Give each run once")
