@@ -53,6 +53,12 @@ def stop_after_7(config, folder: RunFolder, *_) -> None:
     raise KeyboardInterrupt("stopped by SIGTERM at step 7")
 
 
+def stop_before_7_is_noted(config, folder: RunFolder, *_) -> None:
+    """As a kill between the checkpoint and run.json does."""
+    write_checkpoint(folder, "step=00000007.ckpt")
+    raise KeyboardInterrupt("stopped by SIGTERM")
+
+
 def refuse(config, folder: RunFolder, *_) -> None:
     raise ValueError("heads=3: must divide\nwidth=64.")
 
@@ -225,6 +231,15 @@ def edit_code(monkeypatch, **files: str) -> None:
     )
 
 
+@pytest.mark.parametrize("learner", [stop_after_7, stop_before_7_is_noted])
+def test_a_run_that_has_steps_does_not_go_on_with_another_text(learner, train):
+    train("name=mine", learner=learner)
+    only_run().update(fingerprint="its own")
+    zoo.runs.claim.check_data("text", "its own", only_run())
+    with pytest.raises(UserError, match="is not the text that runs/mine was trained on"):
+        zoo.runs.claim.check_data("text", "another", only_run())
+
+
 def test_weights_that_other_code_made_are_not_already_trained(train, monkeypatch):
     train("name=mine")
     before = only_run().info["sources"]
@@ -239,8 +254,9 @@ def test_weights_that_other_code_made_are_not_already_trained(train, monkeypatch
     assert train("name=mine", "changed_code=accept", learner=refuse)[0] == 0  # nothing to train
 
 
-def test_a_run_goes_on_under_other_code_only_when_accepted_and_says_so(train, monkeypatch):
-    train("name=mine", learner=stop_after_7)
+@pytest.mark.parametrize("learner", [stop_after_7, stop_before_7_is_noted])
+def test_a_run_goes_on_under_other_code_only_when_accepted_and_says_so(learner, train, monkeypatch):
+    train("name=mine", learner=learner)
     before = only_run().info["sources"]
     edit_code(monkeypatch, **{"zoo/model/backbone.py": "changed"})
     for words in (["resume=runs/mine"], ["name=mine"]):

@@ -94,11 +94,12 @@ def _record_code(folder: RunFolder, config: TrainConfig) -> None:
     """Write to run.json which code trains the run from now on, and which did until now."""
     info, files = folder.info, sources(config)
     now, before = digest(files), info.get("sources")
-    if info["step"] and not before:
+    step = folder.step
+    if step and not before:
         return  # the code of its first steps is not known
     earlier = list(info.get("earlier_sources") or [])
-    if info["step"] and before != now:
-        earlier.append({"sources": before, "until_step": info["step"]})
+    if step and before != now:
+        earlier.append({"sources": before, "until_step": step})
     folder.update(sources=now, files=files, earlier_sources=earlier)
 
 
@@ -108,7 +109,7 @@ def changed_code(folder: RunFolder, config: TrainConfig) -> list[str] | None:
     None where that is not known: the run is older than the record, or has no step yet.
     """
     info = folder.info
-    if not info["step"] or not info.get("sources"):
+    if not info.get("sources") or not folder.step:
         return None
     files, before = sources(config), info.get("files")
     if digest(files) == info["sources"]:
@@ -133,7 +134,7 @@ def check_data(name: str, fingerprint: str, folder: RunFolder) -> None:
     """Refuse to go on with a run on another text or task than it began on."""
     info = folder.info
     began = info.get("fingerprint")
-    if info["step"] and began and began != fingerprint:
+    if began and began != fingerprint and folder.step:
         has_path = "path" in folder.config.data.options
         place = ", say where it is now with data.path=<folder>" if has_path else ""
         refuse(

@@ -117,6 +117,15 @@ class RunFolder:
         """Change fields of run.json."""
         write_info(self.path / "run.json", {**self.info, **changes})
 
+    @property
+    def step(self) -> int:
+        """The steps that it has: a kill may come between a checkpoint and its note in run.json.
+
+        UserError where there are checkpoints and none is whole.
+        """
+        last = next(self.whole_checkpoints(), None)
+        return max(self.info["step"], (last and last.step) or 0)
+
     def record_stop(self, reason: str) -> None:
         """Record in run.json that the run was stopped, and why."""
         self.update(status="stopped", reason=reason)
