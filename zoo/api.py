@@ -1,6 +1,6 @@
 """zoo from Python: `zoo.load`, `zoo.rows`, `zoo.write_report`. Imported when one is used."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from zoo import report
 from zoo.config.domains import check
 from zoo.model.language_model import load_language_model as load
 from zoo.runs.files import check_path, check_report
-from zoo.runs.find import find_runs
+from zoo.runs.find import find_distinct_runs, find_runs
 from zoo.runs.folder import RunFolder
 from zoo.tasks.known import all_known, require_known
 
@@ -57,15 +57,18 @@ def write_report(
     """
     check("html", html, str | Path, "report.html")
     check_report("html", str(html))
-    found, records = require_known(_words(pattern), _found(pattern, folder), "pattern")
+    folders = _found(pattern, folder, find_distinct_runs)
+    found, records = require_known(_words(pattern), folders, "pattern")
     return report.write_report(found, records, Path(html))
 
 
-def _found(pattern: Pattern, folder: str | Path) -> list[RunFolder]:
+def _found(
+    pattern: Pattern, folder: str | Path, find: Callable[..., list[RunFolder]] = find_runs
+) -> list[RunFolder]:
     check("pattern", pattern, Pattern)
     check("folder", folder, str | Path, "runs")
     check_path("folder", str(folder))
-    return find_runs(_words(pattern), str(folder), "pattern")
+    return find(_words(pattern), str(folder), "pattern")
 
 
 def _words(pattern: Pattern) -> str | list[str]:

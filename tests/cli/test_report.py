@@ -80,7 +80,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(words, said, tmp_path, monk
 def test_what_run_folders_hold_is_drawn_without_measuring(tmp_path, monkeypatch, capsys):
     rows = [{"run": "a", "arm": "lstm", "model": "lstm", "task": "accuracy", "status": "ok"}]
     rows = [rows[0] | {"length": n, "accuracy": 0.75, "seed": 0} for n in (16, 64)]
-    monkeypatch.setattr("zoo.cli.report.find_runs", lambda pattern, _: [pattern])
+    monkeypatch.setattr("zoo.cli.report.find_distinct_runs", lambda pattern, _: [pattern])
     monkeypatch.setattr("zoo.tasks.known.all_known", lambda folders: (rows, []))
     assert main(["run=runs/*", f"report={tmp_path}/page.html"]) == 0
     assert "lstm" in (tmp_path / "page.html").read_text()
@@ -94,7 +94,7 @@ def test_every_option_acts_or_is_refused_by_name(words, option, tmp_path, monkey
     table(tmp_path)
     (tmp_path / "others").mkdir()
     monkeypatch.setattr(published, "FOLDER", tmp_path)
-    monkeypatch.setattr("zoo.cli.report.find_runs", lambda *place: place)
+    monkeypatch.setattr("zoo.cli.report.find_distinct_runs", lambda *place: place)
     monkeypatch.setattr("zoo.tasks.known.all_known", lambda place: ([{}], [str(place)]))
     monkeypatch.setattr("zoo.report.write_report", lambda _, runs, page: f"{page} of {runs}")
     monkeypatch.chdir(tmp_path)

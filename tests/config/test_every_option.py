@@ -123,7 +123,7 @@ def test_every_option_of_measuring_is_refused_or_what_it_says(monkeypatch, tmp_p
         tree = composed("eval", "run=run", f"task={task}", *words)
         paths = [path for path, _ in leaves(tree) if not path.endswith("_target_")]
         evaluate = program("eval")
-        monkeypatch.setattr(evaluate, "find_runs", lambda *_: runs)
+        monkeypatch.setattr(evaluate, "find_distinct_runs", lambda *_: runs)
         common = [] if task != "speed" else [path for path in paths if "." not in path]
         paths = [path for path in paths if path.startswith("task.")] + common
         assert walk(evaluate.check, tree, paths) == []

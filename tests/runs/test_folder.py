@@ -15,8 +15,10 @@ import pytest
 import torch
 from building import files_below, write_checkpoint
 
+import zoo
 import zoo.runs.files
 import zoo.runs.folder
+from zoo.__main__ import main
 from zoo.config.compose import compose
 from zoo.errors import UserError
 from zoo.runs import checkpoints
@@ -252,6 +254,22 @@ def test_runs_are_found_by_path_by_name_and_by_pattern(tmp_path, config, monkeyp
         names("notes")
     with pytest.raises(UserError, match=r"run=c\*: no run folder matches"):
         names("c*")
+
+
+@pytest.mark.parametrize("reads", ["eval", "report", "rankings", "zoo.write_report"])
+def test_two_runs_of_one_name_pass_for_no_two_seeds(reads, tmp_path, config, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for place in ("runs/one/a", "runs/two/a", "runs/two/b"):
+        RunFolder.create(Path(place), config, {})
+    if reads == "zoo.write_report":
+        with pytest.raises(UserError) as caught:
+            zoo.write_report(["runs/one/a", "runs/two/*"])
+        said = f"{caught.value}\n"
+    else:
+        assert main([reads, "run=runs/*/a"]) == 2
+        said = capfd.readouterr().err
+    assert "finds two runs named a: runs/one/a and runs/two/a. Name one of them, or " in said
+    assert said.count("\n") == 1
 
 
 def test_errors_are_one_line():

@@ -26,7 +26,7 @@ from zoo.devices import check_device, cuda_devices
 from zoo.errors import UserError, refuse
 from zoo.pretrained.options import described_config
 from zoo.runs.files import ROWS, check_file, check_report
-from zoo.runs.find import find_runs
+from zoo.runs.find import find_distinct_runs
 from zoo.runs.folder import RunFolder
 from zoo.runs.resume import with_place
 from zoo.training.partition import crowded
@@ -58,7 +58,7 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
         check_file("publish", str(config.publish), ROWS, "file of published rows", "rows.json")
     _check_ranks(config)
     check_device(config.device)
-    folders = find_runs(config.run, config.runs) if config.run else []
+    folders = find_distinct_runs(config.run, config.runs) if config.run else []
     if config.checkpoint:
         _check_checkpoint(config.checkpoint, config)
     trained = [*_trained(config, folders)]
@@ -104,7 +104,7 @@ def job(config: EvalConfig, arm: Arm | None) -> int:
     from this.
     """
     del arm
-    folders = find_runs(config.run, config.runs) if config.run else []
+    folders = find_distinct_runs(config.run, config.runs) if config.run else []
     processes.load("zoo.tasks.evaluate")
     if config.checkpoint:
         from zoo.training.pretrained import pretrained_run  # heavy: seconds

@@ -11,7 +11,7 @@ from zoo.cli.guard import read_options, run_program
 from zoo.config.groups import choices
 from zoo.console import say
 from zoo.errors import choose, refuse
-from zoo.runs.find import find_runs
+from zoo.runs.find import find_distinct_runs
 
 USAGE = """zoo rankings run=<pattern> [task=accuracy] [by=task.accuracy.seed] [runs=runs]
 say whether two measurements of the same runs, on other held-out questions, rank the arms alike
@@ -41,7 +41,7 @@ def _rankings(words: Sequence[str]) -> int:
     from zoo.report.rank_agreement import compare  # heavy: seconds
     from zoo.tasks.known import every_current
 
-    rows, runs = every_current(find_runs(given["run"], given["runs"]))
+    rows, runs = every_current(find_distinct_runs(given["run"], given["runs"]))
     try:
         say(compare(rows, runs, task, by))
     except ValueError as error:

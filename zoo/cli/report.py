@@ -12,7 +12,7 @@ from zoo.cli.guard import read_options, run_program
 from zoo.errors import refuse, refuse_path
 from zoo.report import published
 from zoo.runs.files import check_report
-from zoo.runs.find import find_runs
+from zoo.runs.find import find_distinct_runs
 
 USAGE = """zoo report [table | run=<pattern>] [report=report.html] [wandb=<entity>/<project>]
 draw a report again from rows: nothing is trained or measured
@@ -63,7 +63,7 @@ def _write(names: Sequence[str], options: Mapping[str, Any]) -> int:
         wandb_report.entity_and_project(options["wandb"])
         wandb_report.require(options["wandb"])
     if options["run"]:
-        folders = find_runs(options["run"], options["runs"])
+        folders = find_distinct_runs(options["run"], options["runs"])
         from zoo.tasks.known import require_known  # heavy: seconds
 
         rows, runs = require_known(options["run"], folders)

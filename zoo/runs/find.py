@@ -33,3 +33,20 @@ def find_runs(patterns: str | Sequence[str], runs: str, option: str = "run") -> 
         opened = RunFolder if glob.has_magic(pattern) else RunFolder.open
         found |= {Path(path).resolve(): opened(Path(path)) for path in paths}
     return list(found.values())
+
+
+def find_distinct_runs(
+    patterns: str | Sequence[str], runs: str, option: str = "run"
+) -> list[RunFolder]:
+    """The folders that `find_runs` finds, for a comparison: rows have the name of their folder
+    alone, and those of two folders of one name would pass for two seeds.
+
+    Raises UserError for two of one name.
+    """
+    folders = find_runs(patterns, runs, option)
+    named: dict[str, RunFolder] = {}
+    for folder in folders:
+        if (other := named.setdefault(folder.name, folder)) is not folder:
+            rule = f"finds two runs named {folder.name}: {other.path} and {folder.path}"
+            refuse(option, patterns, rule, "Name one of them, or rename a folder")
+    return folders
