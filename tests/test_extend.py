@@ -48,6 +48,7 @@ IDENTITIES = {
     "dynamic_ntk",
     "dynamic_yarn",
 }
+ROPED = [name for name in EXTENSIONS if extensions()[name]["scaling"] and name not in MODEL_OF]
 BOUNDED = {"streaming_llm", "window", "lm_infinite"}
 
 
@@ -252,6 +253,65 @@ def test_a_window_that_carries_few_keys_sees_these_under_a_scaling_too(tiny):
     found, _ = mixer(x[:, 28:], mixer.truncate_state(state, 16))
     reference = dense(mixer, x[:, 12:], torch.arange(12, 40)[None] / 4)
     torch.testing.assert_close(found, reference[:, 16:])
+
+
+PLACED = ["transformer", "alibi", "sinusoidal", "learned"]
+FAR = 6 * TRAINED  # of the positions
+
+
+def placed_rows(tokens: int) -> torch.Tensor:
+    rows = [torch.randperm(end)[:tokens].sort().values for end in (tokens, FAR // 2, FAR)]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_placed_tokens_are_read_alike_whole_in_chunks_and_when_read_again(name, tiny):
+    model = tiny(name)
+    text, at = torch.randint(32, (3, 20)), placed_rows(20)
+    whole, state, outs = model(text, positions=at), model.empty_state(3), []
+    for chunk in text.split([6, 1, 4, 9], 1):
+        out, state = model(chunk, state, at)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-9, atol=1e-10)
+    found = []
+    for again in (False, True, 7):
+        model.checkpoint_activations = again
+        loss = model.train().labels_loss(text, text, at)
+        found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-12)
+
+
+SCALED = [name for name in ROPED if "zoo.positions.scaling" in str(extensions()[name]["scaling"])]
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_placed_row_is_rotated_as_alone_under_every_scaling(name, tiny):
+    """Rows end at different positions, by which some scalings act."""
+    scaling = plain(extension(name))["scaling"]
+    pose = compose("train", ["finetune=x", "extension=pose", "extension.factor=4"]).extension
+    under = validate(Extension, {**plain(pose), "scaling": scaling})
+    model = extend(tiny("transformer"), under, TRAINED)
+    text, at = torch.randint(32, (3, 12)), placed_rows(12)
+    alone = [model(text[i : i + 1], positions=at[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(model(text, positions=at), torch.cat(alone), rtol=1e-9, atol=1e-10)
+
+
+SELECTING = ["extension.attention.top_k=2", "extension.attention.window=8"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [*((name, []) for name in EXTENSIONS), ("lm_infinite", SELECTING)]
+)
+def test_a_state_that_is_passed_on_stays_as_large_as_it_was(name, words, tiny):
+    model = extend(tiny(MODEL_OF.get(name, "transformer")), extension(name, *words), TRAINED)
+    state, sizes = model.empty_state(2), []
+    for window in tokens(6 * TRAINED).split(TRAINED, 1):
+        out, state = model(window, state)
+        assert out.isfinite().all()
+        state = model.truncate_state(state, TRAINED)
+        sizes.append(count_bytes(state))
+    assert sizes[2] == sizes[-1]
 
 
 @pytest.mark.parametrize("model", ["transformer", "alibi", "sinusoidal", "learned", "mamba"])

@@ -116,6 +116,19 @@ def test_switches_compute_what_they_are_defined_as():
     torch.testing.assert_close(mixer(x), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("words", [[], ["model.mixer.logit_scale=true"]], ids=["", "logit_scale"])
+@pytest.mark.parametrize("name", ["transformer", "alibi", "t5", "nope"])
+def test_a_passed_state_of_few_keys_reads_as_the_text_that_begins_with_them(name, words, tiny):
+    mixer = tiny(name, *words, "match=none").blocks[0].mixer
+    x = torch.randn(2, 40, mixer.q_proj.in_features, dtype=torch.float64)
+    _, state = mixer(x[:, :28], mixer.empty_state(2))
+    state = mixer.truncate_state(state, 16)
+    for start, stop in ((28, 33), (33, 34), (34, 40)):
+        found, state = mixer(x[:, start:stop], state)
+        expected = mixer(x[:, 12:])[:, start - 12 : stop - 12]
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
 def test_the_logit_scale_counts_the_keys_that_a_window_keeps(tiny):
     """Of a text much longer than the window: the same scale for its last tokens as for earlier."""
     model = tiny("transformer", "model.mixer.logit_scale=true", "match=none")

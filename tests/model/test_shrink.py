@@ -59,7 +59,9 @@ def test_every_matrix_is_as_near_as_its_rank_allows_and_the_model_reads_on(name)
     for key, value in model.state_dict().items():
         if key in rest:
             assert torch.equal(value, rest[key])
-    read = model(tokens)
+    read, (_, state) = model(tokens), model(tokens[:, :30], model.empty_state(2))
+    pieces, _ = model(tokens[:, 30:], state)
+    torch.testing.assert_close(pieces, read[:, 30:], rtol=1e-9, atol=1e-9)
     names = {*model.state_dict()}
     torch.testing.assert_close(multiplied_out(model)(tokens), read, rtol=1e-9, atol=1e-9)
     assert {*model.state_dict()} == {*rest} != names

@@ -29,6 +29,7 @@ class LowRank(nn.Module):
         self, inputs: int, outputs: int, rank: int, *, gain: float = 1.0, bias: bool = False
     ) -> None:
         super().__init__()
+        self.in_features, self.out_features = inputs, outputs  # as of the layer in its place
         self.D = linear(inputs, rank)
         self.E = linear(rank, outputs, gain=gain, bias=bias)
 

@@ -180,7 +180,8 @@ class SoftmaxAttention(Mixer):
         """Attend from the queries of a chunk; return the state after it, where one is given."""
         start = state.tokens_seen if state else 0
         if self.logit_scale is not None:
-            q = q * self._scales(start, q.shape[1], q)
+            held = state.k.shape[1] if state and self.kv_cache is None else start
+            q = q * self._scales(start, q.shape[1], q, start - held)
         sinks, after = self._sinks(q), None
         q, k = self.positions.prepare(q, k, start, cross_layer)
         if self.kv_cache is not None:
@@ -222,10 +223,12 @@ class SoftmaxAttention(Mixer):
         k, v = extended(cached, 1, x), extended(state.v, 1, x)
         return found.attention(k, v, *rotation), KeyValues(k, v, start + 1)
 
-    def _scales(self, start: int, tokens: int, q: Tensor) -> Float[Tensor, "#t h 1"]:
-        """Return s log n of each query and head; n counts the keys that its scheme keeps."""
+    def _scales(self, start: int, tokens: int, q: Tensor, gone: int = 0) -> Float[Tensor, "#t h 1"]:
+        """Return s log n of each query and head; n counts the keys that its scheme keeps, `gone`
+        of the text's keys are in no state."""
         assert self.logit_scale is not None
-        counts = [self.positions.cached(n) for n in range(start + 1, start + tokens + 1)]
+        tokens_seen = range(start + 1, start + tokens + 1)
+        counts = [min(self.positions.cached(n), n - gone) for n in tokens_seen]
         counts = counts if self.causal else [tokens]
         logs = torch.tensor([math.log(n) for n in counts], dtype=q.dtype, device=q.device)
         return (logs[:, None] * self.logit_scale.to(q.dtype))[..., None]

@@ -223,6 +223,7 @@ class Backbone(nn.Module):
         cross_layer, at = LayerStore(), None
         if positions is not None:
             at = cross_layer["positions"] = positions[:, first : first + x.shape[1]]
+            cross_layer["key_positions"] = positions[:, : first + x.shape[1]]
             cross_layer["lengths"] = positions.amax(1) + 1
             if self.frequencies is not None:  # once for all layers
                 cross_layer["inv_freq"], _ = by_row(self.frequencies, cross_layer["lengths"])

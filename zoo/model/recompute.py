@@ -52,8 +52,12 @@ def chunk_cross_layers(cross_layer: CrossLayer, tokens: int, chunk: int) -> list
         return [cross_layer]
     found: list[CrossLayer] = [LayerStore(cross_layer) for _ in range(count)]
     if "positions" in cross_layer:
-        for own, positions in zip(found, cross_layer["positions"].split(chunk, 1), strict=True):
-            own["positions"] = positions
+        own_positions, so_far = cross_layer["positions"], cross_layer["key_positions"]
+        before = so_far.shape[1] - tokens
+        for number, own in enumerate(found):
+            end = (number + 1) * chunk
+            own["positions"] = own_positions[:, end - chunk : end]
+            own["key_positions"] = so_far[:, : before + end]
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zoo.errors import refuse
 from zoo.ops.attention import Part, attention, own_and_past
-from zoo.positions.base import CrossLayer, Positions, placed_positions
+from zoo.positions.base import CrossLayer, Positions, placed_keys
 
 CHUNK = 2048  # queries that share an origin; keeps slope * j small where it matters
 _STEP = 64  # j = 64 * high + low, both exact in bfloat16 up to 16k keys away
@@ -94,7 +94,7 @@ class ALiBi(Positions):
         sinks: Sequence[Part] = (),
         backend: str = "auto",
     ) -> Tensor:
-        at, end, outs = placed_positions(self, cross_layer), k.shape[1] - q.shape[1], []
+        at, end, outs = placed_keys(self, cross_layer), k.shape[1] - q.shape[1], []
         if self.pattern is not None and at is None:
             return self.pattern.with_slopes(q, k, v, start, self.slopes(), backend).to(v.dtype)
         for rows in q.split(CHUNK, 1):

@@ -165,14 +165,26 @@ class Positions(PositionScheme):
 
     def truncate(self, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
         """Return the cache that passes on to the next training window of so many tokens."""
-        if self.pattern is not None and self.pattern.sinks:  # already bounded by the pattern
+        sinks = self.pattern.sinks if self.pattern is not None else 0
+        bounded = sinks and self.bounded  # already, by the pattern
+        if bounded or k.shape[1] <= sinks + window:
             return k, v
-        return k[:, -window:], v[:, -window:]
+        k, v = (
+            torch.cat([x[:, :sinks], x[:, -window:]], 1) if sinks else x[:, -window:]
+            for x in (k, v)
+        )
+        return k, v
 
 
 def placed_positions(scheme: PositionScheme, cross_layer: CrossLayer | None) -> Tensor | None:
     """Return the positions that a training window's tokens are given, (b, t), if it takes them."""
     return cross_layer.get("positions") if cross_layer and scheme.placeable else None
+
+
+def placed_keys(scheme: PositionScheme, cross_layer: CrossLayer | None) -> Tensor | None:
+    """Return the positions of the window's tokens so far, (b, n): of those before a chunk too."""
+    own = placed_positions(scheme, cross_layer)
+    return cross_layer.get("key_positions", own) if cross_layer and own is not None else None
 
 
 def build_positions(

@@ -187,15 +187,29 @@ def by_row(
 
     `scaling` maps a length in tokens to both. Rows of one length share what it returns; otherwise
     the results are tensors with a row for each, (b, 1, half) and (b, 1, 1, 1), so that no row
-    depends on the rows beside it.
+    depends on the rows beside it; where frequencies depend on the position, a function of those.
     """
     lengths = row_lengths.tolist()
     found = {length: scaling(int(length)) for length in dict.fromkeys(lengths)}
     if len(found) == 1:
         return found[lengths[0]]
+    factors = torch.tensor([found[n][1] for n in lengths], dtype=torch.float64)[:, None, None, None]
+    if any(callable(f) for f, _ in found.values()):
+
+        def by_position(positions: Int[Tensor, "b t"]) -> Float[Tensor, "b t half"]:
+            rows = zip(positions.split(1), lengths, strict=True)
+            return torch.cat([_at(found[n][0], row) for row, n in rows])
+
+        return by_position, factors
     inv_freq = {n: torch.as_tensor(f, dtype=torch.float64) for n, (f, _) in found.items()}
-    factors = torch.tensor([found[n][1] for n in lengths], dtype=torch.float64)
-    return torch.stack([inv_freq[n] for n in lengths])[:, None], factors[:, None, None, None]
+    return torch.stack([inv_freq[n] for n in lengths])[:, None], factors
+
+
+def _at(inv_freq: Any, positions: Int[Tensor, "1 t"]) -> Float[Tensor, "1 t half"]:
+    """Return the frequencies at each position, where they may depend on it."""
+    if isinstance(inv_freq, Callable):
+        return inv_freq(positions)
+    return torch.as_tensor(inv_freq, dtype=torch.float64).expand(*positions.shape, -1)
 
 
 class Rope(Positions):
