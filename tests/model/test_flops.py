@@ -6,6 +6,7 @@ from building import train_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.config.compose import compose
+from zoo.config.groups import choices
 from zoo.model.build import build_model
 from zoo.model.extend import extend
 from zoo.model.flops import ReadingCost, forward_flops, reading_cost
@@ -66,3 +67,15 @@ def test_a_model_of_a_longest_length_is_counted_within_it():
     model = model_of("learned")
     assert model.max_length == 64
     assert reading_cost(model).of(64) == pytest.approx(64 * forward_flops(model, 64))
+
+
+@pytest.mark.parametrize("name", choices("model"))
+def test_no_product_with_a_matrix_is_left_out(name):
+    """A token goes through every matrix; the embedding is the head's. Some are tables or windows:
+    their share is small."""
+    model = model_of(name)
+    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    tables = sum(
+        p.numel() for key, p in model.named_parameters() if p.ndim > 1 and "position" in key
+    )
+    assert forward_flops(model, 32) >= 0.95 * 2 * (weights - tables)

@@ -13,11 +13,14 @@ Weights start at U(+-1/sqrt(width)), PyTorch's own, and forget gates open, with 
 alone, whose products with itself would drift.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from zoo.mixers.base import Mixer, MixerOutput, linear, residual_gain
 
@@ -54,3 +57,16 @@ class LSTM(Mixer):
         weight = next(self.lstm.parameters())
         zeros = weight.new_zeros((batch, self.lstm.hidden_size))
         return LSTMState(zeros, zeros)
+
+
+@register_flop_formula(torch.ops.aten.mkldnn_rnn_layer)
+def _cpu_flops(x: torch.Size, W: torch.Size, R: torch.Size, *_: Any, **__: Any) -> int:
+    """Count a product and a sum per weight of both matrices and per token."""
+    return 2 * math.prod(x[:-1]) * (math.prod(W) + math.prod(R))
+
+
+@register_flop_formula(torch.ops.aten._cudnn_rnn)
+def _cuda_flops(x: torch.Size, weights: Sequence[torch.Size], *_: Any, **__: Any) -> int:
+    """The same of cuDNN, which has the matrices and the biases in one list."""
+    matrices = (math.prod(weight) for weight in weights if len(weight) > 1)
+    return 2 * math.prod(x[:-1]) * sum(matrices)
