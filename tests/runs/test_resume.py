@@ -10,13 +10,14 @@ from building import train_config, write_checkpoint
 
 from zoo.config.compose import compose_tree, composing, parse
 from zoo.config.groups import choices, groups
+from zoo.config.resolve import resolve
 from zoo.config.schema.train import TrainConfig
 from zoo.config.schema.trainer import Trainer
 from zoo.config.tree import flat, leaves, within
 from zoo.config.validate import plain
 from zoo.errors import FORM, UserError
 from zoo.runs.folder import RunFolder
-from zoo.runs.resume import CHANGED_CODE, LAUNCHER, RESUMABLE, resumed
+from zoo.runs.resume import CHANGED_CODE, LAUNCHER, RESUMABLE, finetuned, resumed
 
 STEPS = 100
 VALUES = (None, True, 2, 300, "text", "sharded", "fsdp", "cpu", "constant", "offline", "accept")
@@ -126,3 +127,24 @@ def test_an_option_of_the_run_is_kept_beside_another_of_its_group(tmp_path):
     folder.save_config(config)
     tree = composed(folder, "logger.mode=offline")
     assert changes(folder, tree, "logger.mode") == {"logger.mode": "offline"}
+
+
+@pytest.mark.parametrize(
+    "data", ["data=text data.path=books", "data=jsonl data.path=x", "data=recall"]
+)
+def test_an_option_of_data_beside_finetune_is_of_the_base_s_text_or_refused(data, tmp_path):
+    """Without data= no other text takes its place, whatever the default is."""
+    base = RunFolder.create(tmp_path / "base", train_config(*data.split(), "size=tiny"), {})
+    write_checkpoint(base, "step=1.ckpt")
+    before, task = plain(base.config)["data"], "task" in plain(base.config)["data"]
+    for word in ("tokenizer=other.json", "passkey=0.5", "eval_documents=joined", "cache=else"):
+        name, _, value = word.partition("=")
+        with composing("train"):
+            tree = resolve(compose_tree("train", parse([f"finetune={base}", f"data.{word}"])))
+        given = ["finetune", f"data.{name}"]
+        if task:
+            with pytest.raises(UserError, match=rf"data\.{word}: data=recall has no such option"):
+                finetuned(tree, given)
+        else:
+            after = plain(finetuned(tree, given))["data"]
+            assert after == {**before, name: float(value) if name == "passkey" else value}

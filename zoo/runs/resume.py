@@ -1,8 +1,11 @@
 """Builds the configuration of a run that resumes or fine-tunes another."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
+import yaml
+
+from zoo.config.groups import CONFIGS
 from zoo.config.longrope_factors import with_found_factors
 from zoo.config.schedule import continued
 from zoo.config.schema.train import TrainConfig
@@ -84,6 +87,23 @@ def _moved(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return place
 
 
+def _options(
+    data: Mapping[str, Any], tree: Mapping[str, Any], names: Iterable[str]
+) -> dict[str, Any]:
+    """Those options of a run's data section that were given. UserError where it has no such."""
+    file = CONFIGS / "data" / f"{data['name']}.yaml"
+    known = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    values = {name: tree["data"].get(name) for name in names}
+    for name, value in values.items():
+        if name not in {**known, **data}:
+            _refuse_unknown(data, name, value)
+    return values
+
+
+def _refuse_unknown(data: Mapping[str, Any], name: str, value: Any) -> NoReturn:
+    refuse(f"data.{name}", value, f"data={data['name']} has no such option", "Leave it out")
+
+
 def with_place(data: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, Any]:
     """A data section with the path and the cache where its text is now.
 
@@ -95,17 +115,17 @@ def with_place(data: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, A
         refuse("data", name, rule, "Leave it out")
     for key, value in moved.items():
         if key not in data:
-            rule = f"data={data['name']} has no such option"
-            refuse(f"data.{key}", value, rule, "Leave it out")
+            _refuse_unknown(data, key, value)
     return {**data, **moved}
 
 
 def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
     """The configuration that fine-tunes the run `tree["finetune"]` under an extension.
 
-    Model, size and objective are that run's, but for a window of attention; data and seed too,
-    unless `given`. So is seq_len, or the extension's factor times its original length unless the
-    extension draws positions. Raises UserError where there is no whole run to start from.
+    Model, size and objective are that run's, but for a window of attention; seed too, unless
+    `given`, and data, with those of its options that are given, unless data=<name> is. So is
+    seq_len, or the extension's factor times its original length unless the extension draws
+    positions. Raises UserError where there is no whole run to start from.
     """
     folder = RunFolder.open(str(tree["finetune"]))
     if folder.checkpoint() is None and not folder.config.checkpoint:
@@ -122,9 +142,11 @@ def finetuned(tree: Mapping[str, Any], given: Sequence[str]) -> TrainConfig:
         inherited["model"] = _with_window(base["model"], tree["model"]["blocks"][0]["mixer"])
     if "seed" not in given:
         inherited["seed"] = base["seed"]
-    data = [key for key in given if within(key, ("data",))]
-    if not any(key not in MOVABLE for key in data):  # the base's text, wherever it is now
-        inherited["data"] = with_place(base["data"], _moved(tree, data))
+    if "data" not in given:  # the base's text, wherever it is now, under the options given
+        data = [key for key in given if within(key, ("data",))]
+        moved = _moved(tree, [key for key in data if key in MOVABLE])
+        own = {key.removeprefix("data."): key for key in data if key not in MOVABLE}
+        inherited["data"] = with_place(base["data"], moved) | _options(base["data"], tree, own)
     stages, inherited["stages"] = stages_of(before), base.get("stages", [])
     if before.finetune or before.stages or before.extension.name != "none":
         own = {"run": str(folder), "seq_len": base["seq_len"], "extension": base["extension"]}
