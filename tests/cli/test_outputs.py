@@ -4,6 +4,7 @@ Before anything is read or measured, in one line, and nothing is left behind.
 """
 
 import importlib
+import itertools
 import os
 from pathlib import Path
 
@@ -74,6 +75,17 @@ def test_a_pipe_is_not_waited_for(program, option, tmp_path, monkeypatch, capsys
     (line,) = capsys.readouterr().err.splitlines()
     assert "pipe" in line or "none: there is no such run folder" in line
     assert Path("pipe").is_fifo()
+
+
+def test_one_file_is_not_written_for_two_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("some words of a text")
+    for program, words in PROGRAMS.items():
+        several = [option for name, option in outputs() if name == program]
+        for one, other in itertools.combinations(several, 2):
+            main = importlib.import_module(f"zoo.cli.{program}").main
+            assert main([*words, f"{one}=x", f"{other}=./x"]) == 2
+            assert f"is the file of {one}= as well" in capsys.readouterr().err
 
 
 def test_a_folder_of_drawings_is_refused_first(tmp_path, monkeypatch):

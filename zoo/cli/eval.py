@@ -56,6 +56,8 @@ def check(tree: dict[str, Any], given: list[str]) -> EvalConfig:
         check_report("report", config.report)
     if config.publish is not None:
         check_file("publish", str(config.publish), ROWS, "file of published rows", "rows.json")
+        if config.report and Path(config.report).resolve() == Path(config.publish).resolve():
+            refuse("publish", config.publish, "is the file of report= as well", "Name another")
     _check_ranks(config)
     check_device(config.device)
     folders = find_distinct_runs(config.run, config.runs) if config.run else []
