@@ -72,6 +72,18 @@ def test_a_folder_is_read_without_a_network_and_split_by_content(
     assert (again.fingerprint, len(library.requested)) == (corpus.fingerprint, count)
 
 
+def test_tokens_that_are_kept_in_its_folder_are_none_of_its_files(library, no_network, tmp_path):
+    (tmp_path / "a.csv").write_text("")
+    kept = tmp_path / "cache"
+    open_corpus(spec(tmp_path, cache=str(kept)), kept)
+    count = len(library.requested)
+    open_corpus(spec(tmp_path, cache=str(kept)), kept)
+    assert len(library.requested) == count
+    (tmp_path / "b.csv").write_text("")
+    open_corpus(spec(tmp_path, cache=str(kept)), kept)
+    assert len(library.requested) > count
+
+
 def test_its_own_three_splits_are_ours(library, no_network, tmp_path):
     names = ("train", "validation", "test")
     library.splits = {n: [{"text": f"{n} {i}"} for i in range(5)] for n in names}

@@ -123,8 +123,11 @@ def _hub_source(spec: Spec) -> Source:
     if spec["name"] == "pg19":
         return Source(_fingerprint([hub.PG19, count]), lambda: hub.pg19_documents(count))
     dataset, field = spec["dataset"], spec["field"]
-    folder = Path(os.path.expanduser(dataset))
-    stamps = file_stamps(Files(folder, {"": list_files(folder, "")})) if folder.is_dir() else []
+    folder, stamps = Path(os.path.expanduser(dataset)).resolve(), []
+    if folder.is_dir():
+        kept = Path(spec.get("cache") or ".data").resolve()  # what is written there is not its own
+        own = [path for path in list_files(folder, "") if not path.is_relative_to(kept)]
+        stamps = file_stamps(Files(folder, {"": own}))
     what = [dataset, field, count, stamps]
     return Source(_fingerprint(what), lambda: hub.dataset_documents(dataset, field, count))
 
