@@ -120,6 +120,17 @@ def test_a_failed_seed_is_counted_but_not_averaged():
     assert cell(rows).value == 2.0
 
 
+@pytest.mark.parametrize("status", ["failed", "diverged", "running", "done"])
+def test_a_seed_whose_training_left_no_row_is_counted_at_every_length(status):
+    rows = [score_row("mamba", n, 2.0, seed=s, run=f"m{s}") for n in (512, 1024) for s in (0, 1)]
+    runs = [{"run": f"m{s}", "arm": "mamba", "model": "mamba", "status": "done"} for s in (0, 1)]
+    runs.append({"run": "m2", "arm": "mamba", "model": "mamba", "seed": 2, "status": status})
+    results = gather(rows, runs)
+    for length, mine in results.cells("perplexity", "bits_per_byte")["mamba"].items():
+        assert (mine.value, mine.seeds, mine.tried) == (2.0, 2, 3), length
+    assert "2 of 3 seeds" in render(results, styles(results))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
 def test_a_score_that_is_no_number_is_a_failure(value):
     mine = cell([score_row("mamba", 512, 2.0) | {"bits_per_byte": value}])

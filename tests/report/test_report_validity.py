@@ -313,3 +313,14 @@ def test_whatever_two_arms_differ_in_makes_them_unequal(field, one, other):
     rows.append(score_row("lstm", 512, 2.0) | {field: other})
     (line,) = (line for line in banners(gather(rows, [])) if "fair comparison" in line)
     assert "(mamba); " in line
+
+
+@pytest.mark.parametrize("protocol", [*scores.PROTOCOLS])
+def test_no_protocol_hides_that_an_arm_has_not_learned(protocol):
+    rows = [score_row("transformer", 512, 2.0, bigram_bits=3.0)]
+    rows.append(score_row("dull", 512, 7.9, unigram_bits=4.0, protocol=protocol))
+    rows.append(score_row("fine", 512, 2.0, unigram_bits=4.0, protocol=protocol))
+    rows.append(score_row("fine", 1024, 7.9, unigram_bits=4.0, protocol="masked"))
+    results = gather(rows, run_records(rows))
+    assert [*scores.dead(results)] == ["dull"]
+    assert any(line.startswith("Not learned: dull") for line in banners(results))

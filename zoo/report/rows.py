@@ -130,14 +130,18 @@ class Results:
         lengths = sorted({length for _, length in groups})
         table: Places = {label: {} for label in self.arms} if lengths else {}
         for label, measured in table.items():
-            # A row without a length (a run that broke) speaks for every length not measured.
+            # A row without a length (a run that broke) speaks for every length: no other of its
+            # run may have been measured there.
             broken = [
                 row
                 for row in self.by_arm[label]
                 if row.get("task") in (None, task) and row["status"] != "ok"
                 if missing(row.get("length"))
             ]
-            measured |= {length: groups.get((label, length), broken) for length in lengths}
+            for length in lengths:
+                own = groups.get((label, length), [])
+                runs = {row.get("run") for row in own}
+                measured[length] = own + [row for row in broken if row.get("run") not in runs]
         return table
 
     def cells(self, task: str, field: str, *, own: str | None = "interval", **equal: Any) -> Cells:

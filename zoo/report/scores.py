@@ -196,9 +196,22 @@ def _counterparts(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
 
 
 def dead(results: Results) -> dict[str, Unlearned]:
-    """Arm -> why its scores show no learning, of those that show none."""
-    rows = results.where(task="perplexity", protocol=headline(results), status="ok")
-    return unlearned([row for row in rows if finite(row.get("bits_per_byte"))])
+    """Arm -> why its scores show no learning, of those that show none.
+
+    Each is judged by the first protocol that it was measured under: an encoder's is not a causal
+    model's.
+    """
+    order = [*PROTOCOLS, None]
+    rows = [
+        row
+        for row in results.where(task="perplexity", status="ok")
+        if finite(row.get("bits_per_byte")) and row.get("protocol") in order
+    ]
+    first: dict[str, int] = {}
+    for row in rows:
+        place = order.index(row.get("protocol"))
+        first[row["label"]] = min(place, first.get(row["label"], place))
+    return unlearned([r for r in rows if order.index(r.get("protocol")) == first[r["label"]]])
 
 
 def effective_contexts(results: Results) -> dict[str, EffectiveContext | None]:
