@@ -4,6 +4,7 @@ That they train what one process does is in test_ranks.
 """
 
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -270,6 +271,25 @@ def test_each_process_adds_adapters_to_its_parts_alone(tmp_path, monkeypatch):
         several.append(parts_of(model, cut, whole))
     assert len(held) == COUNT * len(adapters) // 2
     check_whole(several, whole)
+
+
+def test_parts_that_cannot_be_written_or_are_gone_are_one_line(group, tmp_path, monkeypatch):
+    """PyTorch raises there what is no Exception, which would pass as a stop by signal."""
+    tree = {"x": distribute_tensor(torch.randn(4, 4), group, [Shard(0)])}
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        said = r"step=1\.shards: cannot be written \(No space left on device\)\. Free some space"
+        with pytest.raises(UserError, match=said):
+            shards.write(tree, tmp_path / "step=1.shards")
+    written = shards.write(tree, tmp_path / "step=1.shards")
+    later = shards.unread(written, tmp_path / "step=1.shards")["x"]
+    (tmp_path / "step=1.shards/__0_0.distcp").unlink()
+    with pytest.raises(ValueError, match="No such file"):
+        later.read()
 
 
 def test_a_checkpoint_of_whole_tensors_is_written_a_tensor_at_a_time(group, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -29,9 +30,10 @@ from torch.distributed.tensor import DTensor
 from torch.serialization import set_default_mmap_options, skip_data
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from zoo.errors import refuse_path
 from zoo.model.later import Later
 from zoo.runs.checkpoints import PART
-from zoo.runs.files import file_hash
+from zoo.runs.files import file_hash, one_line
 
 HASHES = "shards"  # of a checkpoint's entries: {file: sha256}
 BLOCK_BYTES = 2**20
@@ -54,7 +56,8 @@ def write(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Write the parts of all tensors in `tree` that are divided; every process must call it.
 
     What was in the folder before is gone: a killed run may have left parts of more processes.
-    Returns the tree with their names in their place, and the hashes of the files.
+    Returns the tree with their names in their place, and the hashes of the files. UserError, in
+    every process, where one cannot write.
     """
     parts: dict[str, Tensor] = {}
     names: dict[int, str] = {}  # by tensor: of weights that are tied, once
@@ -69,11 +72,23 @@ def write(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     if dist.get_rank() == 0 and folder.exists():
         shutil.rmtree(folder)
     dist.barrier()
-    save(dict(parts), checkpoint_id=folder)
+    try:
+        save(dict(parts), checkpoint_id=folder)
+    except CheckpointException as error:  # no Exception: what expects one would let it pass
+        rule = f"cannot be written ({_first_failure(error)})"
+        refuse_path(folder, rule, "Free some space, or choose another folder")
     rank, hashes = dist.get_rank(), [{} for _ in range(dist.get_world_size())]
     own = [*folder.glob(f"__{rank}_*"), *([folder / ".metadata"] if rank == 0 else [])]
     dist.all_gather_object(hashes, {file.name: file_hash(file) for file in own})
     return {**named, HASHES: {file: digest for those in hashes for file, digest in those.items()}}
+
+
+def _first_failure(error: CheckpointException) -> str:
+    """What a process says of why it failed, in one line."""
+    chain: list[BaseException] = [next(iter(error.failures.values()))[0]]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    return one_line(next((one for one in chain if isinstance(one, OSError)), chain[0]))
 
 
 def write_whole(tree: dict[str, Any], file: BinaryIO | None) -> None:
@@ -145,7 +160,10 @@ class Unread(Later):
         found = torch.empty(self.shape, dtype=self.dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that this process alone reads
-            load({self.name: found}, storage_reader=self.reader, no_dist=True)
+            try:
+                load({self.name: found}, storage_reader=self.reader, no_dist=True)
+            except CheckpointException as error:
+                raise ValueError(f"{self.name}: {_first_failure(error)}") from None
         return found
 
 
