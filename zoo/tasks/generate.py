@@ -167,9 +167,10 @@ class Generate(Task):
             given = context.compress(given) if context.compress and given else given
             start = [] if tokenizer.bos is None else [tokenizer.bos]
             writer.read([*start, *given] or [tokenizer.end])
+            cost = context.prompt_row([writer.tokens])  # also of one that fails: not the next one's
             writer.check_length(self.tokens)
         except CompressionError:
             raise
         except UserError as error:
             raise NotApplicableError(str(below("task.generate", error))) from None
-        return writer, context.prompt_row([writer.tokens])
+        return writer, cost

@@ -264,6 +264,8 @@ def _answers(
     """The answers, each with what the model's layers found of their own accuracy."""
     with diagnosed(context.model) as found:
         for question, outcome in task.answers(context, wanted):
+            if context.compress and not outcome.ok:
+                _ = context.compress.row  # what it read and scored is no part of the next answer's
             yield question, outcome, found.fields() if outcome.ok else {}
 
 
