@@ -18,6 +18,7 @@ from zoo.data.long_prompts import fitting
 from zoo.data.tokenizers import BYTE_TOKENIZER
 from zoo.errors import UserError
 from zoo.model.backbone import BackboneState
+from zoo.report.statistics import wilson
 from zoo.runs.folder import RunFolder
 from zoo.tasks.answers import METRICS
 from zoo.tasks.documents import BENCHMARKS, Documents
@@ -283,3 +284,16 @@ def test_every_benchmark_of_documents_is_a_task_by_name(tmp_path, monkeypatch):
     assert (row["dataset"], row["status"], row["cut"]) == ("quality", "ok", 0.5)
     assert [known["dataset"] for known in zoo.rows("runs/run")] == ["quality"]
     assert "QuALITY, exact match" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+@pytest.mark.parametrize("examples", [1, 3])
+def test_examples_that_all_agree_do_not_make_a_score_certain(score, examples, tmp_path):
+    options = {"dataset": "variable_tracking", "lengths": [1200], "examples": examples}
+
+    def right(prompt: str) -> str:
+        return " ".join(part.split(" = ")[0] for part in prompt.split("VAR ") if " = " in part)
+
+    (row,) = rows(tmp_path, right if score else lambda _: "nothing", **options)
+    assert row["score"] == score
+    assert row["interval"] == wilson(int(score) * examples, examples)

@@ -41,7 +41,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def wilson(right: int, count: int) -> tuple[float, float]:
+def wilson(right: float, count: int) -> tuple[float, float]:
     """95% interval of a share that was `right` out of `count` (Wilson 1927)."""
     z = 1.959964
     middle = (right + z * z / 2) / (count + z * z)

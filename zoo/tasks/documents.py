@@ -36,7 +36,7 @@ from zoo.errors import refuse
 from zoo.measurement import Declaration, Quantity
 from zoo.model.generation import Sampling
 from zoo.model.scoring import write_many
-from zoo.report.statistics import interval
+from zoo.report.statistics import interval, wilson
 from zoo.runs.files import file_hash
 from zoo.tasks.answers import METRICS
 from zoo.tasks.context import EvalContext, Row, check_length
@@ -70,6 +70,12 @@ BENCHMARKS = {
     "quality": ANSWER._replace(title="QuALITY", metric="exact", tokens=64),
 }
 UNITS = {"rouge": "ROUGE-L", "f1": "F1", "exact": "exact match", "found": "answers found"}
+
+
+def _interval(scores: Sequence[float]) -> tuple[float, float] | None:
+    """Student's over the examples; of scores that all agree, as where none is right, Wilson's."""
+    alike = len({*scores}) == 1
+    return wilson(sum(scores), len(scores)) if alike else interval(scores)
 
 
 def _quantities() -> Iterator[Quantity]:
@@ -207,7 +213,7 @@ class Documents(Task):
         cut = [prompt.cut for prompt in prompts if prompt.cut]
         return {
             **{name: sum(one[name] for one in found) / len(found) for name in found[0]},
-            "interval": interval(scores),
+            "interval": _interval(scores),
             "count": len(prompts),
             "cut": len(cut) / len(prompts),
             "tokens_cut": sum(cut) / len(cut) if cut else 0,  # of those that were
