@@ -2,6 +2,7 @@
 mixer is built; sub-classes keep it."""
 
 import importlib
+import re
 import shutil
 import sys
 
@@ -53,6 +54,27 @@ def test_every_value_outside_an_arguments_domain_is_refused_early_and_by_the_con
                     getattr(importlib.import_module(module), cls)(**SIZE, **given)
                 assert str(late.value) == str(early.value)
     assert cases > 600
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_every_part_is_built_for_the_narrowest_models_or_refuses_the_width(width):
+    built, refused = 0, []
+    for target, (_, part) in parts().items():
+        module, _, cls = target.rpartition(".")
+        given = MixerPart.model_validate(part).load().keywords
+        given |= {name: 1 for name in ("heads", "gate_blocks") if name in given}
+        try:
+            one = getattr(importlib.import_module(module), cls)(**{**SIZE, "width": width}, **given)
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        x = torch.randn(1, max(40, one.min_window), width)
+        if one.max_length is not None:
+            x = x[:, : one.max_length]
+        assert one(x).isfinite().all(), target
+        built += 1
+    assert built > 15
+    assert all(re.match(r"\w+=", message) for message in refused), refused
 
 
 def test_every_argument_of_every_mixer_declares_its_domain():

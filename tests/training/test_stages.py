@@ -134,6 +134,19 @@ def test_the_angles_of_every_two_scalings_are_those_of_their_composition(first, 
             assert factor == pytest.approx(m * own, rel=1e-12), message
 
 
+@pytest.mark.parametrize("first", ["dynamic_ntk", "dynamic_yarn", "longrope"])
+def test_on_top_each_scaling_changes_in_its_own_steps(first, tiny):
+    """Within the length tuned at a model reads as it was tuned, whichever multiple that is."""
+    tuned, text = 5 * L // 2, torch.randint(32, (1, 4 * L))
+    stages = [(composed("none"), L), (composed(first, 4), tuned)]
+    plain = under(tiny("transformer"), *stages)(text)
+    on_top = under(tiny("transformer"), *stages, (composed("dynamic_ntk", 2, "on_top"), tuned))
+    torch.testing.assert_close(on_top(text)[:, :tuned], plain[:, :tuned], rtol=1e-9, atol=1e-10)
+    scaling = rotary_positions(on_top)[0].pattern.scaling
+    assert scaling(tuned + 1) == scaling(3 * L)
+    assert not torch.allclose(on_top(text), plain)
+
+
 def test_three_stages_compose_from_the_left_and_a_replacement_forgets_what_was_before(tiny):
     base = 10000.0 ** (-np.arange(PAIRS) / PAIRS)
     stages = [(composed("pi", 2), 2 * L), (composed("ntk", 4, "on_top"), 8 * L)]

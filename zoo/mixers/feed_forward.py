@@ -41,7 +41,7 @@ class SwiGLU(Mixer):
     ) -> None:
         super().__init__()
         self.activation = activation
-        hidden = round(8 * width / 3 / 8) * 8 if hidden_width is None else hidden_width
+        hidden = max(1, round(8 * width / 3 / 8)) * 8 if hidden_width is None else hidden_width
         self.gate_proj = linear(width, hidden, bias=bias)
         self.up_proj = linear(width, hidden, bias=bias)
         self.down_proj = linear(hidden, width, gain=residual_gain(layers), bias=bias)

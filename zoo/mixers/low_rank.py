@@ -121,7 +121,7 @@ class LowRankFeedForward(Mixer):
     ) -> None:
         super().__init__()
         rank = _checked(rank, width)
-        default = round(8 * width / 3 / 8) * 8 if gated else 4 * width
+        default = max(1, round(8 * width / 3 / 8)) * 8 if gated else 4 * width
         hidden = default if hidden_width is None else hidden_width
         at_least(1, hidden_width=hidden)
         self.gate_proj = LowRank(width, hidden, rank) if gated else None

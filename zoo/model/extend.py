@@ -25,6 +25,7 @@ from zoo.config.stages import (
 from zoo.data.loader import DrawPositions
 from zoo.errors import UserError, below, refuse, refuse_path
 from zoo.model.backbone import Backbone
+from zoo.ops.runtime.sizes import ceil_div
 from zoo.positions.base import Positions, PositionScheme
 from zoo.positions.rope import Rope
 from zoo.positions.scaling import on_top, temperature
@@ -240,9 +241,9 @@ def _scaled(rope: Rope, extension: Extension, under: Frequencies | None) -> Freq
         refuse("extension.composition", "on_top", rule, "Use extension.composition=replace.")
     channels = _of_all_channels(rope, extension)
 
-    def scaled(tokens: int) -> Any:
+    def scaled(tokens: int, beneath: int | None = None) -> Any:
         make = partial(bound, length=tokens) if "length" in takes else bound
-        found, factor = make() if under is None else on_top(make, under.scaling(tokens))
+        found, factor = make() if under is None else on_top(make, under.scaling(beneath or tokens))
         return found, factor * channels
 
     within = _built(scaled, "scaling", length)
@@ -253,7 +254,14 @@ def _scaled(rope: Rope, extension: Extension, under: Frequencies | None) -> Freq
             refuse("extension.step", extension.step, rule, "Leave it out.")
         length = extension.step
     if under is not None and under.bucket is not None:
-        return Frequencies(scaled, math.gcd(under.bucket, length) if own else under.bucket)
+        if not own:
+            return Frequencies(scaled, under.bucket)
+        steps = length, under.bucket
+
+        def each_in_its_steps(tokens: int) -> Any:
+            return scaled(*(ceil_div(tokens, step) * step for step in steps))
+
+        return Frequencies(each_in_its_steps, math.gcd(*steps))
     return Frequencies(scaled, length) if own else Frequencies(lambda _: within, None)
 
 
