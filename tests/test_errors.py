@@ -21,6 +21,7 @@ PASSED_ON: dict[str, int] = {
     "zoo/cli/chat.py": 1,  # the configuration's, under the program's short names
     "zoo/cli/shrink.py": 1,  # an option's, as it was written
     "zoo/config/validate.py": 2,  # made of pydantic's error
+    "zoo/data/loader.py": 1,  # a worker's, without its traceback
     "zoo/data/store.py": 1,  # a tokenizer's, with the document it fails on
     "zoo/data/synthetic.py": 1,  # a task's, whose length is seq_len to the user
     "zoo/runs/folder.py": 1,  # a ValueError of the configuration, found at the first step

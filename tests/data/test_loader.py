@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zoo.data import store as store_module
-from zoo.data.loader import evaluation_bytes, evaluation_text, train_loader, valid_batch
+from zoo.data.loader import (
+    batches_of,
+    evaluation_bytes,
+    evaluation_text,
+    train_loader,
+    valid_batch,
+)
 from zoo.data.order import stream_restarts, window_starts
 from zoo.data.passkey import Passkeys
 from zoo.data.store import TokenStore, write_store
@@ -133,6 +139,14 @@ def test_masks_are_the_same_for_any_workers_ranks_and_restart(store):
 
 def drawn(rows: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randperm(100 * rows, generator=generator)[: rows * tokens].view(rows, tokens)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_refused_is_one_line_from_a_worker_too(store, workers):
+    more = {"contiguous": False, "passkeys": Passkeys(0.5, encode_bytes), "workers": workers}
+    said = r"^seq_len=16: must be at least 41 tokens, to hold a passkey and its question\.$"
+    with pytest.raises(UserError, match=said):
+        list(batches_of(train_loader(store, **SETTINGS, **more)))
 
 
 def test_positions_are_the_same_for_any_workers_ranks_and_restart(store):

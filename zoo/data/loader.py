@@ -1,6 +1,6 @@
 """From a token store to what a model reads: training batches, validation and evaluation text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from zoo.data.masking import chosen_count, mask_windows
 from zoo.data.order import stream_restarts, window_starts
 from zoo.data.passkey import Passkeys
 from zoo.data.store import TokenStore
-from zoo.errors import choose, refuse, refuse_path
+from zoo.errors import UserError, choose, refuse, refuse_path
 
 # (rows, tokens, generator) -> (rows, tokens): the positions of the tokens of a step's windows.
 DrawPositions = Callable[[int, int, torch.Generator], Tensor]
@@ -156,6 +156,16 @@ def train_loader(
     )
     pin = torch.cuda.is_available()
     return DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin)
+
+
+def batches_of(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """The batches of a loader; what a worker of it refuses is said without the worker's traceback,
+    which PyTorch writes before it."""
+    try:
+        yield from loader
+    except UserError as error:
+        line = str(error).splitlines()[-1]
+        raise UserError(line.partition(f"{type(error).__name__}: ")[2] or line) from None
 
 
 def begun(windows: np.ndarray, bos: int | None) -> np.ndarray:

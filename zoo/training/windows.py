@@ -11,7 +11,7 @@ from zoo.config.schema.data import Data
 from zoo.config.schema.train import TrainConfig
 from zoo.data.corpora import Corpus, open_corpus
 from zoo.data.examples import SyntheticData, example_loader, open_synthetic
-from zoo.data.loader import train_loader, valid_batch
+from zoo.data.loader import batches_of, train_loader, valid_batch
 from zoo.data.tokenizers import tokenizer_of
 from zoo.model.extend import places
 from zoo.training.partition import ranks_per_window
@@ -67,7 +67,7 @@ class Windows(lightning.LightningDataModule):
             "draw_positions": places(config.extension, config.seq_len),
         }
         if isinstance(self.data, SyntheticData):
-            return iter(example_loader(self.data, **shape))
+            return batches_of(example_loader(self.data, **shape))
         loader = train_loader(
             self.data.train,
             **shape,
@@ -76,4 +76,4 @@ class Windows(lightning.LightningDataModule):
             passkeys=self.data.passkeys,
             bos=self.data.tokenizer.bos,
         )
-        return iter(loader)
+        return batches_of(loader)
