@@ -11,6 +11,7 @@ import torch
 from building import MODEL_OF
 from pydantic import ValidationError
 
+from zoo.attention.parallel_windows import ParallelWindows
 from zoo.config import applicability
 from zoo.config.compose import compose
 from zoo.config.effects import check_extension
@@ -21,9 +22,13 @@ from zoo.config.validate import plain, validate
 from zoo.errors import UserError, shown
 from zoo.mixers.base import count_bytes
 from zoo.mixers.softmax import SoftmaxAttention
+from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.extend import declared_by, extend, places, position_schemes
 from zoo.positions.alibi import ALiBi, slopes
+from zoo.positions.learned import Learned
+from zoo.positions.local_rope import LocalRope
+from zoo.positions.none import NoPositions
 from zoo.positions.rope import Rope, apply_rope, inverse_frequencies
 from zoo.positions.scaling import temperature
 
@@ -116,6 +121,22 @@ def test_dual_chunk_attention_composes_with_a_scaling(scaling, tiny):
     one, state = both(text[:, :30], both.empty_state(2))
     two, _ = both(text[:, 30:], state)
     torch.testing.assert_close(torch.cat([one, two], 1), both(text), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("schemes", itertools.permutations([LocalRope, NoPositions]))
+def test_embedded_positions_are_those_of_the_layers_that_a_pattern_acts_on(schemes):
+    """A layer that has a window of its own, and is left as it is, does not decide for them."""
+    model = Backbone(
+        vocab_size=32,
+        width=8,
+        layers=2,
+        mixers=[functools.partial(SoftmaxAttention, heads=2, positions=one) for one in schemes],
+        feed_forwards=[None],
+        positions=Learned(8, max_length=64),
+    )
+    extend(model, extension("pcw"), TRAINED)
+    assert model.positions is not None
+    assert isinstance(model.positions.pattern, ParallelWindows)
 
 
 @pytest.mark.parametrize("model", ["mamba", "nope", "learned"])

@@ -77,8 +77,12 @@ def extend(model: Backbone, extension: Extension, seq_len: int) -> Backbone:
         if any(stages[n][0].attention for n in acting):
             scheme.pattern = _remap(Frequencies(lambda _: ((), 1.0), None), stages, acting)
     if model.positions is not None:  # embedded: what attention sees has its place there
-        inside = [one.pattern for one in schemes if isinstance(one, Positions)]
-        model.positions.pattern = next((one for one in inside if one is not None), None)
+        patterns = [
+            one.pattern
+            for one in schemes
+            if isinstance(one, Positions) and any(_acts(stage, one) for stage, _ in stages)
+        ]
+        model.positions.pattern = next((one for one in patterns if one is not None), None)
     if not any(map(_is_trained, scalings(stages))):
         model.frequencies = None
     model.stages = stages
