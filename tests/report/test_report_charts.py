@@ -67,11 +67,11 @@ def test_points_hold_the_scores_and_their_intervals():
 def test_the_curve_is_averaged_over_seeds_by_token_count():
     rows = [score_row("mamba", 1024, 2.0, seed=seed, protocol="blocks") for seed in (0, 1)]
     for row, bits, count in zip(rows, (1.0, 4.0), (30, 10), strict=True):
-        row["curve"] = {"edges": [0, 4, 16], "bits_per_byte": [bits, bits], "count": [count, 0]}
+        row["curve"] = {"edges": [1, 5, 17], "bits_per_byte": [bits, bits], "count": [count, 0]}
     (point,) = positions(gather(rows, []), "perplexity").points
     assert point["y"] == 1.75
     assert point["x"] == 2.0  # the geometric middle of the first to the fourth token
-    assert point["positions"] == "0 to 3"
+    assert point["positions"] == "1 to 4"
 
 
 def test_bits_of_positions_are_those_of_all_their_bytes():
@@ -274,3 +274,11 @@ def test_a_bigram_model_of_the_training_text_is_a_line_in_every_picture_of_score
         assert low < 3.96 < high
     other = gather([*rows, score_row("rwkv", 512, 2.0, bigram_bits=1.0, **blocks)], [])
     assert scores(other, "blocks").level is None
+
+
+@pytest.mark.parametrize(("first", "end"), [(1, 2), (2, 3), (4, 9), (512, 609)])
+def test_a_bucket_of_positions_is_drawn_within_it(first, end):
+    row = score_row("mamba", 1024, 2.0, protocol="blocks")
+    row["curve"] = {"edges": [first, end], "bits_per_byte": [2.0], "count": [999], "bytes": [999]}
+    (point,) = positions(gather([row], []), "perplexity").points
+    assert first <= point["x"] <= end - 1

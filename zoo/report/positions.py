@@ -25,6 +25,11 @@ class Bucket(NamedTuple):
     bytes: float
     tokens: float
 
+    @property
+    def middle(self) -> float:
+        """The position that is as many times the first as the last is that; 0 counts as 1."""
+        return math.sqrt(max(self.first, 1) * max(self.end - 1, 1))
+
     def joined(self, after: "Bucket") -> "Bucket":
         sums = (a + b for a, b in zip(self[2:], after[2:], strict=True))
         return Bucket(self.first, after.end, *sums)
@@ -59,8 +64,7 @@ def position_table(results: Results) -> Table | None:
     for label, mine in rows.items():
         parts: dict[int, Bucket] = {}
         for one in _total([row["curve"] for row in mine]):
-            middle = math.sqrt((one.first + 1) * one.end)
-            place = next(n for n, last in enumerate(ends) if middle < last)
+            place = next(n for n, last in enumerate(ends) if one.middle < last)
             parts[place] = parts[place].joined(one) if place in parts else one
         for part in parts.values():
             if part.tokens >= MIN_TOKENS:
@@ -101,8 +105,8 @@ def _curve(label: str, curves: list[Row]) -> list[Spec]:
     """
     points = []
     for one in _pooled(_total(curves)):
-        bits, middle = one.bits / one.bytes, math.sqrt((one.first + 1) * one.end)
-        where = {"x": middle, "y": bits, "low": None, "high": None}
+        bits = one.bits / one.bytes
+        where = {"x": one.middle, "y": bits, "low": None, "high": None}
         tip = {"positions": f"{one.first:,} to {one.end - 1:,}", "bits per byte": score(bits)}
         points.append({"arm": label, **where, **tip, "scored tokens": f"{one.tokens:,.0f}"})
     return points
