@@ -94,6 +94,8 @@ CASES = {
     "llama, yarn": ("Llama", LLAMA | {"rope_parameters": YARN}),
     "mistral": ("Mistral", LLAMA | {"sliding_window": None}),
     "mistral, sliding": ("Mistral", LLAMA | {"sliding_window": 17}),
+    "mistral, sliding over the trained length": ("Mistral", LLAMA | {"sliding_window": 64}),
+    "mistral, sliding farther": ("Mistral", LLAMA | {"sliding_window": 100}),
     "llama, yarn, attention factor": (
         "Llama",
         LLAMA | {"rope_parameters": YARN | {"attention_factor": 1.3, "truncate": False}},

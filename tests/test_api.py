@@ -158,7 +158,7 @@ def test_what_cannot_be_opened_is_refused_in_one_line(here, words, line):
         ({"tokens": 0}, "tokens=0: must be an integer >= 1"),
         ({"tokens": "5"}, "tokens='5': must be an integer >= 1"),
         ({"tokens": 5.0}, "tokens=5.0: must be an integer >= 1"),
-        ({"stop": [""]}, "stop=.*must not be empty"),
+        ({"stop": [""]}, "stop=.*must not hold an empty text"),
         ({"top_p": 2}, "top_p=2: must be a number > 0 and <= 1"),
     ],
 )

@@ -224,6 +224,25 @@ def test_what_fails_from_outside_chooses_no_rate_and_the_same_command_goes_on(
     assert {rate for _, rate, *_ in trains.steps} == {1e-3, 2e-3, 4e-3, 8e-3}
 
 
+def test_a_run_that_pauses_before_its_step_is_no_lost_one(trains, tmp_path, capfd, monkeypatch):
+    """As trainer.max_time makes it."""
+
+    def pauses(config: TrainConfig, arm: Arm) -> int:
+        folder = claim(config)
+        arm.folder = str(folder)
+        (folder.path / "metrics.csv").write_text("step,valid_loss\n")
+        folder.update(step=15, status="stopped", reason="stopped by trainer.max_time at step 15")
+        return 0
+
+    monkeypatch.setattr(program, "job", pauses)
+    assert tune(tmp_path, "lstm") == 1
+    said = capfd.readouterr().err
+    assert "lstm: no rate is chosen: lr=0.004 seed=0: stopped by trainer.max_time at" in said
+    assert "lost" not in said
+    monkeypatch.setattr(program, "job", trains)
+    assert tune(tmp_path, "lstm") == 0
+
+
 LOST = {  # damage to a file of the best rate's first run, and what is said of it
     "checkpoints": lambda path: [file.unlink() for file in path.glob("*")],
     "./checkpoints": lambda path: [file.write_text("damaged") for file in path.glob("*")],

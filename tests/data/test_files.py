@@ -126,6 +126,22 @@ def test_a_compressed_file_cut_anywhere_is_one_line_and_never_a_shorter_text(tmp
             read_text(path)
 
 
+def test_linked_folders_are_read_once_wherever_they_lead(tmp_path):
+    for place in ("text/own", "other"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "a.txt").write_text(place)
+    plain = [path.name for path in find_files(str(tmp_path / "text"), ".txt").every()]
+    (tmp_path / "text/again").symlink_to(tmp_path / "text/own")
+    (tmp_path / "text/loop").symlink_to(tmp_path / "text")
+    (tmp_path / "other/back").symlink_to(tmp_path / "text")
+    assert [path.name for path in find_files(str(tmp_path / "text"), ".txt").every()] == plain
+    (tmp_path / "text/more").symlink_to(tmp_path / "other")
+    found = find_files(str(tmp_path / "text"), ".txt").every()
+    assert {path.relative_to(tmp_path).as_posix() for path in found} == {
+        "text/own/a.txt", "text/more/a.txt"
+    }  # fmt: skip
+
+
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(UserError, match=r"pipe\.txt: is no regular file"):

@@ -51,6 +51,21 @@ def test_a_document_stays_in_its_split_wherever_it_is_and_copies_count_once():
     assert not any(name.startswith("copy") for name in names)
 
 
+@pytest.mark.parametrize(("longest", "said"), [(10, False), (10_000, True)])
+def test_it_is_said_where_one_document_leaves_little_to_train_on(longest, said, caplog):
+    texts = [(str(i), str(i).encode() * 10) for i in range(40)]
+    for last in range(64):  # wherever its hash puts it
+        documents = [*texts, ("long", f"{last:02d}".encode() * longest)]
+        caplog.clear()
+        parts = split_documents(lambda documents=documents: iter(documents), "name")
+        size = {split: sum(len(text) for _, text in part) for split, part in parts.items()}
+        little = 2 * size["train"] < sum(size.values())
+        assert little == any("are left to train on" in line for line in caplog.messages)
+        if little == said:
+            return
+    pytest.fail("no such split")
+
+
 @pytest.mark.parametrize("texts", [[], [b"a"], [b"a", b"b"], [b"a", b"b", b"a"]])
 def test_too_few_documents_are_refused(texts):
     with pytest.raises(UserError, match=rf"x: has {len(set(texts))} different documents\. Give"):

@@ -85,6 +85,31 @@ def test_ids_are_those_of_transformers(kind, after, nested, add, tmp_path):
     assert (bos is not None) == (after in ("begins", "both"))
 
 
+SAMPLING = {
+    "BPE dropout": lambda m: m.models.BPE(
+        vocab={"t": 0, "h": 1, "e": 2, "th": 3, "the": 4},
+        merges=[("t", "h"), ("th", "e")],
+        dropout=0.5,
+    ),
+    "unigram": lambda m: m.models.Unigram(
+        [("<unk>", 0.0), *((x, -2.0) for x in ("t", "h", "e", "th", "the"))], unk_id=0
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLING)
+def test_what_a_tokenizer_draws_while_its_model_is_trained_is_off(kind, tmp_path):
+    made = tokenizers.Tokenizer(SAMPLING[kind](tokenizers))
+    file = tmp_path / "tokenizer.json"
+    made.save(str(file))
+    about = json.loads(file.read_text())
+    if kind == "unigram":
+        about["model"] |= {"alpha": 0.1, "nbest_size": 8}
+        file.write_text(json.dumps(about))
+    opened = open_tokenizer(str(file))
+    assert len({tuple(opened.encode(b"the" * 20)) for _ in range(8)}) == 1
+
+
 def test_a_text_read_from_its_beginning_has_one_token_at_least(tmp_path):
     file = str(saved(tmp_path, "byte level", "begins"))
     assert open_tokenizer(file, bos_token=258).prompt("") == [258]

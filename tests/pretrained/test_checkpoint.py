@@ -12,12 +12,14 @@ import pytest
 import torch
 from checkpoints import CASES, LLAMA, LLAMA3, NEOX, PAIRS, SU, VOCAB, opened, save, scaled
 
+from zoo.config.compose import compose
 from zoo.errors import UserError
 from zoo.model.pretrained import check_unchanged, identify
 from zoo.pretrained.config_reader import SILENT
 from zoo.pretrained.families import describe
 from zoo.pretrained.rope_scaling import SCALINGS
 from zoo.pretrained.weights import open_weights, read_json
+from zoo.tasks.identity import compressed_identity
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -42,6 +44,7 @@ def test_in_float64_little_is_left_of_the_difference(case, tmp_path):
 
 DYNAMIC = {
     "dynamic": scaled("dynamic", factor=3.0),
+    "dynamic, with a length": scaled("dynamic", factor=3.0, original_max_position_embeddings=16),
     "longrope": scaled(
         "longrope",
         factor=4.0,
@@ -59,7 +62,7 @@ def test_frequencies_that_follow_the_length_are_those_of_transformers(kind, tmp_
     CASES[kind] = ("Llama", LLAMA | DYNAMIC[kind] | {"num_hidden_layers": 1})
     theirs, ours = save(tmp_path, kind), opened(tmp_path)
     del CASES[kind]
-    step = 64 if kind == "dynamic" else 16
+    step = 16 if kind == "longrope" else 64
     for length in (1, 15, step, 2 * step, 3 * step, 5 * step):
         tokens = torch.randint(0, VOCAB, (2, length))
         with torch.no_grad():
@@ -286,6 +289,24 @@ def test_rope_scaling_that_contradicts_rope_parameters_is_refused(old, tmp_path)
         describe(config | {"rope_scaling": old})
 
 
+@pytest.mark.parametrize("window", [17, 64, 100])
+def test_a_window_beside_a_scaling_is_refused_where_trained_texts_would_not_fit(window, tmp_path):
+    CASES["windowed"] = (
+        "Mistral",
+        LLAMA | {"sliding_window": window} | scaled("linear", factor=4.0),
+    )
+    save(tmp_path, "windowed")
+    del CASES["windowed"]
+    config = read_json(tmp_path / "config.json")
+    if window < 64:
+        with pytest.raises(UserError, match="sliding_window=17: is not supported"):
+            describe(config)
+    else:
+        (note,) = describe(config).notes
+        assert note.startswith(f"sliding_window={window}: does not act beside rope_scaling")
+        assert not describe(config | {"sliding_window": None}).notes
+
+
 def logits_of(theirs: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return theirs(torch.arange(40)[None], use_cache=False).logits
@@ -425,6 +446,24 @@ def test_weights_that_changed_are_reported(tmp_path):
     save(tmp_path, "llama, tied")
     with pytest.raises(UserError, match="changed"):
         check_unchanged(tmp_path, recorded)
+
+
+def test_a_scorer_of_prompts_is_known_by_its_weights(tmp_path):
+    """Not by their files' names and sizes: rows that another has scored are another's."""
+
+    def settings() -> str:
+        words = ["run=x", "compress=llmlingua", "compress.rate=0.5", f"compress.by={tmp_path}"]
+        about = {"arm": "x", "extension_settings": "none", "extension_options": {}}
+        return compressed_identity(about, compose("eval", words).compress)["extension_settings"]
+
+    theirs = save(tmp_path, "llama")
+    before = settings()
+    (tmp_path / "model.safetensors").touch()
+    assert settings() == before
+    with torch.no_grad():
+        next(theirs.parameters()).add_(1)
+    theirs.save_pretrained(tmp_path)
+    assert settings() != before
 
 
 def test_what_is_refused_is_refused_without_torch(tmp_path):

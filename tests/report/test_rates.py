@@ -46,6 +46,11 @@ def test_each_arm_has_its_own_best():
     assert choose_rates([], runs) == ([], runs, [])
 
 
+def test_losses_on_two_texts_choose_no_rate():
+    runs = [run(1e-3, 0, 0.5, fingerprint="a"), run(2e-3, 0, 0.1, fingerprint="b")]
+    assert choose_rates(rows_of(runs), runs) == (rows_of(runs), runs, [])
+
+
 def test_runs_without_a_validation_loss_stay_as_they_are():
     runs = [run(lr, 0, None) for lr in (1, 2)]
     assert choose_rates(rows_of(runs), runs) == (rows_of(runs), runs, [])

@@ -315,6 +315,8 @@ def advance(arm: Tuned, rate: float, seed: int, until: int) -> float | None:
         loss, diverged = _figures(folder, until)
         if loss is None and not diverged:
             outcome.folder, outcome.failed = str(folder), "stopped"
+            if folder.info["step"] < until:  # by trainer.max_time
+                raise RunError(f"lr={rate:g} seed={seed}: {folder.info['reason']}")
             rule = f"has lost its validation loss at step {until}"
             refuse_path(folder.path / "metrics.csv", rule, f"Restore it, or remove {folder}")
     outcome.folder, outcome.loss, outcome.failed = str(folder), loss, diverged

@@ -193,8 +193,8 @@ def check_reads(extension: Extension) -> None:
     """Refuse to read texts under an extension that draws the positions of training windows."""
     if extension.positions is not None:
         name = extension.name
-        train = f"Train with it (python train.py finetune=<run folder> extension={name})"
-        advice = f"{train}, and measure that run with extension=none"
+        how = f"finetune=<run folder> extension={name} extension.factor=<times the length>"
+        advice = f"Train with it (python train.py {how}), and measure that run with extension=none"
         refuse("extension", name, "is a way to train", advice)
 
 

@@ -101,15 +101,22 @@ def _require_all_splits(root: Path, found: list[str]) -> None:
 def list_files(root: Path, suffix: str, excluded: Iterable[str] = ()) -> list[Path]:
     """The regular files below `root` that end in `suffix`, perhaps compressed, sorted.
 
-    Folders named in `excluded` are left out.
+    Folders named in `excluded` are left out. A link to a folder is followed, once.
     """
 
     def stop(error: OSError) -> NoReturn:
         refuse_unreadable(error.filename, error)
 
     found, ends = [], (suffix, *(suffix + end for end in COMPRESSED))
-    for folder, folders, names in os.walk(root, onerror=stop):
-        folders[:] = [name for name in folders if name not in excluded]
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(root, onerror=stop, followlinks=True):
+        place = _stat(Path(folder))
+        if (place.st_dev, place.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        inside = [name for name in folders if name not in excluded]
+        folders[:] = sorted(inside, key=lambda name: (os.path.islink(f"{folder}/{name}"), name))
         found += [Path(folder, name) for name in names if name.lower().endswith(ends)]
     return sorted(path for path in found if stat.S_ISREG(_stat(path).st_mode))
 

@@ -41,6 +41,7 @@ def split_files(root: Path, files: Iterable[Path], held_out: int = 0) -> dict[st
             splits[split].append(ranked.pop())
             size += splits[split][-1].stat().st_size
     splits["train"] = ranked
+    _warn_of_little(root, (path.stat().st_size for path in ranked), goal / HELD_OUT)
     return {split: sorted(paths) for split, paths in splits.items()}
 
 
@@ -117,6 +118,7 @@ def split_documents(read: Callable[[], Documents], name: str) -> dict[str, Docum
     tests = min(int(np.searchsorted(lengths.cumsum(), goal)) + 1, len(unique) - 2)
     rest = lengths[tests:].cumsum()
     valids = min(int(np.searchsorted(rest, goal)) + 1, len(unique) - tests - 1)
+    _warn_of_little(name, lengths[tests + valids :], goal / HELD_OUT)
     bounds = [0, len(unique) - tests - valids, len(unique) - tests, len(unique)]
 
     def part(start: int, stop: int) -> Iterator[tuple[str, bytes]]:
@@ -129,6 +131,16 @@ def split_documents(read: Callable[[], Documents], name: str) -> dict[str, Docum
 
     pairs = zip(SPLITS, bounds, bounds[1:], strict=False)
     return {split: part(start, stop) for split, start, stop in pairs}
+
+
+def _warn_of_little(name: object, train: Iterable[int], whole: float) -> None:
+    """Say where one long document leaves little of so many bytes to train on."""
+    if (share := sum(map(int, train)) / max(whole, 1)) < 0.5:
+        log.warning(
+            "%s: %.1f%% of the bytes are left to train on, as documents are divided whole. Give "
+            "folders train, valid and test to divide them otherwise",
+            *(name, 100 * share),
+        )
 
 
 def without_copies(splits: Mapping[str, Callable[[], Documents]]) -> dict[str, Documents]:

@@ -125,6 +125,9 @@ def _opened(choice: str) -> Any:
         refuse("data.tokenizer", choice, rule, f"Name another file, or use {BYTES}")
     model.no_truncation()
     model.no_padding()
+    for sampled in ("dropout", "alpha", "nbest_size"):  # a text would have other tokens each time
+        if getattr(model.model, sampled, None) is not None:
+            setattr(model.model, sampled, None)
     return model
 
 

@@ -156,7 +156,7 @@ def _train_frequencies(model: Backbone, extension: Extension) -> None:
     ropes = [rope for rope in rotary_positions(model) if _acts(extension, rope)]
     if extension.positions is None:
         rule = "is trained on windows with positions of a longer text"
-        advice = "Use python train.py finetune=<run> extension=clex."
+        advice = "Use python train.py finetune=<run> extension=clex extension.factor=<largest>."
         refuse("extension.scaling._target_", extension.scaling.target, rule, advice)
     if extension.composition == "on_top":
         rule = f"extension={extension.name} learns from the model's own frequencies on"

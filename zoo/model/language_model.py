@@ -173,7 +173,7 @@ class LanguageModel:
         check("stop", stop, str | Sequence[str])
         words = [stop] if isinstance(stop, str) else [*stop]
         if "" in words:
-            refuse("stop", stop, "must not be empty")
+            refuse("stop", stop, "must not hold an empty text", "Leave it out")
         return Sampling(temperature=temperature, top_p=top_p, seed=seed), words
 
     def writer(self, prompt: Text = "") -> Writer:

@@ -127,6 +127,11 @@ class Reader:
 
     config: Config
     read: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)  # of what acts otherwise in some texts
+
+    def changed(self, **keys: Any) -> "Reader":
+        """One that finds these in their keys' place, and remembers with this one."""
+        return Reader({**self.config, **keys}, self.read, self.notes)
 
     def get(self, key: str, default: Any = None) -> Any:
         self.read.add(key)

@@ -7,7 +7,7 @@ family's function is its row in README's table.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class Description:
     end_token: int | None  # ends a document
     layers: list[list[str]] | None = None  # further words of each layer, where layers differ
     own: dict[str, Any] | None = None  # sections of the zoo's configuration, of a model it exported
+    notes: Sequence[str] = ()  # what the model does otherwise in some texts
 
 
 TRAINED = "zoo_training"  # the key of an exported config.json for what no family's keys can say
@@ -58,7 +59,7 @@ def describe(config: Config) -> Description:
     if isinstance(end, list):
         end = end[0] if end else None
     reader.finish()
-    return Description(name, ["match=none", *words], vocab_size, end, layers)
+    return Description(name, ["match=none", *words], vocab_size, end, layers, notes=[*reader.notes])
 
 
 def _own(read: Reader) -> Description:

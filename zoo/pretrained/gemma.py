@@ -34,7 +34,7 @@ def gemma2(read: Reader) -> Layers:
     cap = read.optional("final_logit_softcapping")
     scale = read.optional("query_pre_attn_scalar", 256)
     kinds = _local_layers(read, 2)
-    inner = Reader({**read.config, "sliding_window": None, "layer_types": None}, read.read)
+    inner = read.changed(sliding_window=None, layer_types=None)
     words = [*gemma(inner), "model.post_norm=true", f"model.mixer.score_scale={scale**-0.5}"]
     words += [] if cap is None else [f"model.logit_softcap={float(cap)}"]
     words += [] if score_cap is None else [f"model.mixer.score_softcap={float(score_cap)}"]
@@ -61,8 +61,8 @@ def gemma3(read: Reader) -> Layers:
         raise unsupported("rope_parameters", rope)
     count = read.get("sliding_window_pattern") or read.get("_sliding_window_pattern") or 6
     default = {"rope_theta": read.get("rope_theta", 1000000.0)}
-    config = {**read.config, "rope_parameters": {**default, **whole}, "rope_theta": None}
-    inner = Reader({**config, "_sliding_window_pattern": count}, read.read)
+    rope = {"rope_parameters": {**default, **whole}, "rope_theta": None}
+    inner = read.changed(**rope, _sliding_window_pattern=count)
     words, layers = gemma2(inner)
     eps = read.number("rms_norm_eps")
     norms = ["model.mixer.qk_norm=true", "model.mixer.norm_offset=true"]

@@ -68,11 +68,19 @@ def transformer(read: Reader, act: str | None = "silu", tied: bool = False) -> l
     if head_width is not None and head_width * heads != width:
         words += [f"model.mixer.head_width={head_width}"]
     window = _window(read)
-    if window is not None and window < length:
-        if any(word.startswith("extension=") for word in words):
+    if window is None:
+        return words
+    if any(word.startswith("extension=") for word in words):
+        if window < length:
             raise unsupported("sliding_window", window)
-        words += ["extension=window", f"extension.attention.window={window}"]
-    return words
+        read.notes.append(
+            f"sliding_window={window:,}: does not act beside rope_scaling, so that longer texts "
+            "than that are read with all keys"
+        )
+        return words
+    if window <= length:
+        return [*words, "extension=window", f"extension.attention.window={window}"]
+    return ["model.positions=local_rope", f"model.positions.window={window}", *words]
 
 
 def _window(read: Reader) -> int | None:
@@ -142,4 +150,4 @@ def partial_rotary(read: Reader, default: float) -> tuple[float, Reader]:
     if rope_type(parameters) == "proportional":
         parameters["partial_rotary_factor"] = share
     without = {"rope_parameters": parameters, "rope_scaling": None, "partial_rotary_factor": None}
-    return float(share), Reader({**read.config, **without}, read.read)
+    return float(share), read.changed(**without)

@@ -117,6 +117,12 @@ def _proportional(scaling: Settings, length: int) -> list[str]:
     return _scaled("pi", {}, _as_it_is)({"factor": 1.0, **scaling}, length)
 
 
+def _dynamic(scaling: Settings, length: int) -> list[str]:
+    """Scaled beyond `max_position_embeddings`, whatever an original length beside it says."""
+    scaling.pop("original_max_position_embeddings", None)
+    return _scaled("dynamic_ntk", {}, _as_it_is)(scaling, length)
+
+
 def _attention_factor(scaling: Settings, factor: float, _before: int) -> None:
     """mscale and mscale_all_dim count together, and only without an attention factor."""
     one, other = (scaling.pop(key, None) for key in ("mscale", "mscale_all_dim"))
@@ -148,7 +154,7 @@ LONGROPE = {"long_factor": "long_factors", "short_factor": "short_factors"}
 SCALINGS: dict[str, Callable[[Settings, int], list[str]]] = {
     "linear": _scaled("pi", {}, _as_it_is),
     "proportional": _proportional,
-    "dynamic": _scaled("dynamic_ntk", {}, _as_it_is),
+    "dynamic": _dynamic,
     "llama3": _scaled("llama3", _names("low_freq_factor", "high_freq_factor"), _as_it_is),
     "yarn": _scaled("yarn", YARN, _attention_factor),
     "longrope": _scaled("longrope", LONGROPE | _names("magnitude"), _magnitude),

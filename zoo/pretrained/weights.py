@@ -4,12 +4,14 @@ Tensors are views of the mapped files, so that opening costs no memory beyond th
 read. Nothing is unpickled and nothing is downloaded.
 """
 
+import functools
 import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.errors import UserError, refuse
+from zoo.runs.files import as_it_is
 
 if TYPE_CHECKING:  # torch takes seconds, and what is refused is refused at once
     import torch
@@ -116,9 +118,14 @@ def open_weights(folder: Path, dtype: "torch.dtype | None" = None) -> "dict[str,
 
 
 def digest_files(files: list[Path]) -> str:
-    """sha256 over the files' contents, in their order."""
+    """sha256 over the files' contents, in their order; of the same files read once."""
+    return _digest(tuple(map(as_it_is, files)))
+
+
+@functools.cache
+def _digest(files: tuple[tuple[Path, int, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for path in files:
+    for path, *_ in files:
         with open(path, "rb") as file:
             while block := file.read(2**22):
                 digest.update(block)

@@ -59,9 +59,10 @@ def choose_rates(
 
 
 def _arm(run: Row) -> str:
-    """What is the same for all rates and seeds of an arm."""
+    """What is the same for all rates and seeds of an arm, the text that they read among it."""
     settings = {k: v for k, v in run["settings"].items() if k != "optim.lr"}
-    return repr([run.get("arm"), sorted(settings.items(), key=lambda item: item[0])])
+    own = sorted(settings.items(), key=lambda item: item[0])
+    return repr([run.get("arm"), run.get("fingerprint"), own])
 
 
 def _rate(lr: float, runs: Sequence[Row]) -> Rate:

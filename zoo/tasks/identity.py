@@ -19,6 +19,7 @@ from zoo.errors import UserError
 from zoo.measurement import numbers
 from zoo.model.audit import AUTOCAST
 from zoo.model.device import device_name
+from zoo.model.pretrained import identify
 from zoo.report.words import operations
 from zoo.runs.claim import trained_by
 from zoo.runs.folder import RunFolder
@@ -117,14 +118,13 @@ def compressed_identity(about: Row, compress: Compress) -> Row:
 
 
 def _scorer_name(by: str | None) -> list[Any] | None:
-    """What identifies a scorer's weights: a run's id and step; a checkpoint's files."""
+    """What identifies a scorer's weights: a run's id and step; a hash over a checkpoint's."""
     if by is None:
         return None
     if (Path(by) / "run.json").is_file():
         folder = RunFolder.open(by)
         return [folder.info.get("id"), weights_of(folder)["train_steps"]]
-    files = sorted(Path(by).glob("*")) if Path(by).is_dir() else [Path(by)]
-    return [[file.name, file.stat().st_size] for file in files if file.is_file()]
+    return [identify(Path(by))["sha256"]]
 
 
 def weights_of(folder: RunFolder) -> Row:

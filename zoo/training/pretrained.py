@@ -45,8 +45,17 @@ def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> Run
     if section["tokenizer"] != BYTES:
         section["bos_token"] = bos_of(section["tokenizer"])
     config = pretrained_config(described, checkpoint, section, runs)
+    for note in described.notes:
+        say(f"{checkpoint}: {note}")
     text = open_data(config.data, config.seq_len)
     assert isinstance(text, Corpus)
+    if text.vocab_size == described.vocab_size + 1 and section.get("end_token") is None:
+        refuse(
+            "data.end_token",
+            None,
+            "adds a token behind each text, of which the checkpoint knows none",
+            "Give the number of the tokenizer's token that ends a text",
+        )
     if text.vocab_size > described.vocab_size:
         refuse(
             "data.tokenizer",
@@ -59,7 +68,7 @@ def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> Run
     path = runs / "".join(c if c.isalnum() or c in "._+-" else "-" for c in name).lstrip(".-")
     if path.exists():
         folder = RunFolder.open(path)
-        check_same_run(folder, config, "Choose another runs=")
+        check_same_run(folder, config, "Put back its config.json, or use another runs=<folder>")
         check_unchanged(checkpoint, folder.info["checkpoint"])
         return folder
     say(f"{checkpoint}: {described.family}, reading its weights")
