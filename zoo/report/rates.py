@@ -40,10 +40,18 @@ def choose_rates(
     no validation loss, and arms of a single rate, stay as they are.
     """
     rows, runs = [*rows], [*runs]
-    groups: dict[str, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        if run.get("lr") is not None and isinstance(run.get("settings"), Mapping):
-            groups[_arm(run)][run["lr"]].append(run)
+    tried = [
+        run
+        for run in runs
+        if run.get("lr") is not None and isinstance(run.get("settings"), Mapping)
+    ]
+    texts: dict[str, set[Any]] = defaultdict(set)
+    for run in tried:
+        texts[_arm(run)] |= {run["fingerprint"]} if run.get("fingerprint") else set()
+    groups: dict[Any, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for run in tried:
+        several = len(texts[arm := _arm(run)]) > 1  # losses on one text are not those on another
+        groups[arm, run.get("fingerprint") if several else None][run["lr"]].append(run)
     others: set[Any] = set()
     every: list[Rate] = []
     for group in groups.values():
@@ -59,10 +67,9 @@ def choose_rates(
 
 
 def _arm(run: Row) -> str:
-    """What is the same for all rates and seeds of an arm, the text that they read among it."""
+    """What is the same for all rates and seeds of an arm."""
     settings = {k: v for k, v in run["settings"].items() if k != "optim.lr"}
-    own = sorted(settings.items(), key=lambda item: item[0])
-    return repr([run.get("arm"), run.get("fingerprint"), own])
+    return repr([run.get("arm"), sorted(settings.items(), key=lambda item: item[0])])
 
 
 def _rate(lr: float, runs: Sequence[Row]) -> Rate:
