@@ -142,11 +142,12 @@ quantization: .venv/ready  ## what int8 and int4 weights, keys and values cost b
 	$(RUN) eval.py run='runs/quantization/*' $(BITS)
 
 READ := task=length_extension task.perplexity.protocols=[half_tail] \
-  task.perplexity.lengths=[128,256,512,1k,2k] task.passkey.lengths=[128,256,512,1k,2k]
+  task.perplexity.lengths=[128,256,512,1k,2k] task.passkey.lengths=[128,256,512,1k,2k] \
+  task.passkey.repeats=40
 FACTOR := 8
 
 length-extension: .venv/ready  ## one rotary model under every training-free extension, on BOOKS=<folder of books>
-	$(RUN) train.py experiment=length_extension data=text data.path=$(BOOKS)
+	$(RUN) train.py -m experiment=length_extension data=text data.path=$(BOOKS) seed=0,1
 	found=$$($(RUN) -m zoo training-free $(FACTOR)) || exit; echo "$$found" | \
 	  sed 's/^extension=self_extend$$/& extension.attention.group=16/' | \
 	  while read -r options; do \
