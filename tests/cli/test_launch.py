@@ -153,7 +153,7 @@ REFUSED = {
     "objective=masked model=mamba": "model=mamba: has no bidirectional form, which",
     "objective=masked model=alibi": "Use one of: cosformer, etc",
     "objective=masked state_passing=carry": "masked reads separate windows. Use state_passing=none",
-    "model.sink_token=true state_passing=carry": "carry passes on the last window alone. Use",
+    "model.sink_token=true state_passing=carry": "carry passes on the last alone. Use",
     "model.mixer.causal=false": "model.mixer.causal=false: unknown option",
     "mamba": "mamba: is no option. Did you mean 'model=mamba'?",
     "model=[": "model=[: cannot be read. Write lists as [a,b]",

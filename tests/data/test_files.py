@@ -134,6 +134,8 @@ def test_linked_folders_are_read_once_wherever_they_lead(tmp_path):
     (tmp_path / "text/again").symlink_to(tmp_path / "text/own")
     (tmp_path / "text/loop").symlink_to(tmp_path / "text")
     (tmp_path / "other/back").symlink_to(tmp_path / "text")
+    (tmp_path / "text/inside").mkdir()
+    (tmp_path / "text/inside/link").symlink_to(tmp_path / "text/own")
     assert [path.name for path in find_files(str(tmp_path / "text"), ".txt").every()] == plain
     (tmp_path / "text/more").symlink_to(tmp_path / "other")
     found = find_files(str(tmp_path / "text"), ".txt").every()

@@ -9,7 +9,7 @@ import types
 import pytest
 
 from zoo.data.corpora import open_corpus
-from zoo.data.sources import check_source
+from zoo.data.sources import check_source, find_source
 from zoo.errors import UserError
 
 TEXTS = [f"document {i} " * (i % 5 + 1) for i in range(60)]
@@ -82,6 +82,15 @@ def test_tokens_that_are_kept_in_its_folder_are_none_of_its_files(library, no_ne
     (tmp_path / "b.csv").write_text("")
     open_corpus(spec(tmp_path, cache=str(kept)), kept)
     assert len(library.requested) > count
+
+
+def test_a_data_set_below_the_cache_has_files_of_its_own(library, no_network, tmp_path):
+    place = tmp_path / "mine"
+    place.mkdir()
+    (place / "a.csv").write_text("one")
+    before = find_source(spec(place, cache=str(tmp_path))).fingerprint
+    (place / "a.csv").write_text("another")
+    assert find_source(spec(place, cache=str(tmp_path))).fingerprint != before
 
 
 def test_its_own_three_splits_are_ours(library, no_network, tmp_path):

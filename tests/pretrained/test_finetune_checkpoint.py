@@ -9,7 +9,9 @@ from building import counting, write_byte_level
 from checkpoints import CASES, transformers
 
 from zoo.cli.eval import main as measure
+from zoo.cli.train import check
 from zoo.cli.train import main as train
+from zoo.config.compose import compose_tree, composing, parse, plain
 from zoo.model.checkpoint import load
 from zoo.runs.folder import RunFolder
 
@@ -103,6 +105,29 @@ def test_a_checkpoint_is_tuned_resumed_and_measured_or_the_line_says_why_not(
     rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
     assert {row["length"] for row in rows} == {LENGTH, 2 * LENGTH}
     assert {row["status"] for row in rows} == {"ok"}
+
+
+def test_every_option_of_data_beside_a_checkpoint_is_its_texts(tmp_path):
+    """Whether data=text is given or follows from data.path."""
+    place = write_checkpoint(tmp_path / "model", "llama")
+    (tmp_path / "text").mkdir()
+    for number in range(3):
+        (tmp_path / "text" / f"{number}.txt").write_text(counting(number, 900))
+    where = [f"finetune={place}", f"data.path={tmp_path / 'text'}", f"runs={tmp_path / 'runs'}"]
+    words = [
+        *where,
+        f"data.cache={tmp_path / 'c'}",
+        "data.passkey=0.5",
+        "data.eval_documents=joined",
+    ]
+    found = []
+    for named in ([], ["data=text"]):
+        with composing("train"):
+            tree = compose_tree("train", parse([*words, *named]))
+            config = check(tree, [word.partition("=")[0] for word in [*words, *named]])
+        found.append(plain(config)["data"])
+    assert found[0] == found[1]
+    assert (found[0]["passkey"], found[0]["eval_documents"]) == (0.5, "joined")
 
 
 def test_what_cannot_be_tuned_is_refused_in_one_line_before_anything_is_written(tmp_path, capsys):

@@ -8,7 +8,7 @@ import pytest
 from synthetic import experiment, run_records, score_row
 
 from zoo.report.charts import styles
-from zoo.report.noise import is_noise, noise_floors
+from zoo.report.noise import Floor, is_noise, noise_floors
 from zoo.report.page import render
 from zoo.report.rows import Cell, gather, summary
 from zoo.report.scores import score_noise
@@ -152,6 +152,31 @@ def test_one_training_read_in_many_ways_is_no_more_trainings(seeds):
         one, other = (made[f"{model} read in way 0"][64].value for model in "bc")
         beyond += not is_noise(Cell(one - other, seeds=seeds), floor)
     assert 0.03 < beyond / rounds < 0.07
+
+
+def test_an_arm_read_in_many_ways_does_not_leave_out_the_others():
+    def floor(readings: int) -> Floor:
+        made = {}
+        for model, values in {"a": (1.0, 1.001), "b": (1.0, 1.02), "c": (1.0, 1.025)}.items():
+            rows = [
+                {"status": "ok", "value": value, "run": f"{model}{seed}"}
+                for seed, value in enumerate(values)
+            ]
+            for i in range(readings if model == "a" else 1):
+                made[f"{model} {i}"] = {64: summary(rows, "value")}
+        return noise_floors(made, "score")[64]
+
+    once, often = floor(1), floor(4)
+    assert often.value == pytest.approx(once.value)
+    assert often.outlying == once.outlying
+
+
+def test_one_seed_of_many_that_has_not_learned_leaves_its_arm_a_floor():
+    rows = [
+        score_row("transformer", 512, value, seed=seed, run=f"t-{seed}") | {"bigram_bits": 3.5}
+        for seed, value in enumerate((2.0, 2.05, 2.1, 2.15, 3.6))
+    ]
+    assert score_noise(gather(rows, []), "half_tail")[512].value > 0.1
 
 
 def test_an_arm_that_has_not_learned_says_nothing_of_how_sure_the_others_are():

@@ -137,7 +137,11 @@ def test_an_option_of_data_beside_finetune_is_of_the_base_s_text_or_refused(data
     base = RunFolder.create(tmp_path / "base", train_config(*data.split(), "size=tiny"), {})
     write_checkpoint(base, "step=1.ckpt")
     before, task = plain(base.config)["data"], "task" in plain(base.config)["data"]
-    for word in ("tokenizer=other.json", "passkey=0.5", "eval_documents=joined", "cache=else"):
+    more = {"text": ("bos_token=3", "end_token=7"), "jsonl": ("field=body",)}.get(
+        before["name"], ()
+    )
+    words = ("tokenizer=other.json", "passkey=0.5", "eval_documents=joined", "cache=else", *more)
+    for word in words:
         name, _, value = word.partition("=")
         with composing("train"):
             tree = resolve(compose_tree("train", parse([f"finetune={base}", f"data.{word}"])))
@@ -147,4 +151,5 @@ def test_an_option_of_data_beside_finetune_is_of_the_base_s_text_or_refused(data
                 finetuned(tree, given)
         else:
             after = plain(finetuned(tree, given))["data"]
-            assert after == {**before, name: float(value) if name == "passkey" else value}
+            kinds = {"passkey": float, "bos_token": int, "end_token": int}
+            assert after == {**before, name: kinds.get(name, str)(value)}

@@ -55,7 +55,14 @@ def test_a_weight_that_nothing_reads_is_found():
     assert not every_weight_learns(model, config)
 
 
-@pytest.mark.parametrize("more", [[], ["trainer.sequence_parallel=2"]])
-def test_a_sink_token_has_a_gradient_also_where_a_text_goes_on(more):
-    config = train_config("model=transformer", "model.sink_token=true", *WORDS, *more)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model=transformer"],
+        ["model=transformer", "trainer.sequence_parallel=2"],
+        ["model=mamba", "state_passing=carry"],
+    ],
+)
+def test_a_sink_token_has_a_gradient_also_where_a_text_goes_on(words):
+    config = train_config(*words, "model.sink_token=true", *WORDS)
     assert every_weight_learns(build_model(config, 32)[0], config)

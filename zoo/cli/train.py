@@ -93,11 +93,8 @@ def _as_of_run(tree: dict[str, Any], given: list[str]) -> tuple[dict[str, Any], 
 
     data = dict(tree["data"])
     if "data" not in given and "data.path" in given:  # not of the default corpus, which has none
-        places = {key: data[key] for key in ("path", "cache") if f"data.{key}" in given}
-        data = {
-            **yaml.safe_load((CONFIGS / "data" / "text.yaml").read_text(encoding="utf-8")),
-            **places,
-        }
+        own = yaml.safe_load((CONFIGS / "data" / "text.yaml").read_text(encoding="utf-8"))
+        data = own | {key: value for key, value in data.items() if f"data.{key}" in given}
     if "data.tokenizer" not in given:
         data["tokenizer"] = None  # the checkpoint's own
     check_checkpoint(place, data["tokenizer"])

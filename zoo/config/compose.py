@@ -13,6 +13,7 @@ from copy import deepcopy
 from functools import lru_cache
 from typing import Any, Literal, overload
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -122,7 +123,8 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
     if program == "train":
         also += [f"model.{key}" for key, f in Model.model_fields.items() if not f.is_required()]
     if {"resume", "finetune"} & {override.key_or_group for override in overrides}:
-        also += ["data.path", "model.mixer.window"]  # of that run, whatever this tree's default is
+        also += ["model.mixer.window"]  # of that run, whatever this tree's default is
+        also += [f"data.{key}" for key in _options_of_texts()]
     read = overrides  # those that are read when a message comes
     try:
         tree = compose_groups(program, overrides)
@@ -146,6 +148,14 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
         message = str(error).splitlines()[0].removesuffix(".")
         refuse_path(" ".join(_at_fault(read, message)), message, "See --help for the options")
     return container
+
+
+@lru_cache
+def _options_of_texts() -> tuple[str, ...]:
+    """The options that any text has beside its name."""
+    files = (CONFIGS / "data").glob("*.yaml")
+    every = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(files))
+    return tuple(dict.fromkeys(key for one in every for key in one if key != "name"))
 
 
 def _at_fault(overrides: Sequence[Override], message: str) -> list[str]:

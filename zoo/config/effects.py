@@ -117,6 +117,12 @@ def check_effects(config: TrainConfig, tree: Mapping[str, Any], given: Sequence[
     if "optim.warmup_steps" in given and config.optim.warmup_steps > steps:
         rule, advice = f"must be at most trainer.max_steps={steps}", "Use a shorter warm-up"
         refuse("optim.warmup_steps", config.optim.warmup_steps, rule, f"{advice} or a longer run")
+    attends = any(
+        block.mixer.target.startswith("zoo.mixers.softmax.") for block in config.model.blocks
+    )
+    if config.model.sink_token and config.state_passing == "carry" and attends:
+        rule = "is before a text, and of its keys state_passing=carry passes on the last alone"
+        refuse("model.sink_token", True, rule, "Use state_passing=none")
     for section, main, rule in SECTIONS:
         options = getattr(config, section)
         for option in type(options).model_fields if getattr(options, main) is None else ():

@@ -109,15 +109,19 @@ def list_files(root: Path, suffix: str, excluded: Iterable[str] = ()) -> list[Pa
 
     found, ends = [], (suffix, *(suffix + end for end in COMPRESSED))
     seen: set[tuple[int, int]] = set()
-    for folder, folders, names in os.walk(root, onerror=stop, followlinks=True):
-        place = _stat(Path(folder))
-        if (place.st_dev, place.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((place.st_dev, place.st_ino))
-        inside = [name for name in folders if name not in excluded]
-        folders[:] = sorted(inside, key=lambda name: (os.path.islink(f"{folder}/{name}"), name))
-        found += [Path(folder, name) for name in names if name.lower().endswith(ends)]
+    places = [str(root)]
+    for start in places:  # what is linked comes after all that is not: a link renames no file
+        links = []
+        for folder, folders, names in os.walk(start, onerror=stop):
+            place = _stat(Path(folder))
+            if (place.st_dev, place.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((place.st_dev, place.st_ino))
+            folders[:] = [name for name in folders if name not in excluded]
+            links += [f"{folder}/{name}" for name in folders if os.path.islink(f"{folder}/{name}")]
+            found += [Path(folder, name) for name in names if name.lower().endswith(ends)]
+        places += sorted(links)
     return sorted(path for path in found if stat.S_ISREG(_stat(path).st_mode))
 
 

@@ -126,7 +126,9 @@ def _hub_source(spec: Spec) -> Source:
     folder, stamps = Path(os.path.expanduser(dataset)).resolve(), []
     if folder.is_dir():
         kept = Path(spec.get("cache") or ".data").resolve()  # what is written there is not its own
-        own = [path for path in list_files(folder, "") if not path.is_relative_to(kept)]
+        inside = kept != folder and kept.is_relative_to(folder)
+        found = list_files(folder, "")
+        own = [path for path in found if not (inside and path.resolve().is_relative_to(kept))]
         stamps = file_stamps(Files(folder, {"": own}))
     what = [dataset, field, count, stamps]
     return Source(_fingerprint(what), lambda: hub.dataset_documents(dataset, field, count))

@@ -6,6 +6,8 @@ Each function translates a `config.json` into options of `train.py`; see zoo.pre
 from zoo.pretrained.config_reader import Reader, unsupported
 from zoo.pretrained.rope_scaling import rope_type, rotary
 
+MAX_WINDOW = 2**20  # of positions=local_rope
+
 
 def llama(read: Reader) -> list[str]:
     """Llama 1 to 3 and its descendants under the same name."""
@@ -70,13 +72,13 @@ def transformer(read: Reader, act: str | None = "silu", tied: bool = False) -> l
     window = _window(read)
     if window is None:
         return words
-    if any(word.startswith("extension=") for word in words):
-        if window < length:
-            raise unsupported("sliding_window", window)
-        read.notes.append(
-            f"sliding_window={window:,}: does not act beside rope_scaling, so that longer texts "
-            "than that are read with all keys"
-        )
+    scaled = any(word.startswith("extension=") for word in words)
+    if scaled and window < length:
+        raise unsupported("sliding_window", window)
+    if scaled or window > MAX_WINDOW:
+        beside = "beside rope_scaling" if scaled else f"as it is over {MAX_WINDOW:,}"
+        rule = f"does not act {beside}: longer texts than that are read with all keys"
+        read.notes.append(f"sliding_window={window:,}: {rule}")
         return words
     if window <= length:
         return [*words, "extension=window", f"extension.attention.window={window}"]

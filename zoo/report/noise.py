@@ -79,9 +79,16 @@ def noise_floors(cells: Cells, form: Form, unlearned: Collection[str] = ()) -> d
 
 
 def _alike(several: Mapping[str, Cell]) -> dict[str, Cell]:
-    """The arms whose seeds differ by about as much: the steadier half, and on from there."""
+    """The arms whose seeds differ by about as much: the steadier half, and on from there.
+
+    It is half of the trainings too: one arm that is read in many ways is no half of several.
+    """
     ordered = sorted(several.items(), key=lambda pair: pair[1].spread or 0.0)
-    alike = dict(ordered[: max(2, math.ceil(len(ordered) / 2))])
+    size, groups = max(2, math.ceil(len(ordered) / 2)), len(_by_trainings(several.values()))
+    least = min(groups, max(2, math.ceil(groups / 2)))
+    while len(_by_trainings(cell for _, cell in ordered[:size])) < least:
+        size += 1
+    alike = dict(ordered[:size])
     for label, cell in ordered[len(alike) :]:
         others, _ = _pooled(alike)
         if others and (cell.spread or 0.0) > OUTLYING * others:

@@ -22,7 +22,7 @@ from typing import Any
 from zoo.measurement import Quantity
 from zoo.report.noise import Floor, noise_floors
 from zoo.report.rows import Results, Row, by_run, fine, gather
-from zoo.report.scores import dead
+from zoo.report.scores import never_learned
 from zoo.report.tables import shown_quantities
 from zoo.report.text import aligned
 from zoo.report.words import DASH, caption
@@ -69,7 +69,7 @@ def agreements(one: Results, other: Results, task: str) -> list[Agreement]:
             noise_floors(
                 part.measured(task, quantity),
                 quantity.form,
-                dead(part) if quantity.form == "score" else (),
+                never_learned(part) if quantity.form == "score" else (),
             )
             for part in (one, other)
         ]

@@ -1,6 +1,7 @@
 """What the report shows of scores in bits per byte: protocols, ties, effective context."""
 
 import functools
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -81,7 +82,7 @@ def bigram(results: Results, protocol: str | None = None) -> float | None:
 def score_noise(results: Results, protocol: str) -> dict[int, Floor]:
     """The noise floors of bits per byte, by length."""
     cells = results.cells("perplexity", "bits_per_byte", protocol=protocol)
-    return noise_floors(cells, "score", dead(results))
+    return noise_floors(cells, "score", never_learned(results))
 
 
 def ties(results: Results, protocol: str) -> Tied:
@@ -196,11 +197,13 @@ def _counterparts(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
 
 
 def dead(results: Results) -> dict[str, Unlearned]:
-    """Arm -> why its scores show no learning, of those that show none.
+    """Arm -> why its scores show no learning, of those of which any seed shows none."""
+    return unlearned(_by_first_protocol(results))
 
-    Each is judged by the first protocol that it was measured under: an encoder's is not a causal
-    model's.
-    """
+
+def _by_first_protocol(results: Results) -> list[Row]:
+    """The scores of every arm under the first protocol that it was measured under: an encoder's is
+    not a causal model's."""
     order = [*PROTOCOLS, None]
     rows = [
         row
@@ -211,7 +214,16 @@ def dead(results: Results) -> dict[str, Unlearned]:
     for row in rows:
         place = order.index(row.get("protocol"))
         first[row["label"]] = min(place, first.get(row["label"], place))
-    return unlearned([r for r in rows if order.index(r.get("protocol")) == first[r["label"]]])
+    return [r for r in rows if order.index(r.get("protocol")) == first[r["label"]]]
+
+
+def never_learned(results: Results) -> set[str]:
+    """The arms of which no seed has learned."""
+    seeds: dict[tuple[str, Any], list[Row]] = defaultdict(list)
+    for row in _by_first_protocol(results):
+        seeds[row["label"], row.get("seed")].append(row)
+    learned = {label for (label, _), own in seeds.items() if label not in unlearned(own)}
+    return {label for label, _ in seeds} - learned
 
 
 def effective_contexts(results: Results) -> dict[str, EffectiveContext | None]:

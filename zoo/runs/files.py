@@ -132,7 +132,8 @@ def check_place(option: str, path: str) -> None:
     Nothing is left behind.
     """
     check_path(option, path)
-    folder = next(parent for parent in Path(path).absolute().parents if os.path.exists(parent))
+    whole = Path(path).absolute()
+    folder = next(one for one in (*whole.parents, whole) if os.path.exists(one))  # / has no parent
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:

@@ -48,5 +48,5 @@ def find_distinct_runs(
     for folder in folders:
         if (other := named.setdefault(folder.name, folder)) is not folder:
             rule = f"finds two runs named {folder.name}: {other.path} and {folder.path}"
-            refuse(option, patterns, rule, "Name one of them, or rename a folder")
+            refuse(option, patterns, rule, "Name one of them")
     return folders

@@ -73,8 +73,8 @@ UNITS = {"rouge": "ROUGE-L", "f1": "F1", "exact": "exact match", "found": "answe
 
 
 def _interval(scores: Sequence[float]) -> tuple[float, float] | None:
-    """Student's over the examples; of scores that all agree, as where none is right, Wilson's."""
-    alike = len({*scores}) == 1
+    """Student's over the examples; of answers that are all right or all wrong, Wilson's."""
+    alike = {*scores} in ({0.0}, {1.0})
     return wilson(sum(scores), len(scores)) if alike else interval(scores)
 
 

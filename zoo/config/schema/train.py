@@ -177,9 +177,6 @@ class TrainConfig(Section):
             refuse("distil.teacher", self.distil.teacher, rule, "Use trainer.sequence_parallel=1")
         if self.trainer.strategy == "fsdp":
             self._check_sharding()
-        if self.model.sink_token and self.state_passing == "carry":
-            rule = "is before a text, and state_passing=carry passes on the last window alone"
-            refuse("model.sink_token", True, rule, "Use state_passing=none")
         if self.objective == "masked" and self.state_passing != "none":
             rule = "objective=masked reads separate windows"
             refuse("state_passing", self.state_passing, rule, "Use state_passing=none")
