@@ -171,6 +171,19 @@ def test_an_arm_read_in_many_ways_does_not_leave_out_the_others():
     assert often.outlying == once.outlying
 
 
+def test_one_training_read_in_several_ways_has_no_floor_between_them():
+    rows = [
+        score_row(f"transformer + {way}", 512, 2.0 + more + seed / 10, seed=seed, run=f"t-{seed}")
+        for way, more in (("dca", 0.0), ("window", 0.1))
+        for seed in (0, 1)
+    ]
+    assert not score_noise(gather(rows, []), "half_tail")
+    other = [
+        score_row("mamba", 512, 2.1 + seed / 10, seed=seed, run=f"m-{seed}") for seed in (0, 1)
+    ]
+    assert score_noise(gather([*rows, *other], []), "half_tail")
+
+
 def test_one_seed_of_many_that_has_not_learned_leaves_its_arm_a_floor():
     rows = [
         score_row("transformer", 512, value, seed=seed, run=f"t-{seed}") | {"bigram_bits": 3.5}

@@ -122,8 +122,10 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
     also = [*groups(program), "extension.composition", "extension.step"]
     if program == "train":
         also += [f"model.{key}" for key, f in Model.model_fields.items() if not f.is_required()]
-    if {"resume", "finetune"} & {override.key_or_group for override in overrides}:
-        also += ["model.mixer.window"]  # of that run, whatever this tree's default is
+    given = {override.key_or_group for override in overrides}
+    if {"resume", "finetune"} & given:
+        also += ["data.path", "model.mixer.window"]  # of that run, whatever this tree's default is
+    if "finetune" in given:
         also += [f"data.{key}" for key in _options_of_texts()]
     read = overrides  # those that are read when a message comes
     try:

@@ -4,7 +4,8 @@ What two arms differ by is a result only where it is more. The standard deviatio
 pooled over all arms with several; of two means of k seeds the difference then exceeds
 t sqrt(2 / k) times it once in 20 (Student's t, two-sided, with the pooled degrees of freedom).
 The floor is given for arms of several seeds; a difference of fewer is held against a higher one.
-Arms that are the same trainings, read in several ways, vary together and count as one.
+Arms that are the same trainings, read in several ways, vary together and count as one; where all
+are, there is no floor.
 
 An arm whose bits per byte break at a length breaks by much more or less from seed to seed, and says
 nothing of how sure the others are. Where an arm's deviation is over `OUTLYING` times that of all
@@ -65,6 +66,8 @@ def noise_floors(cells: Cells, form: Form, unlearned: Collection[str] = ()) -> d
     found: dict[int, Floor] = {}
     for length in next(iter(cells.values()), {}):
         column = {label: mine[length] for label, mine in cells.items() if mine[length].seeds}
+        if len(column) > 1 and len(_by_trainings(column.values())) == 1:
+            continue  # the same trainings in several ways: what they differ by is no training's
         several = {label: cell for label, cell in column.items() if cell.spread is not None}
         learned = {label: cell for label, cell in several.items() if label not in unlearned}
         if not any(cell.spread for cell in learned.values()):
