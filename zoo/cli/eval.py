@@ -6,14 +6,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from zoo.cli import processes
 from zoo.cli.arms import Arm
 from zoo.cli.launch import launch
 from zoo.config.applicability import check_applies, position_schemes
 from zoo.config.effects import check_compression, check_extension, check_names, check_reads
-from zoo.config.groups import CONFIGS
+from zoo.config.groups import corpora
 from zoo.config.measurable import check_measurable
 from zoo.config.resolve import resolve
 from zoo.config.schema.eval import EvalConfig
@@ -162,10 +160,8 @@ def _check_checkpoint(checkpoint: str, config: EvalConfig) -> None:
 
 def _text(config: EvalConfig) -> dict[str, Any]:
     """The data section of the text that a checkpoint is measured on."""
-    file = CONFIGS / "data" / f"{config.data.name or 'text'}.yaml"
-    return with_place(
-        {**yaml.safe_load(file.read_text(encoding="utf-8")), "tokenizer": None}, plain(config.data)
-    )
+    text = corpora()[config.data.name or "text"]
+    return with_place({**text, "tokenizer": None}, plain(config.data))
 
 
 def _print(text: str) -> None:

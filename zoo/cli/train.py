@@ -5,13 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from zoo.cli import processes
 from zoo.cli.arms import Arm
 from zoo.cli.launch import launch
 from zoo.config.effects import check_adapters, check_effects, check_names, notes
-from zoo.config.groups import CONFIGS
+from zoo.config.groups import corpora
 from zoo.config.resolve import resolve
 from zoo.config.schedule import describe_continuation
 from zoo.config.schema.train import TrainConfig
@@ -93,8 +91,8 @@ def _as_of_run(tree: dict[str, Any], given: list[str]) -> tuple[dict[str, Any], 
 
     data = dict(tree["data"])
     if "data" not in given and "data.path" in given:  # not of the default corpus, which has none
-        own = yaml.safe_load((CONFIGS / "data" / "text.yaml").read_text(encoding="utf-8"))
-        data = own | {key: value for key, value in data.items() if f"data.{key}" in given}
+        own = {key: value for key, value in data.items() if f"data.{key}" in given}
+        data = corpora()["text"] | own
     if "data.tokenizer" not in given:
         data["tokenizer"] = None  # the checkpoint's own
     check_checkpoint(place, data["tokenizer"])

@@ -13,7 +13,6 @@ from copy import deepcopy
 from functools import lru_cache
 from typing import Any, Literal, overload
 
-import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -24,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo.config.effects import check_reads
-from zoo.config.groups import CONFIGS, choices, completed, groups
+from zoo.config.groups import CONFIGS, choices, completed, corpora, groups
 from zoo.config.introspect import target_parameters
 from zoo.config.resolve import resolve
 
@@ -126,7 +125,7 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
     if {"resume", "finetune"} & given:
         also += ["data.path", "model.mixer.window"]  # of that run, whatever this tree's default is
     if "finetune" in given:
-        also += [f"data.{key}" for key in _options_of_texts()]
+        also += [f"data.{key}" for text in corpora().values() for key in text if key != "name"]
     read = overrides  # those that are read when a message comes
     try:
         tree = compose_groups(program, overrides)
@@ -150,14 +149,6 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
         message = str(error).splitlines()[0].removesuffix(".")
         refuse_path(" ".join(_at_fault(read, message)), message, "See --help for the options")
     return container
-
-
-@lru_cache
-def _options_of_texts() -> tuple[str, ...]:
-    """The options that any text has beside its name."""
-    files = (CONFIGS / "data").glob("*.yaml")
-    every = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(files))
-    return tuple(dict.fromkeys(key for one in every for key in one if key != "name"))
 
 
 def _at_fault(overrides: Sequence[Override], message: str) -> list[str]:

@@ -53,6 +53,8 @@ class Several:
 
 Positive = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
+MAX_WINDOW = 2**20  # keys that a layer may see of a text
+Window = Annotated[int, Range(1, MAX_WINDOW)]
 RopeBase = Annotated[float, Range(above=1)]  # rotary frequencies fall from 1 by its powers
 
 # Of measurements: what is counted, how long texts are, and what random numbers start from.

@@ -21,6 +21,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def gated_width(width: int) -> int:
+    """8/3 of a width in eights: three matrices so wide cost what the two of a 4x MLP do."""
+    return max(1, round(8 * width / 3 / 8)) * 8
+
+
 class SwiGLU(Mixer):
     """y = W_down (f(W_gate x) * W_up x)   (Shazeer 2020, GLU variants, eqs. 5 and 6)
 
@@ -41,7 +46,7 @@ class SwiGLU(Mixer):
     ) -> None:
         super().__init__()
         self.activation = activation
-        hidden = max(1, round(8 * width / 3 / 8)) * 8 if hidden_width is None else hidden_width
+        hidden = gated_width(width) if hidden_width is None else hidden_width
         self.gate_proj = linear(width, hidden, bias=bias)
         self.up_proj = linear(width, hidden, bias=bias)
         self.down_proj = linear(hidden, width, gain=residual_gain(layers), bias=bias)

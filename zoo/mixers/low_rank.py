@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.mixers.base import Mixer, MixerOutput, State, at_least, linear, residual_gain
+from zoo.mixers.feed_forward import gated_width
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.positions.rope import Rope
 
@@ -121,7 +122,7 @@ class LowRankFeedForward(Mixer):
     ) -> None:
         super().__init__()
         rank = _checked(rank, width)
-        default = max(1, round(8 * width / 3 / 8)) * 8 if gated else 4 * width
+        default = gated_width(width) if gated else 4 * width
         hidden = default if hidden_width is None else hidden_width
         at_least(1, hidden_width=hidden)
         self.gate_proj = LowRank(width, hidden, rank) if gated else None

@@ -8,7 +8,7 @@ own: extensions, which act on attention to the whole text, leave these layers as
 from typing import Annotated, Any, ClassVar
 
 from zoo.attention.streaming_llm import StreamingLLM
-from zoo.config.domains import Range, RopeBase
+from zoo.config.domains import Range, RopeBase, Window
 from zoo.positions.rope import Rope
 
 
@@ -31,7 +31,7 @@ class LocalRope(Rope):
         head_width: int,
         /,
         *,
-        window: Annotated[int, Range(1, 2**20)] = 512,
+        window: Window = 512,
         rope_base: RopeBase = 10000.0,
         partial_rotary_factor: Annotated[float, Range(above=0, most=1)] = 1.0,
     ) -> None:

@@ -127,7 +127,7 @@ class Reader:
 
     config: Config
     read: set[str] = field(default_factory=set)
-    notes: list[str] = field(default_factory=list)  # of what acts otherwise in some texts
+    notes: list[str] = field(default_factory=list)  # where the zoo computes otherwise, in words
 
     def changed(self, **keys: Any) -> "Reader":
         """One that finds these in their keys' place, and remembers with this one."""

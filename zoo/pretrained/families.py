@@ -27,7 +27,7 @@ class Description:
     end_token: int | None  # ends a document
     layers: list[list[str]] | None = None  # further words of each layer, where layers differ
     own: dict[str, Any] | None = None  # sections of the zoo's configuration, of a model it exported
-    notes: Sequence[str] = ()  # what the model does otherwise in some texts
+    notes: Sequence[str] = ()  # where the zoo computes otherwise, in words
 
 
 TRAINED = "zoo_training"  # the key of an exported config.json for what no family's keys can say

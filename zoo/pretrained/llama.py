@@ -3,10 +3,9 @@
 Each function translates a `config.json` into options of `train.py`; see zoo.pretrained.families.
 """
 
+from zoo.config.domains import MAX_WINDOW
 from zoo.pretrained.config_reader import Reader, unsupported
 from zoo.pretrained.rope_scaling import rope_type, rotary
-
-MAX_WINDOW = 2**20  # of positions=local_rope
 
 
 def llama(read: Reader) -> list[str]:

@@ -3,9 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-import yaml
-
-from zoo.config.groups import CONFIGS
+from zoo.config.groups import corpora
 from zoo.config.longrope_factors import with_found_factors
 from zoo.config.schedule import continued
 from zoo.config.schema.train import TrainConfig
@@ -91,8 +89,7 @@ def _options(
     data: Mapping[str, Any], tree: Mapping[str, Any], names: Iterable[str]
 ) -> dict[str, Any]:
     """Those options of a run's data section that were given. UserError where it has no such."""
-    file = CONFIGS / "data" / f"{data['name']}.yaml"
-    known = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = corpora().get(data["name"], {})
     values = {name: tree["data"].get(name) for name in names}
     for name, value in values.items():
         if name not in {**known, **data}:
