@@ -12,9 +12,10 @@ import torch
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads and versions: what a time belongs to."""
+    """Processor, its widest instructions, threads and versions: what a time belongs to."""
     return {
         "processor": processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
