@@ -26,7 +26,8 @@ from zoo.errors import UserError
 from zoo.model.export import export
 from zoo.model.language_model import load_language_model
 from zoo.runs.folder import RunFolder
-from zoo.training.windows import Windows, open_data, validation
+from zoo.training.data import open_data, validation
+from zoo.training.windows import Windows
 
 transformers = pytest.importorskip("transformers")
 SLOPES = ["extension=alibi_interpolation", "extension.factor=2"]

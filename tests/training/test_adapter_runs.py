@@ -17,7 +17,7 @@ from zoo.model.export import export
 from zoo.runs.claim import claim
 from zoo.runs.folder import RunFolder
 from zoo.training import fit
-from zoo.training.windows import open_data, validation
+from zoo.training.data import open_data, validation
 
 pytestmark = pytest.mark.slow  # half a minute
 

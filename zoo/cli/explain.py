@@ -23,6 +23,7 @@ from zoo.ops.runtime.sizes import ceil_div
 from zoo.parallel.ranks import Ranks
 from zoo.report.words import count, size
 from zoo.tasks.memory import peak_bytes
+from zoo.training.data import vocabulary
 from zoo.training.partition import (
     micro_batches,
     process_count,
@@ -31,7 +32,6 @@ from zoo.training.partition import (
     sharded,
 )
 from zoo.training.rehearse import FROZEN_BYTES, TRAINED_BYTES, rehearse
-from zoo.training.windows import vocabulary
 
 log = logging.getLogger("zoo")
 

@@ -51,7 +51,7 @@ from zoo.tasks.leaks import Leaks, is_leak, leaked_in_training, lengths_read
 from zoo.tasks.progress import Progress
 from zoo.tasks.readers import open_together, ranks_here
 from zoo.tasks.task import Task
-from zoo.training.windows import open_data
+from zoo.training.data import open_data
 
 log = logging.getLogger("zoo")
 

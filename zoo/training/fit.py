@@ -43,6 +43,7 @@ from zoo.runs.folder import RunFolder
 from zoo.runs.provenance import digest, sources, versions
 from zoo.runs.stopping import current
 from zoo.training.callbacks import Checkpoints, MetricsLogger
+from zoo.training.data import open_data, validation
 from zoo.training.distillation import Distillation, distillation
 from zoo.training.learner import Learner
 from zoo.training.partition import (
@@ -64,7 +65,7 @@ from zoo.training.records import (
 from zoo.training.rehearse import FROZEN_BYTES
 from zoo.training.trainer import make_trainer
 from zoo.training.unused import every_weight_learns
-from zoo.training.windows import Windows, open_data, validation
+from zoo.training.windows import Windows
 
 if TYPE_CHECKING:
     from zoo.training.sharding import Cut

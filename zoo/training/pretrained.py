@@ -21,7 +21,7 @@ from zoo.pretrained.options import pretrained_config
 from zoo.runs.claim import check_same_run
 from zoo.runs.folder import RunFolder
 from zoo.runs.provenance import provenance
-from zoo.training.windows import open_data
+from zoo.training.data import open_data
 
 
 def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> RunFolder:

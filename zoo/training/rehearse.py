@@ -21,6 +21,7 @@ from zoo.model.build import assemble, build_model, count_parameters, refuse_patt
 from zoo.model.extend import extend_as_trained
 from zoo.model.lora import add_adapters
 from zoo.ops.runtime import dispatch
+from zoo.training.data import open_data, vocabulary
 from zoo.training.distillation import distillation
 from zoo.training.partition import (
     micro_batches,
@@ -29,7 +30,6 @@ from zoo.training.partition import (
     ranks_per_window,
     sharded,
 )
-from zoo.training.windows import open_data, vocabulary
 
 FROZEN_BYTES = 4  # per parameter in float32
 TRAINED_BYTES = 16  # per parameter in float32: itself, its gradient, AdamW's two moments
