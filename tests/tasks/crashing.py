@@ -14,10 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the folder of this script 
 from zoo.cli import processes
 from zoo.config.compose import compose
 from zoo.runs.folder import RunFolder
+from zoo.runs.provenance import sources
 
 
 def main(folder: Path, words: list[str]) -> int:
     processes.load("zoo.tasks.evaluate")
+    sources()  # read once, not in every fork
     from fakes import Remembers, random_text, text_corpus, text_store
 
     import zoo.tasks.measured_run as driver

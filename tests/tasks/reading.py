@@ -18,12 +18,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the folder of this script 
 from zoo.cli import processes
 from zoo.config.compose import compose
 from zoo.runs.folder import RunFolder
+from zoo.runs.provenance import sources
 
 SLOW = 0.2  # seconds
 
 
 def main(folder: Path, words: list[str]) -> int:
     processes.load("zoo.tasks.evaluate")
+    sources()  # read once, not in every fork
     import torch
     from fakes import random_text, text_corpus, text_store
 

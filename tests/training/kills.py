@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from zoo.cli import processes
 from zoo.cli import train as program
+from zoo.config.compose import compose
+from zoo.runs.provenance import sources
 
 STEPS = 30
 COMMON = [
@@ -70,6 +72,7 @@ def kill_at(child: int, name: str, at: int, later: float) -> bool:
 def main(seed: int, kinds: dict[str, list[str]]) -> None:
     draw = random.Random(seed)
     processes.load("zoo.training.fit")
+    sources(compose("train", COMMON))  # read once, not in every fork
     finish(begin([*COMMON, "name=base"]))
     for kind, given in kinds.items():
         kept = any(word.startswith("finetune=") for word in given)  # the run's own

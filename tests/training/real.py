@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from zoo.cli import processes
 from zoo.cli import train as program
+from zoo.config.compose import compose
+from zoo.runs.provenance import sources
 
 COMMON = [
     *("size=tiny", "data=text", "data.path=text", "match=none", "seq_len=32", "batch_size=4"),
@@ -43,6 +45,7 @@ def not_a_number() -> None:
 
 def main() -> dict[str, int]:
     processes.load("zoo.training.fit")
+    sources(compose("train", COMMON))  # read once, not in every fork
     new = [*COMMON, "logger=none"]
     codes = {
         "short": fork(
