@@ -179,10 +179,10 @@ real: .venv/ready-real  ## a pretrained Llama under every training-free extensio
 	    $(READ_REAL) $$options $(MORE) </dev/null || exit; done
 
 test: .venv/ready-dev  ## the whole test suite
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 shapes: .venv/ready-dev  ## the test suite with annotated shapes checked at run time
-	$(RUN) -m pytest -n 2 --dist loadfile --shape-checks
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --shape-checks
 
 lint: .venv/ready-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .
