@@ -35,6 +35,7 @@ def main(folder: Path, words: list[str]) -> int:
     def broken(folder: RunFolder) -> None:
         assert folder.name != "broken", "this cannot be"
 
+    assert "lightning" not in sys.modules, "measuring does not need it, and it takes seconds"
     corpus = text_corpus(text_store(random_text(2000)))
     driver.load = lambda folder, *_: (Killed if folder.name == "killed" else Remembers)(5)
     driver.open_data = lambda data, seq_len: corpus
