@@ -184,8 +184,11 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         nll_sum chance bigram_bits unigram_bits uniform_bits value score""",
     ),
     ("two numbers", _is_interval, "interval"),
-    ("numbers, or null where there is none", _is_numbers, "accuracy_by_quarter correct_by_depth"),
-    ("a list of numbers", lambda value: _is_numbers(value) and None not in value, "unit_bits"),
+    (
+        "numbers, or null where there is none",
+        _is_numbers,
+        "accuracy_by_quarter correct_by_depth unit_bits",
+    ),
     ("a list of texts", _is_texts, "question"),
     ("true or false", lambda value: type(value) is bool, "requested pruned dirty"),
     ("settings by name", lambda value: type(value) is dict, "settings extension_options versions"),

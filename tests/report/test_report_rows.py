@@ -75,6 +75,21 @@ def test_what_was_not_scored_on_the_same_text_is_not_compared(name):
     assert mine.reason == "nothing to compare with: no seed scored the same text"
 
 
+@pytest.mark.parametrize(("protocol", "compared"), [("window_mean", False), ("half_tail", True)])
+def test_windows_that_start_elsewhere_are_other_text(protocol, compared):
+    rows = pair(protocol=protocol, stride=64)
+    rows[0] |= {"protocol": protocol, "stride": 256}
+    mine = gather(rows, []).differences(protocol)["mamba"][512]
+    assert (mine.value is not None) == compared
+
+
+def test_a_stretch_without_a_score_is_in_no_interval_of_differences():
+    rows = pair(unit_bits=[1.0, None, 3.2])
+    mine = gather(rows, []).differences("half_tail")["mamba"][512]
+    half = 12.71 * 0.1  # the differences are 0.0 and 0.2
+    assert (mine.low, mine.high) == pytest.approx((0.1 - half, 0.1 + half))
+
+
 def test_rows_without_scores_by_stretch_compare_without_an_interval():
     mine = gather(pair(unit_bits=None), []).differences("half_tail")["mamba"][512]
     assert (mine.value, mine.low) == (pytest.approx(0.1), None)

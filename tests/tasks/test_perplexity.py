@@ -1,5 +1,6 @@
 """Perplexity: each protocol scores what its definition says, on the same text at every length."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -24,6 +25,8 @@ from zoo.data.bigrams import Bigrams
 from zoo.data.loader import evaluation_text
 from zoo.data.masking import mask_tokens
 from zoo.errors import UserError
+from zoo.measurement import wrong_field
+from zoo.report.statistics import interval
 from zoo.tasks.perplexity import Perplexity
 from zoo.tasks.protocols import CAUSAL, windows
 
@@ -201,6 +204,22 @@ def test_bits_are_per_byte_of_the_scored_text_itself(tmp_path):
         for bits, own in zip(row["unit_bits"], units, strict=True):
             assert bits == pytest.approx(2.0 * len(own) / math.log(2) / own.sum())
         assert row["uniform_bits"] == pytest.approx(math.log2(16) * row["count"] / row["bytes"])
+
+
+def test_a_stretch_whose_tokens_have_no_bytes_has_no_score_and_is_not_in_the_interval(tmp_path):
+    """As where a character is cut into tokens, and a tail of one token is its last."""
+    sizes = np.ones(400, np.uint16)
+    sizes[[32, 399]] = 0  # the last token of the first and of the last stretch
+    store = replace(text_store(random_text(400)), sizes=sizes, meta={"source_bytes": 398})
+    context = make_context(Remembers(memory=5), tmp_path, store)
+    settings = {"lengths": [16, 32], "protocols": ["stride_tail", "blocks"], "stride": 1}
+    for row in measure(Perplexity, context, **settings):
+        units = row["unit_bits"]
+        assert row["status"] == "ok"
+        tail = row["protocol"] == "stride_tail"
+        assert [bits is None for bits in units] == [tail, *[False] * 6, tail]
+        assert row["interval"] == interval([bits for bits in units if bits is not None])
+        assert wrong_field(json.loads(json.dumps(row))) is None
 
 
 def test_one_document_has_one_score_whatever_is_shown_beside_it(tmp_path):

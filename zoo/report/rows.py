@@ -25,7 +25,6 @@ from zoo.report.validity import (
 
 Row = dict[str, Any]
 
-# Rows that agree in these were scored on the same tokens.
 SAME_TEXT = ("fingerprint", "split", "documents", "unit", "units", "count")
 RESULTS = ("value", "bits_per_byte", "accuracy", "score")  # of a task that declares nothing
 STATUS = {"out_of_memory": "out of memory", "not_applicable": "n/a", NOT_AUDITED: "not audited"}
@@ -221,6 +220,16 @@ def summary(rows: Sequence[Row], field: str, own: str | None = None) -> Cell:
     return Cell(mean, low, high, len(values), len(rows), "", spread, trainings)
 
 
+def same_text(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two rows were scored on the same tokens, each as often in both.
+
+    The windows of window_mean start every `stride` tokens: as many of them may be others.
+    """
+    by_stride = "window_mean" in (row.get("protocol"), other.get("protocol"))
+    names = (*SAME_TEXT, "stride") if by_stride else SAME_TEXT
+    return all(row.get(name) == other.get(name) for name in names)
+
+
 def contrast(rows: Sequence[Row], others: Sequence[Row], times: float = 1.0) -> Cell:
     """Bits per byte of the rows less `times` those of the others, seed by seed, on the same text.
 
@@ -233,14 +242,15 @@ def contrast(rows: Sequence[Row], others: Sequence[Row], times: float = 1.0) -> 
     pairs = [
         (one, other)
         for one, other in itertools.product(good, against)
-        if all(one.get(name) == other.get(name) for name in ("seed", *SAME_TEXT))
+        if one.get("seed") == other.get("seed") and same_text(one, other)
     ]
     if not pairs:
         other = "no seed scored the same text" if against else "it has no score"
         return Cell(tried=len(rows), reason=f"nothing to compare with: {other}")
     values = [one["bits_per_byte"] - times * other["bits_per_byte"] for one, other in pairs]
     units = ((row.get("unit_bits") or []) for row in pairs[0])
-    own = [one - times * other for one, other in zip(*units, strict=False)]
+    both = [pair for pair in zip(*units, strict=False) if None not in pair]
+    own = [one - times * other for one, other in both]
     low, high = interval(values) or interval(own) or (None, None)
     return Cell(sum(values) / len(values), low, high, len(values), len(rows), "")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from zoo.measurement import is_quantized, plain_numbers
 from zoo.report.noise import Floor, noise_floors
-from zoo.report.rows import SAME_TEXT, Cell, Cells, Results, Row, contrast, in_words
+from zoo.report.rows import Cell, Cells, Results, Row, contrast, in_words, same_text
 from zoo.report.statistics import finite
 from zoo.report.tables import Table, Td, Tied, overlapping
 from zoo.report.validity import LEAKS, Unlearned, unlearned
@@ -182,10 +182,9 @@ def _counterparts(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
     """Of each run's rows at this length, of which there may be several, one of the same text."""
 
     def alike(row: Row, other: Row) -> list[bool]:
-        text = all(row.get(name) == other.get(name) for name in SAME_TEXT)
         return [
             other["status"] == "ok",
-            text,
+            same_text(row, other),
             *(row.get(name) == other.get(name) for name in MACHINE),
         ]
 

@@ -317,7 +317,7 @@ class Reading:
             **{f"{name}_bits": bits_per_byte(n * count, size) for name, n in self.guesses.items()},
             "uniform_bits": bits_per_byte(count * log(self.context.model.vocab_size), size),
             "unit_bits": units,
-            "interval": interval(units),
+            "interval": interval([bits for bits in units if bits is not None]),
             "state_bytes": state_bytes,
             "positions_file": path.relative_to(self.context.folder).as_posix(),
         }
