@@ -199,6 +199,24 @@ def test_a_failing_arm_does_not_stop_the_sweep(train, tmp_path):
     assert {Path(file).name for file in files_below(Path("runs/.sweeps"))} == {"multirun.yaml"}
 
 
+def test_sweeps_that_begin_in_one_second_have_a_record_each(train):
+    for seeds in ("0,1", "2,3"):
+        assert train("-m", f"seed={seeds}")[0] == 0
+    sweeps: dict[str, set[int]] = {}
+    for run in find_runs("*", "runs"):
+        sweeps.setdefault(run.info["sweep"], set()).add(run.config.seed)
+    assert sorted(map(sorted, sweeps.values())) == [[0, 1], [2, 3]]
+    assert {path.parent.name for path in Path("runs/.sweeps").glob("*/multirun.yaml")} == {*sweeps}
+
+
+def test_accepting_other_code_where_there_is_none_is_said(train):
+    for said in ("is a new run, which no", "was trained by this code, there"):
+        code, error = train("changed_code=accept")
+        assert code == 0
+        (line,) = [line for line in error.splitlines() if line.startswith("changed_code=accept: ")]
+        assert said in line
+
+
 def test_a_stopped_sweep_goes_on_by_the_same_command(train):
     def learner(config, folder, *_):
         (stop_after_7 if config.seed == 1 else learn)(config, folder)

@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.strategies import DDPStrategy
 
 from zoo.config.compose import compose, composing, parse
+from zoo.config.effects import check_effects
+from zoo.config.schedule import learning_rate_factor
 from zoo.config.schema.train import TrainConfig
 from zoo.config.schema.trainer import Trainer
 from zoo.config.stored import as_now
@@ -135,3 +137,29 @@ def test_run_folders_with_arguments_that_did_nothing_still_open():
         "log_every_n_steps": 3,
     }
     assert config.model.blocks[0].mixer.options["dt_rank"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    {
+        "trainer.benchmark=true": "trainer.benchmark=true: acts on CUDA alone",
+        "trainer.benchmark=false": "",
+        "optim.min_lr_ratio=0.3 optim.warmup_steps=20": "optim.min_lr_ratio=0.3: acts on steps",
+        "optim.min_lr_ratio=0.3 optim.warmup_steps=19": "optim.min_lr_ratio=0.3: acts on steps",
+        "optim.min_lr_ratio=0.3 optim.warmup_steps=18": "",
+    }.items(),
+)
+def test_an_option_that_would_do_nothing_in_this_run_is_refused(words, message):
+    given = ["trainer.max_steps=20", "trainer.accelerator=cpu", *words.split()]
+    config = compose("train", given)
+    keys = [word.partition("=")[0] for word in given]
+    low = config.optim.model_copy(update={"min_lr_ratio": 0.2})
+    acts = len({learning_rate_factor(one, 20, 19) for one in (config.optim, low)}) == 2
+    if not message:
+        check_effects(config, {}, keys)
+        assert acts or "optim.min_lr_ratio" not in keys
+        return
+    with pytest.raises(UserError) as error:
+        check_effects(config, {}, keys)
+    assert str(error.value).startswith(message)
+    assert not acts or "optim.min_lr_ratio" not in keys

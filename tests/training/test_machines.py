@@ -14,7 +14,7 @@ from zoo.errors import RunError
 from zoo.model.checkpoint import read_file
 from zoo.runs.folder import RunFolder
 from zoo.training import distributed, fit
-from zoo.training.partition import crowding, is_first, process_count, processes_here
+from zoo.training.partition import is_first, process_count, processes_here, sharing
 
 WORDS = [
     *("model=mamba", "size=tiny", "data=text", "data.path=text", "logger=none", "match=none"),
@@ -124,8 +124,16 @@ def test_more_processes_than_cores_are_said_in_a_line(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     cpu = "trainer.accelerator=cpu"
     config = train_config("trainer.sequence_parallel=64", cpu)
-    (line,) = crowding(config)
+    (line,) = sharing(config)
     assert line.startswith("trainer.sequence_parallel=64: 64 processes share 2 cores")
-    (line,) = crowding(train_config("trainer.devices=4", cpu))
+    (line,) = sharing(train_config("trainer.devices=4", cpu))
     assert line.startswith("trainer.devices=4: 4 processes share 2 cores")
-    assert not crowding(train_config("trainer.devices=2", cpu))
+    assert not sharing(train_config("trainer.devices=2", cpu))
+
+
+def test_a_strategy_that_one_process_has_no_use_for_is_said_in_a_line():
+    cpu = "trainer.accelerator=cpu"
+    (line,) = sharing(train_config("trainer=ddp", "trainer.devices=1", cpu))
+    assert line.startswith("trainer.strategy=ddp: there is one device")
+    assert not sharing(train_config("trainer=fsdp", "trainer.devices=1", cpu))
+    assert not sharing(train_config("trainer.devices=1", cpu))

@@ -168,5 +168,6 @@ def _print(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return launch("eval", argv, usage=USAGE, check=check, job=job)
+def main(argv: Sequence[str] | None = None, name: str | None = None) -> int:
+    """`name` begins the line of a refusal, where another program calls this one."""
+    return launch("eval", argv, usage=USAGE, check=check, job=job, name=name)

@@ -32,14 +32,22 @@ from zoo.config.validate import plain
 from zoo.errors import choose, refuse, refuse_path
 
 
-def launch(program: str, argv: Sequence[str] | None, *, usage: str, check: Check, job: Job) -> int:
+def launch(
+    program: str,
+    argv: Sequence[str] | None,
+    *,
+    usage: str,
+    check: Check,
+    job: Job,
+    name: str | None = None,
+) -> int:
     """Run `program` on command line `argv` (None: the process's own); returns its exit code.
 
     `check` turns a composed tree into a configuration without importing anything heavy; `job`
-    carries one configuration out.
+    carries one configuration out. `name` begins the line of a refusal; None: the program's.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    return guarded(f"{program}.py", lambda: _launch(program, words, usage, check, job))
+    return guarded(name or f"{program}.py", lambda: _launch(program, words, usage, check, job))
 
 
 def _launch(program: str, argv: list[str], usage: str, check: Check, job: Job) -> int:
@@ -123,6 +131,9 @@ def check_hydra(program: str, overrides: Sequence[Override], multirun: bool) -> 
         if one.key_or_group == "hydra.sweep.dir":
             rule = "a sweep's records are in the folder of its runs"
             refuse("hydra.sweep.dir", one.value(), rule, "Use runs=<folder>")
+        if within(one.key_or_group, ("hydra.run",)):
+            rule = "acts on no run: a run's folder is its record"
+            refuse(one.key_or_group, one.value(), rule, "Use runs=<folder> and name=<name>")
         if not multirun and not within(one.key_or_group, acts):
             refuse_path(str(one.input_line), "acts on a sweep alone", "Add -m, or leave it out")
         words = [str(word) for word in [*chosen, one.input_line]]

@@ -28,9 +28,9 @@ from zoo.runs.stopping import current
 from zoo.training.partition import (
     check_machines,
     check_partition,
-    crowding,
     is_first,
     process_count,
+    sharing,
 )
 
 USAGE = """
@@ -145,7 +145,7 @@ def _train(config: TrainConfig, arm: Arm | None) -> int:
                 folder.update(sweep=arm.sweep, arm=arm.options)
                 rehearse(config, apart=True)
             start = f"from {last.name}" if last else f"for {config.trainer.max_steps} steps"
-            for note in crowding(config) if last else [*notes(config), *crowding(config)]:
+            for note in sharing(config) if last else [*notes(config), *sharing(config)]:
                 say(note)
             if message:
                 say(message)
@@ -175,6 +175,10 @@ def check_code(config: TrainConfig, folder: RunFolder) -> None:
     if files is None and folder.info["step"]:
         say(f"{folder}: what code trained it is not known (it is older than that record)")
     if not files:
+        if config.changed_code == "accept" and files == []:
+            say(f"changed_code=accept: {folder} was trained by this code, there is none to accept")
+        elif config.changed_code == "accept" and not folder.info["step"]:
+            say(f"changed_code=accept: {folder} is a new run, which no other code has trained")
         return
     message = f"was trained by other code ({', '.join(files[:3])}"
     message += f" and {len(files) - 3} more" * (len(files) > 3) + " changed since)"
@@ -229,5 +233,6 @@ def fit_apart(config: TrainConfig, folder: RunFolder, count: int, until: int | N
         processes.run(train, config, folder, until, count=count)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return launch("train", argv, usage=USAGE, check=check, job=job)
+def main(argv: Sequence[str] | None = None, name: str | None = None) -> int:
+    """`name` begins the line of a refusal, where another program calls this one."""
+    return launch("train", argv, usage=USAGE, check=check, job=job, name=name)

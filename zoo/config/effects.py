@@ -19,6 +19,7 @@ from zoo.config.schema.model import Extension, Lora
 from zoo.config.schema.train import TrainConfig
 from zoo.config.schemes import short_name
 from zoo.config.tree import leaves, within
+from zoo.devices import on_cuda
 from zoo.errors import refuse, shown
 
 
@@ -117,6 +118,14 @@ def check_effects(config: TrainConfig, tree: Mapping[str, Any], given: Sequence[
     if "optim.warmup_steps" in given and config.optim.warmup_steps > steps:
         rule, advice = f"must be at most trainer.max_steps={steps}", "Use a shorter warm-up"
         refuse("optim.warmup_steps", config.optim.warmup_steps, rule, f"{advice} or a longer run")
+    if "optim.min_lr_ratio" in given and config.optim.warmup_steps >= steps - 1:
+        rule = f"acts on steps after the warm-up of {config.optim.warmup_steps}, and there are none"
+        advice = "Use a shorter optim.warmup_steps or a longer run"
+        refuse("optim.min_lr_ratio", config.optim.min_lr_ratio, rule, advice)
+    benchmarks = config.trainer.benchmark and "trainer.benchmark" in given
+    if benchmarks and not on_cuda(config.trainer.accelerator):
+        rule = "acts on CUDA alone, and this run is on another device"
+        refuse("trainer.benchmark", True, rule, "Leave it out")
     attends = any(
         block.mixer.target.startswith("zoo.mixers.softmax.") for block in config.model.blocks
     )

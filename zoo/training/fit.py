@@ -253,6 +253,9 @@ def _callbacks(
         "stop": current(),
     }
     valid = validation(data, config)
+    if (held := len(valid["tokens"])) < config.valid_windows and is_first():
+        few = f"the validation text holds {held} of {config.seq_len} tokens"
+        say(f"valid_windows={config.valid_windows}: {few}")
     every = config.valid_every
     metrics = MetricsLogger(folder, valid=valid, valid_every=every, reached=reached, **shared)
     divided = (config.trainer.checkpoint or "whole") if sharded(config) else None

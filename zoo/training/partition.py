@@ -79,8 +79,10 @@ def check_machines(config: TrainConfig) -> None:
         refuse("fresh", True, rule, "Leave it out, and use another name=")
 
 
-def crowding(config: TrainConfig) -> list[str]:
-    """A line where more processes than cores share a CPU."""
+def sharing(config: TrainConfig) -> list[str]:
+    """A line where one process has a step that several were to share, or more than the cores."""
+    if config.trainer.strategy == "ddp" and process_count(config) == 1:
+        return ["trainer.strategy=ddp: there is one device, which shares no step with another"]
     if on_cuda(config.trainer.accelerator):
         return []
     given = f"trainer.devices={config.trainer.devices}"
