@@ -2,16 +2,21 @@
 
 import dataclasses
 import importlib
+import json
+import shutil
 from pathlib import Path
 
 import pytest
-from building import write_text
+from building import write_checkpoint, write_text
 from hydra.conf import HydraConf
 
+from zoo.cli import train
 from zoo.cli.recipe import OF_RECIPE, main, steps
+from zoo.config.compose import compose_tree, composing, parse
 from zoo.config.groups import choices, groups
 from zoo.config.schema.eval import EvalConfig
 from zoo.config.schema.train import TrainConfig
+from zoo.errors import refuse
 from zoo.runs.folder import RunFolder
 
 SMALL = ["size=tiny", "match=none", "seq_len=32", "data=text", "valid_windows=2", "logger=none"]
@@ -68,7 +73,7 @@ def test_windows_of_a_step_are_given_in_one_unit_to_every_stage(name, given, own
 def test_the_folder_of_a_recipe_may_end_in_a_slash(name, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     for program in ("train", "eval"):
-        monkeypatch.setattr(f"zoo.cli.{program}.main", lambda _: 3)
+        monkeypatch.setattr(f"zoo.cli.{program}.main", lambda *_: 3)
     begun = []
     for runs in ("out", "out/"):
         assert main([name, f"runs={runs}"]) == 3
@@ -118,6 +123,53 @@ def test_what_a_later_stage_would_refuse_is_refused_before_the_first(
     assert not [*tmp_path.iterdir()]
 
 
+def trained_stages(name: str, words: list[str]) -> None:
+    """Leave the folders of a recipe's runs, as if they were trained, and what a search found."""
+    for program, step in steps(name, words):
+        if program == "train":
+            with composing("train"):
+                tree = compose_tree("train", parse(step))
+                config = train.check(tree, [word.partition("=")[0] for word in step])
+            folder = RunFolder.create(Path(config.runs) / str(config.name), config, {"step": 2})
+            write_checkpoint(folder, "step=2.ckpt")
+        elif "task=longrope" in step and "run=runs/longrope_progressive/base" in step:
+            found = {"long_factors": [1.0, 2.0], "short_factors": None, "n_hat": 1}
+            content = json.dumps({"found": found | {"magnitude": "su"}})
+            Path("runs/longrope_progressive/base/longrope-x4.json").write_text(content)
+
+
+@pytest.mark.parametrize("name", choices("recipe"))
+def test_a_later_stage_of_another_run_is_refused_before_the_first(
+    name, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    words = [*SMALL, *search(name), f"data.path={write_text(tmp_path)}"]
+    trained_stages(name, words)
+    first = next(word[5:] for word in steps(name)[0][1] if word.startswith("name="))
+    shutil.rmtree(f"runs/{name}/{first}")
+    for program in ("train", "eval"):
+        monkeypatch.setattr(f"zoo.cli.{program}.main", lambda *_: 3)
+    assert main([name, *words]) == 3  # the runs are those: it begins
+    capfd.readouterr()
+    assert main([name, *words, "optim.lr=0.5"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "holds another run, which differs in optim.lr" in line
+    assert line.endswith(f"of {name}).")
+    assert not Path(f"runs/{name}/{first}").exists()
+
+
+def test_what_a_stage_refuses_when_it_runs_is_said_by_the_recipe(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+
+    def refuses(*_, **__):
+        refuse("seq_len", 1, "must be 2")
+
+    monkeypatch.setattr("zoo.cli.train.rehearse", refuses)
+    assert main(["yarn_twice", *SMALL, f"data.path={write_text(tmp_path)}"]) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line == "zoo recipe yarn_twice, stage 1: seq_len=1: must be 2."
+
+
 def test_a_recipe_that_is_none_is_refused_in_one_line(capfd):
     assert main(["yarn_twise"]) == 2
     assert "Did you mean 'yarn_twice'?" in capfd.readouterr().err
@@ -143,7 +195,7 @@ def test_a_recipe_says_first_how_many_stages_it_has_and_what_each_runs(
             return check(tree, given)
 
         monkeypatch.setattr(f"zoo.cli.{program}.check", noted)
-        monkeypatch.setattr(f"zoo.cli.{program}.main", lambda words: began.append(words) or 3)
+        monkeypatch.setattr(f"zoo.cli.{program}.main", lambda words, _: began.append(words) or 3)
     assert main([name, *words]) == 3
     found = steps(name, words)
     assert began == [found[0][1]]
@@ -159,7 +211,7 @@ def test_a_recipe_says_first_how_many_stages_it_has_and_what_each_runs(
 @pytest.mark.parametrize("name", choices("recipe"))
 def test_an_option_that_no_stage_takes_is_refused_before_the_first(name, monkeypatch, capfd):
     for program in ("train", "eval"):
-        monkeypatch.setattr(f"zoo.cli.{program}.main", lambda _: pytest.fail("a stage began"))
+        monkeypatch.setattr(f"zoo.cli.{program}.main", lambda *_: pytest.fail("a stage began"))
     own = (*OF_RECIPE, "extension.factor", "extension.scaling.beta_fast")
     owned = {f"{key}=x": "sets it in each of its stages. Leave it out." for key in own}
     unused = {"task.speed.lengths=[8]": f"no stage of {name} takes it. Leave it out."}
@@ -183,7 +235,7 @@ def test_every_option_goes_to_a_stage_or_is_refused_by_its_name_before_the_first
     key, monkeypatch, capfd
 ):
     for program in ("train", "eval"):
-        monkeypatch.setattr(f"zoo.cli.{program}.main", lambda _: pytest.fail("a stage began"))
+        monkeypatch.setattr(f"zoo.cli.{program}.main", lambda *_: pytest.fail("a stage began"))
     assert main(["yarn_twice", f"{key}=[[a]]"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"zoo recipe: {key}"), line

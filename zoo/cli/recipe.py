@@ -16,6 +16,7 @@ listed, and their options checked, before the first begins.
 """
 
 import importlib
+import json
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -33,9 +34,10 @@ from zoo.config.groups import CONFIGS, choices, groups
 from zoo.config.schema.eval import EvalConfig
 from zoo.config.schema.train import TrainConfig
 from zoo.config.tree import within
-from zoo.config.validate import check_option
+from zoo.config.validate import check_option, plain
 from zoo.console import say
 from zoo.errors import UserError, choose, refuse, refuse_path
+from zoo.runs.claim import changed_code, check_same_run
 from zoo.runs.files import check_place
 from zoo.runs.folder import RunFolder
 from zoo.runs.identity import run_name
@@ -78,7 +80,8 @@ def recipe(words: Sequence[str]) -> int:
         say(f"  {number}. {line}")
     for number, (program, step) in enumerate(found, 1):
         say(f"stage {number} of {len(found)}: {lines[number - 1]}")
-        code = importlib.import_module(f"zoo.cli.{program}").main(step)
+        own = f"zoo recipe {name}, stage {number}"
+        code = importlib.import_module(f"zoo.cli.{program}").main(step, own)
         if code:
             return code
     return 0
@@ -133,7 +136,7 @@ def _check(name: str, found: Sequence[tuple[str, list[str]]], given: Sequence[st
         for number, (program, step) in enumerate(found, 1):
             words = [_moved(word, runs.rstrip("/"), trained) for word in step]
             try:
-                _check_stage(program, words, trained)
+                _check_stage(program, words, trained, runs.rstrip("/"))
             except UserError as error:
                 said = str(error).replace(trained, runs)
                 if number > 1:
@@ -141,18 +144,48 @@ def _check(name: str, found: Sequence[tuple[str, list[str]]], given: Sequence[st
                 raise UserError(said) from None
 
 
-def _check_stage(program: str, step: Sequence[str], trained: str) -> None:
+def _check_stage(program: str, step: Sequence[str], trained: str, runs: str) -> None:
     """Refuse what the stage's program would, where the runs of the stages before are folders of
-    `trained`; leave one of its own, as if it were trained."""
+    `trained`, which will be in `runs`; leave one of its own, as if it were trained."""
     words = spelt(program, step)
     check = importlib.import_module(f"zoo.cli.{program}").check
     tree = compose_tree(program, parse(words))
     config = check(tree, [word.partition("=")[0] for word in words])
     if program == "train":
+        _check_folder(config, trained, runs)
         done = {"status": "done", "step": config.trainer.max_steps}
         folder = RunFolder.create(Path(trained) / run_name(config), config, done)
         weights = folder.path / f"checkpoints/step={config.trainer.max_steps}.ckpt"
         zipfile.ZipFile(weights, "w").close()
+
+
+def _check_folder(config: TrainConfig, trained: str, runs: str) -> None:
+    """Refuse a stage whose folder holds another run, or one that other code has trained.
+
+    What a search finds for the base is not known before: the stage compares it when it begins.
+    """
+    path = Path(runs) / run_name(config)
+    if not path.exists():
+        return
+    folder = RunFolder.open(path)
+    text = json.dumps(plain(config)).replace(trained, runs)
+    there = TrainConfig.model_validate(json.loads(text))
+    advice = "Use another runs=<folder>"
+    check_same_run(folder, _without_found(there), advice, _without_found(folder.config))
+    if there.changed_code == "refuse" and changed_code(folder, there):
+        advice = "Use another runs=<folder>, or changed_code=accept to go on with it"
+        refuse_path(path, "was trained by other code", advice)
+
+
+def _without_found(config: TrainConfig) -> TrainConfig:
+    """A configuration without the factors of its extensions that a search may have found."""
+
+    def without(one: Any) -> Any:
+        searched = one.extension.name == "longrope"
+        extension = one.extension.model_copy(update={"scaling": None} if searched else {})
+        return one.model_copy(update={"extension": extension})
+
+    return without(config.model_copy(update={"stages": [*map(without, config.stages)]}))
 
 
 def _moved(word: str, runs: str, trained: str) -> str:

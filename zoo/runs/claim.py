@@ -46,9 +46,12 @@ def claim(config: TrainConfig) -> RunFolder:
     return folder
 
 
-def check_same_run(folder: RunFolder, config: TrainConfig, advice: str) -> None:
-    """Raise UserError where a folder holds another run than the configuration's."""
-    theirs, ours = identity(folder.config), identity(config)
+def check_same_run(
+    folder: RunFolder, config: TrainConfig, advice: str, held: TrainConfig | None = None
+) -> None:
+    """Raise UserError where a folder holds another run than the configuration's; `held`: its own,
+    as far as it is to be compared."""
+    theirs, ours = identity(held or folder.config), identity(config)
     if differ := [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]:
         rule = f"holds another run, which differs in {', '.join(differ)}"
         refuse_path(folder.path, rule, advice)
