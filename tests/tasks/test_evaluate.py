@@ -24,6 +24,7 @@ from zoo.tasks.context import Outcome
 from zoo.tasks.evaluate import evaluate
 from zoo.tasks.known import all_known
 from zoo.tasks.leaks import Leaks
+from zoo.tasks.measured_run import MeasuredRun
 from zoo.tasks.perplexity import Perplexity
 from zoo.tasks.progress import Progress
 
@@ -645,3 +646,19 @@ def test_a_task_that_refuses_one_run_leaves_the_others_and_stops_the_only_one(
     ]
     with pytest.raises(UserError, match=r"^a: is of another kind"):
         run_eval(folders[:1])
+
+
+@pytest.mark.parametrize(
+    ("words", "info", "opens"),
+    [([], {}, True), (["data=recall"], {}, False), ([], {"status": "stopped"}, False)],
+)
+def test_a_scorer_is_opened_for_runs_that_are_measured_alone(
+    words, info, opens, tmp_path, monkeypatch
+):
+    opened = []
+    monkeypatch.setattr(zoo.tasks.measured_run, "scorer_of", lambda *place: opened.append(place))
+    folder, scorer = run_folder(tmp_path / "run", *words, **info), run_folder(tmp_path / "scorer")
+    shortened = ["compress=llmlingua", "compress.rate=0.5", f"compress.by={scorer}"]
+    config = compose("eval", [*SMALL, *shortened])
+    MeasuredRun.open(config, folder, torch.device("cpu"), Progress(), "now")
+    assert opened == [(str(scorer), "cpu")] * opens

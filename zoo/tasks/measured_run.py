@@ -1,7 +1,7 @@
 """One run under an extension while it is measured: its questions, its model, its rows."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -89,12 +89,14 @@ class MeasuredRun:
         if (ranks := ranks_here()).size > 1:
             about["ranks"] = ranks.size
         _report_code(folder)
-        if config.compress.by:
-            scorer_of(config.compress.by, device.type)  # refused before anything is measured
-        return cls(
+        run = cls(
             config.model_copy(update={"extension": extension, "weights": weights}),
             *(folder, about, device, progress, session),
         )
+        problem, reasons = run._refusals(config.task)
+        if config.compress.by and not problem and not all(reasons.values()):
+            scorer_of(config.compress.by, device.type)  # refused before anything is measured
+        return run
 
     def record(self) -> Row:
         """What the report needs to know of the run itself."""
@@ -108,8 +110,7 @@ class MeasuredRun:
         What kept the run from being measured at all is in its run.json; such rows are not appended,
         but for those of a leak.
         """
-        opened, problem = None, _not_done(self.folder.info) or leaked_in_training(self.folder.info)
-        reasons = {name: unmeasurable(name, self.config, self.folder.config) for name in tasks}
+        opened, (problem, reasons) = None, self._refusals(tasks)
         if not problem and not all(reasons.values()):
             reasons = {name: reasons[name] or why for name, why in self._inapplicable(tasks)}
         if not problem and all(reasons.values()):  # there is no need to open it
@@ -146,6 +147,12 @@ class MeasuredRun:
                 yield self._recorded(named | failure_row(leak) | {"audited": leaks.audited})
             except Exception as error:
                 yield self._recorded(named | failure_row(error))
+
+    def _refusals(self, tasks: Iterable[str]) -> tuple[Row, dict[str, str]]:
+        """What keeps the run from being measured, and what each task, whatever its weights are."""
+        info, trained = self.folder.info, self.folder.config
+        problem = _not_done(info) or leaked_in_training(info)
+        return problem, {name: unmeasurable(name, self.config, trained) for name in tasks}
 
     def _inapplicable(self, tasks: dict[str, Task]) -> Iterator[tuple[str, str]]:
         """Each task with why the run's model cannot be measured by it, whatever its weights and
