@@ -159,10 +159,78 @@ def test_files_that_change_while_they_are_read_are_refused(
     spec = text(place, name=name, field="text")
     with monkeypatch.context() as patch:
         patch.setattr(corpora, "write_store", change)
-        with pytest.raises(UserError, match=r"while (it was|they were) read|is no JSON object"):
+        with pytest.raises(UserError, match=r"while (it|the text) was read|is no JSON object"):
             open_corpus(spec, tmp_path / "cache")
     file.write_bytes(whole)
     assert all(map(documents, stores(open_corpus(spec, tmp_path / "cache"))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *itertools.product(
+            ["one.txt", "flat", "split", "records.jsonl"], ["none", "touched each time"]
+        ),
+        ("one.txt", "a letter"),
+        ("split", "a letter"),
+    ],
+)
+def test_a_file_that_is_touched_while_it_is_read_is_as_it_was_or_is_named(
+    change, kind, flat, split, tmp_path, monkeypatch
+):
+    for name in ("one.txt", "records.jsonl"):
+        (tmp_path / name).write_text('{"text": "a line"}\n{"text": "b"}\n{"text": "other"}\n' * 9)
+    place = tmp_path / kind
+    file = place if place.is_file() else max(place.rglob("*.txt"))
+    file = place / "train/one.txt" if kind == "split" else file  # which is read first
+    spec = text(place, name="jsonl" if kind.endswith("jsonl") else "text", field="text")
+    expected = open_corpus(spec, tmp_path / "expected").fingerprint
+    calls, write_store = [], corpora.write_store
+
+    def touch(*words, **options):
+        write_store(*words, **options)
+        calls.append(1)
+        if len(calls) == 1 or change == "touched each time":
+            if change == "a letter":
+                file.write_bytes(file.read_bytes().replace(b"i", b"j"))
+            os.utime(file, (len(calls), len(calls)))
+
+    monkeypatch.setattr(corpora, "write_store", touch)
+    if change == "none":
+        assert open_corpus(spec, tmp_path / "cache").fingerprint == expected
+        assert len(calls) == 6
+        open_corpus(spec, tmp_path / "cache")
+        assert len(calls) == 6  # the store is of the file as it is now
+        return
+    with pytest.raises(UserError) as error:
+        open_corpus(spec, tmp_path / "cache")
+    root = place if place.is_dir() else tmp_path
+    said = f"{file.relative_to(root)} changed while the text was read. Use the same command again."
+    assert str(error.value) == f"data={spec['name']}: {said}"
+
+
+def test_the_tokens_that_an_earlier_version_drew_are_built_again(split, tmp_path, monkeypatch):
+    """BPE dropout is off; the stores of before it was have the source alone."""
+    import tokenizers
+
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate([*letters, "fi"])}
+    for dropout in (0.5, 0.0, None):
+        made = tokenizers.Tokenizer(
+            tokenizers.models.BPE(vocabulary, [("f", "i")], dropout=dropout)
+        )
+        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = tokenizers.decoders.ByteLevel()
+        file = tmp_path / f"{dropout}.json"
+        made.save(str(file))
+        spec, built = text(split, tokenizer=str(file)), []
+        for prints in (lambda source, _: source.fingerprint, corpora._fingerprint):
+            build = corpora._build
+            with monkeypatch.context() as patch:
+                patch.setattr(corpora, "_fingerprint", prints)
+                patch.setattr(corpora, "_build", lambda *w, b=build, n=built: n.append(1) or b(*w))
+                open_corpus(spec, tmp_path / "cache")
+        assert len(built) == (2 if dropout else 1)
 
 
 @pytest.mark.parametrize("name", SPLITS)

@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Int
 
 from zoo.data.bigrams import Bigrams, bigrams_of
-from zoo.data.files import SPLITS
+from zoo.data.files import SPLITS, Stamps
 from zoo.data.passkey import Passkeys
 from zoo.data.sources import HUB, Source, find_source, store_folder
 from zoo.data.store import TokenStore, open_or_build, write_store
 from zoo.data.tokenizers import Tokenizer, tokenizer_of
-from zoo.errors import choose, refuse
+from zoo.errors import UserError, choose, sentence
 
 SCORED_TOKENS = 2**20  # of a split that the bigram model is scored on
 
@@ -108,13 +108,12 @@ def open_corpus(spec: Mapping[str, Any], cache: str | Path) -> Corpus:
     """
     documents = choose("data.eval_documents", spec["eval_documents"], ("whole", "joined"))
     tokenizer = tokenizer_of(spec)
-    source = find_source(spec)
-    train, valid, test = open_or_build(
-        store_folder(spec, cache),
-        SPLITS,
-        source.fingerprint,
-        lambda folder: _build(folder, spec, source, tokenizer),
-    )
+    try:
+        train, valid, test = _stores(spec, cache, tokenizer)
+    except TouchedError as touched:  # whether anything changed is seen by reading all of it again
+        train, valid, test = _stores(spec, cache, tokenizer)
+        if [store.meta["whole"] for store in (train, valid, test)] != touched.read:
+            raise
     return Corpus(
         name=spec["name"],
         train=train,
@@ -125,6 +124,26 @@ def open_corpus(spec: Mapping[str, Any], cache: str | Path) -> Corpus:
         passkey=spec.get("passkey", 0.0),
         passkey_facts=spec.get("passkey_facts", 1),
     )
+
+
+class TouchedError(UserError):
+    """Files have another time than before they were read, and the size they had; `read` are the
+    hashes of what was read of them."""
+
+    read: list[str]
+
+
+def _stores(spec: Mapping[str, Any], cache: str | Path, tokenizer: Tokenizer) -> list[TokenStore]:
+    source = find_source(spec)
+    written = _fingerprint(source, tokenizer)
+    folder = store_folder(spec, cache)
+    return open_or_build(folder, SPLITS, written, lambda to: _build(to, spec, source, tokenizer))
+
+
+def _fingerprint(source: Source, tokenizer: Tokenizer) -> str:
+    """What a store is made of. An earlier version drew tokens where the tokenizer's file says so:
+    its stores have the source alone."""
+    return source.fingerprint + " undrawn" * tokenizer.draws
 
 
 def _build(folder: Path, spec: Mapping[str, Any], source: Source, tokenizer: Tokenizer) -> None:
@@ -138,8 +157,25 @@ def _build(folder: Path, spec: Mapping[str, Any], source: Source, tokenizer: Tok
             tokenizer.encode_checked,
             tokenizer=tokenizer.name,
             vocab_size=tokenizer.vocab_size,
-            source=source.fingerprint,
+            source=_fingerprint(source, tokenizer),
         )
-    if spec["name"] not in HUB and find_source(spec).fingerprint != source.fingerprint:
-        rule = "its files changed while they were read"
-        refuse("data", spec["name"], rule, "Use the same command again")
+    if spec["name"] not in HUB:
+        _check_unchanged(spec["name"], source.stamps, find_source(spec).stamps, folder)
+
+
+def _check_unchanged(name: str, before: Stamps, after: Stamps, folder: Path) -> None:
+    """Raise UserError with the names of files that came, went or changed while they were read."""
+    changed = sorted({file for file, *_ in {*before} ^ {*after}})
+    if not changed:
+        return
+    more = f" and {len(changed) - 3} more" * (len(changed) > 3)
+    line = sentence(
+        f"data={name}",
+        f"{', '.join(changed[:3])}{more} changed while the text was read",
+        "Use the same command again",
+    )
+    if [stamp[:2] for stamp in before] != [stamp[:2] for stamp in after]:
+        raise UserError(line)
+    touched = TouchedError(line)
+    touched.read = [TokenStore.open(folder / split, verify=False).meta["whole"] for split in SPLITS]
+    raise touched

@@ -11,7 +11,7 @@ import importlib
 import io
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -23,6 +23,7 @@ HEAD_BYTES, HEAD_FILES = 4096, 1000  # the early check reads no more
 READ_BYTES = 2**15  # of a compressed file at once
 
 Documents = Iterable[tuple[str, bytes]]  # name and text, UTF-8 without NUL
+Stamps = Sequence[tuple[str, int, int]]  # name, size and time of files
 
 
 class Files(NamedTuple):
@@ -125,7 +126,7 @@ def list_files(root: Path, suffix: str, excluded: Iterable[str] = ()) -> list[Pa
     return sorted(path for path in found if stat.S_ISREG(_stat(path).st_mode))
 
 
-def file_stamps(files: Files) -> list[tuple[str, int, int]]:
+def file_stamps(files: Files) -> Stamps:
     """Name, size and time of each file: they change when one comes, goes or is written."""
     stats = [(files.name(path), _stat(path)) for path in files.every()]
     return [(name, status.st_size, status.st_mtime_ns) for name, status in stats]

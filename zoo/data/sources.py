@@ -21,6 +21,7 @@ from zoo.data.files import (
     SPLITS,
     Documents,
     Files,
+    Stamps,
     file_stamps,
     find_files,
     list_files,
@@ -52,6 +53,7 @@ class Source(NamedTuple):
 
     fingerprint: str  # changes when the corpus does
     documents: Callable[[], dict[str, Documents]]  # by split
+    stamps: Stamps = ()  # of its files, where they are the user's own
 
 
 def check_source(spec: Spec) -> None:
@@ -85,13 +87,15 @@ def find_source(spec: Spec) -> Source:
         return _hub_source(spec)
     if name == "stdlib":
         files = _stdlib_files()
-        return Source(_fingerprint(file_stamps(files)), lambda: _stdlib_documents(files))
+        stamps = file_stamps(files)
+        return Source(_fingerprint(stamps), lambda: _stdlib_documents(files), stamps)
     if name == "text":
         files = _text_files(spec)
-        return Source(_fingerprint(file_stamps(files)), lambda: _text_documents(files))
+        stamps = file_stamps(files)
+        return Source(_fingerprint(stamps), lambda: _text_documents(files), stamps)
     files = find_files(spec["path"], SUFFIXES[name])
-    what = [file_stamps(files), spec["field"]]
-    return Source(_fingerprint(what), lambda: split_records(name, files, spec["field"]))
+    field, stamps = spec["field"], file_stamps(files)
+    return Source(_fingerprint([stamps, field]), lambda: split_records(name, files, field), stamps)
 
 
 def store_folder(spec: Spec, cache: str | Path) -> Path:

@@ -218,7 +218,7 @@ def open_or_build(
     def stores() -> list[TokenStore]:
         found = [TokenStore.open(folder / name) for name in names]
         if any(store.meta.get("source") != source for store in found):
-            raise StoreError(f"token store {folder} is older than its source")
+            raise StoreError(f"token store {folder} is of another source or version")
         return found
 
     try:

@@ -37,6 +37,7 @@ class Tokenizer(NamedTuple):
     encode_checked: Callable[[bytes], array | tuple[array, array]]
     decode: Decode
     bos: int | None = None  # the token that begins a text, for models trained with one
+    draws: bool = False  # whether its file draws tokens at random, which is switched off
 
     def start(self, text: str) -> list[int]:
         """The tokens of a text that is read from its beginning: `bos`, if any, and its own."""
@@ -70,7 +71,7 @@ def open_tokenizer(
                 refuse(f"data.{name}", value, rule, "Leave it out")
         return BYTE_TOKENIZER
     name = identify_tokenizer(choice)
-    model = _opened(choice)
+    model, draws = _opened(choice)
     end = size = max(model.get_vocab(with_added_tokens=True).values()) + 1
     for option, token in (("end_token", end_token), ("bos_token", bos_token)):
         if token is not None and not 0 <= token < size:
@@ -106,7 +107,8 @@ def open_tokenizer(
         if rest := model.decode(came, skip_special_tokens=False)[len(given) :]:
             yield rest  # of a character that was not finished
 
-    return Tokenizer(name, max(size, end + 1), end, encode, encode_checked, decode, bos_token)
+    functions = encode, encode_checked, decode
+    return Tokenizer(name, max(size, end + 1), end, *functions, bos_token, draws)
 
 
 def tokenizer_of(options: Mapping[str, Any]) -> Tokenizer:
@@ -115,8 +117,8 @@ def tokenizer_of(options: Mapping[str, Any]) -> Tokenizer:
     return open_tokenizer(options["tokenizer"], *more)
 
 
-def _opened(choice: str) -> Any:
-    """The `tokenizers` model of a file. UserError where it is none."""
+def _opened(choice: str) -> tuple[Any, bool]:
+    """The `tokenizers` model of a file, and whether it drew tokens. UserError where it is none."""
     try:
         model = importlib.import_module("tokenizers").Tokenizer.from_file(choice)
     except Exception as error:  # the library raises bare Exception
@@ -125,10 +127,12 @@ def _opened(choice: str) -> Any:
         refuse("data.tokenizer", choice, rule, f"Name another file, or use {BYTES}")
     model.no_truncation()
     model.no_padding()
+    draws = False
     for sampled in ("dropout", "alpha", "nbest_size"):  # a text would have other tokens each time
-        if getattr(model.model, sampled, None) is not None:
+        if (value := getattr(model.model, sampled, None)) is not None:
+            draws = draws or bool(value)
             setattr(model.model, sampled, None)
-    return model
+    return model, draws
 
 
 def bos_of(choice: str) -> int | None:
@@ -141,7 +145,7 @@ def bos_of(choice: str) -> int | None:
         UserError: where it puts several, or the file is no tokenizer.
     """
     identify_tokenizer(choice)
-    model = _opened(choice)
+    model, _ = _opened(choice)
     plain = model.encode("a", add_special_tokens=False).ids
     whole = model.encode("a", add_special_tokens=True).ids
     places = range(len(whole) - len(plain) + 1)
