@@ -174,7 +174,7 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _is_count,
         """
         train_tokens train_steps lost_steps parameters count correct seed step tokens_seen
-        threads windows window unit units most shown bytes state_bytes stride""",
+        threads windows window unit units most shown bytes state_bytes stride valid_windows""",
     ),
     (
         "a number",

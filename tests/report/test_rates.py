@@ -2,7 +2,9 @@
 
 import math
 
-from zoo.report.rates import choose_rates
+import pytest
+
+from zoo.report.rates import VALIDATED_ON, choose_rates
 
 
 def run(lr: float, seed: int, loss: float | None, status: str = "done", **other) -> dict:
@@ -46,8 +48,9 @@ def test_each_arm_has_its_own_best():
     assert choose_rates([], runs) == ([], runs, [])
 
 
-def test_losses_on_two_texts_choose_no_rate():
-    runs = [run(1e-3, 0, 0.5, fingerprint="a"), run(2e-3, 0, 0.1, fingerprint="b")]
+@pytest.mark.parametrize("field", VALIDATED_ON)
+def test_losses_on_two_texts_choose_no_rate(field):
+    runs = [run(1e-3, 0, 0.5, **{field: "a"}), run(2e-3, 0, 0.1, **{field: "b"})]
     assert choose_rates(rows_of(runs), runs) == (rows_of(runs), runs, [])
 
 

@@ -23,7 +23,8 @@ FOLDER = Path(__file__).parent / "published"
 FORMAT = 1
 RECORD = (  # what is kept of a run's record: no path, no host, no list of files
     *("run", "arm", "model", "size", "seed", "lr", "settings", "status", "reason", "pruned"),
-    *("step", "tokens_seen", "valid_loss", "parameters", "fingerprint", "commit", "dirty"),
+    *("step", "tokens_seen", "valid_loss", "valid_windows", "parameters"),
+    *("fingerprint", "commit", "dirty"),
     *("sources", "versions", "device", "threads", "train_length"),
 )
 LOCAL = ("check", "positions_file", "requested")  # fields of a row that mean something at home only

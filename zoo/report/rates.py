@@ -4,6 +4,7 @@ What is reported is then measured on other text or other examples than the choic
 other rates keep their place in a table of their own, which shows how much the rate matters.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 from zoo.report.statistics import finite
 
 Row = dict[str, Any]
+
+VALIDATED_ON = ("fingerprint", "valid_windows")  # losses on one text are not those on another
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,14 @@ def choose_rates(
         for run in runs
         if run.get("lr") is not None and isinstance(run.get("settings"), Mapping)
     ]
-    texts: dict[str, set[Any]] = defaultdict(set)
-    for run in tried:
-        texts[_arm(run)] |= {run["fingerprint"]} if run.get("fingerprint") else set()
+    texts: dict[Any, set[Any]] = defaultdict(set)
+    for run, field in itertools.product(tried, VALIDATED_ON):
+        texts[_arm(run), field] |= {run[field]} if run.get(field) else set()
     groups: dict[Any, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for run in tried:
-        several = len(texts[arm := _arm(run)]) > 1  # losses on one text are not those on another
-        groups[arm, run.get("fingerprint") if several else None][run["lr"]].append(run)
+        arm = _arm(run)
+        read = [run.get(name) if len(texts[arm, name]) > 1 else None for name in VALIDATED_ON]
+        groups[arm, *read][run["lr"]].append(run)
     others: set[Any] = set()
     every: list[Rate] = []
     for group in groups.values():

@@ -108,6 +108,7 @@ def run_record(about: Row, folder: RunFolder) -> Row:
     """What the report needs to know of a run itself, beside the fields of its rows."""
     trained = {"arm": about["arm"], "settings": trained_settings(folder)}
     trained["valid_loss"] = folder.last_metric("valid_loss")
+    trained["valid_windows"] = folder.config.valid_windows
     return about | folder.info | trained
 
 
