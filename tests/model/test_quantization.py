@@ -303,6 +303,7 @@ def test_rows_of_quantized_weights_are_rows_of_their_own(run, tmp_path, capsys):
     for weights in ("null", "int8", "int4", "int8"):
         assert eval_main([*words, f"weights={weights}"]) == 0
     rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["length"] == 32]  # not those of the other tests
     bits = {r["dtype"]: r["bits_per_byte"] for r in rows if r["protocol"] == "half_tail"}
     assert [*bits] == ["float32", "int8", "int4"]
     assert len(rows) == 3 * len({row["protocol"] for row in rows})  # int8 was known

@@ -5,7 +5,9 @@
 
 rounded to nearest, scales and zeros in bfloat16: the weight-only forms of Dettmers 2022
 (arXiv:2208.07339, section 2, without its outliers) and of Frantar 2022 (arXiv:2210.17323, "RTN").
-Embeddings are int8 in both, as are matrices whose inputs do not cut into groups.
+Embeddings are int8 in both, as are matrices whose inputs do not cut into groups. A tied head is a
+matrix like the others: in int4 it is kept beside the embedding, of which a token reads one row,
+and of the head all.
 
 `quantize_cache` keeps the keys and values that softmax attention caches in as few bits, see
 zoo.mixers.quantized_cache. Other states and everything else stay as they are.
