@@ -34,6 +34,7 @@ from zoo.pretrained.options import pretrained_config
 from zoo.runs.folder import RunFolder
 from zoo.runs.resume import finetuned
 from zoo.tasks.extensions import check_extension
+from zoo.tasks.identity import row_identity
 
 transformers = pytest.importorskip("transformers")
 
@@ -53,6 +54,10 @@ FORMS = {  # what transformers has: its class, and the options of the run
     "llama dynamic": ("LlamaForCausalLM", ["extension=dynamic_ntk", "extension.factor=2"]),
     "llama longrope": ("LlamaForCausalLM", LONGROPE),
     "mistral": ("MistralForCausalLM", ["extension=window", "extension.attention.window=9"]),
+    "mistral long": (  # a window of more than the trained length
+        "MistralForCausalLM",
+        ["model.positions=local_rope", "model.positions.window=64"],
+    ),
     "qwen2": ("Qwen2ForCausalLM", ["model.mixer.qkv_bias=true"]),
     "qwen3": ("Qwen3ForCausalLM", ["model.mixer.qk_norm=true", "model.mixer.head_width=12"]),
     "neox": ("GPTNeoXForCausalLM", NEOX),
@@ -239,6 +244,9 @@ def test_what_is_exported_of_a_chain_is_measured_as_the_run_is(tmp_path):
     check_extension(tuned(base.config, ("pi", "on_top", 96)).extension, [run])
     export(run, tmp_path / "out")
     copy = RunFolder.create(tmp_path / "copy", opened(tmp_path / "out"), {"status": "done"})
+    here = config.extension, torch.device("cpu")
+    (arm,) = {row_identity(here[0], folder, here[1])["arm"] for folder in (run, copy)}
+    assert arm.startswith("transformer tuned with yarn x2 ")
     words = ["extension=pi", "extension.factor=2", "extension.composition=on_top"]
     tree = plain(train_config("finetune=x", *words))
     trees = [

@@ -307,6 +307,14 @@ def test_a_window_beside_a_scaling_is_refused_where_trained_texts_would_not_fit(
         assert not describe(config | {"sliding_window": None}).notes
 
 
+def test_a_window_that_no_trained_text_fills_is_said():
+    config = {**LLAMA, "model_type": "mistral", "hidden_act": "silu", "sliding_window": 100}
+    (note,) = describe(config).notes
+    length = config["max_position_embeddings"]
+    assert note.startswith(f"sliding_window=100: acts on texts of more than the {length} tokens")
+    assert not describe(config | {"sliding_window": length}).notes
+
+
 def logits_of(theirs: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return theirs(torch.arange(40)[None], use_cache=False).logits

@@ -39,5 +39,8 @@ def _export(words: Sequence[str]) -> int:
         say(
             f"{folder}: is {info['status']}, its last checkpoint was exported (step {info['step']})"
         )
-    say(f"{given['to']}: {found.architecture}, {found.weights}, {found.tokenizer}")
+    form = found.architecture
+    if found.difference:
+        form += f" (transformers has no architecture for this model: {found.difference})"
+    say(f"{given['to']}: {form}, {found.weights}, {found.tokenizer}")
     return 0

@@ -36,11 +36,12 @@ END = "<|end_of_document|>"  # a token that the zoo added behind those of the fi
 
 class Exported(NamedTuple):
     """What was written: the class of `transformers` (or "zoo", "LoRA"), its weights' file, and
-    about the tokenizer."""
+    about the tokenizer; and why `transformers` has no such model, where that decided the form."""
 
     architecture: str
     weights: str
     tokenizer: str
+    difference: str = ""
 
 
 def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
@@ -98,7 +99,8 @@ def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
             os.rename(draft, to)
     except OSError as error:
         raise cannot_write(to, error) or error from error
-    return Exported(architecture, file, about)
+    decided = form == "auto" and isinstance(found, str)
+    return Exported(architecture, file, about, str(found) if decided else "")
 
 
 def _of_transformers(

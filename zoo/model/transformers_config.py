@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
+from zoo.attention.streaming_llm import StreamingLLM
 from zoo.config.schema.model import Extension, Model
 from zoo.config.schema.sections import Component
 from zoo.config.schema.train import TrainConfig
@@ -23,6 +24,7 @@ from zoo.mixers.softmax import SoftmaxAttention
 from zoo.model import convert
 from zoo.model.backbone import Backbone
 from zoo.model.block import Block
+from zoo.positions.local_rope import LocalRope
 from zoo.positions.rope import Rope
 
 
@@ -83,7 +85,7 @@ def _foreign(model: Backbone, config: TrainConfig) -> Foreign:
     _require(model.frequencies is None, "its rotary frequencies are trained")
     _require_taken(options, "norm", "norm_eps", "tied", *OF_THE_MODEL.get(type(mixer), ()))
     common = {"hidden_size": model.width, "num_hidden_layers": len(model.blocks)}
-    if type(mixer) is SoftmaxAttention and type(mixer.positions) is Rope:
+    if type(mixer) is SoftmaxAttention and type(mixer.positions) in (Rope, LocalRope):
         _require_known(block.mixer, mixer, "attention")
         if block.feed_forward is not None and feed_forward is not None:
             _require_known(block.feed_forward, feed_forward, "its feed-forward")
@@ -151,7 +153,7 @@ def _attention(
     common: Mapping[str, Any],
 ) -> Foreign:
     options, qkv, output = config.model, *_biases(mixer)
-    window, scaling = _window(config), _scaling(mixer, config)
+    window, scaling = _window(mixer, config), _scaling(mixer, config)
     sizes = {
         **common,
         "num_attention_heads": mixer.heads,
@@ -219,8 +221,12 @@ def _biases(mixer: SoftmaxAttention) -> tuple[bool, bool]:
     return mixer.q_proj.bias is not None, mixer.o_proj.bias is not None
 
 
-def _window(config: TrainConfig) -> int | None:
-    """The window of extension=window without kept first tokens, part of the model."""
+def _window(mixer: SoftmaxAttention, config: TrainConfig) -> int | None:
+    """The window that is part of the model: of positions=local_rope, on which no extension acts, or
+    of extension=window without kept first tokens."""
+    if isinstance(mixer.positions, LocalRope):
+        assert isinstance(mixer.positions.pattern, StreamingLLM)
+        return mixer.positions.pattern.window
     pattern = config.extension.attention
     earlier = [stage.extension.name for stage in config.stages if stage.extension.attention]
     _require(not earlier, f"extension={', '.join(earlier)} in an earlier stage")

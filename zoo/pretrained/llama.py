@@ -81,6 +81,10 @@ def transformer(read: Reader, act: str | None = "silu", tied: bool = False) -> l
         return words
     if window <= length:
         return [*words, "extension=window", f"extension.attention.window={window}"]
+    rule = (
+        f"acts on texts of more than the {length:,} tokens trained on, and no extension beside it"
+    )
+    read.notes.append(f"sliding_window={window:,}: {rule}")
     return ["model.positions=local_rope", f"model.positions.window={window}", *words]
 
 

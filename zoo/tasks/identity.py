@@ -48,8 +48,9 @@ def row_identity(
     trained, info = folder.config, folder.info
     name = trained.model.name
     stages = stages_of(trained)
-    if trained.finetune or trained.extension.name != "none":
-        how = "tuned" if trained.finetune else "trained"
+    tuned = trained.finetune or trained.stages  # what was exported has its stages alone
+    if tuned or trained.extension.name != "none":
+        how = "tuned" if tuned else "trained"
         name += f" {how}{stages_in_words(stages)}"
     name += _shrunk(trained)
     dtype = str(AUTOCAST.get(trained.trainer.precision, torch.float32)).removeprefix("torch.")
