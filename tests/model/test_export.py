@@ -245,8 +245,8 @@ def test_what_is_exported_of_a_chain_is_measured_as_the_run_is(tmp_path):
     export(run, tmp_path / "out")
     copy = RunFolder.create(tmp_path / "copy", opened(tmp_path / "out"), {"status": "done"})
     here = config.extension, torch.device("cpu")
-    (arm,) = {row_identity(here[0], folder, here[1])["arm"] for folder in (run, copy)}
-    assert arm.startswith("transformer tuned with yarn x2 ")
+    (label,) = {row_identity(here[0], folder, here[1])["arm"] for folder in (run, copy)}
+    assert label.startswith("transformer tuned with yarn x2 ")
     words = ["extension=pi", "extension.factor=2", "extension.composition=on_top"]
     tree = plain(train_config("finetune=x", *words))
     trees = [
