@@ -28,6 +28,7 @@ from zoo.errors import RunError, UserError
 from zoo.runs.stopping import GRACE, current, handled, leave_to_parent
 
 LEFT = 5.0  # seconds that the other ranks have once one has failed: they may wait for it for ever
+RECOUNTS = 5  # of the threads, before it is said that a process cannot be forked
 PATIENCE = "a checkpoint is being written"
 KILLED = {signal.SIGKILL: " (the system does this when memory runs out)"}
 
@@ -56,7 +57,11 @@ def can_fork() -> bool:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return False
-    return _native_threads() <= _imported
+    for _ in range(RECOUNTS):
+        if _native_threads() <= _imported:
+            return True
+        time.sleep(0.005)  # a thread that Python has joined may still be there for the system
+    return False
 
 
 def _native_threads() -> int:
