@@ -183,6 +183,8 @@ REFUSED = {
     "--nonsense": "--nonsense",
     "hydra/launcher=nope": "nope",
     "-m seed=0,1 hydra.sweep.dir=null": "hydra.sweep.dir=null: a sweep's records are in the folder",
+    "-m seed=0,1 hydra.run.dir=foo": "hydra.run.dir=foo: acts on no run: a run's folder is its",
+    "hydra.run.dir=foo": "hydra.run.dir=foo: acts on no run: a run's folder is its record.",
     "-m seed=0,1 hydra.sweep.subdir=null": "field 'hydra.sweep.subdir' is not Optional",
     "-m seed=0,1 hydra.job.chdir=foo": "hydra.job.chdir=foo: Value 'foo' is not a valid bool",
     "-m seed=0,1 hydra.foo=1": "hydra.foo=1: Key 'foo' not in 'HydraConf'",
