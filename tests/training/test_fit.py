@@ -299,3 +299,12 @@ def test_windows_that_carry_their_state_read_as_one_long_window(architecture, ti
     torch.testing.assert_close((first + second) / 2, whole, rtol=1e-10, atol=1e-12)
     alone = model.loss(tokens[:, 64:])
     assert abs(second - alone) > 1e-6, "what it carries changes nothing"
+
+
+@pytest.mark.parametrize("held", [3, 5])
+def test_a_validation_text_of_fewer_windows_is_said(held, monkeypatch, capfd):
+    monkeypatch.setattr(fit, "validation", lambda *_: {"tokens": torch.zeros(held, 33)})
+    config = train_config("size=tiny", "seq_len=32", "valid_windows=5")
+    fit._callbacks(config, RunFolder(Path("none")), None, 0)  # type: ignore[arg-type]
+    said = "valid_windows=5: the validation text holds 3 of 32 tokens\n"
+    assert capfd.readouterr().err == said * (held < 5)
