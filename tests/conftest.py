@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -24,8 +23,6 @@ if "ZOO_SHAPE_CHECKS" in os.environ:  # before anything of zoo is imported
     install_import_hook([f"zoo.{folder}" for folder in shaped], "shape_checks.checked")
 
 from building import ARCHITECTURES, train_config
-from hydra._internal.config_repository import ConfigRepository
-from hydra.plugins.config_source import ConfigResult
 from hypothesis import settings
 
 from zoo.cli import guard
@@ -52,28 +49,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(place, ignore_errors=True))
     tempfile.tempdir = os.environ[TEMPORARY]
     gc.disable()  # until all tests are imported, none of which is garbage
-    read_yaml_files_once()
-
-
-def read_yaml_files_once() -> None:
-    """Keep what Hydra reads of a YAML file for as long as the file stays as it is.
-
-    Each composition reads some twenty, its own ones too, which takes a third of its time.
-    """
-    known, load = {}, ConfigRepository.load_config
-
-    def kept(self: ConfigRepository, config_path: str) -> ConfigResult | None:
-        key = [config_path]
-        for source in self.sources:
-            file = Path(source.path, source._normalize_file_name(config_path))
-            about = file.stat() if source.scheme() == "file" and file.is_file() else None
-            key += [source.path, about and (about.st_mtime_ns, about.st_size)]
-        found = known.get(tuple(key)) or load(self, config_path)
-        if found is not None:  # what is missing may come: Hydra's plugins register theirs late
-            known[tuple(key)] = found
-        return found
-
-    ConfigRepository.load_config = kept
 
 
 def pytest_collection_finish() -> None:
