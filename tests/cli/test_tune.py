@@ -9,6 +9,8 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -22,7 +24,7 @@ from zoo.errors import NonFiniteError, RunError, UserError
 from zoo.runs.claim import claim
 from zoo.runs.folder import RunFolder
 
-pytest.importorskip("optuna", reason="zoo tune needs Optuna")
+optuna = pytest.importorskip("optuna", reason="zoo tune needs Optuna")
 
 STEPS = 80
 BEST = {"lstm": 2e-3, "nope": 4e-3}  # of each model, in this file's own world
@@ -133,6 +135,29 @@ def test_a_rate_that_was_pruned_says_so_in_its_run(trains, tmp_path):
     assert pruned
     assert all(info["reason"].startswith("pruned at step") for info in pruned)
     assert all(info["step"] in (STEPS // 4, STEPS // 2) for info in pruned)
+
+
+@pytest.mark.parametrize("steps", [*range(1, 34), 250, 999, 9800])
+def test_rates_are_compared_at_a_quarter_and_at_half_of_the_steps_alone(steps, monkeypatch):
+    """By the step that each rate reached: one keeps up, others are worse from some step on."""
+    worse_from = {1.0: math.inf, 2.0: 0, 3.0: steps // 4 + 1, 4.0: steps}
+    made: list[int] = []
+
+    def advance(arm, rate, seed, until):
+        made.append(until)
+        return 1.0 if until < worse_from[rate] else 2.0
+
+    monkeypatch.setattr(program, "advance", advance)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    known = {"name": "any", "steps": steps, "seeds": [0], "rates": [*worse_from]}
+    arm: Any = SimpleNamespace(
+        **known, outcomes={}, reached={}, only_known=True, ranking=lambda _: []
+    )
+    program.find_rate(arm, optuna)
+    quarter, half = steps // 4, steps // 2
+    assert {*made} <= {quarter, half, steps}
+    first = quarter or half or steps  # of one, two and three steps
+    assert arm.reached == {1.0: steps, 2.0: first, 3.0: max(first, half or steps), 4.0: steps}
 
 
 def test_a_rate_that_diverges_is_one_rate_less_and_no_rate_is_a_failure(trains, tmp_path, capfd):

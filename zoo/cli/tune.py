@@ -19,7 +19,7 @@ import functools
 import importlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ takes the options of `zoo train -m`; needs Optuna: pip install 'zoo[tune]'
 """
 FACTOR = 2  # of the rates at a rung, one in so many goes on
 MAX_COST = 2  # tuning takes at most so many times the steps of the best rate with all its seeds
-FIRST = 4  # the first rung is at this fraction of the steps
+PARTS = (4, 2)  # rungs are at these fractions of the steps
 STOPS = (UserError, RunError, OSError)  # what ends the tuning of an arm, and of no other
 MENDED = (
     "no rate is chosen; once that is mended the same command goes on, and trains a run again whose "
@@ -195,7 +195,7 @@ def find_rate(arm: Tuned, optuna: Any) -> None:
     """Find the arm's best rate, None where all diverged."""
     steps, first = arm.steps, arm.seeds[0]
     pruner = optuna.pruners.SuccessiveHalvingPruner(
-        min_resource=max(1, steps // FIRST), reduction_factor=FACTOR
+        min_resource=next(iter(rungs(steps)), 1), reduction_factor=FACTOR
     )
     study = optuna.create_study(pruner=pruner)
     for rate in arm.rates:
@@ -223,7 +223,7 @@ def compete(arm: Tuned, rate: float, study: Any, optuna: Any) -> None:
     steps, first = arm.steps, arm.seeds[0]
     trial, loss = study.ask(), None
     outcome = arm.outcomes[rate, first] = Arm(len(arm.outcomes) + 1, arm.name, "tune", first)
-    for rung in rungs(max(1, steps // FIRST), steps):
+    for rung in (*rungs(steps), steps):
         loss = advance(arm, rate, first, rung)
         if loss is None:
             break
@@ -292,12 +292,9 @@ def affordable(arm: Tuned, runs: int, less: int = 0) -> bool:
     return arm.spent + runs * arm.steps - less <= MAX_COST * len(arm.seeds) * arm.steps
 
 
-def rungs(least: int, steps: int) -> Iterator[int]:
-    """The steps at which rates are compared, and the last."""
-    while least < steps:
-        yield least
-        least *= FACTOR
-    yield steps
+def rungs(steps: int) -> list[int]:
+    """The steps at which rates are compared: a quarter and half of them, rounded down."""
+    return sorted({steps // part for part in PARTS} - {0})
 
 
 def advance(arm: Tuned, rate: float, seed: int, until: int) -> float | None:
