@@ -18,10 +18,10 @@ from zoo.data.long_prompts import fitting
 from zoo.data.tokenizers import BYTE_TOKENIZER
 from zoo.errors import UserError
 from zoo.model.backbone import BackboneState
-from zoo.report.statistics import wilson
+from zoo.report.statistics import interval, wilson
 from zoo.runs.folder import RunFolder
 from zoo.tasks.answers import METRICS
-from zoo.tasks.documents import BENCHMARKS, Documents
+from zoo.tasks.documents import BENCHMARKS, Documents, _interval
 
 TEXT = [f"Sentence {i} of a book." for i in range(50)]
 
@@ -297,3 +297,22 @@ def test_examples_that_all_agree_do_not_make_a_score_certain(score, examples, tm
     (row,) = rows(tmp_path, right if score else lambda _: "nothing", **options)
     assert row["score"] == score
     assert row["interval"] == wilson(int(score) * examples, examples)
+
+
+@pytest.mark.parametrize("score", [0.0, 0.2, 2 / 3, 1.0])
+@pytest.mark.parametrize("rounding", [0.0, 6e-8])
+@pytest.mark.parametrize("examples", [1, 2, 20])
+def test_scores_that_are_alike_are_as_uncertain_as_answers_of_that_mean(score, rounding, examples):
+    scores = [score] * (examples - 1) + [abs(score - rounding)]
+    mean = sum(scores) / examples
+    low, high = _interval(scores) or (mean, mean)
+    assert 0 <= low <= mean <= high <= 1
+    # The widest that scores of this mean can spread: all of them 0 or 1.
+    ones = round(score * 3000)
+    spread = interval([1.0] * ones + [0.0] * (3000 - ones)) or (0.0, 0.0)
+    assert high - low >= (spread[1] - spread[0]) / 2
+    assert high - low > 0.1
+
+
+def test_scores_that_differ_have_students_interval():
+    assert _interval([0.2] * 19 + [0.3]) == interval([0.2] * 19 + [0.3])

@@ -43,6 +43,7 @@ from zoo.tasks.context import EvalContext, Row, check_length
 from zoo.tasks.task import STATE, Task, lengths_of
 
 FIELDS = ("context", "input", "answers")
+ROUNDING = 1e-6  # of a score, which torchmetrics has in float32
 BACKGROUND = 2**20  # tokens of the corpus that generated examples take sentences from
 
 
@@ -73,8 +74,12 @@ UNITS = {"rouge": "ROUGE-L", "f1": "F1", "exact": "exact match", "found": "answe
 
 
 def _interval(scores: Sequence[float]) -> tuple[float, float] | None:
-    """Student's over the examples; of answers that are all right or all wrong, Wilson's."""
-    alike = {*scores} in ({0.0}, {1.0})
+    """Student's over the examples; of scores that are alike but for rounding, Wilson's.
+
+    Wilson's holds for their mean too: scores from 0 to 1 with the mean p vary by p (1 - p) at most,
+    as answers do of which the share p is right.
+    """
+    alike = max(scores) - min(scores) <= ROUNDING
     return wilson(sum(scores), len(scores)) if alike else interval(scores)
 
 
