@@ -336,14 +336,14 @@ def test_text_is_written_with_quantized_weights(run):
 
 
 def test_rows_of_a_quantized_cache_say_so_and_have_its_bytes(run, tmp_path):
-    words = ["task.perplexity.lengths=[512]", "task.perplexity.units=2"]
-    speed = ["task=speed", "task.speed.lengths=[512]", "task.speed.decode_tokens=2"]
+    words = ["task.perplexity.lengths=[300]", "task.perplexity.units=2"]
+    speed = ["task=speed", "task.speed.lengths=[300]", "task.speed.decode_tokens=2"]
     to = [f"run={run}", "report=null", "logger=none"]
     for more in ([], ["kv_cache=int8"], ["kv_cache=int4", "weights=int8"]):
         assert eval_main([*to, "task=perplexity", *words, *more]) == 0
     assert eval_main([*to, *speed, "kv_cache=int8"]) == 0
     rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["length"] == 512]
+    rows = [row for row in rows if row["length"] == 300]
     found = {row["dtype"]: row for row in rows if row.get("protocol") == "half_tail"}
     names = ["float32", "float32, int8 KV cache", "int8, int4 KV cache"]
     assert [*found] == names
@@ -352,7 +352,7 @@ def test_rows_of_a_quantized_cache_say_so_and_have_its_bytes(run, tmp_path):
     config = train_config("model=transformer", "size=tiny", "seq_len=32", "match=none")
     model = build_model(config, vocab_size=257)[0]
     for dtype, bits in zip(names, (None, "int8", "int4"), strict=True):
-        expected = (quantize_cache(model, bits) if bits else model).state_bytes(512)
+        expected = (quantize_cache(model, bits) if bits else model).state_bytes(300)
         held = {row["state_bytes"] for row in rows if row["dtype"] == dtype}
         assert held == {expected}, dtype
     table = zoo.write_report(str(run), tmp_path / "all.html")
