@@ -54,7 +54,7 @@ def main() -> dict[str, int]:
         "long": fork(*new, "name=long", "trainer.max_steps=10", "optim.warmup_steps=2"),
     }
     steps = json.loads(Path("runs/short/run.json").read_text())["step"]
-    codes["fewer"] = fork("resume=runs/short", f"trainer.max_steps={steps - 1}")
+    codes["fewer"] = fork("resume=runs/long", "trainer.max_steps=9")
     more = [f"trainer.max_steps={steps + 3}", "trainer.max_time=00:01:00:00"]
     codes["rest"] = fork("resume=runs/short", *more)
     for how in ("cosine", "constant", "rewarm"):
