@@ -1,5 +1,7 @@
 """Tables of papers, mechanically: every file's rows are measured of a tiny checkpoint."""
 
+import re
+
 import pytest
 import torch
 import yaml
@@ -14,14 +16,16 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A tiny Llama and a text."""
+    """A text, and a tiny Llama for 256 tokens and one for 1024, as the widest window is."""
     folder = tmp_path_factory.mktemp("paper")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "vocab_size": 258, "max_position_embeddings": 1024}
-    config = transformers.LlamaConfig(**sizes, eos_token_id=257)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
-    write_byte_level(folder / "model", ("t", "h"), begins=True)
+    sizes |= {"num_attention_heads": 2, "vocab_size": 258}
+    for length in (256, 1024):
+        sizes |= {"max_position_embeddings": length}
+        config = transformers.LlamaConfig(**sizes, eos_token_id=257)
+        transformers.LlamaForCausalLM(config).save_pretrained(folder / f"model-{length}")
+        write_byte_level(folder / f"model-{length}", ("t", "h"), begins=True)
     write_text(folder, 600)
     return folder
 
@@ -40,9 +44,10 @@ def test_every_row_of_every_table_composes_and_has_a_number_for_each_length(name
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_has_ours_beside_theirs(name, place, capsys):
     table = yaml.safe_load((ROOT / "configs" / "papers" / f"{name}.yaml").read_text())
-    words = [f"checkpoint={place / 'model'}", f"data.path={place / 'text'}"]
+    length = max([256, *map(int, re.findall(r"window=(\d+)", str(table["rows"])))])
+    words = [f"checkpoint={place / f'model-{length}'}", f"data.path={place / 'text'}"]
     words += [f"data.cache={place / 'cache'}", f"runs={place / 'runs'}"]
-    words += ["task.perplexity.units=1", "lengths=[512,1024]"]
+    words += ["task.perplexity.units=1", "lengths=[256,512]"]
     if "units" in str(table["words"]):
         words.remove("task.perplexity.units=1")
     if "stride" not in str(table["words"]):
@@ -50,7 +55,7 @@ def test_a_table_has_ours_beside_theirs(name, place, capsys):
     assert main(["paper", name, *words]) == 0
     printed = capsys.readouterr().err.splitlines()
     lines = printed[-len(table["rows"]) - 1 :]
-    assert "512" in lines[0]
+    assert "256" in lines[0]
     for row, line in zip(table["rows"], lines[1:], strict=True):
         assert line.startswith(row["name"])
         theirs = [number for number in row["published"] if number is not None]
