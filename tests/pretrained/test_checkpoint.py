@@ -214,6 +214,9 @@ def test_every_key_of_every_family_is_read_or_known_to_be_silent(tmp_path):
             describe(config | {"new_key": 1})
 
 
+LONG = torch.arange(150)[None] % VOCAB  # beyond the trained length and the widest window
+
+
 def others(value: Any) -> list[Any]:
     """Values that a field might have instead, and that say something else."""
     if isinstance(value, bool):
@@ -247,6 +250,35 @@ def test_every_field_of_a_config_is_honoured_or_refused_by_name(case, tmp_path):
             assert torch.equal(again, logits_of(theirs)), (key, value)
 
 
+FIRST = {family: case for case, (family, _) in reversed(CASES.items())}
+
+
+@pytest.mark.parametrize("family", FIRST)
+def test_a_config_with_another_value_in_a_field_is_read_as_transformers_reads_it(family, tmp_path):
+    """Within the trained length and beyond: whatever is not refused has the same logits there."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    theirs = save(tmp_path, FIRST[family])
+    config, weights, read = read_json(tmp_path / "config.json"), theirs.state_dict(), 0
+    for key in sorted({*config} - SILENT):
+        for value in others(config[key]):
+            changed = config | {key: value}
+            (tmp_path / "config.json").write_text(json.dumps(changed))
+            try:
+                ours = opened(tmp_path)
+            except UserError:
+                continue
+            try:
+                again = type(theirs)(type(theirs.config).from_dict(changed)).eval()
+            except StrictDataclassError:  # as a whole number where it has 3.0
+                continue
+            again.load_state_dict(weights)
+            expected = logits_of(again)
+            assert torch.allclose(ours(LONG), expected, atol=1e-4), (key, value)
+            read += 1
+    assert read > 1 or "max_position_embeddings" not in config  # others have widths alone
+
+
 ODD = ([], {}, None, -1, 0, "x", 1e30, True)
 ABSENT = ("rope_scaling", "rope_theta", "head_dim", "partial_rotary_factor", "sliding_window")
 ABSENT += ("layer_types", "original_max_position_embeddings")
@@ -266,7 +298,7 @@ def test_an_odd_value_of_a_key_is_refused_or_means_what_it_means_to_transformers
             if describe(config | change) != before:
                 (tmp_path / "config.json").write_text(json.dumps(config | change))
                 with torch.no_grad():
-                    found = opened(tmp_path)(torch.arange(40)[None])
+                    found = opened(tmp_path)(LONG)
         except UserError as error:
             said = str(error)
         refused += bool(said)
@@ -317,7 +349,7 @@ def test_a_window_that_no_trained_text_fills_is_said():
 
 def logits_of(theirs: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return theirs(torch.arange(40)[None], use_cache=False).logits
+        return theirs(LONG, use_cache=False).logits
 
 
 def reopened(theirs: Any, config: dict[str, Any], folder: Path) -> torch.Tensor | None:

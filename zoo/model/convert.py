@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from zoo.errors import refuse_path
+from zoo.errors import refuse, refuse_path
 
 Names = Mapping[str, str]  # theirs -> ours
 
@@ -153,9 +153,10 @@ def from_transformers(weights: Mapping[str, Tensor], heads: int | None = None) -
         weights: those of a family that zoo.pretrained.families knows.
         heads: of the attention, which GPT-NeoX's weights do not say.
 
-    Raises UserError for a tensor that is in no table. Weights whose head is not their embedding are
-    refused by a Backbone that is tied, as it is by default. What is not in the weights the model
-    must be given: the number of heads, `rope_base` and `norm_eps`.
+    Raises UserError for a tensor that is in no table, and for heads that do not divide the weights.
+    Weights whose head is not their embedding are refused by a Backbone that is tied, as it is by
+    default. What is not in the weights the model must be given: the number of heads, `rope_base`
+    and `norm_eps`.
     """
     if "embedding.weight" in weights:  # the zoo's own
         return {**weights, "head.weight": weights.get("head.weight", weights["embedding.weight"])}
@@ -255,6 +256,9 @@ def _split(ours: str, tensor: Tensor, heads: int | None) -> dict[str, Tensor]:
     """Three projections from one whose rows are q, k and v of the first head, of the second ..."""
     if heads is None:
         raise ValueError("heads=None: must be given for weights of a GPT-NeoX.")
+    if len(tensor) % (3 * heads):
+        rule = f"must divide a third of the {len(tensor)} rows of its queries, keys and values"
+        refuse("num_attention_heads", heads, rule, "Give a whole checkpoint")
     parts = tensor.unflatten(0, (heads, 3, -1)).unbind(1)
     return {
         ours.replace(".qkv_proj.", f".{one}_proj."): part.flatten(0, 1)
