@@ -166,7 +166,7 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         """
         run arm model size match data device dtype documents extension extension_settings commit
         compression compression_family fingerprint measured_by phase protocol reason session sources
-        split state_passing status task time tokenizer positions_file found_file""",
+        ignores split state_passing status task time tokenizer positions_file found_file""",
     ),
     ("an integer >= 1", lambda value: _is_count(value) and value > 0, "length train_length"),
     (

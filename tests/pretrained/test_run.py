@@ -84,6 +84,25 @@ def test_it_is_measured_once_and_again_under_an_extension(words, tmp_path, capsy
     assert "dca" in capsys.readouterr().out
 
 
+def test_its_rows_say_what_is_ignored_of_its_config(words, checkpoint, tmp_path):
+    windowed = tmp_path / "windowed"
+    shutil.copytree(checkpoint, windowed)
+    config = json.loads((windowed / "config.json").read_text())
+    scaled = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    config |= {"model_type": "mistral", "sliding_window": 48, "rope_parameters": scaled}
+    config = {key: one for key, one in config.items() if not key.endswith("_bias")}
+    (windowed / "config.json").write_text(json.dumps(config))
+    words = [f"checkpoint={windowed}", *words[1:]]
+    assert main(words) == 0
+    folder, rows = measured(tmp_path)
+    assert {row["ignores"][:37] for row in rows} == {"sliding_window=48: does not act beside"[:37]}
+    file = folder.path / "run.json"
+    file.write_text(json.dumps({k: v for k, v in folder.info.items() if k != "ignores"}))
+    assert main(words) == 0  # of a folder that an older version made
+    assert RunFolder.open(folder.path).info["ignores"] == rows[0]["ignores"]
+    assert len(measured(tmp_path)[1]) == len(rows)
+
+
 def test_its_run_is_measured_by_its_folder_too(words, tmp_path):
     assert main(words) == 0
     folder, rows = measured(tmp_path)

@@ -74,6 +74,7 @@ def row_identity(
         "data": trained.data.name,
         "fingerprint": info.get("fingerprint"),
         "tokenizer": info.get("tokenizer"),
+        **({"ignores": info["ignores"]} if info.get("ignores") else {}),
         "sources": trained_by(info),
         "commit": info.get("commit"),
         "device": device_name(device),

@@ -47,6 +47,7 @@ def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> Run
     config = pretrained_config(described, checkpoint, section, runs)
     for note in described.notes:
         say(f"{checkpoint}: {note}")
+    ignored = "; ".join(described.notes)
     text = open_data(config.data, config.seq_len)
     assert isinstance(text, Corpus)
     if text.vocab_size == described.vocab_size + 1 and section.get("end_token") is None:
@@ -70,6 +71,8 @@ def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> Run
         folder = RunFolder.open(path)
         check_same_run(folder, config, "Put back its config.json, or use another runs=<folder>")
         check_unchanged(checkpoint, folder.info["checkpoint"])
+        if ignored and "ignores" not in folder.info:  # an older version did not record it
+            folder.update(ignores=ignored)
         return folder
     say(f"{checkpoint}: {described.family}, reading its weights")
     found = identify(checkpoint)
@@ -79,6 +82,7 @@ def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> Run
         "id": uuid.uuid4().hex[:12],
         **provenance(),
         "checkpoint": found,
+        **({"ignores": ignored} if ignored else {}),
         "fingerprint": text.fingerprint,
         "tokenizer": text.tokenizer_name,
         "parameters": count_parameters(model),
