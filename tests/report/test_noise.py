@@ -3,15 +3,19 @@
 import random
 import re
 import statistics
+from dataclasses import replace
 
 import pytest
-from synthetic import experiment, run_records, score_row
+from synthetic import experiment, identity, run_records, score_row, tasks
 
 from zoo.report.charts import styles
+from zoo.report.figures import quantity_figure
+from zoo.report.learned import dead, never_learned
 from zoo.report.noise import Floor, is_noise, noise_floors
 from zoo.report.page import render
 from zoo.report.rows import Cell, gather, summary
 from zoo.report.scores import score_noise
+from zoo.report.tables import quantity_table
 from zoo.report.text import as_text
 
 
@@ -208,3 +212,52 @@ def test_an_arm_that_has_not_learned_says_nothing_of_how_sure_the_others_are():
     assert beside.value == alone.value > 0.05
     assert beside.of(3, "dull 0") >= alone.value
     assert re.search(r"\nmamba +\+0.040 .*~", as_text(gather(rows, [])))
+
+
+def test_no_noise_floor_of_scores_rests_on_what_has_not_learned():
+    """Of every quantity of every task, in its table and in its figure."""
+    arms = {"a": (2.0, 0.05), "b": (2.2, 0.05)}
+    dull = {f"dull {n}": (3.6, 0.0005) for n in range(3)}
+    walked = set()
+    for task in tasks():
+        for quantity in task.declares.quantities:
+            said, rows = replace(task.declares, quantities=(quantity,)), []
+            for arm, (value, step) in (arms | dull).items():
+                for seed in range(2):
+                    score = value + step * seed
+                    row = score_row(arm, 512, score, seed=seed, run=f"{arm}-{seed}")
+                    rows.append(row | {"bigram_bits": 3.5})
+                    name = task.__module__.rpartition(".")[2]
+                    row = identity(arm, seed) | {"task": name, quantity.field: score}
+                    row |= {**quantity.where, "bigram_bits": 3.5}
+                    rows.append(row | {"length": 1024, "declares": said.plain(row)})
+            learned = [row for row in rows if row["arm"] in arms]
+            floors, titles = [], []
+            for part in (learned, rows):
+                results = gather(part, [])
+                table = quantity_table(results, name, quantity)
+                floors.append([cell.text for cell in table.rows[-1]])
+                titles.append(quantity_figure(results, name, quantity).y.title)
+            assert floors[0][0] == "noise floor"
+            assert (floors[0] == floors[1]) == (quantity.form == "score"), quantity
+            same = quantity.form == "score" or quantity.cost
+            assert (titles[0] == titles[1]) == same, quantity
+            walked.add((quantity.form, name))
+    assert {name for form, name in walked if form == "score"} >= {
+        "perplexity",
+        "stream",
+        "longrope",
+    }
+    assert len(walked) > 10
+
+
+def test_a_stream_alone_says_who_has_not_learned():
+    rows = [
+        identity(arm, seed)
+        | {"task": "stream", "length": 2**20, "bits_per_byte": value + seed / 99}
+        for arm, value in (("mamba", 2.0), ("rwkv4", 8.0))
+        for seed in range(2)
+    ]
+    results = gather(rows, [])
+    assert never_learned(results) == {"rwkv4"}
+    assert "has not learned" in str(dead(results)["rwkv4"])

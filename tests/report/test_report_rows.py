@@ -334,3 +334,26 @@ def test_what_a_search_found_for_each_run_is_no_other_setting(name):
     searched = gather([read(0, 12), read(1, 32)], []).arms
     assert len(searched) == (1 if name == "longrope" else 2)
     assert len(gather([read(0, 12), read(0, 32), read(1, 32)], []).arms) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"arm": "transformer tuned with yarn", "train_length": 4096},
+        {"arm": "transformer, rank 8"},
+        {"dtype": "int8"},
+        {"dtype": "float32, int8 KV cache"},
+    ],
+)
+def test_the_reference_is_the_plain_transformer_whichever_row_comes_first(other):
+    rows = [
+        score_row("transformer", 512, 2.0, run="other") | {"run": "other"} | other,
+        score_row("transformer", 512, 2.1),
+        score_row("mamba", 512, 1.9),
+    ]
+    for ordered in (rows, rows[::-1]):
+        results = gather(ordered, [])
+        (label,) = {row["label"] for row in results.rows if row["bits_per_byte"] == 2.1}
+        assert results.reference == label
+        assert results.train_length() == 512
+    assert gather(rows[:1], []).reference  # the only one

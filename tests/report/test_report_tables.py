@@ -1,5 +1,7 @@
 """Tables and caveats, on rows made by hand with known answers."""
 
+from dataclasses import fields
+
 import pytest
 from synthetic import experiment, identity, run_records, score_row, tasks
 
@@ -7,7 +9,9 @@ import zoo.report.scores
 from zoo.report import tables
 from zoo.report.caveats import banners, failures, limits
 from zoo.report.charts import styles
+from zoo.report.headlines import tiles
 from zoo.report.page import render
+from zoo.report.protocols import PROTOCOLS
 from zoo.report.rows import Cell, gather
 from zoo.report.statistics import interval
 from zoo.report.text import as_text
@@ -338,11 +342,48 @@ def test_a_stream_alone_is_reported_in_the_terminal_too():
     assert "no score" not in text
 
 
+def kinds_of(task) -> dict[str, list]:
+    """What may differ between two rows of a task at one length: its settings, the fields that
+    distinguish its quantities, the part of the corpus, and the prompt."""
+    name = task.__module__.rpartition(".")[2]
+    settings = [each.name for each in fields(task) if each.name not in task.unidentifying]
+    kinds = {f"task.{name}.{setting}": ["one", "two"] for setting in settings}
+    kinds |= {"split": ["valid", "test"], "subtask": ["one", "two"]}
+    for quantity in task.declares.quantities:
+        for field, value in quantity.where.items():
+            kinds[field] = [*dict.fromkeys([*kinds.get(field, []), value])][:2]
+    return kinds | ({task.declares.prompt: ["one", "two"]} if task.declares.prompt else {})
+
+
 @pytest.mark.parametrize("task", tasks(), ids=lambda task: task.__name__)
-def test_no_quantity_of_a_task_is_of_rows_of_two_kinds(task):
-    """Rows of two protocols or data sets at one length are two numbers, of whatever quantity."""
-    wheres = [{*each.where} for each in task.declares.quantities if not each.cost]
-    assert all(where == wheres[0] for where in wheres)
+def test_no_number_of_a_task_is_of_rows_of_two_kinds_without_a_word(task):
+    """Of one arm with two values under two protocols, data sets or settings, no cell of any table
+    has one value for both, unless it is said that it is a mean over prompts."""
+    name = task.__module__.rpartition(".")[2]
+    for kind, values in kinds_of(task).items():
+        for length in (512, None):
+            rows = []
+            for arm, more in (("mamba", 0.0), ("transformer", 0.01)):
+                for value, number in zip(values, (0.25 + more, 0.75 + more), strict=True):
+                    row = identity(arm) | {"task": name, "length": length, kind: value}
+                    for quantity in task.declares.quantities:
+                        row |= {key: row.get(key, one) for key, one in quantity.where.items()}
+                        row[quantity.field] = number * {"bytes": 2**20}.get(quantity.form, 1)
+                    own = {"subtask": value, "measures": ["acc"], "higher_is_better": {"acc": True}}
+                    row |= own | {"scores.acc": number} if name == "harness" else {}
+                    row["question"] = ["length", kind]
+                    rows.append(row | {"declares": task.declares.plain(row)})
+            results, found = gather(rows, []), []
+            assert results.tasks[name].quantities
+            for quantity in results.tasks[name].quantities:
+                found += [tables.quantity_table(results, name, quantity)] if length else []
+            if tables.shown_quantities(results, name):
+                found += tables.task_tables(results, name)
+            for table in filter(None, found):
+                texts = {cell.text for row in table.rows for cell in row[1:]}
+                mean = texts & {"50%", "51%", "0.500", "0.510", "0.5", "0.51", "512 KiB", "522 KiB"}
+                said = kind == task.declares.prompt and "Means over 2 prompts." in table.caption
+                assert said if mean else texts, (kind, table)
 
 
 def test_several_prompts_of_a_run_count_as_their_mean():
@@ -369,3 +410,136 @@ def test_a_value_that_is_no_difference_is_not_grey_below_the_noise_floor():
     found = tables.task_tables(gather(rows, run_records(rows)), "documents")
     assert "noise floor" in {row[0].text for table in found for row in table.rows}
     assert not {cell.kind for table in found for row in table.rows for cell in row} & {"noise"}
+
+
+def test_rows_that_differ_in_what_is_ignored_of_a_checkpoint_are_two_arms_and_named():
+    note = "sliding_window=262,144: does not act beside rope_scaling"
+    rows = [
+        score_row("phi3", 512, 2.0, run="a"),
+        score_row("phi3", 512, 2.1, run="b", ignores=note),
+    ]
+    results = gather(rows, [])
+    assert results.arms == ["phi3 · ignores nothing", "phi3 · ignores sliding_window=262,144"]
+    said = f"Not as its checkpoint is configured: {results.arms[1]} ignores {note}."
+    assert said in banners(results)
+    assert gather(rows[1:], []).arms == ["phi3"]
+    assert any(f"phi3 ignores {note}." in line for line in banners(gather(rows[1:], [])))
+
+
+@pytest.mark.parametrize("status", ["failed", "out_of_memory", "unfinished", "not_applicable"])
+@pytest.mark.parametrize("length", [1024, None])
+def test_a_seed_without_a_result_is_named_also_where_another_arm_has_the_same_reason(
+    status, length
+):
+    rows = [
+        score_row(arm, n, 2.0 + seed / 10, seed=seed, run=f"{arm}-{seed}")
+        for arm in ("mamba", "transformer")
+        for seed in range(3)
+        for n in (512, 1024)
+    ]
+    for row in rows:
+        if row["length"] == 1024 and (row["seed"] == 2 or row["arm"] == "transformer"):
+            row |= {"status": status, "reason": "why", "bits_per_byte": None}
+            row["length"] = length if row["seed"] == 2 else row["length"]
+    text = as_text(gather(rows, []))
+    assert "mamba (mamba-2)" in text.partition("without a result:")[2]
+    if length:
+        assert "means of the seeds that have a score: mamba at 1,024 (2 of 3)" in text
+
+
+@pytest.mark.parametrize("protocol", [*PROTOCOLS])
+def test_every_protocol_of_an_arm_alone_is_in_the_terminal(protocol):
+    """An encoder's beside causal models, and those of an earlier evaluation."""
+    rows = [score_row("transformer", 512, 2.0), score_row("other", 512, 1.25, protocol=protocol)]
+    assert "1.250" in as_text(gather(rows, []))
+
+
+@pytest.mark.parametrize("task", tasks(), ids=lambda task: task.__name__)
+def test_settings_that_differ_along_a_line_are_said(task):
+    """A line whose points have other settings, as after two evaluations, is no trend."""
+    name, quantity = task.__module__.rpartition(".")[2], task.declares.quantities[0]
+    for field in (one.name for one in fields(task) if one.name not in task.unidentifying):
+        rows, option = [], f"task.{name}.{field}"
+        for length, value in ((512, "this"), (1024, "that")):
+            row = identity("mamba") | {"task": name, "length": length, option: value}
+            row |= {**quantity.where, quantity.field: 0.5, "question": ["length", option]}
+            rows.append(row | {"declares": task.declares.plain(row)})
+        said = f"The {name} rows of one line differ in {option}: this at 512; that at 1,024."
+        assert said in banners(gather(rows, []))
+        for row in rows:
+            row[option] = "this"
+        assert not [line for line in banners(gather(rows, [])) if "of one line" in line]
+
+
+@pytest.mark.parametrize("task", tasks(), ids=lambda task: task.__name__)
+def test_guessing_is_said_of_every_kind_of_answer(task):
+    name = task.__module__.rpartition(".")[2]
+    for quantity in (one for one in task.declares.quantities if one.chance):
+        good = next(one for one in task.declares.quantities if one.chance)
+        rows = []
+        for where, value in ((good.where, 0.9), (quantity.where, 0.1)):
+            row = identity("mamba") | {"task": name, "length": 512, **where, "chance": 0.1}
+            row |= {one.field: value for one in task.declares.quantities if one.chance}
+            row |= {one.chance: 0.1 for one in task.declares.quantities if one.chance}
+            rows.append(row | {"declares": task.declares.plain(row)})
+        if good.where != quantity.where:
+            said = [line for line in banners(gather(rows, [])) if "No better than" in line]
+            assert any(quantity.name in line for line in said), quantity
+
+
+def test_the_best_is_not_distinguished_from_what_the_seed_alone_makes():
+    """The stretches of text say of two trainings, not of two architectures, that one is better."""
+    rows = [
+        score_row(arm, 512, 2.0 + gap + seed * spread, seed=seed, run=f"{arm}-{seed}")
+        for arm, gap, spread in (("mamba", 0.0, 0.1), ("lstm", 0.05, 0.1), ("rwkv", 3.0, 0.1))
+        for seed in range(2)
+    ]
+    for row in rows:
+        row["unit_bits"] = [row["bits_per_byte"] + text for text in (-0.5, 0.0, 0.5)]
+    results = gather(rows, [])
+    cells = results.cells("perplexity", "bits_per_byte", protocol="half_tail")
+    table = tables.grid(
+        results, cells, "", score, min, zoo.report.scores.ties(results, "half_tail")
+    )
+    assert {row[0].text: row[1].kind for row in table.rows} == {
+        "mamba": "best",
+        "lstm": "tie",
+        "rwkv": "",
+    }
+    assert "not distinguished from lstm" in tiles(results)[0].detail
+
+
+def test_a_cell_of_fewer_seeds_than_others_says_how_many():
+    rows = [
+        score_row("mamba", n, 2.0 + seed / 10, seed=seed, run=f"m{seed}")
+        for seed in range(3)
+        for n in (512, 1024)
+        if seed == 0 or n == 512
+    ]
+    results = gather(rows, [])
+    cells = results.cells("perplexity", "bits_per_byte", protocol="half_tail")
+    table = tables.grid(results, cells, "", score)
+    assert table
+    (row,) = table.rows
+    assert "seed" not in row[1].note
+    assert row[2].note.endswith("1 seed")
+
+
+def test_an_effective_context_of_the_seeds_that_are_left_says_so():
+    rows = [
+        score_row("mamba", n, 2.0 + seed / 100, seed=seed, run=f"m{seed}")
+        for seed in range(3)
+        for n in (512, 1024)
+    ]
+    rows[-1] |= {"status": "failed", "reason": "no finite number", "bits_per_byte": None}
+    results = gather(rows, [])
+    found = zoo.report.scores.effective_contexts(results)["mamba"]
+    assert found
+    assert found.fewer == "2 of 3 seeds"
+    assert "mamba: 2 of 3 seeds" in tiles(results)[-1].detail
+    table = zoo.report.scores.contexts(results)
+    assert table
+    assert table.rows[0][1].note == "2 of 3 seeds"
+    whole = zoo.report.scores.effective_contexts(gather(rows[:4], []))["mamba"]
+    assert whole
+    assert not whole.fewer

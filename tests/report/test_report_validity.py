@@ -9,7 +9,9 @@ from zoo.report import scores
 from zoo.report.caveats import banners, failures, limits
 from zoo.report.charts import styles
 from zoo.report.headlines import tiles
+from zoo.report.learned import dead
 from zoo.report.page import render
+from zoo.report.protocols import PROTOCOLS
 from zoo.report.rows import gather
 from zoo.report.tables import budgets
 from zoo.report.text import as_text
@@ -167,7 +169,7 @@ def test_what_an_extension_breaks_has_learned_without_it_and_has_no_effective_co
     rows += [score_row("m", n, 5.4, **under) | {"arm": "m + pi"} for n in (512, 1024)]
     rows += [score_row("other", n, 5.4, run="other", bigram_bits=3.4) for n in (512, 1024)]
     results = gather(rows, [])
-    found = {label: why.words for label, why in scores.dead(results).items()}
+    found = {label: why.words for label, why in dead(results).items()}
     assert found == {"m + pi": "is broken by its extension", "other": "has not learned"}
     assert scores.effective_contexts(results)["m + pi"] is None
     assert "Broken by its extension: m + pi scores 5.400" in "\n".join(banners(results))
@@ -183,7 +185,7 @@ def test_an_arm_of_which_one_seed_never_learned_is_not_called_broken(order):
     rows += [
         score_row("m", 512, 5.4, **one) | {"arm": "m + pi", "extension": "pi"} for one in about
     ]
-    found = {label: why.broken for label, why in scores.dead(gather(rows, [])).items()}
+    found = {label: why.broken for label, why in dead(gather(rows, [])).items()}
     assert found == {"m": False, "m + pi": False}
 
 
@@ -315,12 +317,12 @@ def test_whatever_two_arms_differ_in_makes_them_unequal(field, one, other):
     assert "(mamba); " in line
 
 
-@pytest.mark.parametrize("protocol", [*scores.PROTOCOLS])
+@pytest.mark.parametrize("protocol", [*PROTOCOLS])
 def test_no_protocol_hides_that_an_arm_has_not_learned(protocol):
     rows = [score_row("transformer", 512, 2.0, bigram_bits=3.0)]
     rows.append(score_row("dull", 512, 7.9, unigram_bits=4.0, protocol=protocol))
     rows.append(score_row("fine", 512, 2.0, unigram_bits=4.0, protocol=protocol))
     rows.append(score_row("fine", 1024, 7.9, unigram_bits=4.0, protocol="masked"))
     results = gather(rows, run_records(rows))
-    assert [*scores.dead(results)] == ["dull"]
+    assert [*dead(results)] == ["dull"]
     assert any(line.startswith("Not learned: dull") for line in banners(results))

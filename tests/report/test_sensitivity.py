@@ -8,7 +8,7 @@ from synthetic import run_records, score_row
 from zoo.report.caveats import banners
 from zoo.report.charts import styles
 from zoo.report.page import render
-from zoo.report.rates import Rate
+from zoo.report.rates import VALIDATED_ON, Rate
 from zoo.report.rows import gather
 from zoo.report.sensitivity import rates_table
 
@@ -60,3 +60,27 @@ def test_a_best_rate_on_the_edge_of_the_grid_is_marked():
     assert table is not None
     assert "best rate at the edge of the grid" in table.rows[0][3].note
     assert "best rate at the edge" not in table.rows[0][1].note
+
+
+APART = [{"size": "base"}, {"settings": {"size.layers": 9}}, *({k: "b"} for k in VALIDATED_ON)]
+
+
+@pytest.mark.parametrize("apart", APART)
+def test_two_arms_of_one_name_have_their_own_rates(apart):
+    runs = []
+    for more, best in (({}, 0.5), (apart, 0.25)):
+        for lr, loss in ((1e-3, best), (4e-3, best + 0.125)):
+            run = {"run": f"{best}-{lr}", "arm": "mamba", "lr": lr, "size": "small"}
+            run |= dict.fromkeys(VALIDATED_ON, "a") | more
+            settings = {"optim.lr": lr, **more.get("settings", {}), "size.name": run["size"]}
+            runs.append(run | {"settings": settings, "status": "done", "valid_loss": loss})
+    rows = [score_row("mamba", 512, 2.0, run=run["run"], lr=run["lr"]) for run in runs]
+    once = {"run": "c", "arm": "mamba", "lr": 1e-3, "settings": {"optim.lr": 1e-3, "seq_len": 9}}
+    rows.append(score_row("mamba", 512, 2.0, run="c", train_length=9))
+    results = gather(rows, [*runs, once | {"status": "done", "valid_loss": 1.0}])
+    table = rates_table(results)
+    assert table is not None
+    losses = [[cell.text for cell in row[1:]] for row in table.rows]
+    assert losses == [["0.5000", "0.6250"], ["0.2500", "0.3750"]]
+    assert len({row[0].text for row in table.rows}) == 2
+    assert any("one was tried for every arm" in line for line in banners(results))

@@ -12,6 +12,7 @@ from zoo.report.rows import gather
 from zoo.report.tables import APART, costs, quantity_table
 from zoo.report.text import as_text
 from zoo.report.timings import incomparable
+from zoo.report.wandb_report import report_blocks
 
 OTHERS = [
     ({"session": "b"}, "timed in another session"),
@@ -109,3 +110,39 @@ def test_the_speed_of_reading_a_long_text_is_ranked_among_times_of_one_setting(c
             assert table
             assert [row[0].note for row in table.rows] == ["", "", why]
             assert [row[1].kind for row in table.rows] == ["best", "", ""]
+
+
+@pytest.mark.parametrize("task", tasks(), ids=lambda task: task.__name__)
+@pytest.mark.parametrize("lengths", [(512,), (512, 1024)])
+def test_times_of_two_machines_are_nowhere_side_by_side_without_a_word(task, lengths):
+    """Of every task with times: on the page, in the terminal and in W&B's report."""
+    timed = [one for one in task.declares.quantities if one.timed]
+    name, rows = task.__module__.rpartition(".")[2], []
+    for arm, device in (("a", "cpu"), ("b", "cpu"), ("c", "gpu")):
+        for length in lengths:
+            row = identity(arm) | {"task": name, "length": length, "device": device}
+            for one in task.declares.quantities:
+                row |= {**one.where, one.field: 1.0}
+            rows.append(row | {"declares": task.declares.plain(row)})
+    results = gather(rows, run_records(rows))
+    blocks = report_blocks(results, entity="e", project="p", evaluation="i")
+    plots = [p for b in blocks if b["block"] == "PanelGrid" for p in b["panels"] if "y" in p]
+    drawn = [y for p in plots for y in p["y"] if y.split("/")[1] in {one.field for one in timed}]
+    if any(one.of(rows[0]) for one in timed):
+        assert "timed on another machine" in as_text(results)
+        assert "timed on another machine" in render(results, styles(results))
+        assert any("timed on another machine" in str(block.get("text")) for block in blocks)
+        assert drawn
+        assert not [y for y in drawn if y.endswith("/c")]
+    else:
+        assert "timed on" not in as_text(results)
+
+
+def test_the_fastest_that_is_named_has_learned():
+    rows = [row for row in experiment() if row["task"] != "stream"]
+    for row in rows:
+        if row["task"] == "perplexity" and row["arm"] == "mamba" and row["bits_per_byte"]:
+            row["bits_per_byte"] = 8.0
+    said = [tile.arm for tile in tiles(gather(rows, run_records(rows))) if "ecoding" in tile.title]
+    assert said
+    assert said != ["mamba"]

@@ -1,11 +1,11 @@
 """What to beware of: unequal arms, unfinished runs, failures, and what the figures cannot show."""
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
-from zoo.measurement import panel, question
+from zoo.measurement import Quantity, panel, question
+from zoo.report.learned import dead
 from zoo.report.rows import Results, Row, in_words, unfinished
-from zoo.report.scores import dead
 from zoo.report.statistics import finite, missing
 from zoo.report.tables import Table, Td, shown_quantities
 from zoo.report.validity import LEAKS, NOT_AUDITED, at_chance, audited_tokens
@@ -29,6 +29,9 @@ def banners(results: Results) -> list[str]:
             shown = {value: value[:12] if hashed else value for value in groups}
             parts = "; ".join(f"{shown[value]} ({names(who)})" for value, who in groups.items())
             said.append(f"Not a fair comparison: the arms differ in {words}: {parts}.")
+    for label in results.arms:
+        for what in dict.fromkeys(r["ignores"] for r in results.by_arm[label] if r.get("ignores")):
+            said.append(f"Not as its checkpoint is configured: {label} ignores {what}.")
     said += _unequal_sizes(results)
     for task in ("speed", "perplexity"):
         for field in ("device", "threads", "dtype"):
@@ -94,9 +97,14 @@ def _guessing(results: Results) -> list[str]:
     """Arms whose answers are no better than guesses, by task."""
     said = []
     for task, declared in results.tasks.items():
-        quantity = next((one for one in declared.quantities if one.chance), None)
-        arms = at_chance(results.where(task=task, status="ok"), quantity) if quantity else {}
-        if quantity and arms:
+        first: dict[str, Quantity] = {}  # of each kind of row
+        for one in declared.quantities:
+            if one.chance:
+                first.setdefault(str(one.where), one)
+        for quantity in first.values():
+            arms = at_chance(results.where(task=task, status="ok"), quantity)
+            if not arms:
+                continue
             chance = ", ".join(map(share, results.chances(task, quantity)))
             best = f"{share(max(arm.best for arm in arms.values()))} at best, chance is {chance}"
             named = [
@@ -142,7 +150,27 @@ def _unequal_settings(results: Results) -> list[str]:
         for name, values in sorted(differing.items()):
             if values:
                 said.append(f"The {task} rows differ in {name}: {', '.join(sorted(values))}.")
+        said += _by_length(results, task)
     return said
+
+
+def _by_length(results: Results, task: str) -> Iterator[str]:
+    """The settings in which the lengths of one arm's line differ."""
+    found: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for label in results.arms:
+        lines: dict[tuple[str, str], dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+        for row in results.where(task=task, label=label, status="ok"):
+            for name, value in question(row).items():
+                setting = name.startswith("task.") or name == "split"
+                if setting and not missing(value) and finite(row.get("length")):
+                    lines[name, str(panel(row))][plain(value)].add(row["length"])
+        for (name, _), values in lines.items():
+            if len(values) > 1 and len({frozenset(at) for at in values.values()}) > 1:
+                for value, at in values.items():
+                    found[name][value] |= at
+    for name, values in sorted(found.items()):
+        parts = (f"{value} at {', '.join(map(plain, sorted(at)))}" for value, at in values.items())
+        yield f"The {task} rows of one line differ in {name}: {'; '.join(parts)}."
 
 
 def _unequal_sizes(results: Results) -> list[str]:
@@ -189,9 +217,7 @@ def _model(row: Row) -> str:
 def _untuned(results: Results) -> list[str]:
     """The models that were trained at one learning rate only."""
     rates = defaultdict(set)
-    arms = {rate.arm for rate in results.rates}
-    # A tuned run has other arms too, under extensions.
-    tuned = {row.get("run") for row in [*results.rows, *results.runs] if row.get("arm") in arms}
+    tuned = {run for rate in results.rates for run in rate.runs}
     for row in results.rows:
         if not missing(row.get("lr")) and row.get("run") not in tuned and _trained(row):
             rates[_model(row)].add(row["lr"])

@@ -21,8 +21,8 @@ from typing import Literal
 import yaml
 
 from zoo.paths import shipped
+from zoo.report.learned import dead
 from zoo.report.rows import Cell, Results, Row, contrast, reference_arm
-from zoo.report.scores import dead
 from zoo.report.statistics import finite
 from zoo.report.timings import apart
 

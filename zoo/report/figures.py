@@ -8,17 +8,10 @@ from typing import Any
 from zoo.measurement import Form, Quantity
 from zoo.report.axes import Axis
 from zoo.report.charts import DISTINCT, Drawing, Spec, Style, grid, lines
-from zoo.report.noise import noise_floors, noise_words
+from zoo.report.noise import floors_of, noise_words
+from zoo.report.protocols import PROTOCOLS, headline
 from zoo.report.rows import Cell, Cells, Results
-from zoo.report.scores import (
-    NEAR,
-    PROTOCOLS,
-    bigram,
-    context_gains,
-    headline,
-    quantization_costs,
-    score_noise,
-)
+from zoo.report.scores import NEAR, bigram, context_gains, quantization_costs, score_noise
 from zoo.report.tables import costs, lengths_of, shown_quantities
 from zoo.report.timings import comparable, incomparable
 from zoo.report.words import DASH, FORMS, caption, score, share, short, signed, size, times
@@ -221,7 +214,11 @@ def quantity_figure(results: Results, task: str, quantity: Quantity) -> Lines:
     title = caption(quantity)
     if level is not None:
         title += f", {FORMS[quantity.form].text(level)} by chance"
-    title += "" if quantity.cost else noise_words(noise_floors(cells, quantity.form), quantity.form)
+    title += (
+        ""
+        if quantity.cost
+        else noise_words(floors_of(results, cells, quantity.form), quantity.form)
+    )
     where = "-".join(map(str, quantity.where.values()))
     return Lines(
         "-".join(filter(None, (task, quantity.field, where))),

@@ -10,6 +10,8 @@ from typing import Any
 
 from zoo.report import scores
 from zoo.report.caveats import names
+from zoo.report.learned import dead
+from zoo.report.protocols import headline
 from zoo.report.rows import Cells, Results
 from zoo.report.statistics import missing
 from zoo.report.tables import Tied
@@ -32,7 +34,7 @@ class Tile:
 def tiles(results: Results) -> list[Tile]:
     """The results in a few words."""
     said: list[Tile | None] = []
-    protocol, without = scores.headline(results), scores.dead(results)
+    protocol, without = headline(results), dead(results)
     cells = results.cells("perplexity", "bits_per_byte", protocol=protocol) if protocol else {}
     kinds = architectures(results)
     if protocol and cells and one_text(results):
@@ -46,7 +48,8 @@ def tiles(results: Results) -> list[Tile]:
             said.append(_best(titles, learned, length, min, score, "bits/byte", kinds, tied))
     if protocol:
         said.append(_longest_context(results, cells, kinds))
-    if decode := comparable(results, "speed", DECODING):
+    decode = comparable(results, "speed", DECODING)
+    if decode := {label: mine for label, mine in decode.items() if label not in without}:
         longest = max(next(iter(decode.values())))
         where = f"after {longest:,} tokens"
         titles = f"Fastest decoding {where}", f"Decoding {where}"
@@ -108,6 +111,8 @@ def _best(
         detail = [f"then {second}, {text(values[second])}"]
     if (several := sum(kinds[label] == kinds[who] for label in every)) > 1:
         detail.append(f"the best of {several} arms of {kinds[who]}")
+    if column[who].seeds < column[who].tried:
+        detail.append(f"{column[who].seeds} of its {column[who].tried} seeds have a result")
     if len(every) < len(column):
         detail.append(f"{len(column) - len(every)} of {len(column)} arms have no result")
     return Tile(titles[not others], who, f"{text(top)} {unit}", "; ".join(detail))
@@ -136,6 +141,9 @@ def _longest_context(results: Results, cells: Cells, kinds: Mapping[str, str]) -
         detail += f": {names(who)}"
     if close:
         detail += f"; not distinguished from {names(close)}"
+    fewer = [f"{label}: {contexts[label].fewer}" for label in who if contexts[label].fewer]
+    if fewer:
+        detail += f"; of the seeds that have a score ({names(fewer)})"
     title = "Longest effective context" if len(first) > 1 else "Effective context"
     return Tile(title, arms, f"{contexts[who[0]]}{contexts[who[0]].ends} tokens", detail)
 

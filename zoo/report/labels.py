@@ -36,6 +36,7 @@ def lengthen(rows: Sequence[Row], runs: Sequence[Row]) -> None:
     for field, word in (*TRAINING.items(), *READ_BY.items()):
         _split(rows, functools.partial(_named, field=field, word=word))
     _split(rows, lambda row: {"ranks": row.get("ranks") or 1})
+    _split(rows, lambda row: {"ignores": str(row.get("ignores") or "nothing").partition(":")[0]})
     for row in rows:  # fewer bits are said also where all arms have them
         if is_quantized(row.get("dtype")) and (word := f" · in {row['dtype']}") not in row["label"]:
             row["label"] += word
@@ -43,6 +44,19 @@ def lengthen(rows: Sequence[Row], runs: Sequence[Row]) -> None:
     _split_extensions(rows)
     _split_questions(rows)
     _split(_repeated(rows), lambda row: {"run": row.get("run")})
+
+
+def settings_apart(runs: Sequence[Row], fields: Iterable[str]) -> dict[Any, str]:
+    """Run -> its arm's name, longer by every setting but the rate in which runs of one differ, and
+    by what their records have otherwise in these `fields`."""
+    rows = [{"run": run["run"], "label": str(run.get("arm")), "of": run} for run in runs]
+    for field, word in TRAINING.items():
+        if field not in ("lr", "train_tokens"):  # these differ among the runs of one arm
+            _split(rows, lambda row, f=field, w=word: _named(row["of"], field=f, word=w))
+    _split(rows, lambda row: {k: v for k, v in row["of"]["settings"].items() if k != "optim.lr"})
+    for name in fields:
+        _split(rows, lambda row, f=name: _named(row["of"], field=f, word=f.replace("_", " ")))
+    return {row["run"]: row["label"] for row in rows}
 
 
 def _split_extensions(rows: Sequence[Row]) -> None:

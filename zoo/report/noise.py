@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoo.measurement import Form
-from zoo.report.rows import Cell, Cells
+from zoo.report.learned import never_learned
+from zoo.report.rows import Cell, Cells, Results
 from zoo.report.statistics import student
 from zoo.report.words import FORMS
 
@@ -54,6 +55,11 @@ class Floor:
         """The floor of a difference between means of so many seeds, or of more, of these arms."""
         value = self.whole if self.outlying.intersection(arms) else self.value
         return value * math.sqrt(self.seeds / max(1, min(seeds, self.seeds)))
+
+
+def floors_of(results: Results, cells: Cells, form: Form) -> dict[int, Floor]:
+    """The noise floors of what was measured, of scores without the arms that have not learned."""
+    return noise_floors(cells, form, never_learned(results) if form == "score" else ())
 
 
 def noise_floors(cells: Cells, form: Form, unlearned: Collection[str] = ()) -> dict[int, Floor]:

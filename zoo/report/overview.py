@@ -16,11 +16,13 @@ from zoo.measurement import Quantity
 from zoo.report.axes import Axis
 from zoo.report.charts import CUT, Drawing, Spec, Style
 from zoo.report.figures import bits_axis, number
+from zoo.report.learned import dead
+from zoo.report.protocols import headline
 from zoo.report.rows import Cell, Cells, Results
-from zoo.report.scores import bigram, dead, headline
+from zoo.report.scores import bigram
 from zoo.report.statistics import finite
 from zoo.report.tables import costs, lengths_of, shown_quantities
-from zoo.report.timings import comparable
+from zoo.report.timings import comparable, incomparable
 from zoo.report.validity import LEAKS, NOT_AUDITED, NOT_LEARNED
 from zoo.report.words import FORMS, caption, score, share, short, size
 
@@ -137,8 +139,9 @@ def _recall(results: Results) -> Panel | None:
             if quantity.form == "share" and lengths_of(results, task):
                 cells, levels = results.measured(task, quantity), results.chances(task, quantity)
                 axis = Axis("", share, signed=True, also=(0.0, 1.0), most=NARROW)
-                data = results.known(results.arms[0], "data")
-                of = f" of {data}" if quantity.name == "accuracy" and data else ""
+                data = {row.get("data") for row in results.where(task=task, status="ok")}
+                one = data.pop() if len(data) == 1 else None  # several are in a banner
+                of = f" of {one}" if quantity.name == "accuracy" and one else ""
                 title = [f"{quantity.name}{of}", "higher is better"]
                 level = levels[0] if len(levels) == 1 else None
                 return _panel(results, "recall", title, axis, cells, "higher", share, level)
@@ -164,6 +167,8 @@ def _costs(results: Results) -> list[Panel]:
         unit = "bytes" if bytes_ else head[2]
         title.append(f"{unit}, {quantity.better} is better")
         cells = comparable(results, task, quantity)
+        if left := len(incomparable(results, task, quantity)):
+            title.append(f"{left} timed otherwise: not drawn")
         panel = _panel(results, name, title, axis, cells, quantity.better, words, home=False)
         panels += [panel] if panel else []
     return panels

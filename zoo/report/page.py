@@ -32,6 +32,7 @@ from zoo.report.headlines import heading, one_text, tiles
 from zoo.report.overview import draw, overview
 from zoo.report.pictures import pictures
 from zoo.report.positions import MIN_TOKENS, position_table, positions
+from zoo.report.protocols import EXPLAINED, PROTOCOLS, SAME_TOKENS
 from zoo.report.retrieval import (
     BOUGHT,
     FORGETS,
@@ -44,10 +45,7 @@ from zoo.report.retrieval import (
 )
 from zoo.report.rows import Results, gather
 from zoo.report.scores import (
-    EXPLAINED,
     NEAR,
-    PROTOCOLS,
-    SAME_TOKENS,
     SHARE,
     context_gains,
     contexts,

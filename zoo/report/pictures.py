@@ -25,6 +25,7 @@ from zoo.report.figures import (
 from zoo.report.headlines import heading
 from zoo.report.overview import overview, overview_picture
 from zoo.report.positions import positions
+from zoo.report.protocols import PROTOCOLS, SAME_TOKENS, headline
 from zoo.report.retrieval import (
     BOUGHT,
     FORGETS,
@@ -36,7 +37,6 @@ from zoo.report.retrieval import (
     state_figure,
 )
 from zoo.report.rows import Results
-from zoo.report.scores import PROTOCOLS, SAME_TOKENS, headline
 
 PAPER = "#ffffff"
 SHADED = "orange: what is lost against the arm's own score at its training length, full at 1 bit"

@@ -20,9 +20,8 @@ from itertools import combinations
 from typing import Any
 
 from zoo.measurement import Quantity
-from zoo.report.noise import Floor, noise_floors
+from zoo.report.noise import Floor, floors_of
 from zoo.report.rows import Results, Row, by_run, fine, gather
-from zoo.report.scores import never_learned
 from zoo.report.tables import shown_quantities
 from zoo.report.text import aligned
 from zoo.report.words import DASH, caption
@@ -66,12 +65,7 @@ def agreements(one: Results, other: Results, task: str) -> list[Agreement]:
         if quantity.better is None:
             continue
         floors = [
-            noise_floors(
-                part.measured(task, quantity),
-                quantity.form,
-                never_learned(part) if quantity.form == "score" else (),
-            )
-            for part in (one, other)
+            floors_of(part, part.measured(task, quantity), quantity.form) for part in (one, other)
         ]
         values = [_values(part, task, quantity) for part in (one, other)]
         for length in sorted(values[0].keys() & values[1].keys()):

@@ -7,9 +7,10 @@ other rates keep their place in a table of their own, which shows how much the r
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from zoo.report.labels import settings_apart
 from zoo.report.statistics import finite
 
 Row = dict[str, Any]
@@ -26,6 +27,7 @@ class Rate:
     losses: tuple[float, ...]
     ended: str = ""  # why none was: "pruned at step 150 of 600"
     chosen: bool = False
+    runs: tuple[Any, ...] = ()
 
     @property
     def loss(self) -> float | None:
@@ -58,14 +60,16 @@ def choose_rates(
         groups[arm, *read][run["lr"]].append(run)
     others: set[Any] = set()
     every: list[Rate] = []
+    named = settings_apart(tried, VALIDATED_ON)
     for group in groups.values():
-        rates = [_rate(lr, mine) for lr, mine in sorted(group.items())]
+        label = named[next(iter(group.values()))[0]["run"]]
+        rates = [_rate(label, lr, mine) for lr, mine in sorted(group.items())]
         finished = [rate for rate in rates if rate.losses]
         if len(rates) < 2 or not finished:
             continue
         best = min(finished, key=lambda rate: (-len(rate.losses), rate.loss))
         others |= {run["run"] for lr, mine in group.items() if lr != best.lr for run in mine}
-        every += [Rate(rate.arm, rate.lr, rate.losses, rate.ended, rate is best) for rate in rates]
+        every += [replace(rate, chosen=rate is best) for rate in rates]
     rows = [row for row in rows if row.get("run") not in others]
     return rows, [run for run in runs if run.get("run") not in others], every
 
@@ -76,8 +80,10 @@ def _arm(run: Row) -> str:
     return repr([run.get("arm"), sorted(settings.items(), key=lambda item: item[0])])
 
 
-def _rate(lr: float, runs: Sequence[Row]) -> Rate:
+def _rate(label: str, lr: float, runs: Sequence[Row]) -> Rate:
     done = [run for run in runs if run.get("status") == "done"]
     losses = [run["valid_loss"] for run in done if finite(run.get("valid_loss"))]
     why = next((str(run.get("reason")) for run in runs if run.get("status") != "done"), "")
-    return Rate(str(runs[0].get("arm")), lr, tuple(losses), "" if losses else why)
+    return Rate(
+        label, lr, tuple(losses), "" if losses else why, runs=tuple(run["run"] for run in runs)
+    )

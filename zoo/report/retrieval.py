@@ -14,8 +14,10 @@ from zoo.measurement import Quantity
 from zoo.report.axes import Axis
 from zoo.report.charts import Drawing, Spec, Style
 from zoo.report.figures import Lines
+from zoo.report.learned import dead
+from zoo.report.protocols import SAME_TOKENS, headline
 from zoo.report.rows import Cell, Cells, Results
-from zoo.report.scores import SAME_TOKENS, SHARE, dead, headline
+from zoo.report.scores import SHARE
 from zoo.report.tables import Table, Td, lengths_of, shown_quantities
 from zoo.report.words import TIMES, plus_minus, share, short, signed, size
 
@@ -156,7 +158,7 @@ def state_figure(results: Results) -> Lines:
     recall, found = recall_quantity(results), []
     if recall is not None:
         task, quantity = recall
-        held = results.cells(task, "state_bytes", own=None)
+        held = results.cells(task, "state_bytes", own=None, **quantity.where)
         cells = results.measured(task, quantity)
         seen = {n: sum(bool(mine[n].seeds) for mine in cells.values()) for n in _lengths(cells)}
         longest = max(seen, key=lambda n: (seen[n], n))  # that most arms were measured at

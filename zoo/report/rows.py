@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from zoo.measurement import Declaration, Quantity, declared
+from zoo.measurement import Declaration, Quantity, declared, is_quantized, panel
 from zoo.report.labels import lengthen
 from zoo.report.rates import Rate, choose_rates
 from zoo.report.statistics import deviation, finite, interval, missing
@@ -28,6 +28,7 @@ Row = dict[str, Any]
 SAME_TEXT = ("fingerprint", "split", "documents", "unit", "units", "count")
 RESULTS = ("value", "bits_per_byte", "accuracy", "score")  # of a task that declares nothing
 STATUS = {"out_of_memory": "out of memory", "not_applicable": "n/a", NOT_AUDITED: "not audited"}
+STATUS["ambiguous"] = "no single value"
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,9 @@ def _undeclared(task: str, rows: Sequence[Row]) -> Declaration:
 
 
 def by_run(rows: Sequence[Row], field: str) -> list[Row]:
-    """One row of each seed of each run: of several, as of several prompts, with their mean."""
+    """One row of each seed of each run: of several prompts with the mean of their values, of
+    several protocols or data sets, which are several numbers, without one unless it is the same.
+    """
     every: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
         every[row.get("run"), row.get("seed")].append(row)
@@ -275,8 +278,19 @@ def _as_one(rows: Sequence[Row], field: str) -> Row:
     """A row with the mean of several, of which no single interval is that of the mean."""
     if len(rows) == 1 or not fine(rows[:1], field):
         return rows[0]
+    if (names := _kinds(rows)) and len({row[field] for row in rows}) > 1:
+        return rows[0] | {"status": "ambiguous", "reason": f"it differs by {', '.join(names)}"}
     known = {key: value for key, value in rows[0].items() if all(r.get(key) == value for r in rows)}
     return known | {"status": "ok", field: sum(row[field] for row in rows) / len(rows)}
+
+
+def _kinds(rows: Sequence[Row]) -> list[str]:
+    """The fields in which rows of a task are of several kinds, but for their prompts."""
+    said = declared(rows[0])
+    places = [panel(row) for row in rows]
+    names = dict.fromkeys(name for place in places for name in place)
+    several = [name for name in names if len({str(place.get(name)) for place in places}) > 1]
+    return [name for name in several if said is None or name != said.prompt]
 
 
 def _ends(own: Any) -> tuple[float, float] | None:
@@ -309,13 +323,19 @@ def gather(rows: Iterable[Mapping[str, Any]], runs: Iterable[Mapping[str, Any]])
 
 
 def reference_arm(rows: Sequence[Row]) -> str | None:
-    """The label of the arm that others are compared with: the plain transformer, or the first."""
-    plain = (
-        row["label"]
+    """The label of the arm that others are compared with: the transformer as it was trained, of
+    several that in plain numbers, and that which was not tuned; without one the first arm."""
+    plain = [
+        row
         for row in rows
         if row.get("model") == "transformer" and row.get("extension") in (None, "none")
-    )
-    return next(itertools.chain(plain, (row["label"] for row in rows)), None)
+    ]
+
+    def departs(row: Row) -> tuple[bool, bool]:
+        name = str(row.get("arm") or "transformer").partition(" (published")[0]
+        return name != "transformer", is_quantized(row.get("dtype"))
+
+    return min(plain, key=departs)["label"] if plain else next((r["label"] for r in rows), None)
 
 
 def unfinished(run: Mapping[str, Any]) -> str | None:

@@ -1,41 +1,21 @@
-"""What the report shows of scores in bits per byte: protocols, ties, effective context."""
+"""What the report shows of scores in bits per byte: ties, effective context, gains and costs."""
 
 import functools
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 from zoo.measurement import is_quantized, plain_numbers
-from zoo.report.noise import Floor, noise_floors
+from zoo.report.learned import dead
+from zoo.report.noise import Floor, floors_of, is_noise
+from zoo.report.protocols import SAME_TOKENS, headline
 from zoo.report.rows import Cell, Cells, Results, Row, contrast, in_words, same_text
 from zoo.report.statistics import finite
 from zoo.report.tables import Table, Td, Tied, overlapping
-from zoo.report.validity import LEAKS, Unlearned, unlearned
+from zoo.report.validity import LEAKS
 from zoo.report.words import AT_LEAST, DASH, times
 
-PROTOCOLS = {  # the first that was measured is the headline
-    "half_tail": "Same tokens at every length",
-    "stride_tail": "Same few tokens, full windows",
-    "blocks": "Average over whole blocks",
-    "window_mean": "Mean over sliding windows",
-    "masked": "Masked tokens, read from both sides",
-}
-EXPLAINED = {
-    "half_tail": "Every length scores the same tokens, each with at least half that length of text "
-    "before it: along a line only the model's view of the past changes.",
-    "stride_tail": "Every length scores the same last tokens, each with nearly that length of text "
-    "before it: along a line only the model's view of the past changes.",
-    "blocks": "The text is cut into blocks of this length and every token is scored. The first "
-    "tokens of a block know little of their past, and longer blocks have fewer of them: lines "
-    "fall even where nothing is gained from far text.",
-    "window_mean": "A window of this length slides over the text; every token in it is scored.",
-    "masked": "For encoders. The text is cut into blocks of this length, and at every length the "
-    "same hidden tokens are scored. Not comparable with models that read from one side.",
-}
-# A length's score and another's are of the same tokens.
-SAME_TOKENS = ("half_tail", "stride_tail", "masked")
 ALIKE = 1.1  # the most by which levels differ that are drawn as one
 NEAR = 1024  # tokens: what a text of this length does not show is the distant past
 MACHINE = ("device", "threads", "ranks")  # what the numbers of a row should not depend on
@@ -51,6 +31,7 @@ class EffectiveContext:
     high: int
     open_end: bool
     then: str = ""  # why there is no score at the next length
+    fewer: str = ""  # "2 of 3 seeds", where those that have a score are fewer than were tried
 
     def __str__(self) -> str:
         return f"{AT_LEAST + ' ' if self.open_end else ''}{self.length:,}"
@@ -59,11 +40,6 @@ class EffectiveContext:
     def ends(self) -> str:
         """Its interval in words, where the scores leave it open."""
         return f" ({self.low:,}{DASH}{self.high:,})" if self.low < self.high else ""
-
-
-def headline(results: Results) -> str | None:
-    """The protocol whose scores are shown first."""
-    return next((p for p in PROTOCOLS if results.where(task="perplexity", protocol=p)), None)
 
 
 def bigram(results: Results, protocol: str | None = None) -> float | None:
@@ -82,22 +58,26 @@ def bigram(results: Results, protocol: str | None = None) -> float | None:
 def score_noise(results: Results, protocol: str) -> dict[int, Floor]:
     """The noise floors of bits per byte, by length."""
     cells = results.cells("perplexity", "bits_per_byte", protocol=protocol)
-    return noise_floors(cells, "score", never_learned(results))
+    return floors_of(results, cells, "score")
 
 
 def ties(results: Results, protocol: str) -> Tied:
     """Whether two arms cannot be distinguished at a length.
 
-    That is so where the interval of their difference holds 0, or, of arms that were not scored on
-    the same text, where the intervals of their scores overlap.
+    That is so where the interval of their difference holds 0 or the seed alone makes as much, or,
+    of arms that were not scored on the same text, where the intervals of their scores overlap.
     """
-    places = results.places("perplexity", protocol=protocol)
-    overlap = overlapping(results.cells("perplexity", "bits_per_byte", protocol=protocol))
+    places, noise = (
+        results.places("perplexity", protocol=protocol),
+        score_noise(results, protocol),
+    )
+    overlap = overlapping(results.cells("perplexity", "bits_per_byte", protocol=protocol), noise)
 
     def tied(label: str, other: str, length: int) -> bool:
         apart = contrast(places[label][length], places[other][length])
         if apart.low is not None and apart.high is not None:
-            return apart.low <= 0 <= apart.high
+            by_chance = is_noise(apart, noise.get(length), label, other)
+            return by_chance or apart.low <= 0 <= apart.high
         return overlap(label, other, length)
 
     return tied
@@ -124,9 +104,11 @@ def effective_context(excess: dict[int, Cell], train: int | None) -> EffectiveCo
 
     point = last("value")
     after = next((excess[length] for length in lengths if length > point), None)
-    return EffectiveContext(
-        point, last("high"), last("low"), after is None, after.reason if after else ""
-    )
+    within = [excess[length] for length in (train, *lengths) if length <= point]
+    least = min(within, key=lambda cell: cell.seeds)
+    fewer = f"{least.seeds} of {least.tried} seeds" if least.seeds < least.tried else ""
+    then = after.reason if after else ""
+    return EffectiveContext(point, last("high"), last("low"), after is None, then, fewer)
 
 
 def context_gains(results: Results, protocol: str) -> Cells:
@@ -195,36 +177,6 @@ def _counterparts(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
     return found
 
 
-def dead(results: Results) -> dict[str, Unlearned]:
-    """Arm -> why its scores show no learning, of those of which any seed shows none."""
-    return unlearned(_by_first_protocol(results))
-
-
-def _by_first_protocol(results: Results) -> list[Row]:
-    """The scores of every arm under the first protocol that it was measured under: an encoder's is
-    not a causal model's."""
-    order = [*PROTOCOLS, None]
-    rows = [
-        row
-        for row in results.where(task="perplexity", status="ok")
-        if finite(row.get("bits_per_byte")) and row.get("protocol") in order
-    ]
-    first: dict[str, int] = {}
-    for row in rows:
-        place = order.index(row.get("protocol"))
-        first[row["label"]] = min(place, first.get(row["label"], place))
-    return [r for r in rows if order.index(r.get("protocol")) == first[r["label"]]]
-
-
-def never_learned(results: Results) -> set[str]:
-    """The arms of which no seed has learned."""
-    seeds: dict[tuple[str, Any], list[Row]] = defaultdict(list)
-    for row in _by_first_protocol(results):
-        seeds[row["label"], row.get("seed")].append(row)
-    learned = {label for (label, _), own in seeds.items() if label not in unlearned(own)}
-    return {label for label, _ in seeds} - learned
-
-
 def effective_contexts(results: Results) -> dict[str, EffectiveContext | None]:
     """Effective context of every arm, from the scores on the same tokens at every length.
 
@@ -253,7 +205,7 @@ def contexts(results: Results) -> Table | None:
             why = "it does not: the tests end here" if own.open_end else own.then or "scores rise"
             ends = f"{own.low:,}{DASH}{own.high:,}"
             multiple = times(own.length, results.train_length(label))
-            cells = [Td(str(own), kind="lead"), Td(multiple), Td(ends), Td(why, kind="words")]
+            cells = [Td(str(own), own.fewer, "lead"), Td(multiple), Td(ends), Td(why, kind="words")]
         table.rows.append([Td(label), *cells])
     return table if table.rows else None
 

@@ -1,11 +1,11 @@
 """Tables: any task's numbers by length, and what every arm was given."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 
 from zoo.measurement import Declaration, Quantity
-from zoo.report.noise import NOISE, NOISE_FLOOR, Floor, is_noise, noise_floors
+from zoo.report.noise import NOISE, NOISE_FLOOR, Floor, floors_of, is_noise
 from zoo.report.rows import Cell, Cells, Results, by_run, summary
 from zoo.report.statistics import finite, missing
 from zoo.report.timings import incomparable
@@ -85,18 +85,23 @@ def quantity_table(results: Results, task: str, quantity: Quantity) -> Table | N
     cells, words = results.measured(task, quantity), FORMS[quantity.form]
     chances = ", ".join(map(words.text, results.chances(task, quantity)))
     said = f"{caption(quantity)}." + (f" Chance: {chances}." if chances else "")
+    said += _over_prompts(results, task)
     best = {"lower": min, "higher": max, None: None}[quantity.better]
-    noise = noise_floors(cells, quantity.form)
+    noise = floors_of(results, cells, quantity.form)
     apart = incomparable(results, task, quantity)
-    tied = overlapping(cells)
+    tied = overlapping(cells, noise)
     return grid(results, cells, said, words.text, best, tied, words.sure, noise, apart)
 
 
-def overlapping(cells: Cells) -> Tied:
-    """Whether the intervals of two arms at a length overlap."""
+def overlapping(cells: Cells, noise: Mapping[int, Floor]) -> Tied:
+    """Whether the intervals of two arms at a length overlap, or the seed alone makes as much."""
 
     def tied(label: str, other: str, length: int) -> bool:
         one, two = cells[label][length], cells[other][length]
+        if one.value is not None and two.value is not None:
+            apart = Cell(one.value - two.value, seeds=min(one.seeds, two.seeds))
+            if is_noise(apart, noise.get(length), label, other):
+                return True
         ends = (one.low, two.high), (two.low, one.high)
         return all(low is not None and high is not None and low <= high for low, high in ends)
 
@@ -109,13 +114,26 @@ def _without_lengths(
     """Arms down, quantities across."""
     at = [f" at {length:,} tokens" for length in lengths_of(results, task)]
     heads = [(caption(quantity).partition(" (")[0], "") for quantity in shown]
-    table, found = Table(f"{said.title}{''.join(at)}.", [("arm", ""), *heads]), False
+    title = f"{said.title}{''.join(at)}.{_over_prompts(results, task)}"
+    table, found = Table(title, [("arm", ""), *heads]), False
+    apart: dict[str, str] = {}
+    for quantity in shown:
+        apart |= incomparable(results, task, quantity)
     for label in results.arms:
         if results.where(task=task, label=label):
             cells = [_over_runs(results, task, label, each) for each in shown]
             found = found or any(cell.seeds for cell in cells)
-            table.rows.append([Td(label), *_across(cells, shown)])
+            name = Td(label, apart[label], APART) if label in apart else Td(label)
+            table.rows.append([name, *_across(cells, shown)])
     return table if found else None
+
+
+def _over_prompts(results: Results, task: str) -> str:
+    """Says of how many prompts the values of a task are the means, where they are of several."""
+    field = results.tasks[task].prompt
+    rows = results.where(task=task, status="ok") if field else []
+    prompts = len({str(row[field]) for row in rows if not missing(row.get(field))})
+    return f" Means over {prompts} prompts." if prompts > 1 else ""
 
 
 def _over_runs(results: Results, task: str, label: str, quantity: Quantity) -> Cell:
@@ -128,11 +146,14 @@ def _across(cells: list[Cell], shown: list[Quantity]) -> list[Td]:
     """The cells of one arm; of one without any number, the reason once."""
     if not any(cell.seeds for cell in cells):
         return [_reason(cells[0].reason, len(cells))]
-    found = []
+    found, every = [], {cell.seeds for cell in cells if cell.seeds}
     for cell, quantity in zip(cells, shown, strict=True):
         words = FORMS[quantity.form]
-        text = DASH if cell.value is None else words.text(cell.value)
-        found.append(Td(text, words.sure(cell)))
+        if cell.value is None:
+            found.append(Td(DASH))
+        else:
+            note = f"{words.sure(cell)} {_seeds(cell, every)}".strip()
+            found.append(Td(words.text(cell.value), note))
     return found
 
 
@@ -186,7 +207,7 @@ def grid(
                     kind = "tie"
                 elif differences and is_noise(mine[length], noise.get(length), *pair):
                     kind = NOISE
-                row.append(_value(mine[length], text, kind, sure, says_two=seeds != {2}))
+                row.append(_value(mine[length], text, kind, sure, seeds))
         table.rows.append(row)
     if noise:
         table.rows.append(_floors([noise.get(length) for length in lengths], text))
@@ -216,15 +237,19 @@ def _value(
     text: Callable[[float], str],
     kind: str,
     sure: Callable[[Cell], str],
-    says_two: bool,
+    seeds: Collection[int],
 ) -> Td:
     assert cell.value is not None
-    note = sure(cell)
-    if cell.seeds == 2 and says_two:
-        note = f"{note} 2 seeds".strip()
+    return Td(text(cell.value), f"{sure(cell)} {_seeds(cell, seeds)}".strip(), kind)
+
+
+def _seeds(cell: Cell, every: Collection[int]) -> str:
+    """How many seeds a mean has, where that is fewer than were tried, or than `every` cell has, and
+    of two, whose interval is wide, unless all have two."""
     if cell.seeds < cell.tried:
-        note = f"{note} {cell.seeds} of {cell.tried} seeds".strip()
-    return Td(text(cell.value), note, kind)
+        return f"{cell.seeds} of {cell.tried} seeds"
+    few = cell.seeds < max(every) or (cell.seeds == 2 and {*every} != {2})
+    return f"{cell.seeds} seed{'s' if cell.seeds > 1 else ''}" if few else ""
 
 
 BUDGET = {  # (column, line below it) -> their fields

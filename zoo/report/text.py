@@ -3,19 +3,17 @@
 import textwrap
 
 from zoo.report import equal_operations
-from zoo.report.caveats import failures
+from zoo.report.caveats import failures, names
+from zoo.report.learned import dead
 from zoo.report.noise import NOISE_FLOOR, Floor, is_noise
 from zoo.report.positions import position_table
+from zoo.report.protocols import PROTOCOLS, SAME_TOKENS, headline
 from zoo.report.retrieval import both_table
 from zoo.report.rows import Cell, Results
 from zoo.report.scores import (
     NEAR,
-    PROTOCOLS,
-    SAME_TOKENS,
     context_gains,
-    dead,
     effective_contexts,
-    headline,
     quantization_costs,
     score_noise,
 )
@@ -24,6 +22,7 @@ from zoo.report.tables import (
     APART,
     Table,
     costs,
+    grid,
     quantity_table,
     shown_quantities,
     task_tables,
@@ -79,8 +78,19 @@ def _failures_as_text(results: Results, said: str) -> list[str]:
     """What has no result, with the reasons that the tables do not show."""
     table = failures(results)
     lines = []
+    scored = {
+        (row["label"], row.get("task"), row.get("length")) for row in results.where(status="ok")
+    }
+    arms = {label for label, *_ in scored}
+    some: set[tuple[str, str]] = set()  # arm and run without a result where others of it have one
+    for row in results.rows:
+        place = row["label"], row.get("task"), row.get("length")
+        broken = row.get("length") is None and row["label"] in arms
+        if row["status"] != "ok" and (broken or place in scored):
+            some.add((row["label"], str(row.get("run"))))
     for arm, what, why, run in table.rows if table else ():
-        if why.text not in said:
+        # A printed reason is that of a cell without a number: of one of several seeds it is none.
+        if why.text not in said or (arm.text, run.text) in some:
             where = "" if run.text in (DASH, arm.text) else f" ({run.text})"
             lines.append(f"  {arm.text}{where}, {what.text}: {why.text}")
     return ["\n".join(["without a result:", *lines])] if lines else []
@@ -121,10 +131,32 @@ def _scores_as_text(results: Results, reasons: list[str]) -> list[str]:
         lines.append([NOISE_FLOOR, *floors, "", *([""] if gained else [])])
     title = f"bits per byte by test length, lower is better ({PROTOCOLS[protocol].lower()})"
     notes = [f"({i}) {why}" for i, why in enumerate(reasons, 1)]
+    fewer = [
+        f"{label} at {n:,} ({cell.seeds} of {cell.tried})"
+        for label, mine in cells.items()
+        for n, cell in mine.items()
+        if 0 < cell.seeds < cell.tried
+    ]
+    notes += [f"means of the seeds that have a score: {names(fewer)}"] if fewer else []
     if widest := max(cell.half for cell in every):
         notes.append(f"95% intervals of these levels: up to {PLUS_MINUS}{score(widest)}")
     said = "\n".join([title, *aligned(lines), *notes])
-    return [said, *_compared_as_text(results, protocol, heads)]
+    return [said, *_compared_as_text(results, protocol, heads), *_apart(results, protocol, reasons)]
+
+
+def _apart(results: Results, protocol: str, reasons: list[str]) -> list[str]:
+    """The scores of the arms that have none under the headline's protocol, such as encoders."""
+    cells = results.cells("perplexity", "bits_per_byte", protocol=protocol)
+    left = {label for label, mine in cells.items() if not any(c.seeds for c in mine.values())}
+    said = []
+    for other in (one for one in PROTOCOLS if one != protocol and left):
+        found = results.cells("perplexity", "bits_per_byte", protocol=other)
+        own = {k: mine for k, mine in found.items() if any(cell.seeds for cell in mine.values())}
+        if shown := {label: mine for label, mine in own.items() if label in left}:
+            left -= shown.keys()
+            table = grid(results, shown, f"bits per byte ({PROTOCOLS[other].lower()})", score)
+            said += [_table_as_text(results, table, reasons)] if table else []
+    return said
 
 
 def _compared_as_text(results: Results, protocol: str, heads: list[list[str]]) -> list[str]:

@@ -13,9 +13,10 @@ from zoo.errors import refuse, refuse_path
 from zoo.report.caveats import banners, failures, limits
 from zoo.report.headlines import heading
 from zoo.report.page import facts, picture_names
+from zoo.report.protocols import PROTOCOLS
 from zoo.report.rows import Results, gather
-from zoo.report.scores import PROTOCOLS
 from zoo.report.tables import Table, budgets, grid, shown_quantities, task_tables
+from zoo.report.timings import comparable, incomparable
 from zoo.report.verdicts import claims_table
 from zoo.report.wandb import Rows, metric_name, mirror
 from zoo.report.words import caption, score
@@ -41,6 +42,7 @@ def report_blocks(
     blocks += [_text("CalloutBlock", line) for line in banners(results)]
     for task, said in results.tasks.items():
         blocks += [_text("H2", said.title), _text("P", said.about)]
+        blocks += [_text("P", line) for line in _left_out(results, task)]
         if plots := [*_plots(results, task)]:
             blocks.append({"block": "PanelGrid", "runsets": [measured], "panels": plots})
         blocks += [_text("MarkdownBlock", markdown(table)) for table in _tables(results, task)]
@@ -137,7 +139,7 @@ def markdown(table: Table) -> str:
 def _plots(results: Results, task: str) -> Iterator[Block]:
     """A line plot over test length for each quantity of a task that was measured."""
     for quantity in results.tasks[task].quantities:
-        cells = results.measured(task, quantity)
+        cells = comparable(results, task, quantity)
         arms = [label for label, mine in cells.items() if any(c.seeds for c in mine.values())]
         if arms:
             where = ", ".join(map(str, quantity.where.values()))
@@ -154,6 +156,14 @@ def _plots(results: Results, task: str) -> Iterator[Block]:
                 "title_x": "test length",
                 "title_y": quantity.unit or quantity.name,
             }
+
+
+def _left_out(results: Results, task: str) -> Iterator[str]:
+    """The arms that the plots of a task's times leave out, and why."""
+    for quantity in results.tasks[task].quantities:
+        if apart := incomparable(results, task, quantity):
+            arms = (f"{label} ({why})" for label, why in apart.items())
+            yield f"{caption(quantity)}: not drawn: {', '.join(arms)}."
 
 
 def _tables(results: Results, task: str) -> list[Table]:
