@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizing import KINDS, byte_level
 
 from zoo.data.tokenizers import BYTES, bos_of, open_tokenizer
 from zoo.errors import UserError
@@ -14,34 +15,6 @@ tokenizers = pytest.importorskip("tokenizers")
 TEXTS = ["the cat", "", " and then the", "the\n  the", "<s>the", "caf\u00e9 \U0001f600 the"]
 
 
-def byte_level() -> "tokenizers.Tokenizer":
-    """As GPT-2, Llama 3 and Qwen have it."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*alphabet, "th", "the"])}
-    model = tokenizers.models.BPE(vocab=vocabulary, merges=[("t", "h"), ("th", "e")])
-    made = tokenizers.Tokenizer(model)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(["<s>", "</s>"])
-    return made
-
-
-def sentence_piece() -> "tokenizers.Tokenizer":
-    """As Llama 1 and 2, Mistral and Gemma have it: words carry the space before them."""
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    letters = ["<unk>", "<s>", "</s>", *bytes_, "\u2581", *"theandc", "th", "the", "\u2581the"]
-    merges = [("t", "h"), ("th", "e"), ("\u2581", "the")]
-    vocabulary = {token: i for i, token in enumerate(letters)}
-    options = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges, **options))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    steps = [tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback()]
-    steps += [tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)]
-    made.decoder = tokenizers.decoders.Sequence(steps)
-    made.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return made
-
-
 def template(made: "tokenizers.Tokenizer", single: str) -> "tokenizers.processors.PostProcessor":
     special = [(token, made.token_to_id(token)) for token in ("<s>", "</s>")]
     pair = f"{single} $B"
@@ -49,7 +22,6 @@ def template(made: "tokenizers.Tokenizer", single: str) -> "tokenizers.processor
     return processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
 
 
-KINDS = {"byte level": byte_level, "sentence piece": sentence_piece}
 AFTER = {"none": None, "begins": "<s> $A", "ends": "$A </s>", "both": "<s> $A </s>"}
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from zoo.compression.prompt import Prompt, compressed, prompt_of
+from zoo.compression.prompt import Prompt, compressed, prompt_from, prompt_of
 from zoo.compression.scorer import Scorer
 from zoo.config.schema.eval import Compress
 from zoo.data.tokenizers import Tokenizer
@@ -80,38 +80,52 @@ class Compressor:
     def _shortened(self, tokens: Sequence[int], question: Sequence[int]) -> tuple[list[int], float]:
         """The tokens that are left, and the scorer's operations."""
         assert self.config.method is not None
-        text, question_text = ("".join(self.reader.decode(part)) for part in (tokens, question))
-        tokenizer = self.scorer.tokenizer if self.scorer else self.reader
-        prompt = prompt_of(text, tokenizer, question=question_text)
+        prompt = prompt_from(tokens, self.reader, question)
+        if not self._scores_readers_tokens:
+            assert self.scorer is not None
+            text, question_text = (
+                prompt.text(range(prompt.question.start)),
+                prompt.text(prompt.question),
+            )
+            prompt = prompt_of(text, self.scorer.tokenizer, question=question_text)
+        whole = [*tokens, *question]
         if self.config.rate is not None:
-            return self._compressed(prompt, self.config.rate)
-        return self._affordable(prompt, len(tokens) + len(question), self.config.flops or 0.0)
+            return self._compressed(prompt, whole, self.config.rate)
+        return self._affordable(prompt, whole, self.config.flops or 0.0)
 
-    def _compressed(self, prompt: Prompt, rate: float) -> tuple[list[int], float]:
+    @property
+    def _scores_readers_tokens(self) -> bool:
+        return self.scorer is None or self.scorer.tokenizer.name == self.reader.name
+
+    def _compressed(self, prompt: Prompt, whole: list[int], rate: float) -> tuple[list[int], float]:
         """The reader's tokens that are left of a prompt, and the scorer's operations."""
         assert self.config.method is not None
         before = self.scorer.flops if self.scorer else 0.0
         kept = compressed(self.config.method.load(), self.scorer, prompt, rate=rate)
         spent = self.scorer.flops - before if self.scorer else 0.0
-        if self.scorer is None or self.scorer.tokenizer.name == self.reader.name:
+        if kept == [*range(len(prompt.pieces))]:
+            return whole, spent
+        if self._scores_readers_tokens:
             return prompt.tokens(kept), spent
         return self.reader.tokens(prompt.text(kept)), spent
 
-    def _affordable(self, prompt: Prompt, size: int, flops: float) -> tuple[list[int], float]:
-        """The most of a prompt of `size` tokens, in the reader's tokenizer, for which so many
-        operations suffice; all of it where they do.
+    def _affordable(
+        self, prompt: Prompt, tokens: list[int], flops: float
+    ) -> tuple[list[int], float]:
+        """The most of a prompt, of these tokens of the reader's, for which so many operations
+        suffice; all of it where they do.
 
         Raises:
             UserError: they suffice for nothing.
         """
-        whole = self.cost.tokens(flops)
+        size, whole = len(tokens), self.cost.tokens(flops)
         if whole >= size:
-            return self._compressed(prompt, 1.0)
+            return self._compressed(prompt, tokens, 1.0)
         low, high = 0, max(whole, 1) + 1  # targets within the operations, and beyond
         below, above = flops, math.inf  # by how many; halved where the other end moves (Illinois)
         target, found, least = self._targets.get(size, max(whole, 1)), None, math.inf
         for count in itertools.count(1):
-            left, spent = self._compressed(prompt, target / size)
+            left, spent = self._compressed(prompt, tokens, target / size)
             used = spent + self.cost.of(len(left))
             least = min(least, used)
             if used <= flops:

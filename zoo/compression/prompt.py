@@ -10,7 +10,9 @@ their numbers, in the order in which they are read.
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from zoo.compression.scorer import Scorer
@@ -48,40 +50,73 @@ class Prompt(NamedTuple):
         return "".join(self.pieces[number].text for number in numbers)
 
 
-def pieces_of(text: str, tokenizer: Tokenizer) -> list[Piece]:
-    """Cut a text into pieces.
+def pieces_of(tokens: Sequence[int], tokenizer: Tokenizer) -> list[Piece]:
+    """Cut tokens into pieces, which together are these tokens and their text."""
+    taken: list[int] = []
 
-    Raises:
-        UserError: the text does not come back from its tokens.
-    """
-    document = text.encode()
-    try:
-        found = tokenizer.encode_checked(document)
-    except ValueError as error:
-        refuse("text", text, str(error).partition(": ")[2] or str(error))
-    tokens, sizes = found if isinstance(found, tuple) else (found, [1] * len(found))
-    pieces, waiting, start, stop = [], [], 0, 0
-    for token, size in zip(tokens[:-1], sizes[:-1], strict=True):
-        waiting.append(token)
-        stop += size
-        if stop == len(document) or (stop > start and document[stop] & 0xC0 != 0x80):
-            pieces.append(Piece(document[start:stop].decode(), tuple(waiting)))
-            waiting, start = [], stop
-    if waiting or start < len(document):  # what the last token does not cover
+    def read() -> Iterator[int]:
+        for token in tokens:
+            taken.append(token)
+            yield token
+
+    pieces: list[Piece] = []
+    start = 0
+    for text in tokenizer.decode(read()):  # as soon as its last byte is there
+        if start == len(taken):  # what the last token ends with
+            before = pieces.pop()
+            pieces.append(Piece(before.text + text, before.tokens))
+        else:
+            pieces.append(Piece(text, tuple(taken[start:])))
+        start = len(taken)
+    if start < len(taken):  # tokens of no text
         before = pieces.pop() if pieces else Piece("", ())
-        rest = document[start:].decode()
-        pieces.append(Piece(before.text + rest, (*before.tokens, *waiting)))
+        pieces.append(Piece(before.text, (*before.tokens, *taken[start:])))
     return pieces
 
 
 def prompt_of(text: str, tokenizer: Tokenizer, instruction: str = "", question: str = "") -> Prompt:
-    """A prompt: an instruction, a text whose paragraphs are its demonstrations, a question."""
-    pieces, ranges = [], []
-    for part in (instruction, *paragraphs(text), question):
-        own = pieces_of(part, tokenizer) if part else []
-        ranges.append(range(len(pieces), len(pieces) + len(own)))
-        pieces += own
-    return Prompt(pieces, ranges[0], [one for one in ranges[1:-1] if len(one)], ranges[-1])
+    """A prompt: an instruction, a text whose paragraphs are its demonstrations, a question.
+
+    Its pieces are cut from the tokens of all three together, as a model reads them.
+
+    Raises:
+        UserError: the text does not come back from its tokens.
+    """
+    whole = f"{instruction}{text}{question}"
+    try:
+        found = tokenizer.encode_checked(whole.encode())
+    except ValueError as error:
+        refuse("text", whole, str(error).partition(": ")[2] or str(error))
+    tokens = found[0] if isinstance(found, tuple) else found
+    pieces = pieces_of(tokens.tolist()[:-1], tokenizer)
+    if "".join(piece.text for piece in pieces) != whole:
+        refuse("text", whole, "must come back from its tokens one by one", "Use another model")
+    return _in_parts(pieces, len(instruction), len(instruction) + len(text))
+
+
+def prompt_from(tokens: Sequence[int], tokenizer: Tokenizer, question: Sequence[int]) -> Prompt:
+    """The prompt of these tokens, and of a question's behind them."""
+    pieces = pieces_of([*tokens, *question], tokenizer)
+    behind, sizes = 0, accumulate(len(piece.tokens) for piece in pieces)
+    for piece, size in zip(pieces, sizes, strict=True):
+        behind += len(piece.text) if size <= len(tokens) else 0
+    return _in_parts(pieces, 0, behind)
+
+
+def _in_parts(pieces: list[Piece], begin: int, end: int) -> Prompt:
+    """The prompt whose paragraphs are those of its text from character `begin` to `end`.
+
+    A piece of two parts is the instruction's or the question's; of two paragraphs the first's.
+    """
+    text = "".join(piece.text for piece in pieces)
+    edges = [0, begin, *accumulate(map(len, paragraphs(text[begin:end])), initial=begin)][:-1]
+    sizes = [0] * (len(edges) + 1)  # pieces of instruction, paragraphs and question
+    stop = 0
+    for piece in pieces:
+        start, stop = stop, stop + len(piece.text)
+        sizes[len(edges) if stop > end else bisect_right(edges, start) - 1] += 1
+    ranges = [range(first, last) for first, last in pairwise(accumulate(sizes, initial=0))]
+    return Prompt(pieces, ranges[0], [one for one in ranges[1:-1] if one], ranges[-1])
 
 
 def paragraphs(text: str) -> Iterator[str]:
