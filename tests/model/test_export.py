@@ -405,6 +405,62 @@ def test_every_option_of_a_model_and_its_parts_is_exported_or_refused(form, tmp_
     assert {True, None} <= {*found.values()}
 
 
+@pytest.mark.parametrize("name", ["pi", "yarn", "ntk"])
+def test_a_scaling_over_the_window_of_an_earlier_stage_is_exported_or_its_line_says_why_not(
+    name, tmp_path, capfd
+):
+    """Within the window of 9 tokens, beyond it, and where the scaling acts."""
+    base = made(tmp_path, "extension=window", "extension.attention.window=9").config
+    tree = plain(base)
+    stage = {"run": "a/before", "seq_len": 48, "extension": tree["extension"]}
+    words = ["run=x", f"extension={name}", "extension.factor=2", "extension.original_length=48"]
+    tree |= {"extension": plain(compose("eval", words).extension), "stages": [stage]}
+    config = validate(TrainConfig, {**tree, "seq_len": 96, "finetune": "a/before"})
+    model = extend_as_trained(build_model(config, 256)[0], config)
+    run, to = stored(tmp_path / "tuned", config, model), tmp_path / "out"
+    assert main(["export", f"run={run.path}", f"to={to}"]) == 0
+    said = capfd.readouterr().err
+    if name == "ntk":
+        assert (
+            "transformers has no architecture for this model: extension.scaling=ntk_aware)" in said
+        )
+        return
+    assert "MistralForCausalLM" in said
+    written = json.loads((to / "config.json").read_text())
+    assert written["sliding_window"] == 9
+    assert written["rope_parameters"]["factor"] == 2
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(to).eval()
+    again = zoo.load(to, device="cpu").backbone
+    for length in (5, 9, 40, 96, 150):
+        tokens = torch.randint(0, 256, (2, length))
+        with torch.no_grad():
+            expected, logits = theirs(tokens, use_cache=False).logits, load(run)(tokens)
+        assert torch.allclose(logits, expected, atol=1e-5, rtol=1e-5), length
+        assert torch.allclose(again(tokens), logits, atol=1e-6, rtol=1e-6), length
+
+
+@pytest.mark.parametrize(
+    ("model", "form"), [("transformer", "auto"), ("gla", "auto"), ("gla", "zoo")]
+)
+def test_a_run_of_a_task_is_exported_where_something_opens_it(model, form, tmp_path):
+    config = train_config(f"model={model}", "data=recall", "size=tiny", "match=none", "seq_len=48")
+    run, to = stored(tmp_path / "run", config, build_model(config, 33)[0]), tmp_path / "out"
+    if model == "gla":
+        with pytest.raises(UserError, match=r"^data=recall: is a task without a tokenizer"):
+            export(run, to, form)
+        assert [one.name for one in tmp_path.iterdir()] == ["run"]
+        return
+    assert "no tokenizer" in export(run, to, form).tokenizer
+    tokens = torch.randint(0, 33, (1, 40))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(to).eval()
+    with torch.no_grad():
+        found = theirs(tokens, use_cache=False).logits
+    assert torch.allclose(load(run)(tokens), found, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match=r"has no tokenizer\.json") as refused:
+        zoo.load(to, device="cpu")
+    assert "data." not in str(refused.value)
+
+
 def test_a_window_of_the_trained_length_is_exported(tmp_path):
     words = ["extension=window", "extension.attention.window=null", "extension.original_length=24"]
     assert computed_alike(made(tmp_path, *words), tmp_path / "out")

@@ -321,18 +321,26 @@ def test_rope_scaling_that_contradicts_rope_parameters_is_refused(old, tmp_path)
         describe(config | {"rope_scaling": old})
 
 
-@pytest.mark.parametrize("window", [17, 64, 100])
-def test_a_window_beside_a_scaling_is_refused_where_trained_texts_would_not_fit(window, tmp_path):
-    CASES["windowed"] = (
-        "Mistral",
-        LLAMA | {"sliding_window": window} | scaled("linear", factor=4.0),
-    )
-    save(tmp_path, "windowed")
-    del CASES["windowed"]
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+@pytest.mark.parametrize("window", [9, 17, 64, 100])
+def test_a_window_beside_a_scaling_is_read_or_refused(window, kind, tmp_path, monkeypatch):
+    """It is refused where it is longer than the texts before the scaling, whose positions were
+    trained, or where the scaling depends on the length of the text."""
+    original = {"original_max_position_embeddings": 16} if kind == "yarn" else {}
+    settings = LLAMA | {"sliding_window": window} | scaled(kind, factor=4.0, **original)
+    monkeypatch.setitem(CASES, "windowed", ("Mistral", settings))
+    theirs = save(tmp_path, "windowed")
     config = read_json(tmp_path / "config.json")
-    if window < 64:
-        with pytest.raises(UserError, match="sliding_window=17: is not supported"):
+    if window < 64 and (kind == "dynamic" or (kind == "yarn" and window > 16)):
+        with pytest.raises(UserError, match=f"sliding_window={window}: is not supported"):
             describe(config)
+    elif window < 64:
+        assert not describe(config).notes
+        for length in (window, 40, 100):
+            tokens = torch.randint(0, VOCAB, (1, length))
+            with torch.no_grad():
+                expected = theirs(tokens, use_cache=False).logits
+            assert torch.allclose(opened(tmp_path)(tokens), expected, atol=1e-5, rtol=1e-5)
     else:
         (note,) = describe(config).notes
         assert note.startswith(f"sliding_window={window}: does not act beside rope_scaling")

@@ -53,6 +53,14 @@ def original_length(extension: Extension, stages: Stages, seq_len: int) -> int:
     return trained_length(*stages[-1]) if stages else seq_len
 
 
+def pattern_length(stages: Stages) -> int:
+    """Return L of the last stage's pattern of attention, which its scaling's may differ from."""
+    *before, (extension, seq_len) = stages
+    if scalings(before) and extension.scaling and extension.composition == "replace":
+        return trained_length(*before[-1])  # of the distances; the other is of the frequencies
+    return original_length(extension, before, seq_len)
+
+
 def tuned_length(extension: Extension, stages: Stages, seq_len: int) -> int:
     """Return the tokens of the windows to tune on under an extension, where they are not given.
 

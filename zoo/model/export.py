@@ -55,7 +55,8 @@ def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
 
     Raises:
         UserError: where the run has no weights, `to` exists or cannot be written, or the form is
-            not possible.
+            not possible. Of a run of a synthetic task, which has no tokenizer, the zoo's own is
+            not: nothing would open it.
     """
     given, to = to, to.resolve()  # x/.. is no new folder
     if to.exists():
@@ -72,7 +73,12 @@ def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
         rule = "its frequencies are trained (extension=clex), which no exported form holds"
         refuse("run", folder, rule, "Open the run itself: zoo.load")
     found = foreign(model, config)
-    if form == "zoo" or (form == "auto" and isinstance(found, str)):
+    own = form == "zoo" or (form == "auto" and isinstance(found, str))
+    if own and config.data.task is not None:
+        why = f", and transformers has no architecture for it ({found})" if form == "auto" else ""
+        rule = f"is a task without a tokenizer, which the zoo's form needs{why}"
+        refuse("data", config.data.name, rule, "Open the run folder itself")
+    if own:
         written, weights = _own(model, config)
         architecture = "zoo"
     elif form == "adapter":

@@ -18,9 +18,9 @@ from zoo.config.stages import (
     Stages,
     check_composition,
     original_length,
+    pattern_length,
     scalings,
     stages_of,
-    trained_length,
 )
 from zoo.data.loader import DrawPositions
 from zoo.errors import UserError, below, refuse, refuse_path
@@ -294,11 +294,9 @@ def _pattern(
 def _remap(found: Frequencies, stages: Stages, acting: Sequence[int]) -> AttentionPattern:
     """Return the last remap of the stages that act, over these frequencies."""
     (scaling, bucket), last = found, max(n for n in acting if stages[n][0].attention)
-    extension, before = stages[last][0], stages[:last]
+    extension = stages[last][0]
     assert extension.attention is not None
-    length = extension.original_length
-    if scalings(before) and extension.scaling and extension.composition == "replace":
-        length = trained_length(*before[-1])  # of the distances; the other is of the frequencies
+    length = pattern_length(stages[: last + 1])
     takes = constructor_parameters(extension.attention.target) or []
     more = {"original_length": length} if "original_length" in takes else {}
     if bucket is not None:

@@ -33,7 +33,7 @@ from zoo.model.pretrained import load_pretrained
 from zoo.model.scoring import write_texts
 from zoo.model.weights import Weights, choose_weights, loaded_in, quantize_as
 from zoo.ops.dtypes import wide_dtype
-from zoo.pretrained.checkpoint import read_checkpoint
+from zoo.pretrained.checkpoint import TOKENIZER, read_checkpoint
 from zoo.pretrained.families import Description
 from zoo.pretrained.options import pretrained_config
 from zoo.runs.folder import RunFolder
@@ -264,6 +264,8 @@ def load_language_model(
 
 def _read(checkpoint: Path) -> tuple[TrainConfig, Tokenizer, Description]:
     """The configuration and tokenizer of a checkpoint, without a text to measure it on."""
+    if checkpoint.is_dir() and not (checkpoint / TOKENIZER).is_file():
+        refuse_path(checkpoint, f"has no {TOKENIZER}", "Save the model's fast tokenizer there")
     with TemporaryDirectory() as folder:
         described, file = read_checkpoint(checkpoint, Path(folder))
         tokenizer = open_tokenizer(str(file), described.end_token, bos_of(str(file)))

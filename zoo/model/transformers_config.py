@@ -15,7 +15,7 @@ from zoo.config.schema.model import Extension, Model
 from zoo.config.schema.sections import Component
 from zoo.config.schema.train import TrainConfig
 from zoo.config.schemes import short_name
-from zoo.config.stages import scalings, trained_length
+from zoo.config.stages import pattern_length, scalings, stages_of, trained_length
 from zoo.mixers.feed_forward import MLP, SwiGLU
 from zoo.mixers.mamba import Mamba
 from zoo.mixers.mamba2 import Mamba2
@@ -223,21 +223,23 @@ def _biases(mixer: SoftmaxAttention) -> tuple[bool, bool]:
 
 def _window(mixer: SoftmaxAttention, config: TrainConfig) -> int | None:
     """The window that is part of the model: of positions=local_rope, on which no extension acts, or
-    of extension=window without kept first tokens."""
+    of extension=window without kept first tokens: the last pattern of attention counts, over
+    whatever frequencies come after it."""
     if isinstance(mixer.positions, LocalRope):
         assert isinstance(mixer.positions.pattern, StreamingLLM)
         return mixer.positions.pattern.window
-    pattern = config.extension.attention
-    earlier = [stage.extension.name for stage in config.stages if stage.extension.attention]
-    _require(not earlier, f"extension={', '.join(earlier)} in an earlier stage")
-    if pattern is None:
+    stages = stages_of(config)
+    while stages and stages[-1][0].attention is None:
+        stages.pop()
+    if not stages:
         return None
+    extension, pattern = stages[-1][0], stages[-1][0].attention
+    assert pattern is not None
     given = pattern.options
-    plain = config.extension.name == "window" and not given.get("sinks")
-    _require(plain, f"extension={config.extension.name}")
-    if given.get("window") is None:  # the length that it was trained at
-        return config.extension.original_length or config.seq_len
-    return given["window"]
+    where = "" if len(stages) > len(config.stages) else " of an earlier stage"
+    plain = extension.name == "window" and not given.get("sinks")
+    _require(plain, f"extension={extension.name}{where}")
+    return pattern_length(stages) if given.get("window") is None else given["window"]
 
 
 def _scaling(mixer: SoftmaxAttention, config: TrainConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Each function translates a `config.json` into options of `train.py`; see zoo.pre
 """
 
 from zoo.config.domains import MAX_WINDOW
+from zoo.config.groups import extensions
 from zoo.pretrained.config_reader import Reader, unsupported
 from zoo.pretrained.rope_scaling import rope_type, rotary
 
@@ -73,7 +74,7 @@ def transformer(read: Reader, act: str | None = "silu", tied: bool = False) -> l
         return words
     scaled = any(word.startswith("extension=") for word in words)
     if scaled and window < length:
-        raise unsupported("sliding_window", window)
+        return _windowed_and_scaled(words, window, length)
     if scaled or window > MAX_WINDOW:
         beside = "beside rope_scaling" if scaled else f"as it is over {MAX_WINDOW:,}"
         rule = f"does not act {beside}: longer texts than that are read with all keys"
@@ -86,6 +87,28 @@ def transformer(read: Reader, act: str | None = "silu", tied: bool = False) -> l
     )
     read.notes.append(f"sliding_window={window:,}: {rule}")
     return ["model.positions=local_rope", f"model.positions.window={window}", *words]
+
+
+def _windowed_and_scaled(words: list[str], window: int, length: int) -> list[str]:
+    """The options of a scaling, with a window of attention over it.
+
+    Raises:
+        UserError: the window is longer than the texts that the scaling is of, or the scaling
+            depends on the length of the text.
+    """
+    given = dict(word.split("=", 1) for word in words)
+    name, original = given["extension"], int(given.get("extension.original_length", length))
+    if window > original or name not in ("pi", "yarn", "llama3"):
+        raise unsupported("sliding_window", window)
+    part = {key: str(value).lower() for key, value in extensions()[name]["scaling"].items()}
+    section = ",".join(f"{key}:{value}" for key, value in part.items())
+    own = [word for word in words if word != f"extension={name}"]
+    return [
+        "extension=window",
+        f"extension.attention.window={window}",
+        f"extension.scaling={{{section}}}",
+        *own,
+    ]
 
 
 def _window(read: Reader) -> int | None:
