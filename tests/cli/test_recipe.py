@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -83,6 +84,24 @@ def test_the_folder_of_a_recipe_may_end_in_a_slash(name, tmp_path, monkeypatch, 
     assert begun[0] == begun[1]
 
 
+@pytest.mark.parametrize("place", ["a,b", "a b", "a=b", "it's", "null", "\u00e9", "a\\", "[a]"])
+def test_the_folder_of_a_recipe_may_have_any_name_in_quotes(place, tmp_path, monkeypatch, capfd):
+    """Every stage gets it, and what was printed is the stage in a shell."""
+    monkeypatch.chdir(tmp_path)
+    got = []
+    for program in ("train", "eval"):
+        monkeypatch.setattr(f"zoo.cli.{program}.main", lambda words, *_: got.append(words) or 0)
+    quoted = place.replace("\\", "\\\\").replace("'", "\\'")
+    assert main(["yarn_twice", f"runs='{quoted}'"]) == 0
+    begun = [line for line in capfd.readouterr().err.splitlines() if "stage " in line]
+    assert [shlex.split(line.partition(": zoo ")[2])[1:] for line in begun] == got
+    for words in got:
+        with composing("train"):
+            given = {one.key_or_group: one.value() for one in parse(words)}
+        assert given["runs"] == place
+        assert all(given.get(key, place).startswith(place) for key in ("finetune", "run", "report"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     {
@@ -106,7 +125,8 @@ def test_the_folder_of_a_recipe_may_end_in_a_slash(name, tmp_path, monkeypatch, 
         "yarn_twice hydra/launcher=basic": "hydra/launcher=basic: is of a sweep",
         "yarn_twice fresh=true": "fresh=true: begins runs that no later stage reads. Use another",
         "yarn_twice runs=": "zoo recipe: runs=: must have at least 1 character.",
-        "yarn_twice runs='x'": "zoo recipe: runs='x': must be a path without quotes.",
+        "yarn_twice runs=a,b": "runs=a,b: names several values, and a recipe takes one. Give one;",
+        "yarn_twice runs=a=b": "runs=a=b: cannot be read. Write lists as [a,b] and quote special",
         "yarn_twice runs=${nope}": "zoo recipe: runs=${nope}: Interpolation key 'nope' not found.",
         "yarn_twice seed=${nope}": "zoo recipe: seed=${nope}: Interpolation key 'nope' not found.",
         "yarn_twice runs=/proc/zoo": "zoo recipe: runs=/proc/zoo: cannot be written",

@@ -17,6 +17,8 @@ listed, and their options checked, before the first begins.
 
 import importlib
 import json
+import re
+import shlex
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -74,7 +76,7 @@ def recipe(words: Sequence[str]) -> int:
     _check_given(name, given)
     found = steps(name, given)
     _check(name, found, given)
-    lines = [f"zoo {program} {' '.join(step)}" for program, step in found]
+    lines = [f"zoo {program} {' '.join(map(_in_shell, step))}" for program, step in found]
     say(f"{name} has {len(found)} stages:")
     for number, line in enumerate(lines, 1):
         say(f"  {number}. {line}")
@@ -102,13 +104,11 @@ def _check_given(name: str, given: Sequence[str]) -> None:
                 refuse(key, value, f"{name} sets it in each of its stages", "Leave it out")
             if one.is_sweep_override():
                 rule = "names several values, and a recipe takes one"
-                refuse(key, value, rule, "Give one")
+                refuse(key, value, rule, f"Give one; one with a comma is \"{key}='{value}'\"")
             if key.partition(".")[0] not in {*known, "task"}:
                 check_key(key, one.value(), OmegaConf.create(known), ())
             if key == "runs":
                 check_option(TrainConfig, "runs", one.value())
-                if one.value() != value:
-                    refuse_path(f"runs={value}", "must be a path without quotes")
 
 
 def _known() -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _check(name: str, found: Sequence[tuple[str, list[str]]], given: Sequence[st
         if not any(word in step for _, step in found):
             key, _, value = word.partition("=")
             refuse(key, value, f"no stage of {name} takes it", "Leave it out")
-    runs = next(word[5:] for word in found[0][1] if word.startswith("runs="))
+    runs = next(_value(word) for word in found[0][1] if word.startswith("runs="))
     check_place("runs", runs)
     if Path(runs).is_file():
         refuse("runs", runs, "is a file", "Name a folder, which need not be there")
@@ -168,7 +168,7 @@ def _check_folder(config: TrainConfig, trained: str, runs: str) -> None:
     if not path.exists():
         return
     folder = RunFolder.open(path)
-    text = json.dumps(plain(config)).replace(trained, runs)
+    text = json.dumps(plain(config)).replace(trained, json.dumps(runs)[1:-1])
     there = TrainConfig.model_validate(json.loads(text))
     advice = "Use another runs=<folder>"
     check_same_run(folder, _without_found(there), advice, _without_found(folder.config))
@@ -190,15 +190,17 @@ def _without_found(config: TrainConfig) -> TrainConfig:
 
 def _moved(word: str, runs: str, trained: str) -> str:
     """A word with the run that it names in another place."""
-    key, _, value = word.partition("=")
-    return f"{key}={trained}{value.removeprefix(runs)}" if key in ("finetune", "run") else word
+    key = word.partition("=")[0]
+    if key not in ("finetune", "run"):
+        return word
+    return _word(key, f"{trained}{_value(word).removeprefix(runs)}")
 
 
 def steps(name: str, given: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
     """The programs of a recipe and their words, under the options that are given."""
     file = CONFIGS / "recipe" / f"{name}.yaml"
     lines = yaml.safe_load(file.read_text(encoding="utf-8"))["steps"]
-    runs = next((word[5:] for word in given if word.startswith("runs=")), f"runs/{name}")
+    runs = next((_value(word) for word in given if word.startswith("runs=")), f"runs/{name}")
     placed = runs.rstrip("/")
     found = []
     for number, line in enumerate(lines):
@@ -208,7 +210,8 @@ def steps(name: str, given: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
         keys = {word.partition("=")[0] for word in taken}
         keys |= {*SIZES} if keys & {*SIZES} else set()
         kept = [_placed(word, placed) for word in own if word.partition("=")[0] not in keys]
-        default = [f"runs={runs}"] + [f"report={placed}-report.html"] * (program == "eval")
+        default = [_word("runs", runs)]
+        default += [_word("report", f"{placed}-report.html")] * (program == "eval")
         default = [word for word in default if word.partition("=")[0] not in keys]
         found.append((program, [*kept, *taken, *default]))
     return found
@@ -228,4 +231,27 @@ def _goes_to(word: str, program: str, first: bool, task: str | None) -> bool:
 def _placed(word: str, runs: str) -> str:
     """A word with the run that it names as a path."""
     key, _, value = word.partition("=")
-    return f"{key}={runs}/{value}" if key in ("finetune", "run") else word
+    return _word(key, f"{runs}/{value}") if key in ("finetune", "run") else word
+
+
+def _value(word: str) -> str:
+    """The value of an option that is one text, without the quotes that it may need."""
+    return str(_parsed(word))
+
+
+def _parsed(word: str) -> Any:
+    with composing("train"):
+        return parse([word])[0].value()
+
+
+def _word(key: str, value: str) -> str:
+    """The option of this value, in quotes where a comma, a space or another sign needs them."""
+    plain = f"{key}={value}"
+    if re.fullmatch(r"[a-zA-Z0-9_./+@%*:-]+", value) and _parsed(plain) == value:
+        return plain
+    escaped = re.sub(r"(\\*)('|$)", lambda one: 2 * one[1] + (one[2] and "\\'"), value)
+    return f"{key}='{escaped}'"
+
+
+def _in_shell(word: str) -> str:
+    return shlex.quote(word) if "'" in word else word
