@@ -137,6 +137,12 @@ def test_a_checkpoint_needs_no_text(tmp_path):
     ("words", "line"),
     [
         ({"words": ["extension=yarm"]}, "extension=yarm"),
+        ({"words": ["extension=yarn,dca"]}, "extension=yarn,dca: must be one value, and names"),
+        (
+            {"words": ["extension=yarn", "extension.factor=2,4"]},
+            "extension.factor=2,4: must be one value, and names several. Give one.",
+        ),
+        ({"words": ["extension=yarn extension.factor=2"]}, "extension.factor=2: cannot be read"),
         ({"words": ["extension=pose", "extension.factor=2"]}, "is a way to train"),
         ({"words": ["task=speed"]}, "task=speed: is no option of an extension"),
         ({"words": ["weights=int8"]}, "no option of an extension. Give weights= as an argument"),

@@ -7,13 +7,18 @@ import sys
 import pytest
 import torch
 from building import ROOT, train_config
+from tokenizing import KINDS
 
 import zoo.training.rehearse
 from zoo.cli.train import main
+from zoo.config.compose import compose_tree, composing, parse
+from zoo.config.resolve import resolve
 from zoo.devices import machine_memory
 from zoo.errors import UserError
 from zoo.mixers.mamba import Mamba
 from zoo.model.build import build_model
+from zoo.runs.folder import RunFolder
+from zoo.runs.resume import finetuned
 from zoo.training.rehearse import rehearse
 
 GB = 10**9
@@ -136,3 +141,45 @@ def test_an_arm_that_cannot_be_keeps_its_place(tmp_path):
     assert "model.mixer.heads=3: must divide width=64." in done.stderr.splitlines()[-1]
     assert done.returncode == 1
     assert len([name for name in os.listdir(tmp_path / "runs") if name[0] != "."]) == 1
+
+
+VOCABULARIES = {  # what the base was trained on, the options of tuning it, and how that is refused
+    ("data=text", "data=recall"): "data=recall: has 32 tokens, and the model of finetune=",
+    ("data=recall", "data=text"): "data=text: has 256 tokens, and the model of finetune=",
+    ("data=text", "data.tokenizer={file}"): r"data.tokenizer={file}: has 261 tokens, and the model",
+    ("data=recall", "data=recall data.task.keys=4"): "data.task.keys=4: has 20 tokens, and the",
+    ("data=recall", "data=recall data.task.keys=12 data.task.values=20"): None,
+    ("data=text", "data=text data.passkey=0.5"): None,
+}
+
+
+@pytest.mark.parametrize("words", VOCABULARIES)
+def test_data_of_another_vocabulary_than_the_model_s_are_refused_by_name(words, tmp_path):
+    """Before a line says that it trains; those of the same size go on."""
+    file, line = tmp_path / "tokenizer.json", VOCABULARIES[words]
+    KINDS["byte level"]().save(str(file))
+    before, options = (part.format(file=file).split() for part in words)
+    small = ["size=tiny", "match=none", "seq_len=32"]
+    config = train_config(*small, *before)
+    vocabulary = 32 if "recall" in words[0] else 256
+    base = RunFolder.create(tmp_path / "base", config, {"step": 1, "status": "done"})
+    state = build_model(config, vocabulary)[0].state_dict()
+    state = {f"model.{name}": weight for name, weight in state.items()}
+    torch.save({"state_dict": state, "global_step": 1}, base.path / "checkpoints/step=1.ckpt")
+    given = [f"finetune={base}", "batch_size=2", *options]
+    with composing("train"):
+        tree = resolve(compose_tree("train", parse(given)))
+    tuned = finetuned(tree, [word.partition("=")[0] for word in given])
+    if line is None:
+        rehearse(tuned)
+        return
+    with pytest.raises(UserError) as caught:
+        rehearse(tuned)
+    assert str(caught.value).startswith(line.format(file=file))
+
+
+def test_an_option_of_a_task_beside_finetune_says_to_name_the_task():
+    with composing("train"), pytest.raises(UserError) as caught:
+        compose_tree("train", parse(["finetune=runs/base", "data.task.keys=4"]))
+    rule = "data.task.keys=4: is of a synthetic task, and data= names none. Add data=recall"
+    assert str(caught.value).startswith(rule)

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo.config.effects import check_reads
-from zoo.config.groups import CONFIGS, choices, completed, corpora, groups
+from zoo.config.groups import CONFIGS, choices, completed, corpora, groups, inherited
 from zoo.config.introspect import target_parameters
 from zoo.config.resolve import resolve
 
@@ -60,7 +60,12 @@ def compose(program: Literal["eval"], words: Sequence[str] = ()) -> EvalConfig: 
 def compose(program: str, words: Sequence[str] = ()) -> TrainConfig | EvalConfig:
     """The configuration of `program` under options such as `model=mamba`, checked."""
     with composing(program):
-        tree = compose_tree(program, parse(words))
+        overrides = parse(words)
+        for one in overrides:
+            if one.is_sweep_override():
+                value = str(one.input_line).partition("=")[2]
+                refuse(one.key_or_group, value, "must be one value, and names several", "Give one")
+        tree = compose_tree(program, overrides)
     config = validate(SCHEMAS[program], resolve(tree))
     if isinstance(config, EvalConfig):
         check_reads(config.extension)
@@ -136,6 +141,8 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
             if not _chooses_a_file(program, override):
                 read = [override]
                 refuse_renamed(override.key_or_group, override.value(), tree)
+                if "finetune" in given and "data" not in given:
+                    _check_of_text(override.key_or_group, override.value())
                 key, value = override.key_or_group, override.value()
                 check_key(key, value, tree, also)
                 if key in POSITIONS:  # another scheme, without the options of the one before
@@ -149,6 +156,17 @@ def compose_tree(program: str, overrides: Sequence[Override]) -> dict[str, Any]:
         message = str(error).splitlines()[0].removesuffix(".")
         refuse_path(" ".join(_at_fault(read, message)), message, "See --help for the options")
     return container
+
+
+def _check_of_text(key: str, value: Any) -> None:
+    """Refuse an option of a synthetic task where a run is fine-tuned and data= names no task."""
+    if not key.startswith("data.task."):
+        return
+    options = {name: inherited(name, "data").get("task", {}) for name in choices("data")}
+    tasks = [name for name, task in options.items() if key.removeprefix("data.task.") in task]
+    if tasks:
+        names = " or ".join(f"data={name}" for name in tasks)
+        refuse(key, value, "is of a synthetic task, and data= names none", f"Add {names} as well")
 
 
 def _at_fault(overrides: Sequence[Override], message: str) -> list[str]:

@@ -13,14 +13,18 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from zoo.config.schema.train import TrainConfig
 from zoo.config.schema.trainer import Trainer
+from zoo.config.tree import flat
+from zoo.config.validate import plain
 from zoo.devices import machine_memory
 from zoo.errors import UserError, refuse
 from zoo.model.backbone import Backbone
 from zoo.model.block import takes_state
 from zoo.model.build import assemble, build_model, count_parameters, refuse_pattern
+from zoo.model.checkpoint import trained_weights
 from zoo.model.extend import extend_as_trained
 from zoo.model.lora import add_adapters
 from zoo.ops.runtime import dispatch
+from zoo.runs.folder import RunFolder
 from zoo.training.data import open_data, vocabulary
 from zoo.training.distillation import distillation
 from zoo.training.partition import (
@@ -41,6 +45,8 @@ def rehearse(config: TrainConfig) -> None:
     device = check_devices(config.trainer)
     vocab_size = vocabulary(config.data, config.seq_len)
     vocab_size += config.objective == "masked"
+    if config.finetune:
+        _check_vocabulary(config, RunFolder.open(config.finetune), vocab_size)
     try:
         with torch.device("meta"):
             model, knobs = build_model(config, vocab_size)
@@ -63,6 +69,22 @@ def rehearse(config: TrainConfig) -> None:
         _check_memory(config, vocab_size, knobs, count_parameters(model))
     elif config.lora.rank is not None:
         _assembled(config, vocab_size, {**knobs, "layers": len(config.model.blocks)})
+
+
+def _check_vocabulary(config: TrainConfig, base: RunFolder, vocab_size: int) -> None:
+    """Refuse to fine-tune on data of another vocabulary than the model's."""
+    data, before = flat(plain(config.data)), flat(plain(base.config.data))
+    changed = [key for key in ("name", *data) if data[key] != before.get(key)]
+    if not changed:
+        return
+    known = len(trained_weights(base, mapped=True)["embedding.weight"])
+    if vocab_size == known:
+        return
+    names = [key for key in changed if key in ("name", "tokenizer") or key.startswith("task.")]
+    name = (names or changed)[0]
+    rule = f"has {vocab_size:,} tokens, and the model of finetune={base} has {known:,}"
+    option = "data" if name == "name" else f"data.{name}"
+    refuse(option, data[name], rule, f"Leave {option} out, or train a new run on it")
 
 
 def _check_length(config: TrainConfig, most: int | None) -> None:
