@@ -9,6 +9,7 @@ import pytest
 import torch
 from building import train_on_text
 from fakes import Reader, TextsApart, make_context, text_store
+from tokenizing import EVERY, opened
 
 import zoo
 from zoo.config.compose import compose
@@ -187,6 +188,12 @@ def test_the_right_answer_has_room_or_the_line_says_how_many_tokens_it_has(datas
     if metric == "found":
         with pytest.raises(UserError, match=r"tokens=7: an answer that scores has \d+ tokens"):
             rows(tmp_path, listening, **options, tokens=7)
+
+
+@pytest.mark.parametrize(("kind", "tokens"), zip(EVERY, (4, 2, 1, 1), strict=True))
+def test_an_answer_of_one_token_behind_its_question_has_room_in_one(kind, tokens, tmp_path):
+    """Also where a tokenizer puts a space before every text, which an answer is not."""
+    assert Documents(dataset="babilong")._least_answer(opened(kind, tmp_path), ["the"]) == tokens
 
 
 FILE = {"dataset": "qasper", "path": "examples.jsonl"}

@@ -260,7 +260,8 @@ class Documents(Task):
     def _least_answer(self, tokenizer: Tokenizer, answers: Sequence[str]) -> int:
         """The tokens of the shortest right answer where one of fewer words is no answer."""
         every = {"found": [", ".join(answers)], "exact": answers}.get(self.benchmark.metric, [])
-        return min((len(tokenizer.tokens(f" {one}")) for one in every), default=0)
+        before = len(tokenizer.tokens("a"))  # a text of its own may begin with a space more
+        return min((len(tokenizer.tokens(f"a {one}")) - before for one in every), default=0)
 
     def _background(self, context: EvalContext) -> list[str]:
         """The sentences among which generated examples are hidden."""
