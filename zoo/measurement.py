@@ -48,6 +48,7 @@ class Quantity:
         unit: follows the name in captions: "bits per byte".
         interval: the row's field with its 95% interval, [low, high].
         chance: the row's field with what guessing would give.
+        guess: that with what rules give that read the prompt and associate nothing.
         where: fields that a row of it has, {"phase": "decode"}.
         cost: whether it is drawn under "Speed and memory", not with its task.
     """
@@ -59,8 +60,18 @@ class Quantity:
     unit: str = ""
     interval: str | None = None
     chance: str | None = None
+    guess: str | None = None
     where: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cost: bool = False
+
+    def unlearned(self, row: Mapping[str, Any]) -> float | None:
+        """The most that a row's value may be without any learning: chance, or a better guess.
+
+        None where the row has neither, as where lower is better.
+        """
+        fields = (self.chance, self.guess)
+        found = [row[name] for name in fields if name and _is_number(row.get(name))]
+        return max(found) if found and self.better == "higher" else None
 
     @property
     def timed(self) -> bool:
@@ -119,7 +130,7 @@ def declared(row: Mapping[str, Any]) -> Declaration | None:
 
 def _is_quantity(one: Quantity) -> bool:
     """Whether a quantity that was read from a file has values of its fields' kinds."""
-    texts = (one.field, one.name, one.unit, one.interval or "", one.chance or "")
+    texts = (one.field, one.name, one.unit, one.interval or "", one.chance or "", one.guess or "")
     known = one.better in ("lower", "higher", None) and one.form in get_args(Form)
     return known and all(type(text) is str for text in texts) and type(one.where) is dict
 
@@ -181,7 +192,7 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _is_number,
         """
         lr extension_factor flops_per_token valid_loss seconds accuracy bits_per_byte perplexity
-        nll_sum chance bigram_bits unigram_bits uniform_bits value score""",
+        nll_sum chance guess bigram_bits unigram_bits uniform_bits value score""",
     ),
     ("two numbers", _is_interval, "interval"),
     (
@@ -213,6 +224,7 @@ def wrong_field(row: Mapping[str, Any]) -> str | None:
         for name, words, fits in (
             (one.field, "a number", _is_number),
             (one.chance, "a number", _is_number),
+            (one.guess, "a number", _is_number),
             (one.interval, "two numbers", _is_interval),
         ):
             if name and row.get(name) is not None and not fits(row[name]):

@@ -10,12 +10,13 @@ from zoo.report.caveats import banners, failures, limits
 from zoo.report.charts import styles
 from zoo.report.headlines import tiles
 from zoo.report.learned import dead
+from zoo.report.overview import _recall, excluded
 from zoo.report.page import render
 from zoo.report.protocols import PROTOCOLS
 from zoo.report.rows import gather
 from zoo.report.tables import budgets
 from zoo.report.text import as_text
-from zoo.report.validity import blind_guess
+from zoo.report.validity import NOT_LEARNED, blind_guess
 from zoo.report.wandb import by_length
 
 WHY = "output 40 changes with input 41"
@@ -287,6 +288,29 @@ def test_answers_that_are_no_better_than_guesses_are_said_to_be():
     assert any(said.startswith(line) for said in banners(gather(one_seed, run_records(one_seed))))
     rows = answers("lstm", {64: 0.17}) + answers("mamba", {64: 0.99})
     assert not any("guessing" in line for line in banners(gather(rows, run_records(rows))))
+
+
+def test_answers_that_a_rule_without_association_gives_are_guesses():
+    """By the caveat, and by the picture of what holds up."""
+    about = {"guess": 0.3, "run": "r"}
+    rows = answers("lstm", {64: 0.3, 512: 0.29}, **about)
+    rows += answers("mamba", {64: 0.99, 512: 0.9}, **about)
+    for row in rows:
+        row["declares"]["quantities"][0]["guess"] = "guess"
+    results = gather(rows, run_records(rows))
+    line = "No better than guessing at accuracy: lstm (30% at best, chance is 12%, a guess without "
+    assert line + "association has 30%)." in banners(results)
+    assert excluded(results, [_recall(results)]) == {"lstm": NOT_LEARNED}
+    assert not any("held to chance" in line for line in limits(results))
+    better = [row | {"guess": 0.2} for row in rows]
+    assert not any("guessing" in line for line in banners(gather(better, run_records(rows))))
+
+
+def test_rows_of_before_are_held_to_chance_and_the_report_says_so():
+    rows = answers("lstm", {64: 0.3}) + answers("mamba", {64: 0.99})
+    results = gather(rows, run_records(rows))
+    assert not any("guessing" in line for line in banners(results))
+    assert any("Accuracies of lstm, mamba were measured before" in s for s in limits(results))
 
 
 def test_other_settings_of_a_task_at_one_length_are_reported():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zoo.data import synthetic
 from zoo.data.examples import open_synthetic
+from zoo.data.guesses import best_guess
 from zoo.errors import UserError
 from zoo.model.backbone import BackboneState
 from zoo.tasks.accuracy import Accuracy
@@ -84,6 +85,7 @@ def test_places_without_labels_are_not_counted():
     assert row["count"] == 256  # one label a row, at its end
     assert row["accuracy_by_quarter"][:3] == [None, None, None]
     assert row["chance"] == 0.25
+    assert row["guess"] == best_guess(INDUCTION.examples("test", 0, 0, 256, 64))
 
 
 def test_the_same_examples_are_given_to_every_model():

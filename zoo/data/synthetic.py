@@ -37,6 +37,7 @@ class Examples(NamedTuple):
     labels: Int[np.ndarray, "b t"]  # NO_LABEL where there is no question
     symbols: int  # that tokens and labels are made of: the vocabulary
     answers: int  # of these, equally likely, that a label can be: chance is 1 / answers
+    stated: int | None = None  # first tokens, which state all answers; None: any token may
 
 
 Task = Callable[..., Examples]
@@ -150,7 +151,7 @@ def mqar(
     queries = stated + 2 * drawn
     np.put_along_axis(tokens, queries, keys, 1)
     np.put_along_axis(labels, queries, values, 1)
-    return Examples(tokens, labels, symbols, symbols - half)
+    return Examples(tokens, labels, symbols, symbols - half, stated)
 
 
 def selective_copying(
@@ -174,7 +175,7 @@ def selective_copying(
     places = np.sort(_distinct(generator, rows, blanks, copied), 1)
     np.put_along_axis(tokens, places, data, 1)
     tokens[:, blanks:], labels[:, blanks:] = symbols + 1, data
-    return Examples(tokens, labels, symbols + 2, symbols)
+    return Examples(tokens, labels, symbols + 2, symbols, blanks)
 
 
 def copying(
@@ -194,7 +195,7 @@ def copying(
     string = generator.integers(symbols, size=(rows, n))
     separator, nothing = np.full((rows, 1), symbols), np.full((rows, n), NO_LABEL)
     tokens = np.concatenate([string, separator, string[:, :-1]], 1)
-    return Examples(tokens, np.concatenate([nothing, string], 1), symbols + 1, symbols)
+    return Examples(tokens, np.concatenate([nothing, string], 1), symbols + 1, symbols, n)
 
 
 def induction(

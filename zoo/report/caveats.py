@@ -107,6 +107,9 @@ def _guessing(results: Results) -> list[str]:
                 continue
             chance = ", ".join(map(share, results.chances(task, quantity)))
             best = f"{share(max(arm.best for arm in arms.values()))} at best, chance is {chance}"
+            if guesses := results.guesses(task, quantity):
+                span = DASH.join(dict.fromkeys(map(share, (guesses[0], guesses[-1]))))
+                best += f", a guess without association has {span}"
             named = [
                 label if arm.seeds == arm.of else f"{label} ({arm.seeds} of its {arm.of} seeds)"
                 for label, arm in arms.items()
@@ -249,6 +252,12 @@ def limits(results: Results) -> list[str]:
     for (read, length), arms in _beyond_audit(results, briefly=False).items():
         read_to = f"reads {read:,} of the {length:,} tokens that are measured ({names(arms)})"
         said.append(f"The audit for leaks {read_to}. {UNSEEN}")
+    rows = results.where(task="accuracy", status="ok")
+    if older := [*dict.fromkeys(row["label"] for row in rows if missing(row.get("guess")))]:
+        said.append(
+            f"Accuracies of {names(older)} were measured before rows had what a guess without "
+            "association scores: they are held to chance, which such a guess exceeds."
+        )
     every = [quantity for task in results.tasks for quantity in shown_quantities(results, task)]
     if not any(quantity.form == "share" for quantity in every):
         said.append(

@@ -235,9 +235,9 @@ def _timed_apart(each: Comparison, results: Results) -> str:
 
 
 def _at_chance(score: Score, row: Row) -> bool:
-    """Whether a row's interval reaches down to what guessing gives."""
-    chance = row.get("chance")
-    return finite(chance) and score.ends(row)[1] <= chance
+    """Whether a row's interval reaches down to what guessing gives, by chance or by a rule."""
+    levels = [level for name in ("chance", "guess") if finite(level := row.get(name))]
+    return bool(levels) and score.ends(row)[1] <= max(levels)
 
 
 def _seeds(count: int) -> str:

@@ -5,9 +5,11 @@ longest length that was measured, the bar its 95% interval; costs are those of t
 Only arms that passed the leak audit and have learned are drawn: of the others a word says which.
 """
 
+import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import altair as alt
@@ -44,6 +46,9 @@ class Panel:
     better: str | None
     text: Any
     level: float | None = None
+    guesses: Mapping[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # arm -> what guessing would score
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,10 @@ def _at_chance(panel: Panel, arm: str) -> bool:
         return True
     home, far = panel.values[arm]
     cell = home or far
-    if panel.level is None or cell is None or cell.value is None:
+    level = panel.guesses.get(arm, panel.level)
+    if level is None or cell is None or cell.value is None:
         return False
-    return cell.value <= panel.level if panel.better == "higher" else cell.value >= panel.level
+    return cell.value <= level if panel.better == "higher" else cell.value >= level
 
 
 def _rank(panel: Panel, arm: str) -> float:
@@ -144,8 +150,20 @@ def _recall(results: Results) -> Panel | None:
                 of = f" of {one}" if quantity.name == "accuracy" and one else ""
                 title = [f"{quantity.name}{of}", "higher is better"]
                 level = levels[0] if len(levels) == 1 else None
-                return _panel(results, "recall", title, axis, cells, "higher", share, level)
+                panel = _panel(results, "recall", title, axis, cells, "higher", share, level)
+                return panel and replace(panel, guesses=_guesses(results, task, quantity))
     return None
+
+
+def _guesses(results: Results, task: str, quantity: Quantity) -> dict[str, float]:
+    """Arm -> what guessing scores at its training length, or where it was measured farthest."""
+    found: dict[str, dict[float, float]] = defaultdict(dict)
+    for row in results.where(task=task, status="ok", **quantity.where):
+        level = quantity.unlearned(row)
+        if level is not None and finite(row.get("length")):
+            found[row["label"]][row["length"]] = level
+    homes = {arm: results.train_length(arm) for arm in found}
+    return {arm: mine.get(homes[arm] or 0, mine[max(mine)]) for arm, mine in found.items()}
 
 
 def _costs(results: Results) -> list[Panel]:

@@ -170,6 +170,11 @@ class Results:
         rows = self.where(task=task, status="ok", **quantity.where)
         return sorted({v for row in rows if finite(v := row.get(quantity.chance or ""))})
 
+    def guesses(self, task: str, quantity: Quantity) -> list[float]:
+        """What rules that associate nothing would give, each value that rows have for it."""
+        rows = self.where(task=task, status="ok", **quantity.where)
+        return sorted({v for row in rows if finite(v := row.get(quantity.guess or ""))})
+
     def changes(self, protocol: str, times: float = 1.0) -> Cells:
         """Each arm's bits per byte less `times` its own at its training length."""
         return {

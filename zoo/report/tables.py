@@ -86,6 +86,9 @@ def quantity_table(results: Results, task: str, quantity: Quantity) -> Table | N
     chances = ", ".join(map(words.text, results.chances(task, quantity)))
     said = f"{caption(quantity)}." + (f" Chance: {chances}." if chances else "")
     said += _over_prompts(results, task)
+    if guesses := results.guesses(task, quantity):
+        ends = dict.fromkeys(words.text(value) for value in (guesses[0], guesses[-1]))
+        said += f" A guess without association: {DASH.join(ends)}."
     best = {"lower": min, "higher": max, None: None}[quantity.better]
     noise = floors_of(results, cells, quantity.form)
     apart = incomparable(results, task, quantity)

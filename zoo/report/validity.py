@@ -172,25 +172,26 @@ class Guessing(NamedTuple):
     of: int  # seeds of the arm
 
 
+def _is_guess(row: Row, quantity: Quantity) -> bool:
+    ends, level = row.get(quantity.interval or ""), quantity.unlearned(row)
+    return level is not None and (ends[0] if ends else row[quantity.field]) <= level
+
+
 def at_chance(rows: Sequence[Row], quantity: Quantity) -> dict[str, Guessing]:
     """Arms with seeds that are no better than guessing.
 
-    Of such a seed the best value at any length is no more than chance, or has chance within its
-    interval. `rows` are the successful ones of the quantity's task.
+    At no length is such a seed's value above what guessing gives there, nor all of its interval;
+    see `Quantity.unlearned`. `rows` are the successful ones of the quantity's task.
     """
     seeds: dict[str, dict[Any, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        value, chance = row.get(quantity.field), row.get(quantity.chance or "")
-        if quantity.of(row) and quantity.better == "higher" and finite(value) and finite(chance):
+        known = finite(row.get(quantity.field)) and finite(quantity.unlearned(row))
+        if quantity.of(row) and known:
             seeds[row["label"]][row.get("seed")].append(row)
     found: dict[str, Guessing] = {}
     for label, by_seed in seeds.items():
-        values = []
-        for own in by_seed.values():
-            best = max(own, key=lambda row: row[quantity.field])
-            value, ends = best[quantity.field], best.get(quantity.interval or "")
-            if (ends[0] if ends else value) <= best[quantity.chance or ""]:
-                values.append(value)
+        guessed = [own for own in by_seed.values() if all(_is_guess(row, quantity) for row in own)]
+        values = [max(row[quantity.field] for row in own) for own in guessed]
         if values:
             found[label] = Guessing(max(values), len(values), len(by_seed))
     return found

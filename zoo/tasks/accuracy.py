@@ -2,7 +2,8 @@
 
 The rows are drawn from the task's own test examples, the same for every model; trained on short
 ones, a model is measured on long ones. Labels of one row depend on each other, so that the interval
-counts rows, not labels: Wilson's, as if each row were one question.
+counts rows, not labels: Wilson's, as if each row were one question. Beside chance a row has what
+the best rule without any association scores on these rows (zoo.data.guesses).
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 
 from zoo.config.domains import Count, Lengths, Seed
+from zoo.data.guesses import best_guess
 from zoo.data.synthetic import NO_LABEL
 from zoo.errors import UserError
 from zoo.measurement import Declaration, Quantity
@@ -46,6 +48,7 @@ class Accuracy(Task):
                 form="share",
                 interval="interval",
                 chance="chance",
+                guess="guess",
             ),
             STATE,
         ),
@@ -88,6 +91,7 @@ class Accuracy(Task):
             "accuracy": float(accuracy),
             "interval": wilson(round(accuracy * rows), rows),
             "chance": 1 / drawn.answers,
+            "guess": best_guess(drawn),
             "correct": int(right.sum()),
             "count": int(labelled.sum()),
             "accuracy_by_quarter": _by_quarter(right, labelled),
