@@ -357,3 +357,15 @@ def test_the_reference_is_the_plain_transformer_whichever_row_comes_first(other)
         assert results.reference == label
         assert results.train_length() == 512
     assert gather(rows[:1], []).reference  # the only one
+
+
+def test_arms_of_one_name_are_distinguished_by_their_setting_before_their_best_rate():
+    runs, rows = [], []
+    for conv, lr, parameters in ((None, 4e-3, 100), (4, 8e-3, 104)):
+        name = f"conv-{conv}"
+        settings = {"optim.lr": lr, "model.short_conv": conv}
+        runs.append({"run": name, "arm": "mamba", "lr": lr, "settings": settings})
+        about = {"run": name, "lr": lr, "parameters": parameters}
+        rows.append(score_row("mamba", 512, 2.0, **about))
+    assert gather(rows, runs).arms == ["mamba · short_conv default", "mamba · short_conv 4"]
+    assert gather(rows, []).arms == ["mamba · lr 0.004", "mamba · lr 0.008"]

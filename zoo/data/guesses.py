@@ -5,8 +5,8 @@
     frequent  it is the answer that was stated most often so far, of several the first
 
 Chance, 1 / answers, is of guesses that read nothing. These read, and look nothing up: of four
-values, of which a query asks for one, the most frequent is right in more than a quarter of all
-cases. A model at their level has not learned to associate.
+values, of which a query has one as its answer, the most frequent is right in more than a quarter of
+all cases. A model at their level has not learned to associate.
 """
 
 import numpy as np

@@ -20,10 +20,10 @@ Row = dict[str, Any]
 # What splits one arm name into several, and the word that then goes before its value.
 TRAINING = {
     **{"size": "size", "extension_factor": "factor", "train_length": "trained at"},
-    **{"train_tokens": "train tokens", "lr": "lr", "match": "match", "state_passing": "states"},
+    **{"train_tokens": "train tokens", "match": "match", "state_passing": "states"},
     **{"data": "data", "fingerprint": "text", "tokenizer": "tokenizer"},
-    "parameters": "parameters",
 }
+FOLLOWING = {"lr": "lr", "parameters": "parameters"}  # what mostly follows from other settings
 READ_BY = {"device": "on", "dtype": "in", "threads": "threads"}  # of the measurement
 FOUND = ("scaling.long_factors", "scaling.short_factors", "scaling.n_hat")  # by a search
 MAX_SETTINGS = 4  # settings that a label names; of more, a hash
@@ -31,16 +31,22 @@ MAX_CHARACTERS = 24  # of a value that a label shows; of more, a hash
 
 
 def lengthen(rows: Sequence[Row], runs: Sequence[Row]) -> None:
-    """Distinguish by their labels the rows that are not one arm's, setting by setting."""
-    trained = {run.get("run"): run.get("settings") or {} for run in runs}
-    for field, word in (*TRAINING.items(), *READ_BY.items()):
+    """Distinguish by their labels the rows that are not one arm's, setting by setting.
+
+    The rate that was best for an arm and the parameters that it has follow from its settings, so
+    these go first.
+    """
+    trained = {run.get("run"): _but_rate(run["settings"]) for run in runs if run.get("settings")}
+    for field, word in TRAINING.items():
+        _split(rows, functools.partial(_named, field=field, word=word))
+    _split(rows, lambda row: trained.get(row.get("run"), {}))
+    for field, word in (*FOLLOWING.items(), *READ_BY.items()):
         _split(rows, functools.partial(_named, field=field, word=word))
     _split(rows, lambda row: {"ranks": row.get("ranks") or 1})
     _split(rows, lambda row: {"ignores": str(row.get("ignores") or "nothing").partition(":")[0]})
     for row in rows:  # fewer bits are said also where all arms have them
         if is_quantized(row.get("dtype")) and (word := f" · in {row['dtype']}") not in row["label"]:
             row["label"] += word
-    _split(rows, lambda row: trained.get(row.get("run"), {}))
     _split_extensions(rows)
     _split_questions(rows)
     _split(_repeated(rows), lambda row: {"run": row.get("run")})
@@ -51,12 +57,17 @@ def settings_apart(runs: Sequence[Row], fields: Iterable[str]) -> dict[Any, str]
     by what their records have otherwise in these `fields`."""
     rows = [{"run": run["run"], "label": str(run.get("arm")), "of": run} for run in runs]
     for field, word in TRAINING.items():
-        if field not in ("lr", "train_tokens"):  # these differ among the runs of one arm
+        if field != "train_tokens":  # differs among the runs of one arm, some of which were pruned
             _split(rows, lambda row, f=field, w=word: _named(row["of"], field=f, word=w))
-    _split(rows, lambda row: {k: v for k, v in row["of"]["settings"].items() if k != "optim.lr"})
+    _split(rows, lambda row: _but_rate(row["of"]["settings"]))
     for name in fields:
         _split(rows, lambda row, f=name: _named(row["of"], field=f, word=f.replace("_", " ")))
     return {row["run"]: row["label"] for row in rows}
+
+
+def _but_rate(settings: Mapping[str, Any]) -> Row:
+    """The settings of a run without its learning rate, the best of which stands for its arm."""
+    return {name: value for name, value in settings.items() if name != "optim.lr"}
 
 
 def _split_extensions(rows: Sequence[Row]) -> None:
