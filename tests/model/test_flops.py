@@ -6,15 +6,39 @@ from building import train_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.config.compose import compose
-from zoo.config.groups import choices
+from zoo.config.groups import choices, extensions
 from zoo.model.build import build_model
 from zoo.model.extend import extend
 from zoo.model.flops import ReadingCost, forward_flops, reading_cost
 
+LENGTH = 64  # that models are trained at
+BLOCK = 64  # queries, for the tests of texts of many
+WINDOWED = [name for name, tree in extensions().items() if tree.get("attention")]
+SMALLER = (
+    *("zoo.model.flops.BLOCK_QUERIES", "zoo.attention.pattern.BLOCK_QUERIES"),
+    "zoo.attention.streaming_llm.MAX_BLOCK_QUERIES",
+    "zoo.attention.lm_infinite.MAX_BLOCK_QUERIES",
+    *("zoo.positions.t5.TILE", "zoo.mixers.linformer.SEGMENT", "zoo.ops.kernel_attention.TILE"),
+)
+SHORTER = {"longnet": ["model.mixer.segments=[16,64]", "model.mixer.dilations=[1,2]"]}
 
-def model_of(name: str):
-    config = train_config(f"model={name}", "size=tiny", "match=none", "seq_len=64")
-    return build_model(config, 256)[0].eval().requires_grad_(False)
+
+def model_of(words: str):
+    """A tiny model, under an extension where one follows its name."""
+    name, *extension = words.split(" ")
+    more = SHORTER.get(name, [])
+    config = train_config(f"model={name}", "size=tiny", "match=none", f"seq_len={LENGTH}", *more)
+    model = build_model(config, 256)[0].eval().requires_grad_(False)
+    if extension:
+        model = extend(model, compose("eval", ["run=none", *extension]).extension, LENGTH)
+    return model
+
+
+def counted(model, tokens: int) -> int:
+    """The operations of really reading so many tokens."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, tokens, dtype=torch.long))
+    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
@@ -25,26 +49,64 @@ def model_of(name: str):
     ],
 )
 def test_a_reading_costs_what_is_counted_at_any_length(words):
-    model, *extension = words.split(" ")
-    model = model_of(model)
-    if extension:
-        model = extend(model, compose("eval", ["run=none", *extension]).extension, 64)
+    model = model_of(words)
     cost = reading_cost(model)
     for tokens in (60, 100, 300, 777, 1800):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, tokens, dtype=torch.long))
-        assert cost.of(tokens) == pytest.approx(counter.get_total_flops(), rel=0.02), tokens
+        assert cost.of(tokens) == pytest.approx(counted(model, tokens), rel=0.02), tokens
 
 
-def test_beyond_what_is_counted_the_line_goes_on():
+@pytest.mark.parametrize(
+    "words",
+    [
+        *choices("model"),
+        *(f"transformer extension={name}" for name in WINDOWED),
+        "transformer extension=lm_infinite extension.attention.top_k=5",
+    ],
+)
+def test_texts_beyond_every_window_cost_what_is_counted_there(words, monkeypatch):
+    for name in SMALLER:
+        monkeypatch.setattr(name, BLOCK)
+    monkeypatch.setattr("zoo.model.flops.CHUNK", 4 * BLOCK)
+    model = model_of(words)
+    if model.max_length:
+        assert forward_flops(model, model.max_length) * LENGTH == counted(model, LENGTH)
+        return
+    cost = reading_cost(model)
+    assert cost.longest <= 32 * LENGTH
+    tokens = 2 * cost.longest  # at least four of the longest windows
+    truth = counted(model, tokens)
+    assert cost.of(tokens) == pytest.approx(truth, rel=1e-3)
+    assert forward_flops(model, tokens) * tokens == pytest.approx(truth, rel=1e-3)
+
+
+def test_a_window_is_seen_however_long_it_is_and_whatever_the_size_of_the_model():
+    """Counted with PyTorch's fake tensors, since nothing would read so long a text in time."""
     model = model_of("transformer")
-    cost = ReadingCost(reading_cost(model)._per_token, 1024)
-    assert cost.of(4096) == pytest.approx(4096 * forward_flops(model, 4096), rel=1e-9)
+    window = compose("eval", ["run=none", "extension=streaming_llm"]).extension
+    longest = 16384
+    model = extend(model, window, longest)
+    attention = 4 * 64 * 2 * longest  # a product with each key and value, of a width, and layers
+    far = forward_flops(model, 2**21)
+    assert forward_flops(model, 2**20) == pytest.approx(far, rel=0.02)
+    assert far == pytest.approx(forward_flops(model, LENGTH) + attention, rel=0.3)
+
+
+def test_counting_reads_no_values_and_leaves_none_behind():
+    """Tables of angles that a count would leave could not be read by the next text."""
+    model = model_of("transformer")
+    text = torch.arange(LENGTH)[None]
+    before = model(text)
+    forward_flops(model_of("transformer"), 4 * LENGTH)
+    forward_flops(model, 4 * LENGTH)
+    found = model(torch.arange(4 * LENGTH)[None] % 256)
+    assert type(found) is torch.Tensor
+    assert torch.equal(found[:, :LENGTH].argmax(-1), before.argmax(-1))
 
 
 COSTS = [
     ReadingCost(lambda tokens: 3e5 + 250.0 * tokens, 2**30),
     ReadingCost(lambda tokens: 3e5 + 250.0 * tokens, 1024),
+    ReadingCost(lambda tokens: 3e5 + 250.0 * min(tokens, 400), 1024, grows=False),
     ReadingCost(lambda _: 2e6, 2**30),
 ]
 

@@ -66,6 +66,10 @@ class ParallelWindows(AttentionPattern):
         self._arrange([window] * windows, begun=False)
         self.steps.append(window)
 
+    @property
+    def longest_window(self) -> int:
+        return self.context + 1  # the task's tokens see all windows
+
     def arranged(self, sizes: Sequence[int], *, begun: bool) -> "ParallelWindows":
         """The same for a prompt whose windows have these sizes, in tokens.
 

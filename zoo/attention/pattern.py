@@ -57,6 +57,14 @@ class AttentionPattern:
         self.scaling, self.bucket = scaling, bucket
         self.steps = [BLOCK_QUERIES] + ([bucket] if bucket else [])
 
+    @property
+    def longest_window(self) -> int:
+        """The tokens behind which a query's keys differ from the one before's by one, or by none.
+
+        Fewer than these are attended to otherwise, as with no window at all.
+        """
+        return self.nearest or 1
+
     def views(self, rows: range) -> list[KeyBlock]:
         return distant_keys(rows, 0, identity, identity)
 

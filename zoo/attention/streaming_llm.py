@@ -14,6 +14,7 @@ import torch
 from zoo.attention.key_blocks import KeyBlock, Scaling, distant_keys, identity
 from zoo.attention.pattern import MAX_BLOCK_QUERIES, AttentionPattern, check_window
 from zoo.errors import refuse
+from zoo.ops.runtime.dispatch import without_values
 
 
 class StreamingLLM(AttentionPattern):
@@ -44,4 +45,4 @@ class StreamingLLM(AttentionPattern):
 
     def queries_at(self, positions: torch.Tensor) -> torch.Tensor:
         at = positions.clamp(max=self.window - 1)
-        return at[:1] if at[0] == at[-1] else at
+        return at if without_values() or at[0] != at[-1] else at[:1]

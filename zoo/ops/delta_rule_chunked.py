@@ -41,6 +41,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops.runtime.dispatch import without_values
+
 CHUNK_TOKENS = 32  # tokens solved as one triangular system; a power of two
 SEGMENT_TOKENS = (
     2048  # tokens whose chunks are held at once, in the forward and in the backward pass
@@ -71,8 +73,11 @@ def by_chunks(
 
 
 def _block(log_decay: Tensor, chunk: int) -> int:
-    """Return the longest block, up to a chunk, in which no decay is below exp(-MAX_EXPONENT)."""
-    if log_decay.shape[-1] == 1:
+    """Return the longest block, up to a chunk, in which no decay is below exp(-MAX_EXPONENT).
+
+    A whole chunk where decays have no values, as where operations are counted.
+    """
+    if log_decay.shape[-1] == 1 or without_values():
         return chunk
     steepest = -float(log_decay.detach().amin())
     block = chunk

@@ -21,7 +21,7 @@ from zoo.config.domains import Range, RopeBase
 from zoo.errors import refuse
 from zoo.ops.dtypes import wide_dtype
 from zoo.ops.rotary import apply_rotary, apply_rotary_to_both, rotate_pairs
-from zoo.ops.runtime.dispatch import is_transformed
+from zoo.ops.runtime.dispatch import is_transformed, without_values
 from zoo.positions.base import CrossLayer, Positions, placed_positions
 
 Frequencies = Sequence[float] | Tensor | Callable[[Tensor], Tensor]
@@ -60,7 +60,7 @@ def rotary_tables(
     grows beyond it; others, and those of tables above `MAX_GROWN` bytes, are cached as they are.
     """
     global _last
-    if is_transformed():  # by torch.func, whose tensors are not to outlive it
+    if is_transformed() or without_values():  # whose tensors are not to outlive it
         at = positions
         if isinstance(at, range):
             at = torch.arange(at.start, at.stop)

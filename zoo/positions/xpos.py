@@ -65,11 +65,13 @@ def apply_xpos_decay(
         ValueError: keys after the first query grow, and here so many follow it that the masked
             products above the diagonal would overflow float32. Split the queries.
     """
-    log_zeta = torch.tensor(zetas(q.shape[-1], gamma), dtype=torch.float64).log() / scale_base
+    zeta = zetas(q.shape[-1], gamma)
+    log_zeta = torch.tensor(zeta, dtype=torch.float64).log() / scale_base
     centre = (origin + k.shape[1] - 1) / 2
     overlap = k.shape[1] - 1 - origin
-    if -log_zeta[0] * overlap > MAX_LOG_FACTOR:
-        most = math.floor(-MAX_LOG_FACTOR / log_zeta[0].item())
+    steepest = math.log(zeta[0]) / scale_base
+    if -steepest * overlap > MAX_LOG_FACTOR:
+        most = math.floor(-MAX_LOG_FACTOR / steepest)
         raise ValueError(f"xPos decays at most {most} queries with their own keys: got {overlap}")
 
     def factors(first: float, tokens: int, sign: int, like: Tensor) -> Tensor:

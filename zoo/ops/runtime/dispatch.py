@@ -70,6 +70,12 @@ def is_transformed() -> bool:
     return inside is not None or forward_ad._current_level >= 0
 
 
+def without_values() -> bool:
+    """Whether tensors are made that have no values to read or to keep: PyTorch's fake tensors."""
+    fake = torch._C._TorchDispatchModeKey.FAKE  # type: ignore[attr-defined]
+    return torch._C._get_dispatch_mode(fake) is not None  # type: ignore[attr-defined]
+
+
 def used_backends() -> dict[str, str]:
     """Return op -> backend used since the last `reset` ("native+torch" where both were)."""
     return {op: "+".join(names) for op, names in _used.items()}
