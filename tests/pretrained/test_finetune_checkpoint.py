@@ -15,7 +15,8 @@ from zoo.config.compose import compose_tree, composing, parse, plain
 from zoo.model.checkpoint import load
 from zoo.runs.folder import RunFolder
 
-VOCAB, LENGTH = 259, 64
+TOKENS, LENGTH = 259, 64  # of the tokenizer, the last of which ends a text
+ROWS = 264  # of the embedding, more as those of Pythia and Qwen have
 EXTENSIONS = ["none", "pi", "ntk", "yarn", "clex", "pose", "longrope"]
 FAMILIES = {  # the first case of each, and those whose rotary positions are their own
     **{transformers_name: case for case, (transformers_name, _) in reversed(CASES.items())},
@@ -32,7 +33,7 @@ def write_checkpoint(folder: Path, case: str) -> Path:
     """A tiny model of random weights with a tokenizer that begins texts, as `save` has it."""
     family, options = CASES[case]
     torch.manual_seed(0)
-    more = {"vocab_size": VOCAB, "eos_token_id": VOCAB - 1, "pad_token_id": 0}
+    more = {"vocab_size": ROWS, "eos_token_id": TOKENS - 1, "pad_token_id": 0}
     config = getattr(transformers, f"{family}Config")(**(options | more))
     name = family.removesuffix("Text")
     getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(folder)
@@ -105,6 +106,24 @@ def test_a_checkpoint_is_tuned_resumed_and_measured_or_the_line_says_why_not(
     rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
     assert {row["length"] for row in rows} == {LENGTH, 2 * LENGTH}
     assert {row["status"] for row in rows} == {"ok"}
+
+
+def test_adapters_fit_an_embedding_of_more_rows_than_the_tokenizer_has_tokens(tmp_path):
+    """Trained, resumed and explained; and a run that was tuned whole goes on without its base."""
+    place = write_checkpoint(tmp_path / "model", "llama")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text(counting(0, 900))
+    where = [f"finetune={place}", f"data.path={tmp_path / 'text'}", f"runs={tmp_path / 'runs'}"]
+    where += [f"data.cache={tmp_path / 'cache'}", "trainer.max_steps=2", *SHORT]
+    assert train([*where, "lora.rank=2", "name=adapters", "--explain"]) == 0
+    for name, more in (("adapters", ["lora.rank=2"]), ("whole", [])):
+        assert train([*where, *more, f"name={name}"]) == 0
+        run = RunFolder.open(tmp_path / "runs" / name)
+        base = Path(run.config.finetune or "")
+        if name == "whole":
+            base.rename(tmp_path / "gone")
+        assert train([f"resume={run}", "trainer.max_steps=3"]) == 0
+        assert load(RunFolder.open(run.path)).vocab_size == ROWS
 
 
 def test_every_option_of_data_beside_a_checkpoint_is_its_texts(tmp_path):

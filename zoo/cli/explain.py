@@ -23,7 +23,6 @@ from zoo.ops.runtime.sizes import ceil_div
 from zoo.parallel.ranks import Ranks
 from zoo.report.words import count, size
 from zoo.tasks.memory import peak_bytes
-from zoo.training.data import vocabulary
 from zoo.training.partition import (
     micro_batches,
     process_count,
@@ -31,7 +30,7 @@ from zoo.training.partition import (
     ranks_per_window,
     sharded,
 )
-from zoo.training.rehearse import FROZEN_BYTES, TRAINED_BYTES, rehearse
+from zoo.training.rehearse import FROZEN_BYTES, TRAINED_BYTES, model_vocabulary, rehearse
 
 log = logging.getLogger("zoo")
 
@@ -43,8 +42,7 @@ STATES = (1, 8, 64)  # training lengths after which the state is measured
 def explain(config: TrainConfig) -> str:
     """The costs, a line each. Raises UserError where the run is not possible."""
     rehearse(config)
-    vocab_size = vocabulary(config.data, config.seq_len) + (config.objective == "masked")
-    model, sized = build_model(config, vocab_size)
+    model, sized = build_model(config, model_vocabulary(config))
     extend_as_trained(model, config)
     parameters, length = count_parameters(model), config.seq_len
     processes, micro, ranks = process_count(config), micro_batches(config), ranks_per_window(config)

@@ -17,6 +17,7 @@ from zoo.model.build import build_model
 from zoo.model.extend import extend_as_trained
 from zoo.model.lora import merged
 from zoo.model.pretrained import check_unchanged, load_pretrained, misfit, pretrained_weights
+from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.runs.checkpoints import reject, shards_of
 from zoo.runs.claim import weights_of
 from zoo.runs.files import one_line
@@ -46,6 +47,16 @@ def load(
     extend_as_trained(model, folder.config)
     load_weights(model, weights, partial(refuse_checkpoint, folder))
     return model.to(device, dtype).eval().requires_grad_(False)
+
+
+def vocabulary_of(folder: RunFolder) -> int:
+    """Tokens that a run's model has, the rows of its embedding: a checkpoint's may be more than its
+    tokenizer's. UserError where the run has no checkpoint."""
+    if folder.config.checkpoint:
+        return read_checkpoint(Path(folder.config.checkpoint), None)[0].vocab_size
+    if folder.config.lora.rank is not None:
+        return vocabulary_of(base_of(folder))
+    return weights_in(_a_checkpoint(folder, mapped=True)[1])["embedding.weight"].shape[0]
 
 
 def load_weights(

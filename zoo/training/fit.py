@@ -30,10 +30,12 @@ from zoo.model.checkpoint import (
     last_checkpoint,
     load_weights,
     refuse_checkpoint,
+    vocabulary_of,
     weights_in,
 )
 from zoo.model.extend import extend
 from zoo.model.flops import forward_flops
+from zoo.model.later import Later
 from zoo.model.lora import add_adapters, trained_names
 from zoo.ops.runtime import dispatch
 from zoo.ops.runtime.allocator import tune_allocator
@@ -175,20 +177,27 @@ def _build(
     Where weights are divided `cut` takes this process's parts of them, and of a checkpoint it is
     restored from nothing else is read.
 
+    It has the tokens of what it goes on from, which may be more than the data's `vocab_size`.
+
     Returns it, the sizes that `match` chose, the checkpoint it was restored from, if any, and what
     that holds.
     """
     take, load = cut or (lambda _: None), cut.load if cut else Backbone.load_state_dict
-    model, sizes = build_model(config, vocab_size + (config.objective == "masked"), take)
     checkpoint, state = last_checkpoint(folder, mapped=cut is not None)
     restored, adapts = weights_in(state), config.lora.rank is not None
+    base, tokens = None, vocab_size + (config.objective == "masked")
+    if config.finetune and (adapts or not checkpoint):
+        base = base_of(folder) if adapts else RunFolder.open(config.finetune)
+        tokens = vocabulary_of(base)
+    elif isinstance(known := restored.get("embedding.weight"), Tensor | Later):
+        tokens = known.shape[0]
+    model, sizes = build_model(config, tokens, take)
     for stage in config.stages:
         extend(model, stage.extension, stage.seq_len)
     take(model)  # frequencies
-    if config.finetune and (adapts or not checkpoint):
+    if base is not None:
         # A GGUF file is converted as a whole: in one process after another.
         with alone_on_machine(folder.path) if cut else nullcontext():
-            base = base_of(folder) if adapts else RunFolder.open(config.finetune)
             weights = base_weights(folder, base, mapped=cut is not None)
             load_weights(model, weights, partial(_refuse_base, config), load)
             del weights

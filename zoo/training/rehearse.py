@@ -6,6 +6,7 @@ and too little memory are each refused in one line before the run folder exists.
 
 import logging
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from zoo.errors import UserError, refuse
 from zoo.model.backbone import Backbone
 from zoo.model.block import takes_state
 from zoo.model.build import assemble, build_model, count_parameters, refuse_pattern
-from zoo.model.checkpoint import trained_weights
+from zoo.model.checkpoint import vocabulary_of
 from zoo.model.extend import extend_as_trained
 from zoo.model.lora import add_adapters
 from zoo.ops.runtime import dispatch
@@ -43,10 +44,7 @@ PROBE_TOKENS = 128  # of one row: activations grow at least linearly with its le
 def rehearse(config: TrainConfig) -> None:
     """Raise UserError where the model, the devices or the memory do not allow the run."""
     device = check_devices(config.trainer)
-    vocab_size = vocabulary(config.data, config.seq_len)
-    vocab_size += config.objective == "masked"
-    if config.finetune:
-        _check_vocabulary(config, RunFolder.open(config.finetune), vocab_size)
+    vocab_size = model_vocabulary(config)
     try:
         with torch.device("meta"):
             model, knobs = build_model(config, vocab_size)
@@ -71,20 +69,26 @@ def rehearse(config: TrainConfig) -> None:
         _assembled(config, vocab_size, {**knobs, "layers": len(config.model.blocks)})
 
 
-def _check_vocabulary(config: TrainConfig, base: RunFolder, vocab_size: int) -> None:
-    """Refuse to fine-tune on data of another vocabulary than the model's."""
+def model_vocabulary(config: TrainConfig) -> int:
+    """Tokens that a run's model has: its data's, or those of the model that it fine-tunes.
+
+    These may be more, where a checkpoint's embedding has more rows than its tokenizer has tokens.
+    UserError for data of another vocabulary than the model's.
+    """
+    tokens = vocabulary(config.data, config.seq_len) + (config.objective == "masked")
+    if not config.finetune or not Path(config.finetune).is_dir():  # a run goes on without its base
+        return tokens
+    base = RunFolder.open(config.finetune)
+    known = vocabulary_of(base)
     data, before = flat(plain(config.data)), flat(plain(base.config.data))
     changed = [key for key in ("name", *data) if data[key] != before.get(key)]
-    if not changed:
-        return
-    known = len(trained_weights(base, mapped=True)["embedding.weight"])
-    if vocab_size == known:
-        return
     names = [key for key in changed if key in ("name", "tokenizer") or key.startswith("task.")]
-    name = (names or changed)[0]
-    rule = f"has {vocab_size:,} tokens, and the model of finetune={base} has {known:,}"
-    option = "data" if name == "name" else f"data.{name}"
-    refuse(option, data[name], rule, f"Leave {option} out, or train a new run on it")
+    if tokens > known or (names and tokens < known):
+        name = (names or changed or ["tokenizer"])[0]
+        rule = f"has {tokens:,} tokens, and the model of finetune={base} has {known:,}"
+        option = "data" if name == "name" else f"data.{name}"
+        refuse(option, data[name], rule, f"Leave {option} out, or train a new run on it")
+    return known
 
 
 def _check_length(config: TrainConfig, most: int | None) -> None:
