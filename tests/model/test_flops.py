@@ -10,6 +10,7 @@ from zoo.config.groups import choices, extensions
 from zoo.model.build import build_model
 from zoo.model.extend import extend
 from zoo.model.flops import ReadingCost, forward_flops, reading_cost
+from zoo.model.quantization import quantize
 
 LENGTH = 64  # that models are trained at
 BLOCK = 64  # queries, for the tests of texts of many
@@ -95,6 +96,14 @@ def test_a_window_is_seen_however_long_it_is_and_whatever_the_size_of_the_model(
     far = forward_flops(model, 2**21)
     assert forward_flops(model, 2**20) == pytest.approx(far, rel=0.02)
     assert far == pytest.approx(forward_flops(model, LENGTH) + attention, rel=0.3)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_a_model_of_fewer_bits_computes_as_much(form):
+    model = model_of("transformer")
+    before = forward_flops(model, LENGTH)
+    quantize(model, form)
+    assert forward_flops(model, LENGTH) == before
 
 
 def test_counting_reads_no_values_and_leaves_none_behind():

@@ -17,7 +17,7 @@ from zoo.data.passkey import Passkeys
 from zoo.data.sources import HUB, Source, find_source, store_folder
 from zoo.data.store import TokenStore, open_or_build, write_store
 from zoo.data.tokenizers import Tokenizer, tokenizer_of
-from zoo.errors import UserError, choose, sentence
+from zoo.errors import UserError, choose, refuse, sentence
 
 SCORED_TOKENS = 2**20  # of a split that the bigram model is scored on
 
@@ -169,13 +169,10 @@ def _check_unchanged(name: str, before: Stamps, after: Stamps, folder: Path) -> 
     if not changed:
         return
     more = f" and {len(changed) - 3} more" * (len(changed) > 3)
-    line = sentence(
-        f"data={name}",
-        f"{', '.join(changed[:3])}{more} changed while the text was read",
-        "Use the same command again",
-    )
+    rule = f"{', '.join(changed[:3])}{more} changed while the text was read"
+    advice = "Use the same command again"
     if [stamp[:2] for stamp in before] != [stamp[:2] for stamp in after]:
-        raise UserError(line)
-    touched = TouchedError(line)
+        refuse("data", name, rule, advice)
+    touched = TouchedError(sentence(f"data={name}", rule, advice))
     touched.read = [TokenStore.open(folder / split, verify=False).meta["whole"] for split in SPLITS]
     raise touched

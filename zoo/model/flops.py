@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.attention.pattern import BLOCK_QUERIES, AttentionPattern
 from zoo.model.backbone import Backbone
+from zoo.ops.linear import OwnProducts
 
 CHUNK = 512  # tokens: a multiple of the chunks of recurrences and of bounded windows
 FARTHEST = 2**20  # tokens at which a state is looked at
@@ -129,11 +130,19 @@ def _per_token(model: Backbone, length: int) -> float:
     weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     device = next(iter(weights.values())).device
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    # Without gradients of their own: the counter hooks any input that seems to need one.
-    fake_weights: dict[str, torch.Tensor] = {
-        name: fakes.from_tensor(x.detach()) for name, x in weights.items()
-    }
+    fake_weights = {name: _fake(x, fakes) for name, x in weights.items()}
     with torch.no_grad(), fakes, FlopCounterMode(display=False) as counter:
         sample = torch.zeros(1, length, dtype=torch.long, device=device)
         torch.func.functional_call(model, fake_weights, (sample,))
     return counter.get_total_flops() / length
+
+
+def _fake(weight: torch.Tensor, fakes: FakeTensorMode) -> torch.Tensor:
+    """A tensor of its shape, whose products count as what they compute, however it is kept.
+
+    Without a gradient of its own: the counter hooks any input that seems to need one.
+    """
+    if isinstance(weight, OwnProducts):
+        with fakes:
+            return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    return fakes.from_tensor(weight.detach())
