@@ -167,7 +167,8 @@ def taken_otherwise(words: list[str], config: TrainConfig, before: TrainConfig) 
         if path not in is_now or value is None or key in (*GROUPS, *SPELLED_OUT):
             continue
         meant, held = read_sizes(value), is_now[path]
-        if isinstance(held, bool) != isinstance(meant, bool) or held not in (meant, str(meant)):
+        kept = (meant, str(meant), value)  # as it is where the option is a text: name=64k
+        if isinstance(held, bool) != isinstance(meant, bool) or held not in kept:
             wrong.append(f"{key}={value} was taken as {held!r}")
     may_change = [path for key in requested for path in (key, *FOLLOWS.get(key.split(".")[0], ()))]
     may_change += [path for key in requested for path in FOLLOWS.get(key, ())]
