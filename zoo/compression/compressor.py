@@ -83,11 +83,9 @@ class Compressor:
         prompt = prompt_from(tokens, self.reader, question)
         if not self._scores_readers_tokens:
             assert self.scorer is not None
-            text, question_text = (
-                prompt.text(range(prompt.question.start)),
-                prompt.text(prompt.question),
-            )
-            prompt = prompt_of(text, self.scorer.tokenizer, question=question_text)
+            text = prompt.text(range(prompt.question.start))
+            wanted = prompt.text(prompt.question)
+            prompt = prompt_of(text, self.scorer.tokenizer, question=wanted)
         whole = [*tokens, *question]
         if self.config.rate is not None:
             return self._compressed(prompt, whole, self.config.rate)

@@ -73,9 +73,10 @@ def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
         rule = "its frequencies are trained (extension=clex), which no exported form holds"
         refuse("run", folder, rule, "Open the run itself: zoo.load")
     found = foreign(model, config)
-    own = form == "zoo" or (form == "auto" and isinstance(found, str))
+    difference = found if form == "auto" and isinstance(found, str) else ""
+    own = form == "zoo" or bool(difference)
     if own and config.data.task is not None:
-        why = f", and transformers has no architecture for it ({found})" if form == "auto" else ""
+        why = f", and transformers has no architecture for it ({found})" if difference else ""
         rule = f"is a task without a tokenizer, which the zoo's form needs{why}"
         refuse("data", config.data.name, rule, "Open the run folder itself")
     if own:
@@ -105,8 +106,7 @@ def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
             os.rename(draft, to)
     except OSError as error:
         raise cannot_write(to, error) or error from error
-    decided = form == "auto" and isinstance(found, str)
-    return Exported(architecture, file, about, str(found) if decided else "")
+    return Exported(architecture, file, about, difference)
 
 
 def _of_transformers(

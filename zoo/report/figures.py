@@ -214,11 +214,8 @@ def quantity_figure(results: Results, task: str, quantity: Quantity) -> Lines:
     title = caption(quantity)
     if level is not None:
         title += f", {FORMS[quantity.form].text(level)} by chance"
-    title += (
-        ""
-        if quantity.cost
-        else noise_words(floors_of(results, cells, quantity.form), quantity.form)
-    )
+    if not quantity.cost:
+        title += noise_words(floors_of(results, cells, quantity.form), quantity.form)
     where = "-".join(map(str, quantity.where.values()))
     return Lines(
         "-".join(filter(None, (task, quantity.field, where))),

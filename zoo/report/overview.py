@@ -5,11 +5,10 @@ longest length that was measured, the bar its 95% interval; costs are those of t
 Only arms that passed the leak audit and have learned are drawn: of the others a word says which.
 """
 
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import altair as alt
@@ -46,9 +45,7 @@ class Panel:
     better: str | None
     text: Any
     level: float | None = None
-    guesses: Mapping[str, float] = dataclasses.field(
-        default_factory=dict
-    )  # arm -> what guessing would score
+    guesses: Mapping[str, float] = field(default_factory=dict)  # arm -> what guessing would score
 
 
 @dataclass(frozen=True)
@@ -171,12 +168,12 @@ def _costs(results: Results) -> list[Panel]:
     known: dict[str, tuple[str, Quantity]] = {
         each.field: (task, each) for task, each in costs(results)
     }
-    speed = next((field for field in SPEEDS if field in known), None)
+    speed = next((cost for cost in SPEEDS if cost in known), None)
     panels = []
-    for name, field in (("state", "state_bytes"), ("speed", speed)):
-        if field not in known:
+    for name, cost in (("state", "state_bytes"), ("speed", speed)):
+        if cost not in known:
             continue
-        task, quantity = known[field]
+        task, quantity = known[cost]
         bytes_ = quantity.form == "bytes"
         words = size if bytes_ else FORMS[quantity.form].text
         axis = Axis("", size if bytes_ else number, base=2 if bytes_ else 10, most=NARROW)

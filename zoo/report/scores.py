@@ -67,10 +67,8 @@ def ties(results: Results, protocol: str) -> Tied:
     That is so where the interval of their difference holds 0 or the seed alone makes as much, or,
     of arms that were not scored on the same text, where the intervals of their scores overlap.
     """
-    places, noise = (
-        results.places("perplexity", protocol=protocol),
-        score_noise(results, protocol),
-    )
+    places = results.places("perplexity", protocol=protocol)
+    noise = score_noise(results, protocol)
     overlap = overlapping(results.cells("perplexity", "bits_per_byte", protocol=protocol), noise)
 
     def tied(label: str, other: str, length: int) -> bool:
