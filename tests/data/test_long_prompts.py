@@ -3,10 +3,11 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizing import KINDS
 
 from zoo.data.long_contexts import GENERATED, Example
 from zoo.data.long_prompts import cut_to, fitting, levelled, solved, with_shots
-from zoo.data.tokenizers import BYTE_TOKENIZER
+from zoo.data.tokenizers import BYTE_TOKENIZER, open_tokenizer
 from zoo.errors import UserError
 
 TEXT = [f"Sentence {i} of a book." for i in range(50)]
@@ -145,3 +146,41 @@ def test_one_of_the_tested_text_itself_is_no_demonstration():
     assert prompt.shots == 1
     assert "J" in written(prompt.tokens)
     assert written(prompt.tokens).count("text") == 1
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    KINDS[request.param]().save(str(path))
+    return open_tokenizer(str(path))
+
+
+def decoded(tokenizer, prompt) -> str:
+    return "".join(tokenizer.decode(prompt.tokens))
+
+
+@pytest.mark.parametrize("truncate", [None, "left", "middle"])
+def test_a_whole_prompt_has_its_text_under_every_tokenizer(kind, truncate):
+    example = Example("the cat", "then a\n", "ten?", ["so"])
+    shown = [solved(Example("", text, "dad?", ["I"])) for text in ("the", "a cat", "hen")]
+    prompt = with_shots(kind, example, shown, 10_000, truncate)
+    expected = with_shots(BYTE_TOKENIZER, example, shown, 10_000, truncate)
+    assert decoded(kind, prompt) == written(expected.tokens)
+    assert prompt.shots == expected.shots == 3
+    for most in range(20, 120):  # cut where it must be, and never longer
+        try:
+            found = with_shots(kind, example, shown, most, truncate)
+        except UserError:
+            continue
+        assert len(found.tokens) <= most
+        assert decoded(kind, found).endswith("\n\nten?")
+        if not found.cut + found.shots_cut:  # what is read is a whole text
+            assert found.tokens == kind.tokens(decoded(kind, found))
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_demonstrations_have_their_text_under_every_tokenizer(kind, name):
+    prompt = fitting(kind, name, [7, 0], TEXT, 12_000, shown=(name, 7, 2))
+    assert prompt.shots == 2
+    assert len(prompt.tokens) <= 12_000
+    assert prompt.tokens == kind.tokens(decoded(kind, prompt))

@@ -121,3 +121,11 @@ def test_what_is_written_on_keeps_its_first_space(kind, end, tmp_path):
         whole = ours.start(text + end)
         assert whole[: len(before)] == before
         assert "".join(ours.decode(whole[len(before) :], before)) == end
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_behind_another_has_the_tokens_that_it_has_in_both(kind, tmp_path):
+    ours = open_tokenizer(str(saved(tmp_path, kind, "none")))
+    for before in ("cat.", "caf\u00e9\n", "\n\n", "a:"):
+        for text in [*TEXTS, "\nthe", " ", "dad\n"]:
+            assert ours.tokens(before) + ours.further(text) == ours.tokens(before + text)

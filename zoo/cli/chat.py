@@ -84,7 +84,7 @@ def chat(words: Sequence[str]) -> int:
         if writer is None:
             writer = model.writer(line)
         elif line.strip("\n"):
-            writer.read(model.tokenizer.tokens(line))
+            writer.read(model.tokenizer.further(line))
         writer.check_length(how.tokens)
         before, began = writer.written, perf_counter()
         with held_back():

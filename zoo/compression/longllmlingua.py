@@ -65,7 +65,7 @@ def compress(
 
 def relevance_of(scorer: Scorer, prompt: Prompt, document: Sequence[int]) -> float:
     """r_k: the mean log p of the question and the restriction after a document."""
-    conditioned = [*prompt.tokens(prompt.question), *scorer.tokenizer.tokens(RESTRICTION)]
+    conditioned = [*prompt.tokens(prompt.question), *scorer.tokenizer.further(RESTRICTION)]
     prefix = scorer.read(scorer.start(), prompt.tokens(document))
     return -float(scorer.information(prefix, conditioned).mean())
 

@@ -72,8 +72,13 @@ def fitting(
     """
     made = functools.partial(_made, tokenizer, dataset, seed, text)
     best, below, size = least(tokenizer, dataset, seed, text, most, answer), 0, 1
-    before = _generated(tokenizer, shown, most - len(best.tokens)) if shown else []
-    most -= sum(map(len, before))
+    before = []
+    if shown:
+        behind = made(0, further=True)
+        room = most - max(len(best.tokens), len(behind.tokens))
+        if before := _generated(tokenizer, shown, room):
+            made, best = functools.partial(made, further=True), behind
+            most -= sum(map(len, before))
     while len((found := made(size)).tokens) <= most and size < 2**24:
         best, below, size = found, size, 2 * size
     while size - below > 1:  # the largest that fits is in between
@@ -87,11 +92,19 @@ def fitting(
 
 
 def _made(
-    tokenizer: Tokenizer, dataset: str, seed: list[int], text: Sequence[str], size: int
+    tokenizer: Tokenizer,
+    dataset: str,
+    seed: list[int],
+    text: Sequence[str],
+    size: int,
+    *,
+    further: bool = False,
 ) -> LongPrompt:
+    """An example's prompt, `further` where demonstrations are before its text."""
     example = GENERATED[dataset](np.random.default_rng(seed), size, text)
-    parts = (example.instruction, example.context, example.question)
-    return LongPrompt(tokenizer.start(BREAK.join(parts)), example.answers)
+    whole = BREAK.join((example.instruction, example.context, example.question))
+    tokens = tokenizer.further(whole) if further else tokenizer.tokens(whole)
+    return LongPrompt([*tokenizer.start(""), *tokens], example.answers)
 
 
 def _generated(tokenizer: Tokenizer, shown: Generated, room: int) -> list[list[int]]:
@@ -101,7 +114,8 @@ def _generated(tokenizer: Tokenizer, shown: Generated, room: int) -> list[list[i
     for number in range(count):
         example = GENERATED[dataset](np.random.default_rng([seed, number, 1]), 0, [])
         text = _text(solved(example._replace(answers=[", ".join(example.answers)])))
-        tokens = tokenizer.tokens(f"{text}{BREAK}")
+        read = tokenizer.further if found else tokenizer.tokens
+        tokens = read(f"{text}{BREAK}")
         if len(tokens) > room:
             break
         found.append(tokens)
@@ -129,14 +143,19 @@ def _text(example: Example) -> str:
 
 
 def _cut(
-    tokenizer: Tokenizer, example: Example, most: int, truncate: str | None
+    tokenizer: Tokenizer, example: Example, most: int, truncate: str | None, further: bool
 ) -> tuple[list[int], int] | None:
-    """At most so many tokens of an example, and how many of its text were cut; None for no room."""
-    whole = tokenizer.tokens(_text(example))
+    """At most so many tokens of an example, and how many of its text were cut; None for no room.
+
+    It is `further` where another is before it.
+    """
+    read = tokenizer.further if further else tokenizer.tokens
+    whole = read(_text(example))
     if len(whole) <= most:
         return whole, 0
-    before, behind = _around(tokenizer, example)
-    text, room = tokenizer.tokens(example.context), most - len(before) - len(behind)
+    before, behind = _around(tokenizer, example, further)
+    inner = tokenizer.further if before else read
+    text, room = inner(example.context), most - len(before) - len(behind)
     if truncate is None or room < 1:
         return None
     kept = text[-room:]
@@ -145,24 +164,45 @@ def _cut(
     return [*before, *kept, *behind], len(text) - room
 
 
-def _around(tokenizer: Tokenizer, example: Example) -> tuple[list[int], list[int]]:
+def _around(
+    tokenizer: Tokenizer, example: Example, further: bool
+) -> tuple[list[int], list[int]]:
     """The tokens before an example's text, and behind it."""
     instruction = f"{example.instruction}{BREAK}" if example.instruction else ""
-    return tokenizer.tokens(instruction), tokenizer.tokens(f"{BREAK}{example.question}")
+    read = tokenizer.further if further else tokenizer.tokens
+    return read(instruction), tokenizer.further(f"{BREAK}{example.question}")
+
+
+def _most_around(tokenizer: Tokenizer, example: Example) -> int:
+    """As `_most`, of the tokens around an example's text."""
+    every = [_around(tokenizer, example, further) for further in (False, True)]
+    return max(len(before) + len(behind) for before, behind in every)
+
+
+def _most(tokenizer: Tokenizer, text: str) -> int:
+    """The tokens of a text where it is first or where it is not, whichever are more."""
+    return max(len(tokenizer.tokens(text)), len(tokenizer.further(text)))
 
 
 def cut_to(
-    tokenizer: Tokenizer, example: Example, most: int, truncate: str | None, answer: int = 0
+    tokenizer: Tokenizer,
+    example: Example,
+    most: int,
+    truncate: str | None,
+    answer: int = 0,
+    *,
+    further: bool = False,
 ) -> LongPrompt:
     """A document's prompt of at most so many tokens, its text cut where it is longer.
 
-    `answer` more are the length's, which a refusal names.
+    `answer` more are the length's, which a refusal names. The prompt is `further` where
+    demonstrations are put before its text.
 
     Raises UserError where it is and `truncate` is None, and where question and instruction alone
     are.
     """
     start = tokenizer.start("")
-    if (found := _cut(tokenizer, example, most - len(start), truncate)) is not None:
+    if (found := _cut(tokenizer, example, most - len(start), truncate, further)) is not None:
         return LongPrompt([*start, *found[0]], example.answers, found[1])
     if truncate is None:
         length = len(start) + len(tokenizer.tokens(_text(example)))
@@ -171,7 +211,7 @@ def cut_to(
             f"without the {answer} of the answer"
         )
         refuse("task.documents.truncate", None, rule, "Use left or middle, or a longer length")
-    alone = len(start) + sum(map(len, _around(tokenizer, example)))
+    alone = len(start) + sum(map(len, _around(tokenizer, example, further)))
     rule = f"without the {answer} of the answer is too short: a question alone has {alone} tokens"
     refuse("task.documents.lengths", most + answer, rule, "Use a longer one")
 
@@ -190,25 +230,26 @@ def with_shots(
     """
     shown = [one for one in shown if one.context != example.context]
     if truncate is None:
-        left = most - len(cut_to(tokenizer, example, most, None, answer).tokens)
+        cut_to(tokenizer, example, most, None, answer)  # refuses what has no room
+        left = most - len(tokenizer.start("")) - _most(tokenizer, _text(example))
         sizes = _whole_or_none(tokenizer, shown, left)
     else:
         sizes = _shared(tokenizer, example, shown, most)
-    found, cut, end = [], 0, tokenizer.tokens(BREAK)
+    found, cut, end = [], 0, tokenizer.further(BREAK)
     for one, size in zip(shown, sizes, strict=True):
         if size:
-            part = _cut(tokenizer, one, size - len(end), truncate)
+            part = _cut(tokenizer, one, size - len(end), truncate, bool(found))
             assert part is not None, "a size has room for a question"
             found.append([*part[0], *end])
             cut += part[1]
     left = most - sum(map(len, found))
-    prompt = cut_to(tokenizer, example, left, truncate, answer)
+    prompt = cut_to(tokenizer, example, left, truncate, answer, further=bool(found))
     return _behind(tokenizer, found, prompt)._replace(shots_cut=cut)
 
 
 def _size(tokenizer: Tokenizer, shown: Example) -> int:
     """The tokens of a whole demonstration."""
-    return len(tokenizer.tokens(_text(shown))) + len(tokenizer.tokens(BREAK))
+    return _most(tokenizer, _text(shown)) + len(tokenizer.further(BREAK))
 
 
 def _whole_or_none(tokenizer: Tokenizer, shown: Sequence[Example], room: int) -> list[int]:
@@ -228,10 +269,10 @@ def _shared(
 
     Of those that cannot have as many as their question needs the last is left out, until all can.
     """
-    end = len(tokenizer.tokens(BREAK))
-    whole = [len(tokenizer.start(_text(example))), *(_size(tokenizer, one) for one in shown)]
-    around = [sum(map(len, _around(tokenizer, one))) + 1 for one in (example, *shown)]
-    extra = [len(tokenizer.start("")), *[end] * len(shown)]
+    end, start = len(tokenizer.further(BREAK)), len(tokenizer.start(""))
+    whole = [start + _most(tokenizer, _text(example)), *(_size(tokenizer, one) for one in shown)]
+    around = [_most_around(tokenizer, one) + 1 for one in (example, *shown)]
+    extra = [start, *[end] * len(shown)]
     needs = [min(size, a + b) for size, a, b in zip(whole, around, extra, strict=True)]
     read, sizes = [*range(len(whole))], [0] * len(whole)
     while len(read) > 1:

@@ -18,6 +18,7 @@ BYTES = "bytes"
 
 Encode = Callable[[bytes], array]
 Decode = Callable[..., Iterator[str]]  # (tokens, before=())
+BEFORE = "\n", "a", "."  # texts that a text may be behind: with one of them it is not merged
 CONTEXT = 16  # tokens before a text that its first character may depend on
 
 
@@ -51,6 +52,15 @@ class Tokenizer(NamedTuple):
         """The text's tokens, without the one that ends a document; lone surrogates are U+FFFD."""
         whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self.encode(whole.encode()).tolist()[:-1]
+
+    def further(self, text: str) -> list[int]:
+        """The tokens of a text behind another: without the space that some tokenizers, Llama 2's
+        among them, put before every text."""
+        for before in BEFORE:
+            begin, whole = self.tokens(before), self.tokens(before + text)
+            if whole[: len(begin)] == begin:
+                return whole[len(begin) :]
+        return self.tokens(text)
 
 
 def open_tokenizer(
