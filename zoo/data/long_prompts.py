@@ -164,9 +164,7 @@ def _cut(
     return [*before, *kept, *behind], len(text) - room
 
 
-def _around(
-    tokenizer: Tokenizer, example: Example, further: bool
-) -> tuple[list[int], list[int]]:
+def _around(tokenizer: Tokenizer, example: Example, further: bool) -> tuple[list[int], list[int]]:
     """The tokens before an example's text, and behind it."""
     instruction = f"{example.instruction}{BREAK}" if example.instruction else ""
     read = tokenizer.further if further else tokenizer.tokens
