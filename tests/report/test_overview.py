@@ -107,6 +107,13 @@ def test_any_number_of_arms_fits_and_the_best_are_drawn(count):
     assert all(arm in styles(results, drawn(results)) for arm in whole.arms)
 
 
+def test_a_cost_that_no_drawn_arm_has_is_no_panel():
+    rows = [score_row("transformer", 512, 2.0, bigram_bits=3.0)]
+    rows += [score_row("dull", 512, 3.1, bigram_bits=3.0)]
+    del rows[0]["state_bytes"]
+    assert [panel.name for panel in overview_of(rows).panels] == ["quality"]
+
+
 def test_the_page_has_the_panels_in_the_inks_of_its_theme_before_any_table_and_a_picture():
     rows = experiment()
     results = gather(rows, run_records(rows))

@@ -74,12 +74,12 @@ def overview(results: Results) -> Overview | None:
     tested = [panel for panel in (_quality(results), _recall(results)) if panel]
     if not tested:
         return None
-    panels = [*tested, *_costs(results)]
     without = excluded(results, tested)
     learned = [arm for arm in results.arms if arm not in without]
     learned.sort(key=lambda arm: [_rank(panel, arm) for panel in tested])
     shown = learned[:MAX_ARMS]
     words = {arm: without[arm] for arm in [*without][: MAX_ARMS - len(shown) or 3]}
+    panels = [*tested, *(panel for panel in _costs(results) if {*shown} & {*panel.values})]
     return Overview(panels, [*shown, *words], words, len(results.arms))
 
 
