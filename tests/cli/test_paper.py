@@ -65,6 +65,20 @@ def test_a_table_has_ours_beside_theirs(name, place, capsys):
         assert "run" in row or len([v for v in values if float(v.split()[0]) > 1]) >= 2
 
 
+def test_the_numbers_are_those_of_the_command_and_of_no_other_measurement(place, capsys):
+    words = ["paper", "dca_pg19", f"checkpoint={place / 'model-256'}", "lengths=[256]"]
+    words += [f"data.path={place / 'text'}", f"data.cache={place / 'cache'}"]
+    words += [f"runs={place / 'again'}"]
+
+    def table(*others: str) -> list[str]:
+        assert main([*words, *others]) == 0
+        return capsys.readouterr().err.splitlines()[-2:]
+
+    first = table("task.perplexity.units=1")
+    assert table("task.perplexity.units=2") != first
+    assert table("task.perplexity.units=1") == first
+
+
 def test_what_cannot_be_measured_is_refused_in_one_line(capsys):
     for words in ([], ["no_such_table"], ["dca_pg19"]):
         assert main(["paper", *words]) == 2

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,10 @@ def _check_extension(
     check_reads(config.extension)
 
 
-def job(config: EvalConfig, arm: Arm | None) -> int:
+def job(config: EvalConfig, arm: Arm | None, answers: list[dict[str, Any]] | None = None) -> int:
     """Measure the runs one after another; the exit code says whether every one could be.
+
+    `answers` gets the rows of what is requested.
 
     One that crashes the process it is measured in does not stop the others, where one can be forked
     from this.
@@ -115,7 +118,7 @@ def job(config: EvalConfig, arm: Arm | None) -> int:
     from zoo.tasks.isolation import here
 
     apart = processes.run if processes.can_fork() else here
-    return evaluate(config, folders, say=_print, fresh=config.fresh, apart=apart)
+    return evaluate(config, folders, say=_print, fresh=config.fresh, apart=apart, answers=answers)
 
 
 def _check_ranks(config: EvalConfig) -> None:
@@ -168,6 +171,12 @@ def _print(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 
-def main(argv: Sequence[str] | None = None, name: str | None = None) -> int:
-    """`name` begins the line of a refusal, where another program calls this one."""
-    return launch("eval", argv, usage=USAGE, check=check, job=job, name=name)
+def main(
+    argv: Sequence[str] | None = None,
+    name: str | None = None,
+    answers: list[dict[str, Any]] | None = None,
+) -> int:
+    """`name` begins the line of a refusal, where another program calls this one, and `answers` gets
+    the rows of what it requests."""
+    work = partial(job, answers=answers)
+    return launch("eval", argv, usage=USAGE, check=check, job=work, name=name)

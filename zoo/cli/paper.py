@@ -71,7 +71,6 @@ def _measured(
     from zoo.cli.eval import _text
     from zoo.cli.eval import main as measure
     from zoo.runs.folder import RunFolder
-    from zoo.tasks.identity import extension_settings
     from zoo.training.pretrained import pretrained_run
 
     config = compose("eval", [*words, *row["words"]])
@@ -81,9 +80,9 @@ def _measured(
     else:
         folder = RunFolder.open(run)
     mine = [word for word in words if not word.startswith(("checkpoint=", "data."))]
-    code = measure([f"run={folder.path}", *mine, *row["words"]])
-    same = {"extension_settings": extension_settings(config.extension), **table["where"]}
-    rows = [one for one in folder.rows() if all(one.get(k) == v for k, v in same.items())]
+    answers: list[dict[str, Any]] = []
+    code = measure([f"run={folder.path}", *mine, *row["words"]], answers=answers)
+    rows = [one for one in answers if all(one.get(k) == v for k, v in table["where"].items())]
     return code, {one["length"]: one.get(table["field"]) for one in rows if "length" in one}
 
 

@@ -46,6 +46,7 @@ def evaluate(
     progress: Progress | None = None,
     fresh: bool = False,
     apart: Apart = here,
+    answers: list[Row] | None = None,
 ) -> int:
     """Measure every run with every task, write the report, `say` its table; returns the exit code.
 
@@ -57,7 +58,8 @@ def evaluate(
     that leaks is not measured: its row has the status `leaks` and the reason.
 
     `apart` calls a function in a process of its own: a run whose measurements crash it is a failed
-    one, and the others go on.
+    one, and the others go on. `answers` gets the rows of what this measured or had measured before,
+    without the earlier ones beside them.
 
     Returns 0, or 1 where a run or a measurement failed or nothing was measured. Raises UserError,
     before any model is opened, for settings or an extension that fit no run; and where no run can
@@ -103,6 +105,8 @@ def evaluate(
             raise found.refused[0]
         rows += [*found.rows, *found.besides]
         _print_reasons(folder, found.rows)
+    if answers is not None:
+        answers += [row for row in rows if row.get("requested", True)]
     if len(errors) == len(folders):
         raise errors[0] if len(errors) == 1 else _none_opened(errors)
     places = {folder.path.resolve().parent for folder in folders}
