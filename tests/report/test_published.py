@@ -132,6 +132,14 @@ def test_another_budget_is_said(table, mine, words):
     assert said == [f"published t: other {words}"]
 
 
+def test_the_tokens_of_a_pruned_rate_are_no_budget_of_a_table(table):
+    pruned = run("p", lr=2e-3, status="stopped", valid_loss=0.9)
+    packed = published.pack("t", rows("a") + rows("p", train_tokens=50), [run("a"), pruned])
+    table.write_text(published.text(packed))
+    said = published.beside(rows("mine", train_tokens=50))[2]
+    assert said == ["published t: other training tokens (50 here, 100 there)"]
+
+
 def test_other_data_and_other_tasks_are_left_out(table):
     assert published.beside(rows("mine", fingerprint="g")) == ([], [], [])
     assert published.beside(rows("mine", task="speed")) == ([], [], [])

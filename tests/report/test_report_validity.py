@@ -290,6 +290,16 @@ def test_answers_that_are_no_better_than_guesses_are_said_to_be():
     assert not any("guessing" in line for line in banners(gather(rows, run_records(rows))))
 
 
+@pytest.mark.parametrize("older_first", [False, True])
+def test_rows_of_a_version_without_guesses_leave_those_of_others_what_they_are(older_first):
+    rows = answers("lstm", {64: 0.3}, guess=0.3, run="r")
+    rows[0]["declares"]["quantities"][0]["guess"] = "guess"
+    older = answers("mamba", {64: 0.99}, run="o")
+    results = gather(older + rows if older_first else rows + older, [])
+    assert results.tasks["accuracy"].quantities[0].guess == "guess"
+    assert any("No better than guessing at accuracy: lstm" in line for line in banners(results))
+
+
 def test_answers_that_a_rule_without_association_gives_are_guesses():
     """By the caveat, and by the picture of what holds up."""
     about = {"guess": 0.3, "run": "r"}

@@ -16,6 +16,7 @@ from typing import Any
 
 from zoo.errors import choose, refuse, refuse_path
 from zoo.measurement import replaces, wrong_field
+from zoo.report.rates import choose_rates
 
 Row = dict[str, Any]
 
@@ -180,7 +181,8 @@ def beside(rows: Sequence[Row]) -> tuple[list[Row], list[Row], list[str]]:
             continue
         data = {(row.get("task"), row.get("fingerprint")) for row in theirs}
         mine = [row for row in rows if (row.get("task"), row.get("fingerprint")) in data]
-        said += [f"published {path.stem}: {words}" for words in differences(mine, theirs)]
+        compared, _, _ = choose_rates(theirs, runs)  # those of pruned rates have another budget
+        said += [f"published {path.stem}: {words}" for words in differences(mine, compared)]
         kept = {row["run"] for row in theirs}
         found_rows += [row | _published(row, path.stem) for row in theirs]
         found_runs += [run | _published(run, path.stem) for run in runs if run.get("run") in kept]

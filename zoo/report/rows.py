@@ -97,7 +97,11 @@ class Results:
             if task is None:
                 continue
             said = [one for row in rows if (one := declared(row))] or [_undeclared(task, rows)]
-            every = {(q.field, q.name): q for one in said for q in one.quantities}
+            every: dict[tuple[str, str], Quantity] = {}
+            for q in (q for one in said for q in one.quantities):
+                before = every.setdefault((q.field, q.name), q)
+                # Rows of an older version may lack what later ones have, whichever come first.
+                every[q.field, q.name] = replace(q, guess=q.guess or before.guess)
             found[task] = replace(said[0], quantities=tuple(every.values()))
         return found
 
