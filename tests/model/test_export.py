@@ -1,6 +1,7 @@
 """A run's model, exported: `transformers` and the zoo open it with the same weights and logits."""
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from zoo.cli.train import main as train
 from zoo.config.compose import compose
 from zoo.config.groups import extensions
 from zoo.config.introspect import constructor_parameters
-from zoo.config.schema.model import Model
+from zoo.config.schema.model import Extension, Model
 from zoo.config.schema.train import TrainConfig
 from zoo.config.stages import stages_of, trained_length
 from zoo.config.validate import plain, validate
@@ -27,7 +28,8 @@ from zoo.model.build import build_model
 from zoo.model.checkpoint import load
 from zoo.model.convert import from_transformers
 from zoo.model.export import export
-from zoo.model.extend import extend_as_trained
+from zoo.model.extend import extend, extend_as_trained
+from zoo.model.pretrained import load_pretrained
 from zoo.model.transformers_config import foreign
 from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.pretrained.options import pretrained_config
@@ -39,6 +41,7 @@ from zoo.tasks.identity import row_identity
 transformers = pytest.importorskip("transformers")
 
 LLAMA3 = ["extension=llama3", "extension.factor=4"]
+PI = ["extension=pi", "extension.factor=2"]
 YARN = ["extension=yarn", "extension.factor=4", "extension.original_length=16"]
 LONGROPE = ["extension=longrope", "extension.factor=4", "extension.original_length=16"]
 LONGROPE += [f"extension.scaling.long_factors={[1 + i / 5 for i in range(16)]}".replace(" ", "")]
@@ -48,7 +51,7 @@ NEOX += ["model.feed_forward._target_=zoo.mixers.feed_forward.MLP"]
 FORMS = {  # what transformers has: its class, and the options of the run
     "llama": ("LlamaForCausalLM", ["model.mixer.kv_heads=2"]),
     "llama untied": ("LlamaForCausalLM", ["model.tied=false", "model.mixer.head_width=12"]),
-    "llama pi": ("LlamaForCausalLM", ["extension=pi", "extension.factor=2"]),
+    "llama pi": ("LlamaForCausalLM", [*PI, "extension.original_length=16"]),
     "llama yarn": ("LlamaForCausalLM", YARN),
     "llama llama3": ("LlamaForCausalLM", [*LLAMA3, "extension.original_length=16"]),
     "llama dynamic": ("LlamaForCausalLM", ["extension=dynamic_ntk", "extension.factor=2"]),
@@ -157,6 +160,9 @@ def test_how_it_was_trained_is_read_again(form, tmp_path):
 
 
 ROTARY = [name for name in extensions() if name not in ("none", *MODEL_OF)]
+TUNING = [
+    name for name in ROTARY if name != "clex" and not extensions()[name].get("positions")
+]  # what needs no training on positions
 THEN = [("pi", "replace"), ("pi", "on_top"), ("dca", "replace"), ("none", "replace")]
 QUICK = ("yarn", "dca")
 
@@ -233,6 +239,51 @@ def test_every_chain_of_stages_is_exported_whole_or_refused(first, tmp_path):
                 assert stages_of(found) == stages_of(config)
                 assert [stage.run for stage in found.stages] == ["before"]
     assert exported
+
+
+def under(name: str, composition: str) -> Extension:
+    words = ["run=x", f"extension={name}", f"extension.composition={composition}"]
+    words += ["extension.factor=8"] * (extensions()[name]["factor"] == "???")
+    words += LONGROPE[-1:] * (name == "longrope")
+    words += ["extension.attention.sinks=2"] * (name == "lm_infinite")
+    return compose("eval", words).extension
+
+
+def after(model: Backbone, config: TrainConfig, extension: Extension) -> torch.Tensor | str:
+    """What a model reads under a further extension; why it is not put under it, in words."""
+    text = torch.randint(0, 256, (1, 240), generator=torch.Generator().manual_seed(0))
+    try:
+        return extend(copy.deepcopy(model), extension, config.seq_len)(text)
+    except UserError as error:
+        return str(error).partition("=")[0]
+
+
+@pytest.mark.slow  # a minute
+@pytest.mark.parametrize("first", TUNING)
+@pytest.mark.parametrize("lengths", [(48, 96), (24, 192)])
+def test_an_export_reads_under_every_further_extension_as_the_run_does(first, lengths, tmp_path):
+    """What the next scaling counts from, too, is in the files."""
+    original, seq_len = lengths
+    config = tuned(made(tmp_path).config, (first, "replace", seq_len))
+    tree = plain(config.extension) | {"original_length": original}
+    config = validate(TrainConfig, {**plain(config), "extension": tree})
+    run = stored(tmp_path / "tuned", config, extend_as_trained(build_model(config, 256)[0], config))
+    model, number = load(run), 0
+    for form in ("auto", "zoo"):
+        export(run, tmp_path / form, form)
+        found = opened(tmp_path / form)
+        again = load_pretrained(found).eval()
+        assert found.seq_len == seq_len
+        for name, composition in itertools.product(TUNING, ("replace", "on_top")):
+            extension = under(name, composition)
+            expected = after(model, config, extension)
+            got = after(again, found, extension)
+            if isinstance(expected, str) or isinstance(got, str):
+                assert got == expected, (form, name, composition)
+                continue
+            number += 1
+            assert torch.allclose(got, expected, atol=1e-6, rtol=1e-6), (form, name, composition)
+    assert number
 
 
 def test_what_is_exported_of_a_chain_is_measured_as_the_run_is(tmp_path):

@@ -16,13 +16,17 @@ from zoo.cli.shrink import main
 from zoo.cli.train import main as train_main
 from zoo.config.groups import choices
 from zoo.config.schema.model import Shrunk
+from zoo.config.schema.train import TrainConfig
+from zoo.config.validate import plain, validate
 from zoo.errors import UserError
 from zoo.mixers.low_rank import LowRank
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
 from zoo.model.checkpoint import load
+from zoo.model.lora import A, B
 from zoo.model.shrink import multiplied_out, shrink
 from zoo.ops.linear import Linear
+from zoo.runs.claim import weights_of
 from zoo.runs.folder import RunFolder
 
 TINY = ["batch_tokens=256", "trainer.max_steps=3", "save_every=1"]
@@ -127,6 +131,27 @@ def test_a_smaller_run_is_measured_under_its_own_name(runs, name, tmp_path, caps
     )
     assert row["train_tokens"] == base.info["tokens_seen"]
     assert row["arm"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", [{"rank": 4}, {"sparsity": 0.5}])
+def test_a_smaller_run_of_adapters_has_weights_of_its_own(runs, how, tmp_path):
+    base = RunFolder.open(runs / "x")
+    tree = plain(base.config) | {"finetune": str(base.path), "lora": {"rank": 2}}
+    facts = {"step": 1, "status": "done", "base": {"weights": weights_of(base)}}
+    adapted = RunFolder.create(tmp_path / "lora", validate(TrainConfig, tree), facts)
+    weight = load(base).get_parameter(f"{(layer := 'blocks.0.mixer.q_proj')}.weight")
+    pair = {f"model.{layer}{A}": torch.ones(2, weight.shape[1])}
+    pair |= {f"model.{layer}{B}": torch.ones(weight.shape[0], 2)}
+    file = adapted.path / "checkpoints/step=1.ckpt"
+    torch.save({"state_dict": pair, "global_step": 1}, file)
+    ((option, value),) = how.items()
+    assert main([f"run={adapted}", f"{option}={value}", f"to={tmp_path / 'out'}"]) == 0
+    smaller, expected = (
+        RunFolder.open(tmp_path / "out"),
+        shrink(load(adapted), Shrunk(run="x", **how)),
+    )
+    for name, one in load(smaller).state_dict().items():
+        assert torch.equal(one, expected.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_it_is_measured_once_and_again_under_an_extension(words, tmp_path, capsy
     assert "dca" in capsys.readouterr().out
 
 
-def test_its_rows_say_what_is_ignored_of_its_config(words, checkpoint, tmp_path):
+def test_its_rows_say_what_is_ignored_of_its_config(words, checkpoint, tmp_path, capsys):
     windowed = tmp_path / "windowed"
     shutil.copytree(checkpoint, windowed)
     config = json.loads((windowed / "config.json").read_text())
@@ -94,6 +94,9 @@ def test_its_rows_say_what_is_ignored_of_its_config(words, checkpoint, tmp_path)
     (windowed / "config.json").write_text(json.dumps(config))
     words = [f"checkpoint={windowed}", *words[1:]]
     assert main(words) == 0
+    assert (
+        "the length before its linear rope_scaling is not in config.json" in capsys.readouterr().err
+    )
     folder, rows = measured(tmp_path)
     assert {row["ignores"][:37] for row in rows} == {"sliding_window=48: does not act beside"[:37]}
     file = folder.path / "run.json"
@@ -101,6 +104,12 @@ def test_its_rows_say_what_is_ignored_of_its_config(words, checkpoint, tmp_path)
     assert main(words) == 0  # of a folder that an older version made
     assert RunFolder.open(folder.path).info["ignores"] == rows[0]["ignores"]
     assert len(measured(tmp_path)[1]) == len(rows)
+    capsys.readouterr()
+    config["original_max_position_embeddings"] = 24
+    (windowed / "config.json").write_text(json.dumps(config))
+    others = [word for word in words if not word.startswith("runs=")]
+    assert main([*others, f"runs={tmp_path / 'known'}"]) == 0
+    assert "linear rope_scaling" not in capsys.readouterr().err
 
 
 def test_its_run_is_measured_by_its_folder_too(words, tmp_path):

@@ -15,7 +15,13 @@ from zoo.config.schema.model import Extension, Model
 from zoo.config.schema.sections import Component
 from zoo.config.schema.train import TrainConfig
 from zoo.config.schemes import short_name
-from zoo.config.stages import pattern_length, scalings, stages_of, trained_length
+from zoo.config.stages import (
+    original_length,
+    pattern_length,
+    scalings,
+    stages_of,
+    trained_length,
+)
 from zoo.mixers.feed_forward import MLP, SwiGLU
 from zoo.mixers.mamba import Mamba
 from zoo.mixers.mamba2 import Mamba2
@@ -160,6 +166,8 @@ def _attention(
         "max_position_embeddings": trained_length(config.extension, config.seq_len),
         "rope_parameters": scaling,
     }
+    if scaling["rope_type"] == "linear":  # beside it: within it transformers knows no such key
+        sizes["original_max_position_embeddings"] = _length_before(config)
     if options.norm == "layer_norm":
         plain = mixer.kv_heads == mixer.heads and mixer.heads * mixer.head_width == model.width
         _require(
@@ -246,13 +254,13 @@ def _scaling(mixer: SoftmaxAttention, config: TrainConfig) -> dict[str, Any]:
     """`rope_parameters` of the positions and of the scaling that the model was trained under."""
     assert isinstance(mixer.positions, Rope)
     part, base = config.extension.scaling, mixer.positions.rope_base
-    earlier = scalings([(stage.extension, stage.seq_len) for stage in config.stages])
+    earlier = scalings(stages_of(config)[:-1])
     _require(not earlier or _replaces(config.extension), "scalings of several stages")
     if part is None:
         return {"rope_type": "default", "rope_theta": base}
     _require(config.extension.step is None, "extension.step")
     kind, factor = part.target.rpartition(".")[2], config.extension.factor
-    length = config.extension.original_length or config.seq_len
+    length = _length_before(config)
     found: dict[str, Any] = {"rope_theta": base, "factor": factor}
     given, before = part.options, {"original_max_position_embeddings": length}
     if kind == "linear":
@@ -281,6 +289,19 @@ def _scaling(mixer: SoftmaxAttention, config: TrainConfig) -> dict[str, Any]:
         }
         return found | before | {"rope_type": kind, **more}
     raise _DiffersError(f"extension.scaling={kind}")
+
+
+def _length_before(config: TrainConfig) -> int:
+    """L of the scaling in force, which what takes its place counts from: where stages differ in it,
+    what takes theirs counts from the first's, and a file says one."""
+    stages = stages_of(config)
+    lengths = [
+        original_length(extension, stages[:number], seq_len)
+        for number, (extension, seq_len) in enumerate(stages)
+        if extension.scaling is not None
+    ]
+    _require(lengths[0] == lengths[-1], "another original length than that of an earlier stage")
+    return lengths[-1]
 
 
 def _replaces(extension: Extension) -> bool:

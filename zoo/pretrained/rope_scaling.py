@@ -10,6 +10,11 @@ They are `rope_theta`, `partial_rotary_factor` and `rope_scaling`, or all of the
 Frequencies of `dynamic` and `longrope` depend on the length of the text. `transformers` takes one
 length for all tokens of a call; here each query takes the length of its own part of the text, in
 steps of the trained length, so that the same text read in pieces gives the same logits.
+
+Frequencies of `linear` do not depend on the length before it, and most files do not say it: some
+keep it in `max_position_embeddings` (Vicuna 1.5), some write the factor times it (DeepSeek-Coder).
+It is read from `original_max_position_embeddings`, as the zoo exports it, and is otherwise taken to
+be `max_position_embeddings`. What is scaled anew in its place counts from it.
 """
 
 import math
@@ -92,7 +97,7 @@ def _scaled(
             raise UserError("config.json: must give rope_scaling.factor.")
         prepare(scaling, factor, before or length)
         words = [f"extension={name}", f"extension.factor={factor}"]
-        words += [f"extension.original_length={before}"] if before and name != "pi" else []
+        words += [f"extension.original_length={before}"] if before else []
         for key, option in options.items():
             words += _option(scaling, key, f"extension.scaling.{option}")
         _nothing_left(scaling)

@@ -64,6 +64,13 @@ def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> Run
             f"has {text.vocab_size:,} tokens, the checkpoint's embedding {described.vocab_size:,}",
             "Give the tokenizer that the checkpoint was trained with",
         )
+    extension = config.extension
+    if extension.name == "pi" and extension.factor > 1 and extension.original_length is None:
+        counted = f"counts from max_position_embeddings, {config.seq_len:,}"
+        say(
+            f"{checkpoint}: the length before its linear rope_scaling is not in config.json; a "
+            f"scaling in its place {counted}, or from extension.original_length=<tokens>"
+        )
     model_name = checkpoint.stem if checkpoint.is_file() else checkpoint.resolve().name
     name = f"{model_name}-{config.data.name}-{text.fingerprint[:8]}"
     path = runs / "".join(c if c.isalnum() or c in "._+-" else "-" for c in name).lstrip(".-")

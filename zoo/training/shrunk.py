@@ -49,7 +49,8 @@ def shrunk_run(how: Shrunk, to: Path | None = None) -> str:
     model = load(base)
     before = count_parameters(model)
     shrink(model, how)
-    made = validate(TrainConfig, plain(config) | {"shrunk": plain(how), "checkpoint": None})
+    whole = {"checkpoint": None, "lora": {}}  # its own weights, whatever they were read from
+    made = validate(TrainConfig, plain(config) | whole | {"shrunk": plain(how)})
     files, zeros = sources(made), sum(int((~nonzero).sum()) for _, nonzero in pruned(model))
     facts = {
         **{name: info[name] for name in FROM_BASE if name in info},
