@@ -8,11 +8,13 @@ Arms that are the same trainings, read in several ways, vary together and count 
 are, there is no floor.
 
 An arm whose bits per byte break at a length breaks by much more or less from seed to seed, and says
-nothing of how sure the others are. Where an arm's deviation is over `OUTLYING` times that of all
-steadier ones, half of the arms at least, it is left out, as is one that has not learned, whose
-seeds all score like a guess; what is compared with it is held against the floor of all, where that
-is higher. Of shares of right answers none is left out: whether a task is learned is a matter of the
-seed for any arm, also for those whose few seeds all learned it.
+nothing of how sure the others are. It sets no floor where those of a seed are more than `SHARE`
+above the same seed's at the training length, the bound of the effective context too; nor does an
+arm that has not learned, whose seeds all score like a guess. What is compared with either is held
+against the floor of all, where that is higher. Every other arm counts, however much its seeds
+differ. Where none is left, or nothing was measured at the training length, the broken ones count
+too. Of shares of right answers none is left out: whether a task is learned is a matter of the seed
+for any arm, also for those whose few seeds all learned it.
 """
 
 import math
@@ -22,13 +24,12 @@ from typing import Any
 
 from zoo.measurement import Form
 from zoo.report.learned import never_learned
-from zoo.report.rows import Cell, Cells, Results
+from zoo.report.rows import SHARE, Cell, Cells, Results
 from zoo.report.statistics import student
 from zoo.report.words import FORMS
 
 NOISE_FLOOR = "noise floor"  # the name of its row in a table
 NOISE = "noise"  # the kind of a difference below it
-OUTLYING = 5.0  # times the deviation of the other arms together
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Floor:
     seeds: int  # of each of two arms: the fewest of those that have several
     arms: int  # with several seeds, from which it is known
     single: bool = False  # whether another arm has one seed
-    outlying: frozenset[str] = frozenset()  # the arms that it leaves out
+    outlying: frozenset[str] = frozenset()  # the arms that broke or have not learned
     whole: float = 0.0  # the floor of differences from these, where there are any
 
     @property
@@ -58,16 +59,37 @@ class Floor:
 
 
 def floors_of(results: Results, cells: Cells, form: Form) -> dict[int, Floor]:
-    """The noise floors of what was measured, of scores without the arms that have not learned."""
-    return noise_floors(cells, form, never_learned(results) if form == "score" else ())
+    """The noise floors of what was measured; of scores those of the arms that learned and hold."""
+    if form != "score":
+        return noise_floors(cells)
+    broken = {
+        label: broken_at(mine, results.train_length(label) or 0) for label, mine in cells.items()
+    }
+    return noise_floors(cells, never_learned(results), broken)
 
 
-def noise_floors(cells: Cells, form: Form, unlearned: Collection[str] = ()) -> dict[int, Floor]:
+def broken_at(mine: Mapping[int, Cell], train: int) -> set[int]:
+    """The lengths beyond the training length at which the bits per byte of any seed are more than
+    `SHARE` above its own at the training length; none where it was not measured there."""
+    own = mine[train].values if train in mine else {}
+    return {
+        length
+        for length, cell in mine.items()
+        if length > train
+        and any(cell.values[one] > (1 + SHARE) * own[one] for one in cell.values.keys() & own)
+    }
+
+
+def noise_floors(
+    cells: Cells,
+    unlearned: Collection[str] = (),
+    broken: Mapping[str, Collection[int]] | None = None,
+) -> dict[int, Floor]:
     """Length -> the floor there, at the lengths where an arm has several seeds that differ.
 
     Args:
-        form: of the values: a "score" is bits per byte.
         unlearned: the arms that have not learned.
+        broken: the lengths at which arms are broken.
     """
     found: dict[int, Floor] = {}
     for length in next(iter(cells.values()), {}):
@@ -75,35 +97,18 @@ def noise_floors(cells: Cells, form: Form, unlearned: Collection[str] = ()) -> d
         if len(column) > 1 and len(_by_trainings(column.values())) == 1:
             continue  # the same trainings in several ways: what they differ by is no training's
         several = {label: cell for label, cell in column.items() if cell.spread is not None}
-        learned = {label: cell for label, cell in several.items() if label not in unlearned}
-        if not any(cell.spread for cell in learned.values()):
-            continue
-        alike = _alike(learned) if form == "score" else learned
-        fewest = min(cell.seeds for cell in several.values())
-        value, whole = (_floor(arms, fewest) for arms in (alike, several))
-        single = any(cell.seeds == 1 for cell in column.values())
-        outlying = frozenset(several.keys() - alike.keys())
-        found[length] = Floor(value, fewest, len(alike), single, outlying, max(value, whole))
+        beyond = {label for label, lengths in (broken or {}).items() if length in lengths}
+        for apart in ({*unlearned} | beyond, {*unlearned}):
+            setting = {label: cell for label, cell in several.items() if label not in apart}
+            if any(cell.spread for cell in setting.values()):
+                fewest = min(cell.seeds for cell in several.values())
+                value, whole = (_floor(arms, fewest) for arms in (setting, several))
+                single = any(cell.seeds == 1 for cell in column.values())
+                outlying = frozenset(column.keys() & apart)
+                whole = max(value, whole)
+                found[length] = Floor(value, fewest, len(setting), single, outlying, whole)
+                break
     return found
-
-
-def _alike(several: Mapping[str, Cell]) -> dict[str, Cell]:
-    """The arms whose seeds differ by about as much: the steadier half, and on from there.
-
-    It is half of the trainings too: one arm that is read in many ways is no half of several.
-    """
-    ordered = sorted(several.items(), key=lambda pair: pair[1].spread or 0.0)
-    size, groups = max(2, math.ceil(len(ordered) / 2)), len(_by_trainings(several.values()))
-    least = min(groups, max(2, math.ceil(groups / 2)))
-    while len(_by_trainings(cell for _, cell in ordered[:size])) < least:
-        size += 1
-    alike = dict(ordered[:size])
-    for label, cell in ordered[len(alike) :]:
-        others, _ = _pooled(alike)
-        if others and (cell.spread or 0.0) > OUTLYING * others:
-            break
-        alike[label] = cell
-    return alike
 
 
 def _pooled(several: Mapping[str, Cell]) -> tuple[float, int]:

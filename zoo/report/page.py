@@ -43,10 +43,9 @@ from zoo.report.retrieval import (
     depth_maps,
     state_figure,
 )
-from zoo.report.rows import Results, gather
+from zoo.report.rows import SHARE, Results, gather
 from zoo.report.scores import (
     NEAR,
-    SHARE,
     context_gains,
     contexts,
     quantization_costs,

@@ -16,8 +16,7 @@ from zoo.report.charts import Drawing, Spec, Style
 from zoo.report.figures import Lines
 from zoo.report.learned import dead
 from zoo.report.protocols import SAME_TOKENS, headline
-from zoo.report.rows import Cell, Cells, Results
-from zoo.report.scores import SHARE
+from zoo.report.rows import SHARE, Cell, Cells, Results
 from zoo.report.tables import Table, Td, lengths_of, shown_quantities
 from zoo.report.words import TIMES, plus_minus, share, short, signed, size
 

@@ -4,6 +4,7 @@ An arm is what one line of a figure or table shows: one way to build, train and 
 all of its seeds. Rows are averaged over seeds of one and the same question only (see labels).
 """
 
+import dataclasses
 import functools
 import itertools
 from collections import defaultdict
@@ -26,6 +27,7 @@ from zoo.report.validity import (
 Row = dict[str, Any]
 
 SAME_TEXT = ("fingerprint", "split", "documents", "unit", "units", "count")
+SHARE = 0.05  # scores that are worse by more than at the training length have broken
 RESULTS = ("value", "bits_per_byte", "accuracy", "score")  # of a task that declares nothing
 STATUS = {"out_of_memory": "out of memory", "not_applicable": "n/a", NOT_AUDITED: "not audited"}
 STATUS["ambiguous"] = "no single value"
@@ -42,7 +44,12 @@ class Cell:
     tried: int = 0
     reason: str = "not measured"
     spread: float | None = None  # standard deviation over seeds, of two or more
-    trainings: frozenset[Any] = frozenset()  # run and seed of each value, where they are known
+    values: Mapping[Any, float] = dataclasses.field(default_factory=dict)  # of each run and seed
+
+    @property
+    def trainings(self) -> frozenset[Any]:
+        """Run and seed of each value, where they are known."""
+        return frozenset(one for one in self.values if one[0])
 
     @property
     def half(self) -> float:
@@ -226,8 +233,8 @@ def summary(rows: Sequence[Row], field: str, own: str | None = None) -> Cell:
     over_seeds = None if alike else interval(values)
     low, high = over_seeds or _ends(good[0].get(own or "")) or interval(values) or (None, None)
     mean, spread = sum(values) / len(values), deviation(values)
-    trainings = frozenset((row["run"], row.get("seed")) for row in good if row.get("run"))
-    return Cell(mean, low, high, len(values), len(rows), "", spread, trainings)
+    own_values = {(row.get("run"), row.get("seed")): float(row[field]) for row in good}
+    return Cell(mean, low, high, len(values), len(rows), "", spread, own_values)
 
 
 def same_text(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from zoo.measurement import is_quantized, plain_numbers
 from zoo.report.learned import dead
 from zoo.report.noise import Floor, floors_of, is_noise
 from zoo.report.protocols import SAME_TOKENS, headline
-from zoo.report.rows import Cell, Cells, Results, Row, contrast, in_words, same_text
+from zoo.report.rows import SHARE, Cell, Cells, Results, Row, contrast, in_words, same_text
 from zoo.report.statistics import finite
 from zoo.report.tables import Table, Td, Tied, overlapping
 from zoo.report.validity import LEAKS
@@ -19,7 +19,6 @@ from zoo.report.words import AT_LEAST, DASH, times
 ALIKE = 1.1  # the most by which levels differ that are drawn as one
 NEAR = 1024  # tokens: what a text of this length does not show is the distant past
 MACHINE = ("device", "threads", "ranks")  # what the numbers of a row should not depend on
-SHARE = 0.05  # effective context: how much worse than at the training length still counts
 
 
 @dataclass(frozen=True)
