@@ -572,6 +572,10 @@ def test_progress_says_how_fast_and_how_long():
     assert stream.getvalue().startswith("a perplexity at 512: ")
     assert "tokens/s" in stream.getvalue()
     assert stream.getvalue().endswith("s left\n")
+    progress.begin("many-shot", 8, "questions")
+    progress.started -= 10
+    progress.advance(2)
+    assert stream.getvalue().splitlines()[-1] == "a many-shot: 0.2 questions/s, 30 s left"
 
 
 def test_published_results_of_the_same_data_are_shown_beside_a_run(model, tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ class Generate(Task):
             return
         begun = [run_guarded(partial(self._begun, context, one["prompt"])) for one in wanted]
         ready = [outcome.value for outcome in begun if outcome.ok]
-        context.progress.begin("writing", len(ready))
+        context.progress.begin("writing", len(ready), "texts")
         whole = run_guarded(lambda: self._written(context, [writer for writer, _ in ready]))
         found = iter(whole.value or ())
         for question, outcome in zip(wanted, begun, strict=True):

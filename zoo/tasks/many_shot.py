@@ -109,7 +109,8 @@ class ManyShot(Task):
 
     def measure(self, context: EvalContext, question: Row) -> Row:
         number, most, window = (question[name] for name in ("windows", "most", "window"))
-        context.progress.begin(f"many-shot, {number} windows", self.draws * self.questions_each)
+        count = self.draws * self.questions_each
+        context.progress.begin(f"many-shot, {number} windows", count, "questions")
         right, shown, prompts, held, labels = 0, 0, [], [], []
         for place in range(self.draws):
             draw = self._draw(context, place, most=most, window=window)
@@ -124,7 +125,6 @@ class ManyShot(Task):
             pairs = zip(chosen, draw.questions, strict=True)
             right += sum(answer == one.label for answer, one in pairs)
             context.progress.advance(self.questions_each)
-        count = self.draws * self.questions_each
         return {
             "accuracy": right / count,
             "interval": wilson(right, count),

@@ -6,7 +6,7 @@ from typing import TextIO
 
 
 class Progress:
-    """Counts tokens; on a terminal rewrites one line, elsewhere adds one every few seconds."""
+    """Counts tokens, or what is named in their place; on a terminal rewrites one line, elsewhere adds one every few seconds."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         """Silent without a stream. `run` goes before what is measured."""
@@ -18,22 +18,23 @@ class Progress:
     def on_stderr(cls) -> "Progress":
         return cls(sys.stderr)
 
-    def begin(self, what: str, tokens: int) -> None:
-        """Start on `what`, which will read `tokens` tokens."""
-        self.what, self.total, self.done = what, tokens, 0
+    def begin(self, what: str, count: int, unit: str = "tokens") -> None:
+        """Start on `what`, which will take `count` of a unit."""
+        self.what, self.total, self.done, self.unit = what, count, 0, unit
         self.started = self.shown = monotonic()
         if self.stream and self.stream.isatty():
             self._write(f"{self.run} {what}")
 
-    def advance(self, tokens: int) -> None:
-        self.done += tokens
+    def advance(self, count: int) -> None:
+        self.done += count
         now = monotonic()
         if self.stream is None or now - self.shown < self.every:
             return
         self.shown = now
         rate = self.done / (now - self.started)
         left = max(0, self.total - self.done) / rate
-        self._write(f"{self.run} {self.what}: {rate:,.0f} tokens/s, {left:.0f} s left")
+        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        self._write(f"{self.run} {self.what}: {shown} {self.unit}/s, {left:.0f} s left")
 
     def clear(self) -> None:
         """Leave an empty line for what is printed next."""
