@@ -6,7 +6,8 @@ from typing import TextIO
 
 
 class Progress:
-    """Counts tokens, or what is named in their place; on a terminal rewrites one line, elsewhere adds one every few seconds."""
+    """Counts tokens or what else is named; on a terminal rewrites one line, elsewhere adds one every
+    few seconds."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         """Silent without a stream. `run` goes before what is measured."""
