@@ -6,8 +6,10 @@ from typing import TextIO
 
 
 class Progress:
-    """Counts tokens or what else is named; on a terminal rewrites one line, elsewhere adds one every
-    few seconds."""
+    """Counts tokens or what else is named.
+
+    On a terminal it rewrites one line, elsewhere it adds one every few seconds.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         """Silent without a stream. `run` goes before what is measured."""
