@@ -1,6 +1,7 @@
 """Writing on from a prompt: the same tokens as by reading everything anew for each of them."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -26,10 +27,10 @@ def model_of(name: str, window: int = 32) -> Backbone:
     return model.eval().requires_grad_(False)
 
 
-def written(model: Backbone, count: int, sampling: Sampling, end: int | None = None) -> list[int]:
+def written(model: Backbone, count: int, sampling: Sampling, ends: Sequence[int] = ()) -> list[int]:
     writer = Writer(model)
     writer.read(PROMPT)
-    return [*writer.write(count, sampling, end)]
+    return [*writer.write(count, sampling, ends)]
 
 
 @pytest.mark.parametrize("name", sorted(choices("model")))
@@ -98,11 +99,12 @@ def test_a_prompt_longer_than_a_chunk_is_read_whole(monkeypatch):
     assert written(model, 5, Sampling()) == expected
 
 
-def test_writing_ends_before_the_end_token():
+def test_writing_ends_before_the_first_end_token():
     model = model_of("transformer")
     free = written(model, 8, Sampling())
-    end = free[-1]
-    assert written(model, 8, Sampling(), end) == free[: free.index(end)]
+    for ends in ([free[-1]], [free[-1], free[2]]):
+        first = min(map(free.index, ends))
+        assert written(model, 8, Sampling(), ends) == free[:first]
 
 
 @pytest.mark.parametrize("top_p", [0.2, 0.5, 0.9, 1.0])

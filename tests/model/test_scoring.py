@@ -109,7 +109,7 @@ def test_texts_written_together_are_those_written_alone(name, sampling, tiny):
     for prompt in prompts:
         writer = Writer(model, "64-true")
         writer.read(prompt)
-        written = [*writer.write(12, sampling, end)]
+        written = [*writer.write(12, sampling, [end])]
         expected.append(written if len(written) == 12 else [*written, end])
     for rows in (1, 4):
         assert write_many(model, prompts, rows=rows, **how) == expected

@@ -4,13 +4,25 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import CASES, LLAMA, LLAMA3, NEOX, PAIRS, SU, VOCAB, opened, save, scaled
+from checkpoints import (
+    CASES,
+    LLAMA,
+    LLAMA3,
+    NEOX,
+    PAIRS,
+    SU,
+    VOCAB,
+    opened,
+    save,
+    scaled,
+    transformers,
+)
 
 from zoo.config.compose import compose
 from zoo.errors import UserError
@@ -177,7 +189,7 @@ def altered(folder: Path, **changes) -> None:
         ({"model_type": "absent"}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types=["),
-        ({"layer_types": []}, "layer_types=[]: must be a list of one text or more"),
+        ({"layer_types": []}, "layer_types=[]"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"logit_softcapping": 30.0}, "logit_softcapping=30.0"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -279,12 +291,71 @@ def test_a_config_with_another_value_in_a_field_is_read_as_transformers_reads_it
     assert read > 1 or "max_position_embeddings" not in config  # others have widths alone
 
 
+def every_value() -> dict[str, list[Any]]:
+    """Of every key that a family's config.json has, the values that it has in some case."""
+    found: dict[str, list[Any]] = {}
+    for family, options in CASES.values():
+        config = json.loads(getattr(transformers, f"{family}Config")(**options).to_json_string())
+        for key in {*config} - SILENT:
+            if config[key] is not None and config[key] not in found.setdefault(key, []):
+                found[key].append(config[key])
+    return found
+
+
+def each_left_out(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every key, also of the rotary settings, and the config without it."""
+    for key, value in config.items():
+        yield key, {other: one for other, one in config.items() if other != key}
+        for inner, without in each_left_out(value) if type(value) is dict else ():
+            yield f"{key}.{inner}", config | {key: without}
+
+
+OLDER = {f"{case}, before layer_types": case for case in ("qwen2, sliding", "gemma2")}
+
+
+@pytest.mark.parametrize("case", [*OLDER, *(case for case in FIRST.values() if case != "gemma2")])
+def test_a_key_left_out_or_of_another_family_means_what_it_means_to_transformers(case, tmp_path):
+    """It is refused, or the logits are the same: beyond the windows and the trained length, of
+    weights so large that what is attended to counts."""
+    theirs = save(tmp_path, OLDER.get(case, case))
+    for name, weight in theirs.named_parameters():
+        if weight.dim() > 1 and "A_log" not in name and "conv" not in name:
+            weight.data *= 6
+    theirs.save_pretrained(tmp_path)
+    config, kind = read_json(tmp_path / "config.json"), type(theirs.config)
+    if case in OLDER:
+        del config["layer_types"]
+    changes = [(key, without) for key, without in each_left_out(config) if key != "model_type"]
+    foreign = {key: values for key, values in every_value().items() if key not in config}
+    changes += [(key, config | {key: one}) for key, values in foreign.items() for one in values]
+    silent, refused = dict.fromkeys(SILENT), []
+    settings = {**kind.from_pretrained(tmp_path).to_dict(), **silent}
+    described, found = describe(config), {}
+    for key, changed in changes:
+        try:
+            again = describe(changed)
+            (tmp_path / "config.json").write_text(json.dumps(changed))
+            read = kind.from_pretrained(tmp_path)
+            if again == described and {**read.to_dict(), **silent} == settings:
+                continue
+            if repr(again) not in found:
+                found[repr(again)] = opened(tmp_path)(LONG)
+        except UserError as error:
+            refused.append((key, str(error)))
+            continue
+        other = type(theirs)(read).eval()
+        other.load_state_dict(theirs.state_dict())
+        assert torch.allclose(found[repr(again)], logits_of(other), atol=1e-3), key
+    assert {"hidden_size", "num_hidden_layers"} <= {key for key, _ in refused}
+    assert not any("\n" in said for _, said in refused)
+
+
 ODD = ([], {}, None, -1, 0, "x", 1e30, True)
 ABSENT = ("rope_scaling", "rope_theta", "head_dim", "partial_rotary_factor", "sliding_window")
 ABSENT += ("layer_types", "original_max_position_embeddings")
 
 
-@pytest.mark.parametrize("case", ["llama", "mamba"])
+@pytest.mark.parametrize("case", ["llama", "qwen2", "mamba"])
 def test_an_odd_value_of_a_key_is_refused_or_means_what_it_means_to_transformers(case, tmp_path):
     theirs = save(tmp_path, case)
     config = read_json(tmp_path / "config.json")
@@ -323,7 +394,7 @@ def test_rope_scaling_that_contradicts_rope_parameters_is_refused(old, tmp_path)
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
 @pytest.mark.parametrize("window", [9, 17, 64, 100])
-def test_a_window_beside_a_scaling_is_read_or_refused(window, kind, tmp_path, monkeypatch):
+def test_a_window_beside_a_scaling_is_read_or_refused(window, kind, tmp_path, monkeypatch, capsys):
     """It is refused where it is longer than the texts before the scaling, whose positions were
     trained, or where the scaling depends on the length of the text."""
     original = {"original_max_position_embeddings": 16} if kind == "yarn" else {}
@@ -344,6 +415,8 @@ def test_a_window_beside_a_scaling_is_read_or_refused(window, kind, tmp_path, mo
     else:
         (note,) = describe(config).notes
         assert note.startswith(f"sliding_window={window}: does not act beside rope_scaling")
+        opened(tmp_path)
+        assert f"{tmp_path}: {note}\n" in capsys.readouterr().err
         assert not describe(config | {"sliding_window": None}).notes
 
 
@@ -414,6 +487,11 @@ def damage_fewer_tokens(folder: Path) -> None:
 def damage_countless_layers(folder: Path) -> None:
     save(folder, "llama")
     altered(folder, num_hidden_layers=10**7)
+
+
+def damage_no_head(folder: Path) -> None:
+    save(folder, "llama, tied")
+    altered(folder, tie_word_embeddings=False)
 
 
 def damage_no_embedding(folder: Path) -> None:

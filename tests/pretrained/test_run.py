@@ -27,6 +27,7 @@ from zoo.model.export import export
 from zoo.model.language_model import load_language_model
 from zoo.runs.folder import RunFolder
 from zoo.training.data import open_data, validation
+from zoo.training.pretrained import pretrained_run
 from zoo.training.windows import Windows
 
 transformers = pytest.importorskip("transformers")
@@ -298,6 +299,34 @@ def windows_of(corpus, config: TrainConfig) -> Windows:
     step = {"global_step": 0, "max_steps": 1, "global_rank": 0, "world_size": 1}
     windows.trainer = SimpleNamespace(**step, accumulate_grad_batches=1)
     return windows
+
+
+def test_writing_ends_at_each_of_a_checkpoints_ends(words, checkpoint, tmp_path):
+    """Chat models have several: of a turn, at times in generation_config.json alone, and a text.
+    A run that is made of the checkpoint keeps them."""
+    place = tmp_path / "several"
+    shutil.copytree(checkpoint, place)
+    prompt = torch.tensor([load_language_model(place).encode("and then")])
+    how = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    theirs = transformers.LlamaForCausalLM.from_pretrained(place).eval()
+    end = theirs.generate(prompt, **how)[0, prompt.shape[1] + 3].item()
+    (place / "generation_config.json").rename(tmp_path / "kept")
+    for file in ("config.json", "generation_config.json"):
+        if file != "config.json":
+            (tmp_path / "kept").rename(place / file)
+        settings = json.loads((place / file).read_text())
+        (place / file).write_text(json.dumps(settings | {"eos_token_id": [257, end]}))
+        theirs = transformers.LlamaForCausalLM.from_pretrained(place).eval()
+        expected = theirs.generate(prompt, **how)[0, prompt.shape[1] :].tolist()
+        assert expected[-1] == end
+        data = corpora()["text"] | {"path": str(tmp_path / "text"), "cache": str(tmp_path)}
+        run = pretrained_run(place, data | {"tokenizer": None}, tmp_path / file)
+        for path in (place, run.path):
+            model = load_language_model(path)
+            written = model.decode(expected[:-1])
+            assert model.generate("and then", tokens=9) == written
+            assert model.generate_many(["and then"], tokens=9) == [written]
+        (place / file).write_text(json.dumps(settings))
 
 
 def test_passkeys_prompts_begin_so_and_are_no_longer(words, beginning, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def test_a_row_holds_the_text_that_the_writer_writes(context):
     (row,) = measure(Generate, context, prompt="ab", tokens=10, temperature=1.0, seed=2)
     writer = Writer(context.model)
     writer.read([97, 98])
-    tokens = [*writer.write(10, Sampling(temperature=1.0, seed=2), 0)]
+    tokens = [*writer.write(10, Sampling(temperature=1.0, seed=2), [0])]
     assert row["text"] == "".join(context.corpus.tokenizer.decode(tokens))
     assert (row["prompt_tokens"], row["tokens"], row["status"]) == (2, 10, "ok")
     assert row["state_bytes"] == context.model.state_bytes(2 + 9)  # the last was not read

@@ -39,6 +39,12 @@ class Tokenizer(NamedTuple):
     decode: Decode
     bos: int | None = None  # the token that begins a text, for models trained with one
     draws: bool = False  # whether its file draws tokens at random, which is switched off
+    stop_tokens: frozenset[int] = frozenset()  # at which what a model writes ends, beside `end`
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens at which what a model writes ends."""
+        return self.stop_tokens | {self.end}
 
     def start(self, text: str) -> list[int]:
         """The tokens of a text that is read from its beginning: `bos`, if any, and its own."""
@@ -64,13 +70,17 @@ class Tokenizer(NamedTuple):
 
 
 def open_tokenizer(
-    choice: str, end_token: int | None = None, bos_token: int | None = None
+    choice: str,
+    end_token: int | None = None,
+    bos_token: int | None = None,
+    stop_tokens: Sequence[int] | None = None,
 ) -> Tokenizer:
     """ "bytes" (token = byte, 0 ends a document) or the path of a `tokenizers` JSON file.
 
     Each document ends with `end_token`, one of the file's own; without it the vocabulary gets one
     more token, the highest. What a model reads from its beginning begins with `bos_token`, if
-    given. The truncation, padding and special tokens the file may set are switched off.
+    given. What it writes ends at each of `stop_tokens`, too. The truncation, padding and special
+    tokens the file may set are switched off.
     Raises UserError as `check_tokenizer` does, and where the file is no tokeniser or has no such
     token.
     """
@@ -118,12 +128,13 @@ def open_tokenizer(
             yield rest  # of a character that was not finished
 
     functions = encode, encode_checked, decode
-    return Tokenizer(name, max(size, end + 1), end, *functions, bos_token, draws)
+    stops = frozenset(stop_tokens or ())
+    return Tokenizer(name, max(size, end + 1), end, *functions, bos_token, draws, stops)
 
 
 def tokenizer_of(options: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a data configuration (configs/data). Raises as `open_tokenizer` does."""
-    more = (options.get(name) for name in ("end_token", "bos_token"))
+    more = (options.get(name) for name in ("end_token", "bos_token", "stop_tokens"))
     return open_tokenizer(options["tokenizer"], *more)
 
 

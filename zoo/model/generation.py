@@ -5,7 +5,7 @@ state costs: the same at any length for a recurrent model, a read of the cache f
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -154,8 +154,8 @@ class Writer:
         assert self._logits is not None, "there is no text to go on from"
         return self._logits
 
-    def write(self, count: int, sampling: Sampling, end: int | None = None) -> Iterator[int]:
-        """Draw up to `count` tokens, which become part of the text; stops before the token `end`.
+    def write(self, count: int, sampling: Sampling, ends: Collection[int] = ()) -> Iterator[int]:
+        """Draw up to `count` tokens, which become part of the text; stops before one of `ends`.
 
         Random numbers go on from those of the last call of the same `sampling`.
 
@@ -174,7 +174,7 @@ class Writer:
             token = draw(logits)
             self._unread.append(token)
             self._last = [*self._last, token][-CONTEXT:]
-            if token == end:
+            if token in ends:
                 return
             self.written += 1
             yield token
@@ -185,9 +185,10 @@ def write_text(
 ) -> Iterator[str]:
     """Write on from a text, at most `count` tokens; yield the new part in pieces.
 
-    A document's end ends it, and so does the first of the `stop` texts, which is left out.
+    Each of the tokenizer's `ends` ends it, and so does the first of the `stop` texts, which is left
+    out.
     """
-    written = writer.write(count, sampling, tokenizer.end)
+    written = writer.write(count, sampling, tokenizer.ends)
     return until(tokenizer.decode(written, writer.last_tokens), stop)
 
 

@@ -121,7 +121,8 @@ class LanguageModel:
 
         Args:
             prompt: a text or its tokens; an empty one begins a document.
-            tokens: the most that are written. A document's end ends the text, too.
+            tokens: the most that are written. A document's end ends the text, too, and each token
+                that a checkpoint names as an end.
             temperature, top_p, seed: how a token is chosen, see `Sampling`.
             stop: texts at which writing ends; they are left out.
 
@@ -268,7 +269,8 @@ def _read(checkpoint: Path) -> tuple[TrainConfig, Tokenizer, Description]:
         refuse_path(checkpoint, f"has no {TOKENIZER}", "Save the model's fast tokenizer there")
     with TemporaryDirectory() as folder:
         described, file = read_checkpoint(checkpoint, Path(folder))
-        tokenizer = open_tokenizer(str(file), described.end_token, bos_of(str(file)))
+        more = described.end_token, bos_of(str(file)), described.end_tokens
+        tokenizer = open_tokenizer(str(file), *more)
     data = plain(compose("train").data)
     config = pretrained_config(described, checkpoint, data, Path("runs"))
     return config, tokenizer, described

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zoo.config.schema.train import TrainConfig
+from zoo.console import say
 from zoo.errors import refuse
 from zoo.model.backbone import Backbone
 from zoo.model.build import build_model
@@ -100,16 +101,21 @@ def load_pretrained(
 
     Weights that are stored in `dtype` are not copied: parameters are views of the mapped files.
     With None all are kept in the one dtype that most are stored in. `described` is what the
-    checkpoint says of itself, where no run was made of it yet.
+    checkpoint says of itself, where no run was made of it yet; its notes are printed.
     Raises UserError where the weights do not fit the model that is described, and where one is not
     finite.
     """
     assert config.checkpoint is not None
     checkpoint = Path(config.checkpoint)
+    for note in described.notes if described else ():
+        say(f"{checkpoint}: {note}")
     form: torch.dtype = dtype or getattr(torch, dtype_on_disk(checkpoint))
     weights = pretrained_weights(config, form)
     if "embedding.weight" not in weights:
         refuse("checkpoint", str(checkpoint), "has no embedding", "Give a whole checkpoint")
+    if not config.model.tied and weights["head.weight"] is weights["embedding.weight"]:
+        rule = "its head is not tied to its embedding, and its weights have no head"
+        refuse("checkpoint", str(checkpoint), rule, "Give a whole checkpoint")
     if described is not None and (why := _other_counts(described, config, weights)):
         _refuse_misfit(checkpoint, why)
     with torch.device("meta"):

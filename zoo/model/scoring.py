@@ -209,10 +209,11 @@ def write_texts(
     rows: int,
     precision: str = "32-true",
 ) -> list[WrittenText]:
-    """As `write_many`, the texts: up to a document's end, or the first of the `stop` texts."""
+    """As `write_many`, the texts: up to one of the tokenizer's `ends`, or the first of the `stop`
+    texts."""
 
     def ends(before: Tokens, written: Tokens) -> bool:
-        if written[-1] == tokenizer.end:
+        if written[-1] in tokenizer.ends:
             return True
         text = finished_text(tokenizer, before, written) if stop else ""
         return any(word in text for word in stop)
@@ -220,7 +221,7 @@ def write_texts(
     how = {"tokens": tokens, "sampling": sampling, "rows": rows, "precision": precision}
     said = []
     for before, one in zip(prompts, write_many(model, prompts, stops=ends, **how), strict=True):
-        mine = one[:-1] if one[-1:] == [tokenizer.end] else one
+        mine = one[:-1] if one and one[-1] in tokenizer.ends else one
         text = "".join(until(tokenizer.decode(mine, before), stop))
         said.append(WrittenText(text, len(mine), len(one) - 1))
     return said

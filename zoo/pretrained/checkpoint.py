@@ -6,12 +6,12 @@ import hashlib
 from pathlib import Path
 
 from zoo.errors import UserError, refuse
-from zoo.pretrained.families import Description, describe
+from zoo.pretrained.families import Description, describe, with_generation
 from zoo.pretrained.gguf import GGUFFile
 from zoo.pretrained.weights import read_json, weight_files
 from zoo.runs.files import as_it_is, write_text
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
 
 
 def check_checkpoint(checkpoint: Path, tokenizer: str | None = None) -> None:
@@ -76,7 +76,8 @@ def _describe_folder(checkpoint: Path) -> Description:
             "no folder and no .gguf file is there",
             "Nothing is downloaded: give the path of a checkpoint on this machine",
         )
-    return describe(read_json(checkpoint / "config.json"))
+    described, file = describe(read_json(checkpoint / "config.json")), checkpoint / GENERATION
+    return with_generation(described, read_json(file), file.name) if file.is_file() else described
 
 
 def _tokenizer_of_folder(checkpoint: Path) -> Path:

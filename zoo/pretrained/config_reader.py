@@ -8,6 +8,7 @@ from typing import Any
 from zoo.errors import UserError
 
 Config = Mapping[str, Any]
+WHOLE = "Put back the file as it was published"
 Layers = tuple[list[str], list[list[str]]]  # words of all layers, and further ones of each
 
 # Keys about files, tokens, training or execution: none changes what the model computes.
@@ -16,7 +17,14 @@ SILENT = {
     *("torch_dtype", "transformers_version", "transformers.js_config", "is_llama_config"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
     *("attention_dropout", "hidden_dropout", "classifier_dropout"),
-    *("initializer_range", "use_cache", "use_mambapy", "use_associative_scan", "is_decoder"),
+    *(
+        "initializer_range",
+        "use_cache",
+        "cache_implementation",
+        "use_mambapy",
+        "use_associative_scan",
+        "is_decoder",
+    ),
     *("resid_pdrop", "embd_pdrop", "w_init_variance_scale", "final_w_init_variance_scale"),
     *("rescale_prenorm_residual", "residual_in_fp32", "chunk_size", "rescale_every"),
     *("time_step_floor", "time_step_init_scheme", "time_step_max", "time_step_min"),
@@ -113,29 +121,34 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 KEYS = {key: (words, fits) for words, fits, keys in KINDS for key in keys.split()}
 
 
-def check_kind(key: str, value: Any, inside: str = "") -> None:
+def check_kind(key: str, value: Any, inside: str = "", file: str = "config.json") -> None:
     """Refuse a value of another kind than the key's; `inside` is the object that has it."""
     words, fits = KEYS.get(key, ("", None))
     if fits is not None and value is not None and not fits(value):
         name = f"{inside}.{key}" if inside else key
-        raise UserError(f"config.json: {name}={value!r}: must be {words}.")
+        raise UserError(f"{file}: {name}={value!r}: must be {words}. {WHOLE}.")
 
 
 @dataclass
 class Reader:
-    """Reads a config's keys, and remembers which were read."""
+    """Reads a config's keys, and remembers which were read.
+
+    A key that `config` leaves out has its value in `absent`, null where it has none there.
+    """
 
     config: Config
+    absent: Config = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)  # where the zoo computes otherwise, in words
 
     def changed(self, **keys: Any) -> "Reader":
         """One that finds these in their keys' place, and remembers with this one."""
-        return Reader({**self.config, **keys}, self.read, self.notes)
+        return Reader({**self.config, **keys}, self.absent, self.read, self.notes)
 
     def get(self, key: str, default: Any = None) -> Any:
+        """A key's value; `default` is what null means."""
         self.read.add(key)
-        value = self.config.get(key)
+        value = self.config[key] if key in self.config else self.absent.get(key)
         check_kind(key, value)
         for inner, one in value.items() if key.startswith("rope_") and type(value) is dict else ():
             check_kind(inner, one, key)
@@ -146,7 +159,9 @@ class Reader:
     def number(self, key: str) -> Any:
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"config.json: {key}={value!r}: must be a number.")
+            if value is None:
+                raise UserError(f"config.json: must give {key}, a number. {WHOLE}.")
+            raise UserError(f"config.json: {key}={value!r}: must be a number. {WHOLE}.")
         return value
 
     def optional(self, key: str, default: Any = None) -> Any:

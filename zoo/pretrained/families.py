@@ -2,18 +2,19 @@
 
 A family is a table: which keys are read, which must have the one value that the zoo computes, and
 which say nothing about the mathematics. A key in none of them is refused by name, so that nothing a
-checkpoint needs is ever ignored. The first line of a
-family's function is its row in README's table.
+checkpoint needs is ever ignored. A key that the file leaves out has the default of that family's
+configuration in `transformers` (ABSENT), and is refused where each checkpoint has its own: sizes,
+epsilons of norms. The first line of a family's function is its row in README's table.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from zoo.errors import UserError, choose
 from zoo.pretrained import gemma, llama
-from zoo.pretrained.config_reader import Config, Layers, Reader
+from zoo.pretrained.config_reader import Config, Layers, Reader, check_kind
 from zoo.pretrained.llama import backbone
 
 
@@ -24,10 +25,15 @@ class Description:
     family: str
     words: list[str]
     vocab_size: int
-    end_token: int | None  # ends a document
+    end_tokens: Sequence[int]  # end what the model writes; the first ends a document
     layers: list[list[str]] | None = None  # further words of each layer, where layers differ
     own: dict[str, Any] | None = None  # sections of the zoo's configuration, of a model it exported
     notes: Sequence[str] = ()  # where the zoo computes otherwise, in words
+
+    @property
+    def end_token(self) -> int | None:
+        """The token that ends a document; None where the checkpoint names none."""
+        return self.end_tokens[0] if self.end_tokens else None
 
 
 TRAINED = "zoo_training"  # the key of an exported config.json for what no family's keys can say
@@ -49,27 +55,43 @@ def describe(config: Config) -> Description:
     if config["model_type"] == "zoo":
         return _own(Reader(config))
     name = choose("model_type", config["model_type"], FAMILIES)
-    reader = Reader(config)
+    reader = Reader(config, ABSENT.get(name, {}))
     words, layers = FAMILIES[name](reader), None
     if not isinstance(words, list):
         words, layers = words
     words += _trained(reader, any(word.startswith("seq_len=") for word in words))
     vocab_size = reader.number("vocab_size")
-    end = reader.get("eos_token_id")
-    if isinstance(end, list):
-        end = end[0] if end else None
+    ends = end_tokens(reader)
     reader.finish()
-    return Description(name, ["match=none", *words], vocab_size, end, layers, notes=[*reader.notes])
+    words = ["match=none", *words]
+    return Description(name, words, vocab_size, ends, layers, notes=[*reader.notes])
+
+
+def end_tokens(read: Reader) -> list[int]:
+    """The tokens that end what a model writes."""
+    found = read.get("eos_token_id", [])
+    return found if isinstance(found, list) else [found]
+
+
+def with_generation(described: Description, generation: Config, file: str) -> Description:
+    """A description with the ends that a `generation_config.json` names, which count before those
+    of config.json, but for the one that ends a document."""
+    found = generation.get("eos_token_id")
+    check_kind("eos_token_id", found, file=file)
+    if found is None:
+        return described
+    ends = [*described.end_tokens[:1], *(found if isinstance(found, list) else [found])]
+    return replace(described, end_tokens=[*dict.fromkeys(ends)])
 
 
 def _own(read: Reader) -> Description:
     """A model that the zoo exported in its own form."""
-    own, end = read.get("zoo"), read.get("eos_token_id")
+    own, ends = read.get("zoo"), end_tokens(read)
     if not isinstance(own, dict) or {*own} - {STAGES} != {*OWN_SECTIONS}:
         raise UserError(f"config.json: zoo: must have {', '.join(OWN_SECTIONS)}.")
     vocab_size, words = read.number("vocab_size"), _trained(read, own_length=True)
     read.finish()
-    return Description("zoo", words, vocab_size, end, own=own)
+    return Description("zoo", words, vocab_size, ends, own=own)
 
 
 def _trained(read: Reader, own_length: bool) -> list[str]:
@@ -85,7 +107,7 @@ def _trained(read: Reader, own_length: bool) -> list[str]:
 def _mamba(read: Reader) -> list[str]:
     """Mamba."""
     width = read.number("hidden_size")
-    inner = read.get("intermediate_size") or int(read.get("expand", 2) * width)
+    inner = read.get("intermediate_size") or int(read.number("expand") * width)
     read.only("expand", inner / width)
     rank = read.get("time_step_rank", "auto")
     read.only("use_bias", False)
@@ -97,7 +119,7 @@ def _mamba(read: Reader) -> list[str]:
         f"model.mixer.state_size={read.number('state_size')}",
         f"model.mixer.conv_width={read.number('conv_kernel')}",
         f"model.mixer.dt_rank={math.ceil(width / 16) if rank == 'auto' else rank}",
-        *backbone(read, width, 1, "layer_norm_epsilon", True),
+        *backbone(read, width, 1, "layer_norm_epsilon"),
     ]
 
 
@@ -106,7 +128,7 @@ INFINITY = {"__float__": "Infinity"}  # as transformers writes it into JSON
 
 def _falcon_mamba(read: Reader) -> list[str]:
     """Falcon-Mamba: a Mamba that normalises dt, B and C."""
-    return [*_mamba(read), f"model.mixer.input_norm_eps={read.get('mixer_rms_eps', 1e-6)}"]
+    return [*_mamba(read), f"model.mixer.input_norm_eps={read.number('mixer_rms_eps')}"]
 
 
 def _rwkv(read: Reader) -> list[str]:
@@ -118,7 +140,7 @@ def _rwkv(read: Reader) -> list[str]:
         "model.norm=layer_norm",
         "model.embedding_norm=true",
         f"model.feed_forward.hidden_width={read.get('intermediate_size', 4 * width)}",
-        *backbone(read, width, 1, "layer_norm_epsilon", False),
+        *backbone(read, width, 1, "layer_norm_epsilon"),
         f"seq_len={read.number('context_length')}",
     ]
 
@@ -148,7 +170,7 @@ def _rwkv7(read: Reader) -> list[str]:
         ],
         f"model.mixer.norm_eps={head * eps}",
         f"model.feed_forward.hidden_width={read.get('intermediate_size', hidden)}",
-        *backbone(read, width, int(width // head), "norm_eps", False),
+        *backbone(read, width, int(width // head), "norm_eps"),
         f"seq_len={read.number('max_position_embeddings')}",
     ]
 
@@ -173,7 +195,7 @@ def _mamba2(read: Reader) -> list[str]:
         f"model.mixer.state_size={read.number('state_size')}",
         f"model.mixer.conv_width={read.number('conv_kernel')}",
         f"model.mixer.norm_eps={read.number('layer_norm_epsilon')}",
-        *backbone(read, width, 1, "layer_norm_epsilon", True),
+        *backbone(read, width, 1, "layer_norm_epsilon"),
     ]
 
 
@@ -194,4 +216,33 @@ FAMILIES: dict[str, Callable[[Reader], list[str] | Layers]] = {
     "rwkv": _rwkv,
     "rwkv7": _rwkv7,
     "rwkv7_fla": _rwkv7,  # its name in early checkpoints
+}
+
+SLIDING = {"sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32}
+TIED = {"tie_word_embeddings": True}
+LOCAL = {"num_key_value_heads": 4, "sliding_window": 4096, "query_pre_attn_scalar": 256}
+MAMBA = {"expand": 2, **TIED}
+ABSENT: dict[str, dict[str, Any]] = {  # what a key is that a family's config.json leaves out
+    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
+    "qwen2": SLIDING,
+    "qwen3": {"head_dim": 128, **SLIDING},
+    "phi3": {"original_max_position_embeddings": 4096},
+    "gemma": {"num_key_value_heads": 16, "head_dim": 256, **TIED},
+    "gemma2": {
+        **{"head_dim": 256, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+        **LOCAL,
+        **TIED,
+    },
+    "gemma3_text": {"head_dim": 256, **LOCAL, **TIED},
+    "recurrent_gemma": {
+        "block_types": ["recurrent", "recurrent", "attention"],
+        "logits_soft_cap": 30.0,
+        **TIED,
+    },
+    "gpt_neox": {"attention_bias": True, "use_parallel_residual": True, "rotary_pct": 0.25},
+    "mamba": MAMBA,
+    "falcon_mamba": {"mixer_rms_eps": 1e-6, **MAMBA},
+    "mamba2": {"expand": 2, "n_groups": 8},
+    "rwkv7": {"head_dim": 64},
+    "rwkv7_fla": {"head_dim": 64},
 }

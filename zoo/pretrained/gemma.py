@@ -18,7 +18,7 @@ def gemma(read: Reader) -> list[str]:
     read.only("hidden_act", "gelu", GELU_TANH)  # gelu: what early checkpoints call the other
     read.only("hidden_activation", "gelu", GELU_TANH)  # of Gemma 2, where gelu is gelu
     exact = read.get("model_type") != "gemma" and read.get("hidden_activation") == "gelu"
-    words = transformer(read, act=None, tied=True)
+    words = transformer(read, act=None)
     return [
         *words,
         *biases(read, "qkv", "output"),
@@ -30,12 +30,16 @@ def gemma(read: Reader) -> list[str]:
 
 def gemma2(read: Reader) -> Layers:
     """Gemma 2: windows in every other layer, capped scores and logits."""
+    return _in_turn(read, 2)
+
+
+def _in_turn(read: Reader, every: int) -> Layers:
+    """Windows in all layers but each `every`-th, unless layer_types says which."""
     score_cap = read.optional("attn_logit_softcapping")
     cap = read.optional("final_logit_softcapping")
-    scale = read.optional("query_pre_attn_scalar", 256)
-    kinds = _local_layers(read, 2)
-    inner = read.changed(sliding_window=None, layer_types=None)
-    words = [*gemma(inner), "model.post_norm=true", f"model.mixer.score_scale={scale**-0.5}"]
+    scale = read.number("query_pre_attn_scalar")
+    kinds = _local_layers(read, every)
+    words = [*gemma(read), "model.post_norm=true", f"model.mixer.score_scale={scale**-0.5}"]
     words += [] if cap is None else [f"model.logit_softcap={float(cap)}"]
     words += [] if score_cap is None else [f"model.mixer.score_softcap={float(score_cap)}"]
     base = next(word for word in words if word.startswith("model.positions.rope_base="))
@@ -59,11 +63,13 @@ def gemma3(read: Reader) -> Layers:
         whole = rope
     elif rope:
         raise unsupported("rope_parameters", rope)
-    count = read.get("sliding_window_pattern") or read.get("_sliding_window_pattern") or 6
     default = {"rope_theta": read.get("rope_theta", 1000000.0)}
     rope = {"rope_parameters": {**default, **whole}, "rope_theta": None}
-    inner = read.changed(**rope, _sliding_window_pattern=count)
-    words, layers = gemma2(inner)
+    every = read.get("sliding_window_pattern", 6)
+    other = read.get("_sliding_window_pattern", every)  # which `transformers` passes over
+    if other != every and read.get("layer_types") is None:
+        raise unsupported("_sliding_window_pattern", other)
+    words, layers = _in_turn(read.changed(**rope), every)
     eps = read.number("rms_norm_eps")
     norms = ["model.mixer.qk_norm=true", "model.mixer.norm_offset=true"]
     local = [
@@ -73,9 +79,8 @@ def gemma3(read: Reader) -> Layers:
 
 
 def _local_layers(read: Reader, every: int) -> list[bool]:
-    """Which layers see a window alone: all but each `every`-th, unless layer_types says it."""
+    """Which layers see a window alone."""
     count = read.number("num_hidden_layers")
-    every = read.get("_sliding_window_pattern", every)
     kinds = read.get("layer_types") or [
         "sliding_attention" if (i + 1) % every else "full_attention" for i in range(count)
     ]
@@ -87,7 +92,7 @@ def _local_layers(read: Reader, every: int) -> list[bool]:
 def recurrent_gemma(read: Reader) -> Layers:
     """RecurrentGemma (Griffin): RG-LRU layers and attention to a window in turn."""
     width, heads = read.number("hidden_size"), read.number("num_attention_heads")
-    share, inner = partial_rotary(read, 0.5)
+    share, inner = partial_rotary(read, read.get("partial_rotary_factor", 0.5))
     read.only("hidden_activation", GELU_TANH)
     read.only("head_dim", width // heads)
     scale = _bfloat16(width**0.5)  # as the model keeps it
@@ -98,8 +103,8 @@ def recurrent_gemma(read: Reader) -> Layers:
         f"model.feed_forward.hidden_width={read.number('intermediate_size') // 2}",
         "model.norm=rms_norm_offset",
         f"model.embedding_scale={scale}",
-        f"model.logit_softcap={float(read.optional('logits_soft_cap', 30.0))}",
-        *backbone(read, width, heads, "rms_norm_eps", True),
+        f"model.logit_softcap={float(read.number('logits_soft_cap'))}",
+        *backbone(read, width, heads, "rms_norm_eps"),
         f"seq_len={GRIFFIN_LENGTH}",
     ]
     attention = [
@@ -120,7 +125,7 @@ def recurrent_gemma(read: Reader) -> Layers:
         *[word for word in words if word.startswith("model.feed_forward")],
     ]
     kinds = {"recurrent": recurrent, "attention": attention}
-    pattern = read.get("block_types", ["recurrent", "recurrent", "attention"])
+    pattern = read.get("block_types")
     if not pattern or not {*pattern} <= {*kinds}:
         raise unsupported("block_types", pattern)
     count = read.number("num_hidden_layers")

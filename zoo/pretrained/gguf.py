@@ -52,6 +52,7 @@ PRE_TOKENIZERS = {  # tokenizer.ggml.pre -> how text is cut before merging
     "gpt-2": [BYTE_LEVEL],
     "smollm": [DIGITS, BYTE_LEVEL],
 }
+ENDS = ("eos", "eot", "eom")  # of a text, a turn and a message
 # Metadata that describes the file and not the model.
 DESCRIPTIVE = re.compile(r"(GGUF|general|quantize|tokenizer)\.")
 
@@ -155,9 +156,12 @@ class GGUFFile:
         return {
             "model_type": "llama",
             "tie_word_embeddings": "output.weight" not in names,
-            "eos_token_id": self._value("tokenizer.ggml.eos_token_id", TOKEN, None),
+            "eos_token_id": [end for end in map(self._end, ENDS) if end is not None],
             **config,
         }
+
+    def _end(self, kind: str) -> int | None:
+        return self._value(f"tokenizer.ggml.{kind}_token_id", TOKEN, None)
 
     def _head_width(self, rotated: int | None, default: int) -> int | None:
         """The width of a head, of which all is `rotated`; None where the file does not say it."""

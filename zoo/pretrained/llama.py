@@ -16,19 +16,19 @@ def llama(read: Reader) -> list[str]:
 
 def mistral(read: Reader) -> list[str]:
     """Mistral, with a sliding window in all layers or none."""
-    return transformer(read)
+    return transformer(read, window=read.get("sliding_window"))
 
 
 def qwen2(read: Reader) -> list[str]:
     """Qwen2 and Qwen2.5: biases of queries, keys and values."""
-    return [*transformer(read), "model.mixer.qkv_bias=true"]
+    return [*transformer(read, window=_window(read)), "model.mixer.qkv_bias=true"]
 
 
 def qwen3(read: Reader) -> list[str]:
     """Qwen3: normalised queries and keys, heads of any width."""
     eps = read.number("rms_norm_eps")
     norms = ["model.mixer.qk_norm=true", f"model.mixer.norm_eps={eps}"]
-    return [*transformer(read), *norms, *biases(read, "qkv", "output")]
+    return [*transformer(read, window=_window(read)), *norms, *biases(read, "qkv", "output")]
 
 
 def biases(read: Reader, *which: str) -> list[str]:
@@ -41,16 +41,20 @@ def _feed_forward_bias(read: Reader) -> list[str]:
 
 def phi3(read: Reader) -> list[str]:
     """Phi-3 and Phi-4: fused projections, a part of each head rotated."""
-    share, inner = partial_rotary(read, 1.0)
+    share, inner = partial_rotary(read, read.get("partial_rotary_factor", 1.0))
     read.get("original_max_position_embeddings")  # counts with a scaling alone
-    words = transformer(inner)
+    for key in ("attention_bias", "mlp_bias", "lm_head_bias"):  # of published files, read by none
+        read.only(key, False)
+    inner = inner.changed(partial_rotary_factor=None)
+    words = transformer(inner, window=read.get("sliding_window"))
     return words if share == 1 else [*words, f"model.positions.partial_rotary_factor={share}"]
 
 
-def transformer(read: Reader, act: str | None = "silu", tied: bool = False) -> list[str]:
+def transformer(read: Reader, act: str | None = "silu", window: int | None = None) -> list[str]:
     """What the families that descend from Llama have in common.
 
-    `act` is the one that must be given, if the caller has not looked; `tied` what is left out.
+    `act` is the one that must be given, if the caller has not looked; `window` the sliding window
+    of all layers, of a family that has one.
     """
     width, heads = read.number("hidden_size"), read.number("num_attention_heads")
     if act is not None:
@@ -63,13 +67,12 @@ def transformer(read: Reader, act: str | None = "silu", tied: bool = False) -> l
         "model=transformer",
         f"model.mixer.kv_heads={read.get('num_key_value_heads', heads)}",
         f"model.feed_forward.hidden_width={read.number('intermediate_size')}",
-        *backbone(read, width, heads, "rms_norm_eps", tied),
+        *backbone(read, width, heads, "rms_norm_eps"),
         f"seq_len={length}",
         *rotary(read, length),
     ]
     if head_width is not None and head_width * heads != width:
         words += [f"model.mixer.head_width={head_width}"]
-    window = _window(read)
     if window is None:
         return words
     scaled = any(word.startswith("extension=") for word in words)
@@ -112,19 +115,19 @@ def _windowed_and_scaled(words: list[str], window: int, length: int) -> list[str
 
 
 def _window(read: Reader) -> int | None:
-    """The sliding window of all layers; None without one."""
-    window, kinds = read.optional("sliding_window"), read.get("layer_types", [])
-    slides = read.get("use_sliding_window", True)
-    first = read.optional("max_window_layers") or 0  # before it, layers see all keys
-    if kinds:
-        if {*kinds} not in ({"full_attention"}, {"sliding_attention"}):
+    """The sliding window of all layers of a Qwen; None without one."""
+    given = read.get("sliding_window")
+    window = given if read.get("use_sliding_window", False) else None
+    first, count = read.number("max_window_layers"), read.number("num_hidden_layers")
+    kinds = read.get("layer_types")
+    if kinds is not None:
+        slides = kinds == ["sliding_attention"] * count
+        if not (slides and window is not None) and kinds != ["full_attention"] * count:
             raise unsupported("layer_types", kinds)
-        slides = kinds[0] == "sliding_attention"
-    elif slides and window is not None and first >= read.number("num_hidden_layers"):
-        slides = False
-    elif slides and window is not None and first > 0:
+        return window if slides else None
+    if window is not None and 0 < first < count:  # before it, layers see all keys
         raise unsupported("max_window_layers", first)
-    return window if slides else None
+    return window if first < count else None
 
 
 def gpt_neox(read: Reader) -> list[str]:
@@ -132,16 +135,15 @@ def gpt_neox(read: Reader) -> list[str]:
     width, heads = read.number("hidden_size"), read.number("num_attention_heads")
     length = read.number("max_position_embeddings")
     read.only("hidden_act", "gelu")
-    share, inner = partial_rotary(read, read.get("rotary_pct", 0.25))
-    parallel = read.get("use_parallel_residual", True)
+    share, inner = partial_rotary(read, read.number("rotary_pct"))
     return [
         "model=transformer",
         "model.norm=layer_norm",
-        f"model.parallel_residual={'true' if parallel else 'false'}",
+        f"model.parallel_residual={_switch(read, 'use_parallel_residual')}",
         *[f"model.mixer.{which}_bias={_switch(read, 'attention_bias')}" for which in BIASES],
         "model.feed_forward._target_=zoo.mixers.feed_forward.MLP",
         f"model.feed_forward.hidden_width={read.number('intermediate_size')}",
-        *backbone(read, width, heads, "layer_norm_eps", False),
+        *backbone(read, width, heads, "layer_norm_eps"),
         f"seq_len={length}",
         *rotary(inner, length, "rotary_emb_base"),
         f"model.positions.partial_rotary_factor={share}",
@@ -152,30 +154,28 @@ BIASES = ("qkv", "output")
 
 
 def _switch(read: Reader, key: str) -> str:
-    return "true" if read.get(key, True) else "false"
+    return "true" if read.get(key, False) else "false"
 
 
-def backbone(read: Reader, width: int, heads: int, eps: str, tied: bool) -> list[str]:
-    """`tied` is what the family's config.json leaves out."""
-    tied = read.get("tie_word_embeddings", tied)
+def backbone(read: Reader, width: int, heads: int, eps: str) -> list[str]:
     return [
         f"size.width={width}",
         f"size.layers={read.number('num_hidden_layers')}",
         f"size.heads={heads}",
         f"model.norm_eps={read.number(eps)}",
-        f"model.tied={'true' if tied else 'false'}",
+        f"model.tied={_switch(read, 'tie_word_embeddings')}",
     ]
 
 
-def partial_rotary(read: Reader, default: float) -> tuple[float, Reader]:
+def partial_rotary(read: Reader, beside: float) -> tuple[float, Reader]:
     """The share of each head that is rotated, and a reader of the config without it.
+
+    `beside` is the share that the config has beside its rotary settings, which count first.
 
     Of `proportional`, which depends on it, the reader keeps it.
     """
     parameters = dict(read.get("rope_parameters", {}) or read.get("rope_scaling", {}))
-    share = parameters.pop("partial_rotary_factor", None)
-    share = share or read.get("partial_rotary_factor", default)
+    share = parameters.pop("partial_rotary_factor", None) or beside
     if rope_type(parameters) == "proportional":
         parameters["partial_rotary_factor"] = share
-    without = {"rope_parameters": parameters, "rope_scaling": None, "partial_rotary_factor": None}
-    return float(share), read.changed(**without)
+    return float(share), read.changed(rope_parameters=parameters, rope_scaling=None)

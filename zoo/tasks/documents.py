@@ -23,7 +23,7 @@ gives none for NarrativeQA, one for QMSum, two for Qasper and QuALITY.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -205,7 +205,7 @@ class Documents(Task):
             [prompt.tokens for prompt in prompts],
             tokens=self._answer_tokens,
             sampling=Sampling(),
-            stops=lambda _, tokens: tokens[-1] == tokenizer.end,
+            stops=lambda _, tokens: tokens[-1] in tokenizer.ends,
             rows=self.batch,
             precision=context.precision,
         )
@@ -230,8 +230,8 @@ class Documents(Task):
         }
 
     def _answer(self, tokenizer: Tokenizer, tokens: list[int]) -> str:
-        end = tokens.index(tokenizer.end) if tokenizer.end in tokens else len(tokens)
-        text = "".join(tokenizer.decode(tokens[:end])).strip()
+        own = takewhile(lambda token: token not in tokenizer.ends, tokens)
+        text = "".join(tokenizer.decode(own)).strip()
         if self.shots and self.benchmark.instruction:  # it went on with an example of its own
             text = text.partition(f"\n\n{self.benchmark.instruction}")[0].rstrip()
         return text.partition("\n")[0].strip() if self.benchmark.one_line else text

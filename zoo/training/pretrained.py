@@ -42,11 +42,10 @@ def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> Run
     described, tokenizer = read_checkpoint(checkpoint, runs / ".tokenizers" if own else None)
     if own:
         section |= {"tokenizer": str(tokenizer), "end_token": described.end_token}
+        section |= {"stop_tokens": [*described.end_tokens[1:]] or None}
     if section["tokenizer"] != BYTES:
         section["bos_token"] = bos_of(section["tokenizer"])
     config = pretrained_config(described, checkpoint, section, runs)
-    for note in described.notes:
-        say(f"{checkpoint}: {note}")
     ignored = "; ".join(described.notes)
     text = open_data(config.data, config.seq_len)
     assert isinstance(text, Corpus)
@@ -78,6 +77,8 @@ def pretrained_run(checkpoint: Path, data: Mapping[str, Any], runs: Path) -> Run
         folder = RunFolder.open(path)
         check_same_run(folder, config, "Put back its config.json, or use another runs=<folder>")
         check_unchanged(checkpoint, folder.info["checkpoint"])
+        for note in described.notes:
+            say(f"{checkpoint}: {note}")
         if ignored and "ignores" not in folder.info:  # an older version did not record it
             folder.update(ignores=ignored)
         return folder

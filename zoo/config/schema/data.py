@@ -14,7 +14,7 @@ from zoo.errors import choose, refuse
 class Data(OpenSection):
     unwritten: ClassVar[Mapping[str, Any]] = {
         **{"passkey": 0.0, "passkey_facts": 1, "task": None},
-        **{"end_token": None, "bos_token": None},
+        **{"end_token": None, "bos_token": None, "stop_tokens": None},
     }
     name: Name
     task: DataPart | None = Field(default=None, description="a synthetic task instead of text")
