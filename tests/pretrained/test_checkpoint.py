@@ -195,7 +195,12 @@ def altered(folder: Path, **changes) -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "rope_type='su'"),
         (scaled("longrope", factor=4.0, attention_factor=1.7, **SU), "attention_factor=1.7"),
+        (
+            {"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}},
+            "rope_scaling.high_freq_factor=1.0: must be more than low_freq_factor=1.0",
+        ),
         ({"hidden_size": "wide"}, "hidden_size='wide'"),
+        ({"rms_norm_eps": None}, "must give rms_norm_eps, a number. Put back the file"),
     ],
 )
 def test_what_the_zoo_does_not_compute_is_refused_by_name(changes, said, tmp_path):

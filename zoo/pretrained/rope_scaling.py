@@ -150,6 +150,14 @@ def _magnitude(scaling: Settings, factor: float, before: int) -> None:
     raise unsupported("rope_scaling.attention_factor", given)
 
 
+def _between(scaling: Settings, _factor: float, _before: int) -> None:
+    """Refuse frequency factors that leave nothing between them, over which llama3 interpolates."""
+    low, high = scaling.get("low_freq_factor"), scaling.get("high_freq_factor")
+    if low is not None and high is not None and high <= low:
+        rule = f"must be more than low_freq_factor={low}"
+        raise unsupported("rope_scaling.high_freq_factor", high, rule)
+
+
 def _names(*keys: str) -> dict[str, str]:
     return {key: key for key in keys}
 
@@ -160,7 +168,7 @@ SCALINGS: dict[str, Callable[[Settings, int], list[str]]] = {
     "linear": _scaled("pi", {}, _as_it_is),
     "proportional": _proportional,
     "dynamic": _dynamic,
-    "llama3": _scaled("llama3", _names("low_freq_factor", "high_freq_factor"), _as_it_is),
+    "llama3": _scaled("llama3", _names("low_freq_factor", "high_freq_factor"), _between),
     "yarn": _scaled("yarn", YARN, _attention_factor),
     "longrope": _scaled("longrope", LONGROPE | _names("magnitude"), _magnitude),
 }
