@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tokenizing import KINDS, byte_level
 
+from zoo.config.groups import corpora
 from zoo.data.tokenizers import BYTES, bos_of, open_tokenizer
 from zoo.errors import UserError
 
@@ -95,6 +96,13 @@ def test_several_tokens_before_a_text_are_refused(tmp_path):
     made.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="2 tokens before a text"):
         bos_of(str(tmp_path / "tokenizer.json"))
+
+
+def test_every_corpus_says_which_tokens_end_and_begin_its_texts():
+    """So that a student has the tokens of any teacher, whatever it reads."""
+    assert corpora()
+    for name, options in corpora().items():
+        assert {"tokenizer", "end_token", "bos_token"} <= {*options}, name
 
 
 @pytest.mark.parametrize("option", ["end_token", "bos_token"])

@@ -38,6 +38,21 @@ def test_the_loss_is_that_of_a_plain_loop(temperature, weight):
     assert float(same) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("more", [0, 2])
+def test_tokens_that_are_not_the_tokenizers_are_left_out_of_the_soft_term(more):
+    """Of the teacher before, of a student that has them here; its own loss is over all."""
+    z, theirs = torch.randn(1, 3, 5 + more), torch.randn(1, 3, 5)
+    targets = torch.randint(5, (1, 3))
+    soft = distillation_loss(z, theirs, targets, Distil(teacher="x", weight=1.0, temperature=1.0))
+    p = theirs[0].softmax(-1)
+    q = z[0].softmax(-1)[:, :5]
+    q = q / q.sum(-1, keepdim=True)
+    assert float(soft) == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
+    both = distillation_loss(z, theirs, targets, Distil(teacher="x", weight=0.5, temperature=1.0))
+    hard = torch.nn.functional.cross_entropy(z[0], targets[0])
+    assert float(both) == pytest.approx(float(0.5 * soft + 0.5 * hard), rel=1e-6)
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("taught")
@@ -128,4 +143,5 @@ def test_a_teacher_of_other_tokens_is_refused(teacher, tmp_path, capsys):
     assert main(taught(teacher, "name=other", *own)) == 2
     said = capsys.readouterr().err
     assert "its tokens (bytes, 256 tokens) are not the run's (tokenizer.json@" in said
+    assert said.endswith("Train with its tokenizer: data.tokenizer=bytes.\n")
     assert not (teacher.parent / "other").exists()

@@ -6,9 +6,13 @@ per token, w = `weight` and T = `temperature`. The paper's soft term is a cross-
 differs from the divergence by the teacher's entropy, a constant: gradients are the same.
 Validation is the plain loss.
 
+A model may have more tokens than its tokenizer, as padded checkpoints have: the soft term is over
+those of the tokenizer, whose probabilities add to 1 in both.
+
 The teacher reads the same tokens as the student, in its own precision and without gradients.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,10 +42,12 @@ from zoo.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained model, the name of its tokenizer and what identifies its weights."""
+    """A trained model, the name of its tokenizer, the options of data that give the same one (where
+    they are known) and what identifies its weights."""
 
     model: Backbone
     tokenizer: str
+    options: Mapping[str, Any]
     weights: str
     precision: str
 
@@ -52,6 +58,7 @@ class Distillation:
 
     teacher: Teacher
     how: Distil
+    vocab_size: int  # of the tokenizer
 
     def loss(self, student: Backbone, tokens: Int[Tensor, "b t1"]) -> Tensor:
         """The mean over tokens 1.., each predicted from those before it; see the module."""
@@ -61,7 +68,8 @@ class Distillation:
         with torch.no_grad(), plain_numbers, arithmetic(model, precision, tokens.device):
             taught = model(tokens[:, :-1])
         found = student(tokens[:, :-1])
-        loss = distillation_loss(found, taught.clone(), tokens[:, 1:], self.how)
+        taught = taught[..., : self.vocab_size].clone()
+        loss = distillation_loss(found, taught, tokens[:, 1:], self.how)
         return student.with_auxiliary(loss)
 
     def facts(self, seq_len: int) -> dict[str, Any]:
@@ -77,16 +85,17 @@ class Distillation:
 
 def distillation_loss(
     logits: Float[Tensor, "b t v"],
-    taught: Float[Tensor, "b t v"],
+    taught: Float[Tensor, "b t w"],
     targets: Int[Tensor, "b t"],
     how: Distil,
 ) -> Tensor:
-    """The loss by its formula, in float32 or better."""
+    """The loss by its formula, in float32 or better; the soft term of the first w <= v tokens."""
     wide = wide_dtype(logits)
     z, z_teacher = (x.to(wide).flatten(0, 1) for x in (logits, taught))
     hard = F.cross_entropy(z, targets.flatten())
     soft, T = z_teacher.div(how.temperature).log_softmax(-1), how.temperature
-    apart = F.kl_div((z / T).log_softmax(-1), soft, reduction="batchmean", log_target=True)
+    own = (z[:, : z_teacher.shape[1]] / T).log_softmax(-1)
+    apart = F.kl_div(own, soft, reduction="batchmean", log_target=True)
     return (1 - how.weight) * hard + how.weight * T**2 * apart
 
 
@@ -103,16 +112,21 @@ def open_teacher(path: Path, config: TrainConfig) -> Teacher:
             refuse("distil.teacher", path, rule, "Train it to its end first")
         model, precision = load(folder), folder.config.trainer.precision
         weights = weights_of(folder) or ""
-        return Teacher(model, str(folder.info.get("tokenizer")), weights, precision)
+        options = folder.config.data.options
+        return Teacher(model, str(folder.info.get("tokenizer")), options, weights, precision)
     if not path.is_file() and not (path / "config.json").is_file():
         rule = "is no run and no checkpoint"
         refuse("distil.teacher", path, rule, "Give the folder of one, such as runs/<name>")
     with TemporaryDirectory() as folder:
         described, file = read_checkpoint(path, Path(folder))
-        tokenizer = open_tokenizer(str(file), described.end_token, bos_of(str(file)))
+        end, bos = described.end_token, bos_of(str(file))
+        tokenizer = open_tokenizer(str(file), end, bos)
+    options = {"tokenizer": str(file)} if path.is_dir() else {}  # else its file is gone
+    options |= {"end_token": end, "bos_token": bos}
     own = pretrained_config(described, path, plain(config.data), Path(config.runs))
     model = load_pretrained(own, described=described).eval().requires_grad_(False)
-    return Teacher(model, tokenizer.name, identify(path)["sha256"], own.trainer.precision)
+    weights, precision = identify(path)["sha256"], own.trainer.precision
+    return Teacher(model, tokenizer.name, options, weights, precision)
 
 
 def distillation(
@@ -132,10 +146,13 @@ def distillation(
         return None
     path = Path(config.distil.teacher)
     teacher = open_teacher(path, config)
-    if (teacher.tokenizer, teacher.model.vocab_size) != (tokenizer, vocab_size):
+    if teacher.tokenizer != tokenizer or teacher.model.vocab_size < vocab_size:
         theirs = f"{teacher.tokenizer}, {teacher.model.vocab_size:,} tokens"
         rule = f"its tokens ({theirs}) are not the run's ({tokenizer}, {vocab_size:,} tokens)"
-        refuse("distil.teacher", path, rule, "Train with its tokenizer: data.tokenizer=<file>")
+        options = {"tokenizer": "<file>", **teacher.options}
+        given = [(name, options.get(name)) for name in ("tokenizer", "end_token", "bos_token")]
+        words = [f"data.{name}={value}" for name, value in given if value is not None]
+        refuse("distil.teacher", path, rule, f"Train with its tokenizer: {' '.join(words)}")
     most = teacher.model.max_length
     if not teacher.model.causal or (most is not None and most < config.seq_len):
         rule = f"reads at most {most:,} tokens" if teacher.model.causal else "reads both ways"
@@ -143,4 +160,4 @@ def distillation(
     if before is not None and before != teacher.weights:
         rule = "its weights changed since this run began"
         refuse("distil.teacher", path, rule, "Put them back, or train anew: fresh=true")
-    return Distillation(teacher, config.distil)
+    return Distillation(teacher, config.distil, vocab_size)

@@ -32,6 +32,9 @@ class Data(OpenSection):
             missing = value is None and key in ("path", "dataset")
             if not isinstance(value, str) and not missing:
                 refuse(key, value, "must be text", "Quote a name of digits")
+        for key in ("end_token", "bos_token", "stop_tokens"):  # null is as one that is not there
+            if self.options.get(key, 0) is None and self.model_extra is not None:
+                del self.model_extra[key]
         if self.passkey_facts > 1 and not self.passkey:
             rule = "no window holds a passkey with data.passkey=0"
             refuse("passkey_facts", self.passkey_facts, rule, "Set data.passkey, or leave it out")
