@@ -29,10 +29,12 @@ from zoo.model.checkpoint import load
 from zoo.model.convert import from_transformers
 from zoo.model.export import export
 from zoo.model.extend import extend, extend_as_trained
+from zoo.model.lora import A, B
 from zoo.model.pretrained import load_pretrained
 from zoo.model.transformers_config import foreign
 from zoo.pretrained.checkpoint import read_checkpoint
 from zoo.pretrained.options import pretrained_config
+from zoo.runs.claim import weights_of
 from zoo.runs.folder import RunFolder
 from zoo.runs.resume import finetuned
 from zoo.tasks.extensions import check_extension
@@ -41,21 +43,31 @@ from zoo.tasks.identity import row_identity
 transformers = pytest.importorskip("transformers")
 
 LLAMA3 = ["extension=llama3", "extension.factor=4"]
+
+
+def long_factors(pairs: int) -> str:
+    """Those of longrope, one for each pair of channels."""
+    factors = [1 + i / 5 for i in range(pairs)]
+    return f"extension.scaling.long_factors={factors}".replace(" ", "")
+
+
 PI = ["extension=pi", "extension.factor=2"]
 YARN = ["extension=yarn", "extension.factor=4", "extension.original_length=16"]
 LONGROPE = ["extension=longrope", "extension.factor=4", "extension.original_length=16"]
-LONGROPE += [f"extension.scaling.long_factors={[1 + i / 5 for i in range(16)]}".replace(" ", "")]
+SCALED = {
+    "pi": [*PI, "extension.original_length=16"],
+    "yarn": YARN,
+    "llama3": [*LLAMA3, "extension.original_length=16"],
+    "dynamic": ["extension=dynamic_ntk", "extension.factor=2"],
+}
 NEOX = ["model.norm=layer_norm", "model.parallel_residual=true", "model.mixer.qkv_bias=true"]
 NEOX += ["model.mixer.output_bias=true", "model.positions.partial_rotary_factor=0.25"]
 NEOX += ["model.feed_forward._target_=zoo.mixers.feed_forward.MLP"]
 FORMS = {  # what transformers has: its class, and the options of the run
     "llama": ("LlamaForCausalLM", ["model.mixer.kv_heads=2"]),
     "llama untied": ("LlamaForCausalLM", ["model.tied=false", "model.mixer.head_width=12"]),
-    "llama pi": ("LlamaForCausalLM", [*PI, "extension.original_length=16"]),
-    "llama yarn": ("LlamaForCausalLM", YARN),
-    "llama llama3": ("LlamaForCausalLM", [*LLAMA3, "extension.original_length=16"]),
-    "llama dynamic": ("LlamaForCausalLM", ["extension=dynamic_ntk", "extension.factor=2"]),
-    "llama longrope": ("LlamaForCausalLM", LONGROPE),
+    **{f"llama {kind}": ("LlamaForCausalLM", words) for kind, words in SCALED.items()},
+    "llama longrope": ("LlamaForCausalLM", [*LONGROPE, long_factors(16)]),
     "mistral": ("MistralForCausalLM", ["extension=window", "extension.attention.window=9"]),
     "mistral long": (  # a window of more than the trained length
         "MistralForCausalLM",
@@ -64,6 +76,8 @@ FORMS = {  # what transformers has: its class, and the options of the run
     "qwen2": ("Qwen2ForCausalLM", ["model.mixer.qkv_bias=true"]),
     "qwen3": ("Qwen3ForCausalLM", ["model.mixer.qk_norm=true", "model.mixer.head_width=12"]),
     "neox": ("GPTNeoXForCausalLM", NEOX),
+    **{f"neox {kind}": ("GPTNeoXForCausalLM", [*NEOX, *words]) for kind, words in SCALED.items()},
+    "neox longrope": ("GPTNeoXForCausalLM", [*NEOX, *LONGROPE, long_factors(4)]),
     "mamba": ("MambaForCausalLM", ["model=mamba"]),
     "falcon mamba": ("FalconMambaForCausalLM", ["model=mamba", "model.mixer.input_norm_eps=1e-6"]),
     "mamba2": ("Mamba2ForCausalLM", ["model=mamba2", "model.norm_eps=1e-5"]),
@@ -123,8 +137,8 @@ def test_transformers_opens_it_and_computes_the_same(form, tmp_path):
     assert type(theirs).__name__ == architecture
     again = zoo.load(to, device="cpu").backbone
     # Beyond the trained length `transformers` takes one frequency for all tokens of a call.
-    lengths = (1, 2, 31, 48) if form == "llama dynamic" else (1, 2, 15, 16)
-    for length in lengths if form in ("llama dynamic", "llama longrope") else (1, 2, 31, 100):
+    lengths = (1, 2, 31, 48) if "dynamic" in form else (1, 2, 15, 16)
+    for length in lengths if form.endswith(("dynamic", "longrope")) else (1, 2, 31, 100):
         tokens = torch.randint(0, 256, (2, length))
         with torch.no_grad():
             expected, logits = theirs(tokens, use_cache=False).logits, ours(tokens)
@@ -173,7 +187,7 @@ def tuned(base: TrainConfig, *stages: tuple[str, str, int]) -> TrainConfig:
     for name, composition, seq_len in stages:
         words = ["run=x", f"extension={name}", f"extension.composition={composition}"]
         words += ["extension.factor=2"] * (extensions()[name]["factor"] == "???")
-        words += LONGROPE[-1:] * (name == "longrope")
+        words += [long_factors(16)] * (name == "longrope")
         words += ["extension.attention.sinks=2"] * (name == "lm_infinite")
         words[:1] = ["finetune=x"] if extensions()[name].get("positions") else words[:1]
         composed = compose("train" if words[0] == "finetune=x" else "eval", words)
@@ -244,7 +258,7 @@ def test_every_chain_of_stages_is_exported_whole_or_refused(first, tmp_path):
 def under(name: str, composition: str) -> Extension:
     words = ["run=x", f"extension={name}", f"extension.composition={composition}"]
     words += ["extension.factor=8"] * (extensions()[name]["factor"] == "???")
-    words += LONGROPE[-1:] * (name == "longrope")
+    words += [long_factors(16)] * (name == "longrope")
     words += ["extension.attention.sinks=2"] * (name == "lm_infinite")
     return compose("eval", words).extension
 
@@ -293,7 +307,7 @@ def test_what_is_exported_of_a_chain_is_measured_as_the_run_is(tmp_path):
     model = extend_as_trained(build_model(config, 256)[0], config)
     run = stored(tmp_path / "chain", config, model)
     check_extension(tuned(base.config, ("pi", "on_top", 96)).extension, [run])
-    export(run, tmp_path / "out")
+    export(run, tmp_path / "out", "zoo")  # the form that holds the stages
     copy = RunFolder.create(tmp_path / "copy", opened(tmp_path / "out"), {"status": "done"})
     here = config.extension, torch.device("cpu")
     (label,) = {row_identity(here[0], folder, here[1])["arm"] for folder in (run, copy)}
@@ -568,3 +582,23 @@ def test_the_program_exports_a_trained_run(tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     assert main(words[:2]) == 2
     assert main([*words, "form=zoo"]) == 2
+
+
+def test_adapters_say_what_their_base_is_opened_with(tmp_path):
+    """Their files alone are of another model than the run: its scaling is the base's."""
+    base = made(tmp_path)
+    config = tuned(base.config, ("yarn", "replace", 96))
+    tree = plain(config) | {"finetune": str(base), "lora": {"rank": 2}}
+    facts = {"step": 1, "status": "done", "base": {"weights": weights_of(base)}}
+    run = RunFolder.create(tmp_path / "lora", validate(TrainConfig, tree), facts)
+    layer, width = "model.blocks.0.mixer.q_proj", load(base).width
+    pair = {f"{layer}{A}": torch.ones(2, width), f"{layer}{B}": torch.ones(width, 2)}
+    torch.save({"state_dict": pair, "global_step": 1}, run.path / "checkpoints/step=1.ckpt")
+    said = export(run, tmp_path / "adapter", "adapter").base
+    options = json.loads((tmp_path / "adapter/base_options.json").read_text())
+    assert {*options} == {"max_position_embeddings", "rope_parameters"}
+    assert options["rope_parameters"]["rope_type"] == "yarn"
+    place = f"they go over an export of their base: zoo export run={base} to=<folder>, opened with"
+    assert said.startswith(
+        f"{place} the max_position_embeddings and rope_parameters of base_options"
+    )

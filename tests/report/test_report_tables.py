@@ -15,7 +15,7 @@ from zoo.report.protocols import PROTOCOLS
 from zoo.report.rows import Cell, gather
 from zoo.report.statistics import interval
 from zoo.report.text import as_text
-from zoo.report.words import DASH, TIMES, count, ends, score, short, size
+from zoo.report.words import DASH, TIMES, count, score, short, size
 from zoo.tasks.documents import Documents
 from zoo.tasks.generate import Generate
 
@@ -543,8 +543,3 @@ def test_an_effective_context_of_the_seeds_that_are_left_says_so():
     whole = zoo.report.scores.effective_contexts(gather(rows[:4], []))["mamba"]
     assert whole
     assert not whole.fewer
-
-
-def test_an_interval_that_is_printed_as_one_number_is_none():
-    assert ends(Cell(100.2, 100.1, 100.3), count) == ""
-    assert ends(Cell(100.0, 90.0, 110.0), count) == "90\u2013110"

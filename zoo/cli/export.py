@@ -43,4 +43,6 @@ def _export(words: Sequence[str]) -> int:
     if found.difference:
         form += f" (transformers has no architecture for this model: {found.difference})"
     say(f"{given['to']}: {form}, {found.weights}, {found.tokenizer}")
+    if found.base:
+        say(f"{given['to']}: {found.base}")
     return 0

@@ -27,21 +27,25 @@ from zoo.model.lora import in_peft_format
 from zoo.model.shrink import multiplied_out
 from zoo.model.transformers_config import Foreign, foreign
 from zoo.pretrained.families import OWN_SECTIONS, STAGES, TRAINED
+from zoo.pretrained.weights import read_json
 from zoo.runs.files import cannot_write, drafted
 from zoo.runs.folder import RunFolder
 
 FORMATS = ("auto", "transformers", "zoo", "adapter")
+BASE_OPTIONS = "base_options.json"  # of `from_pretrained`, beside adapters
 END = "<|end_of_document|>"  # a token that the zoo added behind those of the file
 
 
 class Exported(NamedTuple):
     """What was written: the class of `transformers` (or "zoo", "LoRA"), its weights' file, and
-    about the tokenizer; and why `transformers` has no such model, where that decided the form."""
+    about the tokenizer; why `transformers` has no such model, where that decided the form; and of
+    adapters what they go over."""
 
     architecture: str
     weights: str
     tokenizer: str
     difference: str = ""
+    base: str = ""
 
 
 def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
@@ -66,15 +70,13 @@ def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
             refuse("to", given, f"needs the package {package}", f"Run pip install {package}")
     if form not in FORMATS:
         refuse("format", form, f"must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
-    model, config = load(folder), folder.config
-    if config.shrunk is not None and config.shrunk.rank is not None:
-        model = multiplied_out(model)
+    model, config = _dense(folder), folder.config
     if model.frequencies is not None:
         rule = "its frequencies are trained (extension=clex), which no exported form holds"
         refuse("run", folder, rule, "Open the run itself: zoo.load")
     found = foreign(model, config)
     difference = found if form == "auto" and isinstance(found, str) else ""
-    own = form == "zoo" or bool(difference)
+    own, changed, base = form == "zoo" or bool(difference), {}, ""
     if own and config.data.task is not None:
         why = f", and transformers has no architecture for it ({found})" if difference else ""
         rule = f"is a task without a tokenizer, which the zoo's form needs{why}"
@@ -83,7 +85,7 @@ def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
         written, weights = _own(model, config)
         architecture = "zoo"
     elif form == "adapter":
-        written, weights = _adapter(folder, None if isinstance(found, str) else found)
+        written, weights, changed, base = _adapter(folder, found)
         architecture = "LoRA"
     elif isinstance(found, str):
         refuse("format", form, f"has no architecture for this model ({found})", "Use format=zoo")
@@ -98,6 +100,8 @@ def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
             if form == "adapter":
                 about = "adapter_config.json"
                 _write_json(draft / about, written)
+                if changed:
+                    _write_json(draft / BASE_OPTIONS, changed)
             else:
                 end, about = _write_tokenizer(draft, config, model.vocab_size)
                 written |= {"eos_token_id": end, TRAINED: how_trained}
@@ -106,7 +110,7 @@ def export(folder: RunFolder, to: Path, form: str = "auto") -> Exported:
             os.rename(draft, to)
     except OSError as error:
         raise cannot_write(to, error) or error from error
-    return Exported(architecture, file, about, difference)
+    return Exported(architecture, file, about, difference, base)
 
 
 def _of_transformers(
@@ -124,15 +128,53 @@ def _of_transformers(
     }, weights
 
 
-def _adapter(folder: RunFolder, found: Foreign | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The adapters of a run, under the names of `transformers` where it has the model."""
+def _adapter(
+    folder: RunFolder, found: Foreign | str
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any], str]:
+    """The adapters of a run, under the names of `transformers` where it has the model and its base.
+
+    Returns the contents of adapter_config.json and of the weights' file, the options under which
+    `transformers` opens the base as the run has it, and in words what the adapters go over.
+    """
     config = folder.config
     if config.lora.rank is None:
         refuse("format", "adapter", "the run was trained without lora.rank", "Use format=auto")
     base = base_of(folder)
-    place = base.config.checkpoint or str(base)
-    name = (lambda layer: layer) if found is None else partial(layer_there, names=found.names)
-    return in_peft_format(checkpoint_weights(folder), config.lora, place, name)
+    place, before = base.config.checkpoint or str(base), foreign(_dense(base), base.config)
+    adapters = partial(in_peft_format, checkpoint_weights(folder), config.lora)
+    if isinstance(found, str) or isinstance(before, str):
+        tuned = config.extension.name
+        under = "" if tuned == "none" else f", under the run's extension={tuned}"
+        over = f"names are the zoo's: they go over zoo.load({str(place)!r}).backbone{under}"
+        return *adapters(place, lambda layer: layer), {}, over
+    if config.shrunk is not None and config.shrunk.rank is not None:
+        rule = "adapts units of low rank, which no model of transformers has"
+        refuse("format", "adapter", rule, "Use format=auto")
+    if found.architecture != before.architecture:
+        rule = f"is a {found.architecture} there, and its base a {before.architecture}"
+        refuse("format", "adapter", rule, "Use format=auto")
+    keys = {*found.config, *before.config}
+    changed = {key: found.config.get(key) for key in keys}
+    changed = {key: one for key, one in changed.items() if before.config.get(key) != one}
+    over = f"they go over {place}"
+    if not _opened_there(Path(place), before):
+        over = f"they go over an export of their base: zoo export run={base} to=<folder>"
+    if changed:
+        named = " and ".join(sorted(changed))
+        over += f", opened with the {named} of {BASE_OPTIONS}: from_pretrained(<base>, **options)"
+    return *adapters(place, partial(layer_there, names=found.names)), changed, over
+
+
+def _opened_there(checkpoint: Path, found: Foreign) -> bool:
+    """Whether `transformers` opens a checkpoint as the architecture that was found."""
+    file = checkpoint / "config.json"
+    return file.is_file() and read_json(file).get("model_type") == found.model_type
+
+
+def _dense(folder: RunFolder) -> Backbone:
+    """The model of a run, with plain matrices in place of units of low rank."""
+    model, shrunk = load(folder), folder.config.shrunk
+    return model if shrunk is None or shrunk.rank is None else multiplied_out(model)
 
 
 def _own(model: Backbone, config: TrainConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from zoo.attention.streaming_llm import StreamingLLM
-from zoo.config.schema.model import Extension, Model
+from zoo.config.schema.model import Model
 from zoo.config.schema.sections import Component
 from zoo.config.schema.train import TrainConfig
 from zoo.config.schemes import short_name
@@ -253,14 +253,15 @@ def _window(mixer: SoftmaxAttention, config: TrainConfig) -> int | None:
 def _scaling(mixer: SoftmaxAttention, config: TrainConfig) -> dict[str, Any]:
     """`rope_parameters` of the positions and of the scaling that the model was trained under."""
     assert isinstance(mixer.positions, Rope)
-    part, base = config.extension.scaling, mixer.positions.rope_base
-    earlier = scalings(stages_of(config)[:-1])
-    _require(not earlier or _replaces(config.extension), "scalings of several stages")
-    if part is None:
+    base, in_force = mixer.positions.rope_base, scalings(stages_of(config))
+    _require(len(in_force) <= 1, "scalings of several stages")
+    if not in_force:
         return {"rope_type": "default", "rope_theta": base}
-    _require(config.extension.step is None, "extension.step")
-    kind, factor = part.target.rpartition(".")[2], config.extension.factor
-    length = _length_before(config)
+    (extension,) = in_force
+    part, factor, length = extension.scaling, extension.factor, _length_before(config)
+    assert part is not None
+    _require(extension.step is None, "extension.step")
+    kind = part.target.rpartition(".")[2]
     found: dict[str, Any] = {"rope_theta": base, "factor": factor}
     given, before = part.options, {"original_max_position_embeddings": length}
     if kind == "linear":
@@ -276,11 +277,15 @@ def _scaling(mixer: SoftmaxAttention, config: TrainConfig) -> dict[str, Any]:
         plain = given.get("ramp", "code") == "code" and given.get("mix", "arith") == "arith"
         _require(plain and not given.get("mscale_all_dim"), "a form of yarn that it has not")
         names = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
-        scaled = part.load()(width=mixer.head_width, factor=factor, original_length=length)
+        scaled = part.load()(
+            width=mixer.positions.rotary_width, factor=factor, original_length=length
+        )
         more = _given(given, names) | {"attention_factor": scaled[1]}
         return found | before | {"rope_type": kind, **more}
     if kind == "longrope" and not given.get("n_hat"):
-        scaled = part.load()(width=mixer.head_width, factor=factor, original_length=length)
+        scaled = part.load()(
+            width=mixer.positions.rotary_width, factor=factor, original_length=length
+        )
         pairs = mixer.positions.rotary_width // 2
         more = {
             "long_factor": list(given["long_factors"]),
@@ -302,10 +307,6 @@ def _length_before(config: TrainConfig) -> int:
     ]
     _require(lengths[0] == lengths[-1], "another original length than that of an earlier stage")
     return lengths[-1]
-
-
-def _replaces(extension: Extension) -> bool:
-    return extension.scaling is not None and extension.composition == "replace"
 
 
 def _given(options: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,9 +91,9 @@ def from_to(cell: Cell) -> str:
 def ends(cell: Cell, text: Callable[[float], str]) -> str:
     """The interval as its two ends: a value of any kind need not be symmetric in it.
 
-    What is known exactly, as the bytes of a state, has none, nor has what is printed as one number.
+    What is known exactly, as the bytes of a state, has none.
     """
-    if cell.low is None or cell.high is None or text(cell.low) == text(cell.high):
+    if cell.low is None or cell.high is None or cell.low == cell.high:
         return ""
     return f"{text(cell.low)}{DASH}{text(cell.high)}"
 
