@@ -7,6 +7,8 @@ import pytest
 from tokenizing import KINDS, byte_level
 
 from zoo.config.groups import corpora
+from zoo.config.schema.train import TrainConfig
+from zoo.config.validate import check_option
 from zoo.data.tokenizers import BYTES, bos_of, open_tokenizer
 from zoo.errors import UserError
 
@@ -112,6 +114,13 @@ def test_a_token_that_the_tokenizer_has_not_is_refused(option, tmp_path):
         open_tokenizer(file, **{option: 260})
     with pytest.raises(UserError, match=f"data.{option}=1"):
         open_tokenizer(BYTES, **{option: 1})
+
+
+@pytest.mark.parametrize("value", ["abc", 1.5, True, -1, [1]])
+@pytest.mark.parametrize("option", ["end_token", "bos_token"])
+def test_a_token_that_is_no_number_is_refused(option, value):
+    with pytest.raises(UserError, match=f"{option}=.*must be the number of a token, 0 or more"):
+        check_option(TrainConfig, "data", corpora()["text"] | {"path": "x", option: value})
 
 
 def test_where_texts_begin_is_part_of_the_tokenizers_name(tmp_path):

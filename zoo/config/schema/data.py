@@ -1,6 +1,6 @@
 """The options data.*; further keys belong to the corpus that reads them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
@@ -9,6 +9,10 @@ from zoo.config.groups import corpora
 from zoo.config.schema.sections import DataPart, OpenSection, Section
 from zoo.config.schema.values import Fraction, Name, Positive
 from zoo.errors import choose, refuse
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 class Data(OpenSection):
@@ -35,6 +39,12 @@ class Data(OpenSection):
         for key in ("end_token", "bos_token", "stop_tokens"):  # null is as one that is not there
             if self.options.get(key, 0) is None and self.model_extra is not None:
                 del self.model_extra[key]
+        for key in ("end_token", "bos_token"):
+            if key in self.options and not _is_token(self.options[key]):
+                refuse(key, self.options[key], "must be the number of a token, 0 or more")
+        stops = self.options.get("stop_tokens", [])
+        if not isinstance(stops, Sequence) or not all(map(_is_token, stops)):
+            refuse("stop_tokens", stops, "must be numbers of tokens", "Write them as [2,7]")
         if self.passkey_facts > 1 and not self.passkey:
             rule = "no window holds a passkey with data.passkey=0"
             refuse("passkey_facts", self.passkey_facts, rule, "Set data.passkey, or leave it out")
