@@ -47,7 +47,7 @@ def test_a_table_has_ours_beside_theirs(name, place, capsys):
     length = max([256, *map(int, re.findall(r"window=(\d+)", str(table["rows"])))])
     words = [f"checkpoint={place / f'model-{length}'}", f"data.path={place / 'text'}"]
     words += [f"data.cache={place / 'cache'}", f"runs={place / 'runs'}"]
-    words += ["task.perplexity.units=1", "lengths=[256,512]"]
+    words += ["task.perplexity.units=1", "task.perplexity.unit=1024", "lengths=[256,512]"]
     if "units" in str(table["words"]):
         words.remove("task.perplexity.units=1")
     if "stride" not in str(table["words"]):
@@ -68,7 +68,7 @@ def test_a_table_has_ours_beside_theirs(name, place, capsys):
 def test_the_numbers_are_those_of_the_command_and_of_no_other_measurement(place, capsys):
     words = ["paper", "dca_pg19", f"checkpoint={place / 'model-256'}", "lengths=[256]"]
     words += [f"data.path={place / 'text'}", f"data.cache={place / 'cache'}"]
-    words += [f"runs={place / 'again'}"]
+    words += [f"runs={place / 'again'}", "task.perplexity.unit=1024"]
 
     def table(*others: str) -> list[str]:
         assert main([*words, *others]) == 0

@@ -370,6 +370,7 @@ def test_every_task_says_which_of_a_rows_fields_are_its_question(model, tmp_path
     folder = run_folder(tmp_path / "a", "model=mamba")
     words = ["task=extrapolation", "task.speed.lengths=[16]"]
     words += ["task.perplexity.protocols=[half_tail,blocks,stride_tail,window_mean]"]
+    words += ["task.perplexity.lengths=[16,32]", "task.perplexity.unit=64"]
     run_eval([folder], *words)
     run_eval([folder], "task=stream", "task.stream.tokens=100")
     rows = folder.rows()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -63,13 +64,13 @@ def brute_force(model, text, protocol, length) -> np.ndarray:
     return np.concatenate(scored)
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS, [32, 80, 192]], ids=["dividing", "not dividing"])
+@pytest.mark.parametrize("lengths", [[32, 48, 96], [32, 80, 160]], ids=["dividing", "not dividing"])
 def test_a_protocol_scores_what_its_definition_says(lengths, store, tmp_path):
     model = Remembers(memory=20)
     context = make_context(model, tmp_path, store)
     text = evaluation_text(store, 192, UNITS, "joined")
     settings = {"lengths": lengths, "units": UNITS, "stride": STRIDE, "overlap": None, "chunk": 50}
-    rows = list(measure(Perplexity, context, protocols=CAUSAL, **settings))
+    rows = list(measure(Perplexity, context, protocols=CAUSAL, unit=192, **settings))
     assert len(rows) == len(CAUSAL) * len(lengths)
     for row in rows:
         nats = brute_force(model, text, row["protocol"], row["length"])
@@ -247,7 +248,8 @@ def test_a_perplexity_beyond_all_numbers_is_none_and_its_bits_are_reported(store
 
 def test_positions_are_kept_whole_in_the_file_the_row_names(store, tmp_path):
     context = make_context(Remembers(memory=20), tmp_path, store)
-    for row in measure(Perplexity, context, lengths=[32, 96], stride=STRIDE, protocols=CAUSAL):
+    how = {"lengths": [32, 96], "unit": 192, "stride": STRIDE, "protocols": CAUSAL}
+    for row in measure(Perplexity, context, **how):
         with np.load(tmp_path / row["positions_file"], allow_pickle=False) as kept:
             assert kept["nll_sum"].dtype == np.float64
             assert kept["nll_sum"].shape == kept["count"].shape == (row["length"],)
@@ -290,6 +292,26 @@ def test_short_windows_are_spread_over_the_whole_stretch_when_not_all_are_read()
     assert (starts[0], starts[-1]) == (0, 16384 - 4096)
     assert all(start % 256 == 0 for start in starts)
     assert windows("window_mean", 16384, 16384, 256, overlap=2) == {0: slice(0, 16384)}
+
+
+@pytest.mark.parametrize("protocol", [*CAUSAL, "masked"])
+@pytest.mark.parametrize("unit", [None, 192, 256])
+@pytest.mark.parametrize("lengths", [[32], [192], [64, 192], [80, 192]])
+def test_settings_under_which_a_protocol_is_not_what_it_says_are_refused(protocol, unit, lengths):
+    """window_mean with one window at a length; masked with other tokens at one than at another."""
+    size = unit or max(lengths)
+    found = [windows(protocol, size, length, STRIDE) for length in lengths]
+    tokens = [{at + i for at, part in one.items() for i in range(size)[part]} for one in found]
+    bad = protocol == "window_mean" and min(map(len, found)) < 2
+    bad |= protocol == "masked" and any(one != {*range(size)} for one in tokens)
+    task = Perplexity(lengths=lengths, protocols=[protocol], unit=unit, stride=STRIDE)
+    with pytest.raises(UserError, match=r"task\.perplexity\.") if bad else nullcontext():
+        task.check()
+
+
+def test_a_unit_is_no_shorter_than_the_longest_length():
+    with pytest.raises(UserError, match=r"unit=100: must be at least the longest length .192"):
+        Perplexity(lengths=[64, 192], unit=100).check()
 
 
 def test_a_length_the_model_refuses_says_so_in_its_own_words(tiny, store, tmp_path):

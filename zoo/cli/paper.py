@@ -25,6 +25,7 @@ measure a table of a paper, and print our numbers beside the published ones
 
 tables    {", ".join(TABLES)} (configs/papers, whose headers say what each needs)
 lengths=  [512,1k] instead of the paper's; further options are those of eval.py
+          and replace the table's
 """
 NO = "-"
 
@@ -49,7 +50,9 @@ def _paper(words: Sequence[str]) -> int:
     if not any(word.startswith("checkpoint=") for word in others):
         refuse("checkpoint", "", "must be given (a folder of transformers, or a .gguf file)")
     which = lengths[-1].partition("=")[2] if lengths else str(table["lengths"]).replace(" ", "")
-    common = [*table["words"], f"{table['option']}={which}", "report=null", "logger=none"]
+    named = {word.split("=", 1)[0] for word in others}  # replaces the table's own value
+    settings = [word for word in table["words"] if word.split("=", 1)[0] not in named]
+    common = [*settings, f"{table['option']}={which}", "report=null", "logger=none"]
     lines, failed = [], False
     for row in table["rows"]:
         slot = row.get("run")

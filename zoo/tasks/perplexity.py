@@ -10,15 +10,16 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import exp, log
+from math import exp, isqrt, log
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from zoo.config.domains import Count, Lengths, Range, Several
+from zoo.config.domains import MAX_LENGTH, Count, Lengths, Range, Several
 from zoo.data.loader import evaluation_bytes, evaluation_text
 from zoo.data.masking import mask_windows
+from zoo.errors import refuse
 from zoo.measurement import Declaration, Quantity
 from zoo.model.backbone import Backbone
 from zoo.report.statistics import interval
@@ -54,9 +55,11 @@ class Perplexity(Task):
     """One row per length and protocol, the longest first; each names its scores by stretch.
 
     `protocols` are half_tail and blocks by default, or masked where that was the objective.
-    `stride` is at most the shortest length. Each length reads at most units * longest tokens, for
+    `stride` is at most the shortest length. Stretches have `unit` tokens, by default the longest
+    length: window_mean needs longer ones to slide over, and masked lengths that divide it, so that
+    all of them score the same tokens. Each length reads at most units * unit tokens, for
     `window_mean` `overlap` times as many, its windows evenly spread over those that start every
-    `stride` tokens (None: all of them, as published, at a cost of longest * length / stride tokens
+    `stride` tokens (None: all of them, as published, at a cost of unit * length / stride tokens
     per unit). Text is read `chunk` tokens at a time, with the state between. `seconds` is the time
     of what a length had to read beyond what longer windows had covered, for all its protocols.
     """
@@ -84,7 +87,8 @@ class Perplexity(Task):
             ),
         ),
     )
-    unidentifying = ("lengths", "protocols", "units", "stride", "chunk")  # a question has these
+    # A question has these.
+    unidentifying = ("lengths", "protocols", "units", "unit", "stride", "chunk")
     compresses: ClassVar[bool] = True
     both_ways: ClassVar[bool] = True
     reads_together: ClassVar[bool] = True
@@ -97,14 +101,33 @@ class Perplexity(Task):
         | None
     ) = None
     units: Count = 8
+    unit: Annotated[int, Range(1, MAX_LENGTH)] | None = None
     stride: Count = 256
     overlap: Annotated[int, Range(1, 1024)] | None = 2
     chunk: Count = 4096
 
     def check(self) -> None:
-        longest = max(self.lengths or [0])
-        option = f"task.perplexity.lengths={longest}"
-        check_memory(option, self.units * longest * TOKEN_BYTES, f"{self.units} stretches")
+        if self.lengths:
+            self._check_unit(sorted({*self.lengths}), self.protocols or ())
+        size = self.unit or max(self.lengths or [0])
+        option = f"task.perplexity.{'unit' if self.unit else 'lengths'}={size}"
+        check_memory(option, self.units * size * TOKEN_BYTES, f"{self.units} stretches")
+
+    def _check_unit(self, lengths: Sequence[int], protocols: Sequence[str]) -> None:
+        """Refuse stretches in which a protocol's definition does not hold at all these lengths."""
+        longest, option, value = lengths[-1], "task.perplexity.unit", self.unit or "null"
+        unit = self.unit or longest
+        if unit < longest:
+            refuse(option, value, f"must be at least the longest length ({longest})")
+        least = longest + min(self.stride, lengths[0])
+        if "window_mean" in protocols and unit < least:
+            rule = f"protocol window_mean slides windows over more than {longest} tokens"
+            refuse(option, value, rule, f"Use at least {least}")
+        other = [length for length in lengths if unit % length]
+        if "masked" in protocols and other:
+            rule = f"protocol masked scores the same tokens only at lengths that divide {unit}"
+            advice = f"Use {', '.join(map(str, _divisors(unit, lengths[0])))}"
+            refuse("task.perplexity.lengths", str([*lengths]).replace(" ", ""), rule, advice)
 
     def check_model(self, model: Backbone) -> None:
         super().check_model(model)
@@ -115,7 +138,8 @@ class Perplexity(Task):
     def questions(self, context: EvalContext) -> Iterator[Row]:
         lengths = lengths_of(self.lengths, context, TIMES)
         protocols = self.protocols or (CAUSAL[:2] if context.model.causal else MASKED)
-        unit, stride = lengths[-1], min(self.stride, lengths[0])
+        self._check_unit(lengths, protocols)
+        unit, stride = self.unit or lengths[-1], min(self.stride, lengths[0])
         documents = context.corpus.eval_documents
         found = run_guarded(lambda: evaluation_text(context.store, unit, self.units, documents))
         units = len(found.value) if found.ok else 0
@@ -159,6 +183,14 @@ class Perplexity(Task):
         if context.model.causal:
             guesses["bigram"] = float(context.corpus.bigrams.nats(text).mean())
         return Reading(context, text, sizes, hidden, guesses)
+
+
+def _divisors(unit: int, least: int) -> list[int]:
+    """The lengths that divide a unit, from the one at or below `least` on, at most eight."""
+    small = [n for n in range(1, isqrt(unit) + 1) if unit % n == 0]
+    every = sorted({*small, *(unit // n for n in small)})
+    below = [n for n in every if n <= least][-1:]
+    return [*below, *(n for n in every if n > least)][:8]
 
 
 def _check_protocol(context: EvalContext, protocol: str) -> None:

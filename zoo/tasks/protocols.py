@@ -8,16 +8,18 @@
                  costs given nearly `length` tokens before it (Peng 2023, YaRN)
     window_mean  windows of `length` that start every `stride` tokens, the mean of their means
                  (Chen 2023, LongLoRA); as windows are equally long this is the sum over the count
-                 once more, tokens that several windows cover counting several times
+                 once more, tokens that several windows cover counting several times.
+                 Needs stretches longer than the longest length
     masked       the windows of `blocks` read both ways: the tokens that were hidden, chosen once
                  for all lengths (Devlin 2019, section 3.1). What a model trained with
                  objective=masked is measured by; a causal model is not
 
 Scores of two protocols cannot be compared. At every length the same text is read: `units` disjoint
-stretches of the longest length. Both tails score the same tokens at every length, `stride_tail` the
-last `stride` of a stretch, `half_tail` its whole last half: a stride that grows with the length
-reads two tokens for each it scores, where 256 at a length of 16384 reads 64, so that one budget
-scores 32 times as many.
+stretches, as long as the longest length or longer; but of a stretch that `blocks` of a length do
+not divide, the first tokens are left out at that length (`masked` refuses it). Both tails score
+the same tokens at every length, `stride_tail` the last `stride` of a stretch, `half_tail` its whole
+last half: a stride that grows with the length reads two tokens for each it scores, where 256 at a
+length of 16384 reads 64, so that one budget scores 32 times as many.
 """
 
 from dataclasses import dataclass, field
