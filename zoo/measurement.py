@@ -200,6 +200,11 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _is_numbers,
         "accuracy_by_quarter correct_by_depth unit_bits",
     ),
+    (
+        "a list of integers >= 0",
+        lambda value: type(value) is list and all(map(_is_count, value)),
+        "unit_bytes",
+    ),
     ("a list of texts", _is_texts, "question"),
     ("true or false", lambda value: type(value) is bool, "requested pruned dirty"),
     ("settings by name", lambda value: type(value) is dict, "settings extension_options versions"),

@@ -1,6 +1,7 @@
 """Which rows make an arm, and how sure its numbers are."""
 
 import math
+import operator
 import random
 
 import pytest
@@ -8,7 +9,7 @@ from synthetic import experiment, identity, run_records, score_row
 
 from zoo.report.charts import styles
 from zoo.report.page import render
-from zoo.report.rows import gather
+from zoo.report.rows import contrast, gather
 from zoo.report.statistics import interval
 from zoo.report.tables import budgets
 from zoo.report.text import as_text
@@ -45,6 +46,36 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(count):
         low, high = interval([generator.gauss(2.0, 0.3) for _ in range(count)])  # type: ignore
         inside += low <= 2.0 <= high
     assert 0.935 <= inside / 2000 <= 0.965
+
+
+@pytest.mark.parametrize("count", [8, 24])
+def test_the_interval_of_a_ratio_is_around_it_and_covers_the_truth_as_often_as_it_says(count):
+    """Stretches of equal tokens whose bits rise with their bytes less than in proportion."""
+    generator, inside, plain = random.Random(1), 0, 0
+    for _ in range(2000):
+        sizes = [generator.choice((1000, 2000)) for _ in range(count)]
+        bits = [1000 + size + generator.gauss(0, 50) for size in sizes]  # of 2500 per 1500 bytes
+        each = [own / size for own, size in zip(bits, sizes, strict=True)]
+        low, high = interval(each, sizes)  # type: ignore
+        assert (low + high) / 2 == pytest.approx(sum(bits) / sum(sizes), rel=1e-12)
+        inside += low <= 5 / 3 <= high
+        low, high = interval(each)  # type: ignore
+        plain += low <= 5 / 3 <= high
+        assert interval(each, [7] * count) == interval(each)
+    assert 0.925 <= inside / 2000 <= 0.965
+    assert plain < inside
+
+
+@pytest.mark.parametrize("known", [{0}, {1}, {0, 1}])
+@pytest.mark.parametrize("times", [1.0, 1.05])
+def test_an_interval_of_differences_is_around_the_difference_where_bytes_are_unequal(known, times):
+    sizes, rows = [100, 250, 600], []
+    for i, units in enumerate(([1.0, 2.0, 3.0], [1.5, 2.1, 2.9])):
+        bits = sum(map(operator.mul, units, sizes)) / sum(sizes)
+        own = {"unit_bits": units, "units": 3} | ({"unit_bytes": sizes} if i in known else {})
+        rows.append(score_row(("mamba", "transformer")[i], 512, bits, **own))
+    cell = contrast(*([row] for row in rows), times)
+    assert (cell.low + cell.high) / 2 == pytest.approx(cell.value, rel=1e-12)
 
 
 def test_a_single_value_has_no_interval():

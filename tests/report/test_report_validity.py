@@ -149,6 +149,10 @@ def test_how_far_the_audit_read_is_reported_of_every_arm():
         (3.9, {"unigram_bits": 4.7, "bigram_bits": 3.9}, False),
         (3.85, {"unigram_bits": 4.7, "bigram_bits": 3.9}, True),
         (3.4, {"tokenizer": "bpe@1", "uniform_bits": 3.5}, False),
+        (5.2, {"tokenizer": "bpe@1", "uniform_bits": 5.275, "bigram_bits": 7.496}, False),
+        (5.0, {"tokenizer": "bpe@1", "uniform_bits": 5.275, "bigram_bits": 7.496}, True),
+        (4.6, {"unigram_bits": 4.7, "bigram_bits": 9.0}, False),
+        (7.8, {"bigram_bits": 9.0}, False),
         (7.8, {"tokenizer": "bpe@1"}, True),  # nothing to compare with
     ],
 )

@@ -200,6 +200,8 @@ def test_bits_are_per_byte_of_the_scored_text_itself(tmp_path):
         if row["protocol"] == "half_tail":
             units = [own[-16:] for own in units]
         assert row["bytes"] == sum(own.sum() for own in units)
+        assert row["unit_bytes"] == [own.sum() for own in units]
+        assert sum(row["interval"]) / 2 == pytest.approx(row["bits_per_byte"], rel=1e-12)
         nats = 2.0 * sum(map(len, units))
         assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / row["bytes"])
         for bits, own in zip(row["unit_bits"], units, strict=True):
@@ -219,7 +221,8 @@ def test_a_stretch_whose_tokens_have_no_bytes_has_no_score_and_is_not_in_the_int
         assert row["status"] == "ok"
         tail = row["protocol"] == "stride_tail"
         assert [bits is None for bits in units] == [tail, *[False] * 6, tail]
-        assert row["interval"] == interval([bits for bits in units if bits is not None])
+        of_text = [pair for pair in zip(units, row["unit_bytes"], strict=True) if pair[1]]
+        assert row["interval"] == interval(*map(list, zip(*of_text, strict=True)))
         assert wrong_field(json.loads(json.dumps(row))) is None
 
 
@@ -385,12 +388,23 @@ def test_a_row_says_what_simple_guesses_would_score(tmp_path, store):
     """A bigram model, token frequencies, an even guess over the vocabulary, in bits per byte."""
     context = make_context(Remembers(memory=5), tmp_path, store)
     rows = list(measure(Perplexity, context, lengths=LENGTHS, units=UNITS, stride=STRIDE))
+    rows += measure(
+        Perplexity, context, lengths=LENGTHS, units=UNITS, stride=STRIDE, protocols=CAUSAL[2:]
+    )
     text = evaluation_text(store, LENGTHS[-1], UNITS, "joined")
-    counts = np.bincount(text.ravel())
-    shares = counts[counts > 0] / counts.sum()
-    unigram = -(shares * np.log2(shares)).sum() / store.bytes_per_token
-    bigram = Bigrams.count(store.tokens, VOCABULARY).nats(text).mean() / math.log(2)
+    shares = np.bincount(text.ravel()) / text.size
+    every = {
+        "bigram": Bigrams.count(store.tokens, VOCABULARY).nats(text),
+        "unigram": -np.log(shares[text])[:, 1:],
+    }
+    assert {row["protocol"] for row in rows} == {*CAUSAL}
     for row in rows:
-        assert row["bigram_bits"] == pytest.approx(bigram / store.bytes_per_token)
-        assert row["unigram_bits"] == pytest.approx(unigram)
+        scored = np.zeros(LENGTHS[-1])  # how often each token
+        question = row["protocol"], LENGTHS[-1], row["length"], row["stride"], 2
+        for start, own in windows(*question).items():
+            scored[start : start + row["length"]][own] += 1
+        assert row["count"] == UNITS * scored.sum()
+        for name, nats in every.items():
+            wanted = (nats * scored).sum() / scored.sum() / UNITS / math.log(2)
+            assert row[f"{name}_bits"] == pytest.approx(wanted / store.bytes_per_token)
         assert row["uniform_bits"] == pytest.approx(math.log2(VOCABULARY) / store.bytes_per_token)

@@ -265,11 +265,19 @@ def contrast(rows: Sequence[Row], others: Sequence[Row], times: float = 1.0) -> 
         other = "no seed scored the same text" if against else "it has no score"
         return Cell(tried=len(rows), reason=f"nothing to compare with: {other}")
     values = [one["bits_per_byte"] - times * other["bits_per_byte"] for one, other in pairs]
-    units = ((row.get("unit_bits") or []) for row in pairs[0])
-    both = [pair for pair in zip(*units, strict=False) if None not in pair]
-    own = [one - times * other for one, other in both]
-    low, high = interval(values) or interval(own) or (None, None)
+    low, high = interval(values) or _over_stretches(*pairs[0], times) or (None, None)
     return Cell(sum(values) / len(values), low, high, len(values), len(rows), "")
+
+
+def _over_stretches(one: Row, other: Row, times: float) -> tuple[float, float] | None:
+    """The interval of what two scores of the same text differ by, over its stretches.
+
+    A stretch weighs as many bytes as it has; in rows of before these were kept, all weigh alike.
+    """
+    units = [row.get("unit_bits") or [] for row in (one, other)]
+    sizes = one.get("unit_bytes") or other.get("unit_bytes") or [1] * len(units[0])
+    both = [both for both in zip(*units, sizes, strict=False) if None not in both]
+    return interval([a - times * b for a, b, _ in both], [size for *_, size in both])
 
 
 def _undeclared(task: str, rows: Sequence[Row]) -> Declaration:

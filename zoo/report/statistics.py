@@ -1,6 +1,7 @@
 """Numbers: whether a value is one, its 95% interval over seeds or over questions."""
 
 import math
+import operator
 import statistics
 from collections.abc import Sequence
 from typing import Any, TypeGuard
@@ -30,13 +31,22 @@ def deviation(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95% interval (Student's t) of the mean of independent values; None of fewer than two."""
-    freedom = len(values) - 1
-    if freedom < 1:
+def interval(
+    values: Sequence[float], weights: Sequence[float] | None = None
+) -> tuple[float, float] | None:
+    """95% interval (Student's t) of the mean of independent values; None of fewer than two.
+
+    With weights it is that of sum(w v) / sum(w), a ratio of two sums that both vary, as bits per
+    byte over stretches of unequal bytes: that of the ratio estimator (Cochran 1977, chapter 6),
+    whose residuals are w (v - ratio) / mean(w). Equal weights are none.
+    """
+    freedom, total = len(values) - 1, sum(weights) if weights else 1
+    if freedom < 1 or not total:
         return None
-    mean = sum(values) / len(values)
-    spread = math.hypot(*(value - mean for value in values)) / math.sqrt(freedom)  # no overflow
+    shares = [len(values) * weight / total for weight in weights or ()] or [1.0] * len(values)
+    mean = sum(map(operator.mul, shares, values)) / len(values)
+    apart = (share * (value - mean) for share, value in zip(shares, values, strict=True))
+    spread = math.hypot(*apart) / math.sqrt(freedom)  # no overflow
     half = student(freedom) * spread / math.sqrt(len(values))
     return mean - half, mean + half
 

@@ -91,21 +91,22 @@ def drop_partial_budgets(rows: Iterable[Row], runs: Iterable[Mapping[str, Any]])
 def baseline(row: Mapping[str, Any]) -> tuple[float, str] | None:
     """Bits per byte that a model must stay below to have learned, and whose score that is.
 
-    The bigram model's where the row has it. Rows of before there was one, and those of encoders,
-    are held to 5 % below the entropy of single tokens or, without that, below an even guess: 8 bits
-    for bytes, log2(vocabulary) / bytes per token for other tokenisers. None where unknown.
+    The lowest of the levels that the row has, the more knowing of equals: a bigram model's, or 5 %
+    below the entropy of single tokens or an even guess, which is 8 bits for bytes and
+    log2(vocabulary) / bytes per token for other tokenisers. A bigram model of one text may score
+    worse on another than a guess. None where none is known.
     """
-    for field, below, words in (
-        ("bigram_bits", 0.0, "a bigram model scores"),
-        ("unigram_bits", UNLEARNED, "token frequencies alone give"),
-        ("uniform_bits", UNLEARNED, "a blind guess gives"),
-    ):
-        value = row.get(field)
-        if isinstance(value, int | float) and math.isfinite(value):
-            return (1 - below) * float(value), f"{words} {value:.3f}"
-    if row.get("tokenizer") != "bytes":
+    even = row.get("uniform_bits")
+    levels = (
+        (row.get("bigram_bits"), 0.0, "a bigram model scores"),
+        (row.get("unigram_bits"), UNLEARNED, "token frequencies alone give"),
+        (8.0 if row.get("tokenizer") == "bytes" else even, UNLEARNED, "a blind guess gives"),
+    )
+    known = [level for level in levels if finite(level[0])]
+    if not known:
         return None
-    return (1 - UNLEARNED) * 8.0, "a blind guess gives 8.000"
+    value, below, words = min(known, key=lambda level: level[0])
+    return (1 - below) * float(value), f"{words} {value:.3f}"
 
 
 def blind_guess(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -50,7 +50,7 @@ def mirror(
         for length, metrics in sorted(by_length(rows, runs).items()):
             run.log({"length": length} | metrics)
         columns: list[Any] = sorted(
-            {n for row in rows for n in row} - {"curve", "unit_bits", "declares"}
+            {n for row in rows for n in row} - {"curve", "unit_bits", "unit_bytes", "declares"}
         )
         table = wandb.Table(columns=columns, allow_mixed_types=True)
         for row in rows:

@@ -179,9 +179,10 @@ class Perplexity(Task):
             mask = context.model.vocab_size - 1  # the last token of an encoder's vocabulary
             keys = [(unit,) for unit in range(len(text))]
             hidden = mask_windows(text[:, :-1], mask, keys)
-        guesses = {"unigram": entropy(text)}
-        if context.model.causal:
-            guesses["bigram"] = float(context.corpus.bigrams.nats(text).mean())
+        if hidden is None:
+            guesses = {"unigram": unigram(text)[:, 1:], "bigram": context.corpus.bigrams.nats(text)}
+        else:
+            guesses = {"unigram": np.where(hidden[1], unigram(text)[:, :-1], 0.0)}
         return Reading(context, text, sizes, hidden, guesses)
 
 
@@ -224,14 +225,14 @@ class Reading:
     """One reading of the stretches, by the windows of several lengths and protocols.
 
     `hidden` is what an encoder is shown of the text, and which tokens are hidden. `guesses` are
-    what simple models score on the same text, in nats per token.
+    nats of simple models, of each token that this one's outputs predict.
     """
 
     context: EvalContext
     text: Int[np.ndarray, "units t"]
     sizes: Int[np.ndarray, "units t"]  # bytes of each token
     hidden: Hidden | None
-    guesses: dict[str, float]
+    guesses: dict[str, Float[np.ndarray, "units t"]]
     tallies: dict[int, list[tuple[Row, Tally]]] = field(default_factory=dict)  # by length
     done: set[Window] = field(default_factory=set)
     held: int = 0  # tokens of the longest window as it was read: under compression fewer
@@ -329,6 +330,8 @@ class Reading:
         length, size = tally.length, int(tally.position_bytes.sum())
         nll_sum, count = float(tally.position_sums.sum()), int(tally.position_counts.sum())
         units = bits_per_byte(tally.unit_sums, tally.unit_bytes)
+        weighed = [pair for pair in zip(units, tally.unit_bytes.tolist(), strict=True) if pair[1]]
+        guesses = {name: _scored(nats, tally) for name, nats in self.guesses.items()}
         arrays: dict[str, Any] = {
             "nll_sum": tally.position_sums,
             "count": tally.position_counts,
@@ -346,10 +349,11 @@ class Reading:
             "bytes": size,
             "bits_per_byte": bits_per_byte(nll_sum, size),
             "perplexity": exp(nll_sum / count) if nll_sum / count < 700 else None,  # beyond a float
-            **{f"{name}_bits": bits_per_byte(n * count, size) for name, n in self.guesses.items()},
+            **{f"{name}_bits": bits_per_byte(nats, size) for name, nats in guesses.items()},
             "uniform_bits": bits_per_byte(count * log(self.context.model.vocab_size), size),
             "unit_bits": units,
-            "interval": interval([bits for bits in units if bits is not None]),
+            "unit_bytes": tally.unit_bytes.tolist(),
+            "interval": interval([bits for bits, _ in weighed], [size for _, size in weighed]),
             "state_bytes": state_bytes,
             "positions_file": path.relative_to(self.context.folder).as_posix(),
         }
@@ -366,11 +370,16 @@ def _digest(arrays: Iterable[np.ndarray]) -> str:
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:12]
 
 
-def entropy(tokens: Int[np.ndarray, "..."]) -> float:
-    """Nats per token of the best model that knows their frequencies and no context."""
-    counts = np.unique(tokens, return_counts=True)[1]
-    shares = counts / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
+def unigram(tokens: Int[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """Nats of each token under the best model that knows their frequencies and no context."""
+    _, places, counts = np.unique(tokens, return_inverse=True, return_counts=True)
+    return -np.log(counts / tokens.size)[places].reshape(tokens.shape)
+
+
+def _scored(nats: Float[np.ndarray, "units t"], tally: Tally) -> float:
+    """The sum over the tokens that a protocol scores, each as often as it does."""
+    every = tally.windows.items()
+    return float(sum(nats[:, at + own.start : at + own.stop].sum() for at, own in every))
 
 
 def _curve(tally: Tally) -> Row:
