@@ -4,7 +4,6 @@ that, or that learned nothing.
 Works on plain rows, before and after `gather` has named their arms.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
