@@ -101,11 +101,11 @@ def baseline(row: Mapping[str, Any]) -> tuple[float, str] | None:
         (row.get("unigram_bits"), UNLEARNED, "token frequencies alone give"),
         (8.0 if row.get("tokenizer") == "bytes" else even, UNLEARNED, "a blind guess gives"),
     )
-    known = [level for level in levels if finite(level[0])]
+    known = [(float(value), below, words) for value, below, words in levels if finite(value)]
     if not known:
         return None
     value, below, words = min(known, key=lambda level: level[0])
-    return (1 - below) * float(value), f"{words} {value:.3f}"
+    return (1 - below) * value, f"{words} {value:.3f}"
 
 
 def blind_guess(rows: Iterable[Mapping[str, Any]]) -> str:
