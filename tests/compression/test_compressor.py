@@ -43,6 +43,11 @@ def test_shortening_and_reading_take_the_operations_that_are_given(method):
         assert row["prompt_flops"] == pytest.approx(budget, rel=0.05)
         total = row["reader_flops"] + row["compressor_flops"]
         assert row["prompt_flops"] * 3 == pytest.approx(total)
+        if made.scorer:  # all that it read, in vain or not
+            assert total - row["reader_flops"] + row["search_flops"] == pytest.approx(
+                made.scorer.flops
+            )
+            assert row["search_flops"] > 0
     assert made.row["prompt_flops"] == 0  # the row took them
 
 

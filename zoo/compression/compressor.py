@@ -40,6 +40,8 @@ class Compressor:
         prompts: that were shortened; one is so once.
         read, given: tokens that prompts were left with, and had.
         flops, scored: operations of reading what they were left with, and of finding that.
+        searched: those of rates that were tried and not kept, to find the one that a number of
+            operations suffices for.
     """
 
     config: Compress
@@ -51,8 +53,9 @@ class Compressor:
     given: int = 0
     flops: float = 0.0
     scored: float = 0.0
+    searched: float = 0.0
     _targets: dict[int, int] = field(default_factory=dict)  # tokens kept, by those of a prompt
-    _known: dict[tuple[Any, ...], tuple[list[int], float]] = field(default_factory=dict)
+    _known: dict[tuple[Any, ...], tuple[list[int], float, float]] = field(default_factory=dict)
 
     def __call__(self, tokens: Sequence[int], question: Sequence[int] = ()) -> list[int]:
         """The tokens of a prompt that are left, a question's behind them.
@@ -70,15 +73,17 @@ class Compressor:
                 self._known = {key: self._shortened(*key)}  # a task takes one several times
             except UserError as error:
                 raise CompressionError(self._named(error)) from None
-        kept, scored = self._known[key]
-        self.scored += scored
+        kept, scored, searched = self._known[key]
+        self.scored, self.searched = self.scored + scored, self.searched + searched
         self.prompts += 1
         self.read, self.given = self.read + len(kept), self.given + len(tokens) + len(question)
         self.flops += self.cost.of(len(kept))
         return kept
 
-    def _shortened(self, tokens: Sequence[int], question: Sequence[int]) -> tuple[list[int], float]:
-        """The tokens that are left, and the scorer's operations."""
+    def _shortened(
+        self, tokens: Sequence[int], question: Sequence[int]
+    ) -> tuple[list[int], float, float]:
+        """The tokens that are left, the scorer's operations, and those of rates tried in vain."""
         assert self.config.method is not None
         prompt = prompt_from(tokens, self.reader, question)
         if not self._scores_readers_tokens:
@@ -88,7 +93,7 @@ class Compressor:
             prompt = prompt_of(text, self.scorer.tokenizer, question=wanted)
         whole = [*tokens, *question]
         if self.config.rate is not None:
-            return self._compressed(prompt, whole, self.config.rate)
+            return *self._compressed(prompt, whole, self.config.rate), 0.0
         return self._affordable(prompt, whole, self.config.flops or 0.0)
 
     @property
@@ -109,21 +114,23 @@ class Compressor:
 
     def _affordable(
         self, prompt: Prompt, tokens: list[int], flops: float
-    ) -> tuple[list[int], float]:
-        """The most of a prompt, of these tokens of the reader's, for which so many operations
-        suffice; all of it where they do.
+    ) -> tuple[list[int], float, float]:
+        """As `_shortened`: the most of a prompt, of these tokens of the reader's, for which so many
+        operations suffice; all of it where they do.
 
         Raises:
             UserError: they suffice for nothing.
         """
         size, whole = len(tokens), self.cost.tokens(flops)
         if whole >= size:
-            return self._compressed(prompt, tokens, 1.0)
+            return *self._compressed(prompt, tokens, 1.0), 0.0
         low, high = 0, max(whole, 1) + 1  # targets within the operations, and beyond
         below, above = flops, math.inf  # by how many; halved where the other end moves (Illinois)
         target, found, least = self._targets.get(size, max(whole, 1)), None, math.inf
+        searched = 0.0
         for count in itertools.count(1):
             left, spent = self._compressed(prompt, tokens, target / size)
+            searched += spent
             used = spent + self.cost.of(len(left))
             least = min(least, used)
             if used <= flops:
@@ -142,7 +149,7 @@ class Compressor:
             rule = f"is less than the {least:.3g} that a prompt of {size:,} tokens takes at least"
             refuse("flops", f"{flops:g}", rule, "Use more, a smaller scorer, or shorter prompts")
         self._targets.setdefault(size, low)
-        return found
+        return *found, searched - found[1]
 
     def _named(self, error: UserError) -> str:
         """The refusal of a method, which knows the last names of its options alone."""
@@ -162,8 +169,11 @@ class Compressor:
         found: dict[str, Any] = {"prompt_tokens_read": self.read, "prompt_tokens_given": self.given}
         found["reader_flops"] = self.flops
         found["compressor_flops"] = self.scored
+        if self.config.flops is not None:
+            found["search_flops"] = self.searched
         found["prompt_flops"] = (self.flops + self.scored) / max(self.prompts, 1)
-        self.prompts, self.read, self.given, self.flops, self.scored = 0, 0, 0, 0.0, 0.0
+        self.prompts, self.read, self.given = 0, 0, 0
+        self.flops, self.scored, self.searched = 0.0, 0.0, 0.0
         return found
 
 
