@@ -387,11 +387,10 @@ def test_settings_that_make_no_sense_are_refused(wrong, store, tmp_path):
 def test_a_row_says_what_simple_guesses_would_score(tmp_path, store):
     """A bigram model, token frequencies, an even guess over the vocabulary, in bits per byte."""
     context = make_context(Remembers(memory=5), tmp_path, store)
-    rows = list(measure(Perplexity, context, lengths=LENGTHS, units=UNITS, stride=STRIDE))
-    rows += measure(
-        Perplexity, context, lengths=LENGTHS, units=UNITS, stride=STRIDE, protocols=CAUSAL[2:]
-    )
-    text = evaluation_text(store, LENGTHS[-1], UNITS, "joined")
+    unit = LENGTHS[-1] + STRIDE  # over which windows slide
+    options = {"lengths": LENGTHS, "units": UNITS, "unit": unit, "stride": STRIDE}
+    rows = list(measure(Perplexity, context, **options, protocols=CAUSAL))
+    text = evaluation_text(store, unit, UNITS, "joined")
     shares = np.bincount(text.ravel()) / text.size
     every = {
         "bigram": Bigrams.count(store.tokens, VOCABULARY).nats(text),
@@ -399,12 +398,12 @@ def test_a_row_says_what_simple_guesses_would_score(tmp_path, store):
     }
     assert {row["protocol"] for row in rows} == {*CAUSAL}
     for row in rows:
-        scored = np.zeros(LENGTHS[-1])  # how often each token
-        question = row["protocol"], LENGTHS[-1], row["length"], row["stride"], 2
+        scored = np.zeros(unit)  # how often each token
+        question = row["protocol"], unit, row["length"], row["stride"], 2
         for start, own in windows(*question).items():
             scored[start : start + row["length"]][own] += 1
-        assert row["count"] == UNITS * scored.sum()
+        assert row["count"] == len(text) * scored.sum()
         for name, nats in every.items():
-            wanted = (nats * scored).sum() / scored.sum() / UNITS / math.log(2)
+            wanted = (nats * scored).sum() / row["count"] / math.log(2)
             assert row[f"{name}_bits"] == pytest.approx(wanted / store.bytes_per_token)
         assert row["uniform_bits"] == pytest.approx(math.log2(VOCABULARY) / store.bytes_per_token)
