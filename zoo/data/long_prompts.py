@@ -103,8 +103,13 @@ def _made(
     """An example's prompt, `further` where demonstrations are before its text."""
     example = GENERATED[dataset](np.random.default_rng(seed), size, text)
     whole = BREAK.join((example.instruction, example.context, example.question))
-    tokens = tokenizer.further(whole) if further else tokenizer.tokens(whole)
+    tokens = _tokens(tokenizer, whole, further)
     return LongPrompt([*tokenizer.start(""), *tokens], example.answers)
+
+
+def _tokens(tokenizer: Tokenizer, text: str, further: bool) -> list[int]:
+    """The tokens of a text, of one behind another where it is `further`."""
+    return tokenizer.further(text) if further else tokenizer.tokens(text)
 
 
 def _generated(tokenizer: Tokenizer, shown: Generated, room: int) -> list[list[int]]:
@@ -114,8 +119,7 @@ def _generated(tokenizer: Tokenizer, shown: Generated, room: int) -> list[list[i
     for number in range(count):
         example = GENERATED[dataset](np.random.default_rng([seed, number, 1]), 0, [])
         text = _text(solved(example._replace(answers=[", ".join(example.answers)])))
-        read = tokenizer.further if found else tokenizer.tokens
-        tokens = read(f"{text}{BREAK}")
+        tokens = _tokens(tokenizer, f"{text}{BREAK}", bool(found))
         if len(tokens) > room:
             break
         found.append(tokens)
@@ -149,13 +153,12 @@ def _cut(
 
     It is `further` where another is before it.
     """
-    read = tokenizer.further if further else tokenizer.tokens
-    whole = read(_text(example))
+    whole = _tokens(tokenizer, _text(example), further)
     if len(whole) <= most:
         return whole, 0
     before, behind = _around(tokenizer, example, further)
-    inner = tokenizer.further if before else read
-    text, room = inner(example.context), most - len(before) - len(behind)
+    text = _tokens(tokenizer, example.context, further or bool(before))
+    room = most - len(before) - len(behind)
     if truncate is None or room < 1:
         return None
     kept = text[-room:]
@@ -167,8 +170,8 @@ def _cut(
 def _around(tokenizer: Tokenizer, example: Example, further: bool) -> tuple[list[int], list[int]]:
     """The tokens before an example's text, and behind it."""
     instruction = f"{example.instruction}{BREAK}" if example.instruction else ""
-    read = tokenizer.further if further else tokenizer.tokens
-    return read(instruction), tokenizer.further(f"{BREAK}{example.question}")
+    before = _tokens(tokenizer, instruction, further)
+    return before, tokenizer.further(f"{BREAK}{example.question}")
 
 
 def _most_around(tokenizer: Tokenizer, example: Example) -> int:

@@ -69,8 +69,14 @@ def describe(config: Config) -> Description:
 
 def end_tokens(read: Reader) -> list[int]:
     """The tokens that end what a model writes."""
-    found = read.get("eos_token_id", [])
-    return found if isinstance(found, list) else [found]
+    return _listed(read.get("eos_token_id"))
+
+
+def _listed(ends: int | list[int] | None) -> list[int]:
+    """An `eos_token_id`, which is one token, several or null, as a list."""
+    if ends is None:
+        return []
+    return ends if isinstance(ends, list) else [ends]
 
 
 def with_generation(described: Description, generation: Config, file: str) -> Description:
@@ -80,7 +86,7 @@ def with_generation(described: Description, generation: Config, file: str) -> De
     check_kind("eos_token_id", found, file=file)
     if found is None:
         return described
-    ends = [*described.end_tokens[:1], *(found if isinstance(found, list) else [found])]
+    ends = [*described.end_tokens[:1], *_listed(found)]
     return replace(described, end_tokens=[*dict.fromkeys(ends)])
 
 
